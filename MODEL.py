@@ -956,9 +956,9 @@ def config_from_hub(raw: dict) -> ModelConfig:
     family = FAMILIES[kind]
     knobs = dict(family.defaults)
     for name in _hub_knobs(kind):
-        value = raw.get(family.names.get(name, name))
-        if value is not None:
-            knobs[name] = value
+        key = family.names.get(name, name)
+        if key in raw:
+            knobs[name] = raw[key]
     knobs.update(family.implied, model_type=kind)
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     knobs["rope_theta"] = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
@@ -977,7 +977,7 @@ def _hub_knobs(kind: str) -> list[str]:
 def _family_quirks(kind: str, raw: dict, knobs: dict) -> None:
     """What single families spell in a way of their own."""
     if kind == "gpt2":
-        knobs.setdefault("intermediate_size", 4 * knobs["hidden_size"])
+        knobs["intermediate_size"] = knobs.get("intermediate_size") or 4 * knobs["hidden_size"]
         for key in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
             if raw.get(key):
                 raise UserError(f"config.json: {key} is not supported")
@@ -987,8 +987,6 @@ def _family_quirks(kind: str, raw: dict, knobs: dict) -> None:
         knobs["attention_out_bias"] = knobs["attention_bias"]
     if kind == "mistral":
         knobs["layer_types"] = None
-        if "sliding_window" in raw and raw["sliding_window"] is None:
-            knobs["sliding_window"] = None
     if kind in ("qwen2", "qwen3"):
         if not raw.get("use_sliding_window"):
             knobs["sliding_window"] = knobs["layer_types"] = None
