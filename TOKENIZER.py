@@ -1,0 +1,1040 @@
+"""TOKENIZER.py: text to ids and back.
+
+Read in this order: settings, tokenizers (`load`, `train`), chat rendering, readers (`read_pieces`), cleaning and
+splitting (`documents`), token files (`prepare`), and packing into batches (`TokenStream`).
+
+    python TOKENIZER.py --data data/train.txt data/train.jsonl --out data/    # a tokenizer, train_ids.bin, val_ids.bin
+    python TOKENIZER.py --data notes.txt --data.text_unit file --tokenizer.kind byte --out /tmp/notes
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import re
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from MODEL import Action, ModelSection, UserError, knob, load_config, read_json, resolve_folder, run_main, say, staged, sync
+
+KINDS = ("bpe", "wordpiece", "unigram", "char", "byte")
+
+
+@dataclass
+class TokenizerSection:
+    name: str | None = knob(None, "tokenizer to use: folder or hub name; null is the model's own, or one trained here")
+    kind: str = knob("bpe", "what is trained: byte-level BPE, WordPiece, Unigram, characters or bytes", KINDS)
+    vocab_size: int = knob(1024, "pieces of a trained tokenizer, special tokens included")
+
+
+@dataclass
+class DataSection:
+    train: list | str = knob(["data/train.txt", "data/train.jsonl"], "files, folders, globs (txt jsonl json csv tsv parquet, .gz) or one .bin")
+    validation: str = knob("hash", "held-out part: hash (of each document), tail, none, or a file of its own")
+    validation_fraction: float = knob(0.05, "share of the documents (hash, tail) that is held out")
+    text_unit: str = knob("line", "what one sample of a .txt is", ("line", "file", "blank_line"))
+    text_field: str = knob("text", "column or key that holds the text in jsonl, json, csv, tsv and parquet")
+    weights: list | None = knob(None, "share of the batches for each path of data.train; null takes each token once")
+    packing: bool = knob(True, "join documents into full rows (they cannot see each other); false pads one a row")
+    streaming: bool = knob(False, "tokenize while training instead of writing .bin files first")
+    normalize: str = knob("NFC", "Unicode normalisation", ("NFC", "NFKC", "none"))
+    remove_control: bool = knob(True, "drop control characters other than newline and tab")
+    deduplicate: bool = knob(True, "drop exact duplicates (never single lines of a .txt)")
+    min_chars: int = knob(1, "shorter documents are dropped")
+    dir: str = knob("data", "folder of the trained tokenizer and the .bin files")
+
+    def __post_init__(self):
+        self.train = [self.train] if isinstance(self.train, str) else [str(path) for path in self.train]
+        if not self.train:
+            raise UserError("data.train: no file is named")
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"data.validation_fraction: {self.validation_fraction} must lie between 0 and 1")
+        if self.weights is not None:
+            if len(self.weights) != len(self.train):
+                raise UserError(f"data.weights: {len(self.weights)} weights for {len(self.train)} paths of data.train")
+            if not all(isinstance(w, (int, float)) and w > 0 for w in self.weights):
+                raise UserError(f"data.weights: {self.weights} must all be positive numbers")
+
+
+# -------------------------------------------------------------------------------------------------- tokenizers
+
+END = "<|endoftext|>"
+PAD = "<|pad|>"
+UNKNOWN = "<|unk|>"
+CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]  # reserved from the start, so that fine-tuning adds no embedding rows
+# GPT-4's pattern, with single digits: a model that sees "128" as 1 2 8 can carry. Words keep their leading space.
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+         r"|\s+(?!\S)|\s+")
+
+
+def load(name: str | Path):
+    """The tokenizer of a folder or hub name, as transformers makes it."""
+    folder = resolve_folder(str(name))
+    if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise UserError(f"{folder}: no tokenizer here (tokenizer.json is missing); name one with --tokenizer.name")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: the tokenizer cannot be read ({str(error).strip().splitlines()[0][:160]})") from None
+    return tokenizer
+
+
+def train(texts, vocab_size: int = 1024, kind: str = "bpe"):
+    """Train a tokenizer on an iterable of strings; encoding with special tokens puts <|endoftext|> in front.
+
+    bpe, byte: any bytes, nothing unknown (Radford 2019, section 2.2). unigram: Kudo 2018. wordpiece: BERT's.
+    char: the characters seen.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [END, PAD, *CHAT_TOKENS] + ([UNKNOWN] if kind in ("wordpiece", "unigram", "char") else [])
+    smallest = len(special) + (257 if kind == "bpe" else 256 if kind == "byte" else 1)
+    if kind == "byte":
+        vocab_size = smallest
+    elif vocab_size < smallest:
+        raise UserError(f"tokenizer.vocab_size: {vocab_size} is too small; {kind} needs at least {smallest}")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    options = dict(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = None
+    if kind == "bpe":
+        raw = Tokenizer(models.BPE())
+        raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), byte_level])
+        raw.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **options)
+    elif kind == "byte":
+        raw = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate([*special, *alphabet])}, merges=[]))
+        raw.add_special_tokens(special)
+        raw.pre_tokenizer, raw.decoder = byte_level, decoders.ByteLevel()
+    elif kind == "wordpiece":
+        raw = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+        raw.pre_tokenizer, raw.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(**options)
+    elif kind == "unigram":
+        raw = Tokenizer(models.Unigram())
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        raw.pre_tokenizer, raw.decoder = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), digits]), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token=UNKNOWN, **options)
+    else:
+        counts = Counter(itertools.chain.from_iterable(texts))
+        pieces = [*special, *sorted(c for c, _ in counts.most_common(vocab_size - len(special)))]
+        raw = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=UNKNOWN))
+        raw.add_special_tokens(special)
+        raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        raw.decoder = decoders.Fuse()
+    if trainer is not None:
+        raw.train_from_iterator(texts, trainer)
+    raw.post_processor = processors.TemplateProcessing(single=f"{END} $A", pair=f"{END} $A $B",
+                                                       special_tokens=[(END, raw.token_to_id(END))])
+    unknown = {"unk_token": UNKNOWN} if UNKNOWN in special else {}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=END, eos_token=END, pad_token=PAD, **unknown,
+                                   additional_special_tokens=CHAT_TOKENS, clean_up_tokenization_spaces=False)
+
+
+def save(tokenizer, folder: str | Path) -> None:
+    """tokenizer.json, tokenizer_config.json and, where there is one, chat_template.jinja."""
+    with staged(folder) as scratch:
+        tokenizer.save_pretrained(scratch)
+
+
+def begin_id(tokenizer) -> int:
+    """What a text starts with: the beginning-of-text token, or the end-of-text token of tokenizers that have one
+    only (GPT-2, Qwen), where the end of one text is the start of the next."""
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if begin is None:
+        raise UserError("the tokenizer has neither a beginning- nor an end-of-text token")
+    return begin
+
+
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """Ids of a prompt as the tokenizer itself starts a text; an empty prompt is the beginning of a text."""
+    return tokenizer(text).input_ids if text else [begin_id(tokenizer)]
+
+
+def fingerprint(tokenizer) -> str:
+    """Names what a tokenizer does: two with the same fingerprint give the same ids."""
+    return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest()
+
+
+class Encoder:
+    """Texts -> arrays of ids, without special tokens.
+
+    The words of a text repeat, so for byte-level BPE a dictionary from word to ids is several times faster than the
+    tokenizer itself. It is exact because such a tokenizer never joins across a space between two words: "a b" is
+    always "a" followed by " b". Other tokenizers, and texts with runs of spaces, go through the library's threads.
+    """
+
+    LIMIT = 500_000  # words kept
+
+    def __init__(self, tokenizer):
+        self.raw = tokenizer.backend_tokenizer
+        self.dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+        spec = json.loads(self.raw.to_str())
+        steps = spec["pre_tokenizer"] or {}
+        steps = steps.get("pretokenizers", [steps])
+        byte_level = [step for step in steps if step.get("type") == "ByteLevel" and not step["add_prefix_space"]]
+        known = all(step.get("type") in ("ByteLevel", "Split", "Digits") for step in steps)
+        added = [t for t in spec["added_tokens"] if t["lstrip"] or t["rstrip"] or t["normalized"] or " " in t["content"]]
+        self.by_words = spec["model"]["type"] == "BPE" and bool(byte_level) and known and not spec["normalizer"] and not added
+        if self.by_words and not self._proved():
+            self.by_words = False
+        self.words: dict[str, list[int]] = {}
+
+    def _proved(self) -> bool:
+        """A probe of the claim above, with the letters, digits, marks and breaks where patterns differ."""
+        probe = "It's 12 plus 30, isn't it?\n\"Yes\" (42)...\nfoo\tbar e\u0301 \u4f60\u597d x_y 3.14 \n a-b\u00a0c d"
+        pieces = probe.replace(" \n", "\n").split(" ")
+        joined = self._direct([pieces[0], *(" " + piece for piece in pieces[1:])])
+        return list(itertools.chain(*joined)) == list(self._direct([" ".join(pieces)])[0])
+
+    def _direct(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.raw.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        if not self.by_words:
+            return [np.array(ids, dtype=self.dtype) for ids in self._direct(texts)]
+        split = [self._split(text) for text in texts]
+        new = list({word for words in split for word in words} - self.words.keys())
+        if len(self.words) + len(new) > self.LIMIT:
+            self.words.clear()
+            new = list({word for words in split for word in words})
+        self.words.update(zip(new, self._direct(new), strict=True))
+        look = self.words.__getitem__
+        return [np.fromiter(itertools.chain.from_iterable(map(look, words)), self.dtype) for words in split]
+
+    @staticmethod
+    def _split(text: str) -> list[str]:
+        if "  " in text or " \n" in text or " \t" in text or " \r" in text or text.endswith(" "):
+            parts = re.split(r"(?<=\S) (?=\S)", text)  # a run of white space is one token's business
+        else:
+            parts = text.split(" ")
+        return [parts[0], *(" " + part for part in parts[1:])]
+
+
+# -------------------------------------------------------------------------------------------------------- chat
+
+
+def render_chat(tokenizer, messages: list[dict], tools: list | None = None,
+                add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
+    """A conversation, rendered once and whole by the tokenizer's own chat template -> (ids, assistant_mask).
+
+    The mask is 1 on what the assistant says, its end-of-turn token included. It comes from the template's
+    {% generation %} markers where it has them. Where not, a turn is what its rendering adds to the rendering of
+    everything before it, so training and serving see the same ids.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("this tokenizer has no chat template; use --chat off, or fine-tune one with SFT.py")
+    options = dict(tools=tools, tokenize=False)
+    try:
+        if "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(tokenizer.chat_template):
+            out = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt,
+                                                return_dict=True, return_assistant_tokens_mask=True)
+            return list(out["input_ids"]), list(out["assistant_masks"])
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **options)
+        spans = []
+        for i, message in enumerate(messages):
+            if message.get("role") == "assistant":
+                before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, **options) if i else ""
+                upto = tokenizer.apply_chat_template(messages[: i + 1], **options)
+                spans.append((_common(text, before), _common(text, upto)))
+    except Exception as error:
+        if type(error).__module__.startswith("jinja2"):
+            raise UserError(f"the chat template refuses this conversation ({error})") from None
+        raise
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    mask = [int(any(a <= start < b for a, b in spans)) for start, _ in out["offset_mapping"]]
+    return list(out["input_ids"]), mask
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the common prefix: ("abcd", "abx") -> 2."""
+    if a.startswith(b):
+        return len(b)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# ----------------------------------------------------------------------------------------------------- readers
+
+FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".md", ".text")
+PIECE = 2**18  # characters read at once; a longer document is passed on in pieces
+
+
+class Piece(NamedTuple):
+    """A document or a part of one; `last` closes it."""
+
+    text: str
+    last: bool = True
+
+
+def suffix_of(path: Path) -> str:
+    return path.with_suffix("").suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
+
+
+def expand_paths(names: list[str]) -> list[list[Path]]:
+    """For each name (file, folder, glob) the files it means: ["data/*.txt"] -> [[data/a.txt, data/b.txt]]."""
+    groups = []
+    for name in names:
+        if Path(name).is_dir():
+            files = sorted(p for p in Path(name).rglob("*") if p.is_file() and suffix_of(p) in FORMATS)
+        elif any(mark in name for mark in "*?[") and not Path(name).exists():
+            files = sorted(map(Path, glob.glob(name, recursive=True)))
+        else:
+            files = [Path(name)]
+        if not files or not files[0].exists():
+            raise UserError(f"data.train: '{name}' does not exist or holds no data file ({', '.join(FORMATS)})")
+        groups.append(files)
+    return groups
+
+
+def _open(path: Path) -> io.TextIOWrapper:
+    """UTF-8 text, unzipped, without a byte-order mark; binary files are refused."""
+    file = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    try:
+        head = file.peek(8192)[:8192] if hasattr(file, "peek") else b""
+    except (gzip.BadGzipFile, EOFError):
+        raise UserError(f"{path}: not a gzip file, although its name ends in .gz") from None
+    if b"\0" in head:
+        raise UserError(f"{path}: a binary file (or UTF-16 text); UTF-8 text is expected")
+    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, at most PIECE characters of it); a line that continues lacks its newline."""
+    with _open(path) as file:
+        number = 1
+        try:
+            while text := file.readline(PIECE):
+                if "\0" in text:
+                    raise UserError(f"{path}:{number}: a binary file; UTF-8 text is expected")
+                yield number, text
+                number += text.endswith("\n")
+        except UnicodeDecodeError:
+            raise UserError(f"{path}:{_undecodable_line(path)}: not UTF-8; convert it with "
+                            f"`iconv -f LATIN1 -t UTF-8`") from None
+        except (EOFError, gzip.BadGzipFile, OSError) as error:
+            raise UserError(f"{path}:{number}: cannot be read ({error})") from None
+
+
+def _undecodable_line(path: Path) -> int:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 0
+
+
+def read_pieces(path: Path, unit: str = "line", field: str = "text") -> Iterator[Piece]:
+    """The documents of one file, in order. Long ones come in pieces that end at a line end."""
+    suffix = suffix_of(path)
+    try:
+        if suffix in (".jsonl", ".json"):
+            yield from (Piece(text) for text in _read_json(path, suffix, field))
+        elif suffix in (".csv", ".tsv"):
+            yield from (Piece(text) for text in _read_table(path, suffix, field))
+        elif suffix == ".parquet":
+            yield from (Piece(text) for text in _read_parquet(path, field))
+        else:
+            yield from _read_text(path, unit)
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, a file is expected") from None
+
+
+def _read_text(path: Path, unit: str) -> Iterator[Piece]:
+    buffer: list[str] = []
+    size, fresh = 0, True  # fresh: at the start of a line
+    for _, line in _lines(path):
+        blank = fresh and not line.strip()
+        if unit == "line":
+            complete = line.endswith("\n")
+            if not (blank and complete):
+                yield Piece(line.rstrip("\r\n"), complete)
+        elif unit == "blank_line" and blank:
+            if buffer:
+                yield Piece("".join(buffer).rstrip("\r\n"))
+                buffer, size = [], 0
+        else:
+            # Cut only between two lines with text: no tokenizer joins "x\n" with "y".
+            if size > PIECE and fresh and buffer[-1].strip() and not line[:1].isspace():
+                yield Piece("".join(buffer), False)
+                buffer, size = [], 0
+            buffer.append(line)
+            size += len(line)
+        fresh = line.endswith("\n")
+    if unit == "line" and not fresh:
+        yield Piece("", True)
+    elif buffer:
+        text = "".join(buffer)
+        yield Piece(text if unit == "file" else text.rstrip("\r\n"))
+
+
+def _text_of(record, field: str, where: str) -> str:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: an object with '{field}' is expected, not {type(record).__name__}")
+    if field not in record:
+        keys = ", ".join(map(str, list(record)[:6])) or "none"
+        raise UserError(f"{where}: no key '{field}' (keys: {keys}); set data.text_field")
+    if not isinstance(record[field], str):
+        raise UserError(f"{where}: '{field}' is {type(record[field]).__name__}, text is expected")
+    return record[field]
+
+
+def _read_json(path: Path, suffix: str, field: str) -> Iterator[str]:
+    if suffix == ".json":
+        try:
+            with _open(path) as file:
+                records = json.load(file)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON ({error})") from None
+        records = records if isinstance(records, list) else [records]
+        yield from (_text_of(record, field, f"{path}: record {i}") for i, record in enumerate(records, 1))
+        return
+    parts: list[str] = []
+    for number, line in itertools.chain(_lines(path), [(0, "\n")]):  # the closing newline that a file may lack
+        parts.append(line)
+        if line.endswith("\n"):
+            whole, parts = "".join(parts).strip(), []
+            if whole:
+                try:
+                    record = json.loads(whole)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}:{number or 'last line'}: not valid JSON ({error.msg} at column {error.colno})") from None
+                yield _text_of(record, field, f"{path}:{number or 'last line'}")
+
+
+def _read_table(path: Path, suffix: str, field: str) -> Iterator[str]:
+    csv.field_size_limit(2**31 - 1)
+    with _open(path) as file:
+        rows = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
+        try:
+            for row in rows:
+                yield _text_of({k: v for k, v in row.items() if v is not None}, field, f"{path}:{rows.line_num}")
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path}:{rows.line_num}: cannot be read ({error})") from None
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs `pip install pyarrow`") from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a parquet file ({error})") from None
+    if field not in file.schema_arrow.names:
+        raise UserError(f"{path}: no column '{field}' (columns: {', '.join(file.schema_arrow.names)}); set data.text_field")
+    row = 0
+    for batch in file.iter_batches(columns=[field]):
+        for text in batch.column(0).to_pylist():
+            row += 1
+            if text is None:
+                raise UserError(f"{path}: row {row}: '{field}' is empty")
+            yield str(text)
+
+
+# ------------------------------------------------------------------------------------- cleaning and splitting
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
+class Seen:
+    """Exact duplicates by a 128-bit digest, in a temporary database that moves to disk when it grows."""
+
+    def __init__(self):
+        import sqlite3
+
+        self.table = sqlite3.connect("", isolation_level=None)
+        self.table.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        self.table.execute("BEGIN")
+
+    def add(self, text: str) -> bool:
+        """True if `text` is new."""
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        return self.table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 1
+
+
+def clean(text: str, data: DataSection, counts: Counter) -> str:
+    if not text.isascii() and data.normalize != "none" and not unicodedata.is_normalized(data.normalize, text):
+        text = unicodedata.normalize(data.normalize, text)
+        counts["normalised"] += 1
+    if data.remove_control and CONTROL.search(text):
+        text = CONTROL.sub("", text)
+        counts["with control characters"] += 1
+    return text
+
+
+def documents(data: DataSection, files: list[Path], counts: Counter, split=None) -> Iterator[tuple[str, str, bool]]:
+    """Clean documents of the files as (part, text, last), part being "train" or "val" as `split` says."""
+    seen = Seen() if data.deduplicate else None
+    for path in files:
+        single_lines = suffix_of(path) not in FORMATS[1:6] and data.text_unit == "line"
+        opened, part = False, "train"
+        for text, last in read_pieces(path, data.text_unit, data.text_field):
+            text = clean(text, data, counts)
+            whole = last and not opened
+            if whole:
+                if len(text.strip()) < data.min_chars:
+                    counts["too short"] += 1
+                    continue
+                if seen and not single_lines and not seen.add(text):
+                    counts["duplicates"] += 1
+                    continue
+            pieces = [(part, text, last)]
+            if split is not None:
+                pieces = split(text, last, opened, part)
+            for part, text, last in pieces:
+                counts["documents"] += last
+                counts["bytes"] += len(text.encode("utf-8", "surrogatepass"))
+                yield part, text, last
+            opened = not last
+
+
+def hash_split(fraction: float):
+    """A document's own text decides: the same one falls on the same side whatever else is in the data."""
+
+    def split(text: str, last: bool, opened: bool, part: str):
+        if not opened:
+            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            part = "val" if int.from_bytes(digest, "big") < fraction * 2**64 else "train"
+        return [(part, text, last)]
+
+    return split
+
+
+def tail_split(data: DataSection, files: list[Path]):
+    """The last documents are held out; a single document is cut at that share of its characters."""
+    total, characters = 0, 0
+    for _, text, last in documents(data, files, Counter()):
+        total, characters = total + last, characters + len(text)
+    position = {"documents": 0, "characters": 0}
+
+    def split(text: str, last: bool, opened: bool, part: str):
+        if total > 1:
+            part = "val" if position["documents"] >= total - max(1, round(total * data.validation_fraction)) else "train"
+            position["documents"] += last
+            return [(part, text, last)]
+        cut = int(characters * (1 - data.validation_fraction)) - position["characters"]
+        position["characters"] += len(text)
+        if cut <= 0:
+            return [("val", text, last)]
+        if cut >= len(text):
+            return [("train", text, last)]
+        return [("train", text[:cut], True), ("val", text[cut:], last)]
+
+    return split
+
+
+# ------------------------------------------------------------------------------------------------- token files
+
+
+class TokenWriter:
+    """Appends ids to a temporary file; documents are closed by the end-of-text id."""
+
+    def __init__(self, path: Path, encoder: Encoder, begin: int, end: int):
+        self.path, self.encoder, self.begin, self.end = path, encoder, begin, end
+        self.file = open(path, "wb")
+        self.tokens = self.documents = self.bytes = 0
+        self.open = False
+        self.queue: list[tuple[str, bool]] = []
+        self.queued = 0
+
+    def add(self, text: str, last: bool) -> None:
+        self.queue.append((text, last))
+        self.queued += len(text)
+        if self.queued > 4 * PIECE:
+            self.flush()
+
+    def flush(self) -> None:
+        parts = []
+        for (text, last), ids in zip(self.queue, self.encoder([text for text, _ in self.queue]), strict=True):
+            # With one id for both ends, the end of a document is the beginning of the next: written once.
+            if not self.open and (self.begin != self.end or self.tokens == 0 and not parts):
+                parts.append([self.begin])
+            parts.append(ids)
+            if last:
+                parts.append([self.end])
+            self.open = not last
+            self.documents += last
+            self.bytes += len(text.encode("utf-8", "surrogatepass"))
+        if parts:
+            joined = np.concatenate([np.asarray(part, dtype=self.encoder.dtype) for part in parts])
+            joined.astype(joined.dtype.newbyteorder("<")).tofile(self.file)
+            self.tokens += len(joined)
+        self.queue, self.queued = [], 0
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+        sync(self.path)
+
+
+class TokenFile(NamedTuple):
+    """Ids of one part of the data, its documents' places, and how many bytes of text they stand for (or None)."""
+
+    ids: np.ndarray
+    sources: list  # [start, stop) of each path of data.train
+    bytes: int | None
+    begin: int
+    end: int
+
+
+def token_files(data: DataSection, tokenizer) -> dict[str, TokenFile]:
+    """The ids to train on and, where there are any, to validate on: {"train": ..., "val": ...}."""
+    names = data.train
+    if len(names) == 1 and names[0].endswith(".bin"):
+        path = Path(names[0])
+        beside = path.with_name(path.name.replace("train", "val"))
+        found = {"train": open_tokens(path, tokenizer)}
+        if data.validation not in ("hash", "tail", "none"):
+            found["val"] = open_tokens(Path(data.validation), tokenizer)
+        elif data.validation != "none" and beside != path and beside.exists():
+            found["val"] = open_tokens(beside, tokenizer)
+        return found
+    if any(name.endswith(".bin") for name in names):
+        raise UserError("data.train: a .bin file stands alone; text files and .bin files cannot be mixed")
+    folder = Path(data.dir)
+    if not _fits(folder, data, tokenizer):
+        prepare(data, tokenizer)
+    return {part: tokens for part in ("train", "val") if len((tokens := open_tokens(folder / f"{part}_ids.bin", tokenizer)).ids)}
+
+
+def _recipe(data: DataSection, tokenizer) -> dict:
+    """Everything that decides the content of the .bin files."""
+    recipe = {k: v for k, v in asdict(data).items() if k not in ("weights", "packing", "streaming", "dir")}
+    names = list(data.train) + ([] if data.validation in ("hash", "tail", "none") else [data.validation])
+    files = [path for group in expand_paths(names) for path in group]
+    stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return {**recipe, "tokenizer": fingerprint(tokenizer), "files": stamps}
+
+
+def _fits(folder: Path, data: DataSection, tokenizer) -> bool:
+    """Whether the .bin files in `folder` were made from this data by this tokenizer."""
+    recipe = _recipe(data, tokenizer)
+    for part in ("train", "val"):
+        path = folder / f"{part}_ids.bin"
+        if not path.exists() or not path.with_suffix(".json").exists():
+            return False
+        try:
+            facts = json.loads(path.with_suffix(".json").read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return False
+        size = path.stat().st_size // np.dtype(facts.get("dtype", "uint16")).itemsize
+        if facts.get("recipe") != recipe or facts.get("tokens") != size:
+            return False
+    return True
+
+
+def prepare(data: DataSection, tokenizer) -> None:
+    """Write train_ids.bin and val_ids.bin with a JSON of facts beside each, whole or not at all."""
+    encoder, counts = Encoder(tokenizer), Counter()
+    begin, end = begin_id(tokenizer), tokenizer.eos_token_id
+    end = begin if end is None else end
+    groups = expand_paths(data.train)
+    recipe = _recipe(data, tokenizer)
+    with staged(data.dir) as scratch:
+        writers = {part: TokenWriter(scratch / f"{part}_ids.bin", encoder, begin, end) for part in ("train", "val")}
+        spans = {"train": [], "val": []}
+        for files in groups:
+            starts = {part: writers[part].tokens for part in writers}
+            for part, text, last in documents(data, files, counts, _splitter(data, files)):
+                writers[part].add(text, last)
+            for part, writer in writers.items():
+                writer.flush()
+                spans[part].append([starts[part], writer.tokens])
+        if data.validation not in ("hash", "tail", "none"):
+            for _, text, last in documents(data, expand_paths([data.validation])[0], counts):
+                writers["val"].add(text, last)
+        for part, writer in writers.items():
+            writer.close()
+            facts = {"format": 1, "dtype": np.dtype(encoder.dtype).name, "tokens": writer.tokens, "documents": writer.documents,
+                     "bytes": writer.bytes, "begin": begin, "end": end, "vocab_size": len(tokenizer),
+                     "sources": spans[part], "recipe": recipe}
+            (scratch / f"{part}_ids.json").write_text(json.dumps(facts, indent=1))
+        total = writers["train"].tokens
+    dropped = ", ".join(f"{counts[k]:,} {k}" for k in ("too short", "duplicates", "normalised", "with control characters") if counts[k])
+    say(f"{counts['documents']:,} documents, {counts['bytes'] / 1e6:.2f} MB -> {total:,} tokens to train on, "
+        f"{writers['val'].tokens:,} held out" + (f" ({dropped})" if dropped else ""))
+
+
+def _splitter(data: DataSection, files: list[Path]):
+    if data.validation == "hash":
+        return hash_split(data.validation_fraction)
+    return tail_split(data, files) if data.validation == "tail" else None
+
+
+def open_tokens(path: Path, tokenizer) -> TokenFile:
+    """Map a token file; without a JSON beside it (nanoGPT's) it is read as uint16. A misfit is refused."""
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file")
+    facts = read_json(path.with_suffix(".json")) if path.with_suffix(".json").exists() else {}
+    made_by = facts.get("recipe", {}).get("tokenizer")
+    if made_by and made_by != fingerprint(tokenizer):
+        raise UserError(f"{path}: made by another tokenizer; delete it, or name that tokenizer with --tokenizer.name")
+    dtype = np.dtype(facts.get("dtype", "uint16")).newbyteorder("<")
+    size = path.stat().st_size
+    if size % dtype.itemsize:
+        raise UserError(f"{path}: {size} bytes are not a whole number of {dtype.name} ids; the file is cut short")
+    if facts and facts["tokens"] != size // dtype.itemsize:
+        raise UserError(f"{path}: {size // dtype.itemsize} ids, its JSON says {facts['tokens']}; delete both to rebuild")
+    ids = np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
+    largest = max((int(ids[i : i + 2**24].max()) for i in range(0, len(ids), 2**24)), default=0)
+    if largest >= len(tokenizer):
+        raise UserError(f"{path}: holds id {largest}, the tokenizer has {len(tokenizer)}; it was made by another tokenizer")
+    begin = begin_id(tokenizer)
+    end = begin if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return TokenFile(ids, facts.get("sources") or [[0, len(ids)]], facts.get("bytes"), facts.get("begin", begin), facts.get("end", end))
+
+
+# ----------------------------------------------------------------------------------------------------- packing
+
+
+class Spans:
+    """Documents as (start, stop) places in an array of ids: token i predicts token i + 1 for start <= i < stop.
+
+    A document is begin, text, end; it has one (input, target) pair fewer than tokens. Where one id is both ends,
+    the end of a document is also the beginning of the next.
+    """
+
+    def __init__(self, tokens: TokenFile, start: int = 0, stop: int | None = None):
+        self.ids = tokens.ids
+        stop = len(self.ids) if stop is None else stop
+        ends = np.concatenate([np.flatnonzero(self.ids[i : min(i + 2**24, stop)] == tokens.end) + i
+                               for i in range(start, max(stop, start + 1), 2**24)]).astype(np.int64)
+        shared = tokens.begin == tokens.end
+        if shared and len(ends) and ends[0] == start:
+            ends = ends[1:]
+        if stop > start and (not len(ends) or ends[-1] != stop - 1):
+            ends = np.append(ends, stop - 1)  # a last document without its end
+        starts = np.concatenate([[start], ends[:-1] + (0 if shared else 1)]).astype(np.int64)[: len(ends)]
+        whole = ends > starts
+        self.starts, self.lengths = starts[whole], (ends - starts)[whole]
+
+    @property
+    def pairs(self) -> int:
+        return int(self.lengths.sum())
+
+
+class Rows:
+    """One epoch's rows of at most `length` pairs, in the order drawn from `seed`; row(i) gives pieces of documents.
+
+    Packed: the documents are shuffled, laid end to end, cut every `length` pairs, and the rows shuffled. The slack of
+    the last row moves the first cut, so that one long document is not cut alike in every epoch. Every pair is in
+    exactly one row.
+    """
+
+    def __init__(self, spans: Spans, length: int, packing: bool, seed: list[int] | None):
+        self.spans, self.length, self.packing = spans, length, packing
+        random = np.random.default_rng(seed) if seed is not None else None
+        documents = len(spans.lengths)
+        self.order = random.permutation(documents) if random else np.arange(documents)
+        lengths = spans.lengths[self.order]
+        self.phase = 0
+        if packing:
+            self.edges = np.concatenate([[0], np.cumsum(lengths)])
+            self.count = -(-int(self.edges[-1]) // length)
+            if random and self.count > 1:
+                self.phase = int(random.integers(0, self.count * length - int(self.edges[-1]) + 1))
+        else:
+            per_document = -(-lengths // length)  # a long document takes several rows
+            self.edges = np.concatenate([[0], np.cumsum(per_document)])
+            self.count = int(self.edges[-1])
+        self.rows = random.permutation(self.count) if random else np.arange(self.count)
+
+    def row(self, i: int) -> list[tuple[int, int]]:
+        """The i-th row as (start, stop) pieces of the ids."""
+        index = int(self.rows[i])
+        if not self.packing:
+            place = int(np.searchsorted(self.edges, index, "right")) - 1
+            document, offset = self.order[place], (index - int(self.edges[place])) * self.length
+            start = int(self.spans.starts[document]) + offset
+            return [(start, start + min(self.length, int(self.spans.lengths[document]) - offset))]
+        low = max(index * self.length - self.phase, 0)
+        high = min((index + 1) * self.length - self.phase, int(self.edges[-1]))
+        pieces, place = [], int(np.searchsorted(self.edges, low, "right")) - 1
+        while low < high:
+            document, offset = self.order[place], low - int(self.edges[place])
+            take = min(int(self.spans.lengths[document]) - offset, high - low)
+            start = int(self.spans.starts[document]) + offset
+            pieces.append((start, start + take))
+            low, place = low + take, place + 1
+        return pieces
+
+
+def collate(ids: np.ndarray, rows: list[list[tuple[int, int]]], width: int | None = None) -> dict:
+    """Rows of pieces -> a batch: input_ids, targets, positions, segment_ids (B, T), counts.
+
+    Each piece is a segment of its own with positions from 0; padding has target -100 and position -1. Full rows
+    of one piece each need neither positions nor segments: plain causal attention is the same and faster.
+    """
+    longest = max((sum(stop - start for start, stop in row) for row in rows), default=0)
+    width = width or max(longest, 1)
+    shape = (len(rows), width)
+    inputs, targets = np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
+    positions, segments = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)
+    for r, row in enumerate(rows):
+        at = 0
+        for segment, (start, stop) in enumerate(row):
+            there = slice(at, at + stop - start)
+            inputs[r, there], targets[r, there] = ids[start:stop], ids[start + 1 : stop + 1]
+            positions[r, there], segments[r, there] = np.arange(stop - start), segment
+            at += stop - start
+    batch = {"input_ids": inputs, "targets": targets}
+    if not all(len(row) == 1 and row[0][1] - row[0][0] == width for row in rows):
+        batch.update(positions=positions, segment_ids=segments)
+    batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+    return {**batch, "counts": {"tokens": int((targets != -100).sum())}}
+
+
+class TokenStream:
+    """Endless batches of packed rows for `TRAIN.fit`; the order depends on (seed, epoch) alone.
+
+    One optimizer step takes the next batch_size * grad_accum * world_size rows, whichever process computes them.
+    The last step of an epoch is filled up with rows of padding. `blocks(epoch)` yields lists of spans to draw from:
+    one list for a token file; many, made on the fly, when streaming from text.
+    """
+
+    def __init__(self, blocks, batch_size: int, length: int, packing: bool = True, weights=None, blocks_known: bool = True):
+        self.blocks, self.batch_size, self.length, self.packing, self.weights = blocks, batch_size, length, packing, weights
+        self.known = blocks_known
+        self.epoch = self.block = self.next_row = 0
+        self.steps_per_epoch = None
+
+    def start(self, run) -> None:
+        self.run = run
+        self.per_step = self.batch_size * run.grad_accum * run.world_size
+        self.width = self.length if getattr(run, "static_shapes", False) else None
+        self.queue: list[dict] = []
+        self._open_epoch()
+        if self.known:
+            self.steps_per_epoch = -(-self._count // self.per_step)
+
+    def _open_epoch(self) -> None:
+        """Go to (epoch, block), skipping blocks that were used before a resume."""
+        self.iterator = iter(self.blocks(self.epoch))
+        for _ in range(self.block + 1):
+            spans = next(self.iterator, None)
+        self._open_block(spans)
+
+    def _open_block(self, spans: list[Spans]) -> None:
+        seed = [self.run.seed, self.epoch, self.block]
+        if self.weights is None:
+            self.parts = [Rows(_pooled(spans), self.length, self.packing, seed)]
+            self._count = self.parts[0].count
+        else:
+            self.sources = spans
+            sizes = [Rows(s, self.length, self.packing, None).count for s in spans]
+            self._count = sum(sizes)
+            share = np.array(self.weights, float) / sum(self.weights)
+            self.choice = np.random.default_rng([*seed, 1]).choice(len(spans), self._count, p=share)
+            self.turn = np.zeros(self._count, np.int64)  # how often the row's source was drawn before
+            for s in range(len(spans)):
+                self.turn[self.choice == s] = np.arange((self.choice == s).sum())
+            self.sizes, self.laps = sizes, {}
+
+    def _row(self, i: int):
+        if i >= self._count:
+            return []
+        if self.weights is None:
+            return self.parts[0].row(i)
+        source = int(self.choice[i])
+        lap, place = divmod(int(self.turn[i]), self.sizes[source])
+        if (source, lap) not in self.laps:  # a small source is drawn again, in another order
+            seed = [self.run.seed, self.epoch, self.block, source, lap]
+            self.laps[source, lap] = Rows(self.sources[source], self.length, self.packing, seed)
+        return self.laps[source, lap].row(place)
+
+    def _ids(self):
+        return self.parts[0].spans.ids if self.weights is None else self.sources[0].ids
+
+    def __next__(self) -> dict:
+        if not self.queue:
+            if self.next_row >= self._count:
+                self._advance()
+            run, size = self.run, self.batch_size
+            for micro in range(run.grad_accum):
+                first = self.next_row + (micro * run.world_size + run.rank) * size
+                self.queue.append(collate(self._ids(), [self._row(i) for i in range(first, first + size)], self.width))
+            self.next_row += self.per_step
+        return self.queue.pop(0)
+
+    def _advance(self) -> None:
+        spans = next(self.iterator, None)
+        self.next_row, self.block = 0, self.block + 1
+        if spans is None:
+            self.epoch, self.block = self.epoch + 1, 0
+            self._open_epoch()
+        else:
+            self._open_block(spans)
+
+    def state_dict(self) -> dict:
+        """The position, at a step boundary."""
+        return {"epoch": self.epoch, "block": self.block, "next_row": self.next_row}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epoch, self.block = state["epoch"], state["block"]
+        self.queue = []
+        self._open_epoch()
+        self.next_row = state["next_row"]
+
+
+def _pooled(spans: list[Spans]) -> Spans:
+    """Several sources of the same ids as one."""
+    if len(spans) == 1:
+        return spans[0]
+    pooled = object.__new__(Spans)
+    pooled.ids = spans[0].ids
+    pooled.starts = np.concatenate([s.starts for s in spans])
+    pooled.lengths = np.concatenate([s.lengths for s in spans])
+    return pooled
+
+
+def file_stream(tokens: TokenFile, data: DataSection, batch_size: int, length: int) -> TokenStream:
+    """The training stream of a token file."""
+    spans = [Spans(tokens, start, stop) for start, stop in tokens.sources]
+    if data.weights and len(spans) != len(data.weights):
+        raise UserError(f"data.weights: {len(data.weights)} weights, the token file has {len(spans)} sources")
+    if data.weights and not all(s.pairs for s in spans):
+        raise UserError("data.weights: a source holds no text to train on")
+    if sum(s.pairs for s in spans) < 1:
+        raise UserError("data.train: fewer than two tokens in all; there is nothing to predict")
+    return TokenStream(lambda epoch: [spans], batch_size, length, data.packing, data.weights)
+
+
+def text_stream(data: DataSection, tokenizer, batch_size: int, length: int, buffer_bytes: int = 2**23) -> TokenStream:
+    """Batches straight from text: blocks of about 8 MB are read in order, tokenized, and shuffled within."""
+    if data.weights:
+        raise UserError("data.weights: needs data.streaming false")
+    encoder, begin = Encoder(tokenizer), begin_id(tokenizer)
+    end = begin if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    files = [path for group in expand_paths(data.train) for path in group]
+
+    def block(texts: list[tuple[str, bool]]) -> list[Spans]:
+        parts, opened = [], False
+        for (_, last), ids in zip(texts, encoder([text for text, _ in texts]), strict=True):
+            parts += ([] if opened or (begin == end and parts) else [[begin]]) + [ids] + ([[end]] if last else [])
+            opened = not last
+        joined = np.concatenate([np.asarray(part, dtype=encoder.dtype) for part in parts])
+        return [Spans(TokenFile(joined, [], None, begin, end))]
+
+    def blocks(epoch: int):
+        texts, size, found = [], 0, False
+        split = _splitter(data, files)
+        for part, text, last in documents(data, files, Counter(), split):
+            if part == "val":
+                continue
+            texts.append((text, last))
+            size += len(text)
+            if size >= buffer_bytes:
+                yield block(texts)
+                texts, size, found = [], 0, True
+        if texts:
+            yield block(texts)
+        elif not found:
+            raise UserError("data.train: fewer than two tokens in all; there is nothing to predict")
+
+    return TokenStream(blocks, batch_size, length, data.packing, blocks_known=False)
+
+
+def fixed_batches(tokens: TokenFile, batch_size: int, length: int, packing: bool, limit: int | None = None) -> list[dict]:
+    """Validation: the same rows in the same order every time, spread over the whole file when limited."""
+    rows = Rows(Spans(tokens), length, packing, None)
+    chosen = np.arange(rows.count)
+    if limit is not None and rows.count > limit * batch_size:
+        chosen = np.linspace(0, rows.count - 1, limit * batch_size).astype(int)
+    groups = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    return [collate(tokens.ids, [rows.row(int(i)) for i in group]) for group in groups]
+
+
+# ---------------------------------------------------------------------------------------------------- choosing
+
+
+def choose(section: TokenizerSection, data: DataSection, model_name: str | None = None):
+    """The tokenizer of a run: named, the model's own, or trained on the data (kept in data.dir/tokenizer)."""
+    if section.name or model_name:
+        return load(section.name or model_name)
+    folder = Path(data.dir) / "tokenizer"
+    if any(name.endswith(".bin") for name in data.train):
+        path = Path(data.train[0]).parent / "tokenizer"
+        if not path.exists():
+            raise UserError(f"{data.train[0]}: ids without their tokenizer; name it with --tokenizer.name")
+        return load(path)
+    recipe = {"kind": section.kind, "vocab_size": section.vocab_size, "data": _sample_recipe(data)}
+    stamp = folder / "trained_on.json"
+    if stamp.exists() and (folder / "tokenizer.json").exists() and read_json(stamp) == recipe:
+        return load(folder)
+    say(f"training a {section.kind} tokenizer of {section.vocab_size} pieces")
+    tokenizer = train(sample_texts(data), section.vocab_size, section.kind)
+    if len(tokenizer) < 2 or tokenizer.backend_tokenizer.get_vocab_size() < 2:
+        raise UserError("data.train: no text to train a tokenizer on")
+    with staged(folder) as scratch:
+        tokenizer.save_pretrained(scratch)
+        (scratch / stamp.name).write_text(json.dumps(recipe, indent=1))
+    return tokenizer
+
+
+def _sample_recipe(data: DataSection) -> list:
+    files = [path for group in expand_paths(data.train) for path in group]
+    return [data.text_unit, data.normalize, *([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files)]
+
+
+def sample_texts(data: DataSection, limit: int = 64_000_000) -> Iterator[str]:
+    """Training text for a tokenizer: an equal share of each file's beginning, at most `limit` characters in all."""
+    files = [path for group in expand_paths(data.train) for path in group]
+    for path in files:
+        left = limit // len(files)
+        for part, text, _ in documents(data, [path], Counter(), _splitter(data, [path])):
+            if part == "train":
+                yield text
+                left -= len(text)
+            if left <= 0:
+                break
+
+
+def warn_short_lines(data: DataSection, tokens: TokenFile, length: int) -> None:
+    if data.text_unit == "line" and any(suffix_of(Path(name)) not in FORMATS[1:6] for name in data.train):
+        lengths = Spans(tokens).lengths
+        if len(lengths) and len(lengths) > 1 and lengths.mean() < length / 8:
+            say(f"lines are short ({lengths.mean():.0f} tokens) against max_length {length}: if they belong together, "
+                "--data.text_unit blank_line or file lets the model see more at once")
+
+
+SECTIONS = {"model": ModelSection, "tokenizer": TokenizerSection, "data": DataSection}
+
+
+def main(argv: list[str] | None = None) -> None:
+    actions: dict[str, Action] = {}
+    config = load_config(argv, SECTIONS, "tokenizer", actions, __doc__, {"out": "data.dir"})
+    own = config.tokenizer.name or config.model.name
+    tokenizer = choose(config.tokenizer, config.data, config.model.name)
+    if not own:
+        say(f"tokenizer of {len(tokenizer):,} pieces in {Path(config.data.dir) / 'tokenizer'}")
+    if not _fits(Path(config.data.dir), config.data, tokenizer):
+        prepare(config.data, tokenizer)
+    for part, tokens in token_files(config.data, tokenizer).items():
+        ratio = f", {tokens.bytes / len(tokens.ids):.2f} bytes each" if tokens.bytes else ""
+        say(f"{Path(config.data.dir) / (part + '_ids.bin')}: {len(tokens.ids):,} ids{ratio}")
+
+
+if __name__ == "__main__":
+    run_main(main)
