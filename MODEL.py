@@ -1077,10 +1077,18 @@ def staged(folder: str | Path):
     try:
         yield scratch
         for path in sorted(scratch.iterdir()):
+            path.chmod(0o666 & ~_umask())
             sync(path)
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@memoize
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def sync(path: Path) -> None:
@@ -1098,13 +1106,24 @@ def write_text(path: str | Path, text: str) -> None:
         (scratch / Path(path).name).write_text(text, encoding="utf-8")
 
 
-def save(model: Transformer, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+def process_rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded over processes (all of them have to call)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def save(model: Transformer, folder: str | Path) -> None:
     """Write config.json, generation_config.json and safetensors (sharded above 5 GB) as transformers would.
 
-    `state` replaces the model's own state dict (full tensors gathered from shards)."""
+    Sharded weights (FSDP2) are gathered, so every process has to call; the first one writes."""
     from huggingface_hub import save_torch_state_dict
 
-    state = dict(state or model.state_dict())
+    state = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
+    if process_rank() != 0:
+        return
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     raw = config_to_hub(model.config, model.heads)
@@ -1279,8 +1298,18 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def choose_device(name: str = "auto") -> torch.device:
+    """model.device as a device that is there; auto takes CUDA, then MPS, then the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        there = {"cpu": True, "cuda": (device.index or 0) < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    except RuntimeError:
+        there = {}
+    if not there or not there.get(device.type, False):
+        raise UserError(f"model.device: '{name}' is not there; use cpu, or auto for the best there is")
+    return device
 
 
 @memoize
@@ -1485,9 +1514,10 @@ ModelSection = dataclasses.make_dataclass("ModelSection", [
     ("preset", str | None, knob("llama-2m", "fresh weights: python MODEL.py --list shows all; replaces name")),
     ("dtype", str, knob("auto", "type of computation; training keeps float32 weights", ("auto", *DTYPES))),
     ("attn_implementation", str, knob("auto", "attention kernel", tuple(ATTENTION))),
+    ("device", str, knob("auto", "auto, cpu, cuda, cuda:1 or mps")),
     *[(name, f.type + " | None" if "None" not in f.type else f.type, knob(None, f.metadata["comment"], f.metadata["choices"]))
       for name, f in KNOBS.items()]], namespace={"__module__": __name__})
-MODEL_SETTINGS = ("name", "preset", "dtype", "attn_implementation")
+MODEL_SETTINGS = ("dtype", "attn_implementation", "device")  # how to compute, whatever the model
 
 
 @dataclass
@@ -1496,11 +1526,12 @@ class OutputSection:
 
 
 class Action(NamedTuple):
-    """A flag of one script that is no setting: `convert` makes its value, None marks a plain switch."""
+    """A flag of one script that is no setting: `convert` makes its value, None marks a plain switch; `bare` is its
+    value where none follows."""
 
     comment: str
     convert: Callable | None = None
-    default: object = None
+    bare: str | None = None
 
 
 def nearest(word: str, words) -> str:
@@ -1615,7 +1646,7 @@ def _read_yaml(path: Path) -> dict:
 def _read_flags(argv, sections, own, actions, shorts):
     """--config FILE, --section.key value, own keys and short flags -> (path, {section: {key: raw}}, actions)."""
     flags = {name: {} for name in sections}
-    chosen = {name: action.default if action.convert else False for name, action in actions.items()}
+    chosen = {name: None if action.convert else False for name, action in actions.items()}
     path, i = None, 0
     while i < len(argv):
         word, i = argv[i], i + 1
@@ -1629,8 +1660,11 @@ def _read_flags(argv, sections, own, actions, shorts):
         known = name in ("config", *actions)
         section, key, kind = (None, None, str) if known else _find_key(name, sections, own, shorts)
         if not equals:
-            if kind is bool and (i == len(argv) or argv[i].startswith("--")):
+            alone = i == len(argv) or argv[i].startswith("--")
+            if kind is bool and alone:
                 value = "true"
+            elif alone and name in actions and actions[name].bare is not None:
+                value = actions[name].bare
             elif i == len(argv):
                 raise UserError(f"--{name}: a value is missing")
             else:
@@ -1685,7 +1719,7 @@ def _apply(values: dict, layer: Layer, sections: dict[str, type]) -> None:
         raise UserError(f"{layer.origin}: model.name and model.preset exclude each other; keep one")
     if {"name", "preset"} & set(model):
         for key in values["model"]:
-            if key not in ("dtype", "attn_implementation"):
+            if key not in MODEL_SETTINGS:
                 values["model"][key] = None
         if "name" in model and "tokenizer" in values:
             values["tokenizer"] = {f.name: _default(f) for f in dataclasses.fields(sections["tokenizer"])}

@@ -464,7 +464,7 @@ class Seen:
     def __init__(self):
         import sqlite3
 
-        self.table = sqlite3.connect("", isolation_level=None)
+        self.table = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self.table.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
         self.table.execute("BEGIN")
 

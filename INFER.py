@@ -1,0 +1,626 @@
+"""INFER.py: ids out of a model.
+
+Read in this order: settings (`Sampling`), the sampler (`sample`), generation with a KV cache (`generate`, `stream`),
+scoring (`score`), and the command line.
+
+    echo "Once upon a time" | python INFER.py --model out
+    python INFER.py --model out --prompt "What is 12 plus 30?" --temperature 0 --max-new-tokens 32
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import MODEL
+import TOKENIZER
+from MODEL import Action, UserError, knob, load_config, run_main, say
+
+
+@dataclass
+class Sampling:
+    """How one request is sampled. Names and meaning are those of the OpenAI API and vLLM."""
+
+    max_new_tokens: int = knob(256, "tokens generated at most")
+    temperature: float = knob(0.8, "0 is greedy; below 1 sharper, above 1 flatter")
+    top_k: int = knob(0, "only the k likeliest tokens; 0 is off")
+    top_p: float = knob(1.0, "only the likeliest tokens that hold this probability together (Holtzman 2019)")
+    min_p: float = knob(0.0, "only tokens at least this fraction as likely as the likeliest")
+    repetition_penalty: float = knob(1.0, "above 1 lowers tokens of prompt and answer (Keskar 2019)")
+    presence_penalty: float = knob(0.0, "subtracted once from the logits of tokens already generated")
+    frequency_penalty: float = knob(0.0, "subtracted for each time a token was generated")
+    stop: list | None = knob(None, "texts that end the answer; they are not part of it")
+    seed: int | None = knob(None, "the same seed gives the same text, alone or in a batch")
+    logprobs: bool = knob(False, "return the log-probability of each token")
+    n: int = knob(1, "answers for each prompt")
+    ignore_eos: bool = knob(False, "go on after the end-of-text token")
+
+    def __post_init__(self):
+        self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        limits = {"max_new_tokens": (1, math.inf), "temperature": (0, math.inf), "top_k": (0, math.inf), "top_p": (0, 1),
+                  "min_p": (0, 1), "repetition_penalty": (1e-6, math.inf), "n": (1, math.inf)}
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"inference.{name}: {getattr(self, name)} must lie between {low:g} and {high:g}")
+
+
+@dataclass
+class InferenceSection(Sampling):
+    use_cache: bool = knob(True, "keep keys and values of past tokens; false computes them anew each step")
+    batch_size: int = knob(8, "prompts computed together")
+    chat: str = knob("auto", "wrap prompts in the chat template; auto does where the tokenizer has one", ("auto", "on", "off"))
+    system: str | None = knob(None, "system message of a chat")
+    model: dict = knob({"name": "./out"}, "this stage's own model block")
+
+
+SAMPLING_KEYS = [f.name for f in fields(Sampling)]
+
+
+class Completion(NamedTuple):
+    """One answer: its ids (the end-of-text id included), log-probabilities of logits / temperature before penalties and
+    truncation (None unless asked for), "stop" or "length", and its text where a tokenizer was given."""
+
+    ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: str
+    text: str | None = None
+
+
+# ----------------------------------------------------------------------------------------------------- sampler
+
+
+def penalize(logits: Tensor, rows: list[Row]) -> Tensor:
+    """Repetition, presence and frequency penalties on logits (B, V)."""
+    for logit, row in zip(logits, rows, strict=True):
+        s = row.sampling
+        if s.repetition_penalty != 1:
+            ids = torch.tensor(sorted(set(row.prompt) | set(row.ids)), device=logits.device)
+            seen = logit[ids]
+            logit[ids] = torch.where(seen > 0, seen / s.repetition_penalty, seen * s.repetition_penalty)
+        if (s.presence_penalty or s.frequency_penalty) and row.ids:
+            ids, counts = torch.tensor(row.ids, device=logits.device).unique(return_counts=True)
+            logit[ids] -= s.presence_penalty + s.frequency_penalty * counts
+    return logits
+
+
+def truncate(probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Zero what top-k, then top-p of the rest, then min-p exclude. Sorted probabilities (B, V), limits (B, 1)."""
+    ranks = torch.arange(probabilities.shape[1], device=probabilities.device)
+    kept = probabilities * (ranks < top_k)
+    kept = kept / kept.sum(-1, keepdim=True)
+    before = kept.cumsum(-1) - kept  # the token that crosses top_p is still in
+    return kept * (before < top_p) * (kept >= min_p * kept[:, :1])
+
+
+def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float] | None]:
+    """Draw one id for each row from logits (B, V) float32 by inverting the distribution at the row's own random
+    number, so a row's text does not depend on who else is in its batch."""
+    settings = [row.sampling for row in rows]
+    device = logits.device
+    temperatures = torch.tensor([s.temperature or 1.0 for s in settings], device=device)[:, None]
+    plain = logits / temperatures
+    if any(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty for s in settings):
+        logits = penalize(logits.clone(), rows)
+    if all(s.temperature == 0 for s in settings):
+        chosen = logits.argmax(-1)
+    else:
+        uniform = torch.tensor([row.next_uniform() for row in rows], device=device, dtype=torch.float32)[:, None]
+        ordered = probabilities = (logits / temperatures).softmax(-1)
+        places = None
+        if any(s.top_k or s.top_p < 1 or s.min_p for s in settings):
+            ordered, places = probabilities.sort(-1, descending=True, stable=True)
+            limits = ([s.top_k or logits.shape[1] for s in settings], [s.top_p if s.top_p < 1 else 2.0 for s in settings],
+                      [s.min_p for s in settings])
+            ordered = truncate(ordered, *(torch.tensor(limit, device=device)[:, None] for limit in limits))
+        mass = ordered.cumsum(-1)
+        index = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).clamp(max=mass.shape[1] - 1)  # (B, 1)
+        # Rounding may point past the last token that is left: step back to it.
+        last = (ordered > 0).long().mul(torch.arange(1, mass.shape[1] + 1, device=device)).amax(-1, keepdim=True) - 1
+        index = torch.minimum(index, last)
+        drawn = (index if places is None else places.gather(1, index)).squeeze(1)
+        greedy = torch.tensor([s.temperature == 0 for s in settings], device=device)
+        chosen = torch.where(greedy, logits.argmax(-1), drawn)
+    logprobs = None
+    if any(s.logprobs for s in settings):
+        logprobs = plain.log_softmax(-1).gather(1, chosen[:, None]).squeeze(1).tolist()
+    return chosen.tolist(), logprobs
+
+
+# -------------------------------------------------------------------------------------------------- generation
+
+
+class Detokenizer:
+    """Ids -> text, piece by piece. Text is held back while its last character is incomplete, as one character may be
+    several tokens; each piece is decoded with those before it, as some tokenizers drop a first word's space."""
+
+    def __init__(self, tokenizer, prompt: list[int] = ()):
+        self.tokenizer = tokenizer
+        self.ids = list(prompt[-6:])
+        self.start, self.read = 0, len(self.ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def push(self, token: int) -> str:
+        self.ids.append(token)
+        return self._new(final=False)
+
+    def flush(self) -> str:
+        return self._new(final=True)
+
+    def _new(self, final: bool) -> str:
+        before, now = self._decode(self.ids[self.start : self.read]), self._decode(self.ids[self.start :])
+        if len(now) <= len(before) or (now.endswith("\ufffd") and not final):
+            return ""
+        self.start, self.read = self.read, len(self.ids)
+        return now[len(before) :]
+
+
+class Row:
+    """One answer in the making."""
+
+    def __init__(self, prompt: list[int], sampling: Sampling, key: tuple, tokenizer, eos: list[int], context: int):
+        self.prompt, self.sampling, self.eos = prompt, sampling, () if sampling.ignore_eos else tuple(eos)
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish: str | None = None
+        self.budget = min(sampling.max_new_tokens, context - len(prompt))
+        self.random = np.random.default_rng(key)
+        self.detokenizer = Detokenizer(tokenizer, prompt) if tokenizer else None
+        self.text = ""
+        self.told = 0  # characters of the text that are final: no stop text can begin in them
+
+    def next_uniform(self) -> float:
+        return self.random.random()
+
+    def accept(self, token: int, logprob: float | None) -> None:
+        self.ids.append(token)
+        if logprob is not None and self.sampling.logprobs:
+            self.logprobs.append(logprob)
+        if token in self.eos:
+            self.finish = "stop"
+        if self.detokenizer and token not in self.eos:
+            self._extend(self.detokenizer.push(token))
+        if self.finish is None and len(self.ids) >= self.budget:
+            self.finish = "length"
+        if self.finish and self.detokenizer:
+            stopped_by_text = self.finish == "stop" and token not in self.eos
+            if not stopped_by_text:
+                self._extend(self.detokenizer.flush())
+            self.told = len(self.text)
+
+    def _extend(self, piece: str) -> None:
+        stops = self.sampling.stop or ()
+        searched = max(0, len(self.text) - max(map(len, stops), default=0))
+        self.text += piece
+        places = [place for stop in stops if stop and (place := self.text.find(stop, searched)) >= 0]
+        if places:
+            self.text, self.finish = self.text[: min(places)], "stop"
+        # Hold back an ending that may be the beginning of a stop text.
+        held = max((k for stop in stops for k in range(1, len(stop)) if self.text.endswith(stop[:k])), default=0)
+        self.told = max(self.told, len(self.text) - held)
+
+    def completion(self) -> Completion:
+        return Completion(self.ids, self.logprobs if self.sampling.logprobs else None, self.finish or "length",
+                          self.text if self.detokenizer else None)
+
+
+PREFILL = 512  # prompt tokens computed at once: memory for masks and states stays flat however long the prompt
+
+
+@torch.no_grad()
+def _decode(model, rows: list[Row], use_cache: bool) -> Iterator[None]:
+    """Extend all rows until each is finished; yields after every token."""
+    if not use_cache:
+        yield from _decode_without_cache(model, rows)
+        return
+    device = model.device
+    cache = model.new_cache(len(rows), max(len(row.prompt) + row.budget for row in rows))
+    _prefill(model, cache, rows)
+    active = list(rows)  # active[i] lives in cache row i
+    while active:
+        ids = torch.tensor([[(row.ids or row.prompt)[-1]] for row in active], device=device)  # (B, 1)
+        positions = torch.tensor([[len(row.prompt) + len(row.ids) - 1] for row in active], device=device)
+        logits = model(ids, positions=positions, cache=cache.select(range(len(active)))).logits[:, -1]  # (B, V)
+        _accept(logits.float(), active)
+        yield
+        for i in reversed(range(len(active))):
+            if active[i].finish:  # the last row takes the place of a finished one, so the rows stay neighbours
+                last = active.pop()
+                if i < len(active):
+                    cache.copy(len(active), i)
+                    active[i] = last
+
+
+def _prefill(model, cache, rows: list[Row]) -> None:
+    """Store all prompt tokens but the last, which is the first one decoded. Rows of one prompt share the work."""
+    first: dict[int, int] = {}
+    owners = [first.setdefault(id(row.prompt), i) for i, row in enumerate(rows)]
+    unique = sorted(set(owners))
+    longest = max(len(rows[i].prompt) for i in unique) - 1
+    device = model.device
+    for start in range(0, longest, PREFILL):
+        width = min(PREFILL, longest - start)
+        ids = torch.zeros(len(unique), width, dtype=torch.long)
+        positions = torch.full((len(unique), width), -1)
+        for b, i in enumerate(unique):
+            piece = rows[i].prompt[:-1][start : start + width]
+            ids[b, : len(piece)] = torch.tensor(piece, dtype=torch.long)
+            positions[b, : len(piece)] = torch.arange(start, start + len(piece))
+        nothing = torch.full_like(ids, -100, device=device)  # no targets: the output head is not computed
+        model(ids.to(device), positions=positions.to(device), cache=cache.select(unique), targets=nothing)
+    for i, owner in enumerate(owners):
+        if owner != i:
+            cache.copy(owner, i)
+
+
+def _decode_without_cache(model, rows: list[Row]) -> Iterator[None]:
+    """The plain loop: everything anew for each token. The oracle of the cached one."""
+    while active := [row for row in rows if not row.finish]:
+        texts = [row.prompt + row.ids for row in active]
+        longest = max(map(len, texts))
+        ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=model.device)
+        positions = torch.tensor([[*range(len(t)), *[-1] * (longest - len(t))] for t in texts], device=model.device)
+        logits = model(ids, positions=positions).logits
+        _accept(torch.stack([logits[i, len(text) - 1] for i, text in enumerate(texts)]).float(), active)
+        yield
+
+
+def _accept(logits: Tensor, rows: list[Row]) -> None:
+    tokens, logprobs = sample(logits, rows)
+    for i, row in enumerate(rows):
+        row.accept(tokens[i], logprobs[i] if logprobs else None)
+
+
+def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int = 0) -> list[list[Row]]:
+    config = model.config
+    groups = []
+    for p, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True), first):
+        if not prompt:
+            raise UserError("a prompt needs at least one token; an empty text is the beginning-of-text token")
+        if len(prompt) >= config.max_position_embeddings:
+            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in a context of {config.max_position_embeddings}")
+        if sampling.stop and tokenizer is None:
+            raise ValueError("stop texts need the tokenizer")
+        seed = sampling.seed if sampling.seed is not None else int(np.random.SeedSequence().entropy % 2**63)
+        groups.append([Row(prompt, sampling, (seed, step, p, s), tokenizer, config.eos_ids, config.max_position_embeddings)
+                       for s in range(sampling.n)])
+    return groups
+
+
+def generate(model, prompts: list[list[int]], sampling: Sampling | list[Sampling], tokenizer=None, use_cache: bool = True,
+             batch_size: int = 64, step: int = 0, first: int = 0) -> list[list[Completion]]:
+    """Answers to ragged prompts, computed together: [prompt][sample] -> Completion.
+
+    Each answer draws from its own generator keyed by (seed, step, prompt, sample): the same text alone or in any
+    batch. `step` sets calls of one seed apart (rollouts), `first` is the number of the first prompt. The tokenizer is needed for stop texts and `.text` only.
+    """
+    samplings = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+    groups = _make_rows(model, prompts, samplings, tokenizer, step, first)
+    rows = [row for group in groups for row in group]
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(rows), batch_size):
+        for _ in _decode(model, rows[start : start + batch_size], use_cache):
+            pass
+    model.train(was_training)
+    return [[row.completion() for row in group] for group in groups]
+
+
+def stream(model, tokenizer, prompt_ids: list[int], sampling: Sampling, use_cache: bool = True) -> Iterator[str]:
+    """The text of one answer, in pieces as it is generated; a piece never holds part of a character or a stop text."""
+    [[row]] = _make_rows(model, [prompt_ids], [replace(sampling, n=1)], tokenizer, 0)
+    told = 0
+    for _ in _decode(model, [row], use_cache):
+        if row.told > told:
+            yield row.text[told : row.told]
+            told = row.told
+
+
+# ----------------------------------------------------------------------------------------------------- scoring
+
+
+class Scored(NamedTuple):
+    """One text: its ids (the first is the beginning of text), log-probabilities of ids[1:], and the K best."""
+
+    ids: list[int]
+    logprobs: list[float]
+    best: list[dict[int, float]] | None
+
+
+@torch.no_grad()
+def score_ids(model, ids: list[int], top: int = 0) -> Scored:
+    """Log-probability of each token given those before it. Texts beyond the context are read through windows that
+    overlap by half, so that every token but the first ones has at least half a context before it."""
+    context = model.config.max_position_embeddings
+    logprobs: list[float] = []
+    best: list[dict[int, float]] = []
+    start = 0
+    while len(logprobs) < len(ids) - 1:
+        piece = torch.tensor([ids[start : start + context + 1]], device=model.device)
+        new = piece.shape[1] - 1 - (len(logprobs) - start)
+
+        def leaders(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
+            values, places = logits.float().log_softmax(-1).topk(top)  # noqa: B023 (called at once)
+            return {f"{k}{name}": part[:, k].double() for k in range(top) for name, part in (("v", values), ("i", places))}
+
+        out = model(piece[:, :-1], targets=piece[:, 1:], reduce=leaders if top else None)
+        logprobs += out.logprobs[0, -new:].tolist()
+        if top:
+            columns = {name: column[0, -new:].tolist() for name, column in out.reduced.items()}
+            best += [{int(columns[f"{k}i"][t]): columns[f"{k}v"][t] for k in range(top)} for t in range(new)]
+        start = max(len(logprobs) - context // 2, 0)
+    return Scored(ids, logprobs, best if top else None)
+
+
+def score_prompt(tokenizer, text: str) -> list[int]:
+    """Ids of a text to be scored whole: a beginning goes in front, so that its first token counts too."""
+    ids = TOKENIZER.encode_prompt(tokenizer, text) if text else []
+    begin = TOKENIZER.begin_id(tokenizer)
+    return ids if ids[:1] == [begin] else [begin, *ids]
+
+
+def score(model, tokenizer, texts: Iterable[str]) -> dict:
+    """tokens, bytes, nats, nats per token, perplexity and bits per byte of texts, each read by itself."""
+    tokens = size = 0
+    nats = 0.0
+    for text in texts:
+        scored = score_ids(model, score_prompt(tokenizer, text))
+        tokens, size = tokens + len(scored.logprobs), size + len(text.encode("utf-8"))
+        nats -= math.fsum(scored.logprobs)
+    return measures(tokens, size, nats)
+
+
+def measures(tokens: int, size: int, nats: float) -> dict:
+    loss = nats / max(tokens, 1)
+    return {"tokens": tokens, "bytes": size, "nats": nats, "loss": loss, "perplexity": math.exp(min(loss, 700)),
+            "bits_per_byte": nats / math.log(2) / max(size, 1)}
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+class Session:
+    """A loaded model with its tokenizer and settings; turns what a user gives into ids and ids into what is printed."""
+
+    def __init__(self, config):
+        self.settings = config.inference
+        name = config.model.name
+        if not name:
+            raise UserError("model.preset: fresh weights have nothing to say; name a trained model with --model")
+        if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+            newest = max(Path(name).glob("ckpt-step-*"), default=None)
+            hint = f"--model {newest} holds its newest checkpoint" if newest else "train one with `python TRAIN.py`"
+            raise UserError(f"model.name: {name} holds no finished model; {hint}")
+        device = MODEL.choose_device(config.model.device)
+        self.tokenizer = TOKENIZER.load(config.tokenizer.name or name)
+        changes = MODEL.overrides(config.model)
+        if changes:
+            raise UserError(f"model.{next(iter(changes))}: a trained model's architecture is fixed")
+        self.model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation)
+        if len(self.tokenizer) > self.model.config.vocab_size:
+            raise UserError(f"{name}: the tokenizer has {len(self.tokenizer)} ids, the model only {self.model.config.vocab_size}")
+        MODEL.configure_for_hardware(self.model, device)
+        if not self.model.config.eos_ids and self.tokenizer.eos_token_id is not None:
+            self.model.config.eos_token_id = self.tokenizer.eos_token_id
+        template = bool(self.tokenizer.chat_template)
+        if config.inference.chat == "on" and not template:
+            raise UserError("inference.chat: on, but this tokenizer has no chat template")
+        self.chat = template and config.inference.chat != "off"
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(**{key: getattr(self.settings, key) for key in SAMPLING_KEYS})
+
+    def prompt_ids(self, prompt: str | list[dict], sampling: Sampling) -> list[int]:
+        """A text, or the messages of a chat -> ids that fit the context."""
+        if self.chat or isinstance(prompt, list):
+            messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+            if self.settings.system and messages[0].get("role") != "system":
+                messages = [{"role": "system", "content": self.settings.system}, *messages]
+            ids, _ = TOKENIZER.render_chat(self.tokenizer, messages, add_generation_prompt=True)
+        else:
+            ids = TOKENIZER.encode_prompt(self.tokenizer, prompt)
+        context = self.model.config.max_position_embeddings
+        room = context - min(sampling.max_new_tokens, context // 2)
+        if len(ids) > room:
+            begin = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+            say(f"the prompt has {len(ids)} tokens, {room} fit a context of {context} beside the answer: "
+                f"its first {len(ids) - room} were dropped")
+            ids = begin + ids[len(ids) - room + len(begin) :]
+        return ids
+
+    def stream(self, prompt, sampling: Sampling, out=None) -> str:
+        """Print one answer piece by piece and return it."""
+        pieces = []
+        for piece in stream(self.model, self.tokenizer, self.prompt_ids(prompt, sampling), sampling, self.settings.use_cache):
+            (out or sys.stdout).write(piece)
+            (out or sys.stdout).flush()
+            pieces.append(piece)
+        return "".join(pieces)
+
+    def answer(self, prompts: list, samplings: list[Sampling], first: int = 0) -> list[list[Completion]]:
+        ids = [self.prompt_ids(prompt, s) for prompt, s in zip(prompts, samplings, strict=True)]
+        return generate(self.model, ids, samplings, self.tokenizer, self.settings.use_cache,
+                        max(self.settings.batch_size, 1), first=first)
+
+
+def batches(items: Iterable, size: int) -> Iterator[list]:
+    iterator = iter(items)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+def run_lines(session: Session) -> None:
+    """One prompt a line -> one answer a line, in order; a newline inside an answer is written \\n."""
+    lines = (line.rstrip("\r\n") for line in sys.stdin)
+    done = 0
+    for group in batches(lines, session.settings.batch_size):
+        for answers in session.answer(group, [session.sampling] * len(group), done):
+            for completion in answers:
+                print(completion.text.replace("\\", "\\\\").replace("\n", "\\n"), flush=True)
+        done += len(group)
+
+
+def run_jsonl(session: Session) -> None:
+    """{"prompt": ...} or {"messages": [...]} a line, with any sampling key beside it -> the record with its answer."""
+
+    def records():
+        for number, line in enumerate(sys.stdin, 1):
+            if line.strip():
+                yield _record(line, f"stdin:{number}", session.sampling)
+
+    done = 0
+    for group in batches(records(), session.settings.batch_size):
+        answers = session.answer([prompt for _, prompt, _ in group], [sampling for *_, sampling in group], done)
+        for (record, _, _), completions in zip(group, answers, strict=True):
+            for c in completions:
+                extra = {"logprobs": c.logprobs} if c.logprobs is not None else {}
+                print(json.dumps({**record, "completion": c.text, "finish_reason": c.finish_reason, **extra},
+                                 ensure_ascii=False), flush=True)
+        done += len(group)
+
+
+def _record(line: str, where: str, base: Sampling):
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    prompt = record.get("messages", record.get("prompt")) if isinstance(record, dict) else None
+    if not isinstance(prompt, (str, list)) or prompt == []:
+        raise UserError(f"{where}: an object with 'prompt' or 'messages' is expected")
+    kinds = MODEL.field_types(Sampling)
+    own = {key: MODEL.convert(record[key], kinds[key], f"{where}: {key}") for key in SAMPLING_KEYS if key in record}
+    return record, prompt, replace(base, **own)
+
+
+def run_terminal(session: Session) -> None:
+    """A conversation on a terminal: with a chat template turns are remembered, without one each prompt stands alone."""
+    say(("chat; " if session.chat else "") + "an empty line or Ctrl-D ends")
+    messages: list[dict] = []
+    while True:
+        try:
+            say("") if messages else None
+            text = input("> ")
+        except EOFError:
+            break
+        if not text:
+            break
+        if session.chat:
+            messages.append({"role": "user", "content": text})
+        reply = session.stream(messages if session.chat else text, session.sampling)
+        print(flush=True)
+        if session.chat:
+            messages.append({"role": "assistant", "content": reply})
+
+
+def run_score(session: Session, path: str, lines: bool, top: int, logits_path: str | None) -> None:
+    """Measures of a whole file as JSON, or with --logprobs one JSON line for each text."""
+    if path == "-":
+        texts = iter(sys.stdin.read().splitlines()) if lines else iter([sys.stdin.read()])
+    else:
+        [files] = TOKENIZER.expand_paths([path])
+        texts = _whole_texts(files, "line" if lines else "file")
+    tokens = size = 0
+    nats = 0.0
+    for text in texts:
+        scored = score_ids(session.model, score_prompt(session.tokenizer, text), top)
+        tokens, size = tokens + len(scored.logprobs), size + len(text.encode("utf-8"))
+        nats -= math.fsum(scored.logprobs)
+        if session.settings.logprobs:
+            own = measures(len(scored.logprobs), len(text.encode("utf-8")), -math.fsum(scored.logprobs))
+            words = session.tokenizer.convert_ids_to_tokens
+            record = {"text": text, **own, "ids": scored.ids, "token_strings": words(scored.ids), "logprobs": scored.logprobs}
+            if top:
+                record["top_logprobs"] = [{words(i): value for i, value in place.items()} for place in scored.best]
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+        if logits_path:
+            _write_logits(session, scored.ids, logits_path)
+            logits_path = None
+    if not size and not tokens:
+        raise UserError(f"--score: {path} holds no text")
+    if not session.settings.logprobs:
+        print(json.dumps(measures(tokens, size, nats)))
+
+
+def _whole_texts(files: list[Path], unit: str) -> Iterator[str]:
+    parts: list[str] = []
+    for path in files:
+        for text, last in TOKENIZER.read_pieces(path, unit):
+            parts.append(text)
+            if last:
+                yield "".join(parts)
+                parts = []
+
+
+@torch.no_grad()
+def _write_logits(session: Session, ids: list[int], path: str) -> None:
+    """ids (T,) and logits (T, V) of the first text: row t is the prediction after ids[t]."""
+    from safetensors.torch import save_file
+
+    if len(ids) > session.model.config.max_position_embeddings:
+        raise UserError(f"--logits: {len(ids)} tokens exceed the context of {session.model.config.max_position_embeddings}")
+    tensor = torch.tensor([ids], device=session.model.device)
+    logits = session.model(tensor).logits[0].contiguous().cpu()
+    with MODEL.staged(Path(path).absolute().parent) as scratch:
+        save_file({"ids": tensor[0].cpu(), "logits": logits}, scratch / Path(path).name)
+
+
+ACTIONS = {
+    "prompt": Action("text to continue; '' is the beginning of a text", str),
+    "echo": Action("print the prompt before the answer"),
+    "lines": Action("each line of stdin (with --score, of the file) is a prompt of its own"),
+    "jsonl": Action("stdin is JSONL: {prompt or messages, any sampling key}; so is stdout"),
+    "score": Action("measure a file (- or nothing: stdin) instead of generating", str, "-"),
+    "top_logprobs": Action("with --score --logprobs: the K likeliest tokens of each position", int),
+    "logits": Action("with --score: write the raw logits of the first text to this .safetensors file", str),
+}
+SECTIONS = {**TOKENIZER.SECTIONS, "inference": InferenceSection}
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = load_config(argv, SECTIONS, "inference", ACTIONS, __doc__)
+    actions = config.actions
+    prompt = actions.prompt
+    piped = prompt is None and not sys.stdin.isatty() and actions.score is None and not (actions.lines or actions.jsonl)
+    if piped:
+        prompt = sys.stdin.read()
+        if not prompt:
+            raise UserError("no prompt: stdin is empty; pipe some text in, or use --prompt")
+        prompt = prompt.removesuffix("\n")
+    session = Session(config)
+    if actions.score is not None:
+        run_score(session, actions.score, actions.lines, actions.top_logprobs or 0, actions.logits)
+    elif actions.jsonl:
+        run_jsonl(session)
+    elif actions.lines:
+        run_lines(session)
+    elif prompt is not None:
+        run_prompt(session, prompt, actions.echo)
+    else:
+        run_terminal(session)
+
+
+def run_prompt(session: Session, prompt: str, echo: bool) -> None:
+    if session.sampling.n == 1:
+        if echo:
+            sys.stdout.write(prompt)
+        session.stream(prompt, session.sampling)
+        print(flush=True)
+        return
+    for completion in session.answer([prompt], [session.sampling])[0]:
+        print((prompt if echo else "") + completion.text, flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

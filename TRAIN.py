@@ -1,0 +1,1091 @@
+"""TRAIN.py: optimisation.
+
+Read in this order: settings, the schedule and the optimizers, `fit` (the only training loop of the project), its
+checkpoints and its log, and last pretraining as one stream and one loss over it.
+
+    python TRAIN.py --config config.yaml                                     # a small model on the shipped world
+    python TRAIN.py --data mine.txt --model.preset llama-1m --max-minutes 1 --out /tmp/run
+    torchrun --nproc_per_node 8 TRAIN.py --config config.yaml                # or: accelerate launch --num_processes 8
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import INFER
+import MODEL
+import TOKENIZER
+from MODEL import Action, OutputSection, UserError, gathered, knob, load_config, run_main, say
+
+SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
+
+
+@dataclass
+class TrainingSection:
+    epochs: float | None = knob(3.0, "passes over the data; one of epochs, max_steps and max_minutes is the horizon")
+    max_steps: int | None = knob(None, "optimizer steps")
+    max_minutes: float | None = knob(None, "wall-clock time; the schedule follows the clock")
+    batch_size: int = knob(16, "rows of one forward pass on one device")
+    grad_accum: int = knob(1, "forward passes that are added up to one optimizer step")
+    max_length: int = knob(256, "tokens of one row")
+    learning_rate: float = knob(3e-3, "peak learning rate; a trained model wants about 3e-5")
+    optim: str = knob("muon", "Muon on the matrices and AdamW on the rest, AdamW, or bitsandbytes' 8-bit AdamW", ("muon", "adamw", "adamw_8bit"))
+    weight_decay: float = knob(0.1, "decoupled weight decay on matrices")
+    adam_beta1: float = knob(0.9, "AdamW: decay of the gradient's mean")
+    adam_beta2: float = knob(0.95, "AdamW: decay of the squared gradient's mean")
+    adam_epsilon: float = knob(1e-8, "AdamW: added to the root")
+    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm; 0 is off")
+    lr_scheduler_type: str = knob("warmup_stable_decay", "shape of the learning rate over the horizon", SCHEDULES)
+    warmup_steps: float = knob(20.0, "steps of linear warmup; below 1 a share of the horizon")
+    min_lr_rate: float = knob(0.0, "the schedule's last learning rate as a share of the peak")
+    decay_share: float = knob(0.5, "warmup_stable_decay: last share of the horizon, in which the rate falls linearly")
+    mixed_precision: str = knob("auto", "autocast type over float32 weights; auto follows model.dtype and the machine", ("auto", "no", "fp16", "bf16"))
+    gradient_checkpointing: bool = knob(False, "compute activations again in backward: less memory, a third more time")
+    torch_compile: bool = knob(False, "compile the layers (half a minute at the start, then faster)")
+    fsdp: bool = knob(False, "shard weights, gradients and optimizer over the processes (FSDP2) instead of copying (DDP)")
+    logging_steps: int = knob(10, "steps between two lines of out/log.jsonl")
+    eval_steps: int = knob(100, "steps between two validations; 0 is at the end only")
+    eval_batches: int = knob(16, "batches of a validation, spread over the held-out part")
+    save_steps: int = knob(200, "steps between two checkpoints; 0 is at the end only")
+    save_total_limit: int = knob(2, "checkpoints kept, besides the best one")
+    load_best_model_at_end: bool = knob(False, "the final model is the one with the best validation")
+    early_stopping_patience: int | None = knob(None, "stop after this many validations without a new best")
+    max_skipped_steps: int = knob(10, "steps in a row with a non-finite gradient before the run ends")
+    sample_prompts: list = knob(["", "What is 2 plus 3?"], "texts continued after each validation")
+    sample_tokens: int = knob(48, "length of those samples; 0 is off")
+    report_to: str = knob("none", "tracker, through accelerate", ("none", "tensorboard", "wandb"))
+    seed: int = knob(0, "of initial weights, data order and dropout")
+
+    def __post_init__(self):
+        if all(getattr(self, key) is None for key in MODEL.HORIZON):
+            self.epochs = 1.0
+        for key in (*MODEL.HORIZON, "batch_size", "grad_accum", "max_length", "learning_rate", "logging_steps", "save_total_limit",
+                    "eval_batches", "max_skipped_steps"):
+            if getattr(self, key) is not None and not getattr(self, key) > 0:
+                raise UserError(f"training.{key}: {getattr(self, key)} must be positive")
+        for key in ("warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "sample_tokens", "seed"):
+            if getattr(self, key) < 0:
+                raise UserError(f"training.{key}: {getattr(self, key)} must not be negative")
+
+
+# ------------------------------------------------------------------------------------ schedule and optimizers
+
+
+def learning_rate_factor(kind: str, step: int, progress: float, warmup: float, floor: float = 0.0, decay_share: float = 0.2) -> float:
+    """The learning rate as a share of its peak. `progress` runs from 0 to 1 over the horizon, in steps or in time;
+    `warmup` counts steps, or below 1 a share of the horizon."""
+    start = 1.0 if not warmup else (step + 1) / warmup if warmup >= 1 else progress / warmup + 1e-3
+    if start < 1:
+        return start
+    if kind == "cosine":
+        return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+    if kind == "linear":
+        return floor + (1 - floor) * (1 - progress)
+    if kind == "warmup_stable_decay" and progress > 1 - decay_share:
+        return floor + (1 - floor) * (1 - progress) / decay_share
+    return 1.0
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon (Jordan 2024): momentum, then the nearest orthogonal matrix as the update. Orthogonality belongs to
+    the whole matrix, so a sharded one is gathered first; every process computes the update and keeps its shard."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        sharded = {}
+        for group in self.param_groups:
+            for i, weight in enumerate(group["params"]):
+                if hasattr(weight, "full_tensor") and weight.grad is not None:
+                    sharded[id(group), i] = weight
+        if not sharded:
+            return super().step(closure)
+        # Lend the optimizer whole copies of weight, gradient and momentum; put the shards of the result back.
+        for group in self.param_groups:
+            for i, weight in enumerate(group["params"]):
+                if (id(group), i) in sharded:
+                    whole = nn.Parameter(weight.full_tensor())
+                    whole.grad = weight.grad.full_tensor()
+                    if weight in self.state:
+                        self.state[whole] = {k: gathered(v) for k, v in self.state.pop(weight).items()}
+                    group["params"][i] = whole
+        super().step(closure)
+        for group in self.param_groups:
+            for i, whole in enumerate(group["params"]):
+                weight = sharded.get((id(group), i))
+                if weight is not None:
+                    weight.copy_(shard_like(whole.data, weight))
+                    self.state[weight] = {k: shard_like(v, weight) for k, v in self.state.pop(whole).items()}
+                    group["params"][i] = weight
+
+
+def shard_like(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Cut a whole tensor as `weight` is cut over the processes; scalars and unsharded weights stay as they are."""
+    if not hasattr(weight, "full_tensor") or tensor.shape != weight.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements)
+
+
+def make_optimizers(model: nn.Module, training: TrainingSection) -> list[torch.optim.Optimizer]:
+    """Weight decay on matrices and embeddings, none on norms and biases."""
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    if not named:
+        raise UserError("nothing to train: every weight is frozen")
+    optimizers: list[torch.optim.Optimizer] = []
+    if training.optim == "muon":
+        matrices = [(name, weight) for name, weight in named if weight.dim() == 2 and "layers." in name]
+        if matrices:
+            # match_rms_adamw scales updates to AdamW's usual size (Liu 2025), so one learning rate serves both.
+            optimizers.append(Muon([w for _, w in matrices], lr=training.learning_rate, weight_decay=training.weight_decay,
+                                   adjust_lr_fn="match_rms_adamw"))
+            chosen = {name for name, _ in matrices}
+            named = [(name, weight) for name, weight in named if name not in chosen]
+    groups = [{"params": [w for _, w in named if w.dim() >= 2], "weight_decay": training.weight_decay},
+              {"params": [w for _, w in named if w.dim() < 2], "weight_decay": 0.0}]
+    options = dict(lr=training.learning_rate, betas=(training.adam_beta1, training.adam_beta2), eps=training.adam_epsilon)
+    groups = [group for group in groups if group["params"]]
+    if training.optim == "adamw_8bit":
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise UserError("training.optim: adamw_8bit needs `pip install bitsandbytes`") from None
+        optimizers.append(bitsandbytes.optim.AdamW8bit(groups, **options))
+    elif groups:
+        optimizers.append(torch.optim.AdamW(groups, **options, fused=True))
+    return optimizers
+
+
+def precision(training: TrainingSection, dtype: str, device: torch.device) -> str:
+    """The autocast type: as set, else as model.dtype says, else what this machine computes fastest."""
+    asked = training.mixed_precision
+    if asked == "auto":
+        half = MODEL.fast_half(device.type) if dtype == "auto" else MODEL.DTYPES[dtype]
+        asked = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(half, "no")
+    if asked == "fp16" and device.type == "cpu":
+        asked = "bf16" if MODEL.fast_half("cpu") else "no"
+        say(f"float16 on a CPU is slow and overflows: training in {'bfloat16' if asked == 'bf16' else 'float32'}")
+    return asked
+
+
+# ------------------------------------------------------------------------------------------------- the machine
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
+
+
+def all_sum(values: list[float], device) -> list[float]:
+    """Sums over all processes, in float64 where the device has it."""
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float32 if str(device).startswith("mps") else torch.float64, device=device)
+    torch.distributed.all_reduce(tensor)
+    return tensor.tolist()
+
+
+class Run:
+    """What a stream and a loss may know of the machine."""
+
+    def __init__(self, model: nn.Module, training: TrainingSection, device: torch.device, mixed: str):
+        self.model, self.device = model, device
+        self.rank, self.world_size = MODEL.process_rank(), world_size()
+        self.seed, self.grad_accum = training.seed, training.grad_accum
+        self.static_shapes = training.torch_compile
+        self.mixed = mixed
+
+    def autocast(self):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed)
+        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+class LossScale:
+    """Keeps float16 gradients above zero: the loss is multiplied by `scale`, which halves on overflow and doubles
+    after 2000 good steps (Micikevicius 2018, section 3.2). 1 for every other type."""
+
+    def __init__(self, on: bool):
+        self.on, self.scale, self.good = on, 65536.0 if on else 1.0, 0
+
+    def update(self, finite: bool) -> None:
+        if not self.on:
+            return
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.good % 2000 == 0:
+            self.scale *= 2
+
+
+def start_processes(training: TrainingSection, device_name: str):
+    """(accelerator or None, device). Several processes and trackers need accelerate; one device does without."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if not several and training.report_to == "none":
+        return None, MODEL.choose_device(device_name)
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        what = "several processes need" if several else f"training.report_to: {training.report_to} needs"
+        raise UserError(f"{what} `pip install accelerate`") from None
+    try:
+        log_with = None if training.report_to == "none" else training.report_to
+        accelerator = Accelerator(mixed_precision="no", cpu=device_name == "cpu" or None, log_with=log_with, project_dir=".")
+    except (ImportError, ValueError) as error:
+        raise UserError(f"training.report_to: {training.report_to} cannot be used ({error})") from None
+    if device_name not in ("auto", "cpu") and not several:
+        return accelerator, MODEL.choose_device(device_name)
+    return accelerator, accelerator.device
+
+
+def shard(model: nn.Module, device: torch.device) -> nn.Module:
+    """FSDP2: each layer gathers its weights when it runs and drops them after; the rest belongs to the root."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for module in model.modules():
+        if isinstance(module, MODEL.DecoderLayer):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ------------------------------------------------------------------------------------------------ the only loop
+
+
+class Result(NamedTuple):
+    before: dict
+    after: dict
+    steps: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+def fit(model: nn.Module, stream, loss_fn: Callable, training: TrainingSection, out: str | Path, save: Callable,
+        evaluate: Callable | None = None, *, resume: Path | None = None, stage: str = "train", mixed: str | None = None,
+        accelerator=None, device: torch.device | None = None) -> Result:
+    """Train `model` on `stream` until the horizon; every stage of the project runs through here.
+
+    loss_fn(model, batch, totals) -> (loss, metrics): a sum divided by totals[...], the counts of the whole optimizer
+    step over micro-batches and processes. So 16 rows, 4 x 4 accumulated and 2 processes x 8 give one and the same
+    gradient; a mean per micro-batch would weigh tokens in short batches more.
+    stream: start(run), next(), state_dict(), load_state_dict(), steps_per_epoch, optionally metrics() and
+    `boundary` (False inside a rollout). save(model, folder) writes the product; evaluate(model) -> {measure: value},
+    the first of which decides what is best. `resume` is a checkpoint folder.
+    """
+    trainer = Trainer(model, stream, loss_fn, training, Path(out), save, evaluate, stage, mixed, accelerator, device)
+    with trainer.signals():
+        trainer.start(resume)
+        while not trainer.finished():
+            trainer.step()
+            trainer.after_step()
+        return trainer.finish()
+
+
+class Trainer:
+    """The state of one `fit`."""
+
+    def __init__(self, model, stream, loss_fn, training, out, save, evaluate, stage, mixed, accelerator, device):
+        self.model, self.stream, self.loss_fn, self.training = model, stream, loss_fn, training
+        self.out, self.save, self.evaluate, self.stage = out, save, evaluate, stage
+        self.accelerator = accelerator
+        self.device = device or (accelerator.device if accelerator else MODEL.choose_device())
+        self.mixed = mixed or precision(training, "auto", self.device)
+        self.run = Run(model, training, self.device, self.mixed)
+        self.main = self.run.rank == 0
+        self.loss_scale = LossScale(self.mixed == "fp16")
+        self.steps = self.skipped = self.skipped_in_row = 0
+        self.tokens = 0
+        self.elapsed_before = 0.0  # seconds of earlier parts of this run
+        self.before, self.best = {}, None
+        self.since_best = 0
+        self.stop_signal = 0
+        self.last_saved: Path | None = None
+        self.log = Log(out, self.main, accelerator)
+
+    # -- beginning
+
+    def start(self, resume: Path | None) -> None:
+        training = self.training
+        torch.manual_seed(training.seed + self.run.rank)
+        if training.torch_compile and self.device.type == "cpu":
+            torch.use_deterministic_algorithms(True, warn_only=True)  # a compiled run does not equal itself otherwise
+        state = load_state(resume) if resume else None
+        if state:
+            restore_weights(self.model, resume, state)
+        self.model.to(self.device)
+        for module in self.model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = training.gradient_checkpointing
+        self.wrapped = self._wrap()
+        self.optimizers = make_optimizers(self.model, training)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["peak_lr"] = group["lr"]
+        self.stream.start(self.run)
+        if state:
+            self._restore(state)
+            self.last_saved = resume
+            self.log.rewind(self.steps)
+        self.total_steps = self._total_steps()
+        self.flops = self._flops_per_token()
+        self.started = time.perf_counter()
+        if not self.before:
+            self.before = self._evaluate()
+        self.model.train()
+
+    def _wrap(self) -> nn.Module:
+        if self.training.torch_compile:
+            for module in self.model.modules():
+                if isinstance(module, MODEL.DecoderLayer):
+                    module.compile()  # all layers share one compiled code
+        if self.training.fsdp:
+            if world_size() == 1:
+                raise UserError("training.fsdp: needs several processes (torchrun --nproc_per_node 2 TRAIN.py ...)")
+            return shard(self.model, self.device)
+        return self.accelerator.prepare(self.model) if self.accelerator and world_size() > 1 else self.model
+
+    def _total_steps(self) -> int | None:
+        training = self.training
+        if training.max_steps is not None:
+            return training.max_steps
+        if training.max_minutes is not None:
+            return None
+        if self.stream.steps_per_epoch is None:
+            raise UserError("training.epochs: this stream has no known length; set training.max_steps or max_minutes")
+        return max(1, math.ceil(training.epochs * self.stream.steps_per_epoch - 1e-9))
+
+    def _flops_per_token(self) -> float:
+        config = getattr(self.model, "config", None)
+        return 3 * MODEL.flops_per_token(config, self.training.max_length // 2) if isinstance(config, MODEL.ModelConfig) else 0.0
+
+    # -- one optimizer step
+
+    def elapsed(self) -> float:
+        return self.elapsed_before + time.perf_counter() - self.started
+
+    def finished(self) -> bool:
+        """Whether the horizon is reached; the first process's clock and anyone's signal count for all."""
+        clock = self.elapsed() if self.main else 0.0
+        stop = float(self.stop_signal)
+        if world_size() > 1:
+            clock, stop = all_sum([clock, stop], self.device)
+        self.stop_signal = int(stop)
+        if self.stop_signal:
+            self.interrupt()
+        return self._horizon(clock)
+
+    def _horizon(self, clock: float) -> bool:
+        if self.total_steps is not None:
+            self.progress = self.steps / self.total_steps
+        else:
+            self.progress = clock / (60 * self.training.max_minutes)
+        patience = self.training.early_stopping_patience
+        return self.progress >= 1 or (patience is not None and self.since_best >= patience)
+
+    def step(self) -> None:
+        training, run = self.training, self.run
+        batches = [next(self.stream) for _ in range(training.grad_accum)]
+        totals = self._totals(batches)
+        metrics: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            batch = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            with self._sync_gradients(last=i == len(batches) - 1):
+                with run.autocast():
+                    loss, shares = self.loss_fn(self.wrapped, batch, totals)
+                # DDP and FSDP2 average over processes; the loss is already a share of the whole step, so undo it.
+                (loss * (run.world_size * self.loss_scale.scale)).backward()
+            for name, share in shares.items():
+                metrics[name] = metrics.get(name, 0.0) + share.detach()
+        self._update(metrics)
+        self.tokens += totals.get("tokens", 0)
+
+    def _totals(self, batches: list[dict]) -> dict[str, float]:
+        names = sorted(batches[0]["counts"])
+        sums = all_sum([sum(batch["counts"][name] for batch in batches) for name in names], self.device)
+        totals = {name: max(value, 1) for name, value in zip(names, sums, strict=True)}
+        return {**totals, "micro_batches": len(batches) * self.run.world_size}
+
+    @contextlib.contextmanager
+    def _sync_gradients(self, last: bool):
+        """Gradients travel between processes once a step, with the last micro-batch."""
+        if self.training.fsdp:
+            self.wrapped.set_requires_gradient_sync(last)
+            yield
+        elif self.run.world_size > 1 and not last:
+            with self.wrapped.no_sync():
+                yield
+        else:
+            yield
+
+    def _update(self, metrics: dict[str, Tensor]) -> None:
+        training = self.training
+        gradients = [w.grad for w in self.model.parameters() if w.grad is not None]
+        norm = float(gathered(nn.utils.get_total_norm(gradients))) / self.loss_scale.scale
+        loss_finite = all(bool(torch.isfinite(value).all()) for value in metrics.values())
+        if world_size() > 1:
+            loss_finite = all_sum([0.0 if loss_finite else 1.0], self.device)[0] == 0
+        finite = math.isfinite(norm) and loss_finite
+        if finite:
+            clip = min(1.0, training.max_grad_norm / (norm + 1e-6)) if training.max_grad_norm else 1.0
+            if clip / self.loss_scale.scale != 1.0:
+                for gradient in gradients:
+                    gradient.mul_(clip / self.loss_scale.scale)
+            factor = learning_rate_factor(training.lr_scheduler_type, self.steps, min(self.progress, 1.0),
+                                          training.warmup_steps, training.min_lr_rate, training.decay_share)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+                optimizer.step()
+            self.log.add(metrics, norm, training.learning_rate * factor)
+        self._count_skipped(finite, loss_finite)
+        self.loss_scale.update(finite)
+        for weight in self.model.parameters():
+            weight.grad = None
+        if hasattr(self.model, "after_step"):
+            self.model.after_step()
+        self.steps += 1
+
+    def _count_skipped(self, finite: bool, loss_finite: bool) -> None:
+        if finite:
+            self.skipped_in_row = 0
+            return
+        if self.loss_scale.on and loss_finite and self.loss_scale.scale > 1:
+            return  # float16 overflow in backward: the scale backs off, as it does in every run
+        self.skipped += 1
+        self.skipped_in_row += 1
+        if self.skipped_in_row >= self.training.max_skipped_steps:
+            good = f"the last good checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written yet"
+            raise UserError(f"{self.skipped_in_row} steps in a row had a non-finite loss or gradient (up to step {self.steps + 1}); "
+                            f"{good}. Lower training.learning_rate, or look at the data")
+
+    # -- between steps
+
+    def after_step(self) -> None:
+        training, done = self.training, self.steps == self.total_steps
+        if self.steps % training.logging_steps == 0 or done:
+            self._write_log()
+        if training.eval_steps and self.steps % training.eval_steps == 0 and not done:
+            self._validate()
+        due = training.save_steps and self.steps % training.save_steps == 0
+        self.owed = (due or getattr(self, "owed", False)) and not done
+        if self.owed and getattr(self.stream, "boundary", True):
+            self.checkpoint()
+            self.owed = False
+
+    def _write_log(self) -> None:
+        extra = self.stream.metrics() if hasattr(self.stream, "metrics") else {}
+        means = self.log.means(self.device)
+        record = {"step": self.steps, **means, **extra, "tokens": self.tokens, "seconds": round(self.elapsed(), 3)}
+        if self.stream.steps_per_epoch:
+            record["epoch"] = round(self.steps / self.stream.steps_per_epoch, 4)
+        if self.skipped:
+            record["skipped_steps"] = self.skipped
+        speed = self.log.tokens_per_second(self.tokens)
+        record["tokens_per_second"] = round(speed, 1)
+        if self.flops:
+            peak = MODEL.matmul_flops({"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed, torch.float32), self.device.type)
+            record["peak_share"] = round(self.flops * speed / (peak * self.run.world_size), 4)
+        self.log.write(record)
+        left = self.elapsed() * (1 - self.progress) / max(self.progress, 1e-9)
+        self.log.show(record, self.total_steps, min(1.0, self.steps / self.total_steps) if self.total_steps else self.progress,
+                      left, peak_memory(self.device))
+
+    def _evaluate(self) -> dict:
+        if self.evaluate is None:
+            return {}
+        self.model.eval()
+        with torch.no_grad(), self.run.autocast():
+            measures = {name: float(value) for name, value in self.evaluate(self.model).items()}
+        self.model.train()
+        self.log.pause()
+        return measures
+
+    def _validate(self) -> dict:
+        measures = self._evaluate()
+        if not measures:
+            return measures
+        name, value = next(iter(measures.items()))
+        better = self.best is None or (value < self.best[0] if lower_is_better(name) else value > self.best[0])
+        self.since_best = 0 if better else self.since_best + 1
+        if better:
+            self.best = (value, self.steps)
+            if self.training.load_best_model_at_end and getattr(self.stream, "boundary", True):
+                self.checkpoint()
+        self.log.write({"step": self.steps, **{f"eval_{k}": v for k, v in measures.items()}})
+        self.log.tell(f"step {self.steps}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in measures.items()))
+        return measures
+
+    # -- checkpoints
+
+    def checkpoint(self) -> None:
+        """ckpt-step-N, whole or not at all: written under another name, flushed to disk, renamed."""
+        final = self.out / f"ckpt-step-{self.steps:06d}"
+        if self.last_saved == final:
+            return
+        state = self._state()
+        scratch = self.out / f".tmp-{final.name}"
+        with disk_guard(self.out, self.last_saved):
+            if self.main:
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir(parents=True)
+            self.save(self.model, scratch)
+            if self.main:
+                torch.save(state, scratch / STATE_FILE)
+                for path in scratch.iterdir():
+                    MODEL.sync(path)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(scratch, final)
+                MODEL.sync(self.out)
+        self.last_saved = final
+        if self.main:
+            self._remove_old()
+            self.log.plot()
+        barrier()
+
+    def _remove_old(self) -> None:
+        keep = checkpoints(self.out)[-self.training.save_total_limit :]
+        if self.best and self.training.load_best_model_at_end:
+            keep.append(self.out / f"ckpt-step-{self.best[1]:06d}")
+        for path in checkpoints(self.out):
+            if path not in keep:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _state(self) -> dict:
+        """Everything beside the product that an exact continuation needs."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        everyone = [random]
+        if world_size() > 1:
+            everyone = [None] * world_size()
+            torch.distributed.all_gather_object(everyone, random)
+        elapsed = all_sum([self.elapsed() if self.main else 0.0], self.device)[0]
+        state = {"step": self.steps, "tokens": self.tokens, "elapsed": elapsed, "before": self.before, "best": self.best,
+                 "since_best": self.since_best, "skipped": self.skipped, "loss_scale": [self.loss_scale.scale, self.loss_scale.good],
+                 "random": everyone, "stream": self.stream.state_dict(),
+                 "optimizers": [map_tensors(gathered, optimizer.state_dict()) for optimizer in self.optimizers]}
+        if not isinstance(self.model, MODEL.Transformer):  # more is trained than the product folder holds
+            trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
+            state["module"] = {k: gathered(v) for k, v in self.model.state_dict().items() if k in trained}
+        return state
+
+    def _restore(self, state: dict) -> None:
+        self.steps, self.tokens, self.elapsed_before = state["step"], state["tokens"], state["elapsed"]
+        self.before, self.since_best, self.skipped = state["before"], state["since_best"], state["skipped"]
+        self.best = tuple(state["best"]) if state["best"] else None
+        self.loss_scale.scale, self.loss_scale.good = state["loss_scale"]
+        if len(state["optimizers"]) != len(self.optimizers):
+            raise UserError("--resume: the checkpoint was made with another training.optim")
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            weights = [w for group in optimizer.param_groups for w in group["params"]]
+            saved["state"] = {i: {k: shard_like(v, weights[i]) if isinstance(v, Tensor) else v for k, v in values.items()}
+                              for i, values in saved["state"].items()}
+            try:
+                optimizer.load_state_dict(saved)
+            except ValueError as error:
+                raise UserError(f"--resume: the checkpoint's optimizer does not fit ({error})") from None
+            for group in optimizer.param_groups:
+                group["peak_lr"] = self.training.learning_rate
+        self.stream.load_state_dict(state["stream"])
+        if len(state["random"]) == world_size():
+            random = state["random"][self.run.rank]
+            torch.set_rng_state(random["cpu"])
+            if "cuda" in random and self.device.type == "cuda":
+                torch.cuda.set_rng_state(random["cuda"], self.device)
+        else:
+            say(f"resumed on {world_size()} processes, saved by {len(state['random'])}: dropout goes on with fresh random numbers")
+
+    # -- ending
+
+    @contextlib.contextmanager
+    def signals(self):
+        """Ctrl-C and SIGTERM ask for a stop at the next step boundary; a second Ctrl-C does not wait."""
+
+        def ask(number, frame):
+            if self.stop_signal and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        previous = {}
+        with contextlib.suppress(ValueError):  # only the main thread may listen
+            previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            t = self.training
+            raise UserError(f"out of memory with training.batch_size {t.batch_size} x max_length {t.max_length}: lower "
+                            "training.batch_size (raise grad_accum to keep the step), lower training.max_length, or set "
+                            "training.gradient_checkpointing true") from None
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.log.close()
+
+    def interrupt(self) -> None:
+        if getattr(self.stream, "boundary", True):
+            self.checkpoint()
+            self.log.tell(f"stopped at step {self.steps}; continue with --resume auto ({self.last_saved})")
+        else:
+            self.log.tell(f"stopped inside a rollout; --resume auto goes on from {self.last_saved or 'the beginning'}")
+        raise SystemExit(128 + self.stop_signal)
+
+    def finish(self) -> Result:
+        """The last validation, the last checkpoint, and the product in `out` itself."""
+        after = self._validate()
+        if getattr(self.stream, "boundary", True):
+            self.checkpoint()
+        if self.training.load_best_model_at_end and self.best and self.best[1] != self.steps:
+            best = self.out / f"ckpt-step-{self.best[1]:06d}"
+            after = self._return_to(best) if best.exists() else after
+        with disk_guard(self.out, self.last_saved):
+            self.save(self.model, self.out)
+        result = Result(self.before, after, self.steps, round(self.elapsed(), 2), peak_memory(self.device))
+        if self.main:
+            measure = next(iter(after), None)
+            MODEL.write_text(self.out / "result.json", json.dumps({
+                "stage": self.stage, "measure": measure, "before": self.before, "after": after, "steps": self.steps,
+                "seconds": result.seconds, "peak_memory_bytes": result.peak_memory_bytes}, indent=1) + "\n")
+            self.log.plot()
+        barrier()
+        return result
+
+    def _return_to(self, folder: Path) -> dict:
+        """The best checkpoint's weights, into the model as it stands (sharded or not)."""
+        source = MODEL.build(self.model.config, self.model.heads, device="meta") if isinstance(self.model, MODEL.Transformer) else None
+        if source is None:
+            weights = load_state(folder)["module"]
+        else:
+            MODEL.load_weights(source, folder)
+            weights = source.state_dict()
+        with torch.no_grad():
+            for name, weight in self.model.state_dict().items():
+                if name in weights:
+                    weight.copy_(shard_like(weights[name].to(self.device), weight))
+        self.log.tell(f"the best model, of step {self.best[1]}, is kept")
+        return self._evaluate()
+
+
+STATE_FILE = "trainer_state.pt"
+
+
+def lower_is_better(measure: str) -> bool:
+    return any(word in measure for word in ("loss", "perplexity", "error", "bits", "nats"))
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+
+
+def map_tensors(function: Callable, tree):
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    return [map_tensors(function, value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Whole checkpoints, oldest first; a half-written one has another name."""
+    return sorted((p for p in out.glob("ckpt-step-*") if p.is_dir()), key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def load_state(folder: Path) -> dict:
+    import pickle
+
+    try:
+        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"--resume: {folder} holds no {STATE_FILE}; a checkpoint looks like out/ckpt-step-000500") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{folder / STATE_FILE}: refused, it holds more than tensors and could run code when opened") from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{folder / STATE_FILE}: cannot be read, it may be cut short ({error})") from None
+
+
+def restore_weights(model: nn.Module, folder: Path, state: dict) -> None:
+    if "module" in state:
+        model.load_state_dict(state["module"], strict=False)
+    else:
+        MODEL.load_weights(model, folder)
+
+
+@contextlib.contextmanager
+def disk_guard(out: Path, last: Path | None):
+    """A full disk costs the file being written, nothing else; the message says what is still whole."""
+    try:
+        yield
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        full = full or (isinstance(error, RuntimeError) and shutil.disk_usage(out).free < 2**20)
+        if not full:
+            raise
+        for scratch in out.glob(".tmp-*"):
+            shutil.rmtree(scratch, ignore_errors=True)
+        whole = f"the last whole checkpoint is {last}" if last else "no checkpoint was written yet"
+        raise UserError(f"{out}: the disk is full, this checkpoint was not written; {whole}. Free some space and use --resume auto") from None
+
+
+# -------------------------------------------------------------------------------------------------------- log
+
+
+class Log:
+    """log.jsonl, the progress line, the plot and the trackers of one run. Only the first process writes."""
+
+    def __init__(self, out: Path, main: bool, accelerator=None):
+        self.out, self.main, self.accelerator = out, main, accelerator
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.norm = self.rate = 0.0
+        self.clock, self.clock_tokens = time.perf_counter(), 0
+        self.line = False  # a progress line stands on the terminal
+
+    def add(self, metrics: dict[str, Tensor], norm: float, rate: float) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        self.norm, self.rate = norm, rate
+
+    def means(self, device) -> dict[str, float]:
+        """Means over the steps since the last call, summed over processes."""
+        names = sorted(self.sums)
+        sums = all_sum([float(self.sums[name]) for name in names], device)
+        means = {name: value / max(self.count, 1) for name, value in zip(names, sums, strict=True)}
+        self.sums, self.count = {}, 0
+        return {**means, "grad_norm": self.norm, "learning_rate": self.rate}
+
+    def tokens_per_second(self, tokens: int) -> float:
+        now = time.perf_counter()
+        speed = (tokens - self.clock_tokens) / max(now - self.clock, 1e-9)
+        self.clock, self.clock_tokens = now, tokens
+        return speed
+
+    def pause(self) -> None:
+        """Time spent on validation is not training time."""
+        self.clock = time.perf_counter()
+
+    def write(self, record: dict) -> None:
+        if not self.main:
+            return
+        with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.accelerator and self.accelerator.trackers:
+            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def read(self) -> list[dict]:
+        path = self.out / "log.jsonl"
+        records = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a kill
+                records.append(json.loads(line))
+        return records
+
+    def rewind(self, step: int) -> None:
+        """After a resume: what was logged beyond the checkpoint will be logged again."""
+        if self.main:
+            kept = [json.dumps(record) + "\n" for record in self.read() if record.get("step", 0) <= step]
+            MODEL.write_text(self.out / "log.jsonl", "".join(kept))
+
+    def show(self, record: dict, total: int | None, share: float, left: float, memory: int) -> None:
+        if not self.main:
+            return
+        bar = "#" * int(20 * share)
+        machine = f" | {100 * record['peak_share']:.0f}% of peak" if "peak_share" in record else ""
+        line = (f"[{bar:<20}] step {record['step']}{f'/{total}' if total else ''} | loss {record.get('loss', math.nan):.4f} | "
+                f"{record['tokens_per_second']:,.0f} tok/s{machine} | {memory / 2**30:.1f} GiB | {left:.0f} s left")
+        if sys.stderr.isatty():
+            print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
+            self.line = True
+        else:
+            say(line)
+
+    def tell(self, text: str) -> None:
+        if self.main:
+            self.close()
+            say(text)
+
+    def close(self) -> None:
+        if self.line:
+            print(file=sys.stderr, flush=True)
+            self.line = False
+
+    def plot(self) -> None:
+        """loss.png: training and held-out loss over the steps."""
+        records = self.read() if self.main else []
+        train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+        held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+        if not train:
+            return
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            say("no plot: matplotlib is not installed")
+            return
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(*zip(*train, strict=True), color="#9db8d9", linewidth=1, label="training")
+        smooth, value = [], train[0][1]
+        for step, loss in train:
+            value = 0.8 * value + 0.2 * loss
+            smooth.append((step, value))
+        axes.plot(*zip(*smooth, strict=True), color="#1f5fa8", linewidth=2, label="training, smoothed")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o-", color="#d1495b", markersize=4, label="held out")
+            axes.annotate(f"{held_out[-1][1]:.3f}", held_out[-1], textcoords="offset points", xytext=(-4, 8), ha="right", color="#d1495b")
+        axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        with MODEL.staged(self.out) as scratch:
+            figure.savefig(scratch / "loss.png", dpi=120)
+
+
+# -------------------------------------------------------------------------------------------------- run folder
+
+
+@contextlib.contextmanager
+def run_folder(out: Path, resume: str | None, overwrite: bool):
+    """Claim an output folder: nothing in it is overwritten unasked, and two runs never share it. Yields the
+    checkpoint to resume from, or None."""
+    if MODEL.process_rank() != 0:
+        barrier()
+        yield find_checkpoint(out, resume)
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except (OSError, FileExistsError) as error:
+        raise UserError(f"output.dir: {out} cannot be written ({error.strerror})") from None
+    with lock:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it, even after kill -9
+            except BlockingIOError:
+                raise UserError(f"output.dir: another run is writing to {out}; choose another --out") from None
+        for scratch in out.glob(".tmp-*"):
+            shutil.rmtree(scratch, ignore_errors=True)
+        found = find_checkpoint(out, resume)
+        used = [name for name in RUN_FILES if (out / name).exists()] + checkpoints(out)
+        if used and resume is None:
+            if not overwrite:
+                raise UserError(f"output.dir: {out} holds a run; --resume auto continues it, --overwrite replaces it, --out chooses another folder")
+            for name in [*RUN_FILES, *(path.name for path in out.glob("model*.safetensors*"))]:
+                (out / name).unlink(missing_ok=True)
+            for path in checkpoints(out):
+                shutil.rmtree(path)
+        barrier()
+        yield found
+
+
+RUN_FILES = ("log.jsonl", "loss.png", "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors",
+             "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def find_checkpoint(out: Path, resume: str | None) -> Path | None:
+    if resume is None:
+        return None
+    if resume == "auto":
+        return next(reversed(checkpoints(out)), None)
+    if not Path(resume).is_dir():
+        raise UserError(f"--resume: there is no folder '{resume}'; use auto for the newest checkpoint of output.dir")
+    return Path(resume)
+
+
+# ------------------------------------------------------------------------------------------------- pretraining
+
+
+def pretraining_loss(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+    """Cross-entropy of each token given those before it, in nats, averaged over the tokens of the whole step."""
+    out = model(batch["input_ids"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), targets=batch["targets"])
+    loss = -out.logprobs.sum() / totals["tokens"]
+    return loss + out.aux_loss / totals["micro_batches"], {"loss": loss.detach()}
+
+
+def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callable:
+    """evaluate(model) for `fit`: loss, perplexity and bits per byte over fixed batches, shared among the processes."""
+    empty = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full((1, 1), -100),
+             "positions": torch.full((1, 1), -1), "segment_ids": torch.full((1, 1), -1), "counts": {"tokens": 0}}
+
+    def evaluate(model) -> dict:
+        own = batches[MODEL.process_rank() :: world_size()]
+        own = own + [empty] * (-(-len(batches) // world_size()) - len(own))  # equally many forwards everywhere
+        nats = tokens = 0.0
+        for batch in own:
+            inputs = {k: v.to(model.device) for k, v in batch.items() if k != "counts"}
+            nats -= float(model(**inputs).logprobs.double().sum())
+            tokens += batch["counts"]["tokens"]
+        nats, tokens = all_sum([nats, tokens], model.device)
+        measures = {"loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700))}
+        if bytes_per_token:
+            measures["bits_per_byte"] = nats / tokens / bytes_per_token / math.log(2)
+        return measures
+
+    return evaluate
+
+
+def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection) -> Callable | None:
+    """The same validation, followed by a few texts on stderr: a loss is a number, a text shows what was learnt."""
+    if evaluate is None or not training.sample_tokens or not training.sample_prompts:
+        return evaluate
+
+    def evaluate_and_show(model) -> dict:
+        measures = evaluate(model)
+        room = model.config.max_position_embeddings - 1
+        prompts = [TOKENIZER.encode_prompt(tokenizer, text)[-room:] for text in training.sample_prompts]
+        answers = INFER.generate(model, prompts, INFER.Sampling(training.sample_tokens, 0.7, seed=0), tokenizer)
+        if MODEL.process_rank() == 0:
+            for text, [answer] in zip(training.sample_prompts, answers, strict=True):
+                say("  | " + (text + answer.text).replace("\n", "\n  | "))
+        return measures
+
+    return evaluate_and_show
+
+
+def prepare_model(config, tokenizer) -> MODEL.Transformer:
+    """The named model, or a preset with the tokenizer's vocabulary; float32 weights."""
+    section = config.model
+    if section.name:
+        if MODEL.overrides(section):
+            raise UserError(f"model.{next(iter(MODEL.overrides(section)))}: a trained model's architecture is fixed; "
+                            "leave it out, or start from --model.preset")
+        model = MODEL.load(section.name, "float32", None, section.attn_implementation)
+    else:
+        begin = TOKENIZER.begin_id(tokenizer)
+        ends = begin if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        knobs = {"vocab_size": len(tokenizer), "bos_token_id": begin, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+        knobs |= MODEL.overrides(section)
+        model = MODEL.build(MODEL.preset_config(section.preset, **knobs), seed=config.training.seed,
+                            attn_implementation=section.attn_implementation)
+    if model.config.vocab_size < len(tokenizer):
+        raise UserError(f"model.vocab_size: {model.config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} ids")
+    context = model.config.max_position_embeddings
+    if config.training.max_length > context:
+        say(f"training.max_length {config.training.max_length} exceeds the model's context: rows have {context} tokens")
+        config.training.max_length = context
+    return model
+
+
+def prepare_data(config, tokenizer):
+    """(stream, evaluate or None) from config.data; warns where there is little of it."""
+    data, training = config.data, config.training
+    options = (data, training.batch_size, training.max_length)
+    if data.streaming:
+        stream, held_out = TOKENIZER.text_stream(data, tokenizer, *options[1:]), None
+        if data.validation not in ("hash", "tail", "none"):
+            raise UserError("data.validation: a file of its own needs data.streaming false")
+        return stream, held_out
+    first = MODEL.process_rank() == 0
+    if not first:
+        barrier()  # the first process writes the token files, the others map them
+    files = TOKENIZER.token_files(data, tokenizer)
+    if first:
+        barrier()
+    if "train" not in files:
+        raise UserError("data.train: no text is left to train on (empty files, or everything was dropped or held out)")
+    stream = TOKENIZER.file_stream(files["train"], *options)
+    if first:
+        TOKENIZER.warn_short_lines(data, files["train"], training.max_length)
+        if len(files["train"].ids) <= training.max_length:
+            say(f"the data has {len(files['train'].ids)} tokens, less than one row of {training.max_length}: training on what there is")
+    held_out = files.get("val")
+    batches = TOKENIZER.fixed_batches(held_out, training.batch_size, training.max_length, data.packing, training.eval_batches) if held_out else []
+    if not any(batch["counts"]["tokens"] for batch in batches):
+        if data.validation != "none" and first:
+            say("too little data to hold some out: training without validation")
+        return stream, None
+    pairs = sum(batch["counts"]["tokens"] for batch in TOKENIZER.fixed_batches(held_out, 64, training.max_length, data.packing))
+    return stream, held_out_loss(batches, held_out.bytes / pairs if held_out.bytes else None)
+
+
+def save_product(config_text: str, tokenizer, model, folder: Path) -> None:
+    """What every stage leaves: model, tokenizer and the settings that made it."""
+    MODEL.save(model, folder)
+    if MODEL.process_rank() == 0:
+        TOKENIZER.save(tokenizer, folder)
+        MODEL.write_text(Path(folder) / "config.yaml", config_text)
+
+
+def changed_keys(folder: Path, text: str) -> list[str]:
+    """Settings that differ from those a checkpoint was made with."""
+    import yaml
+
+    path = folder / "config.yaml"
+    old, new = yaml.safe_load(path.read_text()) if path.exists() else {}, yaml.safe_load(text)
+    return [f"{s}.{k}" for s in new for k in new[s] if s != "output" and s in old and old[s].get(k) != new[s][k]]
+
+
+ACTIONS = {
+    "resume": Action("continue a run: auto (the newest whole checkpoint, a fresh start where there is none) or a folder", str, "auto"),
+    "overwrite": Action("replace the run that stands in output.dir"),
+}
+SECTIONS = {**INFER.SECTIONS, "training": TrainingSection, "output": OutputSection}
+
+
+def main(argv: list[str] | None = None) -> Result:
+    config = load_config(argv, SECTIONS, "training", ACTIONS, __doc__)
+    accelerator, device = start_processes(config.training, config.model.device)
+    out = Path(config.output.dir)
+    with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
+        first = MODEL.process_rank() == 0
+        if not first:
+            barrier()
+        tokenizer = TOKENIZER.load(checkpoint) if checkpoint else TOKENIZER.choose(config.tokenizer, config.data, config.model.name)
+        if first:
+            barrier()
+        model = prepare_model(config, tokenizer)
+        stream, evaluate = prepare_data(config, tokenizer)
+        mixed = precision(config.training, config.model.dtype, device)
+        text = MODEL.config_text(config)
+        if first:
+            say(text.rstrip())
+            total, _ = MODEL.count_parameters(model)
+            say(f"{total:,} parameters; {device.type}, {mixed if mixed != 'no' else 'float32'}, {world_size()} process(es)")
+            if checkpoint:
+                say(f"resuming from {checkpoint}")
+                if changes := changed_keys(checkpoint, text):
+                    say(f"changed since that checkpoint, so this is no exact continuation: {', '.join(changes)}")
+        if accelerator and accelerator.log_with:
+            accelerator.init_trackers("train", config={k: str(v) for k, v in vars(config.training).items()})
+        result = fit(model, stream, pretraining_loss, config.training, out, partial(save_product, text, tokenizer),
+                     with_samples(evaluate, tokenizer, config.training), resume=checkpoint, mixed=mixed, accelerator=accelerator, device=device)
+        if accelerator and accelerator.log_with:
+            accelerator.end_training()
+        if first:
+            say(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {out}: echo \"...\" | python INFER.py --model {out}")
+    return result
+
+
+if __name__ == "__main__":
+    run_main(main)

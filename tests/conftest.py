@@ -1,0 +1,50 @@
+"""Shared by all tests: offline, few threads' noise, tiny models and data made on the spot."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import pytest
+import torch
+
+import MODEL
+import TOKENIZER
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=128)
+WORDS = "the red fox ran over a small hill and saw one old owl near two blue lakes while rain fell on every tree".split()
+
+
+def make_text(lines: int, seed: int = 0) -> list[str]:
+    """Deterministic lines of 6 to 14 words."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda high: int(torch.randint(high, (1,), generator=generator))  # noqa: E731
+    return [" ".join(WORDS[draw(len(WORDS))] for _ in range(6 + draw(9))).capitalize() + "." for _ in range(lines)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return TOKENIZER.train(make_text(400), 320, "bpe")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer):
+    """A tiny random Llama with its tokenizer, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("model")
+    config = MODEL.ModelConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+                               eos_token_id=tokenizer.eos_token_id, initializer_range=0.2, **TINY)
+    MODEL.save(MODEL.build(config, seed=1), folder)
+    TOKENIZER.save(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture()
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(make_text(200)) + "\n")
+    return path
