@@ -351,7 +351,7 @@ def score_ids(model, ids: list[int], top: int = 0) -> Scored:
         new = piece.shape[1] - 1 - (len(logprobs) - start)
 
         def leaders(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
-            values, places = logits.float().log_softmax(-1).topk(top)  # noqa: B023 (called at once)
+            values, places = logits.float().log_softmax(-1).topk(top)
             return {f"{k}{name}": part[:, k].double() for k in range(top) for name, part in (("v", values), ("i", places))}
 
         out = model(piece[:, :-1], targets=piece[:, 1:], reduce=leaders if top else None)

@@ -17,7 +17,6 @@ import io
 import itertools
 import json
 import re
-
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator

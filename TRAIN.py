@@ -44,8 +44,9 @@ class TrainingSection:
     batch_size: int = knob(16, "rows of one forward pass on one device")
     grad_accum: int = knob(1, "forward passes that are added up to one optimizer step")
     max_length: int = knob(256, "tokens of one row")
-    learning_rate: float = knob(3e-3, "peak learning rate; a trained model wants about 3e-5")
-    optim: str = knob("muon", "Muon on the matrices and AdamW on the rest, AdamW, or bitsandbytes' 8-bit AdamW", ("muon", "adamw", "adamw_8bit"))
+    learning_rate: float | None = knob(None, "peak learning rate; null is 3e-3 for fresh weights, 5e-5 for trained ones")
+    optim: str = knob("auto", "Muon (AdamW on all but matrices), AdamW, its 8-bit form; auto is muon for fresh weights, adamw for trained",
+                      ("auto", "muon", "adamw", "adamw_8bit"))
     weight_decay: float = knob(0.1, "decoupled weight decay on matrices")
     adam_beta1: float = knob(0.9, "AdamW: decay of the gradient's mean")
     adam_beta2: float = knob(0.95, "AdamW: decay of the squared gradient's mean")
@@ -170,6 +171,14 @@ def make_optimizers(model: nn.Module, training: TrainingSection) -> list[torch.o
     elif groups:
         optimizers.append(torch.optim.AdamW(groups, **options, fused=True))
     return optimizers
+
+
+def resolve_defaults(training: TrainingSection, fresh: bool) -> None:
+    """Fresh weights learn fast; trained ones are changed with care."""
+    if training.learning_rate is None:
+        training.learning_rate = 3e-3 if fresh else 5e-5
+    if training.optim == "auto":
+        training.optim = "muon" if fresh else "adamw"
 
 
 def precision(training: TrainingSection, dtype: str, device: torch.device) -> str:
@@ -312,6 +321,7 @@ class Trainer:
         self.model, self.stream, self.loss_fn, self.training = model, stream, loss_fn, training
         self.out, self.save, self.evaluate, self.stage = out, save, evaluate, stage
         self.accelerator = accelerator
+        resolve_defaults(training, fresh=True)
         self.device = device or (accelerator.device if accelerator else MODEL.choose_device())
         self.mixed = mixed or precision(training, "auto", self.device)
         self.run = Run(model, training, self.device, self.mixed)
@@ -1055,6 +1065,7 @@ SECTIONS = {**INFER.SECTIONS, "training": TrainingSection, "output": OutputSecti
 
 def main(argv: list[str] | None = None) -> Result:
     config = load_config(argv, SECTIONS, "training", ACTIONS, __doc__)
+    resolve_defaults(config.training, fresh=not config.model.name)
     accelerator, device = start_processes(config.training, config.model.device)
     out = Path(config.output.dir)
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
