@@ -720,7 +720,8 @@ class Output(NamedTuple):
 
 
 HEADS = ("lm", "score", "value")
-HEAD_CHUNK_BYTES = 32 * 2**20  # float32 logits alive at once
+HEAD_CHUNK_BYTES = 8 * 2**20  # float32 logits computed at once
+HEAD_KEEP_BYTES = 2**29  # logits of a whole batch up to this size are kept for backward, above it computed again
 
 
 class Transformer(nn.Module):
@@ -822,7 +823,7 @@ class Transformer(nn.Module):
         for start in range(0, max(len(rows), 1), size):  # an empty batch still runs once, so that every weight takes part
             piece = slice(start, start + size)
             args = (chosen[piece], None if picked is None else picked[piece], rows[piece], temperature, reduce, entropy)
-            again = torch.is_grad_enabled()
+            again = torch.is_grad_enabled() and 4 * len(rows) * self.config.vocab_size > HEAD_KEEP_BYTES
             results = checkpoint(self._chunk, *args, use_reentrant=False) if again else self._chunk(*args)
             for name, values in results.items():
                 parts.setdefault(name, []).append(values)
@@ -850,10 +851,11 @@ def log_softmax_at(logits: Tensor, targets: Tensor, temperature: float = 1.0, en
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    normalizers = logits.logsumexp(-1)  # (N,)
-    results = {"logprobs": logits.gather(-1, targets[:, None]).squeeze(-1) - normalizers}
+    # cross_entropy is one fused pass each way; gather(logits) - logsumexp(logits) is the same in five.
+    results = {"logprobs": -F.cross_entropy(logits, targets, reduction="none")}
     if entropy:
-        results["entropy"] = normalizers - (logits.sub(normalizers[:, None]).exp() * logits).sum(-1)
+        logprobs = logits.log_softmax(-1)
+        results["entropy"] = -(logprobs.exp() * logprobs).sum(-1)
     return results
 
 

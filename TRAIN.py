@@ -261,6 +261,13 @@ def start_processes(training: TrainingSection, device_name: str):
     return accelerator, accelerator.device
 
 
+def compile_model(model: nn.Module) -> None:
+    """Compile each layer; they share one compiled code, so a deep model compiles as fast as a shallow one."""
+    for module in model.modules():
+        if isinstance(module, MODEL.DecoderLayer):
+            module.compile()
+
+
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
     """FSDP2: each layer gathers its weights when it runs and drops them after; the rest belongs to the root."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -369,9 +376,7 @@ class Trainer:
 
     def _wrap(self) -> nn.Module:
         if self.training.torch_compile:
-            for module in self.model.modules():
-                if isinstance(module, MODEL.DecoderLayer):
-                    module.compile()  # all layers share one compiled code
+            compile_model(self.model)
         if self.training.fsdp:
             if world_size() == 1:
                 raise UserError("training.fsdp: needs several processes (torchrun --nproc_per_node 2 TRAIN.py ...)")

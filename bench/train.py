@@ -1,0 +1,153 @@
+"""Training speed, beside transformers in the same run.
+
+    python bench/train.py shakespeare PATH/tinyshakespeare.txt           # a tuned small run: loss and wall time as JSON
+    python bench/train.py shakespeare PATH/tinyshakespeare.txt --long    # ten CPU minutes
+    python bench/train.py throughput                                     # tokens/s, eager and compiled, two CPU shapes
+    python bench/train.py throughput --shapes gpt2-124m                  # on CUDA: tokens/s and share of the peak
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+import MODEL
+import TRAIN
+
+SHAPES = {"llama-14m": ("llama-14m", 16, 256), "llama-134m": ("llama-134m", 8, 256), "gpt2-124m": ("gpt2-124m", 16, 1024)}
+
+
+def peer_model(preset: str):
+    """transformers' own class of the same architecture, fresh weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = MODEL.preset_config(preset)
+    raw = MODEL.config_to_hub(config)
+    kind = raw.pop("model_type")
+    raw.pop("architectures")
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{k: v for k, v in raw.items() if v is not None}))
+
+
+def make_step(ours: bool, preset: str, batch: int, length: int, compiled: bool, half: bool, device: str):
+    """A function that runs one optimizer step: forward, backward, clipping, fused AdamW on float32 weights."""
+    model = (MODEL.build(preset) if ours else peer_model(preset)).to(device).train()
+    if compiled and ours:
+        TRAIN.compile_model(model)
+    elif compiled:
+        model = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    vocabulary = MODEL.preset_config(preset).vocab_size
+    ids = torch.randint(0, vocabulary, (batch, length + 1), device=device)
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            if ours:
+                loss = -model(inputs, targets=targets).logprobs.sum() / targets.numel()
+            else:
+                loss = model(input_ids=inputs, labels=inputs, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def timed(step, seconds: float) -> float:
+    """Seconds of one step: the median over about `seconds`."""
+    times = []
+    while sum(times) < seconds or len(times) < 2:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def throughput(shapes: list[str], rounds: int, seconds: float, modes: list[str], precisions: list[str]) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(machine(device))
+    for name in shapes:
+        preset, batch, length = SHAPES[name]
+        flops = 3 * MODEL.flops_per_token(MODEL.preset_config(preset), length // 2)
+        for precision in precisions:
+            half = precision == "bf16"
+            peak = MODEL.matmul_flops(torch.bfloat16 if half else torch.float32, device, 0 if device == "cuda" else 2048)
+            for mode in modes:
+                torch._dynamo.reset()
+                options = (preset, batch, length, mode == "compiled", half, device)
+                steps = {"ours": make_step(True, *options), "transformers": make_step(False, *options)}
+                for step in steps.values():
+                    step(), step()
+                pairs = [{who: timed(step, seconds) for who, step in steps.items()} for _ in range(rounds)]
+                speed = {who: batch * length / statistics.median(pair[who] for pair in pairs) for who in steps}
+                ratio = statistics.median(pair["transformers"] / pair["ours"] for pair in pairs)
+                print(json.dumps({"shape": name, "precision": precision, "mode": mode, "ours_tok_s": round(speed["ours"]),
+                                  "transformers_tok_s": round(speed["transformers"]), "ratio": round(ratio, 3),
+                                  "share_of_peak": round(flops * speed["ours"] / peak, 3), "pairs": rounds}), flush=True)
+
+
+def machine(device: str) -> str:
+    import transformers
+
+    what = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return (f"# {what}; torch {torch.__version__}, transformers {transformers.__version__}, python {platform.python_version()}, "
+            f"{time.strftime('%Y-%m-%d')}; {subprocess.list2cmdline(['python', *sys.argv])}")
+
+
+SHAKESPEARE = ["--model.preset", "llama-1m", "--tokenizer.vocab_size", "1024", "--data.text_unit", "file", "--data.validation", "tail",
+               "--data.validation_fraction", "0.1", "--training.sample_tokens", "0", "--training.eval_steps", "0", "--training.save_steps", "0",
+               "--training.eval_batches", "100000"]
+SHORT = ["--max-length", "128", "--batch-size", "8", "--max-steps", "260"]
+LONG = ["--max-length", "256", "--batch-size", "16", "--max-minutes", "10"]
+
+
+def shakespeare(path: str, long: bool, more: list[str]) -> None:
+    """Train in a process of its own; time all of it, imports and tokenizer included."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "TRAIN.py"), "--data", path, "--out", f"{folder}/out", "--data.dir", f"{folder}/data",
+                   *SHAKESPEARE, *(LONG if long else SHORT), *more]
+        start = time.perf_counter()
+        subprocess.run(command, check=True)
+        wall = time.perf_counter() - start
+        result = json.loads(Path(folder, "out", "result.json").read_text())
+    nats_per_char = result["after"]["bits_per_byte"] * math.log(2)  # the text is ASCII: a byte is a character
+    print(json.dumps({"val_nats_per_char": round(nats_per_char, 4), "wall_s": round(wall, 1), "steps": result["steps"]}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    play = commands.add_parser("shakespeare")
+    play.add_argument("path")
+    play.add_argument("--long", action="store_true")
+    speed = commands.add_parser("throughput")
+    speed.add_argument("--shapes", nargs="+", default=["llama-14m", "llama-134m"], choices=list(SHAPES))
+    speed.add_argument("--modes", nargs="+", default=["eager", "compiled"])
+    speed.add_argument("--precisions", nargs="+", default=["bf16"])
+    speed.add_argument("--rounds", type=int, default=5)
+    speed.add_argument("--seconds", type=float, default=3.0, help="time of one side of a pair")
+    args, more = parser.parse_known_args()
+    if args.command == "shakespeare":
+        shakespeare(args.path, args.long, more)
+    else:
+        throughput(args.shapes, args.rounds, args.seconds, args.modes, args.precisions)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,836 @@
+"""INFER.py against transformers, a slow sampler and direct forward passes."""
+
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_text
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LogitsProcessorList, MinPLogitsWarper, PreTrainedTokenizerFast
+from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import INFER
+import MODEL
+import TOKENIZER
+from INFER import Detokenizer, Sampling, generate, stream
+from MODEL import UserError
+
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+TEXTS = ["The red fox", "Rain fell on every tree near the two blue lakes while one old owl saw the hill.", "", "A small", "owl 42 \u00e9"]
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    return MODEL.load(model_folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return [TOKENIZER.encode_prompt(tokenizer, text) for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def chat_folder(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    return folder
+
+
+def greedy(**options):
+    return Sampling(**{"temperature": 0, "max_new_tokens": 24, **options})
+
+
+def one(model, prompt, sampling, tokenizer=None, **options):
+    return generate(model, [prompt], sampling, tokenizer, **options)[0][0]
+
+
+@torch.no_grad()
+def next_logits(model, ids):
+    """Oracle: a whole forward pass for one row."""
+    return model(torch.tensor([ids])).logits[0, -1].float()
+
+
+@torch.no_grad()
+def logprobs_of(model, prompt, ids, temperature=1.0):
+    """Oracle: log_softmax(logits / temperature) at the chosen ids."""
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].float()
+    return (logits / (temperature or 1.0)).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+def text_after(tokenizer, prompt, ids):
+    """Oracle: what decoding everything adds to decoding the prompt."""
+    ids = [i for i in ids if i != tokenizer.eos_token_id]
+    return tokenizer.decode(prompt + ids, skip_special_tokens=True)[len(tokenizer.decode(prompt, skip_special_tokens=True)) :]
+
+
+# -------------------------------------------------------------------------------------------------- generation
+
+
+def test_greedy_one_by_one(model, prompts):
+    """The oracle of every way below: argmax of a whole forward pass, token after token."""
+    for prompt in prompts:
+        ids = []
+        while len(ids) < 12 and ids[-1:] != model.config.eos_ids:
+            ids.append(int(next_logits(model, prompt + ids).argmax()))
+        assert one(model, prompt, greedy(max_new_tokens=12)).ids == ids
+
+
+@pytest.mark.parametrize("sampling", [greedy(), Sampling(seed=5, max_new_tokens=24), Sampling(seed=6, top_p=0.9, top_k=40, max_new_tokens=24)])
+def test_every_way_gives_the_same_ids(sampling, model, tokenizer, prompts, monkeypatch):
+    expected = [answers[0] for answers in generate(model, prompts, sampling, tokenizer)]
+    for options in ({"use_cache": False}, {"batch_size": 2}, {"batch_size": 3, "use_cache": False}, {"batch_size": 1}):
+        assert [a[0] for a in generate(model, prompts, sampling, tokenizer, **options)] == expected
+    for i, prompt in enumerate(prompts):
+        assert generate(model, [prompt], sampling, tokenizer, first=i)[0][0] == expected[i]
+        assert "".join(stream(model, tokenizer, prompt, sampling)) == one(model, prompt, sampling, tokenizer).text
+        assert expected[i].text == text_after(tokenizer, prompt, expected[i].ids)
+    monkeypatch.setattr(INFER, "PREFILL", 5)
+    assert [a[0] for a in generate(model, prompts, sampling, tokenizer)] == expected
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_streaming_without_cache(use_cache, model, tokenizer, prompts):
+    pieces = list(stream(model, tokenizer, prompts[0], greedy(), use_cache))
+    assert len(pieces) > 3 and "".join(pieces) == one(model, prompts[0], greedy(), tokenizer).text
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_several_answers_to_one_prompt(batch_size, model, tokenizer, prompts):
+    sampling = Sampling(n=3, seed=4, max_new_tokens=16)
+    groups = generate(model, prompts, sampling, tokenizer, batch_size=batch_size)
+    assert [len(group) for group in groups] == [3] * len(prompts)
+    assert groups == generate(model, prompts, sampling, tokenizer, use_cache=False)
+    for group in groups:
+        assert len({tuple(answer.ids) for answer in group}) == 3
+    single = generate(model, prompts, Sampling(seed=4, max_new_tokens=16), tokenizer)
+    assert [group[0] for group in groups] == [group[0] for group in single]
+    same = generate(model, prompts, greedy(n=3), tokenizer)
+    assert all(group[0] == group[1] == group[2] for group in same)
+
+
+def test_seeds(model, prompts):
+    def ids(**options):
+        return [a[0].ids for a in generate(model, prompts, Sampling(max_new_tokens=16, seed=options.pop("seed", None)), **options)]
+
+    assert ids(seed=1) == ids(seed=1) != ids(seed=2)
+    assert ids(seed=1, step=1) != ids(seed=1)
+    assert ids(seed=1, first=1) != ids(seed=1)
+    assert ids() != ids()  # without a seed, chance
+
+
+def test_a_seed_gives_the_same_text_in_any_order(model, prompts):
+    samplings = [Sampling(seed=i, max_new_tokens=12) for i in range(len(prompts))]
+    forward = generate(model, prompts, samplings)
+    backward = generate(model, prompts[::-1], samplings[::-1])[::-1]
+    assert forward == backward
+
+
+def test_neighbours_with_other_settings_change_nothing(model, tokenizer, prompts):
+    samplings = [greedy(), Sampling(seed=1, max_new_tokens=20), Sampling(seed=2, top_k=5, max_new_tokens=9),
+                 Sampling(seed=3, repetition_penalty=1.5, temperature=1.3, max_new_tokens=20, logprobs=True),
+                 Sampling(seed=4, top_p=0.5, frequency_penalty=0.4, n=2, max_new_tokens=20)]
+    together = generate(model, prompts, samplings, tokenizer)
+    alone = [generate(model, [p], s, tokenizer, first=i)[0] for i, (p, s) in enumerate(zip(prompts, samplings))]
+    for a, b in zip(together, alone):
+        assert [x._replace(logprobs=None) for x in a] == [x._replace(logprobs=None) for x in b]
+    assert [g[0].logprobs is not None for g in together] == [False, False, False, True, False]
+    np.testing.assert_allclose(together[3][0].logprobs, alone[3][0].logprobs, atol=1e-4)
+
+
+def test_greedy_equals_transformers(model, model_folder, prompts):
+    theirs = AutoModelForCausalLM.from_pretrained(model_folder)
+    for prompt in prompts:
+        out = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
+                              max_new_tokens=24, pad_token_id=0)
+        assert one(model, prompt, greedy()).ids == out[0, len(prompt) :].tolist()
+
+
+def test_training_mode_is_kept(model_folder, prompts):
+    model = MODEL.load(model_folder).train()
+    generate(model, prompts[:1], greedy(max_new_tokens=2))
+    assert model.training
+    generate(model.eval(), prompts[:1], greedy(max_new_tokens=2))
+    assert not model.training
+
+
+# ------------------------------------------------------------------------------------- ends of an answer
+
+
+def without_eos(model):
+    """The model's ids as if none ended a text."""
+    return greedy(max_new_tokens=20, ignore_eos=True)
+
+
+def test_max_new_tokens_and_the_context(model, tokenizer, prompts):
+    for count in (1, 7):
+        answer = one(model, prompts[0], greedy(max_new_tokens=count, ignore_eos=True))
+        assert len(answer.ids) == count and answer.finish_reason == "length"
+    context = model.config.max_position_embeddings
+    long = (prompts[1] * 20)[: context - 3]
+    for use_cache in (True, False):
+        answer = one(model, long, greedy(max_new_tokens=50, ignore_eos=True), use_cache=use_cache)
+        assert len(answer.ids) == 3 and answer.finish_reason == "length"
+    with pytest.raises(UserError, match=f"{context} tokens.*{context}"):
+        one(model, (prompts[1] * 20)[:context], greedy())
+    with pytest.raises(UserError, match="at least one token"):
+        one(model, [], greedy())
+
+
+def test_several_end_ids_from_generation_config(model, model_folder, tokenizer, prompts, tmp_path):
+    free = one(model, prompts[0], without_eos(model)).ids
+    place = next(i for i in range(3, 20) if free[i] not in free[:i])
+    shutil.copytree(model_folder, tmp_path / "m")
+    config = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": [tokenizer.eos_token_id, free[place]]}
+    (tmp_path / "m/generation_config.json").write_text(json.dumps(config))
+    ending = MODEL.load(tmp_path / "m")
+    first_end = min(free.index(i) for i in config["eos_token_id"] if i in free)
+    answer = one(ending, prompts[0], greedy(), tokenizer)
+    assert answer.ids == free[: first_end + 1] and answer.finish_reason == "stop"
+    assert answer.text == text_after(tokenizer, prompts[0], free[:first_end])  # the end id is not part of the text
+    assert "".join(stream(ending, tokenizer, prompts[0], greedy())) == answer.text
+    past = one(ending, prompts[0], without_eos(model), tokenizer)
+    assert past.ids == free and past.finish_reason == "length"
+
+
+@pytest.fixture(scope="module")
+def free_answer(model, tokenizer, prompts):
+    """A text long enough to choose stop texts from."""
+    return one(model, prompts[0], Sampling(seed=3, max_new_tokens=50, ignore_eos=True, temperature=1.0), tokenizer)
+
+
+def stopping(stop):
+    return Sampling(seed=3, max_new_tokens=50, ignore_eos=True, temperature=1.0, stop=stop)
+
+
+@pytest.mark.parametrize("place", [0, 9, 25, 40])
+@pytest.mark.parametrize("width", [1, 7])
+def test_stop_texts(place, width, model, tokenizer, prompts, free_answer):
+    stop = free_answer.text[place : place + width]
+    expected = free_answer.text[: free_answer.text.find(stop)]
+    answer = one(model, prompts[0], stopping([stop, "never there"]), tokenizer)
+    assert answer.text == expected and answer.finish_reason == "stop"
+    assert answer.ids == free_answer.ids[: len(answer.ids)]
+    assert stop in text_after(tokenizer, prompts[0], answer.ids)
+    assert stop not in text_after(tokenizer, prompts[0], answer.ids[:-1])  # and not a token later
+    so_far = ""
+    for piece in stream(model, tokenizer, prompts[0], stopping([stop])):
+        so_far += piece
+        assert piece and expected.startswith(so_far), "part of a stop text leaked"
+    assert so_far == expected
+
+
+def test_the_earliest_of_several_stops_wins(model, tokenizer, prompts, free_answer):
+    stops = [free_answer.text[30:33], free_answer.text[12:15], free_answer.text[20:26]]
+    expected = free_answer.text[: min(free_answer.text.find(stop) for stop in stops)]
+    assert one(model, prompts[0], stopping(stops), tokenizer).text == expected
+
+
+def test_a_stop_that_almost_comes_holds_nothing_back_in_the_end(model, tokenizer, prompts, free_answer):
+    text = free_answer.text
+    stops = [text[8:14] + "\0", text[-4:] + "\0", text[-1] + "x\0"]
+    answer = one(model, prompts[0], stopping(stops), tokenizer)
+    assert answer.text == text and answer.finish_reason == "length"
+    assert "".join(stream(model, tokenizer, prompts[0], stopping(stops))) == text
+    with pytest.raises(ValueError, match="tokenizer"):
+        one(model, prompts[0], stopping(["x"]))
+
+
+def test_a_stop_over_several_tokens_holds_its_beginning_back(tokenizer):
+    """The characters come one by one; what may begin the stop text is told only when it cannot be one any more."""
+    byte = TOKENIZER.train([], 0, "byte")
+    row = INFER.Row([0], Sampling(stop=["END"], max_new_tokens=99), (0,), byte, [], 999)
+    told = []
+    for token in byte("E ENx ENEND tail", add_special_tokens=False).input_ids:
+        if row.finish:
+            break
+        row.accept(token, None)
+        told.append(row.text[: row.told])
+    assert told == ["", "E ", "E ", "E ", "E ENx", "E ENx ", "E ENx ", "E ENx ", "E ENx EN", "E ENx EN", "E ENx EN"]
+    assert row.finish == "stop" and row.completion().text == "E ENx EN"
+
+
+# ----------------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("prompt", ["", "a", "\U0001f469\u200d\U0001f680\U0001f600"])
+def test_characters_of_several_tokens_come_whole(prompt):
+    tokenizer = TOKENIZER.train([], 0, "byte")
+    text = "h\u00e9llo \U0001f469\u200d\U0001f680 \u65e5\u672c!\n"
+    detokenizer = Detokenizer(tokenizer, tokenizer(prompt).input_ids)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    pieces = [detokenizer.push(token) for token in ids]
+    assert "".join(pieces) + detokenizer.flush() == text and not any("\ufffd" in piece for piece in pieces)
+    assert len(ids) == len(text.encode()) and sum(map(bool, pieces)) == len(text)
+
+
+def test_an_unfinished_character_is_told_at_the_end():
+    tokenizer = TOKENIZER.train([], 0, "byte")
+    detokenizer = Detokenizer(tokenizer)
+    ids = tokenizer("ab\U0001f600", add_special_tokens=False).input_ids[:-1]
+    assert "".join(detokenizer.push(token) for token in ids) == "ab"
+    assert set(detokenizer.flush()) == {"\ufffd"}
+
+
+def test_random_bytes_come_as_decoded_whole():
+    tokenizer = TOKENIZER.train([], 0, "byte")
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        prompt = tokenizer("x").input_ids
+        ids = rng.integers(4, 260, 30).tolist()
+        detokenizer = Detokenizer(tokenizer, prompt)
+        text = "".join(detokenizer.push(token) for token in ids) + detokenizer.flush()
+        assert text == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordpiece", "bpe", "char"])
+def test_spaces_between_words_stay(kind):
+    """Metaspace drops a text's first space, WordPiece joins pieces: the prompt before them decides."""
+    tokenizer = TOKENIZER.train(make_text(200), 330, kind)
+    whole = tokenizer("The red fox ran over a hill and one owl saw it.", add_special_tokens=False).input_ids
+    for cut in range(1, len(whole)):
+        detokenizer = Detokenizer(tokenizer, whole[:cut])
+        text = "".join(detokenizer.push(token) for token in whole[cut:]) + detokenizer.flush()
+        assert text == tokenizer.decode(whole)[len(tokenizer.decode(whole[:cut])) :]
+
+
+def test_generated_emoji_are_not_broken(model_folder):
+    """A model of bytes, streamed: no piece ends inside a character."""
+    tokenizer = TOKENIZER.train([], 0, "byte")
+    config = MODEL.ModelConfig(vocab_size=260, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                               num_attention_heads=2, initializer_range=1.0, max_position_embeddings=128)
+    model = MODEL.build(config, seed=0).eval()
+    prompt = tokenizer("\U0001f600").input_ids
+    sampling = Sampling(seed=0, max_new_tokens=100, temperature=1.5)
+    answer = one(model, prompt, sampling, tokenizer)
+    pieces = list(stream(model, tokenizer, prompt, sampling))
+    assert "".join(pieces) == answer.text == text_after(tokenizer, prompt, answer.ids)
+    assert answer.text != answer.text.encode().decode("ascii", "ignore")
+
+
+# ----------------------------------------------------------------------------------------------------- sampler
+
+VOCABULARY = 40
+PROMPT, ANSWER = [1, 2, 3, 3, 39], [3, 7, 7, 7, 12]
+
+
+def some_logits(seed=0):
+    return torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def row(sampling, uniform, prompt=PROMPT, ids=ANSWER):
+    return SimpleNamespace(sampling=sampling, prompt=list(prompt), ids=list(ids), next_uniform=lambda: uniform)
+
+
+def drawn_shares(logits, sampling, count=4000):
+    """The distribution behind `sample`: inverting a CDF at an even grid hits each token as often as it is likely."""
+    rows = [row(sampling, (k + 0.5) / count) for k in range(count)]
+    chosen, _ = INFER.sample(logits.expand(count, -1).clone(), rows)
+    return np.bincount(chosen, minlength=VOCABULARY) / count
+
+
+def slow_distribution(logits, s):
+    """Oracle, one row with Python floats: penalties, temperature, top-k, top-p of the rest, min-p."""
+    values = {i: float(v) for i, v in enumerate(logits)}
+    for i in values:
+        if i in PROMPT + ANSWER and s.repetition_penalty != 1:
+            values[i] = values[i] / s.repetition_penalty if values[i] > 0 else values[i] * s.repetition_penalty
+        if i in ANSWER:
+            values[i] -= s.presence_penalty + s.frequency_penalty * ANSWER.count(i)
+    weights = {i: math.exp(v / s.temperature) for i, v in values.items()}
+    ranked = sorted(weights, key=lambda i: -weights[i])
+    if s.top_k:
+        ranked = ranked[: s.top_k]
+    total = sum(weights[i] for i in ranked)
+    kept, mass = [], 0.0
+    for i in ranked:
+        if mass >= s.top_p:
+            break
+        kept.append(i)
+        mass += weights[i] / total
+    kept = [i for i in kept if weights[i] >= s.min_p * weights[ranked[0]]]
+    total = sum(weights[i] for i in kept)
+    return np.array([weights[i] / total if i in kept else 0.0 for i in range(VOCABULARY)])
+
+
+SETTINGS = [
+    dict(temperature=1.0), dict(temperature=0.5), dict(temperature=1.7), dict(top_k=1), dict(top_k=5), dict(top_k=1000),
+    dict(top_p=0.1), dict(top_p=0.8), dict(top_p=0.99), dict(min_p=0.05), dict(min_p=0.5), dict(min_p=1.0),
+    dict(repetition_penalty=1.4), dict(repetition_penalty=0.6), dict(presence_penalty=1.5), dict(presence_penalty=-1.0),
+    dict(frequency_penalty=0.7), dict(frequency_penalty=-0.5), dict(top_k=12, top_p=0.7), dict(top_p=0.9, min_p=0.1),
+    dict(temperature=0.7, top_k=20, top_p=0.95, min_p=0.02, repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=0.3),
+    dict(temperature=2.5, top_k=9, top_p=0.6, min_p=0.2, repetition_penalty=1.9, presence_penalty=-0.4, frequency_penalty=0.8),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(s))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sampler_equals_the_slow_one(settings, seed):
+    sampling = Sampling(**{"temperature": 1.0, **settings})
+    expected, shares = slow_distribution(some_logits(seed), sampling), drawn_shares(some_logits(seed), sampling)
+    assert set(np.flatnonzero(shares)) <= set(np.flatnonzero(expected))
+    np.testing.assert_allclose(shares, expected, atol=1.01 / 4000)  # one grid point
+
+
+@pytest.mark.parametrize("settings", [s for s in SETTINGS if "penalty" not in "".join(s).replace("repetition_penalty", "")],
+                         ids=lambda s: "-".join(s))
+def test_sampler_equals_transformers(settings):
+    s = Sampling(**{"temperature": 1.0, **settings})
+    processors = [RepetitionPenaltyLogitsProcessor(s.repetition_penalty), TemperatureLogitsWarper(s.temperature),
+                  *([TopKLogitsWarper(s.top_k)] if s.top_k else []), *([TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []),
+                  *([MinPLogitsWarper(s.min_p)] if s.min_p else [])]
+    scores = LogitsProcessorList(processors)(torch.tensor([PROMPT + ANSWER]), some_logits()[None].clone())
+    np.testing.assert_allclose(drawn_shares(some_logits(), s), scores.softmax(-1)[0].numpy(), atol=1.01 / 4000)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(repetition_penalty=3.0), dict(frequency_penalty=5.0)], ids=str)
+def test_greedy_takes_the_best_after_penalties(settings):
+    for seed in range(20):
+        logits = some_logits(seed)
+        logits[7] = logits.max() + 1  # the favourite is one that was often said
+        chosen, _ = INFER.sample(logits[None].clone(), [row(Sampling(temperature=0, **settings), 0.9)])
+        assert chosen == [int(slow_distribution(logits, Sampling(temperature=1, **settings)).argmax())]
+
+
+def test_top_p_of_zero_is_the_best_token():
+    logits = some_logits()
+    for uniform in (0.0, 0.5, 0.999999):
+        chosen, _ = INFER.sample(logits[None].clone(), [row(Sampling(temperature=1.0, top_p=0.0), uniform)])
+        assert chosen == [int(logits.argmax())]
+
+
+def test_the_ends_of_the_unit_interval_hit_kept_tokens():
+    for settings in (dict(), dict(top_k=3), dict(top_p=0.4), dict(min_p=0.3)):
+        s = Sampling(temperature=1.0, **settings)
+        kept = set(np.flatnonzero(slow_distribution(some_logits(), s)))
+        for uniform in (0.0, 1 - 1e-16, 0.99999999):  # in float32 the last two are 1
+            chosen, _ = INFER.sample(some_logits()[None].clone(), [row(s, uniform)])
+            assert chosen[0] in kept
+    barred = some_logits()
+    barred[-5:] = -math.inf
+    chosen, _ = INFER.sample(barred[None].clone(), [row(Sampling(temperature=1.0), 1 - 1e-16)])
+    assert chosen[0] < VOCABULARY - 5
+
+
+def test_a_draw_does_not_depend_on_its_neighbours():
+    mixed = [Sampling(**{"temperature": 1.0, **settings}) for settings in SETTINGS] + [Sampling(temperature=0)]
+    for k in range(12):
+        uniform = (k + 0.5) / 12
+        logits = torch.stack([some_logits(i) for i in range(len(mixed))])
+        together, _ = INFER.sample(logits.clone(), [row(s, uniform) for s in mixed])
+        alone = [INFER.sample(logits[i : i + 1].clone(), [row(s, uniform)])[0][0] for i, s in enumerate(mixed)]
+        assert together == alone
+
+
+def test_sampling_does_not_change_the_logits_it_is_given():
+    logits = torch.stack([some_logits(0), some_logits(1)])
+    before = logits.clone()
+    INFER.sample(logits, [row(Sampling(repetition_penalty=2.0), 0.3), row(Sampling(temperature=0), 0.3)])
+    assert torch.equal(logits, before)
+
+
+def test_logprobs_are_those_of_a_whole_forward(model, prompts):
+    for temperature in (0, 0.6, 1.0, 1.5):
+        s = Sampling(temperature=temperature, seed=2, max_new_tokens=20, logprobs=True, top_k=30, repetition_penalty=1.3)
+        for prompt, [answer] in zip(prompts, generate(model, prompts, s)):
+            expected = logprobs_of(model, prompt, answer.ids, temperature)
+            np.testing.assert_allclose(answer.logprobs, expected, atol=1e-4)
+    assert one(model, prompts[0], greedy()).logprobs is None
+
+
+@pytest.mark.parametrize("settings", [dict(top_p=1.5), dict(top_p=-0.1), dict(temperature=-1), dict(top_k=-2), dict(min_p=2),
+                                      dict(max_new_tokens=0), dict(n=0), dict(repetition_penalty=0), dict(temperature=math.nan)], ids=str)
+def test_settings_out_of_range(settings):
+    with pytest.raises(UserError, match=f"inference.{next(iter(settings))}: "):
+        Sampling(**settings)
+
+
+# ----------------------------------------------------------------------------------------------------- scoring
+
+
+def window_logprobs(model, ids):
+    """Oracle: token j is read in the window that starts at 0, or half a context before the last one's end."""
+    context = model.config.max_position_embeddings
+    step = context - context // 2
+    starts = [max(0, -(-(j - context) // step)) * step for j in range(1, len(ids))]
+    tables = {start: model(torch.tensor([ids[start : start + context]])).logits[0].float().log_softmax(-1) for start in set(starts)}
+    return [float(tables[start][j - 1 - start, ids[j]]) for j, start in enumerate(starts, 1)]
+
+
+@pytest.mark.parametrize("length", [2, 5, 127, 128, 129, 130, 192, 193, 194, 400])
+@torch.no_grad()
+def test_score_ids_in_windows(length, model):
+    ids = torch.randint(5, 320, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    scored = INFER.score_ids(model, ids)
+    assert len(scored.logprobs) == length - 1 and scored.best is None
+    np.testing.assert_allclose(scored.logprobs, window_logprobs(model, ids), atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_best_tokens(model):
+    ids = torch.randint(5, 320, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    scored = INFER.score_ids(model, ids, top=4)
+    assert len(scored.best) == 199
+    table = model(torch.tensor([ids[:128]])).logits[0].float().log_softmax(-1)
+    for t in range(127):
+        values, places = table[t].topk(4)
+        assert list(scored.best[t]) == places.tolist()
+        np.testing.assert_allclose(list(scored.best[t].values()), values, atol=1e-4)
+    np.testing.assert_allclose(scored.logprobs, INFER.score_ids(model, ids).logprobs, atol=1e-5)
+
+
+@torch.no_grad()
+def test_score_sums_over_texts(model, tokenizer):
+    texts = ["The red fox ran.", "caf\u00e9 \U0001f600", "", "x"]
+    nats = tokens = 0
+    for text in texts:
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+        table = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        nats -= sum(float(table[i, ids[i + 1]]) for i in range(len(ids) - 1))
+        tokens += len(ids) - 1
+    size = sum(len(text.encode()) for text in texts)
+    result = INFER.score(model, tokenizer, texts)
+    assert (result["tokens"], result["bytes"]) == (tokens, size)
+    expected = {"nats": nats, "loss": nats / tokens, "perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / size}
+    for name, value in expected.items():
+        assert result[name] == pytest.approx(value, rel=1e-4)
+    empty = INFER.score(model, tokenizer, [""])
+    assert (empty["tokens"], empty["bytes"], empty["nats"], empty["bits_per_byte"]) == (0, 0, 0, 0)
+
+
+def test_scored_texts_begin_once(tokenizer):
+    bare = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER.train(make_text(20), 300).backend_tokenizer, eos_token=TOKENIZER.END)
+    for tok in (tokenizer, bare):
+        ids = INFER.score_prompt(tok, "the fox")
+        assert ids[0] == TOKENIZER.begin_id(tok) and tok.decode(ids[1:]) == "the fox"
+        assert INFER.score_prompt(tok, "") == [TOKENIZER.begin_id(tok)]
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.fixture()
+def infer(monkeypatch, capsys, model_folder):
+    """infer(*flags, stdin="...") -> (stdout, stderr) of one command."""
+
+    def call(*flags, stdin="", folder=None):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        INFER.main(["--model", str(folder or model_folder), *map(str, flags)])
+        return tuple(capsys.readouterr())
+
+    return call
+
+
+GREEDY = ("--temperature", 0, "--max-new-tokens", 12)
+
+
+def answer_to(model, tokenizer, text, **options):
+    """What the library says; the command line must print the same."""
+    prompt = tokenizer(text).input_ids if text else [tokenizer.bos_token_id]
+    return one(model, prompt, greedy(**{"max_new_tokens": 12, **options}), tokenizer).text
+
+
+@pytest.mark.parametrize("prompt", ["The red", "", "two\nlines\n", "caf\u00e9 \U0001f600"])
+def test_prompt_flag(prompt, infer, model, tokenizer):
+    out, err = infer("--prompt", prompt, *GREEDY, stdin="not read")
+    assert out == answer_to(model, tokenizer, prompt) + "\n"
+    assert "error" not in err and answer_to(model, tokenizer, prompt) not in err
+    assert infer("--prompt", prompt, "--echo", *GREEDY)[0] == prompt + out
+    assert infer("--prompt", prompt, "--use-cache", "false", *GREEDY)[0] == out
+
+
+@pytest.mark.parametrize(("stdin", "prompt"), [("The red fox\n", "The red fox"), ("The red fox", "The red fox"), ("a\n\n", "a\n"),
+                                               ("\n", ""), ("a\nb\n", "a\nb")])
+def test_piped_prompt_loses_one_newline(stdin, prompt, infer, model, tokenizer):
+    assert infer(*GREEDY, stdin=stdin)[0] == answer_to(model, tokenizer, prompt) + "\n"
+    assert infer("--echo", *GREEDY, stdin=stdin)[0].startswith(prompt + answer_to(model, tokenizer, prompt))
+
+
+def test_empty_pipe(infer):
+    with pytest.raises(UserError, match="no prompt"):
+        infer()
+
+
+def test_lines(infer, model, tokenizer):
+    lines = ["The red", "", "owl and a longer prompt than the others", "a\\b", "rain", "tree"]
+    out, _ = infer("--lines", "--batch-size", 4, *GREEDY, stdin="\r\n".join(lines[:2]) + "\n" + "\n".join(lines[2:]))
+    expected = [answer_to(model, tokenizer, line).replace("\\", "\\\\").replace("\n", "\\n") for line in lines]
+    assert out == "\n".join(expected) + "\n"
+
+
+def test_lines_sampled_do_not_depend_on_the_batch(infer):
+    flags = ("--lines", "--seed", 3, "--max-new-tokens", 8)
+    lines = "".join(text + "\n" for text in make_text(7))
+    outs = {infer(*flags, "--batch-size", size, stdin=lines)[0] for size in (1, 3, 8)}
+    assert len(outs) == 1 and len(outs.pop().splitlines()) == 7
+
+
+@pytest.mark.parametrize("mode", ["--lines", "--jsonl"])
+def test_a_batch_size_of_zero_is_refused_or_one(mode, infer):
+    try:
+        out, _ = infer(mode, "--batch-size", 0, *GREEDY, stdin='{"prompt": "a"}\n')
+    except UserError as error:
+        assert "inference.batch_size" in str(error)
+    else:
+        assert out.count("\n") == 1
+
+
+def test_several_answers(infer, model, tokenizer):
+    out, _ = infer("--prompt", "The red", "--n", 3, "--seed", 1, "--max-new-tokens", 8, "--echo")
+    expected = generate(model, [tokenizer("The red").input_ids], Sampling(n=3, seed=1, max_new_tokens=8), tokenizer)[0]
+    assert out == "".join("The red" + answer.text + "\n" for answer in expected)
+
+
+def test_jsonl_records(infer, model, tokenizer):
+    records = [{"prompt": "The red", "id": 7}, {"prompt": "owl", "max_new_tokens": 3}, {"prompt": "", "n": 2},
+               {"prompt": "rain", "temperature": 0.9, "seed": 5, "logprobs": True}, {"prompt": "fox", "repetition_penalty": 2}]
+    out, _ = infer("--jsonl", *GREEDY, stdin="\n\n".join(map(json.dumps, records)))
+    got = [json.loads(line) for line in out.splitlines()]
+    assert [{k: g[k] for k in r} for g, r in zip(got, [*records[:2], records[2], *records[2:]])] == [*records[:2], records[2], *records[2:]]
+    assert got[0]["completion"] == answer_to(model, tokenizer, "The red")
+    assert got[1]["completion"] == answer_to(model, tokenizer, "owl", max_new_tokens=3) and got[1]["finish_reason"] == "length"
+    assert got[2]["completion"] == got[3]["completion"] == answer_to(model, tokenizer, "")
+    assert got[5]["completion"] == answer_to(model, tokenizer, "fox", repetition_penalty=2.0)
+    expected = generate(model, [tokenizer("rain").input_ids], Sampling(temperature=0.9, seed=5, max_new_tokens=12, logprobs=True),
+                        tokenizer, first=3)[0][0]
+    assert got[4]["completion"] == expected.text
+    np.testing.assert_allclose(got[4]["logprobs"], expected.logprobs, atol=1e-4)
+    assert "logprobs" not in got[0]
+
+
+@pytest.mark.parametrize("stop", ["\n", "###", "3", "yes", "a: b", "[INST]", ["x", "y"], "e"])
+def test_jsonl_stop_texts_are_taken_literally(stop, monkeypatch):
+    line = json.dumps({"prompt": "a", "stop": stop})
+    _, _, sampling = INFER._record(line, "stdin:1", Sampling())
+    assert sampling.stop == ([stop] if isinstance(stop, str) else stop)
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("{broken", "stdin:3: not valid JSON"), ("[1]", "stdin:3: .*'prompt' or 'messages'"), ('{"text": "a"}', "stdin:3: .*'prompt'"),
+    ('{"prompt": 5}', "stdin:3"), ('{"messages": []}', "stdin:3"), ('{"prompt": "a", "top_k": "many"}', "stdin:3: top_k"),
+    ('{"prompt": "a", "top_p": 7}', "stdin:3.*top_p"), ('{"prompt": "a", "stop": [1]}', "stdin:3.*stop"),
+])
+def test_bad_jsonl_lines(line, message, infer):
+    with pytest.raises(UserError, match=message):
+        infer("--jsonl", *GREEDY, stdin='{"prompt": "a"}\n\n' + line + "\n")
+
+
+@pytest.mark.parametrize("messages", [["hello"], [{"role": "user"}], [5]])
+def test_messages_of_a_wrong_shape(messages, infer, chat_folder):
+    with pytest.raises(UserError):
+        infer("--jsonl", "--system", "Be kind.", *GREEDY, stdin=json.dumps({"messages": messages}), folder=chat_folder)
+
+
+def test_a_prompt_beyond_the_context(infer, model, tokenizer, capsys):
+    text = " ".join(make_text(40))
+    ids = tokenizer(text).input_ids
+    out, err = infer("--prompt", text, *GREEDY)
+    kept = [ids[0], *ids[len(ids) - (128 - 12) + 1 :]]
+    assert len(ids) > 200 and len(kept) == 116
+    assert out == one(model, kept, greedy(max_new_tokens=12), tokenizer).text + "\n"
+    assert f"{len(ids)} tokens" in err and f"first {len(ids) - 116} were dropped" in err
+    out, err = infer("--prompt", text, "--temperature", 0, "--max-new-tokens", 500)
+    assert "64 fit a context of 128" in err and out.strip()  # the answer keeps half the context
+
+
+# ------------------------------------------------------------------------------------------ chat
+
+
+def chat_ids(folder, messages):
+    """Oracle: transformers applies the template itself."""
+    tokenizer = TOKENIZER.load(folder)
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
+
+
+def test_chat_auto_on_and_off(infer, chat_folder, model_folder, model, tokenizer):
+    user = [{"role": "user", "content": "The red"}]
+    wrapped = one(model, chat_ids(chat_folder, user), greedy(max_new_tokens=12), tokenizer).text + "\n"
+    assert infer("--prompt", "The red", *GREEDY, folder=chat_folder)[0] == wrapped
+    assert infer("--prompt", "The red", "--chat", "on", *GREEDY, folder=chat_folder)[0] == wrapped
+    plain = answer_to(model, tokenizer, "The red") + "\n"
+    assert plain != wrapped
+    assert infer("--prompt", "The red", "--chat", "off", *GREEDY, folder=chat_folder)[0] == plain
+    assert infer("--prompt", "The red", *GREEDY)[0] == plain
+    system = [{"role": "system", "content": "Be kind."}, *user]
+    expected = one(model, chat_ids(chat_folder, system), greedy(max_new_tokens=12), tokenizer).text + "\n"
+    assert infer("--prompt", "The red", "--system", "Be kind.", *GREEDY, folder=chat_folder)[0] == expected
+    with pytest.raises(UserError, match="inference.chat: on.*no chat template"):
+        infer("--prompt", "x", "--chat", "on")
+
+
+def test_jsonl_messages(infer, chat_folder, model, tokenizer):
+    messages = [{"role": "user", "content": "Fox?"}, {"role": "assistant", "content": "Owl."}, {"role": "user", "content": "Why?"}]
+    out, _ = infer("--jsonl", *GREEDY, stdin=json.dumps({"messages": messages, "id": 1}), folder=chat_folder)
+    record = json.loads(out)
+    assert record["messages"] == messages and record["id"] == 1
+    assert record["completion"] == one(model, chat_ids(chat_folder, messages), greedy(max_new_tokens=12), tokenizer).text
+    with pytest.raises(UserError, match="no chat template"):
+        infer("--jsonl", *GREEDY, stdin=json.dumps({"messages": messages}))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def type_lines(monkeypatch, lines):
+    waiting = iter(lines)
+
+    def answer(prompt=""):
+        try:
+            return next(waiting)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", answer)
+
+
+def test_terminal_keeps_a_conversation(monkeypatch, capsys, chat_folder, model, tokenizer):
+    type_lines(monkeypatch, ["The red", "Why?"])
+    INFER.main(["--model", str(chat_folder), *map(str, GREEDY)])
+    messages, replies = [], []
+    for text in ("The red", "Why?"):
+        messages.append({"role": "user", "content": text})
+        replies.append(one(model, chat_ids(chat_folder, messages), greedy(max_new_tokens=12), tokenizer).text)
+        messages.append({"role": "assistant", "content": replies[-1]})
+    assert capsys.readouterr().out == "".join(reply + "\n" for reply in replies)
+
+
+def test_terminal_without_a_template(monkeypatch, capsys, model_folder, model, tokenizer):
+    type_lines(monkeypatch, ["The red", "owl", "", "never read"])
+    INFER.main(["--model", str(model_folder), *map(str, GREEDY)])
+    assert capsys.readouterr().out == "".join(answer_to(model, tokenizer, text) + "\n" for text in ("The red", "owl"))
+
+
+# ------------------------------------------------------------------------------------------ scoring on the command line
+
+
+def test_score_json(infer, tmp_path, model, tokenizer):
+    text = "The red fox.\n\nOne owl saw it.\n"
+    (tmp_path / "a.txt").write_text(text)
+    expected = INFER.score(model, tokenizer, [text])
+    for flags, stdin in ((("--score", tmp_path / "a.txt"), ""), (("--score", "-"), text), (("--score",), text)):
+        assert json.loads(infer(*flags, stdin=stdin)[0]) == pytest.approx(expected, rel=1e-4)
+    lines = INFER.score(model, tokenizer, ["The red fox.", "One owl saw it."])
+    assert json.loads(infer("--score", tmp_path / "a.txt", "--lines")[0]) == pytest.approx(lines, rel=1e-4)
+    assert json.loads(infer("--score", "--lines", stdin=text)[0]) == pytest.approx(lines, rel=1e-4)
+    for flags in (("--score", tmp_path / "nothing.txt"), ("--score",)):
+        (tmp_path / "nothing.txt").write_text("")
+        with pytest.raises(UserError, match="--score: .*no text"):
+            infer(*flags)
+
+
+def test_score_lines_are_the_same_from_a_file_and_a_pipe(infer, tmp_path):
+    text = "one\u2028line\n\nform\x0cfeed\nlast\x85one\n"
+    (tmp_path / "a.txt").write_text(text)
+    flags = ("--score", "--lines", "--logprobs")
+    piped = [json.loads(line)["text"] for line in infer(*flags, stdin=text)[0].splitlines()]
+    filed = [json.loads(line)["text"] for line in infer("--score", tmp_path / "a.txt", *flags[1:])[0].splitlines()]
+    assert piped == filed == [line for line in text.split("\n") if line]
+
+
+@torch.no_grad()
+def test_score_logprobs_and_the_best(infer, model, tokenizer):
+    text = "The red fox \u00e9"
+    out, _ = infer("--score", "--logprobs", "--top-logprobs", 3, stdin=text)
+    record = json.loads(out)
+    ids = tokenizer(text).input_ids
+    table = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    assert record["text"] == text and record["ids"] == ids and record["token_strings"] == tokenizer.convert_ids_to_tokens(ids)
+    np.testing.assert_allclose(record["logprobs"], [table[i, ids[i + 1]] for i in range(len(ids) - 1)], atol=1e-4)
+    assert record["perplexity"] == pytest.approx(math.exp(-sum(record["logprobs"]) / (len(ids) - 1)))
+    for t, best in enumerate(record["top_logprobs"]):
+        values, places = table[t].topk(3)
+        assert list(best) == tokenizer.convert_ids_to_tokens(places.tolist())
+        np.testing.assert_allclose(list(best.values()), values, atol=1e-4)
+    assert "top_logprobs" not in json.loads(infer("--score", "--logprobs", stdin=text)[0])
+
+
+@torch.no_grad()
+def test_logits_file(infer, tmp_path, model, tokenizer):
+    path = tmp_path / "deep/logits.safetensors"
+    infer("--score", "--lines", "--logits", path, stdin="The red fox\nanother line\n")
+    tensors = load_file(path)
+    ids = tokenizer("The red fox").input_ids
+    assert tensors["ids"].tolist() == ids
+    torch.testing.assert_close(tensors["logits"], model(torch.tensor([ids])).logits[0], atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="--logits: .*exceed the context of 128"):
+        infer("--score", "--logits", path, stdin=" ".join(make_text(40)))
+
+
+# ------------------------------------------------------------------------------------------ mistakes
+
+
+def exits(monkeypatch, capsys, *flags):
+    """Status and stderr as a shell sees them."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x"))
+    with pytest.raises(SystemExit) as caught:
+        MODEL.run_main(INFER.main, list(map(str, flags)))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return caught.value.code, captured.err
+
+
+def test_mistakes_are_one_line_and_status_two(monkeypatch, capsys, tmp_path, model_folder):
+    (tmp_path / "out/ckpt-step-000020").mkdir(parents=True)
+    (tmp_path / "out/ckpt-step-000100").mkdir()
+    (tmp_path / "bare").mkdir()
+    model = ("--model", model_folder)
+    for flags, words in (
+        ((*model, "--temprature", 1), ["--temprature", "nearest", "--temperature"]),
+        ((*model, "--top-p", 3), ["inference.top_p", "3"]),
+        ((*model, "--max-new-tokens", "many"), ["inference.max_new_tokens", "many"]),
+        ((*model, "--model.hidden_size", 64), ["model.hidden_size", "fixed"]),
+        (("--model", tmp_path / "out"), ["holds no finished model", "--model", "ckpt-step-000100"]),
+        (("--model", tmp_path / "bare"), ["holds no finished model", "TRAIN.py"]),
+        (("--model", tmp_path / "nowhere"), ["model.name", "nowhere"]),
+        (("--model.preset", "llama-1m"), ["model.preset", "--model"]),
+        (("--model", "somebody/no-such-model"), ["somebody/no-such-model", "--model.preset"]),
+        ((*model, "stray"), ["stray"]),
+    ):
+        code, err = exits(monkeypatch, capsys, *flags)
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+        assert all(word in err for word in words), err
+
+
+def test_a_tokenizer_too_large_for_the_model(infer, tmp_path):
+    TOKENIZER.save(TOKENIZER.train(make_text(300), 400), tmp_path)
+    size = len(TOKENIZER.load(tmp_path))
+    with pytest.raises(UserError, match=f"the tokenizer has {size} ids, the model only 320"):
+        infer("--prompt", "x", "--tokenizer.name", tmp_path)
+
+
+def test_help_names_every_knob(capsys):
+    with pytest.raises(SystemExit) as caught:
+        INFER.main(["--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert all(key in out for key in [*INFER.SAMPLING_KEYS, "--prompt", "--echo", "--lines", "--jsonl", "--score", "--logits"])
+
+
+# ------------------------------------------------------------------------------------------ the process itself
+
+
+def test_echo_pipe_infer(model_folder, model, tokenizer):
+    command = [sys.executable, "INFER.py", "--model", model_folder, *map(str, GREEDY)]
+    done = subprocess.run(command, input="The red\n", capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout) == (0, answer_to(model, tokenizer, "The red") + "\n"), done.stderr
+
+
+def test_a_closed_pipe_ends_quietly(model_folder, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("the red fox\n" * 400)
+    script = (f"{sys.executable} INFER.py --model {model_folder} --lines --batch-size 1 --max-new-tokens 2 < {lines} "
+              "| head -1; echo status ${PIPESTATUS[0]}")
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert len(done.stdout.splitlines()) == 2 and done.stdout.splitlines()[1] == "status 0"
+    assert "Broken" not in done.stderr and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr

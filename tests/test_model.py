@@ -1,0 +1,1239 @@
+"""MODEL.py against transformers, against slow direct computations, and against published numbers."""
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import types
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import modeling_rope_utils
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+import INFER
+import MODEL
+from MODEL import ModelConfig, UserError
+
+VOCAB = 97
+SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3)
+NO_SPECIALS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+GPT2 = dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
+LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16, rope_theta=100.0)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, rope_theta=100.0)
+FAMILIES = {
+    "gpt2": ("GPT2", GPT2),
+    "llama-mha": ("Llama", dict(SIZES, num_key_value_heads=4)),
+    "llama-gqa": ("Llama", SIZES),
+    "llama-mqa": ("Llama", dict(SIZES, num_key_value_heads=1, tie_word_embeddings=True)),
+    "llama-biases": ("Llama", dict(SIZES, attention_bias=True, mlp_bias=True)),
+    "llama-llama3": ("Llama", dict(SIZES, head_dim=16, rope_parameters=LLAMA3)),
+    "llama-yarn": ("Llama", dict(SIZES, head_dim=16, rope_parameters=YARN)),
+    "llama-yarn-factor": ("Llama", dict(SIZES, head_dim=16, rope_parameters=dict(YARN, attention_factor=1.5))),
+    "llama-linear": ("Llama", dict(SIZES, rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=100.0))),
+    "mistral": ("Mistral", dict(SIZES, sliding_window=5)),
+    "qwen2": ("Qwen2", SIZES),
+    "qwen2-window": ("Qwen2", dict(SIZES, num_hidden_layers=3, use_sliding_window=True, sliding_window=5,
+                                   max_window_layers=1)),
+    "qwen3": ("Qwen3", dict(SIZES, head_dim=16)),
+}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+some_families = pytest.mark.parametrize("family", ["gpt2", "llama-gqa", "mistral", "qwen2-window", "qwen3"])
+every_kernel = pytest.mark.parametrize("kernel", ["eager", "sdpa", "auto"])
+
+
+def roughen(model, seed: int):
+    """Norms that are all one and biases that are all zero could be swapped or dropped unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+@cache
+def reference(family: str):
+    """A tiny random transformers model; the same object for every test, so nobody may change it."""
+    prefix, knobs = FAMILIES[family]
+    config = getattr(transformers, prefix + "Config")(**knobs, **NO_SPECIALS, attn_implementation="eager")
+    torch.manual_seed(0)
+    name = "GPT2LMHeadModel" if prefix == "GPT2" else prefix + "ForCausalLM"
+    return roughen(getattr(transformers, name)(config), 1).eval()
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """hub(family): the folder that save_pretrained wrote."""
+    root = tmp_path_factory.mktemp("hub")
+
+    def folder(family: str) -> Path:
+        if not (root / family).exists():
+            reference(family).save_pretrained(root / family)
+        return root / family
+
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Handing out such small products costs more than computing them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def ids_of(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(ours, theirs, tolerance=1e-5):
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+def tiny(seed: int = 3, head="lm", kernel="auto", **knobs):
+    return roughen(MODEL.build(ModelConfig(**{**SIZES, **knobs}), head, seed, kernel), seed).eval()
+
+
+def with_kernel(folder: Path, kernel: str):
+    return MODEL.load(folder, attn_implementation=kernel)
+
+
+# --------------------------------------------------------------------------------- the families of transformers
+
+
+@every_family
+def test_transformers_folder_gives_the_same_logits(family, hub):
+    ids = ids_of(2, 24)
+    model = MODEL.load(hub(family))
+    assert not model.training and model.dtype == torch.float32
+    with torch.no_grad():
+        close(model(ids).logits, reference(family)(ids).logits, 1e-4)
+
+
+@every_family
+def test_greedy_text_equals_transformers(family, hub):
+    prompts = [ids_of(7, seed=1).tolist(), ids_of(12, seed=2).tolist()]
+    ours = INFER.generate(MODEL.load(hub(family)), prompts, INFER.Sampling(30, temperature=0, ignore_eos=True))
+    for prompt, [completion] in zip(prompts, ours):
+        theirs = reference(family).generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30, min_new_tokens=30,
+                                            attention_mask=torch.ones(1, len(prompt)), pad_token_id=0)
+        assert completion.ids == theirs[0, len(prompt):].tolist()
+
+
+def their_gradients(hf) -> dict[str, torch.Tensor]:
+    """Gradients of a transformers model under our names and layouts."""
+    renames = [("transformer.", "model."), (".wte", ".embed_tokens"), (".wpe", ".embed_positions"), (".h.", ".layers."),
+               ("ln_f", "norm"), ("ln_1", "input_layernorm"), ("ln_2", "post_attention_layernorm"),
+               ("mlp.c_fc", "mlp.up_proj"), ("mlp.c_proj", "mlp.down_proj"), ("attn.c_proj", "self_attn.o_proj")]
+    found = {}
+    for name, weight in hf.named_parameters():
+        gradient = weight.grad
+        if hf.config.model_type == "gpt2":
+            gradient = gradient.T if ".c_" in name and name.endswith("weight") else gradient
+            for theirs, ours in renames:
+                name = name.replace(theirs, ours)
+        if "attn.c_attn" in name:
+            for part, piece in zip("qkv", gradient.split(hf.config.n_embd)):
+                found[name.replace("attn.c_attn", f"self_attn.{part}_proj")] = piece
+        else:
+            found[name] = gradient
+    return found
+
+
+@every_family
+def test_gradients_equal_transformers(family, hub):
+    hf, model, ids = reference(family), MODEL.load(hub(family)), ids_of(2, 24, seed=4)
+    hf.zero_grad()
+    F.cross_entropy(hf(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    expected = their_gradients(hf)
+    (-model(ids[:, :-1], targets=ids[:, 1:]).logprobs.mean()).backward()
+    ours = {name: weight.grad for name, weight in model.named_parameters()}
+    assert set(ours) == set(expected)
+    for name, gradient in ours.items():
+        error = (gradient - expected[name]).norm() / expected[name].norm().clamp(min=1e-3)  # key biases are exactly 0
+        assert error < 1e-4, (name, float(error))
+
+
+@every_family
+def test_models_built_here_open_in_transformers(family, hub, tmp_path):
+    config = MODEL.read_config(hub(family))
+    model = roughen(MODEL.build(config, seed=5), 6).eval()
+    MODEL.save(model, tmp_path)
+    hf, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert type(hf) is type(reference(family))
+    with torch.no_grad():
+        close(model(ids_of(2, 24)).logits, hf.eval()(ids_of(2, 24)).logits, 1e-4)
+    assert MODEL.read_config(tmp_path) == config
+    close(MODEL.load(tmp_path)(ids_of(2, 24)).logits, model(ids_of(2, 24)).logits, 1e-6)
+
+
+MIXTURES = {
+    "query norm": dict(qk_norm=True),
+    "query norm and all attention biases": dict(qk_norm=True, attention_bias=True, attention_out_bias=True),
+    "window": dict(sliding_window=5),
+    "input biases": dict(attention_bias=True),
+    "window and input biases": dict(sliding_window=5, attention_bias=True),
+    "mistral with input biases": dict(model_type="mistral", sliding_window=5, attention_bias=True),
+    "window and MLP biases": dict(sliding_window=5, mlp_bias=True),
+    "input and MLP biases": dict(attention_bias=True, mlp_bias=True),
+    "query norm and MLP biases": dict(qk_norm=True, mlp_bias=True),
+    "all biases": dict(attention_bias=True, attention_out_bias=True, mlp_bias=True),
+    "mixed layers": dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+    "input biases and mixed layers": dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"],
+                                          attention_bias=True),
+    "wide heads and input biases": dict(head_dim=16, attention_bias=True),
+    "plain MLP": dict(mlp_gated=False),
+    "GPT-2's layers with rotary positions": dict(norm_type="layernorm", mlp_gated=False, attention_bias=True),
+    "learned positions and a gate": dict(position_embedding_type="learned"),
+    "no query norm in qwen3": dict(model_type="qwen3"),
+    "gelu and tied": dict(hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True),
+    "gpt2 with query groups": {k: v for k, v in MODEL._GPT2.items() if k not in SIZES},
+}
+IN_TRANSFORMERS = ("query norm", "query norm and all attention biases", "window", "input biases", "window and input biases",
+                   "all biases", "input biases and mixed layers", "wide heads and input biases", "gelu and tied")
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_mixture_of_knobs_is_written_as_what_computes_it(mixture, tmp_path):
+    """Either a family of transformers computes the very same, or the folder says that none does."""
+    model = tiny(**MIXTURES[mixture])
+    MODEL.save(model, tmp_path)
+    ids = ids_of(1, 16)
+    with torch.no_grad():
+        expected = model(ids).logits
+        close(MODEL.load(tmp_path)(ids).logits, expected, 1e-6)
+        if json.loads((tmp_path / "config.json").read_text())["model_type"] == MODEL.CUSTOM:
+            assert mixture not in IN_TRANSFORMERS
+            return
+        hf, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        close(hf.eval()(ids).logits, expected, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama-gqa"])
+def test_score_head_opens_in_transformers(family, hub, tmp_path):
+    config = dataclasses.replace(MODEL.read_config(hub(family)), num_labels=3)
+    model = roughen(MODEL.build(config, "score", seed=5), 6).eval()
+    MODEL.save(model, tmp_path)
+    hf, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = ids_of(1, 9)
+    with torch.no_grad():
+        scores = model(ids, want=("scores",)).scores
+        close(scores[:, -1], hf.eval()(ids).logits, 1e-4)
+        close(MODEL.load(tmp_path)(ids, want=("scores",)).scores, scores, 1e-6)
+
+
+def test_bfloat16_stays_bfloat16(tmp_path):
+    hf = transformers.LlamaForCausalLM(reference("llama-gqa").config)
+    hf.load_state_dict(reference("llama-gqa").state_dict())
+    hf.bfloat16().save_pretrained(tmp_path)
+    for dtype in ("auto", "bfloat16", torch.bfloat16):
+        assert {w.dtype for w in MODEL.load(tmp_path, dtype).parameters()} == {torch.bfloat16}
+    model = MODEL.load(tmp_path, "auto")
+    with torch.no_grad():
+        exact = MODEL.load(tmp_path)(ids_of(2, 24)).logits
+        ours, theirs = model(ids_of(2, 24)).logits, hf.eval()(ids_of(2, 24)).logits
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - exact).norm() < 1.3 * (theirs.float() - exact).norm()  # no more rounding than theirs
+    assert MODEL.load(tmp_path).dtype == torch.float32
+    MODEL.save(model, tmp_path / "again")
+    assert {t.dtype for t in load_file(tmp_path / "again" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_rope_angles_stay_float32_in_bfloat16(tmp_path):
+    """bf16 counts 256, 258, 260: with angles in it, neighbours far from the start would stand at one place."""
+    MODEL.save(tiny(max_position_embeddings=4096), tmp_path)
+    positions = torch.tensor([[3001]])
+    exact, _ = MODEL.load(tmp_path).model.rope_tables(positions, torch.float32)
+    loaded, _ = MODEL.load(tmp_path, "bfloat16").model.rope_tables(positions, torch.float32)
+    converted, _ = MODEL.load(tmp_path).to(torch.bfloat16).model.rope_tables(positions, torch.float32)
+    assert torch.equal(loaded, exact)
+    assert torch.equal(converted, exact)
+
+
+def test_heads_are_chosen_and_fresh_ones_follow_the_seed(hub):
+    folder = hub("llama-gqa")
+    ids = ids_of(1, 6)
+    both = MODEL.load(folder, head=("lm", "value"))
+    assert both.heads == ("lm", "value") and not both(ids, want=("values",)).values.any()
+    close(both(ids).logits, MODEL.load(folder)(ids).logits, 1e-6)
+    first, same, other = (MODEL.load(folder, head="score", seed=s).score.weight for s in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other) and first.std() > 0
+    assert MODEL.load(folder, head="score")(ids).logits is None
+    with pytest.raises(UserError, match="head"):
+        MODEL.load(folder, head="pooler")
+
+
+# ---------------------------------------------------------------------------------------------------- positions
+
+
+def our_rope(hf_config, **parameters):
+    config = ModelConfig(hidden_size=hf_config.hidden_size, num_attention_heads=hf_config.num_attention_heads,
+                         max_position_embeddings=hf_config.max_position_embeddings, rope_theta=parameters.pop("rope_theta"),
+                         rope_scaling=parameters)
+    return MODEL.rope_frequencies(config)
+
+
+BIG_YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768, rope_theta=1e6)
+ROPES = {
+    "default": dict(rope_type="default", rope_theta=10000.0),
+    "linear": dict(rope_type="linear", factor=2.5, rope_theta=10000.0),
+    "llama3": dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=8192, rope_theta=500000.0),
+    "yarn": BIG_YARN,
+    "yarn betas": dict(BIG_YARN, beta_fast=16.0, beta_slow=2.0),
+    "yarn untruncated": dict(BIG_YARN, truncate=False),
+    "yarn mscale": dict(BIG_YARN, factor=40.0, mscale=0.707, mscale_all_dim=1.2),
+    "yarn attention_factor": dict(BIG_YARN, attention_factor=1.25),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_frequencies_equal_transformers(kind):
+    parameters = ROPES[kind]
+    config = transformers.LlamaConfig(hidden_size=512, num_attention_heads=4, max_position_embeddings=131072,
+                                      rope_parameters=dict(parameters))
+    known = modeling_rope_utils.ROPE_INIT_FUNCTIONS
+    compute = known.get(parameters["rope_type"], LlamaRotaryEmbedding.compute_default_rope_parameters)
+    frequencies, factor = compute(config)
+    ours, our_factor = our_rope(config, **parameters)
+    torch.testing.assert_close(ours, frequencies, rtol=1e-6, atol=0)
+    assert our_factor == pytest.approx(factor, rel=1e-9)
+
+
+def test_yarn_follows_the_paper():
+    """Peng 2023, section 3.2 (dimension d turns r(d) = L / wavelength times) and eq. 15; the ramp between the two
+    ends is linear in the dimension, as in the authors' released code."""
+    dim, base, scale, length, beta_fast, beta_slow = 128, 1e6, 4.0, 32768, 32.0, 1.0
+    stand_in = types.SimpleNamespace(hidden_size=512, num_attention_heads=4, max_position_embeddings=131072)
+    ours, factor = our_rope(stand_in, **BIG_YARN)
+    low = math.floor(dim * math.log(length / (beta_fast * 2 * math.pi)) / (2 * math.log(base)))
+    high = math.ceil(dim * math.log(length / (beta_slow * 2 * math.pi)) / (2 * math.log(base)))
+    for d in range(dim // 2):
+        theta = base ** (-2 * d / dim)
+        turns = length * theta / (2 * math.pi)
+        gamma = 1 - min(max((d - low) / (high - low), 0), 1)
+        assert float(ours[d]) == pytest.approx((1 - gamma) * theta / scale + gamma * theta, rel=1e-5)
+        if turns > beta_fast * 1.3:  # one dimension further than the rounded end
+            assert float(ours[d]) == pytest.approx(theta, rel=1e-5)
+        if turns < beta_slow / 1.3:
+            assert float(ours[d]) == pytest.approx(theta / scale, rel=1e-5)
+    assert factor == pytest.approx(0.1 * math.log(scale) + 1)
+
+
+def test_llama3_frequencies_follow_metas_reference():
+    """apply_scaling of Meta's llama-models, a frequency at a time."""
+    stand_in = types.SimpleNamespace(hidden_size=512, num_attention_heads=4, max_position_embeddings=131072)
+    ours, factor = our_rope(stand_in, **ROPES["llama3"])
+    kinds = set()
+    for d in range(64):
+        frequency = 500000.0 ** (-2 * d / 128)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            kind, expected = "kept", frequency
+        elif wavelength > 8192 / 1:
+            kind, expected = "stretched", frequency / 8
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            kind, expected = "blended", (1 - smooth) * frequency / 8 + smooth * frequency
+        kinds.add(kind)
+        assert float(ours[d]) == pytest.approx(expected, rel=1e-5)
+    assert len(kinds) == 3 and factor == 1
+
+
+def test_rotation_turns_each_pair_as_a_complex_number():
+    config = ModelConfig(**SIZES)
+    model = MODEL.build(config)
+    states = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    turned = MODEL.rotate(states, *model.model.rope_tables(torch.arange(5)[None] + 7, torch.float32))
+    first, second = states.double().chunk(2, -1)
+    frequencies = 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)
+    turn = torch.polar(torch.ones(5, 4).double(), (torch.arange(5).double() + 7)[:, None] * frequencies)
+    expected = torch.complex(first, second) * turn
+    close(turned.double(), torch.cat((expected.real, expected.imag), -1), 1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- config.json
+
+
+@pytest.mark.parametrize("scaling", [dict(LLAMA3), dict(YARN), dict(rope_type="linear", factor=2.0, rope_theta=100.0)])
+def test_both_spellings_of_rope_mean_the_same(scaling):
+    theta = scaling.pop("rope_theta")
+    plain = dict(SIZES, model_type="llama")
+    unprefixed = {"type" if k == "rope_type" else k: v for k, v in scaling.items()}
+    spellings = [dict(plain, rope_theta=theta, rope_scaling=scaling), dict(plain, rope_theta=theta, rope_scaling=unprefixed),
+                 dict(plain, rope_parameters=dict(scaling, rope_theta=theta)),
+                 dict(plain, rope_parameters=dict(scaling, rope_theta=theta, type=scaling["rope_type"]))]
+    configs = [MODEL.config_from_hub(raw) for raw in spellings]
+    assert all(config == configs[0] for config in configs)
+    assert configs[0].rope_theta == theta and configs[0].rope_scaling == scaling
+    default = MODEL.config_from_hub(dict(plain, rope_parameters=dict(rope_type="default", rope_theta=theta)))
+    assert default == MODEL.config_from_hub(dict(plain, rope_theta=theta, rope_scaling=None)) != configs[0]
+
+
+def test_keys_without_use_are_ignored():
+    raw = dict(SIZES, model_type="llama", use_cache=True, pretraining_tp=1, torch_dtype="float16", _name_or_path="x",
+               transformers_version="4.30.0", sliding_window=7, layer_types=["nonsense"])
+    assert MODEL.config_from_hub(raw) == MODEL.config_from_hub(dict(SIZES, model_type="llama"))
+
+
+@pytest.mark.parametrize("prefix", ["Llama", "Mistral", "Qwen2", "Qwen3", "GPT2"])
+def test_absent_keys_take_the_defaults_of_the_class(prefix):
+    """A config.json may leave out what its class implies: a bare one must mean what transformers takes it for."""
+    theirs = getattr(transformers, prefix + "Config")()
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    spelling = MODEL._GPT2_NAMES if prefix == "GPT2" else {}
+    raw = {spelling.get(name, name): getattr(theirs, name) for name in sizes}
+    if prefix != "GPT2":
+        raw["intermediate_size"] = theirs.intermediate_size
+    ours = MODEL.config_from_hub(dict(raw, model_type=theirs.model_type))
+    kv_heads = getattr(theirs, "num_key_value_heads", theirs.num_attention_heads)
+    expected = dict(num_key_value_heads=kv_heads, max_position_embeddings=theirs.max_position_embeddings,
+                    tie_word_embeddings=theirs.tie_word_embeddings, initializer_range=theirs.initializer_range,
+                    rms_norm_eps=getattr(theirs, "rms_norm_eps", getattr(theirs, "layer_norm_epsilon", None)),
+                    hidden_act=getattr(theirs, "hidden_act", getattr(theirs, "activation_function", None)),
+                    sliding_window=theirs.sliding_window if prefix == "Mistral" else None)
+    assert {name: getattr(ours, name) for name in expected} == expected
+
+
+def test_features_that_are_not_computed_are_refused():
+    """Ignoring a key that changes the numbers would give a working model with wrong answers."""
+    for key, value in (("scale_attn_by_inverse_layer_idx", True), ("reorder_and_upcast_attn", True),
+                       ("scale_attn_weights", False)):
+        with pytest.raises(UserError, match=key):
+            MODEL.config_from_hub(dict(GPT2, model_type="gpt2", **{key: value}))
+
+
+@pytest.mark.parametrize("preset", MODEL.PRESETS)
+def test_presets_survive_config_json(preset):
+    config = MODEL.preset_config(preset)
+    raw = json.loads(json.dumps(MODEL.config_to_hub(config)))
+    assert raw["model_type"] == config.model_type
+    assert MODEL.config_from_hub(raw) == config
+
+
+PUBLISHED = {"gpt2-124m": 124_439_808, "llama3-8b": 8_030_261_248, "mistral-7b": 7_241_732_096, "qwen2-0.5b": 494_032_768,
+             "qwen3-0.6b": 596_049_920, "llama2-7b": 6_738_415_616, "llama3.1-405b": 405_853_388_800}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_have_the_published_number_of_parameters(preset):
+    model = MODEL.build(preset, device="meta")
+    assert MODEL.count_parameters(model) == (PUBLISHED[preset], PUBLISHED[preset])
+
+
+def test_generation_config_overrides_the_end_of_text(hub, tmp_path):
+    shutil.copytree(hub("llama-gqa"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 9], "pad_token_id": 3}))
+    config = MODEL.read_config(tmp_path)
+    assert config.eos_ids == [5, 9] and config.pad_token_id == 3
+
+
+# ------------------------------------------------------------------------------------------ hub files as they are
+
+
+def forge(folder: Path, family: str, state: dict, name: str = "model.safetensors", **config) -> Path:
+    """A folder with a family's config.json and whatever tensors."""
+    folder.mkdir(exist_ok=True)
+    raw = {**reference(family).config.to_diff_dict(), **config}
+    (folder / "config.json").write_text(json.dumps(raw))
+    state = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
+    if name.endswith("safetensors"):
+        save_file(state, folder / name)
+    else:
+        torch.save(state, folder / name)
+    return folder
+
+
+def weights_of(family: str) -> dict:
+    return dict(reference(family).state_dict())
+
+
+def assert_loads(folder: Path, family: str):
+    with torch.no_grad():
+        close(MODEL.load(folder)(ids_of(1, 20)).logits, reference(family)(ids_of(1, 20)).logits, 1e-4)
+
+
+def test_gpt2_as_on_the_hub(tmp_path):
+    """The first uploads: base class without prefix and with mask buffers; later ones with masked_bias and lm_head."""
+    state = weights_of("gpt2")
+    head = state.pop("lm_head.weight")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(2)}
+    assert_loads(forge(tmp_path / "bare", "gpt2", bare | masks), "gpt2")
+    masked = {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    masks = {f"transformer.{name}": mask.bool() for name, mask in masks.items()}
+    assert_loads(forge(tmp_path / "prefixed", "gpt2", state | masks | masked | {"lm_head.weight": head}), "gpt2")
+
+
+def test_llama_as_on_the_hub(tmp_path):
+    """Early Llamas carry rotary buffers; a base class has no `model.` prefix, and its head is the embedding."""
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    assert_loads(forge(tmp_path / "old", "llama-gqa", weights_of("llama-gqa") | old), "llama-gqa")
+    base = {name.removeprefix("model."): t for name, t in weights_of("llama-mqa").items() if name != "lm_head.weight"}
+    assert_loads(forge(tmp_path / "base", "llama-mqa", base, architectures=["LlamaModel"]), "llama-mqa")
+    tied = forge(tmp_path / "tied", "llama-mqa", weights_of("llama-mqa"))
+    assert "lm_head.weight" in load_file(tied / "model.safetensors")
+    assert_loads(tied, "llama-mqa")
+    model = MODEL.load(tied)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_pickled_weights(tmp_path):
+    folder = forge(tmp_path / "one", "llama-gqa", weights_of("llama-gqa"), "pytorch_model.bin")
+    assert_loads(folder, "llama-gqa")
+    state = weights_of("llama-gqa")
+    names = list(state)
+    parts = {"pytorch_model-00001-of-00002.bin": names[:7], "pytorch_model-00002-of-00002.bin": names[7:]}
+    for file, keys in parts.items():
+        folder = forge(tmp_path / "two", "llama-gqa", {key: state[key] for key in keys}, file)
+    index = {"metadata": {}, "weight_map": {key: file for file, keys in parts.items() for key in keys}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert_loads(folder, "llama-gqa")
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(UserError, match="pytorch_model-00002-of-00002.bin"):
+        MODEL.load(folder)
+
+
+def test_pickles_from_before_the_zip_format(tmp_path):
+    """torch before 1.6 wrote plain pickles, and so are the oldest uploads (gpt2's among them)."""
+    folder = forge(tmp_path, "gpt2", {}, "pytorch_model.bin")
+    torch.save(weights_of("gpt2"), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_loads(folder, "gpt2")
+
+
+class Payload:
+    """Runs when unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_pickled_code_is_refused_and_not_run(form, tmp_path):
+    folder, marker = forge(tmp_path / "model", "llama-gqa", {}, "pytorch_model.bin"), tmp_path / "ran"
+    state = weights_of("llama-gqa") | {"lm_head.bias": Payload(marker)}
+    path = folder / "pytorch_model.bin"
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(state))
+        pickle.loads(path.read_bytes())
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
+        torch.load(path, weights_only=False)
+    assert marker.exists()  # the payload is a real one
+    marker.rmdir()
+    with pytest.raises(UserError, match="pytorch_model.bin"):
+        MODEL.load(folder)
+    assert not marker.exists()
+
+
+def test_shards_are_written_and_read(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    model, whole = tiny(), huggingface_hub.save_torch_state_dict
+
+    def in_pieces(state, folder, **options):
+        return whole(state, folder, max_shard_size="10KB")
+
+    MODEL.save(tiny(seed=9), tmp_path)
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", in_pieces)
+    MODEL.save(model, tmp_path)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2 and not (tmp_path / "model.safetensors").exists()
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = model(ids_of(1, 20)).logits
+        close(MODEL.load(tmp_path)(ids_of(1, 20)).logits, expected, 1e-6)
+        close(hf(ids_of(1, 20)).logits, expected, 1e-4)
+    monkeypatch.undo()
+    MODEL.save(model, tmp_path)
+    assert {path.name for path in tmp_path.glob("model*")} == {"model.safetensors"}  # no stale shard, no stale index
+
+
+def spoil(state: dict, how: str) -> dict:
+    key = "model.layers.1.mlp.up_proj.weight"
+    if how == "missing":
+        state.pop(key)
+    elif how == "extra":
+        state["model.layers.2.mlp.up_proj.weight"] = state[key]
+    elif how == "misshapen":
+        state[key] = state[key][:, :-1]
+    elif how == "headless":
+        state.pop("lm_head.weight")
+    return state
+
+
+@pytest.mark.parametrize("how, named", [("missing", "missing tensor model.layers.1.mlp.up_proj.weight"),
+                                        ("extra", "unexpected tensor model.layers.2.mlp.up_proj.weight"),
+                                        ("misshapen", r"model.layers.1.mlp.up_proj.weight is \(48, 31\).*\(48, 32\)"),
+                                        ("headless", "missing tensor lm_head.weight")])
+def test_tensors_have_to_fit(how, named, tmp_path):
+    folder = forge(tmp_path, "llama-gqa", spoil(weights_of("llama-gqa"), how))
+    with pytest.raises(UserError, match=named) as error:
+        MODEL.load(folder)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_cut_short(name, tmp_path):
+    folder = forge(tmp_path, "llama-gqa", weights_of("llama-gqa"), name)
+    data = (folder / name).read_bytes()
+    for size in (0, 5, len(data) // 2, len(data) - 1):
+        (folder / name).write_bytes(data[:size])
+        with pytest.raises(UserError, match=name):
+            MODEL.load(folder)
+
+
+@pytest.mark.parametrize("text, named", [("{", "not valid JSON"), ("[1, 2]", "config.json"), ('{"model_type": "t5"}', "t5"),
+                                         ("{}", "model_type"), ('{"model_type": "llama", "hidden_size": "wide"}', "config.json"),
+                                         (None, "config.json.*missing")])
+def test_a_config_that_is_none(text, named, tmp_path):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=named) as error:
+        MODEL.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_folder_without_weights(hub, tmp_path):
+    shutil.copy(hub("llama-gqa") / "config.json", tmp_path)
+    with pytest.raises(UserError, match="model.safetensors"):
+        MODEL.load(tmp_path)
+    with pytest.raises(UserError, match="no folder"):
+        MODEL.load(tmp_path / "elsewhere")
+
+
+def test_an_index_that_is_none(hub, tmp_path):
+    shutil.copy(hub("llama-gqa") / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(UserError, match="index.json"):
+        MODEL.load(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- the forward pass
+
+
+@pytest.fixture()
+def batch():
+    """ids, targets and positions with one masked target and a padded end."""
+    ids, targets = ids_of(3, 8, seed=7), ids_of(3, 8, seed=8)
+    positions = torch.arange(8).expand(3, 8).clone()
+    targets[0, 2], positions[1, 6:] = -100, -1
+    return ids, targets, positions, (targets != -100) & (positions >= 0)
+
+
+def gradients_of(model, loss) -> dict:
+    model.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("keep", [0, 2**40])
+@pytest.mark.parametrize("chunk", [1, 4 * VOCAB * 5, 2**25])
+def test_logprobs_and_entropy_equal_log_softmax(temperature, chunk, keep, batch, monkeypatch):
+    """At any chunk size, kept or computed again, to the gradients."""
+    monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(MODEL, "HEAD_KEEP_BYTES", keep)
+    ids, targets, positions, trained = batch
+    model = tiny()
+    weights = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    out = model(ids, positions, targets=targets, temperature=temperature, want=("entropy",))
+    ours = gradients_of(model, (out.logprobs * weights + out.entropy * weights.flip(0)).sum())
+    table = (model(ids, positions).logits / temperature).log_softmax(-1)
+    logprobs = torch.where(trained, table.gather(-1, targets.clamp(min=0)[..., None])[..., 0], 0)
+    entropy = torch.where(trained, -(table.exp() * table).sum(-1), 0)
+    assert out.logits is None and out.logprobs.dtype == torch.float32
+    close(out.logprobs, logprobs)
+    close(out.entropy, entropy)
+    theirs = gradients_of(model, (logprobs * weights + entropy * weights.flip(0)).sum())
+    for name in ours:
+        assert (ours[name] - theirs[name]).norm() <= 1e-5 * theirs[name].norm() + 1e-7, name
+
+
+def test_untrained_places_are_exactly_zero(batch):
+    ids, targets, positions, trained = batch
+    model = tiny()
+    out = model(ids, positions, targets=targets, reduce=lambda logits, rows: {"top": logits.amax(-1)}, want=("entropy",))
+    for values in (out.logprobs, out.entropy, out.reduced["top"]):
+        assert (values[~trained] == 0).all() and (values[trained] != 0).all()
+    loss = (out.logprobs + out.entropy + out.reduced["top"])[~trained].sum()
+    assert all(not gradient.any() for gradient in gradients_of(model, loss).values())
+
+
+@pytest.mark.parametrize("keep", [0, 2**40])
+def test_reduce_sees_the_models_own_logits(keep, batch, monkeypatch):
+    monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", 4 * VOCAB * 4)
+    monkeypatch.setattr(MODEL, "HEAD_KEEP_BYTES", keep)
+    ids, targets, positions, trained = batch
+    model, seen = tiny(), {}
+    teacher = torch.randn(24, VOCAB, generator=torch.Generator().manual_seed(0))
+
+    def reduce(logits, rows):
+        seen.update(zip(rows.tolist(), logits.detach(), strict=True))
+        return {"cross": (logits * teacher[rows]).sum(-1), "row": rows.float()}
+
+    out = model(ids, positions, targets=targets, reduce=reduce, temperature=0.5)
+    logits = model(ids, positions).logits.flatten(0, 1)
+    places = trained.flatten().nonzero()[:, 0].tolist()
+    assert sorted(seen) == places
+    close(torch.stack([seen[place] for place in places]), logits[places])
+    assert out.reduced["row"].flatten().tolist() == [float(i) if i in places else 0.0 for i in range(24)]
+    expected = torch.where(trained, (logits * teacher).sum(-1).view(3, 8), 0)
+    close(out.reduced["cross"], expected, 1e-4)
+    ours, theirs = (gradients_of(model, loss.sum()) for loss in (out.reduced["cross"], expected))
+    for name in ours:
+        close(ours[name], theirs[name], 1e-4)
+    alone = model(ids, reduce=reduce)
+    assert alone.logits is None and alone.logprobs is None and alone.reduced["row"].flatten().tolist() == list(range(24))
+
+
+@some_families
+def test_hidden_states_are_in_transformers_order(family, hub):
+    ids = ids_of(2, 9)
+    with torch.no_grad():
+        ours = MODEL.load(hub(family))(ids, want=("hidden_states",))
+        theirs = reference(family)(ids, output_hidden_states=True).hidden_states
+    assert len(ours.hidden_states) == len(theirs)
+    for mine, other in zip(ours.hidden_states, theirs):
+        close(mine, other, 1e-4)
+    assert ours.logits is not None and ours.values is None and ours.entropy is None
+
+
+def test_value_and_score_heads_stand_at_every_position():
+    model = tiny(head=("lm", "value", "score"), num_labels=3)
+    with torch.no_grad():
+        model.value_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+        out = model(ids_of(2, 6), want=("values", "scores", "hidden_states"))
+    last = out.hidden_states[-1]
+    close(out.values, (last @ model.value_head.weight.T)[..., 0])
+    close(out.scores, last @ model.score.weight.T)
+    assert out.values.shape == (2, 6) and out.scores.shape == (2, 6, 3) and out.values.dtype == torch.float32
+    close(model.head_logits(last[0]), out.logits[0])
+
+
+def test_arguments_that_mean_nothing_are_refused():
+    model, ids = tiny(), ids_of(1, 4)
+    view = model.new_cache(1, 8).select([0])
+    for arguments in (dict(token_types=torch.zeros(1, 4)), dict(cache=view),
+                      dict(cache=view, positions=torch.arange(4)[None], segment_ids=torch.zeros(1, 4))):
+        with pytest.raises(ValueError):
+            model(ids, **arguments)
+
+
+class Largest(TorchDispatchMode):
+    """Records the most numbers that any float32 result of an operation held."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_targets_never_hold_all_logits(monkeypatch):
+    vocab, shape = 1000, (8, 16)
+    monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", 4 * vocab * 8)
+    monkeypatch.setattr(MODEL, "HEAD_KEEP_BYTES", 0)
+    model, ids = tiny(vocab_size=vocab), ids_of(*shape)
+    everything = math.prod(shape) * vocab
+    for arguments in (dict(targets=ids, want=("entropy",)), dict(reduce=lambda logits, rows: {"top": logits.amax(-1)})):
+        with Largest() as largest:
+            out = model(ids, **arguments)
+            (out.reduced["top"] if out.reduced else out.logprobs).sum().backward()
+        assert vocab * 8 <= largest.numel <= everything / 3, arguments  # the embedding's own gradient is a quarter
+    with Largest() as largest:
+        model(ids)
+    assert largest.numel == everything  # the instrument does see it
+
+
+@pytest.mark.parametrize("keep, chunks", [(4 * VOCAB * 24, 3), (4 * VOCAB * 24 - 1, 6)])
+def test_logits_above_the_limit_are_computed_again_for_backward(keep, chunks, monkeypatch):
+    monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", 4 * VOCAB * 8)
+    monkeypatch.setattr(MODEL, "HEAD_KEEP_BYTES", keep)
+    model, ids, calls = tiny(), ids_of(3, 8), []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    model(ids, targets=ids).logprobs.sum().backward()
+    assert len(calls) == chunks
+    calls.clear()
+    with torch.no_grad():
+        model(ids, targets=ids)
+    assert len(calls) == 3
+
+
+@every_kernel
+def test_a_batch_of_padding_alone(kernel):
+    model, ids = tiny(kernel=kernel), ids_of(2, 5)
+    out = model(ids, torch.full((2, 5), -1), targets=ids, want=("entropy", "hidden_states"))
+    assert not out.logprobs.any() and not out.entropy.any()
+    assert all(state.isfinite().all() for state in out.hidden_states)
+    gradients = gradients_of(model, out.logprobs.sum())
+    assert all(gradient.isfinite().all() and not gradient.any() for gradient in gradients.values())
+    assert not model(ids, targets=torch.full((2, 5), -100)).logprobs.any()
+
+
+def test_token_logprobs_are_of_each_next_token():
+    model, ids = tiny(), ids_of(2, 7)
+    table = model(ids).logits.log_softmax(-1)
+    expected = torch.stack([table[:, t].gather(1, ids[:, t + 1 : t + 2])[:, 0] for t in range(6)], 1)
+    close(MODEL.token_logprobs(model, ids), expected)
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1]]).expand(2, 7)
+    packed = MODEL.token_logprobs(model, ids, segments)
+    close(packed[:, :2], MODEL.token_logprobs(model, ids[:, :3]))
+    close(packed[:, 3:], MODEL.token_logprobs(model, ids[:, 3:]))
+    assert not packed[:, 2].any()
+
+
+# ------------------------------------------------------------------------------------------- packing and padding
+
+DOCUMENTS = [[11, 3], [4, 7, 2]]  # lengths in each row of 14; what is left is padding
+
+
+def pack() -> tuple:
+    """ids, positions, segment_ids (2, 14) and where each document lies: (row, start, ids)."""
+    ids, positions, segments, places = ids_of(2, 14, seed=5), torch.full((2, 14), -1), torch.full((2, 14), -1), []
+    for row, lengths in enumerate(DOCUMENTS):
+        start = 0
+        for number, length in enumerate(lengths):
+            piece = slice(start, start + length)
+            positions[row, piece], segments[row, piece] = torch.arange(length), number
+            places.append((row, start, ids[row, piece]))
+            start += length
+    return ids, positions, segments, places
+
+
+def assert_documents(model, logits, places):
+    for row, start, document in places:
+        close(logits[row, start : start + len(document)], model(document[None]).logits[0], 2e-5)
+
+
+@every_kernel
+@some_families
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_documents_equal_separate_ones(family, kernel, training, hub):
+    ids, positions, segments, places = pack()
+    model = with_kernel(hub(family), kernel)
+    with torch.set_grad_enabled(training):
+        given = model(ids, positions, segment_ids=segments).logits
+        default = model(ids, segment_ids=segments).logits
+    assert given.isfinite().all() and default.isfinite().all()
+    with torch.no_grad():
+        assert_documents(with_kernel(hub(family), "eager"), given, places)
+        assert_documents(model, default, places)
+
+
+@every_kernel
+@some_families
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(family, kernel, side, hub):
+    ids, lengths = ids_of(3, 12, seed=6), [12, 9, 1]
+    positions = torch.full((3, 12), -1)
+    places = []
+    for row, length in enumerate(lengths):
+        start = 12 - length if side == "left" else 0
+        positions[row, start : start + length] = torch.arange(length)
+        places.append((row, start, ids[row, start : start + length]))
+    model = with_kernel(hub(family), kernel)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            logits = model(ids, positions).logits
+        assert logits.isfinite().all()
+        with torch.no_grad():
+            assert_documents(with_kernel(hub(family), "eager"), logits, places)
+
+
+@every_kernel
+def test_padding_passes_no_gradient(kernel):
+    """What stands in a padded place must not reach the weights through the other tokens."""
+    model = tiny(kernel=kernel)
+    ids, positions = ids_of(2, 6), torch.arange(6).expand(2, 6).clone()
+    positions[1, 3:] = -1
+    targets = ids.roll(-1, 1)
+    first = gradients_of(model, model(ids, positions, targets=targets).logprobs.sum())
+    ids[1, 3:] = (ids[1, 3:] + 1) % VOCAB
+    second = gradients_of(model, model(ids, positions, targets=targets).logprobs.sum())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --------------------------------------------------------------------------------------------------- the KV cache
+
+
+def feed(model, kv, rows, ids, starts):
+    """One step: ids (B, T) continuing at `starts`."""
+    positions = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])
+    return model(ids, positions=positions, cache=kv.select(rows)).logits
+
+
+@every_kernel
+@some_families
+@pytest.mark.parametrize("steps", [[1] * 12, [7, 1, 4], [12]])
+def test_cached_steps_equal_the_whole(family, kernel, steps, hub):
+    model, ids = with_kernel(hub(family), kernel), ids_of(2, 12)
+    kv, done, found = model.new_cache(2, 12), 0, []
+    with torch.no_grad():
+        for step in steps:
+            found.append(feed(model, kv, [0, 1], ids[:, done : done + step], [done, done]))
+            done += step
+        close(torch.cat(found, 1), model(ids).logits, 2e-5)
+
+
+@some_families
+def test_ragged_rows_in_any_order(family, hub):
+    """Prompts of several lengths, padded, then steps for arbitrary rows of the cache."""
+    model, texts = MODEL.load(hub(family)), ids_of(4, 12)
+    lengths, kv = [3, 8, 1, 5], model.new_cache(4, 12)
+    positions = torch.arange(8).expand(4, 8)
+    positions = torch.where(positions < torch.tensor(lengths)[:, None], positions, -1)
+    with torch.no_grad():
+        expected = model(texts).logits
+        prefill = model(texts[:, :8], positions=positions, cache=kv.select(range(4))).logits
+        for row, length in enumerate(lengths):
+            close(prefill[row, :length], expected[row, :length], 2e-5)
+        for rows in ([3, 0], [2], [0, 1], [3, 2, 1, 0], [0, 2]):
+            starts = [lengths[row] for row in rows]
+            step = torch.stack([texts[row, start : start + 1] for row, start in zip(rows, starts)])
+            logits = feed(model, kv, rows, step, starts)
+            for b, (row, start) in enumerate(zip(rows, starts)):
+                close(logits[b, 0], expected[row, start], 2e-5)
+                lengths[row] += 1
+
+
+def test_cache_copy_clear_and_reuse():
+    model, texts = tiny(), ids_of(2, 8)
+    kv = model.new_cache(3, 8)
+    with torch.no_grad():
+        expected = model(texts).logits
+        feed(model, kv, [0], texts[:1, :5], [0])
+        kv.copy(0, 2)
+        kv.clear(0)
+        feed(model, kv, [0], texts[1:, :3], [0])  # another, shorter text takes the row
+        close(feed(model, kv, [2], texts[:1, 5:], [5])[0], expected[0, 5:], 2e-5)
+        close(feed(model, kv, [0], texts[1:, 3:], [3])[0], expected[1, 3:], 2e-5)
+
+
+def test_cache_bounds_and_size():
+    model = tiny()
+    kv = model.new_cache(3, 8)
+    with pytest.raises(IndexError):
+        feed(model, kv, [0], ids_of(1, 1), [8])
+    with pytest.raises(IndexError):
+        feed(model, kv, [1, 0], ids_of(2, 4), [0, 5])
+    with pytest.raises(IndexError):
+        feed(model, kv, [2, 3], ids_of(2, 1), [0, 0])
+    states = 2 * 2 * 3 * 2 * (8 + 1) * 8  # keys and values, layers, rows, heads, slots and the spare one, head width
+    assert kv.bytes() == 4 * states
+    assert tiny().bfloat16().new_cache(3, 8).bytes() == 2 * states
+
+
+# ----------------------------------------------------------------------------------------------- flash attention
+
+
+def slow_attention(query, key, value, window):
+    """One sequence (T, H, D), a query at a time."""
+    result = torch.zeros_like(query)
+    group = query.shape[1] // key.shape[1]
+    for t in range(len(query)):
+        first = 0 if window[0] < 0 else max(0, t - window[0])
+        for h in range(query.shape[1]):
+            scores = key[first : t + 1, h // group] @ query[t, h] / query.shape[-1] ** 0.5
+            result[t, h] = scores.softmax(0) @ value[first : t + 1, h // group]
+    return result
+
+
+def fake_flash(calls: list, dtypes: tuple):
+    """flash_attn's two functions as its documentation describes them, in loops."""
+
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
+        assert causal and not dropout_p and q.dtype in dtypes, "FlashAttention only support fp16 and bf16 data type"
+        calls.append("dense")
+        return torch.stack([slow_attention(*row, window_size) for row in zip(q, k, v)])
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                               softmax_scale=None, causal=False, window_size=(-1, -1)):
+        assert causal and not dropout_p and q.dtype in dtypes, "FlashAttention only support fp16 and bf16 data type"
+        assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
+        edges = cu_seqlens_q.tolist()
+        assert edges[0] == 0 and edges[-1] == len(q) == len(k)
+        assert max_seqlen_q == max_seqlen_k == max(b - a for a, b in zip(edges, edges[1:]))
+        calls.append("ragged")
+        pieces = [slow_attention(q[a:b], k[a:b], v[a:b], window_size) for a, b in zip(edges, edges[1:])]
+        return torch.cat(pieces)
+
+    return types.SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
+
+
+@pytest.fixture()
+def flash(monkeypatch):
+    """flash(dtypes) pretends that flash-attn is installed, and returns the list of calls to it."""
+    def install(*dtypes):
+        calls = []
+        monkeypatch.setitem(sys.modules, "flash_attn", fake_flash(calls, dtypes))
+        monkeypatch.setattr(MODEL, "_installed", lambda package: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        return calls
+
+    return install
+
+
+@some_families
+def test_flash_attention_of_packed_and_padded_batches(family, hub, flash):
+    ids, positions, segments, places = pack()
+    left = torch.tensor([[-1] * 5 + list(range(9)), list(range(14))])
+    cases = {"dense": dict(), "packed": dict(positions=positions, segment_ids=segments), "left padding": dict(positions=left),
+             "segments": dict(segment_ids=segments)}
+    eager = with_kernel(hub(family), "eager")
+    calls = flash(torch.float32)
+    model = with_kernel(hub(family), "flash_attention_2")
+    with torch.no_grad():
+        for name, arguments in cases.items():
+            real = arguments.get("positions", torch.zeros(2, 14)) >= 0
+            ours = model(ids, **arguments).logits
+            assert ours.isfinite().all()
+            close(ours[real], eager(ids, **arguments).logits[real], 2e-5)
+            assert set(calls) == {"dense" if name == "dense" else "ragged"}, name
+            calls.clear()
+        kv = model.new_cache(2, 14)
+        close(feed(model, kv, [0, 1], ids, [0, 0]), eager(ids).logits, 2e-5)
+    assert not calls  # a cache's masks go by position, which flash-attn has no argument for
+
+
+def test_flash_attention_passes_gradients(flash):
+    ids, positions, segments, _ = pack()
+    flash(torch.float32)
+    found = []
+    for kernel in ("eager", "flash_attention_2"):
+        model = tiny(kernel=kernel, sliding_window=4)
+        found.append(gradients_of(model, model(ids, positions, segment_ids=segments, targets=ids).logprobs.sum()))
+    for name in found[0]:
+        close(found[0][name], found[1][name], 1e-4)
+
+
+def test_flash_attention_is_left_alone_where_it_cannot_run(flash):
+    """flash-attn has no float32 kernels: auto computes a float32 model with what has."""
+    with pytest.raises(UserError, match="flash_attention_2 needs"):
+        MODEL.choose_attention("flash_attention_2")
+    with pytest.raises(UserError, match="nonsense"):
+        MODEL.choose_attention("nonsense")
+    ids, positions, _, _ = pack()
+    expected = tiny(kernel="eager")(ids, positions).logits
+    flash(torch.float16, torch.bfloat16)
+    real = positions >= 0
+    close(tiny(kernel="auto")(ids, positions).logits[real], expected[real], 2e-5)
+
+
+# ------------------------------------------------------------------------- training: checkpoints, dropout, initial weights
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral"])
+def test_gradient_checkpointing_changes_nothing_but_memory(family, hub, monkeypatch):
+    """With dropout on: the second forward pass has to draw the same numbers."""
+    ids, positions, segments, _ = pack()
+    config = dataclasses.replace(MODEL.read_config(hub(family)), resid_pdrop=0.1, attention_dropout=0.1)
+    found, forwards = [], []
+    for checkpointing in (False, True):
+        model = roughen(MODEL.build(config, seed=1), 2).train()
+        model.model.gradient_checkpointing = checkpointing
+        count = []
+        model.model.layers[0].mlp.register_forward_hook(lambda *_, count=count: count.append(1))
+        torch.manual_seed(0)
+        loss = -model(ids, positions, segment_ids=segments, targets=ids).logprobs.sum()
+        found.append((loss, gradients_of(model, loss)))
+        forwards.append(len(count))
+    assert forwards == [1, 2]
+    close(found[0][0], found[1][0])
+    for name in found[0][1]:
+        close(found[0][1][name], found[1][1][name])
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("which", ["attention_dropout", "resid_pdrop", "embd_pdrop"])
+def test_each_dropout_works_in_training_alone(which, kernel):
+    gpt2 = MODEL.config_from_hub(dict(GPT2, model_type="gpt2"))
+    assert (gpt2.attention_dropout, gpt2.resid_pdrop, gpt2.embd_pdrop) == (0.1, 0.1, 0.1)
+    none = dict(attention_dropout=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    model = MODEL.build(dataclasses.replace(gpt2, **{**none, which: 0.1}), attn_implementation=kernel)
+    ids = ids_of(2, 9)
+    with torch.no_grad():
+        still = model.eval()(ids).logits
+        assert torch.equal(model(ids).logits, still)
+        torch.manual_seed(0)
+        first, second = model.train()(ids).logits, model(ids).logits
+        assert not torch.allclose(first, second) and not torch.allclose(first, still)
+        torch.manual_seed(0)
+        assert torch.equal(model(ids).logits, first)
+        mean = torch.stack([model(ids).logits for _ in range(400)]).mean(0)  # dropout rescales what it keeps
+        assert (mean - still).norm() < 0.35 * still.norm()
+        undropped = MODEL.build(dataclasses.replace(gpt2, **none), attn_implementation=kernel).train()
+        close(undropped(ids).logits, still)
+
+
+def test_initial_weights_have_the_stated_spread():
+    config = ModelConfig(**{**SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8,
+                            "initializer_range": 0.02, "attention_bias": True, "attention_out_bias": True})
+    model = MODEL.build(config, ("lm", "value"), seed=3)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias") or name.startswith("value_head"):
+            assert not weight.any(), name
+        elif weight.dim() == 1:
+            assert (weight == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * 8) if re.search("o_proj|down_proj", name) else 0.02
+            assert float(weight.std()) == pytest.approx(std, rel=0.05), name
+            assert abs(float(weight.mean())) < 0.05 * std, name
+    same, other = MODEL.build(config, ("lm", "value"), seed=3), MODEL.build(config, ("lm", "value"), seed=4)
+    for (name, weight), twin, stranger in zip(model.named_parameters(), same.parameters(), other.parameters()):
+        assert torch.equal(weight, twin)
+        assert torch.equal(weight, stranger) == (weight.unique().numel() == 1), name
+
+
+# ------------------------------------------------------------------------------------------------------- hardware
+
+
+def prompts():
+    return [ids_of(5, seed=1).tolist(), ids_of(11, seed=2).tolist()]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama-gqa", "llama-biases", "llama-mqa", "qwen3"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_fused_and_packed_weights_compute_the_same(family, dtype, tolerance, hub, capsys):
+    ids, greedy = ids_of(2, 16), INFER.Sampling(12, temperature=0, ignore_eos=True)
+    model = MODEL.load(hub(family), dtype)
+    with torch.no_grad():
+        expected = model(ids).logits.float()
+    text = [answer.ids for [answer] in INFER.generate(model, prompts(), greedy)]
+    tuned = MODEL.configure_for_hardware(model)
+    assert not hasattr(tuned.model.layers[0].self_attn, "q_proj") and dtype in capsys.readouterr().err
+    packed = dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert any(isinstance(module, MODEL.PackedLinear) for module in tuned.modules()) == packed
+    with torch.no_grad():
+        error = (tuned(ids).logits.float() - expected).norm() / expected.norm()
+    assert error < tolerance
+    again = [answer.ids for [answer] in INFER.generate(tuned, prompts(), greedy)]
+    assert [len(answer) for answer in again] == [12, 12]
+    if dtype == "float32":
+        assert again == text
+
+
+PEAK = """
+import sys, threading, time, torch, MODEL
+torch.set_num_threads(1)
+page = 4096
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * page
+MODEL.load(sys.argv[2])  # what torch itself loads at its first use is not the model's
+peak, done = resident(), False
+before = peak
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, resident())
+        time.sleep(0.0005)
+thread = threading.Thread(target=watch)
+thread.start()
+model = MODEL.load(sys.argv[1])
+touched = sum(float(weight.detach().sum()) for weight in model.parameters())  # mapped pages count once they are read
+done = True
+thread.join()
+weights = sum(weight.numel() * 4 for weight in model.parameters())
+print((max(peak, resident()) - before) / weights, weights / 1e6)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_loading_holds_the_weights_once(hub, tmp_path):
+    config = ModelConfig(vocab_size=16000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4)
+    state = {name: torch.zeros(weight.shape) for name, weight in MODEL.build(config, device="meta").state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(MODEL.config_to_hub(config)))
+    command = [sys.executable, "-c", PEAK, str(tmp_path), str(hub("llama-gqa"))]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    growth, megabytes = map(float, result.stdout.split())
+    assert 90 < megabytes < 140
+    assert 0.9 < growth <= 1.35
+
+
+# ------------------------------------------------------------------------------------------- command line and errors
+
+
+def test_list_shows_every_preset(capsys):
+    MODEL.main(["--list"])
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert set(MODEL.PRESETS) < set(rows)
+    assert rows["gpt2-124m"] == ["gpt2-124m", "gpt2", "124,439,808", "12", "768", "12", "12", "1024"]
+
+
+def test_summary_states_the_costs(capsys, hub):
+    MODEL.main(["--model.preset", "llama3-8b"])
+    text = capsys.readouterr().out
+    flops = 2 * (8_030_261_248 - 128256 * 4096 - 65 * 4096)  # all weights but the embedding and the norms are products
+    assert "8,030,261,248" in text and f"{flops / 1e9:,.3f} G" in text
+    assert f"{2 * 32 * 8 * 128 * 2:,} bytes in 16 bits" in text and "GQA" in text  # K and V, layers, heads, width, bytes
+    assert "model.layers.*.self_attn.q_proj.weight" in text
+    MODEL.main(["--model.preset", "llama-2m", "--model.num_hidden_layers", "3", "--model.vocab_size", "1000"])
+    assert "3 x (" in (text := capsys.readouterr().out) and "vocabulary 1,000" in text
+    MODEL.main(["--model", str(hub("mistral"))])
+    assert "window 5" in (text := capsys.readouterr().out)
+    assert f"{sum(w.numel() for w in reference('mistral').parameters()):,}" in text
+    with pytest.raises(UserError, match="llama3-8b"):
+        MODEL.main(["--model.preset", "llama3-8bb"])
+
+
+@pytest.mark.parametrize("knobs, named", [
+    (dict(hidden_size=30), "num_attention_heads: 4 .*hidden_size 30"),
+    (dict(num_key_value_heads=3), "num_key_value_heads: 3"),
+    (dict(head_dim=7), "head_dim: 7"),
+    (dict(vocab_size=0), "vocab_size: 0"),
+    (dict(attention_dropout=1.0), "attention_dropout"),
+    (dict(hidden_act="tanhh"), "hidden_act: 'tanhh'"),
+    (dict(sliding_window=0), "sliding_window: 0"),
+    (dict(layer_types=["full_attention"]), "layer_types: 1 entries for 2 layers"),
+    (dict(layer_types=["full_attention", "chunked"]), "chunked"),
+    (dict(layer_types=["full_attention", "sliding_attention"]), "sliding_window"),
+    (dict(rope_scaling=dict(rope_type="spiral", factor=2.0)), "spiral"),
+    (dict(rope_scaling=dict(factor=2.0)), "rope_type"),
+    (dict(rope_scaling=dict(rope_type="yarn")), "yarn needs factor"),
+    (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "low_freq_factor"),
+    (dict(norm_type="batchnorm"), "norm_type"),
+    (dict(position_embedding_type="alibi"), "position_embedding_type"),
+])
+def test_impossible_knobs_are_named(knobs, named):
+    with pytest.raises(UserError, match=named):
+        MODEL.build(ModelConfig(**{**SIZES, **knobs}))
+
+
+def test_learned_positions_need_no_even_heads():
+    assert ModelConfig(**{**SIZES, "head_dim": 7, "position_embedding_type": "learned"}).head_dim == 7
+
+
+def test_unknown_presets_name_the_nearest():
+    with pytest.raises(UserError, match="'qwen3-0.6b'"):
+        MODEL.build("qwen3-0.6")
+    with pytest.raises(UserError, match="'gpt2-xl'"):
+        MODEL.build(dict(preset="gpt2-xxl"))
+    assert MODEL.preset_config("qwen3-2m", num_attention_heads=4).head_dim == 48  # follows the heads again

@@ -1,0 +1,1217 @@
+"""TOKENIZER.py against transformers, plain Python and direct computation."""
+
+import csv
+import gzip
+import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import make_text
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import TOKENIZER
+from MODEL import UserError
+
+NASTY = [
+    "", " ", "  ", "\n", "\r\n", "a", " a", "a ", "a  ", "  a", "a b", "a  b", "a   b c", "a\tb", "a \tb", "a\t b", "\t\t x",
+    "one\ntwo", "one\n two", "one \ntwo", "one\n\n two", "one\r\ntwo\r\n", "one \r\n two", "line one.\n  indented\n\n\nend\n",
+    "It's 12 plus 30 = 42!", "don't, we'll; I'd (no) \"x\"...", "x_y a-b 3.14 1e-5 $5 50% #1", "caf\u00e9 e\u0301 na\u00efve", "你好 世界。日本 語",
+    "\U0001f469\u200d\U0001f680 ok \U0001f600\U0001f600", "\u0438 \u0434\u0440\u0443\u0433\u0438\u0435", "UPPER lower MiXed", "a.b.c", "...", " . , !", "trailing \n ", "\n leading", "the red fox " * 5,
+]
+# A blank beside another kind of white space: patterns take both as one run.
+BLANKS = ["x\u3000 \u3000y", "x\u00a0 \u00a0y", "a\n 5 b", "a\t 8", "a\u00a0 7", "a\n \u00a0b", "\x0b \x0b", "x\u2028 \u2028 y", "\t <|endoftext|>"]
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return make_text(120) + (NASTY + BLANKS) * 6
+
+
+def byte_bpe(texts, pre, vocab_size=420, normalizer=None, added=None):
+    """A byte-level BPE as other people make them."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre, decoders.ByteLevel()
+    if normalizer:
+        raw.normalizer = normalizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False,
+                                                       special_tokens=["<|endoftext|>"]))
+    if added:
+        raw.add_tokens([added])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+def byte_level(**options):
+    return pre_tokenizers.ByteLevel(**{"add_prefix_space": False, **options})
+
+
+def plain_ids(tokenizer, texts):
+    """The library itself, one text after the other."""
+    return [tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def separate_ends(tokenizer):
+    """A tokenizer whose texts begin and end with different ids."""
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    other.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"})
+    return other
+
+
+def section(*paths, **settings):
+    return TOKENIZER.DataSection(train=[str(path) for path in paths], **settings)
+
+
+# -------------------------------------------------------------------------------------------------- tokenizers
+
+
+@pytest.mark.parametrize("kind", TOKENIZER.KINDS)
+def test_kinds_train_and_open_in_transformers(kind, tmp_path):
+    texts = make_text(100)
+    tokenizer = TOKENIZER.train(texts, 330, kind)
+    TOKENIZER.save(tokenizer, tmp_path)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), TOKENIZER.load(tmp_path)
+    probe = [*texts[:10], "Unseen \u4f60 42", "<|im_start|>user"]
+    assert theirs(probe).input_ids == ours(probe).input_ids == tokenizer(probe).input_ids
+    assert TOKENIZER.fingerprint(ours) == TOKENIZER.fingerprint(tokenizer)
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == (TOKENIZER.END, TOKENIZER.END, TOKENIZER.PAD)
+    assert theirs(texts[0]).input_ids[0] == theirs.convert_tokens_to_ids(TOKENIZER.END)
+    assert len(theirs) <= 330 and sorted(theirs.get_vocab().values()) == list(range(len(theirs)))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte"])
+def test_byte_level_kinds_give_back_any_text(kind, corpus):
+    tokenizer = TOKENIZER.train(make_text(50), 330, kind)
+    for text in corpus[120:]:
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_byte_kind_is_one_id_per_byte():
+    tokenizer = TOKENIZER.train([], 5, "byte")
+    assert len(tokenizer) == 260
+    for text in NASTY:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
+
+
+def test_char_kind_is_one_id_per_seen_character():
+    tokenizer = TOKENIZER.train(NASTY, 500, "char")
+    for text in NASTY:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert len(ids) == len(text) and tokenizer.decode(ids) == text
+    unknown = tokenizer.convert_tokens_to_ids(TOKENIZER.UNKNOWN)
+    assert tokenizer("a\u0416", add_special_tokens=False).input_ids[1] == unknown
+    few = TOKENIZER.train(["aaaa bbb cc d"], 5 + 3, "char")  # the commonest characters stay
+    assert set(few.get_vocab()) - {TOKENIZER.END, TOKENIZER.PAD, TOKENIZER.UNKNOWN, *TOKENIZER.CHAT_TOKENS} == set("ab ")
+
+
+def test_digits_are_single_tokens_in_bpe():
+    texts = ["12345 12345 2024 2024 12 plus 30 makes 42"] * 200
+    tokenizer = TOKENIZER.train(texts, 400, "bpe")
+    for token in tokenizer.tokenize("12345 and 2024, x7y 42."):
+        assert not re.search(r"\d", token) or re.fullmatch(r"\d", token), token
+    assert "plus" in {token.strip("\u0120") for token in tokenizer.get_vocab()}  # words were merged
+
+
+@pytest.mark.parametrize("kind", TOKENIZER.KINDS)
+def test_special_tokens_are_reserved(kind):
+    tokenizer = TOKENIZER.train(make_text(50), 330, kind)
+    names = [TOKENIZER.END, TOKENIZER.PAD, *TOKENIZER.CHAT_TOKENS]
+    assert [tokenizer.convert_ids_to_tokens(i) for i in range(4)] == names
+    for i, name in enumerate(names):
+        ids = tokenizer("the" + name + "fox", add_special_tokens=False).input_ids
+        assert ids.count(i) == 1
+        assert name not in tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("bpe", 260), ("wordpiece", 5), ("unigram", 5), ("char", 5)])
+def test_vocab_size_too_small(kind, size):
+    with pytest.raises(UserError, match=rf"tokenizer.vocab_size: {size} is too small.*{size + 1}"):
+        TOKENIZER.train(make_text(5), size, kind)
+
+
+def test_load_refuses_what_is_no_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer here"):
+        TOKENIZER.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{not json")
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        TOKENIZER.load(tmp_path)
+
+
+def test_prompts_begin_like_texts(tokenizer):
+    assert TOKENIZER.encode_prompt(tokenizer, "the fox") == tokenizer("the fox").input_ids
+    assert TOKENIZER.encode_prompt(tokenizer, "") == [tokenizer.bos_token_id]
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=TOKENIZER.END)
+    assert TOKENIZER.begin_id(bare) == bare.eos_token_id
+    with pytest.raises(UserError, match="neither a beginning"):
+        TOKENIZER.begin_id(PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer))
+
+
+# ----------------------------------------------------------------------------------------------------- encoder
+
+WORD_TOKENIZERS = {
+    "ours": lambda texts: TOKENIZER.train(texts, 420),
+    "gpt2": lambda texts: byte_bpe(texts, byte_level(use_regex=True)),
+    "digits": lambda texts: byte_bpe(texts, pre_tokenizers.Sequence([pre_tokenizers.Digits(True), byte_level(use_regex=True)])),
+}
+
+
+@pytest.mark.parametrize("name", WORD_TOKENIZERS)
+def test_encoder_equals_the_tokenizer(name, corpus):
+    tokenizer = WORD_TOKENIZERS[name](corpus)
+    encoder = TOKENIZER.Encoder(tokenizer)
+    assert encoder.by_words  # the fast way is on, else nothing is tested
+    for _ in range(2):  # the second time from the dictionary
+        got = encoder(NASTY)
+        assert [ids.tolist() for ids in got] == plain_ids(tokenizer, NASTY)
+    assert all(ids.dtype == np.uint16 for ids in got)
+    together = "".join(NASTY)
+    assert encoder([together])[0].tolist() == plain_ids(tokenizer, [together])[0]
+
+
+@pytest.mark.parametrize("name", WORD_TOKENIZERS)
+def test_encoder_on_runs_of_different_blanks(name, corpus):
+    """Such runs are merged tokens here, because the tokenizer saw them often."""
+    tokenizer = WORD_TOKENIZERS[name](BLANKS * 20 + corpus)
+    got = TOKENIZER.Encoder(tokenizer)(BLANKS)
+    assert {t: ids.tolist() for t, ids in zip(BLANKS, got)} == dict(zip(BLANKS, plain_ids(tokenizer, BLANKS)))
+
+
+def test_encoder_on_random_texts():
+    rng = np.random.default_rng(0)
+    pieces = ["the", "red", "fox", "5", "42", " ", "  ", "\n", "\t", "\r\n", ",", "'s", "\u4f60", "\u00e9", "(", " a", " b"]
+    texts = ["".join(rng.choice(pieces, rng.integers(0, 14))) for _ in range(600)]
+    for make in WORD_TOKENIZERS.values():
+        tokenizer = make(texts)
+        got = [ids.tolist() for ids in TOKENIZER.Encoder(tokenizer)(texts)]
+        wrong = [text for text, a, b in zip(texts, got, plain_ids(tokenizer, texts)) if a != b]
+        assert not wrong, wrong[:3]
+
+
+def test_encoder_forgets_and_stays_right(monkeypatch, corpus):
+    monkeypatch.setattr(TOKENIZER.Encoder, "LIMIT", 40)
+    tokenizer = TOKENIZER.train(corpus, 420)
+    encoder = TOKENIZER.Encoder(tokenizer)
+    texts = make_text(60, seed=3) + NASTY
+    sizes = []
+    for i in range(0, len(texts), 4):
+        batch = texts[i : i + 4] + texts[:2]
+        assert [ids.tolist() for ids in encoder(batch)] == plain_ids(tokenizer, batch)
+        sizes.append(len(encoder.words))
+    assert any(b < a for a, b in zip(sizes, sizes[1:])), "the limit was never hit"
+
+
+def test_encoder_dtype_follows_the_vocabulary():
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(2**16 + 1)}, unk_token="w0"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder = TOKENIZER.Encoder(PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="w1"))
+    got = encoder([f"w5 w{2**16}"])[0]
+    assert got.dtype == np.uint32 and got.tolist() == [5, 2**16]
+
+
+def metaspace_bpe(texts):
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    raw.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<unk>")
+
+
+NOT_BY_WORDS = {
+    "metaspace": metaspace_bpe,
+    "prefix_space": lambda texts: byte_bpe(texts, pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "normalizer": lambda texts: byte_bpe(texts, byte_level(), normalizer=normalizers.Strip()),
+    "lstrip": lambda texts: byte_bpe(texts, byte_level(), added=AddedToken("fox", lstrip=True, normalized=False)),
+    "rstrip": lambda texts: byte_bpe(texts, byte_level(), added=AddedToken("fox", rstrip=True, normalized=False)),
+    "two_words": lambda texts: byte_bpe(texts, byte_level(), added=AddedToken("red fox", normalized=False)),
+    "across_words": lambda texts: byte_bpe(texts, byte_level(use_regex=False)),
+    "space_behind": lambda texts: byte_bpe(texts, pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "merged_with_previous"), byte_level(use_regex=False)])),
+    "wordpiece": lambda texts: TOKENIZER.train(texts, 330, "wordpiece"),
+    "unigram": lambda texts: TOKENIZER.train(texts, 330, "unigram"),
+    "char": lambda texts: TOKENIZER.train(texts, 330, "char"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_BY_WORDS)
+def test_encoder_switches_itself_off(name):
+    tokenizer = NOT_BY_WORDS[name](make_text(200))
+    encoder = TOKENIZER.Encoder(tokenizer)
+    assert not encoder.by_words
+    texts = make_text(30, seed=1) + ["the red fox", " a fox  ran", "fox"]
+    assert [ids.tolist() for ids in encoder(texts)] == plain_ids(tokenizer, texts)
+
+
+# ----------------------------------------------------------------------------------------------------- readers
+
+DOCUMENTS = ['First, with "quotes" and, commas.', "Two\nlines\n\nand a gap", "caf\u00e9 \u4f60\u597d \U0001f600", "tabs are fine", "  kept  blanks  ", "x" * 300]
+
+
+def write_format(path, texts, field="text"):
+    """The same documents in any format, the other column ignored."""
+    suffix = path.name.removesuffix(".gz").rpartition(".")[2]
+    if suffix == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), field: texts}), path, row_group_size=2)
+        return path
+    with gzip.open(path, "wt", encoding="utf-8", newline="") if path.suffix == ".gz" else \
+            open(path, "w", encoding="utf-8", newline="") as file:
+        if suffix == "json":
+            json.dump([{"id": i, field: text} for i, text in enumerate(texts)], file)
+        elif suffix == "jsonl":
+            file.write("\n\n".join(json.dumps({"id": i, field: text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)))
+        else:
+            table = csv.writer(file, delimiter="\t" if suffix == "tsv" else ",")
+            table.writerows([["id", field], *enumerate(texts)])
+    return path
+
+
+def read(path, unit="line", field="text"):
+    """Whole documents, pieces joined."""
+    documents, parts = [], []
+    for text, last in TOKENIZER.read_pieces(path, unit, field):
+        parts.append(text)
+        if last:
+            documents.append("".join(parts))
+            parts = []
+    assert not parts, "a document was never closed"
+    return documents
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.tsv.gz"])
+@pytest.mark.parametrize("field", ["text", "body"])
+def test_record_formats_give_the_documents(name, field, tmp_path):
+    path = write_format(tmp_path / name, DOCUMENTS, field)
+    assert read(path, field=field) == DOCUMENTS
+
+
+TEXT = "one line\n\n  two \n\nthree\nfour\n\n\n\nfive"
+UNITS = {"line": ["one line", "  two ", "three", "four", "five"], "blank_line": ["one line", "  two ", "three\nfour", "five"],
+         "file": [TEXT]}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz"])
+@pytest.mark.parametrize("ending", ["", "\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_text_units(unit, name, ending, mark, tmp_path):
+    data = (mark + TEXT + ending).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    expected = [TEXT + ending] if unit == "file" else UNITS[unit]
+    assert read(tmp_path / name, unit) == expected
+
+
+def test_crlf(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo\r\nthree\r\n")
+    assert read(tmp_path / "a.txt", "line") == ["one", "two", "three"]
+    assert read(tmp_path / "a.txt", "blank_line") == ["one", "two\r\nthree"]
+    assert read(tmp_path / "a.txt", "file") == ["one\r\n\r\ntwo\r\nthree\r\n"]
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbftext,n\r\n"a\r\nb",1\r\nc,2\r\n')
+    assert read(tmp_path / "a.jsonl") == ["a", "b"]
+    assert read(tmp_path / "a.csv") == ["a\r\nb", "c"]
+
+
+LONG = {
+    "line": " ".join(make_text(8)) + "\nshort\n" + "word " * 40 + "end",
+    "blank_line": "\n".join(make_text(12)) + "\n\n" + "\n".join(make_text(6, seed=2)) + "\n\nlast",
+    "file": "\n".join(make_text(12)) + "\n\n  indented\n\n" + "\n".join(make_text(6, seed=2)),
+}
+
+
+@pytest.mark.parametrize("unit", LONG)
+def test_long_documents_come_in_pieces_unchanged(unit, monkeypatch, tmp_path):
+    (tmp_path / "a.txt").write_text(LONG[unit])
+    whole = read(tmp_path / "a.txt", unit)
+    assert whole == {"line": LONG[unit].split("\n"), "blank_line": LONG[unit].split("\n\n"), "file": [LONG[unit]]}[unit]
+    monkeypatch.setattr(TOKENIZER, "PIECE", 50)
+    pieces = list(TOKENIZER.read_pieces(tmp_path / "a.txt", unit))
+    assert len(pieces) > 2 * len(whole) - 1, "nothing was cut"
+    assert read(tmp_path / "a.txt", unit) == whole
+
+
+def test_a_carriage_return_at_a_cut_stays(monkeypatch, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"abcd\refgh\n")
+    monkeypatch.setattr(TOKENIZER, "PIECE", 5)
+    assert read(tmp_path / "a.txt", "line") == ["abcd\refgh"]
+
+
+def test_long_jsonl_and_csv_lines(monkeypatch, tmp_path):
+    monkeypatch.setattr(TOKENIZER, "PIECE", 20)
+    for name in ("a.jsonl", "a.csv"):
+        assert read(write_format(tmp_path / name, DOCUMENTS)) == DOCUMENTS
+
+
+@pytest.mark.parametrize("kind", TOKENIZER.KINDS)
+@pytest.mark.parametrize("unit", LONG)
+def test_pieces_are_tokenized_like_the_whole(unit, kind, monkeypatch, tmp_path):
+    (tmp_path / "a.txt").write_text(LONG[unit])
+    tokenizer = TOKENIZER.train(make_text(50), 330, kind)
+    expected = []
+    for document in read(tmp_path / "a.txt", unit):
+        expected += [tokenizer.eos_token_id, *plain_ids(tokenizer, [document])[0]]
+    monkeypatch.setattr(TOKENIZER, "PIECE", 50)
+    data = section(tmp_path / "a.txt", text_unit=unit, validation="none", dir=str(tmp_path / "bin"))
+    got = TOKENIZER.token_files(data, tokenizer)["train"].ids.tolist()
+    assert got == [*expected, tokenizer.eos_token_id]
+
+
+def test_accents_meet_across_a_cut(monkeypatch, tmp_path):
+    """A letter and its accent are one character after normalisation, wherever a long line is cut."""
+    text = "cafe\u0301 " * 30
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(TOKENIZER, "PIECE", 16)
+    pieces = TOKENIZER.documents(section("x"), [tmp_path / "a.txt"], Counter())
+    assert "".join(text for _, text, _ in pieces) == "caf\u00e9 " * 30
+
+
+def test_paths_files_folders_and_globs(tmp_path):
+    for name in ("b/1.txt", "b/deep/2.jsonl", "b/3.csv.gz", "b/4.parquet", "b/ignored.png", "c1.txt", "c2.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(("txt", "png")):
+            (tmp_path / name).write_text(f"in {name}\n")
+        else:
+            write_format(tmp_path / name, [f"in {name}"])
+    groups = TOKENIZER.expand_paths([str(tmp_path / "b"), str(tmp_path / "c?.txt"), str(tmp_path / "c1.txt")])
+    names = [[str(p.relative_to(tmp_path)) for p in group] for group in groups]
+    assert names == [["b/1.txt", "b/3.csv.gz", "b/4.parquet", "b/deep/2.jsonl"], ["c1.txt", "c2.txt"], ["c1.txt"]]
+    texts = [t for _, t, _ in TOKENIZER.documents(section("x"), groups[0] + groups[1], Counter())]
+    assert texts == [f"in {name}" for name in sum(names[:2], [])]
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+def gz_cut(text):
+    rng = np.random.default_rng(0)
+    noise = "".join(rng.choice(list("abcdefghij"), 40000))
+    data = gzip.compress(text.replace("NOISE", noise).encode())
+    return data[: len(data) // 2]
+
+
+def parquet_bytes(tmp_path, column, name="text"):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({name: column}), tmp_path / "made.parquet")
+    return (tmp_path / "made.parquet").read_bytes()
+
+
+BAD = {
+    "binary.txt": (b"PK\0\1text\n", "binary"),
+    "late_nul.txt": (b"fine\n" * 4000 + b"a\0b\n", "4001.*binary"),
+    "late_nul.csv": (b"text\n" + b"fine\n" * 4000 + b"a\0b\n", "binary|NUL"),
+    "utf16.txt": ("hello".encode("utf-16"), "UTF-16|binary"),
+    "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), "UTF-16|binary"),
+    "latin1.txt": (b"a\n" * 9 + "caf\u00e9\n".encode("latin-1"), "latin1.txt:10: not UTF-8"),
+    "far.txt": (b"a line\n" * 5000 + "caf\u00e9\n".encode("latin-1"), "far.txt:5001: not UTF-8"),
+    "latin1.jsonl": (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "latin1.jsonl:2: not UTF-8"),
+    "latin1.csv": (b"text\na\nb\ncaf\xe9\n", "latin1.csv:4"),
+    "latin1.json": (b'[{"text": "a"},\n{"text": "caf\xe9"}]', "latin1.json:2"),
+    "broken.jsonl": (b'{"text": "a"}\n\n{"text": "b"\n', "broken.jsonl:3: not valid JSON"),
+    "unended.jsonl": (b'{"text": "a"}\n{"text": ', "unended.jsonl:2: not valid JSON"),
+    "broken.json": (b'[{"text": "a"},\n{"text" "b"}]', "broken.json:2: not valid JSON"),
+    "field.jsonl": (b'{"text": "a"}\n{"body": "b", "id": 1}\n', "field.jsonl:2: no key 'text'.*body, id.*data.text_field"),
+    "number.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "number.jsonl:2: 'text' is int"),
+    "null.jsonl": (b'{"text": null}\n', "null.jsonl:1: 'text' is NoneType"),
+    "list.jsonl": (b'["a"]\n', "list.jsonl:1: an object with 'text'.*list"),
+    "list.json": (b'{"text": 3}', "list.json.*'text' is int"),
+    "field.csv": (b"title,body\na,b\n", "field.csv:2: no key 'text'.*title, body"),
+    "short.csv": (b"id,text\n1,a\n2\n", "short.csv:3: no key 'text'"),
+    "notgz.txt.gz": (b"plain text", "notgz.txt.gz: not a gzip"),
+    "notgz.json.gz": (b"plain text", "notgz.json.gz: not a gzip"),
+    "cut.txt.gz": (gz_cut("NOISE"), "cut.txt.gz"),
+    "cut.jsonl.gz": (gz_cut('{"text": "NOISE"}\n'), "cut.jsonl.gz"),
+    "cut.json.gz": (gz_cut('[{"text": "NOISE"}]'), "cut.json.gz"),
+    "cut.csv.gz": (gz_cut("text\nNOISE\n"), "cut.csv.gz"),
+    "not.parquet": (b"PAR1 but not really", "not.parquet: not a parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_named(name, tmp_path):
+    data, message = BAD[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"(?s){message}") as caught:
+        read(tmp_path / name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_parquet_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(parquet_bytes(tmp_path, ["a"], "body"))
+    with pytest.raises(UserError, match="a.parquet: no column 'text'.*body"):
+        read(path)
+    path.write_bytes(parquet_bytes(tmp_path, ["a", None]))
+    with pytest.raises(UserError, match="a.parquet: row 2: 'text'"):
+        read(path)
+    path.write_bytes(parquet_bytes(tmp_path, [1, 2]))
+    with pytest.raises(UserError, match="a.parquet.*text"):
+        read(path)
+    whole = bytearray(parquet_bytes(tmp_path, [f"text number {i}" for i in range(4000)]))
+    whole[100:3000] = bytes(b ^ 255 for b in whole[100:3000])
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="a.parquet"):
+        read(path)
+
+
+def test_a_broken_gzip_body_is_named(tmp_path):
+    """A flipped byte is a zlib.error, which is neither an OSError nor an EOFError."""
+    data = bytearray(gzip.compress(b"".join(b"line %d\n" % (i * 7919) for i in range(9000))))
+    data[len(data) // 2 : len(data) // 2 + 40] = b"\xff" * 40
+    (tmp_path / "a.txt.gz").write_bytes(data)
+    with pytest.raises(UserError, match="a.txt.gz"):
+        read(tmp_path / "a.txt.gz")
+
+
+def test_half_a_surrogate_pair_is_no_crash(tmp_path, tokenizer):
+    """JSON may spell a character that no UTF-8 text can hold."""
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "a\\ud800b"}\n')
+    data = section(tmp_path / "a.jsonl", validation="none", dir=str(tmp_path / "bin"))
+    try:
+        ids = TOKENIZER.token_files(data, tokenizer)["train"].ids.tolist()
+    except UserError as error:
+        assert "a.jsonl:2" in str(error)
+    else:
+        assert tokenizer.decode(ids[1:]).startswith("fine<|endoftext|>a")
+
+
+def test_missing_paths_are_named(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="data.train: .*nothere.txt"):
+        TOKENIZER.expand_paths([str(tmp_path / "nothere.txt")])
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "*.nothing"):
+        with pytest.raises(UserError, match="data.train.*no data file"):
+            TOKENIZER.expand_paths([str(tmp_path / name)])
+    with pytest.raises(UserError, match="a folder"):
+        read(tmp_path)
+    (tmp_path / "a.txt").write_text("some text\n")
+    data = section(tmp_path / "a.txt", validation=str(tmp_path / "val.txt"), dir=str(tmp_path / "bin"))
+    with pytest.raises(UserError, match="data.validation: .*val.txt"):
+        TOKENIZER.token_files(data, tokenizer)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n  \n"])
+def test_empty_data_is_refused(content, tmp_path):
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(UserError, match="data.train|a.txt"):
+        TOKENIZER.main(["--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"weights": [1, 2]}, "data.weights: 2 weights for 1 paths"),
+    ({"weights": [-1]}, "data.weights"),
+    ({"weights": ["a"]}, "data.weights"),
+    ({"validation_fraction": 1.0}, "data.validation_fraction"),
+])
+def test_bad_settings(settings, message):
+    with pytest.raises(UserError, match=message):
+        section("a.txt", **settings)
+    with pytest.raises(UserError, match="data.train"):
+        TOKENIZER.DataSection(train=[])
+
+
+# ------------------------------------------------------------------------------------- cleaning and splitting
+
+
+def clean_documents(path, **settings):
+    counts = Counter()
+    data = section(path, **settings)
+    return [text for _, text, _ in TOKENIZER.documents(data, [path], counts)], counts
+
+
+def test_cleaning_counts(tmp_path):
+    path = write_format(tmp_path / "a.jsonl", ["cafe\u0301", "a\x07b\tc\nd", "same", "same", "same ", "xy", "", "\ufb01ne", "\x85 next"])
+    texts, counts = clean_documents(path, min_chars=3)
+    assert texts == ["caf\u00e9", "ab\tc\nd", "same", "same ", "\ufb01ne", " next"]
+    assert counts["normalised"] == 1 and counts["with control characters"] == 2
+    assert counts["duplicates"] == 1 and counts["too short"] == 2
+    assert counts["documents"] == 6 and counts["bytes"] == sum(len(t.encode()) for t in texts)
+    assert clean_documents(path, normalize="NFKC")[0][-2] == "fine"
+    kept, counts = clean_documents(path, normalize="none", remove_control=False, deduplicate=False, min_chars=0)
+    assert kept == read(path) and not set(counts) & {"normalised", "duplicates", "too short", "with control characters"}
+
+
+def test_duplicates_after_cleaning_and_across_files(tmp_path):
+    """Two spellings of one text are the same document; so is a text that stands in two files."""
+    one = write_format(tmp_path / "a.jsonl", ["caf\u00e9", "cafe\u0301", "b"])
+    two = write_format(tmp_path / "b.csv", ["b", "c"])
+    counts = Counter()
+    texts = [t for _, t, _ in TOKENIZER.documents(section("x"), [one, two], counts)]
+    assert texts == ["caf\u00e9", "b", "c"] and counts["duplicates"] == 2
+
+
+def test_duplicates_across_paths_are_dropped_when_preparing(tmp_path, tokenizer, capsys):
+    paths = [write_format(tmp_path / name, ["shared text", name]) for name in ("a.jsonl", "b.jsonl")]
+    data = section(*paths, validation="none", dir=str(tmp_path / "bin"))
+    ids = TOKENIZER.token_files(data, tokenizer)["train"].ids.tolist()
+    assert tokenizer.decode(ids).count("shared text") == 1
+    assert "1 duplicates" in capsys.readouterr().err
+
+
+def test_single_lines_are_never_duplicates(tmp_path):
+    (tmp_path / "a.txt").write_text("same\nsame\nother\nsame\n")
+    texts, counts = clean_documents(tmp_path / "a.txt")
+    assert texts == ["same", "same", "other", "same"] and not counts["duplicates"]
+    (tmp_path / "a.txt").write_text("same\n\nsame\n\nother\n")
+    texts, counts = clean_documents(tmp_path / "a.txt", text_unit="blank_line")
+    assert texts == ["same", "other"] and counts["duplicates"] == 1
+
+
+@pytest.mark.parametrize("ending", ["", "\n"])
+def test_short_lines_are_dropped_also_at_the_end(ending, tmp_path):
+    (tmp_path / "a.txt").write_text("long enough\nab\nalso long\nab" + ending)
+    texts, counts = clean_documents(tmp_path / "a.txt", min_chars=5)
+    assert [t for t in texts if t] == ["long enough", "also long"] and counts["too short"] == 2
+
+
+def test_seen_finds_exact_repeats():
+    rng = np.random.default_rng(0)
+    texts = [str(i) for i in rng.integers(0, 300, 1000)]
+    seen, known = TOKENIZER.Seen(), set()
+    for text in texts:
+        assert seen.add(text) == (text not in known)
+        known.add(text)
+
+
+def split_of(path, **settings):
+    data = section(path, **settings)
+    parts = {"train": [], "val": []}
+    for part, text, last in TOKENIZER.documents(data, [path], Counter(), TOKENIZER._splitter(data, [path])):
+        parts[part].append((text, last))
+    return parts
+
+
+def test_hash_split_belongs_to_the_document(tmp_path):
+    texts = [f"{i}: {text}" for i, text in enumerate(make_text(600))]
+    parts = split_of(write_format(tmp_path / "a.jsonl", texts), validation_fraction=0.2)
+    held = {text for text, _ in parts["val"]}
+    assert len(parts["train"]) + len(held) == 600 and abs(len(held) / 600 - 0.2) < 4 * math.sqrt(0.2 * 0.8 / 600)
+    again = split_of(write_format(tmp_path / "b.csv", texts[::-1][:300] + ["new one"]), validation_fraction=0.2)
+    assert {t for t, _ in again["val"]} - {"new one"} == held & set(texts[::-1][:300])
+    more = split_of(tmp_path / "a.jsonl", validation_fraction=0.4)
+    assert held < {t for t, _ in more["val"]}
+
+
+def test_hash_split_keeps_a_long_document_together(monkeypatch, tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join("\n".join(make_text(6, seed=i)) for i in range(30)))
+    whole = split_of(tmp_path / "a.txt", text_unit="blank_line", validation_fraction=0.3)
+    monkeypatch.setattr(TOKENIZER, "PIECE", 60)
+    cut = split_of(tmp_path / "a.txt", text_unit="blank_line", validation_fraction=0.3)
+    assert sum(last for _, last in cut["val"]) + sum(last for _, last in cut["train"]) == 30
+    assert 0 < sum(last for _, last in cut["val"]) < 30 and len(cut["train"]) > len(whole["train"])
+    for part in cut.values():
+        assert all(text.count("\n\n") == 0 for text, _ in part)
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.3])
+def test_tail_split_of_documents(fraction, tmp_path):
+    texts = [f"{i}: {text}" for i, text in enumerate(make_text(50))]
+    parts = split_of(write_format(tmp_path / "a.jsonl", texts), validation="tail", validation_fraction=fraction)
+    cut = 50 - max(1, round(50 * fraction))
+    assert [t for t, _ in parts["train"]] == texts[:cut] and [t for t, _ in parts["val"]] == texts[cut:]
+
+
+@pytest.mark.parametrize("piece", [None, 40, 333])
+def test_tail_split_of_one_document(piece, monkeypatch, tmp_path):
+    text = "\n".join(make_text(40))
+    (tmp_path / "a.txt").write_text(text)
+    if piece:
+        monkeypatch.setattr(TOKENIZER, "PIECE", piece)
+    parts = split_of(tmp_path / "a.txt", text_unit="file", validation="tail", validation_fraction=0.1)
+    assert "".join(t for t, _ in parts["train"]) == text[: int(len(text) * 0.9)]
+    assert "".join(t for t, _ in parts["val"]) == text[int(len(text) * 0.9) :]
+    assert parts["train"][-1][1] and parts["val"][-1][1]
+    assert sum(last for _, last in parts["train"] + parts["val"]) == 2
+
+
+def test_tail_split_closes_a_part_that_ends_with_a_piece(monkeypatch, tmp_path):
+    text = "".join(f"line {i:03d}\n" for i in range(40))  # 9 characters each
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(TOKENIZER, "PIECE", 30)
+    sizes = [len(t) for t, _ in TOKENIZER.read_pieces(tmp_path / "a.txt", "file")]
+    fraction = 1 - sum(sizes[:7]) / len(text)
+    assert int(len(text) * (1 - fraction)) == sum(sizes[:7]), "the cut must fall between two pieces"
+    parts = split_of(tmp_path / "a.txt", text_unit="file", validation="tail", validation_fraction=fraction)
+    assert parts["train"][-1][1] and parts["val"][-1][1]
+
+
+def test_validation_file_of_its_own(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("train one\ntrain two\n")
+    write_format(tmp_path / "v.jsonl", ["val one", "val two"])
+    data = section(tmp_path / "a.txt", validation=str(tmp_path / "v.jsonl"), dir=str(tmp_path / "bin"))
+    files = TOKENIZER.token_files(data, tokenizer)
+    end = tokenizer.eos_token
+    assert tokenizer.decode(files["train"].ids.tolist()) == f"{end}train one{end}train two{end}"
+    assert tokenizer.decode(files["val"].ids.tolist()) == f"{end}val one{end}val two{end}"
+    none = section(tmp_path / "a.txt", validation="none", dir=str(tmp_path / "bin2"))
+    assert list(TOKENIZER.token_files(none, tokenizer)) == ["train"]
+
+
+# ------------------------------------------------------------------------------------------------- token files
+
+
+def expected_ids(texts, tokenizer):
+    """Begin, text, end for each document; written once where both are one id."""
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = []
+    for text in texts:
+        ids += ([begin] if begin != end or not ids else []) + plain_ids(tokenizer, [text])[0] + [end]
+    return ids
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_prepare_writes_ids_and_facts(shared, tmp_path, tokenizer):
+    tokenizer = tokenizer if shared else separate_ends(tokenizer)
+    texts = [f"{i} {text}" for i, text in enumerate(make_text(80))]
+    paths = [write_format(tmp_path / "a.jsonl", texts[:50]), write_format(tmp_path / "b.csv", texts[50:])]
+    data = section(*paths, dir=str(tmp_path / "bin"), validation_fraction=0.2)
+    TOKENIZER.prepare(data, tokenizer)
+    files = TOKENIZER.token_files(data, tokenizer)
+    split = [split_of(path, validation_fraction=0.2) for path in paths]
+    for part in ("train", "val"):
+        documents = [text for parts in split for text, _ in parts[part]]
+        facts = json.loads((tmp_path / f"bin/{part}_ids.json").read_text())
+        raw = np.fromfile(tmp_path / f"bin/{part}_ids.bin", "<u2")
+        assert raw.tolist() == files[part].ids.tolist() == expected_ids(documents, tokenizer)
+        assert facts["tokens"] == len(raw) and facts["documents"] == len(documents) and facts["dtype"] == "uint16"
+        assert facts["bytes"] == files[part].bytes == sum(len(t.encode()) for t in documents)
+        first = len(expected_ids([text for text, _ in split[0][part]], tokenizer))
+        assert facts["sources"] == [[0, first], [first, len(raw)]]
+    assert (files["train"].begin, files["train"].end) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def test_a_failure_midway_leaves_nothing(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 50 + "{broken\n")
+    data = section(tmp_path / "a.jsonl", dir=str(tmp_path / "bin"))
+    with pytest.raises(UserError, match="a.jsonl:51"):
+        TOKENIZER.prepare(data, tokenizer)
+    assert list((tmp_path / "bin").iterdir()) == []
+
+
+def test_a_failure_midway_keeps_the_old_files(tmp_path, tokenizer):
+    path = write_format(tmp_path / "a.jsonl", make_text(20))
+    data = section(path, dir=str(tmp_path / "bin"))
+    TOKENIZER.prepare(data, tokenizer)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "bin").iterdir()}
+    path.write_text(path.read_text() + "\n{broken\n")
+    with pytest.raises(UserError):
+        TOKENIZER.token_files(data, tokenizer)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "bin").iterdir()} == before
+
+
+def test_token_files_are_rebuilt_when_they_do_not_fit(tmp_path, tokenizer, text_file):
+    folder = tmp_path / "bin"
+    settings = {"dir": str(folder), "validation": "tail"}
+    built = []
+
+    def build(tokenizer=tokenizer, **changes):
+        TOKENIZER.token_files(section(text_file, **{**settings, **changes}), tokenizer)
+        stamp = (folder / "train_ids.bin").stat()
+        built.append((stamp.st_mtime_ns, stamp.st_ino))
+        return len(set(built)) == len(built)  # the file is a new one
+
+    assert build()
+    assert not build()
+    built.pop()
+    assert not build(weights=[2.0], packing=False)  # neither decides the ids
+    built.pop()
+    for change in ({"min_chars": 40}, {"text_unit": "file"}, {"validation_fraction": 0.2}, {"validation": "none"},
+                   {"normalize": "none"}, {"remove_control": False}, {"tokenizer": TOKENIZER.train(make_text(50), 300)}):
+        assert build(**change), change
+        built.clear()
+        build(**change)
+    built.clear()
+    build()
+    text_file.write_text(text_file.read_text() + "One more line.\n")
+    assert build()
+    (folder / "train_ids.bin").write_bytes((folder / "train_ids.bin").read_bytes()[:-10])
+    assert build()
+    (folder / "val_ids.json").write_text("{cut")
+    assert build()
+    assert not build()
+
+
+def write_bin(path, ids, dtype="<u2", facts=None):
+    np.array(ids, dtype).tofile(path)
+    if facts is not None:
+        path.with_suffix(".json").write_text(json.dumps(facts))
+    return path
+
+
+def test_a_bin_without_json_is_uint16(tmp_path, tokenizer):
+    ids = np.random.default_rng(0).integers(0, len(tokenizer), 500)
+    write_bin(tmp_path / "train.bin", ids)
+    write_bin(tmp_path / "val.bin", ids[:50])
+    files = TOKENIZER.token_files(section(tmp_path / "train.bin"), tokenizer)
+    assert files["train"].ids.tolist() == ids.tolist() and files["val"].ids.tolist() == ids[:50].tolist()
+    assert files["train"].sources == [[0, 500]] and files["train"].bytes is None
+    assert list(TOKENIZER.token_files(section(tmp_path / "train.bin", validation="none"), tokenizer)) == ["train"]
+    other = write_bin(tmp_path / "held.bin", ids[:7])
+    assert len(TOKENIZER.token_files(section(tmp_path / "train.bin", validation=str(other)), tokenizer)["val"].ids) == 7
+
+
+def test_bad_bins_are_refused(tmp_path, tokenizer, text_file):
+    def refused(path, message):
+        with pytest.raises(UserError, match=f"{re.escape(path.name)}: .*{message}"):
+            TOKENIZER.token_files(section(path), tokenizer)
+
+    refused(write_bin(tmp_path / "beyond.bin", [1, 2, len(tokenizer)]), f"id {len(tokenizer)}.*another tokenizer")
+    (tmp_path / "odd.bin").write_bytes(b"\1\0\2")
+    refused(tmp_path / "odd.bin", "3 bytes.*cut short")
+    refused(write_bin(tmp_path / "short.bin", [1, 2, 3], facts={"dtype": "uint16", "tokens": 9}), "3 ids.*9")
+    refused(write_bin(tmp_path / "wide.bin", [1, 2, 3], "<u2", {"dtype": "uint32", "tokens": 1}), "6 bytes")
+    made = {"dtype": "uint16", "tokens": 3, "recipe": {"tokenizer": "somebody else"}}
+    refused(write_bin(tmp_path / "other.bin", [1, 2, 3], facts=made), "another tokenizer")
+    (tmp_path / "missing.bin").unlink(missing_ok=True)
+    refused(tmp_path / "missing.bin", "no such file")
+    with pytest.raises(UserError, match="data.train: a .bin file stands alone"):
+        TOKENIZER.token_files(section(tmp_path / "beyond.bin", text_file), tokenizer)
+
+
+# ----------------------------------------------------------------------------------------------------- packing
+
+
+def token_file(ids, begin=0, end=0, sources=None):
+    ids = np.array(ids, np.uint16)
+    return TOKENIZER.TokenFile(ids, sources or [[0, len(ids)]], None, begin, end)
+
+
+def spans_of(*args, **options):
+    spans = TOKENIZER.Spans(token_file(*args, **options))
+    return list(zip(spans.starts.tolist(), (spans.starts + spans.lengths).tolist()))
+
+
+def test_spans_where_one_id_is_both_ends():
+    assert spans_of([0, 5, 6, 0, 7, 0]) == [(0, 3), (3, 5)]
+    assert spans_of([0, 5, 6, 0, 7, 8]) == [(0, 3), (3, 5)]  # the last end is missing
+    assert spans_of([5, 6, 0, 7, 0]) == [(0, 2), (2, 4)]  # so is the first beginning
+    assert spans_of([5, 6, 7]) == [(0, 2)]
+    assert spans_of([0]) == [] and spans_of([]) == [] and spans_of([5]) == []
+
+
+def test_spans_with_separate_ends():
+    def spans(*ids):
+        return spans_of(list(ids), begin=1, end=2)
+
+    assert spans(1, 5, 6, 2, 1, 7, 2) == [(0, 3), (4, 6)]
+    assert spans(1, 5, 6, 2, 1, 7, 8) == [(0, 3), (4, 6)]
+    assert spans(1, 5, 6, 2, 1) == [(0, 3)]  # a beginning alone predicts nothing
+    assert spans(1, 2, 1, 2) == [(0, 1), (2, 3)]
+
+
+def test_spans_of_a_part(tmp_path):
+    tokens = token_file([1, 5, 2, 1, 6, 7, 2, 1, 8, 2], begin=1, end=2)
+    spans = TOKENIZER.Spans(tokens, 3, 7)
+    assert (spans.starts.tolist(), spans.lengths.tolist(), spans.pairs) == ([3], [3], 3)
+
+
+def random_file(documents=40, seed=0, shared=True, longest=30):
+    """Ids 3 and up are text; every text token is unique, so a pair can be recognised."""
+    rng = np.random.default_rng(seed)
+    lengths, ids, next_id = rng.integers(1, longest, documents), [], 3
+    for length in lengths:
+        ids += [0] if shared and not ids else [] if shared else [1]
+        ids += list(range(next_id, next_id + length)) + [0 if shared else 2]
+        next_id += length
+    return token_file(ids, 0 if shared else 1, 0 if shared else 2)
+
+
+def pair_places(tokens):
+    """Oracle: every place whose successor belongs to the same document."""
+    ids = tokens.ids.tolist()
+    if tokens.begin == tokens.end:
+        return set(range(len(ids) - 1))
+    return {i for i in range(len(ids) - 1) if ids[i] != tokens.end}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("length", [1, 2, 7, 16, 64, 10_000])
+def test_every_pair_is_in_exactly_one_row(shared, packing, length):
+    tokens = random_file(shared=shared)
+    spans = TOKENIZER.Spans(tokens)
+    edges = np.flatnonzero(tokens.ids == tokens.end)
+    for seed in ([0, 0], [0, 1], None):
+        rows = TOKENIZER.Rows(spans, length, packing, seed)
+        places = []
+        for i in range(rows.count):
+            pieces = rows.row(i)
+            assert 0 < sum(stop - start for start, stop in pieces) <= length
+            assert packing or len(pieces) == 1
+            for start, stop in pieces:  # no document's end strictly inside
+                assert stop > start and not ((edges > start) & (edges < stop)).any()
+            places += [i for start, stop in pieces for i in range(start, stop)]
+        assert len(places) == len(set(places)) and set(places) == pair_places(tokens)
+        if packing:
+            assert rows.count == -(-len(places) // length)
+
+
+def all_rows(rows):
+    return [rows.row(i) for i in range(rows.count)]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_order_is_a_function_of_the_seed(packing):
+    spans = TOKENIZER.Spans(random_file())
+    orders = {seed: all_rows(TOKENIZER.Rows(spans, 16, packing, list(seed))) for seed in ((0, 0), (0, 1), (1, 0))}
+    assert orders[0, 0] == all_rows(TOKENIZER.Rows(TOKENIZER.Spans(random_file()), 16, packing, [0, 0]))
+    assert orders[0, 0] != orders[0, 1] != orders[1, 0] != orders[0, 0]
+    plain = all_rows(TOKENIZER.Rows(spans, 16, packing, None))
+    assert [piece[0] for row in plain for piece in row] == sorted(piece[0] for row in plain for piece in row)
+
+
+def test_one_long_document_is_cut_elsewhere_in_each_epoch():
+    spans = TOKENIZER.Spans(token_file([0, *range(3, 1003)]))
+    cuts = [frozenset(start for row in all_rows(TOKENIZER.Rows(spans, 64, True, [0, epoch])) for start, _ in row)
+            for epoch in range(6)]
+    assert len(set(cuts)) > 2
+
+
+def test_collate_by_hand():
+    ids = np.array([0, 5, 6, 7, 0, 8, 9, 0], np.uint16)
+    batch = TOKENIZER.collate(ids, [[(0, 3), (4, 6)], [(4, 7)], []])
+    assert batch["input_ids"].tolist() == [[0, 5, 6, 0, 8], [0, 8, 9, 0, 0], [0] * 5]
+    assert batch["targets"].tolist() == [[5, 6, 7, 8, 9], [8, 9, 0, -100, -100], [-100] * 5]
+    assert batch["positions"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, -1, -1], [-1] * 5]
+    segments = batch["segment_ids"].tolist()
+    assert segments[0][:3] == [segments[0][0]] * 3 and segments[0][3:] == [segments[0][3]] * 2 and segments[0][0] != segments[0][3]
+    assert batch["counts"] == {"tokens": 8}
+    wide = TOKENIZER.collate(ids, [[(0, 3)]], width=6)
+    assert wide["input_ids"].shape == (1, 6) and wide["counts"]["tokens"] == 3
+    full = TOKENIZER.collate(ids, [[(0, 3)], [(4, 7)]])
+    assert set(full) == {"input_ids", "targets", "counts"}  # plain causal rows
+    assert TOKENIZER.collate(ids, [[], []])["targets"].tolist() == [[-100], [-100]]
+
+
+# ----------------------------------------------------------------------------------------------------- streams
+
+
+def run_of(rank=0, world_size=1, grad_accum=1, seed=0, **more):
+    return SimpleNamespace(rank=rank, world_size=world_size, grad_accum=grad_accum, seed=seed, **more)
+
+
+def rows_in(batch):
+    """The rows of a batch without their padding: comparable whatever the width."""
+    rows = []
+    for inputs, targets in zip(batch["input_ids"].tolist(), batch["targets"].tolist()):
+        rows.append(tuple((a, b) for a, b in zip(inputs, targets) if b != -100))
+    return rows
+
+
+def take(stream, batches):
+    return [rows_in(next(stream)) for _ in range(batches)]
+
+
+def started(stream, **run):
+    stream.start(run_of(**run))
+    return stream
+
+
+def make_stream(batch_size, weights=None, packing=True, length=16, seed=0):
+    tokens = random_file(seed=seed)
+    if weights:
+        half = int(np.flatnonzero(tokens.ids == 0)[8]) + 1
+        tokens = tokens._replace(sources=[[0, half], [half, len(tokens.ids)]])
+    data = section("a", "b", weights=weights, packing=packing)
+    return TOKENIZER.file_stream(tokens, data, batch_size, length)
+
+
+@pytest.mark.parametrize("weights", [None, [1, 3]])
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("world_size", "grad_accum", "batch_size"), [(2, 1, 2), (1, 4, 1), (2, 2, 1), (2, 3, 2), (4, 1, 1)])
+def test_ranks_and_micro_batches_share_one_step(world_size, grad_accum, batch_size, packing, weights):
+    per_step = world_size * grad_accum * batch_size
+    reference = started(make_stream(per_step, weights, packing))
+    ranks = [started(make_stream(batch_size, weights, packing), rank=rank, world_size=world_size, grad_accum=grad_accum)
+             for rank in range(world_size)]
+    assert {s.steps_per_epoch for s in ranks} == {reference.steps_per_epoch}
+    for _ in range(2 * reference.steps_per_epoch + 1):  # across two epochs
+        [whole] = take(reference, 1)
+        shares = [take(stream, grad_accum) for stream in ranks]
+        joined = [row for micro in range(grad_accum) for share in shares for row in share[micro]]
+        assert len(whole) == len(joined) == per_step and sorted(joined) == sorted(whole)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 500])
+def test_an_epoch_is_every_pair_once_and_its_last_step_is_filled(packing, batch_size):
+    stream = started(make_stream(batch_size, packing=packing), grad_accum=2)
+    tokens = random_file()
+    pairs = Counter((int(tokens.ids[i]), int(tokens.ids[i + 1])) for i in pair_places(tokens))
+    orders = []
+    for _ in range(2):
+        rows = [row for batch in take(stream, 2 * stream.steps_per_epoch) for row in batch]
+        assert len(rows) == stream.steps_per_epoch * 2 * batch_size
+        assert Counter(pair for row in rows for pair in row) == pairs
+        real = [row for row in rows if row]
+        assert rows[: len(real)] == real, "padding only at the end"
+        assert len(rows) - len(real) < 2 * batch_size
+        orders.append(real)
+    assert orders[0] != orders[1]
+    assert orders[0] == [row for batch in take(started(make_stream(1, packing=packing)), len(orders[0])) for row in batch]
+
+
+def test_static_shapes():
+    stream = make_stream(3)
+    stream.start(run_of(static_shapes=True))
+    assert {next(stream)["input_ids"].shape for _ in range(2 * stream.steps_per_epoch)} == {(3, 16)}
+
+
+def streaming(text_file, tokenizer, **settings):
+    data = section(text_file, **{"validation": "none", **settings})
+    return TOKENIZER.text_stream(data, tokenizer, 2, 32, buffer_bytes=1500)
+
+
+@pytest.mark.parametrize("kind", ["plain", "weighted", "streaming"])
+@pytest.mark.parametrize("steps", [1, 5, 33, 70])
+def test_a_stream_continues_where_it_stopped(kind, steps, text_file, tokenizer):
+    def fresh(rank):
+        stream = streaming(text_file, tokenizer) if kind == "streaming" else make_stream(2, [1, 5] if kind == "weighted" else None)
+        return started(stream, rank=rank, world_size=2, grad_accum=2, seed=7)
+
+    for rank in range(2):
+        stream = fresh(rank)
+        take(stream, 2 * steps)
+        state = json.loads(json.dumps(stream.state_dict()))
+        resumed = fresh(rank)
+        resumed.load_state_dict(state)
+        assert take(resumed, 60) == take(stream, 60)
+    other = fresh(0)
+    other.run.seed = 8
+    other.load_state_dict(state)
+    assert take(other, 20) != take(resumed, 20)
+
+
+def test_weights_set_the_shares_and_small_sources_repeat():
+    tokens = random_file(documents=120, longest=20)
+    small = int(np.flatnonzero(tokens.ids == 0)[6]) + 1
+    tokens = tokens._replace(sources=[[0, small], [small, len(tokens.ids)]])
+    stream = started(TOKENIZER.file_stream(tokens, section("a", "b", weights=[1, 1], packing=False), 4, 32))
+    rows = [row for batch in take(stream, 6 * stream.steps_per_epoch) for row in batch if row]
+    border = int(tokens.ids[small - 2])  # the last text token of the small source
+    origin = [all(a <= border and b <= border for a, b in row) for row in rows]
+    share = sum(origin) / len(rows)
+    assert abs(share - 0.5) < 4 * math.sqrt(0.25 / len(rows))
+    drawn = Counter(row for row, mine in zip(rows, origin) if mine)
+    assert min(drawn.values()) > 3, "the small source is drawn again and again"
+    epoch = [row for batch in take(started(TOKENIZER.file_stream(tokens, section("a", "b", weights=[1, 1], packing=False), 4, 32)),
+                                   stream.steps_per_epoch) for row in batch if row]
+    mine = [row for row in epoch if row and all(a <= border and b <= border for a, b in row)]
+    size = len(drawn)
+    laps = [mine[i : i + size] for i in range(0, len(mine) - size + 1, size)]
+    assert len(laps) > 1 and all(len(set(lap)) == size for lap in laps), "each lap is the whole source"
+    assert laps[0] != laps[1]
+
+
+def test_sources_side_by_side_lose_no_pair(tmp_path, tokenizer):
+    """Also the first token of the second file is predicted, as that of every document is."""
+    paths = [write_format(tmp_path / name, make_text(5, seed=i)) for i, name in enumerate(("a.jsonl", "b.jsonl", "c.jsonl"))]
+    data = section(*paths, validation="none", dir=str(tmp_path / "bin"))
+    tokens = TOKENIZER.token_files(data, tokenizer)["train"]
+    stream = started(TOKENIZER.file_stream(tokens, data, 2, 10_000))
+    counted = sum(len(row) for batch in take(stream, stream.steps_per_epoch) for row in batch)
+    assert counted == len(tokens.ids) - 1
+
+
+def test_file_stream_refuses_what_it_cannot_train_on():
+    tokens = token_file([0, 5, 6, 0, 7, 0], sources=[[0, 4], [4, 6]])
+    with pytest.raises(UserError, match="data.weights: 3 weights.*2 sources"):
+        TOKENIZER.file_stream(tokens, section("a", "b", "c", weights=[1, 1, 1]), 1, 8)
+    with pytest.raises(UserError, match="data.weights.*no text"):
+        TOKENIZER.file_stream(tokens._replace(sources=[[0, 6], [6, 6]]), section("a", "b", weights=[1, 1]), 1, 8)
+    with pytest.raises(UserError, match="data.train.*nothing to predict"):
+        TOKENIZER.file_stream(token_file([0]), section("a"), 1, 8)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("validation", ["hash", "tail", "none"])
+def test_text_stream_gives_each_training_document_once(validation, shared, tmp_path, tokenizer):
+    tokenizer = tokenizer if shared else separate_ends(tokenizer)
+    texts = [f"{i} {text}" for i, text in enumerate(make_text(90))]
+    path = write_format(tmp_path / "a.jsonl", texts)
+    settings = {"validation": validation, "validation_fraction": 0.2}
+    expected = texts if validation == "none" else [text for text, _ in split_of(path, **settings)["train"]]
+    assert validation == "none" or 0 < len(expected) < 90
+    stream = started(TOKENIZER.text_stream(section(path, packing=False, **settings), tokenizer, 3, 500, buffer_bytes=1200))
+    orders = []
+    while stream.epoch < 2 or not orders:
+        epoch, rows = stream.epoch, rows_in(next(stream))
+        if stream.epoch < 2:
+            orders += [(stream.epoch, row) for row in rows if row]
+        assert stream.epoch - epoch in (0, 1)
+    for epoch in range(2):
+        rows = [row for e, row in orders if e == epoch]
+        got = [tokenizer.decode([b for _, b in row[:-1]]) for row in rows]
+        assert sorted(got) == sorted(expected)
+        assert {row[0][0] for row in rows} == {tokenizer.bos_token_id} and {row[-1][1] for row in rows} == {tokenizer.eos_token_id}
+    assert [row for e, row in orders if e == 0] != [row for e, row in orders if e == 1]
+
+
+def test_text_stream_refuses_weights_and_nothing(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("\n")
+    with pytest.raises(UserError, match="data.weights"):
+        TOKENIZER.text_stream(section(tmp_path / "a.txt", weights=[1]), tokenizer, 1, 8)
+    with pytest.raises(UserError, match="data.train"):
+        started(TOKENIZER.text_stream(section(tmp_path / "a.txt"), tokenizer, 1, 8))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_fixed_batches_are_the_same_every_time(packing):
+    tokens = random_file()
+    first, second = ([rows_in(b) for b in TOKENIZER.fixed_batches(tokens, 3, 16, packing)] for _ in range(2))
+    assert first == second
+    pairs = Counter((int(tokens.ids[i]), int(tokens.ids[i + 1])) for i in pair_places(tokens))
+    assert Counter(pair for batch in first for row in batch for pair in row) == pairs
+    every = [row for batch in first for row in batch]
+    few = [row for batch in TOKENIZER.fixed_batches(tokens, 3, 16, packing, limit=2) for row in rows_in(batch)]
+    assert len(few) == 6 and few[0] == every[0] and few[-1] == every[-1]
+    places = [every.index(row) for row in few]
+    assert places == sorted(set(places))
+
+
+# -------------------------------------------------------------------------------------------------------- chat
+
+PLAIN = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+MARKED = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+          "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}"
+          "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CONVERSATION = [
+    {"role": "system", "content": "Be kind."}, {"role": "user", "content": "The red fox?"},
+    {"role": "assistant", "content": "It ran\nover 2 hills."}, {"role": "user", "content": "Why? \U0001f600"},
+    {"role": "assistant", "content": "Rain."},
+]
+
+
+def with_template(tokenizer, template):
+    copy = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token=TOKENIZER.END, eos_token=TOKENIZER.END)
+    copy.chat_template = template
+    return copy
+
+
+def chat_by_hand(tokenizer, messages, newline_counts):
+    """ChatML put together from its parts; the assistant's words and end of turn are marked."""
+    start, end = (tokenizer.convert_tokens_to_ids(token) for token in TOKENIZER.CHAT_TOKENS)
+    ids, mask = [], []
+    for message in messages:
+        mine = int(message["role"] == "assistant")
+        head, body, newline = plain_ids(tokenizer, [message["role"] + "\n", message["content"], "\n"])
+        ids += [start, *head, *body, end, *newline]
+        mask += [0] * (1 + len(head)) + [mine] * (len(body) + 1) + [mine * newline_counts] * len(newline)
+    return ids, mask
+
+
+@pytest.mark.parametrize(("template", "newline_counts"), [(PLAIN, 1), (MARKED, 0)])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_render_chat_by_hand(template, newline_counts, count, tokenizer):
+    tokenizer = with_template(tokenizer, template)
+    messages = CONVERSATION[:count]
+    ids, mask = TOKENIZER.render_chat(tokenizer, messages)
+    assert (ids, mask) == chat_by_hand(tokenizer, messages, newline_counts)
+    assert ids == list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_render_chat_asks_for_an_answer(template, tokenizer):
+    tokenizer = with_template(tokenizer, template)
+    ids, mask = TOKENIZER.render_chat(tokenizer, CONVERSATION[:4], add_generation_prompt=True)
+    assert ids == chat_by_hand(tokenizer, CONVERSATION[:4], 0)[0] + tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
+    assert ids == list(tokenizer.apply_chat_template(CONVERSATION[:4], add_generation_prompt=True, return_dict=True)["input_ids"])
+    assert sum(mask) == sum(chat_by_hand(tokenizer, CONVERSATION[:4], int(template is PLAIN))[1])
+
+
+def test_training_and_serving_see_the_same_ids(tokenizer):
+    tokenizer = with_template(tokenizer, PLAIN)
+    ids, mask = TOKENIZER.render_chat(tokenizer, CONVERSATION)
+    served, _ = TOKENIZER.render_chat(tokenizer, CONVERSATION[:4], add_generation_prompt=True)
+    assert ids[: len(served)] == served and mask[len(served)] == 1 and mask[len(served) - 1] == 0
+
+
+def test_templates_that_refuse(tokenizer):
+    with pytest.raises(UserError, match="no chat template"):
+        TOKENIZER.render_chat(with_template(tokenizer, None), CONVERSATION)
+    strict = with_template(tokenizer, "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UserError, match="refuses.*roles must alternate"):
+        TOKENIZER.render_chat(strict, CONVERSATION)
+
+
+def test_template_survives_saving(tokenizer, tmp_path):
+    TOKENIZER.save(with_template(tokenizer, MARKED), tmp_path)
+    assert (tmp_path / "chat_template.jinja").exists()
+    loaded = TOKENIZER.load(tmp_path)
+    assert TOKENIZER.render_chat(loaded, CONVERSATION) == chat_by_hand(tokenizer, CONVERSATION, 0)
+
+
+# ---------------------------------------------------------------------------------------------------- choosing
+
+
+@pytest.fixture()
+def trainings(monkeypatch):
+    """How often a tokenizer was trained."""
+    calls, real = [], TOKENIZER.train
+    monkeypatch.setattr(TOKENIZER, "train", lambda *args: calls.append(args[1:]) or real(*args))
+    return calls
+
+
+def test_choose_trains_once_and_again_when_asked_for_something_else(trainings, text_file, tmp_path):
+    data = section(text_file, dir=str(tmp_path / "d"))
+    first = TOKENIZER.choose(TOKENIZER.TokenizerSection(vocab_size=300), data)
+    again = TOKENIZER.choose(TOKENIZER.TokenizerSection(vocab_size=300), data)
+    assert trainings == [(300, "bpe")] and TOKENIZER.fingerprint(first) == TOKENIZER.fingerprint(again) and len(first) == 300
+    assert len(TOKENIZER.choose(TOKENIZER.TokenizerSection(vocab_size=310), data)) == 310
+    TOKENIZER.choose(TOKENIZER.TokenizerSection(kind="char"), data)
+    assert trainings[1:] == [(310, "bpe"), (1024, "char")]
+    os.utime(text_file, ns=(1, 1))
+    TOKENIZER.choose(TOKENIZER.TokenizerSection(kind="char"), data)
+    assert len(trainings) == 4
+
+
+def test_choose_takes_a_named_tokenizer(trainings, text_file, tmp_path, tokenizer):
+    TOKENIZER.save(tokenizer, tmp_path / "named")
+    data = section(text_file, dir=str(tmp_path / "d"))
+    for options in ((TOKENIZER.TokenizerSection(name=str(tmp_path / "named")), data), (TOKENIZER.TokenizerSection(), data, tmp_path / "named")):
+        assert TOKENIZER.fingerprint(TOKENIZER.choose(*options)) == TOKENIZER.fingerprint(tokenizer)
+    write_bin(tmp_path / "train_ids.bin", [0, 1])
+    with pytest.raises(UserError, match="train_ids.bin: ids without their tokenizer"):
+        TOKENIZER.choose(TOKENIZER.TokenizerSection(), section(tmp_path / "train_ids.bin"))
+    shutil.copytree(tmp_path / "named", tmp_path / "tokenizer")
+    found = TOKENIZER.choose(TOKENIZER.TokenizerSection(), section(tmp_path / "train_ids.bin"))
+    assert TOKENIZER.fingerprint(found) == TOKENIZER.fingerprint(tokenizer) and not trainings
+
+
+def test_a_tokenizer_is_not_trained_on_held_out_text(tmp_path):
+    path = write_format(tmp_path / "a.jsonl", [f"{i} {t}" for i, t in enumerate(make_text(60))])
+    data = section(path, validation="tail", validation_fraction=0.5)
+    assert list(TOKENIZER.sample_texts(data)) == [text for text, _ in split_of(path, validation="tail", validation_fraction=0.5)["train"]]
+    few = list(TOKENIZER.sample_texts(data, limit=200))
+    assert 200 <= sum(map(len, few)) < 200 + len(few[-1])
+
+
+def test_main_writes_everything(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n".join(make_text(300)))
+    out = tmp_path / "out"
+    command = ["--data", str(tmp_path / "a.txt"), str(write_format(tmp_path / "b.jsonl", make_text(100, seed=9))),
+               "--out", str(out), "--tokenizer.vocab_size", "330"]
+    TOKENIZER.main(command)
+    captured = capsys.readouterr()
+    assert captured.out == "" and "train_ids.bin" in captured.err and "val_ids.bin" in captured.err
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert {"train_ids.bin", "train_ids.json", "val_ids.bin", "val_ids.json", "tokenizer/tokenizer.json",
+            "tokenizer/tokenizer_config.json"} <= names
+    assert not [name for name in names if "tmp" in name]
+    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+    held = np.fromfile(out / "val_ids.bin", "<u2").tolist()
+    documents = set(make_text(300) + make_text(100, seed=9))
+    texts = [text for text in tokenizer.decode(held).split(tokenizer.eos_token) if text]
+    assert len(tokenizer) == 330 and texts and set(texts) <= documents
+    stamp = (out / "train_ids.bin").stat().st_mtime_ns
+    TOKENIZER.main(command)
+    assert (out / "train_ids.bin").stat().st_mtime_ns == stamp

@@ -1,0 +1,1146 @@
+"""TRAIN.py: the loop against a hand-written one, equal gradients however a step is cut, exact resume, and its manners."""
+
+import fcntl
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, make_text
+from safetensors.torch import load_file, save_file
+from torch import nn
+from two_ranks import (
+    CONFIG,
+    Ragged,
+    batch_of,
+    build,
+    held_out_batches,
+    read_log,
+    rows_of_step,
+    run,
+    settings,
+    token_loss,
+    two_counts_loss,
+)
+
+import MODEL
+import TOKENIZER
+import TRAIN
+from MODEL import UserError
+
+KILLS = int(os.environ.get("KILLS", 3))
+CPU = torch.device("cpu")
+SMALL = ("--model.preset llama-1m --model.hidden_size 32 --model.num_hidden_layers 2 --model.num_attention_heads 4 "
+         "--model.intermediate_size 48 --model.max_position_embeddings 128 --model.device cpu --tokenizer.kind byte "
+         "--max-length 32 --batch-size 4 --training.warmup_steps 2 --training.mixed_precision no --training.sample_tokens 0 "
+         "--training.logging_steps 1 --training.eval_batches 2").split()
+
+
+@pytest.fixture()
+def real_plot():
+    """A test that asks for this gets loss.png drawn."""
+
+
+@pytest.fixture(autouse=True)
+def fewer_plots(request, monkeypatch):
+    """Drawing takes longer than training here."""
+    if "real_plot" not in request.fixturenames:
+        monkeypatch.setattr(TRAIN.Log, "plot", lambda self: None)
+
+
+def arguments(folder: Path, *more, data=None, model=SMALL) -> list[str]:
+    """A tiny run on folder/text.txt into folder/out, of 4 steps unless a horizon is given."""
+    data = data or [folder / "text.txt"]
+    horizon = [] if {"--epochs", "--max-steps", "--max-minutes"} & set(more) else ["--max-steps", 4]
+    usual = ["--data", *data, "--data.dir", folder / "ids", "--out", folder / "out", *horizon]
+    return [str(word) for word in [*model, *usual, *more]]
+
+
+def train(folder: Path, *more, **options):
+    return TRAIN.main(arguments(folder, *more, **options))
+
+
+def write(path: Path, lines: list[str]) -> Path:
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def losses(out: Path) -> list[float]:
+    return [record["loss"] for record in read_log(out) if "loss" in record]
+
+
+def weights(folder: Path) -> dict:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: dict, b: dict, **tolerance) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **(tolerance or dict(rtol=0, atol=0)), msg=lambda m, n=name: f"{n}: {m}")
+
+
+def checkpoint_names(out: Path) -> list[str]:
+    return [path.name for path in TRAIN.checkpoints(out)]
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+
+def by_hand(steps: int, t: TRAIN.TrainingSection) -> tuple[list[float], dict]:
+    """What fit does, spelled out: cross-entropy on logits, global clipping, AdamW by its formula, linear decay."""
+    model, seen = build(), []
+    moments = {name: [torch.zeros_like(w), torch.zeros_like(w)] for name, w in model.named_parameters()}
+    for step in range(steps):
+        rate = t.learning_rate * ((step + 1) / t.warmup_steps if step + 1 < t.warmup_steps else 1 - step / steps)
+        batch = batch_of(rows_of_step(step))
+        logits = model(batch["input_ids"], positions=batch["positions"]).logits
+        model.zero_grad()
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
+        loss.backward()
+        seen.append(float(loss))
+        norm = math.sqrt(sum(float(w.grad.double().square().sum()) for w in model.parameters()))
+        with torch.no_grad():
+            for name, w in model.named_parameters():
+                mean, square = moments[name]
+                gradient = w.grad * min(1, t.max_grad_norm / (norm + 1e-6))
+                mean.mul_(t.adam_beta1).add_((1 - t.adam_beta1) * gradient)
+                square.mul_(t.adam_beta2).add_((1 - t.adam_beta2) * gradient**2)
+                if w.dim() >= 2:
+                    w.mul_(1 - rate * t.weight_decay)
+                upper, lower = mean / (1 - t.adam_beta1 ** (step + 1)), square / (1 - t.adam_beta2 ** (step + 1))
+                w.sub_(rate * upper / (lower.sqrt() + t.adam_epsilon))
+    return seen, model.state_dict()
+
+
+def test_fit_equals_a_loop_written_by_hand(tmp_path):
+    choice = dict(lr_scheduler_type="linear", max_steps=6, max_grad_norm=0.5, warmup_steps=3, weight_decay=0.3)
+    model = build()
+    log = run(tmp_path, 16, token_loss, model=model, **choice)
+    expected, state = by_hand(6, settings(**choice))
+    assert [record["loss"] for record in log] == pytest.approx(expected, abs=1e-6)
+    same(dict(model.state_dict()), dict(state), rtol=1e-6, atol=2e-6)
+    assert all(record["grad_norm"] > 0.5 for record in log)  # clipping took part
+
+
+def test_accumulated_steps_equal_whole_ones(tmp_path):
+    whole, parts = run(tmp_path / "a", 16), run(tmp_path / "b", 4, grad_accum=4)
+    for name in ("loss", "odds", "grad_norm", "tokens"):
+        assert [r[name] for r in parts] == pytest.approx([r[name] for r in whole], abs=1e-5)
+    same(weights(tmp_path / "b"), weights(tmp_path / "a"), rtol=0, atol=2e-5)
+    counts = [[sum(len(row) - 1 for row in rows_of_step(s)[i : i + 4]) for i in range(0, 16, 4)] for s in range(6)]
+    assert all(max(c) > 4 * min(c) for c in counts)  # a mean per micro-batch would be far off
+    assert [r["tokens"] for r in whole] == [sum(map(sum, counts[: s + 1])) for s in range(6)]
+
+
+def test_two_counts_are_two_denominators(tmp_path):
+    """The first step's metrics and gradient norm against the formula on the whole batch."""
+    model, batch = build(), batch_of(rows_of_step(0))
+    logits = model(batch["input_ids"], positions=batch["positions"]).logits
+    nats = F.cross_entropy(logits.transpose(1, 2), batch["targets"], reduction="none")
+    odds = torch.stack([F.softplus(row.sum() / 8) for row, pair in zip(nats, batch["pairs"], strict=True) if pair]).mean()
+    loss = nats.sum() / (batch["targets"] != -100).sum()
+    (loss + 0.5 * odds).backward()
+    norm = math.sqrt(sum(float(w.grad.square().sum()) for w in model.parameters()))
+    first = run(tmp_path, 4, two_counts_loss, grad_accum=4, max_steps=1)[0]
+    assert [first["loss"], first["odds"], first["grad_norm"]] == pytest.approx([float(loss), float(odds), norm], abs=1e-5)
+
+
+def test_metrics_are_summed_in_a_step_and_averaged_over_steps(tmp_path):
+    assert [r["rows"] for r in run(tmp_path / "a", 4, token_loss, grad_accum=4)] == [16.0] * 6
+    each = [r["loss"] for r in run(tmp_path / "b", 16, token_loss)]
+    pairs = [r["loss"] for r in run(tmp_path / "c", 16, token_loss, logging_steps=2)]
+    assert pairs == pytest.approx([(each[i] + each[i + 1]) / 2 for i in (0, 2, 4)], abs=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    same_log = [run(tmp_path / str(on), 16, gradient_checkpointing=on) for on in (False, True)]
+    assert [r["loss"] for r in same_log[1]] == pytest.approx([r["loss"] for r in same_log[0]], abs=1e-6)
+
+
+def test_torch_compile_compiles_each_layer(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(MODEL.DecoderLayer, "compile", lambda self, *a, **k: compiled.append(self))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *a, **k: None)
+    model = build()
+    run(tmp_path / "off", 16, max_steps=1)
+    assert compiled == []
+    run(tmp_path / "on", 16, model=model, torch_compile=True, max_steps=1)
+    assert compiled == list(model.model.layers)
+
+
+# --------------------------------------------------------------------------------------- schedule and horizon
+
+
+def factors(kind: str, total: int, warmup: float, floor=0.0, decay=0.2) -> list[float]:
+    return [TRAIN.learning_rate_factor(kind, s, s / total, warmup, floor, decay) for s in range(total)]
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_schedules_equal_the_published_formulas(floor):
+    """Without warmup: cosine of Loshchilov 2017 (eq. 5), linear, constant, and warmup-stable-decay of Hu 2024."""
+    shares = [s / 40 for s in range(40)]
+    cosine = [floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * p)) for p in shares]
+    assert factors("cosine", 40, 0, floor) == pytest.approx(cosine, abs=1e-12)
+    assert factors("linear", 40, 0, floor) == pytest.approx([1 - (1 - floor) * p for p in shares], abs=1e-12)
+    assert factors("constant", 40, 0, floor) == [1.0] * 40
+    stable = [1.0 if p <= 0.75 else floor + (1 - floor) * (1 - p) / 0.25 for p in shares]
+    assert factors("warmup_stable_decay", 40, 0, floor, 0.25) == pytest.approx(stable, abs=1e-12)
+    assert {"cosine", "linear", "constant", "warmup_stable_decay"} == set(TRAIN.SCHEDULES)
+
+
+@pytest.mark.parametrize("kind", TRAIN.SCHEDULES)
+def test_warmup_in_steps_and_as_a_share(kind):
+    by_steps, by_share = factors(kind, 100, 10), factors(kind, 100, 0.1)
+    assert by_steps[:9] == pytest.approx([(s + 1) / 10 for s in range(9)])
+    assert by_share[:9] == pytest.approx([s / 10 for s in range(9)], abs=2e-3)
+    assert by_share[0] > 0  # the first step moves
+    assert by_steps[10:] == pytest.approx(by_share[10:])
+
+
+@pytest.mark.parametrize("warmup", [40, 0.4])
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_the_decay_begins_where_the_warmup_ends(kind, warmup):
+    """transformers' get_cosine_schedule_with_warmup and nanoGPT: progress counts from the end of the warmup."""
+    values = factors(kind, 100, warmup)
+    progress = [(s - 40) / 60 for s in range(41, 100)]
+    expected = [1 - p if kind == "linear" else 0.5 * (1 + math.cos(math.pi * p)) for p in progress]
+    assert values[41:] == pytest.approx(expected, abs=0.03)
+
+
+def test_the_loop_follows_the_schedule(tmp_path):
+    choice = dict(max_steps=8, warmup_steps=2, lr_scheduler_type="warmup_stable_decay", decay_share=0.5, min_lr_rate=0.1)
+    rates = [r["learning_rate"] / 3e-3 for r in run(tmp_path, 16, token_loss, **choice)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 0.1 + 0.9 * 0.75, 0.1 + 0.9 * 0.5, 0.1 + 0.9 * 0.25])
+
+
+def test_max_minutes_follows_the_clock(tmp_path, monkeypatch):
+    """A clock that advances three seconds a step: a minute is 20 steps, and the rate falls with the time."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(TRAIN, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def loss(*args):
+        clock.now += 3
+        return token_loss(*args)
+
+    log = run(tmp_path, 16, loss, max_steps=None, max_minutes=1.0, lr_scheduler_type="linear", warmup_steps=0)
+    assert len(log) == 20 and log[-1]["seconds"] == 60
+    assert [r["learning_rate"] for r in log] == pytest.approx([3e-3 * (1 - s / 20) for s in range(20)])
+
+
+class Epochs(Ragged):
+    steps_per_epoch = 5
+
+
+def test_epochs_and_max_steps(tmp_path):
+    def steps(stream, **horizon):
+        training = settings(**{"max_steps": None, **horizon})
+        return TRAIN.fit(build(), stream, token_loss, training, tmp_path, MODEL.save, device=CPU).steps
+
+    assert steps(Epochs(16), epochs=1.0) == 5
+    assert steps(Epochs(16), epochs=1.5) == 8
+    assert steps(Epochs(16), epochs=0.01) == 1
+    assert steps(Epochs(16), max_steps=3) == 3
+    with pytest.raises(UserError, match="training.epochs.*no known length.*max_steps"):
+        steps(Ragged(16), epochs=1.0)
+
+
+def horizon_of(tmp_path, text: str, *argv: str):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    training = MODEL.load_config(["--config", str(path), *argv], TRAIN.SECTIONS, "training", TRAIN.ACTIONS).training
+    return training.epochs, training.max_steps, training.max_minutes
+
+
+def test_a_later_horizon_displaces_an_earlier_one(tmp_path):
+    assert horizon_of(tmp_path, "") == (3.0, None, None)
+    assert horizon_of(tmp_path, "training: {max_steps: 7}") == (None, 7, None)
+    assert horizon_of(tmp_path, "training: {max_steps: 7}", "--max-minutes", "2") == (None, None, 2.0)
+    for text, argv in (("training: {max_steps: 7, epochs: 1}", []), ("", ["--epochs", "1", "--max-steps", "7"])):
+        with pytest.raises(UserError, match="training.epochs and training.max_steps exclude each other"):
+            horizon_of(tmp_path, text, *argv)
+
+
+def test_impossible_settings_are_refused_by_name():
+    for key, value in (("batch_size", 0), ("learning_rate", 0.0), ("max_steps", -1), ("warmup_steps", -1), ("save_total_limit", 0)):
+        with pytest.raises(UserError, match=f"training.{key}: .*must"):
+            settings(**{key: value})
+
+
+# --------------------------------------------------------------------------------------------------- resuming
+
+RESUMES = {
+    "adamw": ["--training.optim", "adamw", "--model.attention_dropout", "0.2"],
+    "muon, accumulated, over an epoch's end": ["--training.optim", "muon", "--grad-accum", "2", "--batch-size", "3"],
+    "muon, bf16, dropout": ["--training.optim", "muon", "--training.mixed_precision", "bf16", "--model.attention_dropout", "0.2"],
+}
+
+
+@pytest.mark.parametrize("case", RESUMES)
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, case):
+    """Bit for bit: weights, optimizer, random numbers, stream and logged losses."""
+    write(tmp_path / "text.txt", make_text(40))
+    options = ["--max-steps", 10, "--training.save_steps", 5, *RESUMES[case]]
+    train(tmp_path, *options)
+    out, other = tmp_path / "out", tmp_path / "other"
+    records = [r for r in read_log(out) if "loss" in r]
+    assert records[4]["epoch"] % 1 > 0 and (records[9]["epoch"] > 1 or "epoch" not in case)
+    other.mkdir()
+    shutil.copytree(out / "ckpt-step-000005", other / "ckpt-step-000005")
+    shutil.copy(out / "log.jsonl", other / "log.jsonl")
+    result = train(tmp_path, *options, "--out", other, "--resume", "auto")
+    assert result.steps == 10 and losses(other) == losses(out)
+    same(weights(other), weights(out))
+    states = [TRAIN.load_state(folder / "ckpt-step-000010") for folder in (out, other)]
+    assert pickle.dumps(states[0]["stream"]) == pickle.dumps(states[1]["stream"])
+    assert torch.equal(states[0]["random"][0]["cpu"], states[1]["random"][0]["cpu"])
+    for a, b in zip(states[0]["optimizers"], states[1]["optimizers"], strict=True):
+        assert a["state"].keys() == b["state"].keys() and a["state"]
+        for key in a["state"]:
+            same(a["state"][key], b["state"][key])
+
+
+def test_a_signal_saves_and_the_rest_is_the_same(tmp_path):
+    """SIGTERM between draws and losses of step 3; a fresh model goes on from the checkpoint it leaves."""
+    run(tmp_path / "whole", 16, save_steps=3)
+
+    def loss(model, batch, totals):
+        if calls.append(1) or len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return two_counts_loss(model, batch, totals)
+
+    calls, before = [], signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "cut", 16, loss)
+    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert checkpoint_names(tmp_path / "cut") == ["ckpt-step-000003"]
+    run(tmp_path / "cut", 16, resume=tmp_path / "cut" / "ckpt-step-000003", model=MODEL.build(MODEL.ModelConfig(**CONFIG), seed=5))
+    same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_resume_names_a_folder_or_starts_fresh(tmp_path, text_file, capsys):
+    train(tmp_path, "--resume", "auto", "--training.save_steps", 2)  # nothing there: a fresh start
+    expected = losses(tmp_path / "out")
+    assert len(expected) == 4 and "resuming" not in capsys.readouterr().err
+    train(tmp_path, "--out", tmp_path / "b", "--resume", tmp_path / "out" / "ckpt-step-000002")
+    assert losses(tmp_path / "b") == expected[2:]
+    assert "changed since" in capsys.readouterr().err  # save_steps is another
+
+
+def test_changed_settings_are_named(tmp_path, text_file, capsys):
+    train(tmp_path, "--training.save_steps", 2)
+    train(tmp_path, "--training.save_steps", 2, "--resume", "auto", "--max-steps", 5)
+    line = next(line for line in capsys.readouterr().err.splitlines() if "changed since" in line)
+    assert line.endswith(": training.max_steps")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, text_file, model_folder):
+    with pytest.raises(UserError, match="there is no folder"):
+        train(tmp_path, "--resume", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no trainer_state.pt; a checkpoint looks like"):
+        train(tmp_path, "--resume", model_folder)
+    train(tmp_path, "--training.optim", "adamw")
+    with pytest.raises(UserError, match="made with another training.optim"):
+        train(tmp_path, "--training.optim", "muon", "--resume", "auto", "--max-steps", 5)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PAYLOAD"],)
+
+
+def test_a_trainer_state_is_never_unpickled(tmp_path, text_file, monkeypatch):
+    monkeypatch.setenv("PAYLOAD", str(tmp_path / "ran"))
+    train(tmp_path)
+    path = tmp_path / "out" / "ckpt-step-000004" / "trainer_state.pt"
+    whole = path.read_bytes()
+    torch.save({"step": 4, "tokens": Payload()}, path)
+    with pytest.raises(UserError, match="trainer_state.pt: refused"):
+        train(tmp_path, "--resume", "auto")
+    assert not (tmp_path / "ran").exists()
+    for size in (0, 100, len(whole) // 2):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="trainer_state.pt: "):
+            train(tmp_path, "--resume", "auto")
+
+
+# -------------------------------------------------------------------------------------------------- processes
+
+
+def start(argv: list[str], script: Path = ROOT / "TRAIN.py") -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(script), *argv], stderr=subprocess.PIPE, text=True, cwd=script.parent, env=environment)
+
+
+def wait_for_steps(process: subprocess.Popen) -> str:
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if "| loss" in line:
+            return seen
+    raise AssertionError(f"ended with {process.wait()} before its first step:\n{seen}")
+
+
+def test_killed_at_any_moment_nothing_is_lost(tmp_path, text_file):
+    """kill -9 at random moments of a run that saves every second step; the last part ends as an undisturbed run."""
+    draw = random.Random(3)
+    options = ["--max-steps", 24 * KILLS, "--training.save_steps", 2, "--training.eval_steps", 0]
+    train(tmp_path, *options)
+    disturbed = tmp_path / "disturbed"
+    argv = arguments(tmp_path, *options, "--out", disturbed, "--resume", "auto")
+    for _ in range(KILLS):
+        process = start(argv)
+        wait_for_steps(process)
+        time.sleep(draw.uniform(0.05, 0.8))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        for folder in TRAIN.checkpoints(disturbed):
+            TRAIN.load_state(folder), MODEL.load(str(folder))
+    half = disturbed / ".tmp-ckpt-step-999999"  # newer than all, and half written
+    half.mkdir(exist_ok=True)
+    (half / "config.json").write_text("{")
+    assert TRAIN.checkpoints(disturbed)
+    assert TRAIN.main(argv).steps == 24 * KILLS
+    same(weights(disturbed), weights(tmp_path / "out"))
+    assert losses(disturbed) == losses(tmp_path / "out")
+    assert not list(disturbed.glob(".tmp-*"))
+
+
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path, text_file):
+    train(tmp_path)  # makes the token files, so that the two runs below do not both
+    processes = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        processes[number] = start(arguments(tmp_path, "--out", tmp_path / f"out{number}", "--max-steps", 100000, "--training.logging_steps", 50))
+    for number, process in processes.items():
+        wait_for_steps(process)
+        process.send_signal(number)
+        _, talk = process.communicate(timeout=60)
+        assert process.returncode == 128 + number and "Traceback" not in talk
+        [saved] = TRAIN.checkpoints(tmp_path / f"out{number}")
+        assert f"continue with --resume auto ({saved})" in talk
+        assert TRAIN.load_state(saved)["step"] == int(saved.name[-6:])
+
+
+@pytest.fixture(scope="module")
+def forged_gpt2(tmp_path_factory, tokenizer):
+    """A folder as the hub has gpt2: old names, mask buffers, vocab and merges, a bare tokenizer_config."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("hub") / "gpt2"
+    folder.mkdir()
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0)
+    state = {k.removeprefix("transformer."): v.contiguous() for k, v in GPT2LMHeadModel(config).state_dict().items() if k != "lm_head.weight"}
+    for layer in range(2):
+        state[f"h.{layer}.attn.bias"] = torch.ones(128, 128).tril()[None, None]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    keys = ("model_type", "vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "bos_token_id", "eos_token_id",
+            "activation_function", "layer_norm_epsilon", "attn_pdrop", "embd_pdrop", "resid_pdrop", "initializer_range")
+    raw = {key: getattr(config, key) for key in keys}
+    (folder / "config.json").write_text(json.dumps({**raw, "n_ctx": 128, "architectures": ["GPT2LMHeadModel"]}))
+    (folder / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 0}')
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 128}')
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    (folder / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in spec["model"]["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return folder
+
+
+def workshop(folder: Path, gpt2: Path) -> Path:
+    """A fresh copy of the first four files, the settings and a little of the data, with gpt2 beside them."""
+    (folder / "data").mkdir(parents=True)
+    for name in ("MODEL.py", "TOKENIZER.py", "INFER.py", "TRAIN.py", "config.yaml"):
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("train.txt", "train.jsonl"):
+        write(folder / "data" / name, (ROOT / "data" / name).read_text().splitlines()[:25])
+    shutil.copytree(gpt2, folder / "gpt2")
+    return folder
+
+
+ASKED = """
+model: {name: gpt2, dtype: float16}
+training: {epochs: 3, batch_size: 2, grad_accum: 16, learning_rate: 3e-5, max_length: 1024}
+output: {dir: ./out}
+"""
+
+
+def test_the_commands_of_the_readme_word_for_word(tmp_path, forged_gpt2):
+    words = ("--model gpt2 --data data/train.txt data/train.jsonl --out ./out --epochs 3 --batch-size 2 --grad-accum 16").split()
+    flags, file = workshop(tmp_path / "flags", forged_gpt2), workshop(tmp_path / "file", forged_gpt2)
+    (file / "mine.yaml").write_text(ASKED)
+    processes = [start(words, flags / "TRAIN.py"), start(["--config", "mine.yaml"], file / "TRAIN.py")]
+    for folder, process in zip((flags, file), processes, strict=True):
+        _, talk = process.communicate(timeout=120)
+        assert process.returncode == 0, talk
+        assert "Traceback" not in talk and "rows have 128 tokens" in talk
+        assert [p for p in TRAIN.checkpoints(folder / "out") if (p / "trainer_state.pt").exists()]
+        assert MODEL.load(str(folder / "out")).config.model_type == "gpt2"
+    command = 'echo "Write a short science fiction paragraph" | "$0" INFER.py --model gpt2'
+    done = subprocess.run(["sh", "-c", command, sys.executable], cwd=flags, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and done.stdout.endswith("\n")
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+class Scores:
+    """An evaluate() that returns given losses in turn."""
+
+    def __init__(self, values):
+        self.values, self.models = iter(values), []
+
+    def __call__(self, model) -> dict:
+        assert not model.training and not torch.is_grad_enabled()
+        self.models.append({k: v.clone() for k, v in model.state_dict().items()})
+        return {"loss": next(self.values)}
+
+
+def test_old_checkpoints_go_and_the_best_stays(tmp_path):
+    evaluate = Scores([9, 5, 3, 4, 6, 7, 3.5])  # before, then after steps 1 to 5, then the best one again
+    run(tmp_path, 16, evaluate=evaluate, max_steps=5, eval_steps=1, save_steps=1, save_total_limit=1, load_best_model_at_end=True)
+    assert checkpoint_names(tmp_path) == ["ckpt-step-000002", "ckpt-step-000005"]
+    best = weights(tmp_path / "ckpt-step-000002")
+    same(weights(tmp_path), best)
+    same({k: v for k, v in evaluate.models[-1].items()}, best)
+    assert not torch.equal(weights(tmp_path / "ckpt-step-000005")["model.norm.weight"], best["model.norm.weight"])
+    assert json.loads((tmp_path / "result.json").read_text())["after"] == {"loss": 3.5}
+
+
+def test_without_it_the_last_model_stays_and_limits_hold(tmp_path):
+    run(tmp_path, 16, evaluate=Scores([9, 5, 3, 4, 6, 7]), max_steps=5, eval_steps=1, save_steps=1, save_total_limit=2)
+    assert checkpoint_names(tmp_path) == ["ckpt-step-000004", "ckpt-step-000005"]
+    same(weights(tmp_path), weights(tmp_path / "ckpt-step-000005"))
+
+
+def test_early_stopping(tmp_path):
+    scores = Scores([9, 5, 4, 4.5, 4.2, 8, 8, 8, 8])
+    training = settings(max_steps=20, eval_steps=1, early_stopping_patience=2)
+    result = TRAIN.fit(build(), Ragged(16), token_loss, training, tmp_path, MODEL.save, scores, device=CPU)
+    assert result.steps == 4 and result.before == {"loss": 9}
+
+
+def test_a_measure_that_rises_is_better_when_it_is_no_loss():
+    assert TRAIN.lower_is_better("loss") and TRAIN.lower_is_better("bits_per_byte") and TRAIN.lower_is_better("perplexity")
+    assert not TRAIN.lower_is_better("accuracy") and not TRAIN.lower_is_better("reward")
+
+
+def test_a_save_that_fails_leaves_the_last_whole_one(tmp_path):
+    def save(model, folder):
+        MODEL.save(model, folder)
+        if "000004" in folder.name:
+            raise ValueError("broken in the middle")
+
+    training = settings(save_steps=2)
+    with pytest.raises(ValueError, match="broken in the middle"):
+        TRAIN.fit(build(), Ragged(16), token_loss, training, tmp_path, save, device=CPU)
+    assert checkpoint_names(tmp_path) == ["ckpt-step-000002"]
+    assert TRAIN.load_state(TRAIN.find_checkpoint(tmp_path, "auto"))["step"] == 2
+
+
+def full_disk(out: Path, whole: Path, **more) -> None:
+    with pytest.raises(UserError) as error:
+        run(out, 16, save_steps=1, save_total_limit=99, max_steps=99, **more)
+    last = TRAIN.find_checkpoint(out, "auto")
+    assert "the disk is full" in str(error.value) and f"the last whole checkpoint is {last}." in str(error.value)
+    assert TRAIN.load_state(last)["step"] == int(last.name[-6:]) and not list(out.glob(".tmp-*"))
+    same(weights(last), weights(whole / last.name))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(folder, 16, save_steps=1, save_total_limit=99, max_steps=99)
+    return folder
+
+
+def test_a_disk_that_says_no(tmp_path, monkeypatch, undisturbed):
+    def no_room(state, path):
+        if "000003" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return real(state, path)
+
+    real = torch.save
+    monkeypatch.setattr(TRAIN.torch, "save", no_room)
+    full_disk(tmp_path, undisturbed)
+
+
+@pytest.fixture()
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk, undisturbed):
+    full_disk(small_disk / "out", undisturbed)
+
+
+def test_a_full_disk_met_by_the_log_is_a_users_error_too(small_disk):
+    def loss(*args):
+        if small_disk.joinpath("out", "log.jsonl").exists():
+            with open(small_disk / "filler", "wb", buffering=0) as file:
+                try:
+                    while file.write(bytes(4096)):
+                        pass
+                except OSError:
+                    pass
+        return token_loss(*args)
+
+    with pytest.raises(UserError, match="disk is full"):
+        run(small_disk / "out", 16, loss, max_steps=99)
+
+
+# ----------------------------------------------------------------------------------------- numbers that are none
+
+
+class Watched(Ragged):
+    """Keeps the weights as they stand before each step."""
+
+    def __next__(self):
+        self.seen = getattr(self, "seen", [])
+        self.seen.append({k: v.clone() for k, v in self.run.model.state_dict().items()})
+        return super().__next__()
+
+
+def with_nan(*steps: int):
+    def loss(model, batch, totals):
+        calls.append(1)
+        value, metrics = token_loss(model, batch, totals)
+        poison = math.nan if len(calls) - 1 in steps else 1.0
+        return value * poison, {"loss": metrics["loss"] * poison}
+
+    calls: list = []
+    return loss
+
+
+def test_steps_without_a_number_are_skipped_and_counted(tmp_path):
+    stream = Watched(16)
+    TRAIN.fit(build(), stream, with_nan(1, 3), settings(), tmp_path, MODEL.save, device=CPU)
+    moved = [not torch.equal(a["lm_head.weight"], b["lm_head.weight"]) for a, b in zip(stream.seen, stream.seen[1:], strict=False)]
+    assert moved == [True, False, True, False, True]
+    log = read_log(tmp_path)
+    assert [r.get("skipped_steps", 0) for r in log] == [0, 1, 1, 2, 2, 2]
+    assert all(math.isfinite(w.sum()) for w in weights(tmp_path).values())
+
+
+def test_too_many_in_a_row_end_the_run(tmp_path):
+    choice = dict(max_steps=30, save_steps=2, max_skipped_steps=3)
+    with pytest.raises(UserError, match="3 steps in a row.*last good checkpoint is .*ckpt-step-00000[46]"):
+        run(tmp_path, 16, with_nan(*range(4, 30)), **choice)
+    last = TRAIN.find_checkpoint(tmp_path, "auto")
+    assert all(math.isfinite(w.sum()) for w in weights(last).values())
+    with pytest.raises(UserError, match="no checkpoint was written yet"):
+        run(tmp_path / "b", 16, with_nan(*range(30)), **{**choice, "save_steps": 0})
+
+
+def test_float16_scale_backs_off_and_comes_back():
+    scale, off = TRAIN.LossScale(True), TRAIN.LossScale(False)
+    assert (scale.scale, off.scale) == (65536, 1)
+    scale.update(False), scale.update(False), off.update(False)
+    assert (scale.scale, off.scale) == (16384, 1)
+    for _ in range(1999):
+        scale.update(True)
+    assert scale.scale == 16384
+    scale.update(True)
+    assert scale.scale == 32768
+
+
+def test_float16_trains_as_float32_does(tmp_path):
+    """An overflow at the first, largest scale is a back-off and no skipped step to be counted."""
+    plain = [r["loss"] for r in run(tmp_path / "a", 16, token_loss, max_steps=12)]
+
+    def overflows_once(model, batch, totals):
+        loss, metrics = token_loss(model, batch, totals)
+        calls.append(1)
+        return loss * (1e36 if len(calls) == 1 else 1.0), metrics
+
+    calls: list = []
+    training = settings(max_steps=12)
+    TRAIN.fit(build(), Ragged(16), overflows_once, training, tmp_path / "b", MODEL.save, mixed="fp16", device=CPU)
+    log = read_log(tmp_path / "b")
+    assert "skipped_steps" not in log[-1] and torch.load(tmp_path / "b" / "ckpt-step-000012" / "trainer_state.pt")["loss_scale"][0] == 32768
+    assert [r["loss"] for r in log[2:]] == pytest.approx(plain[2:], abs=0.15)
+    assert weights(tmp_path / "b")["lm_head.weight"].dtype == torch.float32
+
+
+def test_out_of_memory_names_the_knobs(tmp_path):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        def loss(*args, error=error):
+            raise error
+
+        with pytest.raises(UserError, match="training.batch_size 16 x max_length 32.*grad_accum.*gradient_checkpointing"):
+            run(tmp_path, 16, loss)
+
+
+# --------------------------------------------------------------------------------------------------- optimizers
+
+
+def gpt2() -> MODEL.Transformer:
+    return MODEL.build("gpt2-2m" and {"preset": "gpt2-2m", "vocab_size": 300, "hidden_size": 64, "num_attention_heads": 4})
+
+
+def names_of(model, optimizer) -> dict[str, float]:
+    """Parameter name -> weight decay."""
+    names = {id(w): name for name, w in model.named_parameters()}
+    return {names[id(w)]: group["weight_decay"] for group in optimizer.param_groups for w in group["params"]}
+
+
+def test_muon_takes_the_matrices_in_layers_only():
+    model = gpt2()
+    muon, adamw = TRAIN.make_optimizers(model, settings(optim="muon"))
+    matrices = {n for n, w in model.named_parameters() if w.dim() == 2 and ".layers." in n}
+    assert isinstance(muon, torch.optim.Muon) and set(names_of(model, muon)) == matrices and len(matrices) == 4 * 6
+    rest = names_of(model, adamw)
+    assert set(rest) == {n for n, _ in model.named_parameters()} - matrices and "model.embed_tokens.weight" in rest
+    assert {n for n, decay in rest.items() if decay} == {"model.embed_tokens.weight", "model.embed_positions.weight"}
+
+
+def test_norms_and_biases_do_not_decay(tmp_path):
+    [adamw] = TRAIN.make_optimizers(model := gpt2(), settings(optim="adamw", weight_decay=0.5))
+    for name, decay in names_of(model, adamw).items():
+        assert decay == (0.0 if name.endswith("bias") or "norm" in name else 0.5), name
+    assert any(name.endswith("bias") for name in names_of(model, adamw))
+
+
+def test_muon_orthogonalizes(tmp_path):
+    """One step without momentum's past moves a matrix along U V' of its gradient, at AdamW's size (Liu 2025)."""
+    model = build()
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    run(tmp_path, 16, token_loss, model=model, max_steps=1, optim="muon", warmup_steps=0, weight_decay=0.0)
+    w = "model.layers.0.self_attn.q_proj.weight"
+    moved = (before[w] - model.get_parameter(w)).detach()
+    singular = torch.linalg.svdvals(moved)
+    assert singular.max() / singular.min() < 2.5  # five Newton-Schulz steps leave them near each other
+    assert moved.square().mean().sqrt() == pytest.approx(0.2 * 3e-3, rel=0.2)
+
+
+def test_adamw_8bit_steps_and_resumes(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    choice = dict(optim="adamw_8bit", save_steps=3)
+    large = dict(hidden_size=64, intermediate_size=128)  # matrices below 4096 numbers keep 32 bits
+    log = run(tmp_path / "a", 16, token_loss, model=build(**large), **choice)
+    assert log[-1]["loss"] < log[0]["loss"] - 0.05
+    state = TRAIN.load_state(tmp_path / "a" / "ckpt-step-000003")["optimizers"][0]["state"]
+    assert any(v.dtype == torch.uint8 for values in state.values() for v in values.values() if torch.is_tensor(v))
+    again = run(tmp_path / "b", 16, token_loss, model=build(**large), resume=tmp_path / "a" / "ckpt-step-000003", **choice)
+    assert [r["loss"] for r in again] == pytest.approx([r["loss"] for r in log[3:]], abs=1e-6)
+
+
+def test_a_missing_bitsandbytes_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="adamw_8bit needs `pip install bitsandbytes`"):
+        TRAIN.make_optimizers(build(), settings(optim="adamw_8bit"))
+
+
+def test_defaults_follow_the_weights(tmp_path):
+    for fresh, rate, optim in ((True, 3e-3, "muon"), (False, 5e-5, "adamw")):
+        training = TRAIN.TrainingSection()
+        TRAIN.resolve_defaults(training, fresh)
+        assert (training.learning_rate, training.optim) == (rate, optim)
+    chosen = TRAIN.TrainingSection(learning_rate=1e-4, optim="adamw")
+    TRAIN.resolve_defaults(chosen, True)
+    assert (chosen.learning_rate, chosen.optim) == (1e-4, "adamw")
+
+
+# ---------------------------------------------------------------------------------------------------- on policy
+
+
+class Rollouts(Ragged):
+    """Each rollout fills three steps; writes down when it is asked."""
+
+    def __init__(self, batch_size: int, events: list):
+        super().__init__(batch_size)
+        self.events = events
+
+    @property
+    def boundary(self) -> bool:
+        return self.step % 3 == 0 and not self.queue
+
+    def __next__(self) -> dict:
+        self.events.append("next")
+        return super().__next__()
+
+    def metrics(self) -> dict:
+        return {"reward": self.step / 10}
+
+
+class Pair(nn.Module):
+    """What is trained holds more than the product: a policy and one more weight."""
+
+    def __init__(self, seed: int = 1):
+        super().__init__()
+        self.policy = MODEL.build(MODEL.ModelConfig(**CONFIG), seed=seed)
+        self.policy.model.embed_tokens.requires_grad_(False)
+        self.extra = nn.Parameter(torch.tensor([0.5]))
+
+    def forward(self, *args, **kwargs):
+        out = self.policy(*args, **kwargs)
+        return out._replace(logprobs=out.logprobs * self.extra)
+
+
+def fit_pair(out: Path, model: Pair, events: list | None = None, resume=None, loss=token_loss, **more):
+    events = [] if events is None else events
+    out.mkdir(parents=True, exist_ok=True)
+
+    def noted(*args):
+        events.append("loss")
+        return loss(*args)
+
+    training = settings(**{"batch_size": 8, "grad_accum": 2, "save_steps": 2, "save_total_limit": 9, "max_steps": 8, **more})
+    return TRAIN.fit(model, Rollouts(8, events), noted, training, out, lambda m, f: MODEL.save(m.policy, f), resume=resume, device=CPU)
+
+
+def test_rollouts_are_drawn_and_saved_at_their_boundaries(tmp_path):
+    events: list = []
+    fit_pair(tmp_path, Pair(), events)
+    assert events == ["next", "next", "loss", "loss"] * 8
+    assert checkpoint_names(tmp_path) == ["ckpt-step-000003", "ckpt-step-000006"]  # due after 2, 4 and 6
+    assert [r["reward"] for r in read_log(tmp_path)] == [s / 10 for s in range(1, 9)]
+    final, last = weights(tmp_path), weights(tmp_path / "ckpt-step-000006")
+    assert not torch.equal(final["lm_head.weight"], last["lm_head.weight"])  # a horizon inside a rollout is still a model
+
+
+def test_more_than_the_product_resumes_exactly(tmp_path):
+    whole, resumed = Pair(), Pair(seed=7)
+    with torch.no_grad():
+        resumed.policy.model.embed_tokens.weight.copy_(whole.policy.model.embed_tokens.weight)  # frozen: not in the state
+        resumed.extra.fill_(9.0)
+    frozen = whole.policy.model.embed_tokens.weight.clone()
+    fit_pair(tmp_path / "a", whole)
+    fit_pair(tmp_path / "b", resumed, resume=tmp_path / "a" / "ckpt-step-000003")
+    same(dict(resumed.state_dict()), dict(whole.state_dict()))
+    assert whole.extra != 0.5 and torch.equal(whole.policy.model.embed_tokens.weight, frozen)
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")[3:]
+
+
+def test_a_stop_inside_a_rollout_names_the_last_boundary(tmp_path, capsys):
+    def stops(model, batch, totals):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return token_loss(model, batch, totals)
+
+    calls: list = []
+    with pytest.raises(SystemExit) as stop:
+        fit_pair(tmp_path, Pair(), loss=stops)
+    assert stop.value.code == 130 and checkpoint_names(tmp_path) == ["ckpt-step-000003"]
+    assert f"--resume auto goes on from {tmp_path / 'ckpt-step-000003'}" in capsys.readouterr().err
+
+
+def test_frozen_weights_stay_and_all_frozen_is_an_error(tmp_path):
+    model = build().requires_grad_(False)
+    with pytest.raises(UserError, match="nothing to train"):
+        run(tmp_path / "none", 16, model=model)
+    model.lm_head.requires_grad_(True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    run(tmp_path, 16, model=model, optim="muon")
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"lm_head.weight"}
+
+
+# ------------------------------------------------------------------------------------------- the output folder
+
+
+def test_a_used_folder_is_refused_or_replaced(tmp_path, text_file):
+    train(tmp_path)
+    first, other = losses(tmp_path / "out"), tmp_path / "out" / "sft" / "model.safetensors"
+    other.parent.mkdir()
+    other.write_text("another stage's")
+    (tmp_path / "out" / "model-00001-of-00002.safetensors").write_text("a shard of an earlier, larger model")
+    with pytest.raises(UserError, match="--resume auto continues.*--overwrite replaces.*--out chooses"):
+        train(tmp_path)
+    assert losses(tmp_path / "out") == first
+    train(tmp_path, "--overwrite", "--seed", 3, "--max-steps", 3)
+    assert len(losses(tmp_path / "out")) == 3 and losses(tmp_path / "out") != first[:3]
+    assert checkpoint_names(tmp_path / "out") == ["ckpt-step-000003"] and other.read_text() == "another stage's"
+    assert not (tmp_path / "out" / "model-00001-of-00002.safetensors").exists()
+
+
+def test_an_unfinished_run_counts_as_used(tmp_path, text_file):
+    (tmp_path / "out" / "ckpt-step-000002").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds a run"):
+        train(tmp_path)
+
+
+def test_two_runs_never_share_a_folder(tmp_path, text_file):
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is writing"):
+            train(tmp_path, "--overwrite")
+    train(tmp_path)  # and the lock goes with its holder
+
+
+def test_an_output_that_is_no_folder(tmp_path, text_file):
+    with pytest.raises(UserError, match="output.dir: .*cannot be written"):
+        train(tmp_path, "--out", text_file)
+
+
+# ----------------------------------------------------------------------------------------------------- products
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One run as a user would, and what it said."""
+    folder = tmp_path_factory.mktemp("trained")
+    write(folder / "text.txt", make_text(300))
+    result = train(folder, "--max-steps", 40, "--training.eval_steps", 20, "--batch-size", 8)
+    return SimpleNamespace(folder=folder, out=folder / "out", result=result)
+
+
+def test_the_folder_that_a_run_leaves(trained, real_plot):
+    """`trained` is drawn without the stub: module fixtures come before it."""
+    names = {path.name for path in trained.out.iterdir()}
+    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+            "config.yaml", "log.jsonl", "loss.png", "result.json", "ckpt-step-000040"} <= names
+    assert not [name for name in names if name.startswith(".tmp")]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "config.yaml", "trainer_state.pt"} <= {
+        path.name for path in (trained.out / "ckpt-step-000040").iterdir()}
+    from PIL import Image
+
+    with Image.open(trained.out / "loss.png") as image:
+        image.load()
+        assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**24)) > 20
+
+
+def test_result_and_log(trained):
+    result = json.loads((trained.out / "result.json").read_text())
+    assert {"stage", "measure", "before", "after", "seconds", "peak_memory_bytes"} <= set(result)
+    assert (result["stage"], result["measure"], result["steps"]) == ("train", "loss", 40)
+    assert set(result["after"]) == {"loss", "perplexity", "bits_per_byte"}
+    assert result["after"]["loss"] < result["before"]["loss"] - 0.5 and result["peak_memory_bytes"] > 2**26
+    assert result["before"]["perplexity"] == pytest.approx(math.exp(result["before"]["loss"]))
+    log = read_log(trained.out)
+    assert [r["step"] for r in log if "eval_loss" in r] == [20, 40] and [r["step"] for r in log if "loss" in r] == list(range(1, 41))
+    assert {"loss", "grad_norm", "learning_rate", "tokens", "seconds", "epoch", "tokens_per_second"} <= set(log[0])
+    seen = losses(trained.out)
+    assert sum(seen[-5:]) / 5 < sum(seen[:5]) / 5 - 0.5
+
+
+def test_transformers_opens_it_and_computes_the_same(trained):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs = AutoModelForCausalLM.from_pretrained(trained.out).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained.out)
+    ids = torch.tensor([tokenizer("The old owl").input_ids])
+    ours = MODEL.load(str(trained.out))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_the_held_out_measures_by_hand(trained):
+    """Each held-out document on its own, token by token, through transformers' forward."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(trained.out).eval(), AutoTokenizer.from_pretrained(trained.out)
+    data = TOKENIZER.DataSection([str(trained.folder / "text.txt")], dir=str(trained.folder / "ids"))
+    held = TOKENIZER.token_files(data, tokenizer)["val"]
+    batches = TOKENIZER.fixed_batches(held, 4, 128, True)
+    measures = TRAIN.held_out_loss(batches, held.bytes / sum(b["counts"]["tokens"] for b in batches))(MODEL.load(str(trained.out)))
+    texts = [text for part, text, _ in TOKENIZER.documents(data, [trained.folder / "text.txt"], TOKENIZER.Counter(), TOKENIZER.hash_split(0.05))
+             if part == "val"]
+    nats = tokens = 0
+    for text in texts:
+        ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            nats += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    assert measures["loss"] == pytest.approx(nats / tokens, abs=2e-3)  # a document cut at a row's end loses some context
+    assert measures["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(len(t.encode()) for t in texts), abs=5e-3)
+
+
+def test_settings_are_saved_beside_the_model(trained):
+    saved = MODEL.load_config(["--config", str(trained.out / "config.yaml")], TRAIN.SECTIONS, "training", TRAIN.ACTIONS)
+    assert saved.training.max_steps == 40 and saved.training.epochs is None and saved.model.hidden_size == 32
+    assert saved.training.optim == "muon" and saved.training.learning_rate == 3e-3
+
+
+def test_samples_are_shown_after_a_validation(tmp_path, text_file, capsys):
+    train(tmp_path, "--training.sample_tokens", 4, "--training.sample_prompts", "[The red]", "--training.eval_batches", 1)
+    captured = capsys.readouterr()
+    assert captured.err.count("  | The red") == 2 and captured.out == ""  # before and after; stdout stays clean
+
+
+# --------------------------------------------------------------------------------------------------------- data
+
+
+def test_less_than_one_row_trains_with_a_warning(tmp_path, capsys):
+    write(tmp_path / "text.txt", ["a red fox", "an old owl"])
+    train(tmp_path, "--max-length", 1024, "--model.max_position_embeddings", 1024, "--max-steps", 12)
+    talk = capsys.readouterr().err
+    assert "less than one row of 1024: training on what there is" in talk
+    assert "too little data to hold some out: training without validation" in talk
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0] - 0.3
+
+
+def test_nothing_to_train_on_is_one_line(tmp_path, model_folder):
+    write(tmp_path / "text.txt", ["", "  "])
+    with pytest.raises(UserError, match="data.train: no text"):
+        train(tmp_path)
+    (tmp_path / "one.bin").write_bytes(b"\x05\x00")
+    own = ["--model", str(model_folder), "--max-length", "32"]
+    with pytest.raises(UserError, match="fewer than two tokens"):
+        train(tmp_path, data=[tmp_path / "one.bin"], model=own)
+
+
+def test_other_ways_of_reading(tmp_path, text_file):
+    for name, more in (("unpacked", ["--data.packing", "false"]), ("streamed", ["--data.streaming", "true", "--max-steps", 12])):
+        train(tmp_path, *more, "--out", tmp_path / name)
+        assert losses(tmp_path / name)[-1] < losses(tmp_path / name)[0]
+    with pytest.raises(UserError, match="training.epochs: .*no known length"):
+        train(tmp_path, "--data.streaming", "true", "--epochs", 1, "--out", tmp_path / "c")
+    with pytest.raises(UserError, match="a file of its own needs data.streaming false"):
+        train(tmp_path, "--data.streaming", "true", "--data.validation", text_file, "--out", tmp_path / "d")
+
+
+def test_a_streamed_run_resumes_exactly(tmp_path, text_file):
+    options = ["--data.streaming", "true", "--max-steps", 8, "--training.save_steps", 4]
+    train(tmp_path, *options)
+    (tmp_path / "other").mkdir()
+    shutil.copytree(tmp_path / "out" / "ckpt-step-000004", tmp_path / "other" / "ckpt-step-000004")
+    train(tmp_path, *options, "--out", tmp_path / "other", "--resume", "auto")
+    same(weights(tmp_path / "other"), weights(tmp_path / "out"))
+
+
+def test_token_files_with_their_held_out_part_beside_them(trained, tmp_path):
+    model = ["--model", str(trained.out), "--max-length", "32", "--batch-size", "4", "--training.sample_tokens", "0",
+             "--training.mixed_precision", "no", "--training.logging_steps", "1", "--model.device", "cpu"]
+    result = train(tmp_path, data=[trained.folder / "ids" / "train_ids.bin"], model=model)
+    assert result.before["loss"] == pytest.approx(trained.result.after["loss"], abs=0.2)
+    assert read_log(tmp_path / "out")[0]["learning_rate"] <= 5e-5  # trained weights are changed with care
+
+
+def test_weights_mix_the_sources(tmp_path, monkeypatch):
+    files = [write(tmp_path / "a.txt", ["aaaa bbbb " * 3] * 90), write(tmp_path / "b.txt", ["yyyy zzzz " * 3] * 30)]
+    seen = []
+    monkeypatch.setattr(TRAIN, "pretraining_loss", lambda m, b, t: seen.append(b["input_ids"]) or real(m, b, t))
+    real = TRAIN.__dict__["pretraining_loss"].__wrapped__ if hasattr(TRAIN.pretraining_loss, "__wrapped__") else PRETRAINING
+    train(tmp_path, "--data.weights", "[1, 3]", "--max-steps", 20, data=files)
+    tokenizer = TOKENIZER.load(tmp_path / "out")
+    text = tokenizer.decode(torch.cat([ids.flatten() for ids in seen]).tolist())
+    assert text.count("z") / (text.count("z") + text.count("a")) == pytest.approx(0.75, abs=0.1)
+
+
+PRETRAINING = TRAIN.pretraining_loss
+
+
+def test_a_trained_models_architecture_is_fixed(tmp_path, text_file, model_folder):
+    with pytest.raises(UserError, match="model.hidden_size: a trained model's architecture is fixed"):
+        train(tmp_path, model=["--model", str(model_folder), "--model.hidden_size", "64"])
+    with pytest.raises(UserError, match="model.vocab_size: 100 is smaller than the tokenizer's"):
+        train(tmp_path, "--model.vocab_size", 100)
+
+
+def test_float16_on_a_cpu_falls_back(tmp_path, text_file, capsys):
+    train(tmp_path, "--training.mixed_precision", "fp16")
+    assert "float16 on a CPU is slow" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- two processes
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def torchrun(*words) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """tests/two_ranks.py and, beside it, TRAIN.py as a user starts it, on rows that do not divide evenly."""
+    folder = tmp_path_factory.mktemp("two")
+    write(folder / "text.txt", make_text(31))
+    argv = arguments(folder, "--epochs", 2, "--batch-size", 5, "--grad-accum", 2, "--training.optim", "adamw", "--training.eval_steps", 3)
+    processes = [torchrun(ROOT / "tests" / "two_ranks.py", folder), torchrun(ROOT / "TRAIN.py", *argv)]
+    for process in processes:
+        talk, _ = process.communicate(timeout=180)
+        assert process.returncode == 0, talk
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0]["world_size"] == 2
+    return SimpleNamespace(folder=folder, ranks=ranks, talk=talk)
+
+
+def test_two_processes_equal_one(two, tmp_path):
+    one = run(tmp_path, 4, grad_accum=4)
+    for name in ("ddp", "ddp-accumulated", "fsdp-adamw", "fsdp-accumulated"):
+        log = read_log(two.folder / name)
+        for key in ("loss", "odds", "grad_norm", "tokens"):
+            assert [r[key] for r in log] == pytest.approx([r[key] for r in one], abs=1e-5), (name, key)
+        same(weights(two.folder / name), weights(tmp_path), rtol=0, atol=2e-5)
+
+
+def test_sharded_muon_equals_whole_muon(two, tmp_path):
+    one = run(tmp_path, 16, optim="muon")
+    log = read_log(two.folder / "fsdp-muon")
+    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in one], abs=1e-4)
+
+
+def test_gradients_arrive_through_the_wrapped_forward(two):
+    assert max(rank["gradient_difference"] for rank in two.ranks) < 1e-5
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_sharded_run_saves_the_same_folder_and_resumes(two, optim, tmp_path):
+    folder = two.folder / f"fsdp-{optim}"
+    same(weights(two.folder / f"fsdp-{optim}-resumed"), weights(folder))
+    assert losses(two.folder / f"fsdp-{optim}-resumed") == losses(folder)[3:]
+    run(tmp_path, 16, optim=optim, save_steps=3)
+    for name in (".", "ckpt-step-000003"):
+        assert {p.name for p in (folder / name).iterdir()} - {".lock"} == {p.name for p in (tmp_path / name).iterdir()}
+    model = MODEL.load(str(folder))
+    batch = batch_of(rows_of_step(50))
+    loss, _ = token_loss(model, batch, {"tokens": batch["counts"]["tokens"]})
+    assert math.isfinite(loss)
+    state = TRAIN.load_state(folder / "ckpt-step-000003")  # whole tensors: one process goes on from it
+    again = run(tmp_path / "one", 16, optim=optim, resume=folder / "ckpt-step-000003")
+    assert len(state["random"]) == 2
+    assert [r["loss"] for r in again] == pytest.approx(losses(folder)[3:], abs=1e-4)
+
+
+def test_the_held_out_loss_is_the_same_everywhere(two):
+    with torch.no_grad():
+        alone = TRAIN.held_out_loss(held_out_batches(), 2.0)(build().eval())
+    for rank in two.ranks:
+        assert rank["held_out"] == two.ranks[0]["held_out"] == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_signal_to_every_process_is_one_signal(two):
+    assert [rank["exit_status"] for rank in two.ranks] == [130, 130]
+
+
+def test_torchrun_as_a_user_starts_it(two, tmp_path):
+    """Two epochs of rows that fill no step evenly, against one process that accumulates."""
+    write(tmp_path / "text.txt", make_text(31))
+    train(tmp_path, "--epochs", 2, "--batch-size", 5, "--grad-accum", 4, "--training.optim", "adamw", "--training.eval_steps", 3)
+    out = two.folder / "out"
+    assert losses(out) == pytest.approx(losses(tmp_path / "out"), abs=1e-5)
+    assert two.talk.count("parameters;") == 1 and "2 process(es)" in two.talk  # the first process alone talks
+    results = [json.loads((folder / "result.json").read_text()) for folder in (out, tmp_path / "out")]
+    for when in ("before", "after"):
+        assert results[0][when] == pytest.approx(results[1][when], rel=1e-4)
+    assert len(TRAIN.load_state(TRAIN.find_checkpoint(out, "auto"))["random"]) == 2
