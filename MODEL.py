@@ -24,7 +24,7 @@ import time
 import types
 import typing
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache as memoize
 from functools import partial
@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -1206,8 +1207,6 @@ def read_tensors(path: Path) -> typing.Iterator[tuple[str, Tensor]]:
 
     try:
         if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
                     yield name, file.get_tensor(name)
@@ -1217,12 +1216,8 @@ def read_tensors(path: Path) -> typing.Iterator[tuple[str, Tensor]]:
         raise UserError(f"{path}: missing") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused, it holds more than tensors and could run code when opened") from None
-    except (RuntimeError, EOFError, AttributeError, OSError) as error:
+    except (SafetensorError, RuntimeError, EOFError, AttributeError, OSError) as error:
         raise UserError(f"{path}: cannot be read, it may be cut short ({_first_line(error)})") from None
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":  # has no public base class
-            raise UserError(f"{path}: cannot be read, it may be cut short ({_first_line(error)})") from None
-        raise
 
 
 def _first_line(error: Exception) -> str:
@@ -1549,10 +1544,8 @@ def convert(value, kind, where: str, choices: tuple = ()):
         if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
             value = float(value) if re.search(r"[.eE]", value) else int(value)
         else:
-            try:
+            with suppress(yaml.YAMLError):
                 value = yaml.safe_load(value)
-            except yaml.YAMLError:
-                pass
     if value is None or (isinstance(value, str) and value.lower() in ("null", "none") and type(None) in options):
         if type(None) in options:
             return None
@@ -1671,12 +1664,12 @@ def _read_flags(argv, sections, own, actions, shorts):
                 raise UserError(f"--{name}: a value is missing")
             else:
                 value, i = argv[i], i + 1
-        if kind is list or (isinstance(kind, types.UnionType) and list in typing.get_args(kind)):
-            if not value.startswith("[") and value != "null":  # --data a.txt b.jsonl
-                value = [value]
-                while i < len(argv) and not argv[i].startswith("--"):
-                    value.append(argv[i])
-                    i += 1
+        listed = kind is list or (isinstance(kind, types.UnionType) and list in typing.get_args(kind))
+        if listed and not value.startswith("[") and value != "null":  # --data a.txt b.jsonl
+            value = [value]
+            while i < len(argv) and not argv[i].startswith("--"):
+                value.append(argv[i])
+                i += 1
         if name == "config":
             path = Path(value)
             if not path.exists():

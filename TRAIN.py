@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import INFER
@@ -340,6 +341,7 @@ class Trainer:
         self.before, self.best = {}, None
         self.since_best = 0
         self.stop_signal = 0
+        self.owed = False  # a checkpoint is due, but the stream is inside a rollout
         self.last_saved: Path | None = None
         self.log = Log(out, self.main, accelerator)
 
@@ -405,15 +407,9 @@ class Trainer:
     def finished(self) -> bool:
         """Whether the horizon is reached; the first process's clock and anyone's signal count for all."""
         clock = self.elapsed() if self.main else 0.0
-        stop = float(self.stop_signal)
-        if world_size() > 1:
-            clock, stop = all_sum([clock, stop], self.device)
-        self.stop_signal = int(stop)
-        if self.stop_signal:
+        clock, stop = all_sum([clock, float(bool(self.stop_signal))], self.device)
+        if stop:
             self.interrupt()
-        return self._horizon(clock)
-
-    def _horizon(self, clock: float) -> bool:
         if self.total_steps is not None:
             self.progress = self.steps / self.total_steps
         else:
@@ -506,7 +502,7 @@ class Trainer:
         if training.eval_steps and self.steps % training.eval_steps == 0 and not done:
             self._validate()
         due = training.save_steps and self.steps % training.save_steps == 0
-        self.owed = (due or getattr(self, "owed", False)) and not done
+        self.owed = bool(due or self.owed) and not done
         if self.owed and getattr(self.stream, "boundary", True):
             self.checkpoint()
             self.owed = False
@@ -563,18 +559,17 @@ class Trainer:
             return
         state = self._state()
         scratch = self.out / f".tmp-{final.name}"
-        with disk_guard(self.out, self.last_saved):
-            if self.main:
-                shutil.rmtree(scratch, ignore_errors=True)
-                scratch.mkdir(parents=True)
-            self.save(self.model, scratch)
-            if self.main:
-                torch.save(state, scratch / STATE_FILE)
-                for path in scratch.iterdir():
-                    MODEL.sync(path)
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(scratch, final)
-                MODEL.sync(self.out)
+        if self.main:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        self.save(self.model, scratch)
+        if self.main:
+            torch.save(state, scratch / STATE_FILE)
+            for path in scratch.iterdir():
+                MODEL.sync(path)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(scratch, final)
+            MODEL.sync(self.out)
         self.last_saved = final
         if self.main:
             self._remove_old()
@@ -638,7 +633,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def signals(self):
-        """Ctrl-C and SIGTERM ask for a stop at the next step boundary; a second Ctrl-C does not wait."""
+        """Ctrl-C and SIGTERM ask for a stop at the next step boundary (a second Ctrl-C does not wait); a full disk and
+        too little memory become one line. A full disk costs the file being written, nothing else."""
 
         def ask(number, frame):
             if self.stop_signal and number == signal.SIGINT:
@@ -650,17 +646,26 @@ class Trainer:
             previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            t = self.training
-            raise UserError(f"out of memory with training.batch_size {t.batch_size} x max_length {t.max_length}: lower "
-                            "training.batch_size (raise grad_accum to keep the step), lower training.max_length, or set "
-                            "training.gradient_checkpointing true") from None
+        except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
+            self._explain(error)
+            raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self.log.close()
+
+    def _explain(self, error: Exception) -> None:
+        """The two mistakes of the machine that a user can mend, in one line each."""
+        t = self.training
+        if is_out_of_memory(error):
+            raise UserError(f"out of memory with training.batch_size {t.batch_size} x max_length {t.max_length}: lower "
+                            "training.batch_size (raise grad_accum to keep the step), lower training.max_length, or set "
+                            "training.gradient_checkpointing true") from None
+        if is_disk_full(error, self.out):
+            for scratch in self.out.glob(".tmp-*"):
+                shutil.rmtree(scratch, ignore_errors=True)
+            whole = f"the last whole checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written yet"
+            raise UserError(f"{self.out}: the disk is full at step {self.steps}; {whole}. Free some space and use --resume auto") from None
 
     def interrupt(self) -> None:
         if getattr(self.stream, "boundary", True):
@@ -668,7 +673,7 @@ class Trainer:
             self.log.tell(f"stopped at step {self.steps}; continue with --resume auto ({self.last_saved})")
         else:
             self.log.tell(f"stopped inside a rollout; --resume auto goes on from {self.last_saved or 'the beginning'}")
-        raise SystemExit(128 + self.stop_signal)
+        raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
 
     def finish(self) -> Result:
         """The last validation, the last checkpoint, and the product in `out` itself."""
@@ -678,8 +683,7 @@ class Trainer:
         if self.training.load_best_model_at_end and self.best and self.best[1] != self.steps:
             best = self.out / f"ckpt-step-{self.best[1]:06d}"
             after = self._return_to(best) if best.exists() else after
-        with disk_guard(self.out, self.last_saved):
-            self.save(self.model, self.out)
+        self.save(self.model, self.out)
         result = Result(self.before, after, self.steps, round(self.elapsed(), 2), peak_memory(self.device))
         if self.main:
             measure = next(iter(after), None)
@@ -719,7 +723,7 @@ def barrier() -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
 
 
 def map_tensors(function: Callable, tree):
@@ -755,20 +759,9 @@ def restore_weights(model: nn.Module, folder: Path, state: dict) -> None:
         MODEL.load_weights(model, folder)
 
 
-@contextlib.contextmanager
-def disk_guard(out: Path, last: Path | None):
-    """A full disk costs the file being written, nothing else; the message says what is still whole."""
-    try:
-        yield
-    except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        full = full or (isinstance(error, RuntimeError) and shutil.disk_usage(out).free < 2**20)
-        if not full:
-            raise
-        for scratch in out.glob(".tmp-*"):
-            shutil.rmtree(scratch, ignore_errors=True)
-        whole = f"the last whole checkpoint is {last}" if last else "no checkpoint was written yet"
-        raise UserError(f"{out}: the disk is full, this checkpoint was not written; {whole}. Free some space and use --resume auto") from None
+def is_disk_full(error: Exception, out: Path) -> bool:
+    known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    return known or ("PytorchStreamWriter" in str(error) and shutil.disk_usage(out).free < 2**20)
 
 
 # -------------------------------------------------------------------------------------------------------- log
@@ -1040,8 +1033,7 @@ def prepare_data(config, tokenizer):
         if data.validation != "none" and first:
             say("too little data to hold some out: training without validation")
         return stream, None
-    pairs = sum(batch["counts"]["tokens"] for batch in TOKENIZER.fixed_batches(held_out, 64, training.max_length, data.packing))
-    return stream, held_out_loss(batches, held_out.bytes / pairs if held_out.bytes else None)
+    return stream, held_out_loss(batches, held_out.bytes / TOKENIZER.Spans(held_out).pairs if held_out.bytes else None)
 
 
 def save_product(config_text: str, tokenizer, model, folder: Path) -> None:
