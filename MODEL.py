@@ -23,6 +23,7 @@ import tempfile
 import time
 import types
 import typing
+import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -125,8 +126,10 @@ class ModelConfig:
         for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}: {getattr(self, name)} must be in [0, 1)")
-        if self.hidden_act not in ACTIVATIONS:
-            raise UserError(f"model.hidden_act: '{self.hidden_act}' is not one of {', '.join(ACTIVATIONS)}")
+        for f in dataclasses.fields(self):
+            choices = f.metadata["choices"]
+            if choices and getattr(self, f.name) not in choices:
+                raise UserError(f"model.{f.name}: '{getattr(self, f.name)}' is not one of {', '.join(choices)}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise UserError(f"model.sliding_window: {self.sliding_window} must be at least 1, or null for none")
         self._check_layer_types()
@@ -487,10 +490,12 @@ def flash_mask(positions: Tensor, segment_ids: Tensor | None) -> FlashMask:
 
 def attend_flash(query: Tensor, key: Tensor, value: Tensor, mask: FlashMask | Mask | None, window=None, dropout=0.0):
     """flash-attn (Dao 2023). With a cache its masks are position-based, which torch's kernel serves."""
-    if isinstance(mask, Mask):
+    if isinstance(mask, Mask) or query.dtype == torch.float32:
         return attend_sdpa(query, key, value, mask, window, dropout)
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
+    if mask is not None and mask.longest == 0:
+        return torch.zeros_like(query)
     q, k, v = (states.transpose(1, 2) for states in (query, key, value))  # (B, T, H, D)
     reach = (-1, -1) if window is None else (window - 1, 0)
     if mask is None:
@@ -646,15 +651,16 @@ class Decoder(nn.Module):
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         else:
-            frequencies, self.rope_factor = rope_frequencies(config)
-            self.register_buffer("rope_frequencies", frequencies, persistent=False)
+            # A plain attribute: as a buffer it would be rounded when the model is converted to 16 bits.
+            self.rope_frequencies, self.rope_factor = rope_frequencies(config)
         self.layers = nn.ModuleList(DecoderLayer(config, i, attend) for i in range(config.num_hidden_layers))
         self.norm = NORMS[config.norm_type](config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.embd_pdrop) if config.embd_pdrop else nn.Identity()
 
     def rope_tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (B, 1, T, D/2). Angles are float32 whatever the model's type: bf16 cannot count past 256."""
-        angles = positions.clamp(min=0)[..., None].float() * self.rope_frequencies.float()  # (B, T, D/2)
+        self.rope_frequencies = self.rope_frequencies.to(positions.device)
+        angles = positions.clamp(min=0)[..., None].float() * self.rope_frequencies  # (B, T, D/2)
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
         return cos[:, None].to(dtype), sin[:, None].to(dtype)
 
@@ -665,7 +671,7 @@ class Decoder(nn.Module):
         if cache is not None:
             return [builder] * config.num_hidden_layers
         windows = [config.window(i) for i in range(config.num_hidden_layers)]
-        if self.layers[0].self_attn.attend is attend_flash:
+        if self.layers[0].self_attn.attend is attend_flash and dtype != torch.float32:
             return [None if plain else flash_mask(positions, segment_ids)] * len(windows)
         length = positions.shape[1]
         return [None if plain and (w is None or w >= length) else builder(positions, w) for w in windows]
@@ -786,6 +792,8 @@ class Transformer(nn.Module):
         """
         if token_types is not None:
             raise ValueError("this model has no token types")
+        if "entropy" in want and targets is None:
+            raise ValueError("entropy is computed at the places that targets name")
         if cache is not None and (positions is None or segment_ids is not None):
             raise ValueError("with a cache, positions are required and segment_ids are not possible")
         hidden, states = self.model(input_ids, positions, cache, segment_ids, keep="hidden_states" in want)
@@ -928,10 +936,11 @@ _GPT2_NAMES = dict(hidden_size="n_embd", num_hidden_layers="n_layer", num_attent
                    hidden_act="activation_function", rms_norm_eps="layer_norm_epsilon")
 FAMILIES = {
     "llama": Family("Llama", {}, dict(_DEFAULTS, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
-    "mistral": Family("Mistral", {}, dict(_DEFAULTS, num_key_value_heads=8, sliding_window=4096, bos_token_id=1,
-                                          eos_token_id=2, max_position_embeddings=131072)),
-    "qwen2": Family("Qwen2", {"attention_bias": True}, dict(_DEFAULTS, num_key_value_heads=32)),
-    "qwen3": Family("Qwen3", {"qk_norm": True}, dict(_DEFAULTS, num_key_value_heads=32, head_dim=128)),
+    "mistral": Family("Mistral", {"attention_bias": False, "mlp_bias": False},
+                      dict(_DEFAULTS, num_key_value_heads=8, sliding_window=4096, bos_token_id=1, eos_token_id=2,
+                           max_position_embeddings=131072)),
+    "qwen2": Family("Qwen2", {"attention_bias": True, "mlp_bias": False}, dict(_DEFAULTS, num_key_value_heads=32)),
+    "qwen3": Family("Qwen3", {"qk_norm": True, "mlp_bias": False}, dict(_DEFAULTS, num_key_value_heads=32, head_dim=128)),
     "gpt2": Family("GPT2", {k: _GPT2[k] for k in ("norm_type", "mlp_gated", "attention_bias", "attention_out_bias",
                                                    "mlp_bias", "position_embedding_type")},
                    dict(hidden_act="gelu_new", rms_norm_eps=1e-5, tie_word_embeddings=True, initializer_range=0.02,
@@ -981,9 +990,9 @@ def _family_quirks(kind: str, raw: dict, knobs: dict) -> None:
     """What single families spell in a way of their own."""
     if kind == "gpt2":
         knobs["intermediate_size"] = knobs.get("intermediate_size") or 4 * knobs["hidden_size"]
-        for key in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
-            if raw.get(key):
-                raise UserError(f"config.json: {key} is not supported")
+        for key, usual in (("scale_attn_by_inverse_layer_idx", False), ("reorder_and_upcast_attn", False), ("scale_attn_weights", True)):
+            if raw.get(key, usual) != usual:
+                raise UserError(f"config.json: {key} {json.dumps(raw[key])} is not supported")
     if kind == "llama":
         knobs["sliding_window"] = knobs["layer_types"] = None
     if kind in ("llama", "qwen3"):
@@ -1167,7 +1176,10 @@ def resolve_folder(name: str) -> Path:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: names and values are expected, not {type(value).__name__}")
+        return value
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -1194,7 +1206,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: safetensors before pickles, an index before a single file."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if (folder / f"{stem}.index.json").exists():
-            names = sorted(set(read_json(folder / f"{stem}.index.json")["weight_map"].values()))
+            weight_map = read_json(folder / f"{stem}.index.json").get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{folder / stem}.index.json: weight_map is missing")
+            names = sorted(set(weight_map.values()))
             return [folder / name for name in names]
         if (folder / stem).exists():
             return [folder / stem]
@@ -1211,7 +1226,7 @@ def read_tensors(path: Path) -> typing.Iterator[tuple[str, Tensor]]:
                 for name in file.keys():
                     yield name, file.get_tensor(name)
         else:
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)).items()
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
     except pickle.UnpicklingError:
@@ -1285,8 +1300,6 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
     elif isinstance(dtype, str):
         dtype = supported_dtype(dtype, device)
     load_weights(model, folder, dtype or torch.float32, device, seed)
-    if config.position_embedding_type == "rope":
-        model.model.rope_frequencies = rope_frequencies(config)[0].to(device or "cpu")
     return model.eval()
 
 

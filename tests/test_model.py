@@ -106,6 +106,11 @@ def close(ours, theirs, tolerance=1e-5):
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
+def apart(ours, theirs) -> float:
+    """Relative distance, for 16-bit results."""
+    return float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+
+
 def tiny(seed: int = 3, head="lm", kernel="auto", **knobs):
     return roughen(MODEL.build(ModelConfig(**{**SIZES, **knobs}), head, seed, kernel), seed).eval()
 
@@ -239,6 +244,18 @@ def test_score_head_opens_in_transformers(family, hub, tmp_path):
         scores = model(ids, want=("scores",)).scores
         close(scores[:, -1], hf.eval()(ids).logits, 1e-4)
         close(MODEL.load(tmp_path)(ids, want=("scores",)).scores, scores, 1e-6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama-gqa"])
+def test_transformers_classifier_gives_the_same_scores(family, tmp_path):
+    """Its number of labels stands in config.json as names of labels."""
+    config = type(reference(family).config)(**{**reference(family).config.to_dict(), "num_labels": 3})
+    hf = roughen(transformers.AutoModelForSequenceClassification.from_config(config), 2).eval()
+    hf.save_pretrained(tmp_path)
+    model = MODEL.load(tmp_path)
+    assert model.heads == ("score",)
+    with torch.no_grad():
+        close(model(ids_of(1, 9), want=("scores",)).scores[:, -1], hf(ids_of(1, 9)).logits, 1e-4)
 
 
 def test_bfloat16_stays_bfloat16(tmp_path):
@@ -962,13 +979,15 @@ def slow_attention(query, key, value, window):
     for t in range(len(query)):
         first = 0 if window[0] < 0 else max(0, t - window[0])
         for h in range(query.shape[1]):
-            scores = key[first : t + 1, h // group] @ query[t, h] / query.shape[-1] ** 0.5
-            result[t, h] = scores.softmax(0) @ value[first : t + 1, h // group]
+            seen = slice(first, t + 1), h // group
+            scores = key[seen].float() @ query[t, h].float() / query.shape[-1] ** 0.5
+            result[t, h] = scores.softmax(0) @ value[seen].float()
     return result
 
 
-def fake_flash(calls: list, dtypes: tuple):
+def fake_flash(calls: list):
     """flash_attn's two functions as its documentation describes them, in loops."""
+    dtypes = (torch.float16, torch.bfloat16)
 
     def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
         assert causal and not dropout_p and q.dtype in dtypes, "FlashAttention only support fp16 and bf16 data type"
@@ -991,10 +1010,10 @@ def fake_flash(calls: list, dtypes: tuple):
 
 @pytest.fixture()
 def flash(monkeypatch):
-    """flash(dtypes) pretends that flash-attn is installed, and returns the list of calls to it."""
-    def install(*dtypes):
+    """flash() pretends that flash-attn is installed, and returns the list of calls to it."""
+    def install():
         calls = []
-        monkeypatch.setitem(sys.modules, "flash_attn", fake_flash(calls, dtypes))
+        monkeypatch.setitem(sys.modules, "flash_attn", fake_flash(calls))
         monkeypatch.setattr(MODEL, "_installed", lambda package: True)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         return calls
@@ -1008,31 +1027,31 @@ def test_flash_attention_of_packed_and_padded_batches(family, hub, flash):
     left = torch.tensor([[-1] * 5 + list(range(9)), list(range(14))])
     cases = {"dense": dict(), "packed": dict(positions=positions, segment_ids=segments), "left padding": dict(positions=left),
              "segments": dict(segment_ids=segments)}
-    eager = with_kernel(hub(family), "eager")
-    calls = flash(torch.float32)
-    model = with_kernel(hub(family), "flash_attention_2")
+    eager = MODEL.load(hub(family), torch.float16, attn_implementation="eager")
+    calls = flash()
+    model = MODEL.load(hub(family), torch.float16, attn_implementation="flash_attention_2")
     with torch.no_grad():
         for name, arguments in cases.items():
             real = arguments.get("positions", torch.zeros(2, 14)) >= 0
             ours = model(ids, **arguments).logits
             assert ours.isfinite().all()
-            close(ours[real], eager(ids, **arguments).logits[real], 2e-5)
+            assert apart(ours[real], eager(ids, **arguments).logits[real]) < 1e-2, name
             assert set(calls) == {"dense" if name == "dense" else "ragged"}, name
             calls.clear()
         kv = model.new_cache(2, 14)
-        close(feed(model, kv, [0, 1], ids, [0, 0]), eager(ids).logits, 2e-5)
+        assert apart(feed(model, kv, [0, 1], ids, [0, 0]), eager(ids).logits) < 1e-2
     assert not calls  # a cache's masks go by position, which flash-attn has no argument for
 
 
 def test_flash_attention_passes_gradients(flash):
     ids, positions, segments, _ = pack()
-    flash(torch.float32)
+    flash()
     found = []
     for kernel in ("eager", "flash_attention_2"):
-        model = tiny(kernel=kernel, sliding_window=4)
+        model = tiny(kernel=kernel, sliding_window=4).half()
         found.append(gradients_of(model, model(ids, positions, segment_ids=segments, targets=ids).logprobs.sum()))
     for name in found[0]:
-        close(found[0][name], found[1][name], 1e-4)
+        assert apart(found[1][name], found[0][name]) < 2e-2, name
 
 
 def test_flash_attention_is_left_alone_where_it_cannot_run(flash):
@@ -1043,9 +1062,11 @@ def test_flash_attention_is_left_alone_where_it_cannot_run(flash):
         MODEL.choose_attention("nonsense")
     ids, positions, _, _ = pack()
     expected = tiny(kernel="eager")(ids, positions).logits
-    flash(torch.float16, torch.bfloat16)
+    flash()
     real = positions >= 0
     close(tiny(kernel="auto")(ids, positions).logits[real], expected[real], 2e-5)
+    whole = dict(kernel="eager", sliding_window=4)
+    close(tiny(**{**whole, "kernel": "auto"})(ids).logits, tiny(**whole)(ids).logits, 2e-5)
 
 
 # ------------------------------------------------------------------------- training: checkpoints, dropout, initial weights
@@ -1088,10 +1109,17 @@ def test_each_dropout_works_in_training_alone(which, kernel):
         assert not torch.allclose(first, second) and not torch.allclose(first, still)
         torch.manual_seed(0)
         assert torch.equal(model(ids).logits, first)
-        mean = torch.stack([model(ids).logits for _ in range(400)]).mean(0)  # dropout rescales what it keeps
-        assert (mean - still).norm() < 0.35 * still.norm()
         undropped = MODEL.build(dataclasses.replace(gpt2, **none), attn_implementation=kernel).train()
         close(undropped(ids).logits, still)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_dropout_on_attention_keeps_its_mean(kernel):
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 8, 4, 64, 8)
+    ones = torch.ones(8, 4, 64, 8)
+    output = MODEL.ATTENTION[kernel](query, key, ones, None, dropout=0.3)[:, :, 8:]
+    assert float(output.mean()) == pytest.approx(1, abs=0.02) and output.std() > 0.05
 
 
 def test_initial_weights_have_the_stated_spread():
@@ -1178,6 +1206,28 @@ def test_loading_holds_the_weights_once(hub, tmp_path):
     assert 0.9 < growth <= 1.35
 
 
+class Allocated(TorchDispatchMode):
+    """Counts the numbers that were allocated on the CPU to be filled later."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.empty.memory_format and result.device.type == "cpu":
+            self.numel += result.numel()
+        return result
+
+
+def test_loading_allocates_no_initial_weights(hub):
+    folder = hub("llama-gqa")
+    with Allocated() as loading:
+        model = MODEL.load(folder)
+    with Allocated() as building:
+        MODEL.build(model.config)
+    total = MODEL.count_parameters(model)[0]
+    assert loading.numel < total / 10 and building.numel >= total
+
+
 # ------------------------------------------------------------------------------------------- command line and errors
 
 
@@ -1195,6 +1245,8 @@ def test_summary_states_the_costs(capsys, hub):
     assert "8,030,261,248" in text and f"{flops / 1e9:,.3f} G" in text
     assert f"{2 * 32 * 8 * 128 * 2:,} bytes in 16 bits" in text and "GQA" in text  # K and V, layers, heads, width, bytes
     assert "model.layers.*.self_attn.q_proj.weight" in text
+    scores = 32 * 8192 * 4 * 4096  # layers, context, two products of a multiplication and an addition, width
+    assert f"at full context {(flops + scores) / 1e9:,.3f} G" in text
     MODEL.main(["--model.preset", "llama-2m", "--model.num_hidden_layers", "3", "--model.vocab_size", "1000"])
     assert "3 x (" in (text := capsys.readouterr().out) and "vocabulary 1,000" in text
     MODEL.main(["--model", str(hub("mistral"))])
