@@ -40,7 +40,7 @@ class Sampling:
     presence_penalty: float = knob(0.0, "subtracted once from the logits of tokens already generated")
     frequency_penalty: float = knob(0.0, "subtracted for each time a token was generated")
     stop: list | None = knob(None, "texts that end the answer; they are not part of it")
-    seed: int | None = knob(None, "the same seed gives the same text, alone or in a batch")
+    seed: int | None = knob(None, "the same seed gives the same text, whatever else is in the batch")
     logprobs: bool = knob(False, "return the log-probability of each token")
     n: int = knob(1, "answers for each prompt")
     ignore_eos: bool = knob(False, "go on after the end-of-text token")
@@ -61,6 +61,11 @@ class InferenceSection(Sampling):
     chat: str = knob("auto", "wrap prompts in the chat template; auto does where the tokenizer has one", ("auto", "on", "off"))
     system: str | None = knob(None, "system message of a chat")
     model: dict = knob({"name": "./out"}, "this stage's own model block")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise UserError(f"inference.batch_size: {self.batch_size} must be at least 1")
 
 
 SAMPLING_KEYS = [f.name for f in fields(Sampling)]
@@ -99,7 +104,7 @@ def truncate(probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor)
     kept = probabilities * (ranks < top_k)
     kept = kept / kept.sum(-1, keepdim=True)
     before = kept.cumsum(-1) - kept  # the token that crosses top_p is still in
-    return kept * (before < top_p) * (kept >= min_p * kept[:, :1])
+    return kept * ((before < top_p) | (ranks == 0)) * (kept >= min_p * kept[:, :1])
 
 
 def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float] | None]:
@@ -116,12 +121,17 @@ def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float] | No
     else:
         uniform = torch.tensor([row.next_uniform() for row in rows], device=device, dtype=torch.float32)[:, None]
         ordered = probabilities = (logits / temperatures).softmax(-1)
+        limited = [bool(s.top_k or s.top_p < 1 or s.min_p) for s in settings]
         places = None
-        if any(s.top_k or s.top_p < 1 or s.min_p for s in settings):
-            ordered, places = probabilities.sort(-1, descending=True, stable=True)
+        if any(limited):
+            ordered, places = probabilities.sort(dim=-1, descending=True, stable=True)
             limits = ([s.top_k or logits.shape[1] for s in settings], [s.top_p if s.top_p < 1 else 2.0 for s in settings],
                       [s.min_p for s in settings])
             ordered = truncate(ordered, *(torch.tensor(limit, device=device)[:, None] for limit in limits))
+            # Rows without limits keep the vocabulary's order, as they have it alone.
+            sorted_row = torch.tensor(limited, device=device)[:, None]
+            ordered = torch.where(sorted_row, ordered, probabilities)
+            places = torch.where(sorted_row, places, torch.arange(logits.shape[1], device=device))
         mass = ordered.cumsum(-1)
         index = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).clamp(max=mass.shape[1] - 1)  # (B, 1)
         # Rounding may point past the last token that is left: step back to it.
@@ -500,8 +510,17 @@ def _record(line: str, where: str, base: Sampling):
     if not isinstance(prompt, (str, list)) or prompt == []:
         raise UserError(f"{where}: an object with 'prompt' or 'messages' is expected")
     kinds = MODEL.field_types(Sampling)
-    own = {key: MODEL.convert(record[key], kinds[key], f"{where}: {key}") for key in SAMPLING_KEYS if key in record}
-    return record, prompt, replace(base, **own)
+    stop = record.get("stop")
+    if stop is not None and not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):
+        raise UserError(f"{where}: stop: {stop!r} is no text or list of texts")
+    if isinstance(prompt, list) and not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt):
+        raise UserError(f"{where}: messages: objects with 'role' and 'content' are expected")
+    own = {key: MODEL.convert(record[key], kinds[key], f"{where}: {key}") for key in SAMPLING_KEYS if key in record and key != "stop"}
+    own.update({"stop": stop} if "stop" in record else {})
+    try:
+        return record, prompt, replace(base, **own)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def run_terminal(session: Session) -> None:
@@ -527,7 +546,7 @@ def run_terminal(session: Session) -> None:
 def run_score(session: Session, path: str, lines: bool, top: int, logits_path: str | None) -> None:
     """Measures of a whole file as JSON, or with --logprobs one JSON line for each text."""
     if path == "-":
-        texts = iter(sys.stdin.read().splitlines()) if lines else iter([sys.stdin.read()])
+        texts = (line.rstrip("\r\n") for line in sys.stdin if line.strip()) if lines else iter([sys.stdin.read()])
     else:
         [files] = TOKENIZER.expand_paths([path])
         texts = _whole_texts(files, "line" if lines else "file")

@@ -1553,7 +1553,10 @@ def convert(value, kind, where: str, choices: tuple = ()):
     import yaml
 
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if isinstance(value, str) and str not in options:
+    if isinstance(value, str) and list in options and value != "null":  # one text is a list of one, taken as it stands
+        with suppress(json.JSONDecodeError):
+            value = json.loads(value) if value.startswith("[") else value
+    elif isinstance(value, str) and str not in options:
         if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
             value = float(value) if re.search(r"[.eE]", value) else int(value)
         else:

@@ -18,6 +18,7 @@ import itertools
 import json
 import re
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -171,6 +172,10 @@ def fingerprint(tokenizer) -> str:
     return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest()
 
 
+RUNS = ("  ", *(run for blank in "\n\t\r\v\f" for run in (blank + " ", " " + blank)))
+SEAM = re.compile(r"(?<=\S) (?=\S)")  # a single space between two words
+
+
 class Encoder:
     """Texts -> arrays of ids, without special tokens.
 
@@ -199,8 +204,9 @@ class Encoder:
         """A probe of the claim above, with the letters, digits, marks and breaks where patterns differ."""
         probe = "It's 12 plus 30, isn't it?\n\"Yes\" (42)...\nfoo\tbar e\u0301 \u4f60\u597d x_y 3.14 \n a-b\u00a0c d"
         pieces = probe.replace(" \n", "\n").split(" ")
-        joined = self._direct([pieces[0], *(" " + piece for piece in pieces[1:])])
-        return list(itertools.chain(*joined)) == list(self._direct([" ".join(pieces)])[0])
+        cut = lambda text: [piece for piece, _ in self.raw.pre_tokenizer.pre_tokenize_str(text)]  # noqa: E731
+        joined = [cut(piece) for piece in (pieces[0], *(" " + piece for piece in pieces[1:]))]
+        return list(itertools.chain(*joined)) == cut(" ".join(pieces))
 
     def _direct(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.raw.encode_batch_fast(texts, add_special_tokens=False)]
@@ -219,10 +225,9 @@ class Encoder:
 
     @staticmethod
     def _split(text: str) -> list[str]:
-        if "  " in text or " \n" in text or " \t" in text or " \r" in text or text.endswith(" "):
-            parts = re.split(r"(?<=\S) (?=\S)", text)  # a run of white space is one token's business
-        else:
-            parts = text.split(" ")
+        # A run of white space is one token's business; the plain split is the common case, and the faster one.
+        plain = text.isascii() and not text.endswith(" ") and not any(run in text for run in RUNS)
+        parts = text.split(" ") if plain else SEAM.split(text)
         return [parts[0], *(" " + part for part in parts[1:])]
 
 
@@ -285,7 +290,7 @@ def suffix_of(path: Path) -> str:
     return path.with_suffix("").suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
 
 
-def expand_paths(names: list[str]) -> list[list[Path]]:
+def expand_paths(names: list[str], key: str = "data.train") -> list[list[Path]]:
     """For each name (file, folder, glob) the files it means: ["data/*.txt"] -> [[data/a.txt, data/b.txt]]."""
     groups = []
     for name in names:
@@ -296,7 +301,7 @@ def expand_paths(names: list[str]) -> list[list[Path]]:
         else:
             files = [Path(name)]
         if not files or not files[0].exists():
-            raise UserError(f"data.train: '{name}' does not exist or holds no data file ({', '.join(FORMATS)})")
+            raise UserError(f"{key}: '{name}' does not exist or holds no data file ({', '.join(FORMATS)})")
         groups.append(files)
     return groups
 
@@ -326,7 +331,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         except UnicodeDecodeError:
             raise UserError(f"{path}:{_undecodable_line(path)}: not UTF-8; convert it with "
                             f"`iconv -f LATIN1 -t UTF-8`") from None
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
+        except (EOFError, zlib.error, OSError) as error:
             raise UserError(f"{path}:{number}: cannot be read ({error})") from None
 
 
@@ -360,30 +365,38 @@ def read_pieces(path: Path, unit: str = "line", field: str = "text") -> Iterator
 
 def _read_text(path: Path, unit: str) -> Iterator[Piece]:
     buffer: list[str] = []
-    size, fresh = 0, True  # fresh: at the start of a line
-    for _, line in _lines(path):
-        blank = fresh and not line.strip()
-        if unit == "line":
-            complete = line.endswith("\n")
-            if not (blank and complete):
-                yield Piece(line.rstrip("\r\n"), complete)
-        elif unit == "blank_line" and blank:
-            if buffer:
-                yield Piece("".join(buffer).rstrip("\r\n"))
-                buffer, size = [], 0
-        else:
-            # Cut only between two lines with text: no tokenizer joins "x\n" with "y".
-            if size > PIECE and fresh and buffer[-1].strip() and not line[:1].isspace():
-                yield Piece("".join(buffer), False)
-                buffer, size = [], 0
-            buffer.append(line)
-            size += len(line)
+    size, fresh, opened = 0, True, False  # fresh: at the start of a line
+    for _, line in itertools.chain(_lines(path), [(0, "")]):
+        closes = not line or (unit == "line" and fresh) or (unit == "blank_line" and fresh and not line.strip())
+        if closes and buffer:
+            text = "".join(buffer)
+            text = text if unit == "file" else text.rstrip("\r\n")
+            if text.strip() or opened or unit == "file":
+                yield Piece(text)
+            buffer, size, opened = [], 0, False
+        if closes and unit == "blank_line":
+            fresh = line.endswith("\n")
+            continue
+        buffer.append(line)
+        size += len(line)
+        if size > PIECE:
+            text = "".join(buffer)
+            cut = _seam(text) or (len(text) if size > 64 * PIECE else 0)  # no seam at all: memory comes first
+            if cut:
+                yield Piece(text[:cut], False)
+                opened = True
+            buffer, size = [text[cut:]], len(text) - cut
         fresh = line.endswith("\n")
-    if unit == "line" and not fresh:
-        yield Piece("", True)
-    elif buffer:
-        text = "".join(buffer)
-        yield Piece(text if unit == "file" else text.rstrip("\r\n"))
+
+
+def _seam(text: str) -> int:
+    """The last place where a text may be cut and tokenized in parts: a single space between two words, else a line end."""
+    for mark in " \n":
+        at = len(text) - 1
+        while (at := text.rfind(mark, 1, at)) > 0:
+            if not text[at - 1].isspace() and not text[at + 1].isspace():
+                return at + (mark == "\n")
+    return 0
 
 
 def _text_of(record, field: str, where: str) -> str:
@@ -394,6 +407,12 @@ def _text_of(record, field: str, where: str) -> str:
         raise UserError(f"{where}: no key '{field}' (keys: {keys}); set data.text_field")
     if not isinstance(record[field], str):
         raise UserError(f"{where}: '{field}' is {type(record[field]).__name__}, text is expected")
+    try:
+        record[field].encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: '{field}' holds half a surrogate pair, which is no text") from None
+    if "\0" in record[field]:
+        raise UserError(f"{where}: '{field}' holds a NUL, which is no text")
     return record[field]
 
 
@@ -402,13 +421,19 @@ def _read_json(path: Path, suffix: str, field: str) -> Iterator[str]:
         try:
             with _open(path) as file:
                 records = json.load(file)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON ({error})") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}:{_undecodable_line(path)}: not UTF-8") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not valid JSON ({error})") from None
+        except (EOFError, zlib.error, OSError) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from None
         records = records if isinstance(records, list) else [records]
         yield from (_text_of(record, field, f"{path}: record {i}") for i, record in enumerate(records, 1))
         return
     parts: list[str] = []
+    known = 0
     for number, line in itertools.chain(_lines(path), [(0, "\n")]):  # the closing newline that a file may lack
+        known = number = number or known
         parts.append(line)
         if line.endswith("\n"):
             whole, parts = "".join(parts).strip(), []
@@ -427,7 +452,9 @@ def _read_table(path: Path, suffix: str, field: str) -> Iterator[str]:
         try:
             for row in rows:
                 yield _text_of({k: v for k, v in row.items() if v is not None}, field, f"{path}:{rows.line_num}")
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError:
+            raise UserError(f"{path}:{_undecodable_line(path)}: not UTF-8") from None
+        except (csv.Error, EOFError, zlib.error, OSError) as error:
             raise UserError(f"{path}:{rows.line_num}: cannot be read ({error})") from None
 
 
@@ -443,13 +470,17 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
         raise UserError(f"{path}: not a parquet file ({error})") from None
     if field not in file.schema_arrow.names:
         raise UserError(f"{path}: no column '{field}' (columns: {', '.join(file.schema_arrow.names)}); set data.text_field")
-    row = 0
-    for batch in file.iter_batches(columns=[field]):
+    row, batches = 0, file.iter_batches(columns=[field])
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path}: cannot be read after row {row} ({error})") from None
+        if batch is None:
+            return
         for text in batch.column(0).to_pylist():
             row += 1
-            if text is None:
-                raise UserError(f"{path}: row {row}: '{field}' is empty")
-            yield str(text)
+            yield _text_of({field: text}, field, f"{path}: row {row}")
 
 
 # ------------------------------------------------------------------------------------- cleaning and splitting
@@ -483,9 +514,9 @@ def clean(text: str, data: DataSection, counts: Counter) -> str:
     return text
 
 
-def documents(data: DataSection, files: list[Path], counts: Counter, split=None) -> Iterator[tuple[str, str, bool]]:
+def documents(data: DataSection, files: list[Path], counts: Counter, split=None, seen=None) -> Iterator[tuple[str, str, bool]]:
     """Clean documents of the files as (part, text, last), part being "train" or "val" as `split` says."""
-    seen = Seen() if data.deduplicate else None
+    seen = (seen or Seen()) if data.deduplicate else None
     for path in files:
         single_lines = suffix_of(path) not in FORMATS[1:6] and data.text_unit == "line"
         opened, part = False, "train"
@@ -538,7 +569,7 @@ def tail_split(data: DataSection, files: list[Path]):
         if cut <= 0:
             return [("val", text, last)]
         if cut >= len(text):
-            return [("train", text, last)]
+            return [("train", text, last or cut == len(text))]
         return [("train", text[:cut], True), ("val", text[cut:], last)]
 
     return split
@@ -621,8 +652,8 @@ def token_files(data: DataSection, tokenizer) -> dict[str, TokenFile]:
 def _recipe(data: DataSection, tokenizer) -> dict:
     """Everything that decides the content of the .bin files."""
     recipe = {k: v for k, v in asdict(data).items() if k not in ("weights", "packing", "streaming", "dir")}
-    names = list(data.train) + ([] if data.validation in ("hash", "tail", "none") else [data.validation])
-    files = [path for group in expand_paths(names) for path in group]
+    own = [] if data.validation in ("hash", "tail", "none") else [data.validation]
+    files = [path for group in expand_paths(data.train) + expand_paths(own, "data.validation") for path in group]
     stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return {**recipe, "tokenizer": fingerprint(tokenizer), "files": stamps}
 
@@ -654,9 +685,10 @@ def prepare(data: DataSection, tokenizer) -> None:
     with staged(data.dir) as scratch:
         writers = {part: TokenWriter(scratch / f"{part}_ids.bin", encoder, begin, end) for part in ("train", "val")}
         spans = {"train": [], "val": []}
+        seen = Seen()
         for files in groups:
             starts = {part: writers[part].tokens for part in writers}
-            for part, text, last in documents(data, files, counts, _splitter(data, files)):
+            for part, text, last in documents(data, files, counts, _splitter(data, files), seen):
                 writers[part].add(text, last)
             for part, writer in writers.items():
                 writer.flush()
@@ -671,6 +703,8 @@ def prepare(data: DataSection, tokenizer) -> None:
                      "sources": spans[part], "recipe": recipe}
             (scratch / f"{part}_ids.json").write_text(json.dumps(facts, indent=1))
         total = writers["train"].tokens
+        if not writers["train"].documents:
+            raise UserError("data.train: holds no text to train on")
     dropped = ", ".join(f"{counts[k]:,} {k}" for k in ("too short", "duplicates", "normalised", "with control characters") if counts[k])
     say(f"{counts['documents']:,} documents, {counts['bytes'] / 1e6:.2f} MB -> {total:,} tokens to train on, "
         f"{writers['val'].tokens:,} held out" + (f" ({dropped})" if dropped else ""))
@@ -910,7 +944,9 @@ def _pooled(spans: list[Spans]) -> Spans:
 
 def file_stream(tokens: TokenFile, data: DataSection, batch_size: int, length: int) -> TokenStream:
     """The training stream of a token file."""
-    spans = [Spans(tokens, start, stop) for start, stop in tokens.sources]
+    # Where one id is both ends, a source begins with the end of the one before it.
+    shared = tokens.begin == tokens.end
+    spans = [Spans(tokens, start - (shared and start > 0 and stop > start), stop) for start, stop in tokens.sources]
     if data.weights and len(spans) != len(data.weights):
         raise UserError(f"data.weights: {len(data.weights)} weights, the token file has {len(spans)} sources")
     if data.weights and not all(s.pairs for s in spans):

@@ -13,8 +13,16 @@ import pytest
 import torch
 from conftest import ROOT, make_text
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LogitsProcessorList, MinPLogitsWarper, PreTrainedTokenizerFast
-from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import INFER
 import MODEL
@@ -25,6 +33,15 @@ from MODEL import UserError
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 TEXTS = ["The red fox", "Rain fell on every tree near the two blue lakes while one old owl saw the hill.", "", "A small", "owl 42 \u00e9"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only wait for each other in models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +101,10 @@ def test_greedy_one_by_one(model, prompts):
         assert one(model, prompt, greedy(max_new_tokens=12)).ids == ids
 
 
-@pytest.mark.parametrize("sampling", [greedy(), Sampling(seed=5, max_new_tokens=24), Sampling(seed=6, top_p=0.9, top_k=40, max_new_tokens=24)])
+WAYS = [greedy(max_new_tokens=16), Sampling(seed=5, max_new_tokens=16), Sampling(seed=6, top_p=0.9, top_k=40, max_new_tokens=16)]
+
+
+@pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "sampled", "truncated"])
 def test_every_way_gives_the_same_ids(sampling, model, tokenizer, prompts, monkeypatch):
     expected = [answers[0] for answers in generate(model, prompts, sampling, tokenizer)]
     for options in ({"use_cache": False}, {"batch_size": 2}, {"batch_size": 3, "use_cache": False}, {"batch_size": 1}):
@@ -105,21 +125,21 @@ def test_streaming_without_cache(use_cache, model, tokenizer, prompts):
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_several_answers_to_one_prompt(batch_size, model, tokenizer, prompts):
-    sampling = Sampling(n=3, seed=4, max_new_tokens=16)
+    sampling = Sampling(n=3, seed=4, max_new_tokens=8)
     groups = generate(model, prompts, sampling, tokenizer, batch_size=batch_size)
     assert [len(group) for group in groups] == [3] * len(prompts)
     assert groups == generate(model, prompts, sampling, tokenizer, use_cache=False)
     for group in groups:
         assert len({tuple(answer.ids) for answer in group}) == 3
-    single = generate(model, prompts, Sampling(seed=4, max_new_tokens=16), tokenizer)
+    single = generate(model, prompts, Sampling(seed=4, max_new_tokens=8), tokenizer)
     assert [group[0] for group in groups] == [group[0] for group in single]
-    same = generate(model, prompts, greedy(n=3), tokenizer)
+    same = generate(model, prompts, greedy(n=3, max_new_tokens=8), tokenizer)
     assert all(group[0] == group[1] == group[2] for group in same)
 
 
 def test_seeds(model, prompts):
     def ids(**options):
-        return [a[0].ids for a in generate(model, prompts, Sampling(max_new_tokens=16, seed=options.pop("seed", None)), **options)]
+        return [a[0].ids for a in generate(model, prompts, Sampling(max_new_tokens=8, seed=options.pop("seed", None)), **options)]
 
     assert ids(seed=1) == ids(seed=1) != ids(seed=2)
     assert ids(seed=1, step=1) != ids(seed=1)
@@ -127,11 +147,12 @@ def test_seeds(model, prompts):
     assert ids() != ids()  # without a seed, chance
 
 
-def test_a_seed_gives_the_same_text_in_any_order(model, prompts):
-    samplings = [Sampling(seed=i, max_new_tokens=12) for i in range(len(prompts))]
-    forward = generate(model, prompts, samplings)
-    backward = generate(model, prompts[::-1], samplings[::-1])[::-1]
-    assert forward == backward
+def test_a_numbered_prompt_has_one_text_in_any_order(model, prompts):
+    sampling = Sampling(seed=5, max_new_tokens=12)
+    forward = generate(model, prompts, sampling)
+    last_two = generate(model, prompts[3:], sampling, first=3)
+    first_three = generate(model, prompts[:3], sampling, first=0)
+    assert first_three + last_two == forward
 
 
 def test_neighbours_with_other_settings_change_nothing(model, tokenizer, prompts):
@@ -165,8 +186,8 @@ def test_training_mode_is_kept(model_folder, prompts):
 # ------------------------------------------------------------------------------------- ends of an answer
 
 
-def without_eos(model):
-    """The model's ids as if none ended a text."""
+def without_eos():
+    """As if no id ended a text."""
     return greedy(max_new_tokens=20, ignore_eos=True)
 
 
@@ -186,7 +207,7 @@ def test_max_new_tokens_and_the_context(model, tokenizer, prompts):
 
 
 def test_several_end_ids_from_generation_config(model, model_folder, tokenizer, prompts, tmp_path):
-    free = one(model, prompts[0], without_eos(model)).ids
+    free = one(model, prompts[0], without_eos()).ids
     place = next(i for i in range(3, 20) if free[i] not in free[:i])
     shutil.copytree(model_folder, tmp_path / "m")
     config = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": [tokenizer.eos_token_id, free[place]]}
@@ -197,7 +218,7 @@ def test_several_end_ids_from_generation_config(model, model_folder, tokenizer, 
     assert answer.ids == free[: first_end + 1] and answer.finish_reason == "stop"
     assert answer.text == text_after(tokenizer, prompts[0], free[:first_end])  # the end id is not part of the text
     assert "".join(stream(ending, tokenizer, prompts[0], greedy())) == answer.text
-    past = one(ending, prompts[0], without_eos(model), tokenizer)
+    past = one(ending, prompts[0], without_eos(), tokenizer)
     assert past.ids == free and past.finish_reason == "length"
 
 
@@ -214,6 +235,7 @@ def stopping(stop):
 @pytest.mark.parametrize("place", [0, 9, 25, 40])
 @pytest.mark.parametrize("width", [1, 7])
 def test_stop_texts(place, width, model, tokenizer, prompts, free_answer):
+    place = next(i for i in range(place, len(free_answer.text)) if "\ufffd" not in free_answer.text[i : i + width])
     stop = free_answer.text[place : place + width]
     expected = free_answer.text[: free_answer.text.find(stop)]
     answer = one(model, prompts[0], stopping([stop, "never there"]), tokenizer)
@@ -299,7 +321,7 @@ def test_spaces_between_words_stay(kind):
     for cut in range(1, len(whole)):
         detokenizer = Detokenizer(tokenizer, whole[:cut])
         text = "".join(detokenizer.push(token) for token in whole[cut:]) + detokenizer.flush()
-        assert text == tokenizer.decode(whole)[len(tokenizer.decode(whole[:cut])) :]
+        assert text == text_after(tokenizer, whole[:cut], whole[cut:])
 
 
 def test_generated_emoji_are_not_broken(model_folder):
@@ -330,7 +352,7 @@ def row(sampling, uniform, prompt=PROMPT, ids=ANSWER):
     return SimpleNamespace(sampling=sampling, prompt=list(prompt), ids=list(ids), next_uniform=lambda: uniform)
 
 
-def drawn_shares(logits, sampling, count=4000):
+def drawn_shares(logits, sampling, count=2000):
     """The distribution behind `sample`: inverting a CDF at an even grid hits each token as often as it is likely."""
     rows = [row(sampling, (k + 0.5) / count) for k in range(count)]
     chosen, _ = INFER.sample(logits.expand(count, -1).clone(), rows)
@@ -377,7 +399,7 @@ def test_sampler_equals_the_slow_one(settings, seed):
     sampling = Sampling(**{"temperature": 1.0, **settings})
     expected, shares = slow_distribution(some_logits(seed), sampling), drawn_shares(some_logits(seed), sampling)
     assert set(np.flatnonzero(shares)) <= set(np.flatnonzero(expected))
-    np.testing.assert_allclose(shares, expected, atol=1.01 / 4000)  # one grid point
+    np.testing.assert_allclose(shares, expected, atol=1.01 / 2000)  # one grid point
 
 
 @pytest.mark.parametrize("settings", [s for s in SETTINGS if "penalty" not in "".join(s).replace("repetition_penalty", "")],
@@ -388,7 +410,7 @@ def test_sampler_equals_transformers(settings):
                   *([TopKLogitsWarper(s.top_k)] if s.top_k else []), *([TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []),
                   *([MinPLogitsWarper(s.min_p)] if s.min_p else [])]
     scores = LogitsProcessorList(processors)(torch.tensor([PROMPT + ANSWER]), some_logits()[None].clone())
-    np.testing.assert_allclose(drawn_shares(some_logits(), s), scores.softmax(-1)[0].numpy(), atol=1.01 / 4000)
+    np.testing.assert_allclose(drawn_shares(some_logits(), s), scores.softmax(-1)[0].numpy(), atol=1.01 / 2000)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(repetition_penalty=3.0), dict(frequency_penalty=5.0)], ids=str)
@@ -542,7 +564,7 @@ def answer_to(model, tokenizer, text, **options):
 def test_prompt_flag(prompt, infer, model, tokenizer):
     out, err = infer("--prompt", prompt, *GREEDY, stdin="not read")
     assert out == answer_to(model, tokenizer, prompt) + "\n"
-    assert "error" not in err and answer_to(model, tokenizer, prompt) not in err
+    assert err.startswith("computing with") and err.count("\n") == 1  # stdout holds the completion alone
     assert infer("--prompt", prompt, "--echo", *GREEDY)[0] == prompt + out
     assert infer("--prompt", prompt, "--use-cache", "false", *GREEDY)[0] == out
 
@@ -594,7 +616,9 @@ def test_jsonl_records(infer, model, tokenizer):
                {"prompt": "rain", "temperature": 0.9, "seed": 5, "logprobs": True}, {"prompt": "fox", "repetition_penalty": 2}]
     out, _ = infer("--jsonl", *GREEDY, stdin="\n\n".join(map(json.dumps, records)))
     got = [json.loads(line) for line in out.splitlines()]
-    assert [{k: g[k] for k in r} for g, r in zip(got, [*records[:2], records[2], *records[2:]])] == [*records[:2], records[2], *records[2:]]
+    asked = [*records[:2], records[2], *records[2:]]
+    assert [{k: g[k] for k in r if k != "logprobs"} for g, r in zip(got, asked)] == [
+        {k: r[k] for k in r if k != "logprobs"} for r in asked]
     assert got[0]["completion"] == answer_to(model, tokenizer, "The red")
     assert got[1]["completion"] == answer_to(model, tokenizer, "owl", max_new_tokens=3) and got[1]["finish_reason"] == "length"
     assert got[2]["completion"] == got[3]["completion"] == answer_to(model, tokenizer, "")
@@ -637,8 +661,10 @@ def test_a_prompt_beyond_the_context(infer, model, tokenizer, capsys):
     assert len(ids) > 200 and len(kept) == 116
     assert out == one(model, kept, greedy(max_new_tokens=12), tokenizer).text + "\n"
     assert f"{len(ids)} tokens" in err and f"first {len(ids) - 116} were dropped" in err
-    out, err = infer("--prompt", text, "--temperature", 0, "--max-new-tokens", 500)
-    assert "64 fit a context of 128" in err and out.strip()  # the answer keeps half the context
+    out, err = infer("--prompt", text, "--temperature", 0, "--max-new-tokens", 500, "--ignore-eos")
+    kept = [ids[0], *ids[len(ids) - 63 :]]  # the answer keeps half the context
+    assert "64 fit a context of 128" in err
+    assert out == one(model, kept, greedy(max_new_tokens=500, ignore_eos=True), tokenizer).text + "\n"
 
 
 # ------------------------------------------------------------------------------------------ chat
@@ -733,8 +759,8 @@ def test_score_lines_are_the_same_from_a_file_and_a_pipe(infer, tmp_path):
     text = "one\u2028line\n\nform\x0cfeed\nlast\x85one\n"
     (tmp_path / "a.txt").write_text(text)
     flags = ("--score", "--lines", "--logprobs")
-    piped = [json.loads(line)["text"] for line in infer(*flags, stdin=text)[0].splitlines()]
-    filed = [json.loads(line)["text"] for line in infer("--score", tmp_path / "a.txt", *flags[1:])[0].splitlines()]
+    piped = [json.loads(line)["text"] for line in infer(*flags, stdin=text)[0].split("\n")[:-1]]
+    filed = [json.loads(line)["text"] for line in infer("--score", tmp_path / "a.txt", *flags[1:])[0].split("\n")[:-1]]
     assert piped == filed == [line for line in text.split("\n") if line]
 
 

@@ -23,10 +23,12 @@ NASTY = [
     "", " ", "  ", "\n", "\r\n", "a", " a", "a ", "a  ", "  a", "a b", "a  b", "a   b c", "a\tb", "a \tb", "a\t b", "\t\t x",
     "one\ntwo", "one\n two", "one \ntwo", "one\n\n two", "one\r\ntwo\r\n", "one \r\n two", "line one.\n  indented\n\n\nend\n",
     "It's 12 plus 30 = 42!", "don't, we'll; I'd (no) \"x\"...", "x_y a-b 3.14 1e-5 $5 50% #1", "caf\u00e9 e\u0301 na\u00efve", "你好 世界。日本 語",
-    "\U0001f469\u200d\U0001f680 ok \U0001f600\U0001f600", "\u0438 \u0434\u0440\u0443\u0433\u0438\u0435", "UPPER lower MiXed", "a.b.c", "...", " . , !", "trailing \n ", "\n leading", "the red fox " * 5,
+    "\U0001f469\u200d\U0001f680 ok \U0001f600\U0001f600", "\u0438 \u0434\u0440\u0443\u0433\u0438\u0435",
+    "UPPER lower MiXed", "a.b.c", "...", " . , !", "trailing \n ", "\n leading", "the red fox " * 5,
 ]
 # A blank beside another kind of white space: patterns take both as one run.
-BLANKS = ["x\u3000 \u3000y", "x\u00a0 \u00a0y", "a\n 5 b", "a\t 8", "a\u00a0 7", "a\n \u00a0b", "\x0b \x0b", "x\u2028 \u2028 y", "\t <|endoftext|>"]
+BLANKS = ["x\u3000 \u3000y", "x\u00a0 \u00a0y", "a\n 5 b", "a\t 8", "a\u00a0 7",
+          "a\n \u00a0b", "\x0b \x0b", "x\u2028 \u2028 y", "\t <|endoftext|>"]
 
 
 @pytest.fixture(scope="module")
@@ -249,17 +251,17 @@ def test_encoder_switches_itself_off(name):
 
 # ----------------------------------------------------------------------------------------------------- readers
 
-DOCUMENTS = ['First, with "quotes" and, commas.', "Two\nlines\n\nand a gap", "caf\u00e9 \u4f60\u597d \U0001f600", "tabs are fine", "  kept  blanks  ", "x" * 300]
+DOCUMENTS = ['First, with "quotes" and, commas.', "Two\nlines\n\nand a gap", "caf\u00e9 \u4f60\u597d \U0001f600", "tabs are fine",
+             "  kept  blanks  ", "x" * 300]
 
 
 def write_format(path, texts, field="text"):
     """The same documents in any format, the other column ignored."""
     suffix = path.name.removesuffix(".gz").rpartition(".")[2]
     if suffix == "parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), field: texts}), path, row_group_size=2)
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"id": list(range(len(texts))), field: texts}), path, row_group_size=2)
         return path
     with gzip.open(path, "wt", encoding="utf-8", newline="") if path.suffix == ".gz" else \
             open(path, "w", encoding="utf-8", newline="") as file:
@@ -397,10 +399,8 @@ def gz_cut(text):
 
 
 def parquet_bytes(tmp_path, column, name="text"):
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({name: column}), tmp_path / "made.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({name: column}), tmp_path / "made.parquet")
     return (tmp_path / "made.parquet").read_bytes()
 
 
@@ -1177,7 +1177,8 @@ def test_choose_trains_once_and_again_when_asked_for_something_else(trainings, t
 def test_choose_takes_a_named_tokenizer(trainings, text_file, tmp_path, tokenizer):
     TOKENIZER.save(tokenizer, tmp_path / "named")
     data = section(text_file, dir=str(tmp_path / "d"))
-    for options in ((TOKENIZER.TokenizerSection(name=str(tmp_path / "named")), data), (TOKENIZER.TokenizerSection(), data, tmp_path / "named")):
+    named, unnamed = TOKENIZER.TokenizerSection(name=str(tmp_path / "named")), TOKENIZER.TokenizerSection()
+    for options in ((named, data), (unnamed, data, tmp_path / "named")):
         assert TOKENIZER.fingerprint(TOKENIZER.choose(*options)) == TOKENIZER.fingerprint(tokenizer)
     write_bin(tmp_path / "train_ids.bin", [0, 1])
     with pytest.raises(UserError, match="train_ids.bin: ids without their tokenizer"):
