@@ -1620,7 +1620,10 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
     shared = {name: dict(raw.get(name) or {}) for name in sections}
     block = {name: shared[own].pop(name) for name in stage_defaults if name in shared[own]}
     prefixed = {name: flags[own].pop(name) for name in stage_defaults if name in flags[own]}
-    layers = [Layer("defaults", stage_defaults), Layer(origin, shared), Layer(f"{origin}: {own}", block),
+    for name, value in [*block.items(), *prefixed.items()]:
+        if not isinstance(value, (dict, types.NoneType)):
+            raise UserError(f"{own}.{name}: {value!r} is given where keys and values are expected, as in {own}.{name}.KEY")
+    layers = [Layer("defaults", stage_defaults), Layer(origin, shared), Layer(f"{origin}: {own}", {k: v or {} for k, v in block.items()}),
               Layer("command line", flags), Layer(f"command line: {own}", prefixed)]
     values = {name: {f.name: _default(f) for f in dataclasses.fields(kind)} for name, kind in sections.items()}
     for layer in layers:
@@ -1724,7 +1727,7 @@ def _find_key(name: str, sections: dict[str, type], own: str, shorts: dict[str, 
 
 def _apply(values: dict, layer: Layer, sections: dict[str, type]) -> None:
     """Lay one origin's settings over what stands; a model or a horizon set here displaces the earlier one."""
-    given = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in layer.values.items()}
+    given = {section: {k: v for k, v in keys.items() if v not in (None, "null")} for section, keys in layer.values.items()}
     model, training = given.get("model", {}), given.get("training", {})
     if {"name", "preset"} <= set(model):
         raise UserError(f"{layer.origin}: model.name and model.preset exclude each other; keep one")

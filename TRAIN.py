@@ -95,6 +95,9 @@ def learning_rate_factor(kind: str, step: int, progress: float, warmup: float, f
     start = 1.0 if not warmup else (step + 1) / warmup if warmup >= 1 else progress / warmup + 1e-3
     if start < 1:
         return start
+    if kind in ("cosine", "linear"):  # the fall begins where the warmup ends
+        share = warmup if warmup < 1 else warmup * progress / max(step, 1)
+        progress = max(0.0, (progress - share) / (1 - share)) if share < 1 else 1.0
     if kind == "cosine":
         return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
     if kind == "linear":
@@ -521,9 +524,8 @@ class Trainer:
             peak = MODEL.matmul_flops({"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed, torch.float32), self.device.type)
             record["peak_share"] = round(self.flops * speed / (peak * self.run.world_size), 4)
         self.log.write(record)
-        left = self.elapsed() * (1 - self.progress) / max(self.progress, 1e-9)
-        self.log.show(record, self.total_steps, min(1.0, self.steps / self.total_steps) if self.total_steps else self.progress,
-                      left, peak_memory(self.device))
+        share = self.steps / self.total_steps if self.total_steps else min(1.0, self.elapsed() / (60 * self.training.max_minutes))
+        self.log.show(record, self.total_steps, share, self.elapsed() * (1 - share) / max(share, 1e-9), peak_memory(self.device))
 
     def _evaluate(self) -> dict:
         if self.evaluate is None:
@@ -761,7 +763,7 @@ def restore_weights(model: nn.Module, folder: Path, state: dict) -> None:
 
 def is_disk_full(error: Exception, out: Path) -> bool:
     known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    return known or ("PytorchStreamWriter" in str(error) and shutil.disk_usage(out).free < 2**20)
+    return known or (isinstance(error, RuntimeError) and shutil.disk_usage(out).free < 2**20)  # torch.save says only "iostream error"
 
 
 # -------------------------------------------------------------------------------------------------------- log

