@@ -39,13 +39,13 @@ SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 @dataclass
 class TrainingSection:
-    epochs: float | None = knob(3.0, "passes over the data; one of epochs, max_steps and max_minutes is the horizon")
+    epochs: float | None = knob(2.5, "passes over the data; one of epochs, max_steps and max_minutes is the horizon")
     max_steps: int | None = knob(None, "optimizer steps")
     max_minutes: float | None = knob(None, "wall-clock time; the schedule follows the clock")
     batch_size: int = knob(16, "rows of one forward pass on one device")
     grad_accum: int = knob(1, "forward passes that are added up to one optimizer step")
     max_length: int = knob(256, "tokens of one row")
-    learning_rate: float | None = knob(None, "peak learning rate; null is 3e-3 for fresh weights, 5e-5 for trained ones")
+    learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for trained ones")
     optim: str = knob("auto", "Muon (AdamW on all but matrices), AdamW, its 8-bit form; auto is muon for fresh weights, adamw for trained",
                       ("auto", "muon", "adamw", "adamw_8bit"))
     weight_decay: float = knob(0.1, "decoupled weight decay on matrices")
@@ -177,10 +177,11 @@ def make_optimizers(model: nn.Module, training: TrainingSection) -> list[torch.o
     return optimizers
 
 
-def resolve_defaults(training: TrainingSection, fresh: bool) -> None:
-    """Fresh weights learn fast; trained ones are changed with care."""
+def resolve_defaults(training: TrainingSection, model: nn.Module, fresh: bool) -> None:
+    """Fresh weights learn fast, narrow models fastest; trained ones are changed with care."""
     if training.learning_rate is None:
-        training.learning_rate = 3e-3 if fresh else 5e-5
+        width = getattr(getattr(model, "config", None), "hidden_size", 512)
+        training.learning_rate = 6e-3 * math.sqrt(128 / width) if fresh else 5e-5
     if training.optim == "auto":
         training.optim = "muon" if fresh else "adamw"
 
@@ -332,7 +333,7 @@ class Trainer:
         self.model, self.stream, self.loss_fn, self.training = model, stream, loss_fn, training
         self.out, self.save, self.evaluate, self.stage = out, save, evaluate, stage
         self.accelerator = accelerator
-        resolve_defaults(training, fresh=True)
+        resolve_defaults(training, model, fresh=True)
         self.device = device or (accelerator.device if accelerator else MODEL.choose_device())
         self.mixed = mixed or precision(training, "auto", self.device)
         self.run = Run(model, training, self.device, self.mixed)
@@ -1000,6 +1001,7 @@ def prepare_model(config, tokenizer) -> MODEL.Transformer:
                             attn_implementation=section.attn_implementation)
     if model.config.vocab_size < len(tokenizer):
         raise UserError(f"model.vocab_size: {model.config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} ids")
+    resolve_defaults(config.training, model, fresh=not section.name)
     context = model.config.max_position_embeddings
     if config.training.max_length > context:
         say(f"training.max_length {config.training.max_length} exceeds the model's context: rows have {context} tokens")
@@ -1064,7 +1066,6 @@ SECTIONS = {**INFER.SECTIONS, "training": TrainingSection, "output": OutputSecti
 
 def main(argv: list[str] | None = None) -> Result:
     config = load_config(argv, SECTIONS, "training", ACTIONS, __doc__)
-    resolve_defaults(config.training, fresh=not config.model.name)
     accelerator, device = start_processes(config.training, config.model.device)
     out = Path(config.output.dir)
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:

@@ -50,26 +50,36 @@ def speed(preset: str, prompt_length: int, new: int, batches: list[int], rounds:
     ours = MODEL.configure_for_hardware(ours.to(torch.bfloat16), device)
     bound = memory_bandwidth(device) / (2 * MODEL.count_parameters(peer)[0])
     prompt = torch.randint(5, ours.config.vocab_size, (max(batches), prompt_length)).tolist()
-    sampling = {n: INFER.Sampling(max_new_tokens=n, temperature=0, ignore_eos=True) for n in (1, 1 + new)}
+    sampling = INFER.Sampling(max_new_tokens=1 + new, temperature=0, ignore_eos=True)
 
-    def run_ours(batch: int, n: int) -> None:
-        INFER.generate(ours, prompt[:batch], sampling[n])
+    def ours_times(batch: int) -> list[float]:
+        """Moments at which the batch's tokens were there, from the start of the prompt."""
+        rows = [row for group in INFER._make_rows(ours, prompt[:batch], [sampling] * batch, None, 0) for row in group]
+        start = time.perf_counter()
+        return [time.perf_counter() - start for _ in INFER._decode(ours, rows, use_cache=True)]
 
-    def run_peer(batch: int, n: int) -> None:
-        ids = torch.tensor(prompt[:batch], device=device)
+    def peer_times(batch: int) -> list[float]:
+        ids, times = torch.tensor(prompt[:batch], device=device), []
+
+        def note(input_ids, scores, **_):
+            times.append(time.perf_counter() - start)
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=device)
+
+        start = time.perf_counter()
         with torch.no_grad():
-            peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+            peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1 + new, min_new_tokens=1 + new, do_sample=False,
+                          pad_token_id=0, stopping_criteria=[note])
+        return times
 
     for batch in batches:
-        runs = {"ours": run_ours, "transformers": run_peer}
-        for run in runs.values():
-            run(batch, 1)
+        runs = {"ours": ours_times, "transformers": peer_times}
         first, decode = {who: [] for who in runs}, {who: [] for who in runs}
-        for _ in range(rounds):
+        for turn in range(rounds + 1):
             for who, run in runs.items():
-                start = seconds(lambda: run(batch, 1))  # noqa: B023
-                first[who].append(batch * prompt_length / start)
-                decode[who].append(batch * new / (seconds(lambda: run(batch, 1 + new)) - start))  # noqa: B023
+                times = run(batch)
+                if turn:  # the first turn warms up
+                    first[who].append(batch * prompt_length / times[0])
+                    decode[who].append(batch * new / (times[-1] - times[0]))
         for what, rates in (("prefill", first), ("decode", decode)):
             ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["transformers"], strict=True))
             record = {"what": what, "batch": batch, "ours_tok_s": round(statistics.median(rates["ours"]), 1),

@@ -113,7 +113,7 @@ def machine(device: str) -> str:
 SHAKESPEARE = ["--model.preset", "llama-1m", "--tokenizer.vocab_size", "1024", "--data.text_unit", "file", "--data.validation", "tail",
                "--data.validation_fraction", "0.1", "--training.sample_tokens", "0", "--training.eval_steps", "0", "--training.save_steps", "0",
                "--training.eval_batches", "100000"]
-SHORT = ["--max-length", "128", "--batch-size", "8", "--max-steps", "260"]
+SHORT = ["--max-length", "128", "--batch-size", "12", "--max-steps", "88", "--learning-rate", "0.01"]
 LONG = ["--max-length", "256", "--batch-size", "16", "--max-minutes", "10"]
 
 
