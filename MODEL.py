@@ -727,7 +727,7 @@ class Output(NamedTuple):
 
 
 HEADS = ("lm", "score", "value")
-HEAD_CHUNK_BYTES = 8 * 2**20  # float32 logits computed at once
+HEAD_CHUNK_BYTES = 24 * 2**20  # float32 logits computed at once: few rows add up the head's gradient too often, many leave the cache
 HEAD_KEEP_BYTES = 2**29  # logits of a whole batch up to this size are kept for backward, above it computed again
 
 
