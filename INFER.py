@@ -9,7 +9,6 @@ scoring (`score`), and the command line.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import sys
@@ -112,6 +111,8 @@ def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float] | No
     number, so a row's text does not depend on who else is in its batch."""
     settings = [row.sampling for row in rows]
     device = logits.device
+    if not torch.isfinite(logits.amax(-1)).all():
+        raise UserError("the model's logits are not finite: its weights or its config.json are broken")
     temperatures = torch.tensor([s.temperature or 1.0 for s in settings], device=device)[:, None]
     plain = logits / temperatures
     if any(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty for s in settings):
@@ -465,15 +466,36 @@ class Session:
                         max(self.settings.batch_size, 1), first=first)
 
 
+def read_stdin() -> Iterator[str]:
+    """The lines of stdin as UTF-8; a bad one is named."""
+    raw = getattr(sys.stdin, "buffer", None)
+    for number, line in enumerate(raw or sys.stdin, 1):
+        try:
+            text = line.decode("utf-8") if raw else line
+        except UnicodeDecodeError:
+            raise UserError(f"stdin:{number}: not UTF-8; convert it with `iconv -f LATIN1 -t UTF-8`") from None
+        yield text.replace("\r\n", "\n") if raw else text
+
+
 def batches(items: Iterable, size: int) -> Iterator[list]:
-    iterator = iter(items)
-    while group := list(itertools.islice(iterator, size)):
+    group: list = []
+    try:
+        for item in items:
+            group.append(item)
+            if len(group) == size:
+                yield group
+                group = []
+    except UserError:
+        if group:  # what came before a bad line is answered first
+            yield group
+        raise
+    if group:
         yield group
 
 
 def run_lines(session: Session) -> None:
     """One prompt a line -> one answer a line, in order; a newline inside an answer is written \\n."""
-    lines = (line.rstrip("\r\n") for line in sys.stdin)
+    lines = (line.rstrip("\r\n") for line in read_stdin())
     done = 0
     for group in batches(lines, session.settings.batch_size):
         for answers in session.answer(group, [session.sampling] * len(group), done):
@@ -486,7 +508,7 @@ def run_jsonl(session: Session) -> None:
     """{"prompt": ...} or {"messages": [...]} a line, with any sampling key beside it -> the record with its answer."""
 
     def records():
-        for number, line in enumerate(sys.stdin, 1):
+        for number, line in enumerate(read_stdin(), 1):
             if line.strip():
                 yield _record(line, f"stdin:{number}", session.sampling)
 
@@ -546,7 +568,7 @@ def run_terminal(session: Session) -> None:
 def run_score(session: Session, path: str, lines: bool, top: int, logits_path: str | None) -> None:
     """Measures of a whole file as JSON, or with --logprobs one JSON line for each text."""
     if path == "-":
-        texts = (line.rstrip("\r\n") for line in sys.stdin if line.strip()) if lines else iter([sys.stdin.read()])
+        texts = (line.rstrip("\r\n") for line in read_stdin() if line.strip()) if lines else iter(["".join(read_stdin())])
     else:
         [files] = TOKENIZER.expand_paths([path])
         texts = _whole_texts(files, "line" if lines else "file")
@@ -610,10 +632,11 @@ SECTIONS = {**TOKENIZER.SECTIONS, "inference": InferenceSection}
 def main(argv: list[str] | None = None) -> None:
     config = load_config(argv, SECTIONS, "inference", ACTIONS, __doc__)
     actions = config.actions
+    check_flags(actions, config.inference.logprobs)
     prompt = actions.prompt
     piped = prompt is None and not sys.stdin.isatty() and actions.score is None and not (actions.lines or actions.jsonl)
     if piped:
-        prompt = sys.stdin.read()
+        prompt = "".join(read_stdin())
         if not prompt:
             raise UserError("no prompt: stdin is empty; pipe some text in, or use --prompt")
         prompt = prompt.removesuffix("\n")
@@ -628,6 +651,20 @@ def main(argv: list[str] | None = None) -> None:
         run_prompt(session, prompt, actions.echo)
     else:
         run_terminal(session)
+
+
+def check_flags(actions, logprobs: bool) -> None:
+    """Flags that would be ignored together are refused."""
+    modes = [f"--{name}" for name in ("prompt", "jsonl", "score") if getattr(actions, name) not in (None, False)]
+    modes += ["--lines"] if actions.lines and actions.score is None else []
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)} exclude each other; keep one")
+    if actions.logits and actions.score is None:
+        raise UserError("--logits: goes with --score")
+    if actions.top_logprobs and not (logprobs and actions.score is not None):
+        raise UserError("--top-logprobs: goes with --score and --logprobs")
+    if actions.score not in (None, "-") and not Path(actions.score).is_file():
+        raise UserError(f"--score: there is no file '{actions.score}'")
 
 
 def run_prompt(session: Session, prompt: str, echo: bool) -> None:

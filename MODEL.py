@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import json
 import math
 import os
@@ -123,6 +124,9 @@ class ModelConfig:
                             f"num_attention_heads {self.num_attention_heads}; GQA needs equal groups")
         if self.position_embedding_type == "rope" and self.head_dim % 2:
             raise UserError(f"model.head_dim: {self.head_dim} is odd; rotary positions turn pairs of numbers")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"model.{name}: {getattr(self, name)} must be a positive number")
         for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}: {getattr(self, name)} must be in [0, 1)")
@@ -239,6 +243,8 @@ PRESETS = {
 
 def preset_config(name: str, **overrides) -> ModelConfig:
     """The knobs of a preset, e.g. preset_config("llama-2m", vocab_size=1024)."""
+    if name is None:
+        raise UserError("model.preset: a value is needed, or a trained model's name in model.name")
     if name not in PRESETS:
         raise UserError(f"model.preset: '{name}' is unknown; nearest is '{nearest(name, PRESETS)}' "
                         "(python MODEL.py --list shows all)")
@@ -1084,7 +1090,12 @@ def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor) -> list[tup
 def staged(folder: str | Path):
     """A scratch folder inside `folder`; on success its files replace those of the same name, one atomic rename each."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UserError(f"{folder}: this folder cannot be made ({error.strerror})") from None
     scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
     try:
         yield scratch
@@ -1158,7 +1169,9 @@ def resolve_folder(name: str) -> Path:
     """A local folder, or a hub name fetched into the local cache."""
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+    if Path(name).is_file():
+        raise UserError(f"model.name: '{name}' is a file; a model is a folder with config.json and weights")
+    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise UserError(f"model.name: there is no folder '{name}'")
     try:
         import huggingface_hub

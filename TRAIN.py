@@ -356,9 +356,7 @@ class Trainer:
         torch.manual_seed(training.seed + self.run.rank)
         if training.torch_compile and self.device.type == "cpu":
             torch.use_deterministic_algorithms(True, warn_only=True)  # a compiled run does not equal itself otherwise
-        state = load_state(resume) if resume else None
-        if state:
-            restore_weights(self.model, resume, state)
+        state = restore(self.model, resume) if resume else None
         self.model.to(self.device)
         for module in self.model.modules():
             if hasattr(module, "gradient_checkpointing"):
@@ -493,9 +491,12 @@ class Trainer:
         self.skipped += 1
         self.skipped_in_row += 1
         if self.skipped_in_row >= self.training.max_skipped_steps:
-            good = f"the last good checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written yet"
-            raise UserError(f"{self.skipped_in_row} steps in a row had a non-finite loss or gradient (up to step {self.steps + 1}); "
-                            f"{good}. Lower training.learning_rate, or look at the data")
+            self._end_unsound(f"{self.skipped_in_row} steps in a row")
+
+    def _end_unsound(self, which: str) -> None:
+        good = f"the last good checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written yet"
+        raise UserError(f"{which} had a non-finite loss or gradient (up to step {self.steps + 1}); {good}. "
+                        "Lower training.learning_rate, or look at the data")
 
     # -- between steps
 
@@ -680,6 +681,8 @@ class Trainer:
 
     def finish(self) -> Result:
         """The last validation, the last checkpoint, and the product in `out` itself."""
+        if self.skipped and self.skipped == self.steps:
+            self._end_unsound("all steps")
         after = self._validate()
         if getattr(self.stream, "boundary", True):
             self.checkpoint()
@@ -755,11 +758,18 @@ def load_state(folder: Path) -> dict:
         raise UserError(f"{folder / STATE_FILE}: cannot be read, it may be cut short ({error})") from None
 
 
-def restore_weights(model: nn.Module, folder: Path, state: dict) -> None:
-    if "module" in state:
-        model.load_state_dict(state["module"], strict=False)
-    else:
-        MODEL.load_weights(model, folder)
+def restore(model: nn.Module, folder: Path) -> dict:
+    """Load a checkpoint's weights into the model and return the rest; names the one before it where this is damaged."""
+    try:
+        state = load_state(folder)
+        if "module" in state:
+            model.load_state_dict(state["module"], strict=False)
+        else:
+            MODEL.load_weights(model, folder)
+    except UserError as error:
+        others = [path for path in checkpoints(folder.parent) if path != folder]
+        raise UserError(f"{error}" + (f"; --resume {others[-1]} is another checkpoint" if others else "")) from None
+    return state
 
 
 def is_disk_full(error: Exception, out: Path) -> bool:
@@ -1066,6 +1076,8 @@ SECTIONS = {**INFER.SECTIONS, "training": TrainingSection, "output": OutputSecti
 
 def main(argv: list[str] | None = None) -> Result:
     config = load_config(argv, SECTIONS, "training", ACTIONS, __doc__)
+    if config.actions.overwrite and config.actions.resume:
+        raise UserError("--overwrite and --resume exclude each other; keep one")
     accelerator, device = start_processes(config.training, config.model.device)
     out = Path(config.output.dir)
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
