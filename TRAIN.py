@@ -874,12 +874,7 @@ class Log:
             return
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot(*zip(*train, strict=True), color="#9db8d9", linewidth=1, label="training")
-        smooth, value = [], train[0][1]
-        for step, loss in train:
-            value = 0.8 * value + 0.2 * loss
-            smooth.append((step, value))
-        axes.plot(*zip(*smooth, strict=True), color="#1f5fa8", linewidth=2, label="training, smoothed")
+        axes.plot(*zip(*train, strict=True), color="#1f5fa8", linewidth=1.5, label="training")
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o-", color="#d1495b", markersize=4, label="held out")
             axes.annotate(f"{held_out[-1][1]:.3f}", held_out[-1], textcoords="offset points", xytext=(-4, 8), ha="right", color="#d1495b")

@@ -860,3 +860,22 @@ def test_a_closed_pipe_ends_quietly(model_folder, tmp_path):
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert len(done.stdout.splitlines()) == 2 and done.stdout.splitlines()[1] == "status 0"
     assert "Broken" not in done.stderr and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
+
+
+def test_flags_that_would_be_ignored_are_refused(model_folder):
+    for argv in (["--prompt", "a", "--lines"], ["--lines", "--jsonl"], ["--prompt", "a", "--logits", "x.safetensors"],
+                 ["--score", "-", "--top-logprobs", "2"], ["--score", "/nonexistent"]):
+        with pytest.raises(UserError, match="--"):
+            INFER.main(["--model", str(model_folder), *argv])
+
+
+def test_answers_before_a_bad_record_are_given():
+    def items():
+        yield from (1, 2, 3)
+        raise UserError("bad")
+
+    given = []
+    with pytest.raises(UserError):
+        for group in INFER.batches(items(), 2):
+            given += group
+    assert given == [1, 2, 3]

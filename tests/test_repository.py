@@ -247,7 +247,7 @@ def test_a_later_model_displaces_an_earlier_one_and_its_knobs(tmp_path):
 def test_null_on_the_command_line_chooses_nothing():
     """`--model.name null` says what `name: null` in the file says: the preset stays; `--max-steps null` leaves the epochs."""
     config = load(["--model.name", "null", "--max-steps", "null"])
-    assert (config.model.name, config.model.preset, config.training.epochs) == (None, "llama-2m", 3.0)
+    assert (config.model.name, config.model.preset, config.training.epochs) == (None, "llama-1m", 2.5)
 
 
 def test_a_stage_block_beats_the_shared_section_and_flags_beat_both(tmp_path):

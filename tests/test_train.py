@@ -273,7 +273,7 @@ def horizon_of(tmp_path, text: str, *argv: str):
 
 
 def test_a_later_horizon_displaces_an_earlier_one(tmp_path):
-    assert horizon_of(tmp_path, "") == (3.0, None, None)
+    assert horizon_of(tmp_path, "") == (2.5, None, None)
     assert horizon_of(tmp_path, "training: {max_steps: 7}") == (None, 7, None)
     assert horizon_of(tmp_path, "training: {max_steps: 7}", "--max-minutes", "2") == (None, None, 2.0)
     for text, argv in (("training: {max_steps: 7, epochs: 1}", []), ("", ["--epochs", "1", "--max-steps", "7"])):
@@ -766,12 +766,13 @@ def test_a_missing_bitsandbytes_is_one_line(monkeypatch):
 
 
 def test_defaults_follow_the_weights(tmp_path):
-    for fresh, rate, optim in ((True, 3e-3, "muon"), (False, 5e-5, "adamw")):
+    narrow, wide = (MODEL.build({"preset": "llama-1m", "hidden_size": width}, device="meta") for width in (128, 512))
+    for model, fresh, rate, optim in ((narrow, True, 6e-3, "muon"), (wide, True, 3e-3, "muon"), (wide, False, 5e-5, "adamw")):
         training = TRAIN.TrainingSection()
-        TRAIN.resolve_defaults(training, fresh)
-        assert (training.learning_rate, training.optim) == (rate, optim)
+        TRAIN.resolve_defaults(training, model, fresh)
+        assert (training.learning_rate, training.optim) == (pytest.approx(rate), optim)
     chosen = TRAIN.TrainingSection(learning_rate=1e-4, optim="adamw")
-    TRAIN.resolve_defaults(chosen, True)
+    TRAIN.resolve_defaults(chosen, narrow, True)
     assert (chosen.learning_rate, chosen.optim) == (1e-4, "adamw")
 
 
@@ -985,7 +986,7 @@ def test_the_held_out_measures_by_hand(trained):
 def test_settings_are_saved_beside_the_model(trained):
     saved = MODEL.load_config(["--config", str(trained.out / "config.yaml")], TRAIN.SECTIONS, "training", TRAIN.ACTIONS)
     assert saved.training.max_steps == 40 and saved.training.epochs is None and saved.model.hidden_size == 32
-    assert saved.training.optim == "muon" and saved.training.learning_rate == 3e-3
+    assert saved.training.optim == "muon" and saved.training.learning_rate == pytest.approx(6e-3 * math.sqrt(128 / 32))
 
 
 def test_samples_are_shown_after_a_validation(tmp_path, text_file, capsys):
@@ -1156,3 +1157,16 @@ def test_torchrun_as_a_user_starts_it(two, tmp_path):
     for when in ("before", "after"):
         assert results[0][when] == pytest.approx(results[1][when], rel=1e-4)
     assert len(TRAIN.load_state(TRAIN.find_checkpoint(out, "auto"))["random"]) == 2
+
+
+def test_a_damaged_checkpoint_names_another(tmp_path, text_file):
+    out = tmp_path / "out"
+    (out / "ckpt-step-000002").mkdir(parents=True)
+    (out / "ckpt-step-000004").mkdir()
+    with pytest.raises(UserError, match="ckpt-step-000002 is another checkpoint"):
+        TRAIN.restore(MODEL.build("llama-1m", device="meta"), out / "ckpt-step-000004")
+
+
+def test_overwrite_and_resume_exclude_each_other():
+    with pytest.raises(UserError, match="exclude each other"):
+        TRAIN.main(["--overwrite", "--resume", "auto"])
