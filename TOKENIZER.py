@@ -85,10 +85,14 @@ def load(name: str | Path):
     folder = resolve_folder(str(name))
     if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise UserError(f"{folder}: no tokenizer here (tokenizer.json is missing); name one with --tokenizer.name")
-    from transformers import AutoTokenizer
-
+    facts = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    generic = facts.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").exists()
+    if generic:  # what AutoTokenizer would find out in two seconds
+        from transformers import PreTrainedTokenizerFast as Loader
+    else:
+        from transformers import AutoTokenizer as Loader
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = Loader.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: the tokenizer cannot be read ({str(error).strip().splitlines()[0][:160]})") from None
     return tokenizer
