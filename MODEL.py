@@ -1184,7 +1184,7 @@ def resolve_folder(name: str) -> Path:
     except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise UserError(f"model.name: '{name}' is no local folder and could not be fetched from the hub ({reason}); "
-                        "check the network, or build a fresh model with --model.preset llama-2m") from None
+                        "check the network, or build a fresh model with --model.preset llama-1m") from None
 
 
 def read_json(path: Path) -> dict:

@@ -247,7 +247,9 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None,
     everything before it, so training and serving see the same ids.
     """
     if not tokenizer.chat_template:
-        raise UserError("this tokenizer has no chat template; use --chat off, or fine-tune one with SFT.py")
+        raise UserError("this tokenizer has no chat template; use --chat off")
+    from jinja2 import TemplateError
+
     options = dict(tools=tools, tokenize=False)
     try:
         if "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(tokenizer.chat_template):
@@ -261,10 +263,8 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None,
                 before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, **options) if i else ""
                 upto = tokenizer.apply_chat_template(messages[: i + 1], **options)
                 spans.append((_common(text, before), _common(text, upto)))
-    except Exception as error:
-        if type(error).__module__.startswith("jinja2"):
-            raise UserError(f"the chat template refuses this conversation ({error})") from None
-        raise
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses this conversation ({error})") from None
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = [int(any(a <= start < b for a, b in spans)) for start, _ in out["offset_mapping"]]
     return list(out["input_ids"]), mask
