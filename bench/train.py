@@ -79,6 +79,13 @@ def timed(step, seconds: float) -> float:
     return statistics.median(times)
 
 
+def outside_products(step) -> float:
+    """Seconds of a step spent outside the matrix products of linear layers: what a program, not the processor, decides."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    return sum(event.self_cpu_time_total for event in profile.key_averages() if event.key not in ("aten::mm", "aten::addmm")) / 1e6
+
+
 def throughput(shapes: list[str], rounds: int, seconds: float, modes: list[str], precisions: list[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(machine(device))
@@ -97,9 +104,12 @@ def throughput(shapes: list[str], rounds: int, seconds: float, modes: list[str],
                 pairs = [{who: timed(step, seconds) for who, step in steps.items()} for _ in range(rounds)]
                 speed = {who: batch * length / statistics.median(pair[who] for pair in pairs) for who in steps}
                 ratio = statistics.median(pair["transformers"] / pair["ours"] for pair in pairs)
-                print(json.dumps({"shape": name, "precision": precision, "mode": mode, "ours_tok_s": round(speed["ours"]),
-                                  "transformers_tok_s": round(speed["transformers"]), "ratio": round(ratio, 3),
-                                  "share_of_peak": round(flops * speed["ours"] / peak, 3), "pairs": rounds}), flush=True)
+                row = {"shape": name, "precision": precision, "mode": mode, "ours_tok_s": round(speed["ours"]),
+                       "transformers_tok_s": round(speed["transformers"]), "ratio": round(ratio, 3),
+                       "share_of_peak": round(flops * speed["ours"] / peak, 3), "pairs": rounds}
+                if device == "cpu":
+                    row["outside_products_s"] = {who: round(outside_products(step), 3) for who, step in steps.items()}
+                print(json.dumps(row), flush=True)
 
 
 def machine(device: str) -> str:
