@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -381,15 +381,18 @@ def score_prompt(tokenizer, text: str) -> list[int]:
     return ids if ids[:1] == [begin] else [begin, *ids]
 
 
-def score(model, tokenizer, texts: Iterable[str]) -> dict:
-    """tokens, bytes, nats, nats per token, perplexity and bits per byte of texts, each read by itself."""
-    tokens = size = 0
-    nats = 0.0
+def score(model, tokenizer, texts: Iterable[str], top: int = 0, each: Callable | None = None) -> dict:
+    """tokens, bytes, nats, nats per token, perplexity and bits per byte of texts, each read by itself.
+
+    `each(text, scored, its measures)` sees every text; `top` asks for the likeliest tokens of each position."""
+    sums = [0, 0, 0.0]
     for text in texts:
-        scored = score_ids(model, score_prompt(tokenizer, text))
-        tokens, size = tokens + len(scored.logprobs), size + len(text.encode("utf-8"))
-        nats -= math.fsum(scored.logprobs)
-    return measures(tokens, size, nats)
+        scored = score_ids(model, score_prompt(tokenizer, text), top)
+        own = len(scored.logprobs), len(text.encode("utf-8")), -math.fsum(scored.logprobs)
+        sums = [total + part for total, part in zip(sums, own, strict=True)]
+        if each is not None:
+            each(text, scored, measures(*own))
+    return measures(*sums)
 
 
 def measures(tokens: int, size: int, nats: float) -> dict:
@@ -414,6 +417,7 @@ class Session:
             hint = f"--model {newest} holds its newest checkpoint" if newest else "train one with `python TRAIN.py`"
             raise UserError(f"model.name: {name} holds no finished model; {hint}")
         device = MODEL.choose_device(config.model.device)
+        MODEL.read_config(MODEL.resolve_folder(name))  # before the tokenizer, whose errors would blame the tokenizer
         self.tokenizer = TOKENIZER.load(config.tokenizer.name or name)
         changes = MODEL.overrides(config.model)
         if changes:
@@ -570,17 +574,13 @@ def run_score(session: Session, path: str, lines: bool, top: int, logits_path: s
     if path == "-":
         texts = (line.rstrip("\r\n") for line in read_stdin() if line.strip()) if lines else iter(["".join(read_stdin())])
     else:
-        [files] = TOKENIZER.expand_paths([path])
+        [files] = TOKENIZER.expand_paths([path], "--score")
         texts = _whole_texts(files, "line" if lines else "file")
-    tokens = size = 0
-    nats = 0.0
-    for text in texts:
-        scored = score_ids(session.model, score_prompt(session.tokenizer, text), top)
-        tokens, size = tokens + len(scored.logprobs), size + len(text.encode("utf-8"))
-        nats -= math.fsum(scored.logprobs)
+    words = session.tokenizer.convert_ids_to_tokens
+
+    def each(text: str, scored, own: dict) -> None:
+        nonlocal logits_path
         if session.settings.logprobs:
-            own = measures(len(scored.logprobs), len(text.encode("utf-8")), -math.fsum(scored.logprobs))
-            words = session.tokenizer.convert_ids_to_tokens
             record = {"text": text, **own, "ids": scored.ids, "token_strings": words(scored.ids), "logprobs": scored.logprobs}
             if top:
                 record["top_logprobs"] = [{words(i): value for i, value in place.items()} for place in scored.best]
@@ -588,10 +588,12 @@ def run_score(session: Session, path: str, lines: bool, top: int, logits_path: s
         if logits_path:
             _write_logits(session, scored.ids, logits_path)
             logits_path = None
-    if not size and not tokens:
+
+    total = score(session.model, session.tokenizer, texts, top, each)
+    if not total["bytes"] and not total["tokens"]:
         raise UserError(f"--score: {path} holds no text")
     if not session.settings.logprobs:
-        print(json.dumps(measures(tokens, size, nats)))
+        print(json.dumps(total))
 
 
 def _whole_texts(files: list[Path], unit: str) -> Iterator[str]:

@@ -130,6 +130,8 @@ class ModelConfig:
         for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}: {getattr(self, name)} must be in [0, 1)")
+        if self.model_type not in (*FAMILIES, CUSTOM):
+            raise UserError(f"model.model_type: '{self.model_type}' is not one of {', '.join(FAMILIES)}")
         for f in dataclasses.fields(self):
             choices = f.metadata["choices"]
             if choices and getattr(self, f.name) not in choices:
@@ -1226,7 +1228,8 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name for name in names]
         if (folder / stem).exists():
             return [folder / stem]
-    raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin")
+    raise UserError(f"{folder}: holds no weights (model.safetensors or pytorch_model.bin); name the folder of a finished run "
+                    "or one of its ckpt-step-*")
 
 
 def read_tensors(path: Path) -> typing.Iterator[tuple[str, Tensor]]:
@@ -1566,7 +1569,11 @@ class Action(NamedTuple):
 
 
 def nearest(word: str, words) -> str:
-    return (difflib.get_close_matches(word, list(words), 1, 0) or [""])[0]
+    """The likeliest meaning of a misspelt name: num_layers -> num_hidden_layers, which has all of its parts."""
+    words = list(words)
+    parts = set(re.split(r"[._]", word))
+    whole = [known for known in words if parts <= set(re.split(r"[._]", known))]
+    return (difflib.get_close_matches(word, whole or words, 1, 0) or [""])[0]
 
 
 def convert(value, kind, where: str, choices: tuple = ()):
@@ -1587,6 +1594,8 @@ def convert(value, kind, where: str, choices: tuple = ()):
         if type(None) in options:
             return None
         raise UserError(f"{where}: a value is needed, null is none")
+    if isinstance(value, bool) and "on" in choices:  # YAML reads a bare on or off as true or false
+        value = "on" if value else "off"
     if choices and value not in choices:
         raise UserError(f"{where}: '{value}' is not one of {', '.join(map(str, choices))}"
                         f" (nearest: {nearest(str(value), map(str, choices))})")
@@ -1661,8 +1670,16 @@ def _default(f: dataclasses.Field):
 def _read_yaml(path: Path) -> dict:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            names = [key.value for key, _ in node.value]
+            for key, _ in node.value:
+                if names.count(key.value) > 1:  # YAML would quietly keep the last
+                    raise yaml.constructor.ConstructorError(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
+            return super().construct_mapping(node, deep)
+
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({_first_line(error)})") from None
     except yaml.YAMLError as error:

@@ -246,9 +246,11 @@ class LossScale:
             self.scale *= 2
 
 
-def start_processes(training: TrainingSection, device_name: str):
+def start_processes(training: TrainingSection, device_name: str, out: Path):
     """(accelerator or None, device). Several processes and trackers need accelerate; one device does without."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if training.fsdp and not several:
+        raise UserError("training.fsdp: needs several processes (torchrun --nproc_per_node 2 TRAIN.py ...)")
     if not several and training.report_to == "none":
         return None, MODEL.choose_device(device_name)
     try:
@@ -258,7 +260,7 @@ def start_processes(training: TrainingSection, device_name: str):
         raise UserError(f"{what} `pip install accelerate`") from None
     try:
         log_with = None if training.report_to == "none" else training.report_to
-        accelerator = Accelerator(mixed_precision="no", cpu=device_name == "cpu" or None, log_with=log_with, project_dir=".")
+        accelerator = Accelerator(mixed_precision="no", cpu=device_name == "cpu" or None, log_with=log_with, project_dir=out)
     except (ImportError, ValueError) as error:
         raise UserError(f"training.report_to: {training.report_to} cannot be used ({error})") from None
     if device_name not in ("auto", "cpu") and not several:
@@ -382,8 +384,6 @@ class Trainer:
         if self.training.torch_compile:
             compile_model(self.model)
         if self.training.fsdp:
-            if world_size() == 1:
-                raise UserError("training.fsdp: needs several processes (torchrun --nproc_per_node 2 TRAIN.py ...)")
             return shard(self.model, self.device)
         return self.accelerator.prepare(self.model) if self.accelerator and world_size() > 1 else self.model
 
@@ -1073,8 +1073,8 @@ def main(argv: list[str] | None = None) -> Result:
     config = load_config(argv, SECTIONS, "training", ACTIONS, __doc__)
     if config.actions.overwrite and config.actions.resume:
         raise UserError("--overwrite and --resume exclude each other; keep one")
-    accelerator, device = start_processes(config.training, config.model.device)
     out = Path(config.output.dir)
+    accelerator, device = start_processes(config.training, config.model.device, out)
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
         first = MODEL.process_rank() == 0
         if not first:

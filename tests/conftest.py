@@ -27,6 +27,15 @@ def make_text(lines: int, seed: int = 0) -> list[str]:
     return [" ".join(WORDS[draw(len(WORDS))] for _ in range(6 + draw(9))).capitalize() + "." for _ in range(lines)]
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads only wait for each other in models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return TOKENIZER.train(make_text(400), 320, "bpe")

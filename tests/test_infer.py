@@ -30,18 +30,10 @@ import TOKENIZER
 from INFER import Detokenizer, Sampling, generate, stream
 from MODEL import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 TEXTS = ["The red fox", "Rain fell on every tree near the two blue lakes while one old owl saw the hill.", "", "A small", "owl 42 \u00e9"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only wait for each other in models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ import INFER
 import MODEL
 from MODEL import ModelConfig, UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB = 97
 SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3)
@@ -87,15 +88,6 @@ def hub(tmp_path_factory):
         return root / family
 
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Handing out such small products costs more than computing them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ids_of(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -1281,6 +1273,16 @@ def test_impossible_knobs_are_named(knobs, named):
 
 def test_learned_positions_need_no_even_heads():
     assert ModelConfig(**{**SIZES, "head_dim": 7, "position_embedding_type": "learned"}).head_dim == 7
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(UserError, match="model.model_type: 'lama' is not one of llama"):
+        ModelConfig(model_type="lama")
+
+
+def test_yaml_reads_a_bare_on_as_true():
+    for value, text in ((True, "on"), (False, "off"), ("off", "off")):
+        assert MODEL.convert(value, str, "inference.chat", ("auto", "on", "off")) == text
 
 
 def test_unknown_presets_name_the_nearest():

@@ -194,6 +194,8 @@ WRONG = {
     "- a list": "settings.yaml: sections such as 'model:' are expected",
     "model: {name: gpt2, preset: llama-1m}": "settings.yaml: model.name and model.preset exclude each other",
     "model: {name: gpt2}\ntraining: [1\nb: 2": r"settings.yaml:3: not valid YAML",
+    "training: {epochs: 1}\ntraining: {max_length: 8}": "settings.yaml:2: not valid YAML .*'training' stands twice",
+    "training:\n  epochs: 1\n  epochs: 2": "settings.yaml:3: not valid YAML .*'epochs' stands twice",
     "data: {weights: [1]}": "data.weights: 1 weights for 2 paths",
 }
 
@@ -208,6 +210,7 @@ def test_a_wrong_file_is_one_line_that_names_the_place(text, tmp_path):
 WRONG_FLAGS = {
     ("--learnin-rate", "1"): "--learnin_rate: unknown; nearest is --learning_rate",
     ("--training.epoch", "1"): "--training.epoch: unknown; nearest is --training.epochs",
+    ("--model.num_layers", "2"): "--model.num_layers: unknown; nearest is --model.num_hidden_layers",
     ("--batch-size", "x"): "command line: training.batch_size: 'x' is not of type int",
     ("--batch-size",): "--batch_size: a value is missing",
     ("--model", "a", "--model.preset", "llama-1m"): "command line: model.name and model.preset exclude each other",

@@ -144,7 +144,7 @@ def stopped_by(number: int, out: Path, accelerator):
 
 def main(folder: Path) -> None:
     TRAIN.Log.plot = lambda self: None  # drawing takes longer than these runs
-    accelerator, _ = TRAIN.start_processes(settings(), "cpu")
+    accelerator, _ = TRAIN.start_processes(settings(), "cpu", Path("."))
     results: dict = {"world_size": TRAIN.world_size()}
     again = dict(accelerator=accelerator)
     run(folder / "ddp", 8, **again)
