@@ -735,7 +735,9 @@ class Output(NamedTuple):
 
 
 HEADS = ("lm", "score", "value")
-HEAD_CHUNK_BYTES = 24 * 2**20  # float32 logits computed at once: few rows add up the head's gradient too often, many leave the cache
+# Float32 logits computed at once, in bytes: at least what a cache may hold, at most what any machine has, and between
+# them as much as the head's own weights, whose gradient is added up once for each chunk.
+HEAD_CHUNK_BYTES = 24 * 2**20, 128 * 2**20
 HEAD_KEEP_BYTES = 2**29  # logits of a whole batch up to this size are kept for backward, above it computed again
 
 
@@ -835,7 +837,8 @@ class Transformer(nn.Module):
         everywhere = len(rows) == len(hidden)
         chosen = hidden if everywhere else hidden[rows]
         picked = None if targets is None else targets.flatten() if everywhere else targets.flatten()[rows]
-        size = max(1, HEAD_CHUNK_BYTES // (4 * self.config.vocab_size))
+        low, high = (limit // (4 * self.config.vocab_size) for limit in HEAD_CHUNK_BYTES)
+        size = max(1, low, min(high, hidden.shape[-1]))  # rows at once
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, max(len(rows), 1), size):  # an empty batch still runs once, so that every weight takes part
             piece = slice(start, start + size)
@@ -1672,10 +1675,11 @@ def _read_yaml(path: Path) -> dict:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
-            names = [key.value for key, _ in node.value]
+            seen: set = set()
             for key, _ in node.value:
-                if names.count(key.value) > 1:  # YAML would quietly keep the last
+                if key.value in seen:  # YAML would quietly keep the last
                     raise yaml.constructor.ConstructorError(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
+                seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     try:

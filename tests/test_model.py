@@ -664,7 +664,7 @@ def gradients_of(model, loss) -> dict:
 @pytest.mark.parametrize("chunk", [1, 4 * VOCAB * 5, 2**25])
 def test_logprobs_and_entropy_equal_log_softmax(temperature, chunk, keep, batch, monkeypatch):
     """At any chunk size, kept or computed again, to the gradients."""
-    monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", (chunk, chunk))
     monkeypatch.setattr(MODEL, "HEAD_KEEP_BYTES", keep)
     ids, targets, positions, trained = batch
     model = tiny()
@@ -694,7 +694,7 @@ def test_untrained_places_are_exactly_zero(batch):
 
 @pytest.mark.parametrize("keep", [0, 2**40])
 def test_reduce_sees_the_models_own_logits(keep, batch, monkeypatch):
-    monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", 4 * VOCAB * 4)
+    monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", (4 * VOCAB * 4, 4 * VOCAB * 4))
     monkeypatch.setattr(MODEL, "HEAD_KEEP_BYTES", keep)
     ids, targets, positions, trained = batch
     model, seen = tiny(), {}
@@ -769,7 +769,7 @@ class Largest(TorchDispatchMode):
 
 def test_targets_never_hold_all_logits(monkeypatch):
     vocab, shape = 1000, (8, 16)
-    monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", 4 * vocab * 8)
+    monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", (4 * vocab * 8, 4 * vocab * 8))
     monkeypatch.setattr(MODEL, "HEAD_KEEP_BYTES", 0)
     model, ids = tiny(vocab_size=vocab), ids_of(*shape)
     everything = math.prod(shape) * vocab
@@ -785,7 +785,7 @@ def test_targets_never_hold_all_logits(monkeypatch):
 
 @pytest.mark.parametrize("keep, chunks", [(4 * VOCAB * 24, 3), (4 * VOCAB * 24 - 1, 6)])
 def test_logits_above_the_limit_are_computed_again_for_backward(keep, chunks, monkeypatch):
-    monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", 4 * VOCAB * 8)
+    monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", (4 * VOCAB * 8, 4 * VOCAB * 8))
     monkeypatch.setattr(MODEL, "HEAD_KEEP_BYTES", keep)
     model, ids, calls = tiny(), ids_of(3, 8), []
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
