@@ -735,7 +735,10 @@ def open_tokens(path: Path, tokenizer) -> TokenFile:
     if facts and facts["tokens"] != size // dtype.itemsize:
         raise UserError(f"{path}: {size // dtype.itemsize} ids, its JSON says {facts['tokens']}; delete both to rebuild")
     ids = np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
-    largest = max((int(ids[i : i + 2**24].max()) for i in range(0, len(ids), 2**24)), default=0)
+    with open(path, "rb") as file:  # read, not mapped: pages of a map count as this process's memory
+        largest = 0
+        while len(part := np.fromfile(file, dtype, 2**22)):
+            largest = max(largest, int(part.max()))
     if largest >= len(tokenizer):
         raise UserError(f"{path}: holds id {largest}, the tokenizer has {len(tokenizer)}; it was made by another tokenizer")
     begin = begin_id(tokenizer)
