@@ -232,7 +232,7 @@ PREFILL = 512  # prompt tokens computed at once: memory for masks and states sta
 @torch.no_grad()
 def _decode(model, rows: list[Row], use_cache: bool) -> Iterator[None]:
     """Extend all rows until each is finished; yields after every token."""
-    if not use_cache:
+    if not use_cache or not model.caches:
         yield from _decode_without_cache(model, rows)
         return
     device = model.device
@@ -417,12 +417,9 @@ class Session:
             hint = f"--model {newest} holds its newest checkpoint" if newest else "train one with `python TRAIN.py`"
             raise UserError(f"model.name: {name} holds no finished model; {hint}")
         device = MODEL.choose_device(config.model.device)
-        MODEL.read_config(MODEL.resolve_folder(name))  # before the tokenizer, whose errors would blame the tokenizer
+        MODEL.read_json(MODEL.resolve_folder(name) / "config.json")  # before the tokenizer, whose errors would blame the tokenizer
         self.tokenizer = TOKENIZER.load(config.tokenizer.name or name)
-        changes = MODEL.overrides(config.model)
-        if changes:
-            raise UserError(f"model.{next(iter(changes))}: a trained model's architecture is fixed")
-        self.model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation)
+        self.model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation, changes=MODEL.overrides(config.model))
         if len(self.tokenizer) > self.model.config.vocab_size:
             raise UserError(f"{name}: the tokenizer has {len(self.tokenizer)} ids, the model only {self.model.config.vocab_size}")
         MODEL.configure_for_hardware(self.model, device)
@@ -643,7 +640,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("no prompt: stdin is empty; pipe some text in, or use --prompt")
         prompt = prompt.removesuffix("\n")
     session = Session(config)
-    if actions.score is not None:
+    if not session.model.config.causal:
+        run_fill(session, actions, prompt)
+    elif actions.score is not None:
         run_score(session, actions.score, actions.lines, actions.top_logprobs or 0, actions.logits)
     elif actions.jsonl:
         run_jsonl(session)
@@ -667,6 +666,27 @@ def check_flags(actions, logprobs: bool) -> None:
         raise UserError("--top-logprobs: goes with --score and --logprobs")
     if actions.score not in (None, "-") and not Path(actions.score).is_file():
         raise UserError(f"--score: there is no file '{actions.score}'")
+
+
+@torch.no_grad()
+def fill(model, tokenizer, text: str) -> str:
+    """An encoder's answer: the text with each mask token replaced by the likeliest piece."""
+    ids = torch.tensor([TOKENIZER.encode_prompt(tokenizer, text)], device=model.device)[:, : model.config.max_position_embeddings]
+    hidden = ids == tokenizer.mask_token_id
+    if not hidden.any():
+        raise UserError(f"this model is an encoder: it fills in {tokenizer.mask_token}, and the text holds none")
+    logits = model(ids).logits
+    logits[..., tokenizer.all_special_ids] = -math.inf
+    filled = torch.where(hidden, logits.argmax(-1), ids)[0].tolist()
+    return tokenizer.decode(filled, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def run_fill(session: Session, actions, prompt: str | None) -> None:
+    if actions.score is not None or actions.jsonl:
+        raise UserError("this model is an encoder: it gives no text a probability and answers no JSONL; use --prompt, --lines or a pipe")
+    lines = (line.rstrip("\r\n") for line in read_stdin()) if prompt is None else [prompt]
+    for line in lines:
+        print(fill(session.model, session.tokenizer, line), flush=True)
 
 
 def run_prompt(session: Session, prompt: str, echo: bool) -> None:

@@ -1,9 +1,9 @@
 """MODEL.py: what the network is.
 
-One decoder-only Transformer, assembled from orthogonal knobs; GPT-2, Llama, Mistral and Qwen are settings of them.
-Read in this order: knobs (`ModelConfig`), presets, positions (RoPE), the KV cache, attention, the layers, the
-forward pass (`Transformer`), building and Hugging Face folders (`build`, `load`, `save`), and last the typed
-loading of config.yaml that every script uses.
+One Transformer, assembled from orthogonal knobs; GPT-2, Llama, Mistral, Qwen, Mixtral, DeepSeek-V3, Kimi K2 and BERT are
+settings of them. Read in this order: knobs (`ModelConfig`), presets, positions (RoPE), the cache, attention, the layers
+(latent attention, experts), the forward pass (`LanguageModel`, `Transformer`), building and Hugging Face folders
+(`build`, `load`, `save`), and last the typed loading of config.yaml that every script uses.
 
     python MODEL.py --model.preset llama3-8b     # layers, parameters, FLOPs, memory; builds no weights
     python MODEL.py --list                       # every family and size
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import itertools
 import json
 import math
 import os
@@ -78,7 +79,7 @@ class ModelConfig:
     model_type: str = knob("llama", "family whose config.json is written")
     vocab_size: int = knob(32000, "rows of the embedding; a preset's follows the tokenizer unless set")
     hidden_size: int = knob(256, "width C of the residual stream")
-    intermediate_size: int = knob(704, "width of the MLP")
+    intermediate_size: int = knob(704, "width of the (dense) MLP")
     num_hidden_layers: int = knob(6, "decoder layers")
     num_attention_heads: int = knob(4, "query heads H")
     num_key_value_heads: int | None = knob(None, "key/value heads: H is MHA, 1 is MQA, between is GQA")
@@ -106,10 +107,35 @@ class ModelConfig:
     eos_token_id: int | list | None = knob(None, "end-of-text id or ids; follows the tokenizer")
     pad_token_id: int | None = knob(None, "padding id; follows the tokenizer")
     num_labels: int = knob(1, "outputs of the score head")
+    num_experts: int | None = knob(None, "experts of a mixture-of-experts layer; null is one dense MLP a layer")
+    num_experts_per_tok: int = knob(2, "experts that each token visits (top-k)")
+    moe_intermediate_size: int | None = knob(None, "width of one expert; intermediate_size unless set")
+    n_shared_experts: int = knob(0, "experts that every token visits besides (DeepSeek)")
+    mlp_only_layers: list | None = knob(None, "numbers of the layers that keep a dense MLP")
+    scoring_func: str = knob("softmax", "router scores; sigmoid has a selection bias (DeepSeek-V3)", ("softmax", "sigmoid"))
+    norm_topk_prob: bool = knob(True, "weights of a token's experts add up to 1")
+    routed_scaling_factor: float = knob(1.0, "factor on what the chosen experts add")
+    n_group: int = knob(1, "groups that the experts are divided into")
+    topk_group: int = knob(1, "groups in which a token looks for its experts")
+    router_aux_loss_coef: float = knob(0.0, "weight of the load-balancing loss")
+    seq_aux: bool = knob(False, "balance within each sequence, not over the whole batch (DeepSeek-V3)")
+    router_bias_update_speed: float = knob(0.0, "step of the selection bias after each optimizer step (Wang 2024)")
+    kv_lora_rank: int | None = knob(None, "width of the latent that stands for keys and values (MLA); null is plain attention")
+    q_lora_rank: int | None = knob(None, "width of the queries' latent in MLA; null projects them directly")
+    qk_nope_head_dim: int = knob(128, "MLA: width of a query and key head's part without position")
+    qk_rope_head_dim: int = knob(64, "MLA: width of the part with a rotary position, its key shared by all heads")
+    v_head_dim: int = knob(128, "MLA: width of a value head")
+    rope_interleave: bool = knob(False, "rotary pairs stand side by side, not half a head apart (DeepSeek)")
+    causal: bool = knob(True, "each token sees only what is before it; false is an encoder (BERT)")
+    post_norm: bool = knob(False, "norms after the residual sums and on the embeddings (BERT)")
+    type_vocab_size: int = knob(0, "token types with an embedding of their own (BERT: first and second text)")
+    lm_head_transform: bool = knob(False, "the output head has a layer of its own and a bias (BERT)")
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        self._check_latent()
+        self._check_experts()
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "max_position_embeddings", "num_labels"):
             if getattr(self, name) < 1:
@@ -140,6 +166,52 @@ class ModelConfig:
             raise UserError(f"model.sliding_window: {self.sliding_window} must be at least 1, or null for none")
         self._check_layer_types()
         self._check_rope_scaling()
+
+    def _check_latent(self):
+        if self.kv_lora_rank is None:
+            return
+        for name in ("kv_lora_rank", "q_lora_rank"):
+            rank = getattr(self, name)
+            if rank is not None and not 1 <= rank <= self.hidden_size:
+                raise UserError(f"model.{name}: {rank} must lie between 1 and hidden_size {self.hidden_size}; a latent compresses")
+        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}: {getattr(self, name)} must be at least 1")
+        if self.v_head_dim > self.qk_nope_head_dim + self.qk_rope_head_dim:
+            raise UserError(f"model.v_head_dim: {self.v_head_dim} exceeds a query head's {self.qk_nope_head_dim + self.qk_rope_head_dim}")
+        if self.sliding_window is not None or self.position_embedding_type != "rope" or self.qk_norm:
+            raise UserError("model.kv_lora_rank: latent attention takes no sliding_window, learned positions or qk_norm")
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise UserError(f"model.num_key_value_heads: {self.num_key_value_heads}, but the latent serves all {self.num_attention_heads} heads")
+        self.head_dim = self.qk_rope_head_dim  # what rotary positions turn
+
+    def _check_experts(self):
+        if self.num_experts is None:
+            return
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        experts, groups = self.num_experts, self.n_group
+        if not 1 <= self.num_experts_per_tok <= experts:
+            raise UserError(f"model.num_experts_per_tok: {self.num_experts_per_tok} must lie between 1 and num_experts {experts}")
+        if groups < 1 or experts % groups:
+            raise UserError(f"model.n_group: {groups} groups do not divide num_experts {experts}")
+        if not 1 <= self.topk_group <= groups or self.topk_group * (experts // groups) < self.num_experts_per_tok:
+            raise UserError(f"model.topk_group: {self.topk_group} of {groups} groups of {experts // groups} experts must exist and hold "
+                            f"num_experts_per_tok {self.num_experts_per_tok}")
+        if groups > 1 and experts // groups < 2:
+            raise UserError(f"model.n_group: {groups} groups of one expert; a group is scored by its two best")
+        if self.router_bias_update_speed and self.scoring_func != "sigmoid":
+            raise UserError("model.router_bias_update_speed: a selection bias needs model.scoring_func sigmoid")
+        for name in ("moe_intermediate_size", "n_shared_experts", "router_aux_loss_coef", "router_bias_update_speed"):
+            if not (0 if name != "moe_intermediate_size" else 1) <= getattr(self, name) < math.inf:
+                raise UserError(f"model.{name}: {getattr(self, name)} is too small")
+        if any(not 0 <= layer < self.num_hidden_layers for layer in self.mlp_only_layers or ()):
+            raise UserError(f"model.mlp_only_layers: {self.mlp_only_layers} names a layer beyond the {self.num_hidden_layers} there are")
+        self.mlp_only_layers = sorted(set(self.mlp_only_layers or ())) or None
+
+    def sparse(self, layer: int) -> bool:
+        """Whether a layer holds experts."""
+        return self.num_experts is not None and layer not in (self.mlp_only_layers or ())
 
     def _check_layer_types(self):
         if self.layer_types is None:
@@ -199,6 +271,24 @@ _QWEN3 = dict(model_type="qwen3", qk_norm=True, rope_theta=1e6, rms_norm_eps=1e-
 _GPT2 = dict(model_type="gpt2", norm_type="layernorm", hidden_act="gelu_new", mlp_gated=False, attention_bias=True,
              attention_out_bias=True, mlp_bias=True, tie_word_embeddings=True, position_embedding_type="learned",
              vocab_size=50257, max_position_embeddings=1024, bos_token_id=50256, eos_token_id=50256)
+_BERT = dict(model_type="bert", norm_type="layernorm", hidden_act="gelu", mlp_gated=False, attention_bias=True, attention_out_bias=True,
+             mlp_bias=True, position_embedding_type="learned", causal=False, post_norm=True, lm_head_transform=True,
+             tie_word_embeddings=True, rms_norm_eps=1e-12, type_vocab_size=2, vocab_size=30522, max_position_embeddings=512, pad_token_id=0)
+_BERT_IMPLIES = ("norm_type", "mlp_gated", "attention_bias", "attention_out_bias", "mlp_bias", "position_embedding_type", "causal",
+                 "post_norm", "lm_head_transform")
+_MIXTRAL = dict(model_type="mixtral", num_experts=8, rope_theta=1e6, num_key_value_heads=8, max_position_embeddings=32768,
+                router_aux_loss_coef=0.02)
+_QWEN3_MOE = dict(_QWEN3, model_type="qwen3_moe", num_experts=128, num_experts_per_tok=8, router_aux_loss_coef=0.001)
+_DEEPSEEK = dict(model_type="deepseek_v3", rms_norm_eps=1e-6, kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64,
+                 v_head_dim=128, rope_interleave=True, num_experts=256, num_experts_per_tok=8, moe_intermediate_size=2048,
+                 n_shared_experts=1, scoring_func="sigmoid", n_group=8, topk_group=4, routed_scaling_factor=2.5,
+                 router_aux_loss_coef=1e-4, seq_aux=True, router_bias_update_speed=1e-3, mlp_only_layers=[0, 1, 2],
+                 vocab_size=129280, max_position_embeddings=163840, bos_token_id=0, eos_token_id=1,
+                 rope_scaling=dict(rope_type="yarn", factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0,
+                                   mscale=1.0, mscale_all_dim=1.0))
+_KIMI = dict(_DEEPSEEK, num_experts=384, n_group=1, topk_group=1, routed_scaling_factor=2.827, mlp_only_layers=[0], vocab_size=163840,
+             rope_theta=50000.0, max_position_embeddings=131072, bos_token_id=163584, eos_token_id=163585,
+             rope_scaling=dict(_DEEPSEEK["rope_scaling"], factor=32.0, beta_fast=1.0))
 
 
 def _size(base: dict, width: int, layers: int, heads: int, mlp: int, **more) -> dict:
@@ -207,6 +297,8 @@ def _size(base: dict, width: int, layers: int, heads: int, mlp: int, **more) -> 
 
 
 _TINY = dict(tie_word_embeddings=True, vocab_size=4096, max_position_embeddings=1024)
+_TINY_MLA = dict(_TINY, kv_lora_rank=48, q_lora_rank=64, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=24, moe_intermediate_size=96,
+                 mlp_only_layers=[0], rope_scaling=None, router_bias_update_speed=5e-3)
 PRESETS = {
     "llama-1m": _size(_TINY, 128, 4, 4, 344),
     "llama-2m": _size(_TINY, 192, 5, 6, 512, num_key_value_heads=3),
@@ -217,6 +309,12 @@ PRESETS = {
     "mistral-2m": _size(dict(_TINY, model_type="mistral", sliding_window=128), 192, 5, 6, 512, num_key_value_heads=3),
     "qwen2-2m": _size(dict(_QWEN2, **_TINY), 192, 5, 6, 512, num_key_value_heads=3),
     "qwen3-2m": _size(dict(_QWEN3, **_TINY, head_dim=32), 192, 5, 6, 512, num_key_value_heads=3),
+    "mixtral-tiny": _size(dict(_MIXTRAL, **_TINY), 128, 4, 4, 192, num_key_value_heads=2),
+    "qwen3-moe-tiny": _size(dict(_QWEN3_MOE, **_TINY, head_dim=32), 128, 4, 4, 384, num_key_value_heads=2, num_experts=16,
+                            num_experts_per_tok=4, moe_intermediate_size=96),
+    "deepseek-v3-tiny": _size(dict(_DEEPSEEK, **_TINY_MLA), 128, 4, 4, 344, num_experts=16, num_experts_per_tok=3, n_group=4, topk_group=2),
+    "kimi-k2-tiny": _size(dict(_KIMI, **_TINY_MLA), 128, 4, 4, 344, num_experts=24, num_experts_per_tok=3),
+    "bert-2m": _size(dict(_BERT, vocab_size=4096), 192, 4, 6, 768),
     "gpt2-124m": _size(_GPT2, 768, 12, 12, 3072),
     "gpt2-355m": _size(_GPT2, 1024, 24, 16, 4096),
     "gpt2-774m": _size(_GPT2, 1280, 36, 20, 5120),
@@ -240,6 +338,14 @@ PRESETS = {
     "qwen3-8b": _size(_QWEN3, 4096, 36, 32, 12288, num_key_value_heads=8),
     "qwen3-14b": _size(_QWEN3, 5120, 40, 40, 17408, num_key_value_heads=8),
     "qwen3-32b": _size(_QWEN3, 5120, 64, 64, 25600, num_key_value_heads=8),
+    "mixtral-8x7b": _size(_MIXTRAL, 4096, 32, 32, 14336),
+    "mixtral-8x22b": _size(dict(_MIXTRAL, max_position_embeddings=65536, vocab_size=32768, router_aux_loss_coef=0.001), 6144, 56, 48, 16384),
+    "qwen3-30b-a3b": _size(_QWEN3_MOE, 2048, 48, 32, 6144, num_key_value_heads=4, moe_intermediate_size=768),
+    "qwen3-235b-a22b": _size(_QWEN3_MOE, 4096, 94, 64, 12288, num_key_value_heads=4, moe_intermediate_size=1536),
+    "deepseek-v3": _size(_DEEPSEEK, 7168, 61, 128, 18432),
+    "kimi-k2": _size(_KIMI, 7168, 61, 64, 18432),
+    "bert-110m": _size(_BERT, 768, 12, 12, 3072),
+    "bert-340m": _size(_BERT, 1024, 24, 16, 4096),
 }
 
 
@@ -300,14 +406,16 @@ def _yarn_frequencies(config: ModelConfig, frequencies: Tensor) -> tuple[Tensor,
     ramp = ((torch.arange(dim // 2, device="cpu").float() - low) / max(high - low, 1e-3)).clamp(0, 1)
     stretched = frequencies * (1 - ramp) + frequencies / factor * ramp
 
-    def magnitude(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
     attention_factor = scaling.get("attention_factor")
     if attention_factor is None:
         mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention_factor = magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude(1.0)
+        attention_factor = _magnitude(factor, mscale) / _magnitude(factor, all_dim) if mscale and all_dim else _magnitude(factor)
     return stretched, attention_factor
+
+
+def _magnitude(factor: float, weight: float = 1.0) -> float:
+    """How much longer queries and keys become with a context `factor` times as long (YaRN, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -315,7 +423,16 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Hugging Face's layout: the two numbers of a pair stand half a head apart, not side by side as in Meta's files.
     """
-    first, second = states.chunk(2, dim=-1)
+    return _turn(*states.chunk(2, dim=-1), cos, sin)
+
+
+def rotate_interleaved(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same for pairs that stand side by side (DeepSeek). They come out half a head apart, in queries and keys
+    alike, so that their products stay what they were."""
+    return _turn(states[..., 0::2], states[..., 1::2], cos, sin)
+
+
+def _turn(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((torch.addcmul(first * cos, second, -sin), torch.addcmul(second * cos, first, sin)), dim=-1)
 
 
@@ -323,18 +440,15 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of past tokens, by sequence row and position; allocated once, bounds checked.
+    """What each layer keeps of past tokens, by sequence row and position; allocated once, bounds checked.
 
-    A layer hands in new states and gets back all states of its rows with the position of every slot (-1: empty).
-    No layer indexes storage, so a paged cache can take this one's place. Slot p holds position p; one spare slot at
-    the end swallows padding.
+    A layer hands in new states (keys and values, or a latent) and gets back all states of its rows with the position
+    of every slot (-1: empty). No layer indexes storage, so a paged cache can take this one's place. Slot p holds
+    position p; one spare slot at the end swallows padding. A layer's states take their shapes from what it first hands in.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, length: int, dtype=None, device=None):
-        shape = (rows, config.num_key_value_heads, length + 1, config.head_dim)
-        dtype = dtype or torch.get_default_dtype()
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+    def __init__(self, layers: int, rows: int, length: int, device=None):
+        self.states: list[list[Tensor]] = [[] for _ in range(layers)]  # each (rows, H, length + 1, D)
         self.positions = torch.full((rows, length + 1), -1, device=device)
         self.length = length
 
@@ -344,14 +458,14 @@ class KVCache:
 
     def copy(self, source: int, target: int) -> None:
         """Give `target` the past of `source` (shared prompts, moving a row)."""
-        for states in (*self.keys, *self.values, self.positions):
+        for states in (*itertools.chain(*self.states), self.positions):
             states[target] = states[source]
 
     def clear(self, row: int) -> None:
         self.positions[row] = -1
 
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(states.numel() * states.element_size() for states in itertools.chain(*self.states))
 
 
 class CacheRows:
@@ -366,19 +480,28 @@ class CacheRows:
         self.row_ids = torch.tensor(rows, device=cache.positions.device)[:, None]  # (B, 1)
         self._positions = None
 
-    def append(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store keys, values (B, H_kv, T, D) at positions (B, T); return all of (B, H_kv, S, D) and key positions."""
-        cache = self.cache
-        if positions is not self._positions:  # once per forward: all layers share one layout
-            self._place(positions)
-        stored = []
-        for states, new in ((cache.keys[layer], keys), (cache.values[layer], values)):
+    def append(self, layer: int, *new: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Store states (B, H, T, D) or (B, T, D) at positions (B, T); return all of them, (B, H, S, D) or (B, S, D),
+        and key positions (B, S)."""
+        self.layout(positions)
+        stored = self.cache.states[layer]
+        for i, states in enumerate(new):
+            states = states if states.dim() == 4 else states[:, None]  # (B, 1, T, D)
+            if i == len(stored):
+                shape = (len(self.cache.positions), states.shape[1], self.cache.length + 1, states.shape[3])
+                stored.append(states.new_zeros(shape))
             if self.span and isinstance(self.rows, slice):
-                states[self.rows, :, self.span] = new
+                stored[i][self.rows, :, self.span] = states
             else:
-                states[self.row_ids, :, self.slots] = new.transpose(1, 2).to(states.dtype)  # (B, T, H_kv, D)
-            stored.append(states[self.rows, :, : self.used])
-        return *stored, self.key_positions
+                stored[i][self.row_ids, :, self.slots] = states.transpose(1, 2).to(stored[i].dtype)  # (B, T, H, D)
+        past = [states[self.rows, :, : self.used] for states in stored]
+        return *(p if n.dim() == 4 else p[:, 0] for p, n in zip(past, new, strict=True)), self.key_positions
+
+    def layout(self, positions: Tensor) -> Tensor:
+        """Make room for positions (B, T); return key positions (B, S). Once per forward: all layers share one layout."""
+        if positions is not self._positions:
+            self._place(positions)
+        return self.key_positions
 
     def _place(self, positions: Tensor) -> None:
         cache, last = self.cache, int(positions.max())
@@ -409,13 +532,14 @@ class Mask(NamedTuple):
 class MaskBuilder:
     """Makes masks from query and key positions alone, once per window and key layout of a forward pass.
 
-    A query at p sees keys of its own segment at positions 0 <= k <= p, and k > p - window where a window is set.
+    A query at p sees keys of its own segment at positions 0 <= k <= p (any k in an encoder), and k > p - window where
+    a window is set.
     A padding query (-1) sees nothing; a softmax over nothing is NaN, so its row is opened here and its output
     is set to zero after the kernel.
     """
 
-    def __init__(self, positions: Tensor, segment_ids: Tensor | None, dtype: torch.dtype):
-        self.positions, self.segment_ids, self.dtype = positions, segment_ids, dtype
+    def __init__(self, positions: Tensor, segment_ids: Tensor | None, dtype: torch.dtype, causal: bool = True):
+        self.positions, self.segment_ids, self.dtype, self.causal = positions, segment_ids, dtype, causal
         self.made: dict = {}
 
     def __call__(self, key_positions: Tensor, window: int | None) -> Mask:
@@ -426,7 +550,7 @@ class MaskBuilder:
 
     def _make(self, key_positions: Tensor, window: int | None) -> Mask:
         queries, keys = self.positions[:, :, None], key_positions[:, None, :]  # (B, T, 1), (B, 1, S)
-        allowed = (keys >= 0) & (keys <= queries)  # (B, T, S)
+        allowed = (keys >= 0) & (keys <= queries if self.causal else queries >= 0)  # (B, T, S)
         if window is not None:
             allowed &= keys > queries - window
         if self.segment_ids is not None:
@@ -476,15 +600,15 @@ def attend_auto(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, wi
     return (attend_eager if short else attend_sdpa)(query, key, value, mask, window, dropout)
 
 
-class FlashMask(NamedTuple):
-    """Ragged rows for flash-attn: real tokens only, joined end to end; `starts` (N+1,) are the cumulative lengths."""
+class Ragged(NamedTuple):
+    """Rows for the kernels that take sequences joined end to end, without padding; `starts` (N+1,) are their edges."""
 
     tokens: Tensor  # (n,) places of the real tokens in the flattened B*T
     starts: Tensor
     longest: int
 
 
-def flash_mask(positions: Tensor, segment_ids: Tensor | None) -> FlashMask:
+def ragged_rows(positions: Tensor, segment_ids: Tensor | None, window: int | None = None) -> Ragged:
     """Cut a padded, packed batch into the sequences that may see each other."""
     rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
     tokens = (positions >= 0).flatten().nonzero()[:, 0]
@@ -493,42 +617,131 @@ def flash_mask(positions: Tensor, segment_ids: Tensor | None) -> FlashMask:
     new = (owners[1:] != owners[:-1]) | (segments[1:] != segments[:-1])
     edges = [owners.new_zeros(1), new.nonzero()[:, 0] + 1, owners.new_tensor([len(tokens)])]
     starts = torch.cat(edges).int()
-    return FlashMask(tokens, starts, int(starts.diff().max()) if len(tokens) else 0)
+    return Ragged(tokens, starts, int(starts.diff().max()) if len(tokens) else 0)
 
 
-def attend_flash(query: Tensor, key: Tensor, value: Tensor, mask: FlashMask | Mask | None, window=None, dropout=0.0):
-    """flash-attn (Dao 2023). With a cache its masks are position-based, which torch's kernel serves."""
-    if isinstance(mask, Mask) or query.dtype == torch.float32:
-        return attend_sdpa(query, key, value, mask, window, dropout)
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
+def _flash(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
+    """flash-attn (Dao 2023): q (n, H, D), k and v (n, H_kv, D) of joined sequences."""
+    from flash_attn import flash_attn_varlen_func
 
-    if mask is not None and mask.longest == 0:
-        return torch.zeros_like(query)
-    q, k, v = (states.transpose(1, 2) for states in (query, key, value))  # (B, T, H, D)
     reach = (-1, -1) if window is None else (window - 1, 0)
-    if mask is None:
-        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True, window_size=reach).transpose(1, 2)
-    q, k, v = (states.flatten(0, 1)[mask.tokens] for states in (q, k, v))  # (n, H, D)
-    joined = flash_attn_varlen_func(q, k, v, mask.starts, mask.starts, mask.longest, mask.longest, dropout_p=dropout,
-                                    causal=True, window_size=reach)
+    return flash_attn_varlen_func(q, k, v, ragged.starts, ragged.starts, ragged.longest, ragged.longest, dropout_p=dropout,
+                                  causal=True, window_size=reach)
+
+
+def _varlen(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
+    """The same kernel as torch ships it."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], 1) for states in (k, v))
+    reach = (-1, 0) if window is None else (window - 1, 0)
+    return varlen_attn(q, k, v, ragged.starts, ragged.starts, ragged.longest, ragged.longest, window_size=reach)
+
+
+def _xformers(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
+    """xformers' memory-efficient attention (Rabe 2021)."""
+    from xformers.ops import fmha
+
+    k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], 1) for states in (k, v))
+    bias = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(ragged.starts.diff().tolist())
+    bias = bias if window is None else bias.make_local_attention(window)
+    return fmha.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias, p=dropout)[0]
+
+
+def attend_ragged(kernel: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Ragged | Mask | None, window=None, dropout=0.0):
+    """A kernel for joined sequences as an attention like the others. What it has no form for (masks by position, as a
+    cache needs them; types it is not made for) goes to torch's."""
+    if isinstance(mask, Mask) or (kernel is not _xformers and query.dtype == torch.float32) or (kernel is _varlen and dropout):
+        return attend_sdpa(query, key, value, mask, window, dropout)
     batch, heads, length, width = query.shape
+    if mask is None:
+        steps = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
+        mask = Ragged(torch.arange(batch * length, device=query.device), steps, length)
+    if mask.longest == 0:
+        return torch.zeros_like(query)
+    q, k, v = (states.transpose(1, 2).flatten(0, 1)[mask.tokens] for states in (query, key, value))  # (n, H, D)
+    joined = kernel(q, k, v, mask, window, dropout)
     output = query.new_zeros(batch * length, heads, width).index_copy(0, mask.tokens, joined.to(query.dtype))
     return output.view(batch, length, heads, width).transpose(1, 2)  # (B, H, T, D)
 
 
-ATTENTION = {"auto": attend_auto, "eager": attend_eager, "sdpa": attend_sdpa, "flash_attention_2": attend_flash}
+def flex_mask(positions: Tensor, segment_ids: Tensor | None, window: int | None):
+    """Which blocks of 128 x 128 scores exist at all, and the rule inside them; empty blocks are skipped."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    segments = torch.zeros_like(positions) if segment_ids is None else segment_ids
+
+    def allowed(b, h, q, k):
+        p, s = positions[b, q], positions[b, k]
+        seen = (s >= 0) & (s <= p) & (segments[b, q] == segments[b, k])
+        seen = seen if window is None else seen & (s > p - window)
+        return seen | ((p < 0) & (q == k))  # a padding query sees itself: a softmax over nothing is NaN
+
+    length = positions.shape[1]
+    return create_block_mask(allowed, len(positions), None, length, length, device=positions.device)
 
 
-def choose_attention(name: str) -> Callable:
-    """The kernel behind model.attn_implementation; auto takes flash-attn where it is installed and can run."""
-    if name not in ATTENTION:
+@memoize
+def _compiled_flex(device: str) -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def attend_flex(query: Tensor, key: Tensor, value: Tensor, mask, window=None, dropout=0.0) -> Tensor:
+    """torch's flex_attention (Dong 2024): a kernel compiled for the mask's rule."""
+    if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
+        raise UserError("model.attn_implementation: flex_attention cannot train on a CPU; use sdpa")
+    if dropout:
+        raise UserError("model.attn_implementation: flex_attention has no dropout; set model.attention_dropout 0, or use sdpa")
+    if mask is None or isinstance(mask, Mask):  # plain, or by position as with a cache
+        return attend_sdpa(query, key, value, mask, window, dropout)
+    return _compiled_flex(query.device.type)(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
+
+
+class Kernel(NamedTuple):
+    """An attention kernel and, if it takes masks of a kind of its own, what makes them from (positions, segments, window)."""
+
+    attend: Callable
+    mask: Callable | None = None
+    float32: bool = True  # whether that kind serves float32 too
+    needs: str = ""  # what has to be installed
+    cuda: bool = False
+
+
+KERNELS = {
+    "eager": Kernel(attend_eager),
+    "sdpa": Kernel(attend_sdpa),
+    "flex_attention": Kernel(attend_flex, flex_mask),
+    "flash_attention_2": Kernel(partial(attend_ragged, _flash), ragged_rows, False, "flash_attn", True),
+    "varlen": Kernel(partial(attend_ragged, _varlen), ragged_rows, False, "", True),
+    "xformers": Kernel(partial(attend_ragged, _xformers), ragged_rows, True, "xformers", True),
+}
+ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "xformers")
+
+
+def why_not(name: str) -> str | None:
+    """The reason why a kernel cannot run here, or None."""
+    kernel = KERNELS[name]
+    if kernel.cuda and not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if kernel.needs and not _installed(kernel.needs):
+        return f"needs `pip install {kernel.needs.replace('_', '-')}`"
+    return None
+
+
+def choose_attention(name: str) -> Kernel:
+    """The kernel behind model.attn_implementation; auto takes flash-attn where it is installed and can run, on CUDA
+    torch's own form of it, else what torch has for the device."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return KERNELS["flash_attention_2" if why_not("flash_attention_2") is None else "varlen"]
+        return Kernel(attend_auto)
+    if name not in KERNELS:
         raise UserError(f"model.attn_implementation: '{name}' is not one of {', '.join(ATTENTION)}")
-    if name in ("auto", "flash_attention_2") and torch.cuda.is_available() and _installed("flash_attn"):
-        return attend_flash
-    if name == "flash_attention_2":
-        raise UserError("model.attn_implementation: flash_attention_2 needs a CUDA device and `pip install flash-attn`; "
-                        "sdpa uses torch's own fused kernels")
-    return ATTENTION[name]
+    if reason := why_not(name):
+        raise UserError(f"model.attn_implementation: {name} {reason}; sdpa uses torch's own fused kernels")
+    return KERNELS[name]
 
 
 @memoize
@@ -577,6 +790,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, attend: Callable):
         super().__init__()
         self.layer, self.attend, self.head_dim = layer, attend, config.head_dim
+        self.rotate = rotate_interleaved if config.rope_interleave else rotate
         self.window = config.window(layer)
         self.dropout = config.attention_dropout
         width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
@@ -598,13 +812,102 @@ class Attention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, T, D)
         if rope is not None:
-            query, key = rotate(query, *rope), rotate(key, *rope)
+            query, key = self.rotate(query, *rope), self.rotate(key, *rope)
         if cache is not None:
             key, value, key_positions = cache.append(self.layer, key, value, positions=positions)  # (B, H_kv, S, D)
             mask = mask(key_positions, self.window)
         dropout = self.dropout if self.training else 0.0
         output = self.attend(query, key, value, mask, self.window, dropout)
         return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1))  # (B, T, C)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, 2024, section 2.1): the cache holds one narrow latent a token, from
+    which all heads' keys and values are projected, and one rotary key that all heads share.
+
+    Two forms of one computation. Expanded: project the latents to keys and values, then attend; it does least
+    arithmetic for many queries. Absorbed: since q . (W c) = (W^T q) . c, project the few queries into the latent
+    space instead and attend to the latents as they lie in the cache; nothing as long as the context is made.
+    A rotary position cannot be moved past W so, which is why it has a part of the head to itself.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, attend: Callable):
+        super().__init__()
+        self.layer, self.attend, self.heads = layer, attend, config.num_attention_heads
+        self.rotate = rotate_interleaved if config.rope_interleave else rotate
+        self.dropout = config.attention_dropout
+        self.content, self.place, self.out = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        width, rank, bias, eps = config.hidden_size, config.kv_lora_rank, config.attention_bias, 1e-6
+        self.rank = rank
+        if config.q_lora_rank:
+            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * (self.content + self.place), bias=False)
+            self.project_query = self._narrow_query
+        else:
+            self.q_proj = nn.Linear(width, self.heads * (self.content + self.place), bias=False)
+            self.project_query = self._direct_query
+        self.kv_a_proj_with_mqa = nn.Linear(width, rank + self.place, bias)
+        self.kv_a_layernorm = RMSNorm(rank, eps)
+        self.kv_b_proj = nn.Linear(rank, self.heads * (self.content + self.out), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.out, width, bias)
+        scaling = config.rope_scaling or {}
+        # YaRN's longer context sharpens the whole score, not only the rotary part whose tables it scales.
+        self.sharpen = _magnitude(scaling.get("factor", 1), scaling.get("mscale_all_dim") or 0) ** 2
+        # From so many queries on, making keys and values once costs less than latent-wide products for each query.
+        spared = 2 * rank - self.content - self.out
+        self.expand_from = rank * (self.content + self.out) / spared if spared > 0 else math.inf
+
+    def _direct_query(self, hidden: Tensor) -> Tensor:
+        return self.q_proj(hidden)
+
+    def _narrow_query(self, hidden: Tensor) -> Tensor:
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
+
+    def forward(self, hidden: Tensor, rope, mask, positions: Tensor | None, cache: CacheRows | None) -> Tensor:
+        batch, length, _ = hidden.shape
+        query = self.project_query(hidden).view(batch, length, self.heads, -1).transpose(1, 2)  # (B, H, T, D)
+        content, place = query.split([self.content, self.place], -1)
+        place = self.rotate(place, *rope)
+        latent, key_place = self.kv_a_proj_with_mqa(hidden).split([self.rank, self.place], -1)
+        latent, key_place = self.kv_a_layernorm(latent), self.rotate(key_place[:, None], *rope)[:, 0]  # (B, T, R), (B, T, Dr)
+        if cache is not None:
+            latent, key_place, key_positions = cache.append(self.layer, latent, key_place, positions=positions)  # (B, S, ...)
+            mask = mask(key_positions, None)
+        absorb = cache is not None and length < self.expand_from
+        output = (self._absorbed if absorb else self._expanded)(content, place, latent, key_place, mask)  # (B, H, T, Dv)
+        return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1))  # (B, T, C)
+
+    def _expanded(self, content: Tensor, place: Tensor, latent: Tensor, key_place: Tensor, mask) -> Tensor:
+        batch, keys, _ = latent.shape
+        expanded = self.kv_b_proj(latent).view(batch, keys, self.heads, -1).transpose(1, 2)  # (B, H, S, D)
+        key_content, value = expanded.split([self.content, self.out], -1)
+        key = torch.cat((key_content, key_place[:, None].expand(-1, self.heads, -1, -1)), -1)
+        query = torch.cat((content, place), -1) * self.sharpen
+        value = F.pad(value, (0, key.shape[-1] - self.out))  # fused kernels want one width
+        return self.attend(query, key, value, mask, None, self.dropout if self.training else 0.0)[..., : self.out]
+
+    def _absorbed(self, content: Tensor, place: Tensor, latent: Tensor, key_place: Tensor, mask: Mask) -> Tensor:
+        batch, heads, length, _ = content.shape
+        weight = effective_weight(self.kv_b_proj, latent).reshape(heads, self.content + self.out, self.rank)
+        to_key, to_value = weight.split([self.content, self.out], 1)  # (H, Dc, R), (H, Dv, R)
+        query = content @ to_key  # (B, H, T, R)
+        scores = torch.bmm(query.flatten(1, 2), latent.transpose(1, 2))  # (B, H*T, S)
+        scores = scores.baddbmm_(place.flatten(1, 2), key_place.transpose(1, 2)).view(batch, heads, length, -1)
+        scores = scores.mul_(self.sharpen * (self.content + self.place) ** -0.5).add_(mask.bias)
+        probabilities = scores.softmax(-1)
+        if self.dropout and self.training:
+            probabilities = F.dropout(probabilities, self.dropout)
+        mixed = torch.bmm(probabilities.flatten(1, 2), latent).view(batch, heads, length, -1)  # (B, H, T, R)
+        return _blank(mixed @ to_value.transpose(1, 2), mask)  # (B, H, T, Dv)
+
+
+def effective_weight(linear: nn.Module, like: Tensor) -> Tensor:
+    """The (out, in) matrix that a bias-free layer multiplies by, in the type of `like`. Any but a plain layer (an
+    adapter on top, a quantized one) is asked by what it does to the unit vectors."""
+    if type(linear) is nn.Linear:
+        return linear.weight.to(like.dtype)
+    return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).t().to(like.dtype)
 
 
 class MLP(nn.Module):
@@ -630,39 +933,206 @@ class MLP(nn.Module):
         return self.down_proj(self.expand(hidden))
 
 
+class Routing(NamedTuple):
+    """What a router did in one training forward: its balance loss, and how many tokens each expert got (E,)."""
+
+    loss: Tensor
+    counts: Tensor
+
+
+class Router(nn.Module):
+    """Scores every token for every expert and keeps the best k (Shazeer 2017; DeepSeek-V3 2024, section 2.1.2).
+
+    Left alone, routers feed a few experts and starve the rest. Two remedies: a loss that grows with the imbalance
+    (`balance_loss`), or a selection bias (Wang 2024): after each step an expert that got too few tokens is favoured a
+    little. The bias decides who is chosen, the scores alone how much that counts, so no gradient is bent.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.activation = torch.sigmoid if config.scoring_func == "sigmoid" else partial(torch.softmax, dim=-1)
+        if config.scoring_func == "sigmoid":
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+
+    def forward(self, hidden: Tensor, real: Tensor | None, rows: int) -> tuple[Tensor, Tensor, Routing | None]:
+        """hidden (N, C) of `rows` sequences, real (N,) or None -> experts (N, k), their weights (N, k) and, in training, Routing."""
+        config = self.config
+        with torch.autocast(hidden.device.type, enabled=False):  # in float32: rounding would change who is chosen
+            scores = self.activation(F.linear(hidden.float(), self.weight.float()))  # (N, E)
+        experts = self.choose(scores.detach())  # (N, k)
+        weights = scores.gather(1, experts)
+        if config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        routing = balance_loss(scores, experts, real, rows, config) if self.training else None
+        return experts, weights * config.routed_scaling_factor, routing
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Scores (N, E) -> the k best experts (N, k), looked for in the best groups only where there are groups."""
+        config = self.config
+        if config.scoring_func == "sigmoid":
+            scores = scores + self.e_score_correction_bias
+        if config.n_group > 1:
+            grouped = scores.view(len(scores), config.n_group, -1)  # (N, G, E/G)
+            strength = grouped.topk(2, -1).values.sum(-1)  # (N, G)
+            best = torch.zeros_like(strength, dtype=torch.bool).scatter_(1, strength.topk(config.topk_group, -1).indices, True)
+            scores = grouped.masked_fill(~best[..., None], -math.inf).flatten(1)  # (N, E)
+        return scores.topk(config.num_experts_per_tok, -1).indices
+
+
+def balance_loss(scores: Tensor, experts: Tensor, real: Tensor | None, rows: int, config: ModelConfig) -> Routing:
+    """coefficient * E * sum over experts of (share of tokens that chose it) * (its mean score), over the whole batch
+    (Fedus 2021, eqs. 4-6, with k choices a token) or, with `seq_aux`, for each of `rows` sequences with the shares
+    divided by k and scores that add up to 1 (DeepSeek-V3, eqs. 17-20). Smallest when all experts get the same."""
+    count, k = scores.shape[1], experts.shape[1]
+    groups = rows if config.seq_aux else 1
+    alive = torch.ones_like(scores[:, 0]) if real is None else real.to(scores.dtype)  # (N,)
+    group = torch.arange(len(scores), device=scores.device) // (len(scores) // groups)  # (N,)
+    places = (group[:, None] * count + experts).flatten()  # (N * k,)
+    chosen = scores.new_zeros(groups * count).scatter_add_(0, places, alive.repeat_interleave(k)).view(groups, count)
+    size = alive.view(groups, -1).sum(1, keepdim=True).clamp(min=1)  # (G, 1)
+    if config.scoring_func == "sigmoid":
+        scores = scores / scores.sum(-1, keepdim=True)
+    mean = (scores * alive[:, None]).view(groups, -1, count).sum(1) / size  # (G, E)
+    shares = chosen / size / (k if config.seq_aux else 1)
+    return Routing(config.router_aux_loss_coef * count * (shares * mean).sum(-1).mean(), chosen.sum(0))
+
+
+class Gather(torch.autograd.Function):
+    """rows[index] where backward knows the inverse: it gathers too, instead of scattering with additions.
+
+    `inverse` (M * k,) lists for each of the M rows the k places it was copied to."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.rows = len(rows)
+        return rows[index]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (inverse,) = ctx.saved_tensors
+        return gradient[inverse].view(ctx.rows, -1, gradient.shape[-1]).sum(1), None, None
+
+
+class Experts(nn.Module):
+    """All experts' gated MLPs as stacked weights, computed together.
+
+    Tokens are sorted by expert, so each expert's share is one run of rows and a grouped product multiplies run e by
+    weight e. The shapes depend on the number of tokens alone, whatever the routing. An expert without tokens takes
+    part with zero rows and gets zero gradients.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        count, width, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(count, width, inner))
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.per_token = config.num_experts_per_tok
+
+    def forward(self, hidden: Tensor, experts: Tensor, weights: Tensor, real: Tensor | None) -> Tensor:
+        """hidden (N, C), experts and weights (N, k), real (N,) or None -> (N, C)."""
+        count, k = len(self.down_proj), experts.shape[1]
+        experts = experts.flatten()  # (N * k,)
+        if real is not None:
+            experts = experts.masked_fill(~real.repeat_interleave(k), count)  # padding goes behind the last expert
+        order = experts.argsort(stable=True)
+        inverse = order.argsort()
+        ends = F.one_hot(experts, count + 1).sum(0)[:count].cumsum(0, dtype=torch.int32)  # (E,)
+        behind = None if real is None else (torch.arange(len(order), device=order.device) >= ends[-1])[:, None]
+        runs = Gather.apply(hidden, order // k, inverse)  # (N * k, C)
+        runs = runs if behind is None else runs.masked_fill(behind, 0.0)
+        gate, up = grouped_product(runs, self.gate_up_proj, ends).chunk(2, -1)
+        runs = grouped_product(self.activation(gate) * up, self.down_proj, ends)  # (N * k, C)
+        runs = runs if behind is None else runs.masked_fill(behind, 0.0)  # no product has written there
+        apart = Gather.apply(runs, inverse, order).view(len(hidden), k, -1)  # (N, k, C)
+        return (weights.to(apart.dtype)[:, None] @ apart).squeeze(1)  # (N, C)
+
+
+def grouped_product(runs: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows (M, in) in runs that end at `ends` (E,), weight (E, out, in) -> (M, out)."""
+    # torch.compile knows the product in bfloat16 only; in other types it is called as it is.
+    product = F.grouped_mm if runs.dtype == torch.bfloat16 else torch.compiler.disable(F.grouped_mm)
+    return product(runs, weight.to(runs.dtype).transpose(1, 2), offs=ends)
+
+
+class MixtureOfExperts(nn.Module):
+    """A router and its experts, with an MLP beside them for what every token needs (DeepSeekMoE, Dai 2024)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        if config.n_shared_experts:
+            shared = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = MLP(dataclasses.replace(config, intermediate_size=shared))
+
+    def forward(self, hidden: Tensor, real: Tensor | None) -> tuple[Tensor, Routing | None]:
+        flat = hidden.flatten(0, 1)  # (N, C)
+        real = None if real is None else real.flatten()
+        experts, weights, routing = self.gate(flat, real, len(hidden))
+        mixed = self.experts(flat, experts, weights, real).view_as(hidden)  # (B, T, C)
+        return mixed + self.shared_experts(hidden) if hasattr(self, "shared_experts") else mixed, routing
+
+
 class DecoderLayer(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Attention, then an MLP or experts, each added to the residual stream; what the router did comes out beside it.
+
+    Pre-norm: x + f(norm(x)), the stream itself is never normalised and deep models train. Post-norm, as in BERT and
+    the first Transformer (Vaswani 2017): norm(x + f(x)).
+    """
 
     def __init__(self, config: ModelConfig, layer: int, attend: Callable):
         super().__init__()
         norm = NORMS[config.norm_type]
         self.input_layernorm = norm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, attend)
+        self.self_attn = (LatentAttention if config.kv_lora_rank else Attention)(config, layer, attend)
         self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = (MixtureOfExperts if config.sparse(layer) else MLP)(config)
+        self.feed = self._sparse if config.sparse(layer) else self._dense
         self.dropout = nn.Dropout(config.resid_pdrop) if config.resid_pdrop else nn.Identity()
+        self.block = self._post_norm if config.post_norm else self._pre_norm
 
-    def forward(self, hidden: Tensor, rope, mask, positions=None, cache=None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(hidden), rope, mask, positions, cache)
-        hidden = hidden + self.dropout(attended)
-        return hidden + self.dropout(self.mlp(self.post_attention_layernorm(hidden)))
+    def _dense(self, hidden: Tensor, real) -> tuple[Tensor, None]:
+        return self.mlp(hidden), None
+
+    def _sparse(self, hidden: Tensor, real) -> tuple[Tensor, Routing | None]:
+        return self.mlp(hidden, real)
+
+    def _pre_norm(self, hidden: Tensor, attention: tuple, real) -> tuple[Tensor, Routing | None]:
+        hidden = hidden + self.dropout(self.self_attn(self.input_layernorm(hidden), *attention))
+        mixed, routing = self.feed(self.post_attention_layernorm(hidden), real)
+        return hidden + self.dropout(mixed), routing
+
+    def _post_norm(self, hidden: Tensor, attention: tuple, real) -> tuple[Tensor, Routing | None]:
+        hidden = self.input_layernorm(hidden + self.dropout(self.self_attn(hidden, *attention)))
+        mixed, routing = self.feed(hidden, real)
+        return self.post_attention_layernorm(hidden + self.dropout(mixed)), routing
+
+    def forward(self, hidden: Tensor, rope, mask, positions=None, cache=None, real=None) -> tuple[Tensor, Routing | None]:
+        return self.block(hidden, (rope, mask, positions, cache), real)
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers, final norm: ids (B, T) -> hidden states (B, T, C)."""
+    """Embeddings, layers, final norm: ids (B, T) -> hidden states (B, T, C), those of each layer, what routers did."""
 
-    def __init__(self, config: ModelConfig, attend: Callable):
+    def __init__(self, config: ModelConfig, kernel: Kernel):
         super().__init__()
-        self.config = config
+        self.config, self.kernel = config, kernel
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        else:
+        if config.type_vocab_size:
+            self.embed_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        if config.position_embedding_type == "rope":
             # A plain attribute: as a buffer it would be rounded when the model is converted to 16 bits.
             self.rope_frequencies, self.rope_factor = rope_frequencies(config)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, attend) for i in range(config.num_hidden_layers))
-        self.norm = NORMS[config.norm_type](config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, kernel.attend) for i in range(config.num_hidden_layers))
+        norm = NORMS[config.norm_type](config.hidden_size, config.rms_norm_eps)
+        self.embed_norm, self.norm = (norm, nn.Identity()) if config.post_norm else (nn.Identity(), norm)
         self.dropout = nn.Dropout(config.embd_pdrop) if config.embd_pdrop else nn.Identity()
 
     def rope_tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -672,40 +1142,48 @@ class Decoder(nn.Module):
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
         return cos[:, None].to(dtype), sin[:, None].to(dtype)
 
-    def masks(self, positions: Tensor, segment_ids, cache, plain: bool, dtype) -> list:
+    def masks(self, rows: int, positions: Tensor, segment_ids, cache, plain: bool, dtype) -> list:
         """One mask a layer; None is plain causal, which every kernel knows by itself."""
         config = self.config
-        builder = MaskBuilder(positions, segment_ids, dtype)
+        builder = MaskBuilder(positions, segment_ids, dtype, config.causal)
         if cache is not None:
             return [builder] * config.num_hidden_layers
         windows = [config.window(i) for i in range(config.num_hidden_layers)]
-        if self.layers[0].self_attn.attend is attend_flash and dtype != torch.float32:
-            return [None if plain else flash_mask(positions, segment_ids)] * len(windows)
-        length = positions.shape[1]
-        return [None if plain and (w is None or w >= length) else builder(positions, w) for w in windows]
+        plain, length = plain and config.causal, positions.shape[1]
+        make = partial(builder, positions)
+        if self.kernel.mask and config.causal and (self.kernel.float32 or dtype != torch.float32):
+            make = memoize(partial(self.kernel.mask, positions.expand(rows, length), segment_ids))
+            if self.kernel.mask is ragged_rows and plain:  # the kernel knows windows by itself
+                return [None] * len(windows)
+        return [None if plain and (w is None or w >= length) else make(w) for w in windows]
 
-    def forward(self, input_ids: Tensor, positions=None, cache=None, segment_ids=None, keep: bool = False):
+    def forward(self, input_ids: Tensor, positions=None, cache=None, segment_ids=None, token_types=None, keep: bool = False):
         plain = positions is None and segment_ids is None and cache is None
+        real = None if positions is None else positions >= 0  # padding is not routed
         if positions is None:
             positions = default_positions(input_ids, segment_ids)
         hidden = self.embed_tokens(input_ids)  # (B, T, C)
-        dtype = compute_dtype(hidden)
         rope = None
         if self.config.position_embedding_type == "learned":
             hidden = hidden + self.embed_positions(positions.clamp(min=0))
-        else:
+        if self.config.type_vocab_size:
+            hidden = hidden + self.embed_types(torch.zeros_like(input_ids) if token_types is None else token_types)
+        hidden = self.dropout(self.embed_norm(hidden))
+        dtype = compute_dtype(hidden)
+        if self.config.position_embedding_type == "rope":
             rope = self.rope_tables(positions, dtype)
-        hidden = self.dropout(hidden)
-        masks = self.masks(positions, segment_ids, cache, plain, dtype)
-        states = []
+        masks = self.masks(len(input_ids), positions, segment_ids, cache, plain, dtype)
+        states, routings = [], []
         for layer, mask in zip(self.layers, masks, strict=True):
             if keep:
                 states.append(hidden)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None:
-                hidden = checkpoint(layer, hidden, rope, mask, use_reentrant=False)
+                hidden, routing = checkpoint(layer, hidden, rope, mask, None, None, real, use_reentrant=False)
             else:
-                hidden = layer(hidden, rope, mask, positions, cache)
-        return self.norm(hidden), states
+                hidden, routing = layer(hidden, rope, mask, positions, cache, real)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm(hidden), states, routings
 
 
 def default_positions(input_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
@@ -719,6 +1197,21 @@ def default_positions(input_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- forward pass
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of any model: they are compiled and sharded one by one."""
+    own = [module for module in model.modules() if isinstance(module, DecoderLayer)]
+    return own or list(max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=[]))
+
+
+def set_checkpointing(model: nn.Module, on: bool) -> None:
+    """Compute the layers' activations again in backward instead of keeping them (Chen 2016)."""
+    for module in model.modules():
+        if isinstance(module, Decoder):
+            module.gradient_checkpointing = on
+        elif isinstance(module, ForeignModel) and on:
+            module.inner.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 class Output(NamedTuple):
@@ -741,46 +1234,45 @@ HEAD_CHUNK_BYTES = 24 * 2**20, 128 * 2**20
 HEAD_KEEP_BYTES = 2**29  # logits of a whole batch up to this size are kept for backward, above it computed again
 
 
-class Transformer(nn.Module):
-    """A decoder with its heads. `config.json`'s names throughout: model.layers.0.self_attn.q_proj and so on."""
+class LanguageModel(nn.Module):
+    """What every model of the project is to its callers: a backbone that turns ids into hidden states, heads on it,
+    and one `forward` that computes what a loss or a sampler asks for."""
 
-    def __init__(self, config: ModelConfig, head: str | tuple = "lm", attn_implementation: str = "auto"):
+    heads: tuple = ("lm",)
+    caches = True  # whether `new_cache` and forward's `cache` work
+
+    def __init__(self):
         super().__init__()
-        self.config = config
-        self.heads = (head,) if isinstance(head, str) else tuple(head)
-        if not set(self.heads) <= set(HEADS):
-            raise UserError(f"head: {head!r} is not one of {', '.join(HEADS)}")
-        self.model = Decoder(config, choose_attention(attn_implementation))
-        if "lm" in self.heads:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if "score" in self.heads:
-            self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        if "value" in self.heads:
-            self.value_head = nn.Linear(config.hidden_size, 1, bias=False)
-        self.tie_weights()
+        self.router_counts: Tensor | None = None  # (layers with experts, E) tokens since the last optimizer step
 
-    def tie_weights(self) -> None:
-        if self.config.tie_word_embeddings and "lm" in self.heads:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.embed_tokens.weight.dtype
-
-    def new_cache(self, rows: int, length: int) -> KVCache:
-        """An empty cache in the type that attention computes in."""
-        return KVCache(self.config, rows, length, compute_dtype(self.model.embed_tokens.weight), self.device)
+    def backbone(self, input_ids, positions, cache, segment_ids, token_types, keep: bool) -> tuple[Tensor, list, list[Routing]]:
+        """ids (B, T) -> hidden states (B, T, C) after the final norm, those before each layer if `keep`, what routers did."""
+        raise NotImplementedError
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states (N, C) -> logits (N, V), in the model's type of computation."""
-        return self.lm_head(hidden)
+        raise NotImplementedError
 
-    def after_step(self) -> None:
-        """Called by the trainer after each optimizer step; routers keep their balance here."""
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        return KVCache(self.config.num_hidden_layers, rows, length, self.device)
+
+    def after_step(self) -> dict[str, float]:
+        """Called by the trainer after each optimizer step: routers move their selection bias (Wang 2024, algorithm 1).
+
+        Returns what the log shows: how many tokens the fullest expert got in units of a fair share (1 is balance),
+        and the share of experts that got none, both as means over the layers.
+        """
+        if self.router_counts is None:
+            return {}
+        counts, self.router_counts = self.router_counts, None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        fair = counts.mean(1, keepdim=True)  # (layers, 1)
+        routers = [module for module in self.modules() if isinstance(module, Router)]
+        for router, above in zip(routers, counts - fair, strict=True):
+            if router.config.router_bias_update_speed:
+                router.e_score_correction_bias -= router.config.router_bias_update_speed * above.sign()
+        return {"expert_load": float((counts.amax(1) / fair[:, 0].clamp(min=1e-9)).mean()), "idle_experts": float((counts == 0).float().mean())}
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: CacheRows | None = None,
                 segment_ids: Tensor | None = None, token_types: Tensor | None = None, targets: Tensor | None = None,
@@ -795,19 +1287,22 @@ class Transformer(nn.Module):
         entropy       (B, T) float32      with want=("entropy",), of the same distribution
         hidden_states tuple of (B, T, C)  want=("hidden_states",): embeddings, each layer, the last one after the norm
         values, scores (B, T), (B, T, L)  want=("values", "scores"): heads at every position
+        aux_loss      ()                  in training, the routers' balance loss with its coefficient, mean over layers
 
         positions (B, T): where each token stands, -1 is padding; None is 0..T-1, restarting at each segment.
         segment_ids (B, T): tokens see only their own segment. cache: see `KVCache.select`.
         The caller shifts targets; they are never shifted here. No (B, T, V) tensor exists with targets or reduce.
         """
-        if token_types is not None:
-            raise ValueError("this model has no token types")
         if "entropy" in want and targets is None:
             raise ValueError("entropy is computed at the places that targets name")
         if cache is not None and (positions is None or segment_ids is not None):
             raise ValueError("with a cache, positions are required and segment_ids are not possible")
-        hidden, states = self.model(input_ids, positions, cache, segment_ids, keep="hidden_states" in want)
+        hidden, states, routings = self.backbone(input_ids, positions, cache, segment_ids, token_types, "hidden_states" in want)
         out = {"aux_loss": hidden.new_zeros((), dtype=torch.float32)}
+        if routings:
+            out["aux_loss"] = torch.stack([routing.loss for routing in routings]).mean()
+            counts = torch.stack([routing.counts for routing in routings])
+            self.router_counts = counts if self.router_counts is None else self.router_counts + counts
         if "hidden_states" in want:
             out["hidden_states"] = (*states, hidden)
         if "values" in want:
@@ -866,6 +1361,71 @@ class Transformer(nn.Module):
         return results
 
 
+class MaskedHead(nn.Module):
+    """BERT's output head: a layer of its own before the embedding's weights, and a bias for each id."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.norm = NORMS[config.norm_type](config.hidden_size, config.rms_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.activation(self.dense(hidden))))
+
+
+class Transformer(LanguageModel):
+    """Layers with their heads. `config.json`'s names throughout: model.layers.0.self_attn.q_proj and so on."""
+
+    def __init__(self, config: ModelConfig, head: str | tuple = "lm", attn_implementation: str = "auto"):
+        super().__init__()
+        self.config = config
+        self.heads = (head,) if isinstance(head, str) else tuple(head)
+        if not set(self.heads) <= set(HEADS):
+            raise UserError(f"head: {head!r} is not one of {', '.join(HEADS)}")
+        self.model = Decoder(config, choose_attention(attn_implementation))
+        if "lm" in self.heads:
+            plain = partial(nn.Linear, config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = MaskedHead(config) if config.lm_head_transform else plain()
+        if "score" in self.heads:
+            self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        if "value" in self.heads:
+            self.value_head = nn.Linear(config.hidden_size, 1, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings and "lm" in self.heads:
+            getattr(self.lm_head, "decoder", self.lm_head).weight = self.model.embed_tokens.weight
+
+    @property
+    def tied_name(self) -> str:
+        """The head's name for the weights that it shares with the embedding."""
+        return "lm_head.decoder.weight" if self.config.lm_head_transform else "lm_head.weight"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def caches(self) -> bool:
+        return self.config.causal
+
+    def backbone(self, input_ids, positions, cache, segment_ids, token_types, keep: bool):
+        if token_types is not None and not self.config.type_vocab_size:
+            raise ValueError("this model has no token types")
+        if cache is not None and not self.config.causal:
+            raise ValueError("an encoder sees all tokens at once and has no use for a cache")
+        return self.model(input_ids, positions, cache, segment_ids, token_types, keep)
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
+
+
 def log_softmax_at(logits: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False) -> dict:
     """logits (N, V), targets (N,) -> {"logprobs": (N,)} and the distribution's entropy in nats, in float32."""
     logits = logits.float()
@@ -888,6 +1448,188 @@ def token_logprobs(model, input_ids: Tensor, segment_ids: Tensor | None = None, 
     return model(input_ids[:, :-1], segment_ids=segments, targets=targets, temperature=temperature).logprobs
 
 
+# ----------------------------------------------------------------------------------------- any other causal LM
+
+
+@dataclass
+class ForeignConfig:
+    """What the stages ask of a model whose architecture transformers computes."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    max_position_embeddings: int
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    causal: bool = True
+    eos_ids = ModelConfig.eos_ids
+
+
+class ForeignModel(LanguageModel):
+    """A causal LM of any architecture that transformers knows, behind the project's forward and cache.
+
+    Documents are kept apart and the cache is ragged through masks of our own, one for each kind of layer: position
+    ids alone do not separate documents, and one mask for all would replace a sliding window. Whether an architecture
+    obeys them is found out on a few random ids (`probe`); what it cannot do falls back to a slower way, with one line.
+    """
+
+    def __init__(self, inner: nn.Module, head: str | tuple = "lm"):
+        super().__init__()
+        self.inner = inner
+        self.heads = (head,) if isinstance(head, str) else tuple(head)
+        c = inner.config.get_text_config()
+        context = getattr(c, "max_position_embeddings", None) or getattr(c, "max_seq_len", None) or getattr(c, "n_positions", None) or 2048
+        self.config = ForeignConfig(c.model_type, c.vocab_size, c.hidden_size, c.num_hidden_layers, context, c.bos_token_id, c.eos_token_id,
+                                    c.pad_token_id, c.tie_word_embeddings)
+        self.softcap = getattr(c, "final_logit_softcapping", None)
+        kinds = set(getattr(c, "layer_types", None) or ())
+        window = getattr(c, "sliding_window", None) if getattr(c, "use_sliding_window", True) else None
+        self.windows = {kind: window if kind == "sliding_attention" else None for kind in kinds} if kinds else {"": window}
+        if "score" in self.heads:
+            self.score = nn.Linear(c.hidden_size, c.num_labels, bias=False)
+        if "value" in self.heads:
+            self.value_head = nn.Linear(c.hidden_size, 1, bias=False)
+        self.abilities: dict[str, bool] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.inner.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.inner.parameters()).dtype
+
+    @property
+    def caches(self) -> bool:
+        return self._can("cache")
+
+    def tie_weights(self) -> None:
+        self.inner.tie_weights()
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        if not self._can("head"):
+            return hidden  # the backbone has gone all the way to logits
+        logits = self.inner.get_output_embeddings()(hidden)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def backbone(self, input_ids, positions, cache, segment_ids, token_types, keep: bool):
+        if token_types is not None:
+            raise ValueError("this model has no token types")
+        ragged = positions is not None or segment_ids is not None
+        if cache is None and ragged and not self._can("masks"):
+            return self._apart(input_ids, positions, segment_ids)
+        arguments = {"use_cache": False}
+        if ragged:
+            positions = default_positions(input_ids, segment_ids) if positions is None else positions
+            positions = positions.expand_as(input_ids)
+            arguments["position_ids"] = positions.clamp(min=0)
+            keys = positions
+            if cache is not None:
+                keys = cache.layout(positions)
+                arguments.update(use_cache=True, past_key_values=_adapted(cache, positions))
+            build = MaskBuilder(positions, segment_ids, compute_dtype(self.inner.get_input_embeddings().weight))
+            masks = {kind: build(keys, window).bias.clamp(min=torch.finfo(build.dtype).min) for kind, window in self.windows.items()}
+            arguments["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
+        return self._run(input_ids, keep, **arguments)
+
+    def _run(self, input_ids: Tensor, keep: bool, **arguments):
+        if self._can("head"):
+            out = self.inner.base_model(input_ids=input_ids, output_hidden_states=keep, **arguments)
+            hidden = out.last_hidden_state
+        else:
+            out = self.inner(input_ids=input_ids, output_hidden_states=keep, **arguments)
+            hidden = out.logits
+        return hidden, list(out.hidden_states[:-1]) if keep else [], []
+
+    def _apart(self, input_ids: Tensor, positions: Tensor | None, segment_ids: Tensor | None):
+        """Each document as a padded row of its own, for an architecture whose masks cannot keep them apart."""
+        batch, length = input_ids.shape
+        segments = torch.zeros_like(input_ids) if segment_ids is None else segment_ids
+        places = default_positions(input_ids, segment_ids).expand_as(input_ids) if positions is None else positions
+        real = (places >= 0).flatten()
+        row = torch.arange(batch, device=input_ids.device)[:, None].expand_as(input_ids)
+        keys = torch.stack((row.flatten(), segments.flatten()))[:, real]  # (2, N)
+        _, owner, sizes = keys.unique(dim=1, return_inverse=True, return_counts=True)
+        order = owner.argsort(stable=True)
+        column = torch.arange(len(owner), device=owner.device) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # place in its document
+        ids = input_ids.new_zeros(len(sizes), int(sizes.max()))
+        there = torch.zeros_like(ids)
+        ids[owner[order], column] = input_ids.flatten()[real][order]
+        there[owner[order], column] = 1
+        hidden, _, _ = self._run(ids, False, use_cache=False, attention_mask=there)
+        spread = hidden.new_zeros(batch * length, hidden.shape[-1])
+        back = real.nonzero()[:, 0][order]
+        return spread.index_copy(0, back, hidden[owner[order], column]).view(batch, length, -1), [], []
+
+    def _can(self, ability: str) -> bool:
+        if self.abilities is None:
+            self.probe()
+        return self.abilities[ability]
+
+    @torch.no_grad()
+    def probe(self) -> None:
+        """Compare each ability with the model's own plain forward on random ids."""
+        self.abilities = {"head": True, "masks": True, "cache": True}
+        training = self.training
+        self.eval()
+        short = min((w for w in self.windows.values() if w), default=0)
+        length = 12 + (2 * short if short <= 32 else 0)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.config.vocab_size, (1, length), generator=generator).to(self.device)
+        cut = length - 5
+        plain = self.inner(input_ids=ids, use_cache=False).logits
+        second = self.inner(input_ids=ids[:, cut:], use_cache=False).logits
+        near = 1e-3 if plain.dtype == torch.float32 else 0.1
+
+        def same(ability: str, compute: Callable, expected: Tensor) -> None:
+            try:
+                self.abilities[ability] = bool((compute() - expected).abs().max() <= near * plain.std())
+            except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, NotImplementedError, IndexError):
+                self.abilities[ability] = False
+
+        def documents() -> Tensor:
+            segments = (torch.arange(length, device=ids.device) >= cut).long()[None]
+            return self(ids, segment_ids=segments).logits[:, cut:]
+
+        def cached() -> Tensor:
+            cache, logits = self.new_cache(1, length), []
+            for start, stop in ((0, cut), *((i, i + 1) for i in range(cut, length))):
+                positions = torch.arange(start, stop, device=ids.device)[None]
+                logits.append(self(ids[:, start:stop], positions=positions, cache=cache.select([0])).logits)
+            return torch.cat(logits, 1)
+
+        same("head", lambda: self(ids).logits, plain)
+        same("masks", documents, second)
+        same("cache", cached, plain)
+        self.train(training)
+        name = self.config.model_type
+        for ability, line in (("head", "has an output head of its own kind: whole logits are computed at once"),
+                              ("masks", "takes no masks between documents: each becomes a padded row"),
+                              ("cache", "cannot use the cache: each token computes all before it again")):
+            if not self.abilities[ability]:
+                say(f"model.name: {name} {line}")
+
+
+def _adapted(cache: CacheRows, positions: Tensor):
+    """Our cache as transformers' layers see one: they hand in keys and values and get back all of them."""
+    from transformers.cache_utils import Cache
+
+    class Adapter(Cache):
+        def __init__(self):
+            super().__init__(layers=[])
+
+        def update(self, keys, values, layer, *_, **__):
+            return cache.append(layer, keys, values, positions=positions)[:2]
+
+        def get_seq_length(self, layer=0):
+            return 0
+
+    return Adapter()
+
+
 # ---------------------------------------------------------------------------------------- building and folders
 
 
@@ -897,7 +1639,7 @@ def init_weights(model: Transformer, seed: int = 0, only: tuple = ("",)) -> None
     Matrices and embeddings are normal(0, initializer_range). The two products that write into the residual stream
     (o_proj, down_proj) are smaller by sqrt(2 * layers), so that the stream's variance does not grow with depth
     (GPT-2, Radford 2019, section 2.3). Norms start at one, biases at zero, a value head at zero (it predicts
-    nothing before it has learnt). `only` restricts to parameters whose names start so.
+    nothing before it has learnt), a router's selection bias at zero. `only` restricts to parameters whose names start so.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
@@ -910,7 +1652,7 @@ def init_weights(model: Transformer, seed: int = 0, only: tuple = ("",)) -> None
             elif weight.dim() == 1:
                 weight.fill_(1.0)
             else:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
                 std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers if residual else 1)
                 weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
 
@@ -932,39 +1674,77 @@ def build(config: ModelConfig | str | dict, head: str | tuple = "lm", seed: int 
 
 
 class Family(NamedTuple):
-    """How Hugging Face spells an architecture: class prefix, what its name implies, and its defaults for absent keys."""
+    """How Hugging Face spells an architecture in config.json and in its files."""
 
-    prefix: str
-    implied: dict
-    defaults: dict
-    names: dict = {}  # our knob -> its key in config.json, where they differ
+    prefix: str  # of its class names
+    has: tuple  # knobs that it has keys for, beyond those that all families share
+    implied: dict  # knobs that its name alone sets
+    defaults: dict  # what an absent key means
+    names: dict = {}  # knob -> its key, where they differ
+    base: tuple = ("model", "embed_tokens", "layers", "norm")  # prefix of the tensors, and how they begin without it
+    parts: tuple = ()  # (our part of a tensor's name, its own)
 
 
-_DEFAULTS = dict(rms_norm_eps=1e-6, hidden_act="silu", rope_theta=10000.0, tie_word_embeddings=False,
-                 attention_bias=False, mlp_bias=False, initializer_range=0.02, max_position_embeddings=32768)
-_GPT2_NAMES = dict(hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
-                   max_position_embeddings="n_positions", intermediate_size="n_inner", attention_dropout="attn_pdrop",
-                   hidden_act="activation_function", rms_norm_eps="layer_norm_epsilon")
+_SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+           "head_dim", "max_position_embeddings", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "attention_bias",
+           "attention_dropout", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "num_labels")
+_DEFAULTS = dict(rms_norm_eps=1e-6, hidden_act="silu", rope_theta=10000.0, tie_word_embeddings=False, attention_bias=False,
+                 initializer_range=0.02, max_position_embeddings=32768)
+_MOE = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+_MLA = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave")
+# GPT-2's Conv1D keeps weights transposed, and its c_attn is q, k and v in one.
+_GPT2_PARTS = (("model.embed_tokens.", "transformer.wte."), ("model.embed_positions.", "transformer.wpe."),
+               ("model.layers.", "transformer.h."), ("model.norm.", "transformer.ln_f."),
+               (".input_layernorm.", ".ln_1."), (".post_attention_layernorm.", ".ln_2."), (".mlp.up_proj.", ".mlp.c_fc."),
+               (".mlp.down_proj.", ".mlp.c_proj."), (".self_attn.o_proj.", ".attn.c_proj."))
+_BERT_PARTS = (("model.embed_tokens.", "bert.embeddings.word_embeddings."), ("model.embed_positions.", "bert.embeddings.position_embeddings."),
+               ("model.embed_types.", "bert.embeddings.token_type_embeddings."), ("model.embed_norm.", "bert.embeddings.LayerNorm."),
+               ("model.layers.", "bert.encoder.layer."), (".input_layernorm.", ".attention.output.LayerNorm."),
+               (".self_attn.o_proj.", ".attention.output.dense."), (".self_attn.q_proj.", ".attention.self.query."),
+               (".self_attn.k_proj.", ".attention.self.key."), (".self_attn.v_proj.", ".attention.self.value."),
+               (".post_attention_layernorm.", ".output.LayerNorm."), (".mlp.up_proj.", ".intermediate.dense."),
+               (".mlp.down_proj.", ".output.dense."), ("lm_head.dense.", "cls.predictions.transform.dense."),
+               ("lm_head.norm.", "cls.predictions.transform.LayerNorm."), ("lm_head.decoder.bias", "cls.predictions.bias"),
+               ("lm_head.decoder.", "cls.predictions.decoder."))
 FAMILIES = {
-    "llama": Family("Llama", {}, dict(_DEFAULTS, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
-    "mistral": Family("Mistral", {"attention_bias": False, "mlp_bias": False},
+    "llama": Family("Llama", ("mlp_bias",), {}, dict(_DEFAULTS, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
+    "mistral": Family("Mistral", ("sliding_window",), {"attention_bias": False},
                       dict(_DEFAULTS, num_key_value_heads=8, sliding_window=4096, bos_token_id=1, eos_token_id=2,
                            max_position_embeddings=131072)),
-    "qwen2": Family("Qwen2", {"attention_bias": True, "mlp_bias": False}, dict(_DEFAULTS, num_key_value_heads=32)),
-    "qwen3": Family("Qwen3", {"qk_norm": True, "mlp_bias": False}, dict(_DEFAULTS, num_key_value_heads=32, head_dim=128)),
-    "gpt2": Family("GPT2", {k: _GPT2[k] for k in ("norm_type", "mlp_gated", "attention_bias", "attention_out_bias",
-                                                   "mlp_bias", "position_embedding_type")},
+    "qwen2": Family("Qwen2", ("sliding_window", "layer_types"), {"attention_bias": True}, dict(_DEFAULTS, num_key_value_heads=32)),
+    "qwen3": Family("Qwen3", ("sliding_window", "layer_types"), {"qk_norm": True}, dict(_DEFAULTS, num_key_value_heads=32, head_dim=128)),
+    "mixtral": Family("Mixtral", ("sliding_window", *_MOE), {"attention_bias": False},
+                      dict(_DEFAULTS, rms_norm_eps=1e-5, num_key_value_heads=8, num_experts=8, rope_theta=1e6, bos_token_id=1, eos_token_id=2,
+                           max_position_embeddings=131072, router_aux_loss_coef=0.001), {"num_experts": "num_local_experts"},
+                      parts=((".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2."))),
+    "qwen3_moe": Family("Qwen3Moe", ("sliding_window", "moe_intermediate_size", "mlp_only_layers", "norm_topk_prob", *_MOE), {"qk_norm": True},
+                        dict(_DEFAULTS, num_key_value_heads=4, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+                             norm_topk_prob=False, router_aux_loss_coef=0.001)),
+    "deepseek_v3": Family("DeepseekV3", ("moe_intermediate_size", "n_shared_experts", "norm_topk_prob", "routed_scaling_factor", "n_group",
+                                         "topk_group", "seq_aux", "router_bias_update_speed", *_MOE, *_MLA), {"scoring_func": "sigmoid"},
+                          dict(_DEFAULTS, num_experts=256, num_experts_per_tok=8, moe_intermediate_size=2048, n_shared_experts=1,
+                               n_group=8, topk_group=4, routed_scaling_factor=2.5, kv_lora_rank=512, q_lora_rank=1536, rope_interleave=True,
+                               max_position_embeddings=4096, bos_token_id=0, eos_token_id=1),
+                          {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}),
+    "gpt2": Family("GPT2", ("resid_pdrop", "embd_pdrop"),
+                   {k: _GPT2[k] for k in ("norm_type", "mlp_gated", "attention_bias", "attention_out_bias", "mlp_bias", "position_embedding_type")},
                    dict(hidden_act="gelu_new", rms_norm_eps=1e-5, tie_word_embeddings=True, initializer_range=0.02,
                         attention_dropout=0.1, resid_pdrop=0.1, embd_pdrop=0.1, vocab_size=50257, bos_token_id=50256,
-                        eos_token_id=50256, max_position_embeddings=1024), _GPT2_NAMES),
+                        eos_token_id=50256, max_position_embeddings=1024),
+                   dict(hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
+                        max_position_embeddings="n_positions", intermediate_size="n_inner", attention_dropout="attn_pdrop",
+                        hidden_act="activation_function", rms_norm_eps="layer_norm_epsilon"),
+                   ("transformer", "wte", "wpe", "h", "ln_f"), _GPT2_PARTS),
+    "bert": Family("Bert", ("resid_pdrop", "embd_pdrop", "type_vocab_size"), {k: v for k, v in _BERT.items() if k in _BERT_IMPLIES},
+                   dict(vocab_size=30522, hidden_act="gelu", rms_norm_eps=1e-12, tie_word_embeddings=True, initializer_range=0.02,
+                        attention_dropout=0.1, resid_pdrop=0.1, embd_pdrop=0.1, type_vocab_size=2, pad_token_id=0, max_position_embeddings=512),
+                   dict(rms_norm_eps="layer_norm_eps", resid_pdrop="hidden_dropout_prob", embd_pdrop="hidden_dropout_prob",
+                        attention_dropout="attention_probs_dropout_prob"),
+                   ("bert", "embeddings", "encoder"), _BERT_PARTS),
 }
+ALIASES = {"kimi_k2": "deepseek_v3"}  # the same network under another name
 KNOBS = {f.name: f for f in dataclasses.fields(ModelConfig)}
-# Knobs that Hugging Face's config.json has no key for: a family implies them or cannot have them.
-_LLAMA_LACKS = ("mlp_gated", "norm_type", "qk_norm", "position_embedding_type", "attention_out_bias", "resid_pdrop",
-                "embd_pdrop", "rope_scaling", "model_type")
-_GPT2_LACKS = ("qk_norm", "rope_theta", "rope_scaling", "sliding_window", "layer_types", "num_key_value_heads",
-               "head_dim", "model_type")
-HEAD_CLASSES = {"ForCausalLM": ("lm",), "LMHeadModel": ("lm",), "ForSequenceClassification": ("score",)}
+HEAD_CLASSES = {"ForCausalLM": ("lm",), "LMHeadModel": ("lm",), "ForMaskedLM": ("lm",), "ForPreTraining": ("lm",), "ForSequenceClassification": ("score",)}
 CUSTOM = "custom"  # model_type of a mixture of knobs that no Hugging Face class computes
 
 
@@ -972,6 +1752,7 @@ def config_from_hub(raw: dict) -> ModelConfig:
     """A Hugging Face config.json -> ModelConfig. RoPE is read in v4's spelling (rope_theta, rope_scaling) and in v5's
     (rope_parameters); keys that this network has no use for are ignored."""
     kind = raw.get("model_type")
+    kind = ALIASES.get(kind, kind)
     if kind == CUSTOM:
         return ModelConfig(**{k: v for k, v in raw.items() if k in KNOBS})
     if kind not in FAMILIES:
@@ -983,9 +1764,10 @@ def config_from_hub(raw: dict) -> ModelConfig:
         if key in raw:
             knobs[name] = raw[key]
     knobs.update(family.implied, model_type=kind)
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    knobs["rope_theta"] = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
-    knobs["rope_scaling"] = rope if rope.get("rope_type", rope.get("type")) else None
+    if knobs.get("position_embedding_type") != "learned":
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or family.defaults["rope_theta"]
+        knobs.update(rope_theta=float(theta), rope_scaling=rope if rope.get("rope_type", rope.get("type")) else None)
     if "num_labels" not in raw and raw.get("id2label"):
         knobs["num_labels"] = len(raw["id2label"])
     _family_quirks(kind, raw, knobs)
@@ -993,30 +1775,41 @@ def config_from_hub(raw: dict) -> ModelConfig:
 
 
 def _hub_knobs(kind: str) -> list[str]:
-    lacks = _GPT2_LACKS if kind == "gpt2" else _LLAMA_LACKS
-    return [name for name in KNOBS if name not in lacks and name not in FAMILIES[kind].implied]
+    """Knobs that a family's config.json has a key for."""
+    learned = FAMILIES[kind].implied.get("position_embedding_type") == "learned"
+    lacks = (*FAMILIES[kind].implied, *(("num_key_value_heads", "head_dim") if learned else ()), *(("head_dim",) if kind == "deepseek_v3" else ()))
+    return [name for name in (*_SHARED, *FAMILIES[kind].has) if name not in lacks]
+
+
+UNSUPPORTED = {  # family -> key: the only value that is computed here
+    "gpt2": {"scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False, "scale_attn_weights": True},
+    "bert": {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
+}
 
 
 def _family_quirks(kind: str, raw: dict, knobs: dict) -> None:
     """What single families spell in a way of their own."""
+    for key, only in UNSUPPORTED.get(kind, {}).items():
+        if raw.get(key, only) != only:
+            raise UserError(f"config.json: {key} {json.dumps(raw[key])} is not supported")
+    layers = knobs.get("num_hidden_layers", 0)
     if kind == "gpt2":
         knobs["intermediate_size"] = knobs.get("intermediate_size") or 4 * knobs["hidden_size"]
-        for key, usual in (("scale_attn_by_inverse_layer_idx", False), ("reorder_and_upcast_attn", False), ("scale_attn_weights", True)):
-            if raw.get(key, usual) != usual:
-                raise UserError(f"config.json: {key} {json.dumps(raw[key])} is not supported")
-    if kind == "llama":
-        knobs["sliding_window"] = knobs["layer_types"] = None
-    if kind in ("llama", "qwen3"):
+    if kind in ("llama", "qwen3", "qwen3_moe", "deepseek_v3"):
         knobs["attention_out_bias"] = knobs["attention_bias"]
-    if kind == "mistral":
-        knobs["layer_types"] = None
-    if kind in ("qwen2", "qwen3"):
+    if kind.startswith("qwen"):
         if not raw.get("use_sliding_window"):
             knobs["sliding_window"] = knobs["layer_types"] = None
-        elif not knobs.get("layer_types"):
+        elif kind != "qwen3_moe" and not knobs.get("layer_types"):
             full = raw.get("max_window_layers", 28)
-            knobs["layer_types"] = ["full_attention" if i < full else "sliding_attention"
-                                    for i in range(knobs["num_hidden_layers"])]
+            knobs["layer_types"] = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
+    if kind == "qwen3_moe":
+        knobs["num_experts"] = raw.get("num_experts", raw.get("num_local_experts", knobs["num_experts"]))  # v5 writes the second
+        step = raw.get("decoder_sparse_step", 1)
+        knobs["mlp_only_layers"] = [*(knobs.get("mlp_only_layers") or ()), *(i for i in range(layers) if (i + 1) % step)]
+    if kind == "deepseek_v3":
+        knobs["mlp_only_layers"] = list(range(min(raw.get("first_k_dense_replace", 3), layers)))
 
 
 def config_to_hub(config: ModelConfig, heads: tuple = ("lm",)) -> dict:
@@ -1026,69 +1819,90 @@ def config_to_hub(config: ModelConfig, heads: tuple = ("lm",)) -> dict:
         family = FAMILIES[kind]
         raw = {family.names.get(name, name): own[name] for name in _hub_knobs(kind)}
         raw["model_type"] = kind
-        if kind not in ("qwen2", "qwen3"):
-            raw.pop("layer_types", None)
-        if kind != "gpt2":
+        if family.implied.get("position_embedding_type") != "learned":
             rope = {"rope_theta": config.rope_theta, "rope_type": "default", **(config.rope_scaling or {})}
-            raw.update(rope_parameters=rope, rope_scaling=config.rope_scaling)  # v5 reads the one, v4 the other
-        if kind in ("qwen2", "qwen3"):
+            raw.update(rope_parameters=rope, rope_theta=config.rope_theta, rope_scaling=config.rope_scaling)  # v5 reads the first, v4 the others
+        if kind.startswith("qwen"):
             raw["use_sliding_window"] = config.sliding_window is not None
             raw["max_window_layers"] = (config.layer_types or []).count("full_attention")
+        if kind == "qwen3_moe":
+            raw.update(decoder_sparse_step=1, mlp_only_layers=config.mlp_only_layers or [])
+        if kind == "deepseek_v3":
+            raw.update(UNSUPPORTED[kind], first_k_dense_replace=len(config.mlp_only_layers or ()), num_nextn_predict_layers=0)
         try:
             same = dataclasses.replace(config_from_hub(raw), model_type=config.model_type) == config
         except UserError:
             same = False
         if same:
-            head = "ForSequenceClassification" if heads == ("score",) else "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
-            return {"architectures": [family.prefix + head], **raw}
+            head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM" if config.causal else "ForMaskedLM"
+            return {"architectures": [family.prefix + ("ForSequenceClassification" if heads == ("score",) else head)], **raw}
     return {"architectures": ["Custom"], **own, "model_type": CUSTOM}
 
 
-# GPT-2's names for the parts of a Transformer. Its Conv1D keeps weights transposed, and c_attn is q, k and v in one.
-GPT2_PARTS = [("model.embed_tokens.", "transformer.wte."), ("model.embed_positions.", "transformer.wpe."),
-              ("model.layers.", "transformer.h."), ("model.norm.", "transformer.ln_f."),
-              (".input_layernorm.", ".ln_1."), (".post_attention_layernorm.", ".ln_2."), (".mlp.up_proj.", ".mlp.c_fc."),
-              (".mlp.down_proj.", ".mlp.c_proj."), (".self_attn.o_proj.", ".attn.c_proj.")]
-GPT2_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
-KNOWN_BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+# Buffers and heads of published files that nothing here computes with.
+KNOWN_BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.attn\.(bias|masked_bias)$|embeddings\.position_ids$"
+                           r"|^cls\.seq_relationship\.|^bert\.pooler\.|^pooler\.")
 
 
 def weights_to_hub(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict -> the names and layouts of Hugging Face's class."""
-    if kind != "gpt2":
-        return dict(state)
+    """Our state dict -> the names and layouts of Hugging Face's files; experts one by one."""
     hub = {}
     for name, tensor in state.items():
-        if re.search(r"self_attn\.[kv]_proj", name):
+        if name.endswith("experts.gate_up_proj") and kind != CUSTOM:
+            stem = name.removesuffix("gate_up_proj")
+            pieces = {f"{stem}{e}.{part}_proj.weight": half for e, both in enumerate(tensor) for part, half in zip(("gate", "up"), both.chunk(2), strict=True)}
+        elif name.endswith("experts.down_proj") and kind != CUSTOM:
+            pieces = {name.replace("down_proj", f"{e}.down_proj.weight"): one for e, one in enumerate(tensor)}
+        elif kind == "gpt2" and "self_attn.q_proj" in name:
+            pieces = {name.replace("self_attn.q_proj", "attn.c_attn"): torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])}
+        elif kind == "gpt2" and re.search(r"self_attn\.[kv]_proj", name):
             continue
-        if "self_attn.q_proj" in name:
-            tensor = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
-            name = name.replace("self_attn.q_proj", "attn.c_attn")
-        for ours, theirs in GPT2_PARTS:
-            name = name.replace(ours, theirs)
-        hub[name] = tensor.t() if re.search(r"\.c_\w+\.weight$", name) else tensor
-    return {name: tensor.contiguous() for name, tensor in hub.items()}
+        else:
+            pieces = {name: tensor}
+        for name, piece in pieces.items():
+            for ours, theirs in FAMILIES[kind].parts if kind in FAMILIES else ():
+                name = name.replace(ours, theirs)
+            hub[name] = piece.t() if kind == "gpt2" and re.search(r"\.c_\w+\.weight$", name) else piece
+    # A file may not hold parts of one storage: an expert is copied out of its stack.
+    return {name: tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone() for name, tensor in hub.items()}
 
 
-def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """One tensor of a hub file -> ours; an empty list for a buffer that is known and not needed."""
-    if KNOWN_BUFFERS.search(name):
-        return []
-    if config.model_type != "gpt2":
-        bare = name.split(".")[0] in ("embed_tokens", "layers", "norm")  # saved from the base class, without a head
-        return [("model." + name if bare else name, tensor)]
-    if GPT2_BUFFERS.search(name):
-        return []
-    if name.split(".")[0] in ("wte", "wpe", "h", "ln_f"):
-        name = "transformer." + name
-    if re.search(r"\.c_\w+\.weight$", name):
+class Piece(NamedTuple):
+    """A hub tensor in our names: the parameter it belongs to, and which part of that (an expert's, say); () is all."""
+
+    name: str
+    index: tuple
+    tensor: Tensor
+
+
+def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor) -> list[Piece]:
+    """One tensor of a hub file -> ours; an empty list for one that is known and not needed."""
+    kind = config.model_type
+    if KNOWN_BUFFERS.search(name) or kind not in FAMILIES:
+        return [] if KNOWN_BUFFERS.search(name) else [Piece(name, (), tensor)]
+    family = FAMILIES[kind]
+    prefix, *bare = family.base
+    if name.split(".")[0] in bare:  # saved from the base class, without a head
+        name = f"{prefix}.{name}"
+    if kind == "bert":
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        name = name.replace("cls.predictions.decoder.bias", "cls.predictions.bias")  # one bias under two names
+    if kind == "gpt2" and re.search(r"\.c_\w+\.weight$", name):
         tensor = tensor.t()
-    for ours, theirs in GPT2_PARTS:
+    for ours, theirs in family.parts:
         name = name.replace(theirs, ours)
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if kind == "deepseek_v3" and layer and int(layer[1]) >= config.num_hidden_layers:
+        return []  # multi-token prediction, an extra head of the published files
     if ".attn.c_attn." in name:
         names = [name.replace("attn.c_attn", f"self_attn.{part}_proj") for part in "qkv"]
-        return list(zip(names, tensor.chunk(3), strict=True))
-    return [(name, tensor)]
+        return [Piece(name, (), part) for name, part in zip(names, tensor.chunk(3), strict=True)]
+    if expert := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name):
+        stem, number, part, inner = expert[1], int(expert[2]), expert[3], config.moe_intermediate_size or 0
+        if part == "down":
+            return [Piece(f"{stem}.down_proj", (number,), tensor)]
+        return [Piece(f"{stem}.gate_up_proj", (number, slice(0, inner) if part == "gate" else slice(inner, None)), tensor)]
+    return [Piece(name, (), tensor)]
 
 
 @contextmanager
@@ -1143,17 +1957,23 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def save(model: Transformer, folder: str | Path) -> None:
+def save(model: LanguageModel, folder: str | Path) -> None:
     """Write config.json, generation_config.json and safetensors (sharded above 5 GB) as transformers would.
 
     Sharded weights (FSDP2) are gathered, so every process has to call; the first one writes."""
     from huggingface_hub import save_torch_state_dict
 
+    if isinstance(model, ForeignModel):
+        state = {name: gathered(tensor) for name, tensor in model.inner.state_dict().items()}
+        if process_rank() == 0:
+            with staged(folder) as scratch:
+                model.inner.save_pretrained(scratch, state_dict=state)
+        return
     state = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
     if process_rank() != 0:
         return
     if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+        state.pop(model.tied_name, None)
     raw = config_to_hub(model.config, model.heads)
     kind = raw["model_type"]
     if kind == CUSTOM:
@@ -1235,17 +2055,20 @@ def weight_files(folder: Path) -> list[Path]:
                     "or one of its ckpt-step-*")
 
 
-def read_tensors(path: Path) -> typing.Iterator[tuple[str, Tensor]]:
-    """The tensors of one file, mapped from disk: a page is read when it is used. Pickles hold weights only, or fail."""
+def read_tensors(path: Path, ending: str = "") -> typing.Iterator[tuple[str, Tensor]]:
+    """The tensors of one file (those whose names end so), mapped from disk: a page is read when it is used. Pickles
+    hold weights only, or fail."""
     import pickle
 
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
-                    yield name, file.get_tensor(name)
+                    if name.endswith(ending):
+                        yield name, file.get_tensor(name)
         else:
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)).items()
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            yield from ((name, tensor) for name, tensor in held.items() if name.endswith(ending))
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
     except pickle.UnpicklingError:
@@ -1258,32 +2081,66 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
+def dequantized(folder: Path, raw: dict) -> typing.Iterator[tuple[Path, str, Tensor]]:
+    """All tensors of a folder with their files. DeepSeek's block-scaled fp8 weights are multiplied out on the way:
+    one float32 scale (`weight_scale_inv`) for each block of usually 128 x 128 weights."""
+    files, quantization = weight_files(folder), raw.get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if method not in (None, "fp8"):
+        raise UserError(f"{folder}: its weights are quantized with {method}, which is not read here; name the original model")
+    ending = "_scale_inv"
+    scales = {name.removesuffix(ending): tensor for path in files if method for name, tensor in read_tensors(path, ending)}
+    height, width = quantization.get("weight_block_size") or (128, 128)
+    for path in files:
+        for name, tensor in read_tensors(path):
+            if method and name.endswith(ending):
+                continue
+            if name in scales:
+                spread = scales[name].repeat_interleave(height, 0).repeat_interleave(width, 1)
+                tensor = tensor.float() * spread[: tensor.shape[0], : tensor.shape[1]]
+            yield path, name, tensor
+
+
+OPTIONAL = ("lm_head.", "score.", "value_head.")  # heads: a file may lack them or hold one that is not asked for
+
+
 def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed: int = 0) -> None:
     """Assign a folder's weights to a model (on `meta` or not); every tensor must fit by name and shape."""
-    expected = {name: weight.shape for name, weight in model.state_dict().items()}
+    raw = read_json(folder / "config.json")
+    expected = dict(model.state_dict())
     if model.config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-    state, extra = {}, []
-    for path in weight_files(folder):
-        for hub_name, tensor in read_tensors(path):
-            for name, part in weights_from_hub(model.config, hub_name, tensor):
-                if name not in expected:
-                    tied = name == "lm_head.weight" and model.config.tie_word_embeddings
-                    extra += [] if tied or name.startswith(("lm_head.", "score.", "value_head.")) else [hub_name]
-                elif part.shape != expected[name]:
-                    raise UserError(f"{path}: {hub_name} is {tuple(part.shape)}, config.json makes it {tuple(expected[name])}")
-                else:
-                    state[name] = part.to(device=device, dtype=dtype).contiguous()
-    missing = [name for name in expected if name not in state]
-    fresh = tuple(name for name in missing if name.startswith(("lm_head.", "score.", "value_head.")))
-    if "lm_head.weight" in fresh and _names_head(folder, "lm"):
-        fresh = tuple(name for name in fresh if name != "lm_head.weight")
+        expected.pop(model.tied_name, None)
+    state, extra, filled = {}, [], dict.fromkeys(expected, 0)
+    for path, hub_name, tensor in dequantized(folder, raw):
+        for name, index, part in weights_from_hub(model.config, hub_name, tensor):
+            if name not in expected:
+                tied = name == model.tied_name and model.config.tie_word_embeddings
+                extra += [] if tied or name.startswith(OPTIONAL) else [hub_name]
+                continue
+            whole = expected[name].shape
+            fits = not index or index[0] < whole[0]
+            shape = torch.empty(whole, device="meta")[index].shape if fits else ()
+            if part.shape != shape:
+                raise UserError(f"{path}: {hub_name} is {tuple(part.shape)}, config.json makes it {tuple(shape)}")
+            # A router's bias is the sum of tiny steps: it stays float32.
+            kind = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+            if index:
+                if name not in state:
+                    state[name] = torch.empty(whole, dtype=kind or part.dtype, device=device or "cpu")
+                state[name][index] = part.to(state[name])
+            else:
+                state[name] = part.to(device=device, dtype=kind).contiguous()
+            filled[name] += part.numel()
+    missing = [name for name, count in filled.items() if count < expected[name].numel()]
+    fresh = tuple(name for name in missing if name.startswith(OPTIONAL) and name not in state)
+    if _names_head(folder, "lm"):
+        fresh = tuple(name for name in fresh if not name.startswith("lm_head."))
     missing = [name for name in missing if name not in fresh]
     for label, names in (("missing", missing), ("unexpected", extra)):
         if names:
             raise UserError(f"{folder}: {label} tensor {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
     for name in fresh:
-        state[name] = torch.empty(expected[name], dtype=dtype or torch.float32, device=device or "cpu")
+        state[name] = torch.empty(expected[name].shape, dtype=dtype or torch.float32, device=device or "cpu")
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     init_weights(model, seed, fresh or ("no parameter",))
@@ -1303,23 +2160,65 @@ def folder_heads(raw: dict) -> tuple:
 
 
 def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_implementation: str = "auto",
-         head: str | tuple | None = None, seed: int = 0) -> Transformer:
+         head: str | tuple | None = None, seed: int = 0, changes: dict | None = None) -> LanguageModel:
     """A trained model from a folder or hub name, in eval mode.
 
     dtype None is float32, "auto" what computes fastest here (see `auto_dtype`). head None is what config.json names;
-    other heads are initialised from `seed`. Built on `meta` and assigned, so memory stays near one copy.
+    other heads are initialised from `seed`. `changes` are knobs that fit the trained weights as they are (`CHANGEABLE`).
+    Built on `meta` and assigned, so memory stays near one copy. An architecture without a preset is computed by
+    transformers, behind the same forward.
     """
     folder = resolve_folder(str(name))
-    config = read_config(folder)
     raw = read_json(folder / "config.json")
+    if is_foreign(raw):
+        return _load_foreign(folder, raw, dtype, device, attn_implementation, head, changes)
+    config = read_config(folder)
+    if fixed := set(changes or ()) - set(CHANGEABLE):
+        raise UserError(f"model.{sorted(fixed)[0]}: a trained model's architecture is fixed; leave it out, or start from --model.preset")
+    config = dataclasses.replace(config, **(changes or {}))
     with torch.device("meta"):
         model = Transformer(config, head or folder_heads(raw), attn_implementation)
-    if dtype == "auto":
-        dtype = auto_dtype(raw.get("dtype") or raw.get("torch_dtype"), count_parameters(model)[0], device)
-    elif isinstance(dtype, str):
-        dtype = supported_dtype(dtype, device)
-    load_weights(model, folder, dtype or torch.float32, device, seed)
+    load_weights(model, folder, _chosen_dtype(dtype, raw, model, device) or torch.float32, device, seed)
     return model.eval()
+
+
+def is_foreign(raw: dict) -> bool:
+    """Whether a config.json names an architecture that is not one of ours."""
+    return ALIASES.get(raw.get("model_type"), raw.get("model_type")) not in (*FAMILIES, CUSTOM)
+
+
+CHANGEABLE = ("rope_scaling", "rope_theta", "max_position_embeddings", "sliding_window", "attention_dropout", "resid_pdrop", "embd_pdrop",
+              "router_aux_loss_coef", "seq_aux", "router_bias_update_speed", "num_experts_per_tok", "initializer_range")
+
+
+def _chosen_dtype(dtype, raw: dict, model: nn.Module, device) -> torch.dtype | None:
+    if dtype == "auto":
+        return auto_dtype(raw.get("dtype") or raw.get("torch_dtype"), count_parameters(model)[0], device)
+    return supported_dtype(dtype, device) if isinstance(dtype, str) else dtype
+
+
+def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, changes) -> ForeignModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = raw.get("model_type")
+    if changes:
+        raise UserError(f"model.{sorted(changes)[0]}: {kind} is computed by transformers and cannot be changed here")
+    kernels = {"auto": None, "eager": "eager", "sdpa": "sdpa"}
+    if attn_implementation not in kernels:
+        raise UserError(f"model.attn_implementation: {attn_implementation} cannot keep documents of a {kind} apart; use auto, eager or sdpa")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+        dtype = _chosen_dtype(dtype, raw, ForeignModel(empty), device) or torch.float32
+        inner = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernels[attn_implementation],
+                                                     use_safetensors=None, weights_only=True)
+    except (KeyError, ValueError, OSError, ImportError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: model_type '{kind}' cannot be opened: it is none of {', '.join(FAMILIES)}, and transformers says: "
+                        f"{_first_line(error)}") from None
+    model = ForeignModel(inner.to(device or "cpu"), head or "lm").eval()
+    model.probe()
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------- hardware
@@ -1408,7 +2307,7 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(hidden, self.packed, self.bias, "none", [], "")
 
 
-def configure_for_hardware(model: Transformer, device=None, quiet: bool = False) -> Transformer:
+def configure_for_hardware(model: LanguageModel, device=None, quiet: bool = False) -> Transformer:
     """Make a loaded model fast for inference on `device`; it can no longer be trained or saved.
 
     Query, key and value become one product, as do gate and up: fewer, larger reads. On a CPU bf16 weights are packed
@@ -1417,17 +2316,18 @@ def configure_for_hardware(model: Transformer, device=None, quiet: bool = False)
     device = torch.device(device or model.device)
     model = model.to(device).eval().requires_grad_(False)
     chosen = [f"{device.type}", str(model.dtype).removeprefix("torch.")]
-    for layer in model.model.layers:
-        _fuse(layer.self_attn, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
-        if hasattr(layer.mlp, "gate_proj"):
-            _fuse(layer.mlp, "gate_up_proj", ("gate_proj", "up_proj"))
+    for module in list(model.modules()):
+        if isinstance(module, Attention):
+            _fuse(module, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
+        elif isinstance(module, MLP) and hasattr(module, "gate_proj"):
+            _fuse(module, "gate_up_proj", ("gate_proj", "up_proj"))
     chosen.append("fused projections")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         chosen.append("TF32")
     if device.type == "cpu":
         chosen.append(f"{torch.get_num_threads()} threads")
-        if model.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if model.dtype == torch.bfloat16 and isinstance(model, Transformer) and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             _pack(model)
             chosen.append("packed weights")
     if not quiet:
@@ -1461,7 +2361,8 @@ def _fuse(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
 
 def _pack(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head":  # the head may share its weight with the embedding
+        # The head may share its weight with the embedding; absorbed attention multiplies kv_b_proj's weight by itself.
+        if type(module) is nn.Linear and not name.startswith("lm_head") and not name.endswith("kv_b_proj"):
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], PackedLinear(module.weight.data, module.bias))
     if "lm" in model.heads and type(model.lm_head) is nn.Linear:
@@ -1472,40 +2373,67 @@ def _pack(model: nn.Module) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, active per token): parameters counted once where they are shared."""
+    """(all, active per token): parameters counted once where they are shared; of the experts a token uses only k."""
     total = sum(weight.numel() for weight in model.parameters())
-    return total, total
+    idle = sum(weight.numel() * (1 - module.per_token / len(weight))
+               for module in model.modules() if isinstance(module, Experts) for weight in module.parameters())
+    return total, total - round(idle)
 
 
 def flops_per_token(config: ModelConfig, context: int) -> float:
     """FLOPs of one forward token with `context` tokens before it: two for each weight of a product, and for each key
     two for its score and two for its value. Training costs three times as much (Kaplan 2020, section 2.1)."""
     width, heads, dim = config.hidden_size, config.num_attention_heads, config.head_dim
-    attention = width * dim * (2 * heads + 2 * config.num_key_value_heads)
-    mlp = width * config.intermediate_size * (3 if config.mlp_gated else 2)
-    seen = [min(context, config.window(i) or context) for i in range(config.num_hidden_layers)]
-    scores = sum(4 * heads * dim * keys for keys in seen)
-    return 2 * (config.num_hidden_layers * (attention + mlp) + width * config.vocab_size) + scores
+    if config.kv_lora_rank:
+        query = config.qk_nope_head_dim + config.qk_rope_head_dim
+        narrow = config.q_lora_rank
+        weights = narrow * (width + heads * query) if narrow else width * heads * query
+        weights += width * (config.kv_lora_rank + config.qk_rope_head_dim)
+        weights += heads * (config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim) + config.v_head_dim * width)
+        per_key = 2 * heads * (query + config.v_head_dim)
+    else:
+        weights = width * dim * (2 * heads + 2 * config.num_key_value_heads)
+        per_key = 4 * heads * dim
+    mlp = width * (3 if config.mlp_gated else 2)
+    flops = 2 * width * config.vocab_size + (2 * width * width if config.lm_head_transform else 0)
+    for layer in range(config.num_hidden_layers):
+        inner = config.intermediate_size
+        if config.sparse(layer):
+            inner = (config.num_experts_per_tok + config.n_shared_experts) * config.moe_intermediate_size
+            flops += 2 * width * config.num_experts
+        flops += 2 * (weights + mlp * inner) + per_key * min(context, config.window(layer) or context)
+    return flops
+
+
+def cache_numbers(config: ModelConfig) -> int:
+    """Numbers that the cache holds for each token: keys and values of all layers, or latents and rotary keys."""
+    layer = config.kv_lora_rank + config.qk_rope_head_dim if config.kv_lora_rank else 2 * config.num_key_value_heads * config.head_dim
+    return config.num_hidden_layers * layer if config.causal else 0
 
 
 def summary(config: ModelConfig) -> str:
     """Layers, parameters, FLOPs and memory as text; the model is built on `meta`, without weights."""
     model = build(config, device="meta")
     total, active = count_parameters(model)
-    context = config.max_position_embeddings
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
-    attention = {1: "MQA"}.get(config.num_key_value_heads, "GQA")
-    attention = "MHA" if config.num_key_value_heads == config.num_attention_heads else attention
+    context, cache = config.max_position_embeddings, 2 * cache_numbers(config)
+    kind = "MHA" if config.num_key_value_heads == config.num_attention_heads else {1: "MQA"}.get(config.num_key_value_heads, "GQA")
     window = f", window {config.sliding_window}" if config.sliding_window else ""
+    attention = f"attention {config.num_attention_heads} heads of {config.head_dim}, {config.num_key_value_heads} key/value: {kind}{window}"
+    if config.kv_lora_rank:
+        attention = (f"latent attention (MLA) {config.num_attention_heads} heads of {config.qk_nope_head_dim} + {config.qk_rope_head_dim} rotary, "
+                     f"latent {config.kv_lora_rank}")
+    sparse = sum(config.sparse(layer) for layer in range(config.num_hidden_layers))
+    shared = f" + {config.n_shared_experts} shared" if config.n_shared_experts else ""
+    dense = f", MLP {config.intermediate_size}" + (f" in {config.num_hidden_layers - sparse}" if sparse else "")
+    experts = (f", {config.num_experts_per_tok} of {config.num_experts} experts of {config.moe_intermediate_size}{shared} in {sparse}" if sparse else "")
     rows = [
-        ("family", config.model_type),
-        ("layers", f"{config.num_hidden_layers} x (attention {config.num_attention_heads} heads of {config.head_dim}, "
-                   f"{config.num_key_value_heads} key/value: {attention}{window}; MLP {config.intermediate_size})"),
+        ("family", config.model_type + ("" if config.causal else ", an encoder")),
+        ("layers", f"{config.num_hidden_layers} x {attention}{dense if sparse < config.num_hidden_layers else ''}{experts}"),
         ("width", f"{config.hidden_size}, vocabulary {config.vocab_size:,}, context {context:,}"),
         ("parameters", f"{total:,} ({active:,} active per token)"),
         ("forward FLOPs per token", f"{flops_per_token(config, 0) / 1e9:,.3f} G, at full context "
                                     f"{flops_per_token(config, context) / 1e9:,.3f} G"),
-        ("KV cache per token", f"{cache:,} bytes in 16 bits; {size_text(cache * context)} for a full context"),
+        ("cache per token", f"{cache:,} bytes in 16 bits; {size_text(cache * context)} for a full context"),
         ("memory to run", f"{size_text(total * 2)} in 16 bits, {size_text(total * 4)} in float32, plus cache"),
         ("memory to train", f"{size_text(total * 16)} (float32 weights, gradients, AdamW's two moments), plus activations"),
     ]
@@ -1527,12 +2455,12 @@ def size_text(count: float) -> str:
 
 
 def preset_table() -> str:
-    lines = [f"{'preset':16} {'family':8} {'parameters':>16} {'layers':>6} {'width':>6} {'heads':>6} {'kv':>4} {'context':>8}"]
+    lines = [f"{'preset':16} {'family':11} {'parameters':>17} {'active':>15} {'layers':>6} {'width':>6} {'heads':>5} {'kv':>4} {'experts':>7} {'context':>8}"]
     for name in PRESETS:
         c = preset_config(name)
-        total, _ = count_parameters(build(c, device="meta"))
-        lines.append(f"{name:16} {c.model_type:8} {total:16,} {c.num_hidden_layers:6} {c.hidden_size:6} "
-                     f"{c.num_attention_heads:6} {c.num_key_value_heads:4} {c.max_position_embeddings:8}")
+        total, active = count_parameters(build(c, device="meta"))
+        lines.append(f"{name:16} {c.model_type:11} {total:17,} {active:15,} {c.num_hidden_layers:6} {c.hidden_size:6} {c.num_attention_heads:5} "
+                     f"{'mla' if c.kv_lora_rank else c.num_key_value_heads:>4} {c.num_experts or '':>7} {c.max_position_embeddings:8}")
     return "\n".join(lines)
 
 
@@ -1846,7 +2774,13 @@ def main(argv: list[str] | None = None) -> None:
     if config.actions.list:
         print(preset_table())
     elif config.model.name:
-        print(summary(read_config(resolve_folder(config.model.name))))
+        folder = resolve_folder(config.model.name)
+        if is_foreign(read_json(folder / "config.json")):
+            model = load(config.model.name)
+            print(f"{model.config.model_type}, computed by transformers: {count_parameters(model)[0]:,} parameters, "
+                  f"{model.config.num_hidden_layers} layers, width {model.config.hidden_size}, context {model.config.max_position_embeddings:,}")
+        else:
+            print(summary(dataclasses.replace(read_config(folder), **overrides(config.model))))
     else:
         print(summary(preset_config(config.model.preset, **overrides(config.model))))
 

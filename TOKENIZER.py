@@ -73,6 +73,7 @@ class DataSection:
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
+MASK = "<|mask|>"
 UNKNOWN = "<|unk|>"
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]  # reserved from the start, so that fine-tuning adds no embedding rows
 # GPT-4's pattern, with single digits: a model that sees "128" as 1 2 8 can carry. Words keep their leading space.
@@ -107,7 +108,7 @@ def train(texts, vocab_size: int = 1024, kind: str = "bpe"):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = [END, PAD, *CHAT_TOKENS] + ([UNKNOWN] if kind in ("wordpiece", "unigram", "char") else [])
+    special = [END, PAD, *CHAT_TOKENS, MASK] + ([UNKNOWN] if kind in ("wordpiece", "unigram", "char") else [])
     smallest = len(special) + (257 if kind == "bpe" else 256 if kind == "byte" else 1)
     if kind == "byte":
         vocab_size = smallest
@@ -147,7 +148,7 @@ def train(texts, vocab_size: int = 1024, kind: str = "bpe"):
     raw.post_processor = processors.TemplateProcessing(single=f"{END} $A", pair=f"{END} $A $B",
                                                        special_tokens=[(END, raw.token_to_id(END))])
     unknown = {"unk_token": UNKNOWN} if UNKNOWN in special else {}
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=END, eos_token=END, pad_token=PAD, **unknown,
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=END, eos_token=END, pad_token=PAD, mask_token=MASK, **unknown,
                                    additional_special_tokens=CHAT_TOKENS, clean_up_tokenization_spaces=False)
 
 
@@ -914,7 +915,8 @@ class TokenStream:
             run, size = self.run, self.batch_size
             for micro in range(run.grad_accum):
                 first = self.next_row + (micro * run.world_size + run.rank) * size
-                self.queue.append(collate(self._ids(), [self._row(i) for i in range(first, first + size)], self.width))
+                batch = collate(self._ids(), [self._row(i) for i in range(first, first + size)], self.width)
+                self.queue.append({**batch, "place": (self.epoch, self.block, first)})
             self.next_row += self.per_step
         return self.queue.pop(0)
 

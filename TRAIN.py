@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class TrainingSection:
     batch_size: int = knob(16, "rows of one forward pass on one device")
     grad_accum: int = knob(1, "forward passes that are added up to one optimizer step")
     max_length: int = knob(256, "tokens of one row")
+    objective: str = knob("auto", "causal predicts the next token, mlm hidden ones (BERT); auto is mlm for an encoder", ("auto", "causal", "mlm"))
+    mlm_probability: float = knob(0.15, "mlm: share of the tokens that are predicted")
     learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for trained ones")
     optim: str = knob("auto", "Muon (AdamW on all but matrices), AdamW, its 8-bit form; auto is muon for fresh weights, adamw for trained",
                       ("auto", "muon", "adamw", "adamw_8bit"))
@@ -81,6 +84,8 @@ class TrainingSection:
                     "eval_batches", "max_skipped_steps"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise UserError(f"training.{key}: {getattr(self, key)} must be positive")
+        if not 0 < self.mlm_probability < 1:
+            raise UserError(f"training.mlm_probability: {self.mlm_probability} must lie between 0 and 1")
         for key in ("warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "sample_tokens", "seed"):
             if getattr(self, key) < 0:
                 raise UserError(f"training.{key}: {getattr(self, key)} must not be negative")
@@ -155,7 +160,8 @@ def make_optimizers(model: nn.Module, training: TrainingSection) -> list[torch.o
         raise UserError("nothing to train: every weight is frozen")
     optimizers: list[torch.optim.Optimizer] = []
     if training.optim == "muon":
-        matrices = [(name, weight) for name, weight in named if weight.dim() == 2 and "layers." in name]
+        # Stacked experts and routers stay with AdamW: an orthogonal update would move every expert's scores alike.
+        matrices = [(name, weight) for name, weight in named if weight.dim() == 2 and "layers." in name and not name.endswith("mlp.gate.weight")]
         if matrices:
             # match_rms_adamw scales updates to AdamW's usual size (Liu 2025), so one learning rate serves both.
             optimizers.append(Muon([w for _, w in matrices], lr=training.learning_rate, weight_decay=training.weight_decay,
@@ -270,9 +276,8 @@ def start_processes(training: TrainingSection, device_name: str, out: Path):
 
 def compile_model(model: nn.Module) -> None:
     """Compile each layer; they share one compiled code, so a deep model compiles as fast as a shallow one."""
-    for module in model.modules():
-        if isinstance(module, MODEL.DecoderLayer):
-            module.compile()
+    for layer in MODEL.layers_of(model):
+        layer.compile()
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
@@ -281,9 +286,8 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (world_size(),))
-    for module in model.modules():
-        if isinstance(module, MODEL.DecoderLayer):
-            fully_shard(module, mesh=mesh)
+    for layer in MODEL.layers_of(model):
+        fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
@@ -343,6 +347,7 @@ class Trainer:
         self.loss_scale = LossScale(self.mixed == "fp16")
         self.steps = self.skipped = self.skipped_in_row = 0
         self.tokens = 0
+        self.routers: dict = {}  # the load of the experts in the last step
         self.elapsed_before = 0.0  # seconds of earlier parts of this run
         self.before, self.best = {}, None
         self.since_best = 0
@@ -360,9 +365,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True, warn_only=True)  # a compiled run does not equal itself otherwise
         state = restore(self.model, resume) if resume else None
         self.model.to(self.device)
-        for module in self.model.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = training.gradient_checkpointing
+        MODEL.set_checkpointing(self.model, training.gradient_checkpointing)
         self.wrapped = self._wrap()
         self.optimizers = make_optimizers(self.model, training)
         for optimizer in self.optimizers:
@@ -479,7 +482,7 @@ class Trainer:
         for weight in self.model.parameters():
             weight.grad = None
         if hasattr(self.model, "after_step"):
-            self.model.after_step()
+            self.routers = self.model.after_step()
         self.steps += 1
 
     def _count_skipped(self, finite: bool, loss_finite: bool) -> None:
@@ -515,7 +518,7 @@ class Trainer:
     def _write_log(self) -> None:
         extra = self.stream.metrics() if hasattr(self.stream, "metrics") else {}
         means = self.log.means(self.device)
-        record = {"step": self.steps, **means, **extra, "tokens": self.tokens, "seconds": round(self.elapsed(), 3)}
+        record = {"step": self.steps, **means, **extra, **(self.routers or {}), "tokens": self.tokens, "seconds": round(self.elapsed(), 3)}
         if self.stream.steps_per_epoch:
             record["epoch"] = round(self.steps / self.stream.steps_per_epoch, 4)
         if self.skipped:
@@ -949,6 +952,51 @@ def pretraining_loss(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
     return loss + out.aux_loss / totals["micro_batches"], {"loss": loss.detach()}
 
 
+def mask_tokens(batch: dict, tokenizer, keys: list[tuple], probability: float) -> dict:
+    """A batch for masked language modelling (Devlin 2018, section 3.1): of the tokens, `probability` are predicted;
+    80% of those are hidden behind the mask token, 10% replaced by a random one, 10% left as they are, so that every
+    token has to be understood. Row i draws from its own generator keyed by keys[i]."""
+    ids = batch["input_ids"]
+    real = batch["positions"] >= 0 if "positions" in batch else torch.ones_like(ids, dtype=torch.bool)
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    draws = torch.from_numpy(np.stack([np.random.default_rng(key).random((3, ids.shape[1])) for key in keys], 1))  # (3, B, T)
+    chosen = real & ~special & (draws[0] < probability)
+    hidden = torch.where(draws[1] < 0.8, tokenizer.mask_token_id, torch.where(draws[1] < 0.9, (draws[2] * len(tokenizer)).long(), ids))
+    return {**batch, "input_ids": torch.where(chosen, hidden, ids), "targets": ids.masked_fill(~chosen, -100),
+            "counts": {"tokens": int(chosen.sum())}}
+
+
+class MaskedStream:
+    """A stream of token rows with some of their tokens hidden, the same whichever process draws them."""
+
+    def __init__(self, rows, tokenizer, probability: float):
+        self.rows, self.tokenizer, self.probability = rows, tokenizer, probability
+        self.state_dict, self.load_state_dict = rows.state_dict, rows.load_state_dict
+
+    def start(self, run) -> None:
+        self.rows.start(run)
+        self.seed, self.steps_per_epoch = run.seed, self.rows.steps_per_epoch
+
+    def __next__(self) -> dict:
+        batch = next(self.rows)
+        epoch, block, first = batch["place"]
+        keys = [(self.seed, 2, epoch, block, first + i) for i in range(len(batch["input_ids"]))]
+        return mask_tokens(batch, self.tokenizer, keys, self.probability)
+
+
+def objective(training: TrainingSection, model, tokenizer) -> str:
+    """What the model learns to predict, if it can."""
+    causal = model.config.causal
+    if training.objective == "causal" and not causal:
+        raise UserError("training.objective: causal, but an encoder sees the next token; use mlm")
+    if training.objective == "mlm" and causal:
+        raise UserError("training.objective: mlm needs an encoder, such as --model.preset bert-2m")
+    if not causal and tokenizer.mask_token_id is None:
+        raise UserError("training.objective: mlm needs a tokenizer with a mask token; the ones trained here have one (--tokenizer.name names another)")
+    training.objective = "causal" if causal else "mlm"
+    return training.objective
+
+
 def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callable:
     """evaluate(model) for `fit`: loss, perplexity and bits per byte over fixed batches, shared among the processes."""
     empty = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full((1, 1), -100),
@@ -973,7 +1021,7 @@ def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callabl
 
 def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection) -> Callable | None:
     """The same validation, followed by a few texts on stderr: a loss is a number, a text shows what was learnt."""
-    if evaluate is None or not training.sample_tokens or not training.sample_prompts:
+    if evaluate is None or not training.sample_tokens or not training.sample_prompts or training.objective == "mlm":
         return evaluate
 
     def evaluate_and_show(model) -> dict:
@@ -989,14 +1037,11 @@ def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection
     return evaluate_and_show
 
 
-def prepare_model(config, tokenizer) -> MODEL.Transformer:
+def prepare_model(config, tokenizer) -> MODEL.LanguageModel:
     """The named model, or a preset with the tokenizer's vocabulary; float32 weights."""
     section = config.model
     if section.name:
-        if MODEL.overrides(section):
-            raise UserError(f"model.{next(iter(MODEL.overrides(section)))}: a trained model's architecture is fixed; "
-                            "leave it out, or start from --model.preset")
-        model = MODEL.load(section.name, "float32", None, section.attn_implementation)
+        model = MODEL.load(section.name, "float32", None, section.attn_implementation, changes=MODEL.overrides(section))
     else:
         begin = TOKENIZER.begin_id(tokenizer)
         ends = begin if tokenizer.eos_token_id is None else tokenizer.eos_token_id
@@ -1014,15 +1059,19 @@ def prepare_model(config, tokenizer) -> MODEL.Transformer:
     return model
 
 
-def prepare_data(config, tokenizer):
+def prepare_data(config, tokenizer, masked: bool = False):
     """(stream, evaluate or None) from config.data; warns where there is little of it."""
     data, training = config.data, config.training
+
+    def hide(stream):
+        return MaskedStream(stream, tokenizer, training.mlm_probability) if masked else stream
+
     options = (data, training.batch_size, training.max_length)
     if data.streaming:
         stream, held_out = TOKENIZER.text_stream(data, tokenizer, *options[1:]), None
         if data.validation not in ("hash", "tail", "none"):
             raise UserError("data.validation: a file of its own needs data.streaming false")
-        return stream, held_out
+        return hide(stream), held_out
     first = MODEL.process_rank() == 0
     if not first:
         barrier()  # the first process writes the token files, the others map them
@@ -1031,18 +1080,22 @@ def prepare_data(config, tokenizer):
         barrier()
     if "train" not in files:
         raise UserError("data.train: no text is left to train on (empty files, or everything was dropped or held out)")
-    stream = TOKENIZER.file_stream(files["train"], *options)
+    stream = hide(TOKENIZER.file_stream(files["train"], *options))
     if first:
         TOKENIZER.warn_short_lines(data, files["train"], training.max_length)
         if len(files["train"].ids) <= training.max_length:
             say(f"the data has {len(files['train'].ids)} tokens, less than one row of {training.max_length}: training on what there is")
     held_out = files.get("val")
     batches = TOKENIZER.fixed_batches(held_out, training.batch_size, training.max_length, data.packing, training.eval_batches) if held_out else []
+    if masked:
+        batches = [mask_tokens(batch, tokenizer, [(training.seed, 3, b, i) for i in range(len(batch["input_ids"]))], training.mlm_probability)
+                   for b, batch in enumerate(batches)]
     if not any(batch["counts"]["tokens"] for batch in batches):
         if data.validation != "none" and first:
             say("too little data to hold some out: training without validation")
         return stream, None
-    return stream, held_out_loss(batches, held_out.bytes / TOKENIZER.Spans(held_out).pairs if held_out.bytes else None)
+    per_token = held_out.bytes / TOKENIZER.Spans(held_out).pairs if held_out.bytes and not masked else None
+    return stream, held_out_loss(batches, per_token)
 
 
 def save_product(config_text: str, tokenizer, model, folder: Path) -> None:
@@ -1083,7 +1136,8 @@ def main(argv: list[str] | None = None) -> Result:
         if first:
             barrier()
         model = prepare_model(config, tokenizer)
-        stream, evaluate = prepare_data(config, tokenizer)
+        masked = objective(config.training, model, tokenizer) == "mlm"
+        stream, evaluate = prepare_data(config, tokenizer, masked)
         mixed = precision(config.training, config.model.dtype, device)
         text = MODEL.config_text(config)
         if first:

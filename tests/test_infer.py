@@ -299,7 +299,7 @@ def test_random_bytes_come_as_decoded_whole():
     rng = np.random.default_rng(0)
     for _ in range(40):
         prompt = tokenizer("x").input_ids
-        ids = rng.integers(4, 260, 30).tolist()
+        ids = rng.integers(5, 261, 30).tolist()
         detokenizer = Detokenizer(tokenizer, prompt)
         text = "".join(detokenizer.push(token) for token in ids) + detokenizer.flush()
         assert text == tokenizer.decode(ids)
@@ -584,7 +584,7 @@ def test_lines_sampled_do_not_depend_on_the_batch(infer):
     flags = ("--lines", "--seed", 3, "--max-new-tokens", 8)
     lines = "".join(text + "\n" for text in make_text(7))
     outs = {infer(*flags, "--batch-size", size, stdin=lines)[0] for size in (1, 3, 8)}
-    assert len(outs) == 1 and len(outs.pop().splitlines()) == 7
+    assert len(outs) == 1 and outs.pop().count("\n") == 7
 
 
 @pytest.mark.parametrize("mode", ["--lines", "--jsonl"])

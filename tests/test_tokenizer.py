@@ -96,7 +96,7 @@ def test_byte_level_kinds_give_back_any_text(kind, corpus):
 
 def test_byte_kind_is_one_id_per_byte():
     tokenizer = TOKENIZER.train([], 5, "byte")
-    assert len(tokenizer) == 260
+    assert len(tokenizer) == 261
     for text in NASTY:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
@@ -109,8 +109,8 @@ def test_char_kind_is_one_id_per_seen_character():
         assert len(ids) == len(text) and tokenizer.decode(ids) == text
     unknown = tokenizer.convert_tokens_to_ids(TOKENIZER.UNKNOWN)
     assert tokenizer("a\u0416", add_special_tokens=False).input_ids[1] == unknown
-    few = TOKENIZER.train(["aaaa bbb cc d"], 5 + 3, "char")  # the commonest characters stay
-    assert set(few.get_vocab()) - {TOKENIZER.END, TOKENIZER.PAD, TOKENIZER.UNKNOWN, *TOKENIZER.CHAT_TOKENS} == set("ab ")
+    few = TOKENIZER.train(["aaaa bbb cc d"], 6 + 3, "char")  # the commonest characters stay
+    assert set(few.get_vocab()) - {TOKENIZER.END, TOKENIZER.PAD, TOKENIZER.UNKNOWN, TOKENIZER.MASK, *TOKENIZER.CHAT_TOKENS} == set("ab ")
 
 
 def test_digits_are_single_tokens_in_bpe():
@@ -124,15 +124,15 @@ def test_digits_are_single_tokens_in_bpe():
 @pytest.mark.parametrize("kind", TOKENIZER.KINDS)
 def test_special_tokens_are_reserved(kind):
     tokenizer = TOKENIZER.train(make_text(50), 330, kind)
-    names = [TOKENIZER.END, TOKENIZER.PAD, *TOKENIZER.CHAT_TOKENS]
-    assert [tokenizer.convert_ids_to_tokens(i) for i in range(4)] == names
+    names = [TOKENIZER.END, TOKENIZER.PAD, *TOKENIZER.CHAT_TOKENS, TOKENIZER.MASK]
+    assert [tokenizer.convert_ids_to_tokens(i) for i in range(5)] == names
     for i, name in enumerate(names):
         ids = tokenizer("the" + name + "fox", add_special_tokens=False).input_ids
         assert ids.count(i) == 1
         assert name not in tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize(("kind", "size"), [("bpe", 260), ("wordpiece", 5), ("unigram", 5), ("char", 5)])
+@pytest.mark.parametrize(("kind", "size"), [("bpe", 261), ("wordpiece", 6), ("unigram", 6), ("char", 6)])
 def test_vocab_size_too_small(kind, size):
     with pytest.raises(UserError, match=rf"tokenizer.vocab_size: {size} is too small.*{size + 1}"):
         TOKENIZER.train(make_text(5), size, kind)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from two_ranks import (
     CONFIG,
+    EXPERTS,
     Ragged,
     batch_of,
     build,
@@ -1111,6 +1112,17 @@ def test_sharded_muon_equals_whole_muon(two, tmp_path):
     one = run(tmp_path, 16, optim="muon")
     log = read_log(two.folder / "fsdp-muon")
     assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in one], abs=1e-4)
+
+
+def test_experts_of_two_processes_equal_those_of_one(two, tmp_path):
+    """Experts that no token of a process reaches, routers' counts summed over processes, and the bias that follows them."""
+    one = run(tmp_path, 4, grad_accum=4, model=build(**EXPERTS))
+    for name in ("experts-ddp", "experts-accumulated", "experts-fsdp"):
+        log = read_log(two.folder / name)
+        for key in ("loss", "odds", "grad_norm", "expert_load", "idle_experts"):
+            assert [r[key] for r in log] == pytest.approx([r[key] for r in one], abs=1e-5), (name, key)
+        same(weights(two.folder / name), weights(tmp_path), rtol=0, atol=2e-5)
+    assert one[0]["idle_experts"] < 0.5 and any(name.endswith("e_score_correction_bias") for name in weights(tmp_path))
 
 
 def test_gradients_arrive_through_the_wrapped_forward(two):

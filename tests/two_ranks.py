@@ -21,6 +21,11 @@ CONFIG = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_la
               max_position_embeddings=64, initializer_range=0.2, bos_token_id=0, eos_token_id=0)
 
 
+# More experts than a process has tokens for in a micro-batch, and a selection bias that follows the load of all processes.
+EXPERTS = dict(num_experts=30, num_experts_per_tok=2, moe_intermediate_size=16, scoring_func="sigmoid", router_bias_update_speed=0.01,
+               n_shared_experts=1)
+
+
 def build(**knobs) -> MODEL.Transformer:
     return MODEL.build(MODEL.ModelConfig(**{**CONFIG, **knobs}), seed=1)
 
@@ -155,6 +160,8 @@ def main(folder: Path) -> None:
         resume = folder / f"fsdp-{optim}" / "ckpt-step-000003"
         run(folder / f"fsdp-{optim}-resumed", 8, resume=resume, model=MODEL.build(MODEL.ModelConfig(**CONFIG), seed=9), **sharded)
     run(folder / "fsdp-accumulated", 4, grad_accum=2, fsdp=True, **again)
+    for name, more in (("experts-ddp", {}), ("experts-accumulated", dict(grad_accum=2)), ("experts-fsdp", dict(fsdp=True))):
+        run(folder / name, 8 // more.get("grad_accum", 1), model=build(**EXPERTS), **more, **again)
     results["gradient_difference"] = gradient_difference(accelerator)
     evaluate = TRAIN.held_out_loss(held_out_batches(), 2.0)
     with torch.no_grad():

@@ -1,0 +1,724 @@
+"""Experts, latent attention, encoders, kernels and foreign models of MODEL.py, against transformers and slow direct computations.
+
+The families themselves stand in test_model.py's table, with all the others."""
+
+import dataclasses
+import json
+import math
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+from test_model import SIZES, VOCAB, close, feed, gradients_of, ids_of, pack, reference, roughen, slow_attention
+from torch.nn import Linear
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+import INFER
+import MODEL
+import TOKENIZER
+import TRAIN
+from MODEL import ModelConfig, UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MOE = dict(SIZES, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
+MLA = dict(SIZES, num_key_value_heads=4, kv_lora_rank=20, q_lora_rank=24, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=12)
+
+
+def build(seed: int = 3, head="lm", **knobs):
+    return roughen(MODEL.build(ModelConfig(**knobs), head, seed), seed).eval()
+
+
+# ------------------------------------------------------------------------------------------------------ experts
+
+
+def slow_experts(layer: MODEL.MixtureOfExperts, hidden: torch.Tensor) -> torch.Tensor:
+    """A token and an expert at a time."""
+    experts, weights, _ = layer.gate(hidden, None, 1)
+    out = torch.zeros_like(hidden)
+    for t, token in enumerate(hidden):
+        for e, weight in zip(experts[t].tolist(), weights[t]):
+            gate, up = (layer.experts.gate_up_proj[e] @ token).chunk(2)
+            out[t] += weight * (layer.experts.down_proj[e] @ (F.silu(gate) * up))
+        if hasattr(layer, "shared_experts"):
+            out[t] += layer.shared_experts(token)
+    return out
+
+
+@pytest.mark.parametrize("more", [{}, dict(scoring_func="sigmoid", n_group=3, topk_group=2, n_shared_experts=1, routed_scaling_factor=1.6)])
+def test_experts_together_equal_one_at_a_time(more):
+    layer = build(**MOE, **more).model.layers[0].mlp
+    hidden = torch.randn(11, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found, expected = [], None
+    for compute in (lambda: layer(hidden[None], None)[0][0], lambda: slow_experts(layer, hidden)):
+        out = compute()
+        layer.zero_grad()
+        hidden.grad = None
+        (out * torch.linspace(-1, 1, 32)).sum().backward()
+        found.append([out.detach(), hidden.grad.clone(), *(weight.grad.clone() for weight in layer.parameters())])
+    for ours, expected in zip(*found):
+        close(ours, expected, 1e-5)
+
+
+def test_groups_limit_where_experts_are_looked_for():
+    """Against the words of the paper: groups by the sum of their two best biased scores, then the best experts inside."""
+    config = ModelConfig(**{**MOE, "num_experts": 12, "num_experts_per_tok": 3}, scoring_func="sigmoid", n_group=4, topk_group=2)
+    router = MODEL.Router(config)
+    generator = torch.Generator().manual_seed(1)
+    router.e_score_correction_bias.copy_(0.3 * torch.randn(12, generator=generator))
+    scores = torch.rand(50, 12, generator=generator)
+    for token, chosen in zip(scores, router.choose(scores)):
+        biased = (token + router.e_score_correction_bias).tolist()
+        strength = {g: sum(sorted(biased[3 * g : 3 * g + 3])[-2:]) for g in range(4)}
+        groups = sorted(strength, key=strength.get)[-2:]
+        allowed = [e for g in groups for e in range(3 * g, 3 * g + 3)]
+        assert sorted(chosen.tolist()) == sorted(sorted(allowed, key=lambda e: biased[e])[-3:])
+
+
+def test_the_balance_loss_equals_transformers():
+    config = ModelConfig(**{**MOE, "num_hidden_layers": 1}, router_aux_loss_coef=0.7)
+    logits = torch.randn(40, 6, generator=torch.Generator().manual_seed(2))
+    scores = logits.softmax(-1)
+    routing = MODEL.balance_loss(scores, scores.topk(2, -1).indices, None, 4, config)
+    close(routing.loss, 0.7 * load_balancing_loss_func((logits,), 6, 2))
+    real = torch.arange(40) % 10 < 7
+    padded = MODEL.balance_loss(scores, scores.topk(2, -1).indices, real, 4, config)
+    close(padded.loss, 0.7 * load_balancing_loss_func((logits,), 6, 2, real.view(4, 10)))
+    assert padded.counts.sum() == 2 * 28
+
+
+def test_the_sequence_wise_balance_loss_equals_the_formula():
+    """DeepSeek-V3, eqs. 17-20, in loops."""
+    config = ModelConfig(**MOE, scoring_func="sigmoid", seq_aux=True, router_aux_loss_coef=0.3)
+    scores = torch.rand(20, 6, generator=torch.Generator().manual_seed(3))
+    experts = scores.topk(2, -1).indices
+    total = 0.0
+    for row in range(2):
+        for e in range(6):
+            tokens = range(10 * row, 10 * row + 10)
+            f = 6 / (2 * 10) * sum(e in experts[t].tolist() for t in tokens)
+            p = sum(float(scores[t, e] / scores[t].sum()) for t in tokens) / 10
+            total += 0.3 * f * p / 2
+    close(MODEL.balance_loss(scores, experts, None, 2, config).loss, torch.tensor(total))
+
+
+def test_the_selection_bias_follows_the_load_and_counts_are_added_once():
+    knobs = dict(MOE, scoring_func="sigmoid", router_bias_update_speed=0.01, mlp_only_layers=[0], num_hidden_layers=3)
+    model, counts = build(**knobs).train(), []
+    ids = ids_of(2, 24)
+    for checkpointing in (False, True):
+        MODEL.set_checkpointing(model, checkpointing)
+        for _ in range(2):
+            model(ids[:, :-1], targets=ids[:, 1:]).logprobs.sum().backward()
+        counts.append(model.router_counts.clone())
+        before = [layer.mlp.gate.e_score_correction_bias.clone() for layer in model.model.layers[1:]]
+        report = model.after_step()
+        for layer, old, count in zip(model.model.layers[1:], before, counts[-1]):
+            bias = layer.mlp.gate.e_score_correction_bias
+            close(bias - old, 0.01 * torch.sign(count.mean() - count), 1e-6)
+            bias.copy_(old)
+        assert report["expert_load"] >= 1 and model.router_counts is None
+    assert counts[0].shape == (2, 6) and torch.equal(counts[0], counts[1])
+    assert torch.equal(counts[0].sum(1), torch.full((2,), 2.0 * 2 * 23 * 2))  # two forwards of 2 x 23 tokens, two experts each
+    model.eval()(ids)
+    assert model.router_counts is None and model.after_step() == {}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_padding_is_neither_routed_nor_counted(seed):
+    model = build(seed, **MOE, router_aux_loss_coef=0.1).train()
+    ids, positions, segments, places = pack()
+    out = model(ids, positions=positions, segment_ids=segments)
+    assert int(model.router_counts[0].sum()) == 2 * int((positions >= 0).sum())
+    assert out.logits.isfinite().all()
+    alone = build(seed, **MOE)
+    for row, start, document in places:
+        close(out.logits[row, start : start + len(document)], alone(document[None]).logits[0], 2e-5)
+    changed = ids.masked_fill(positions < 0, 1)
+    close(gradients_of(model, model(ids, positions=positions, segment_ids=segments, targets=ids).logprobs.sum())["model.layers.0.mlp.experts.down_proj"],
+          gradients_of(model, model(changed, positions=positions, segment_ids=segments, targets=ids).logprobs.sum())["model.layers.0.mlp.experts.down_proj"])
+
+
+def test_unused_experts_get_zero_gradients():
+    model = build(**{**MOE, "num_experts": 40}).train()
+    gradients = gradients_of(model, model(ids_of(1, 4), targets=ids_of(1, 4)).logprobs.sum())
+    for layer in range(2):
+        for name in ("gate_up_proj", "down_proj"):
+            used = gradients[f"model.layers.{layer}.mlp.experts.{name}"].flatten(1).abs().sum(1) > 0
+            assert 2 <= int(used.sum()) <= 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_routing_compiles_nothing_again(dtype):
+    layer = build(**MOE).model.layers[0].mlp.to(dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=dtype == torch.bfloat16)
+    graphs = []
+    for seed in range(4):
+        hidden = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        close(compiled(hidden, None)[0], layer(hidden, None)[0], 1e-5 if dtype == torch.float32 else 2e-2)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1
+
+
+def test_the_balance_loss_reaches_the_training_loss():
+    model = build(**MOE, router_aux_loss_coef=0.5).train()
+    ids = ids_of(2, 12)
+    batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+    loss, metrics = TRAIN.pretraining_loss(model, batch, {"tokens": 22, "micro_batches": 4})
+    aux = model(ids[:, :-1]).aux_loss
+    assert float(aux) > 0
+    close(loss, metrics["loss"] + aux / 4)
+    gradient = torch.autograd.grad(loss, model.model.layers[0].mlp.gate.weight)[0]
+    assert float(gradient.abs().sum()) > 0
+
+
+# --------------------------------------------------------------------------------------------- latent attention
+
+
+class Doubled(torch.nn.Module):
+    """A layer that is no plain Linear: what it multiplies by is known to itself alone."""
+
+    def __init__(self, inner: Linear):
+        super().__init__()
+        self.inner, self.in_features = inner, inner.in_features
+
+    def forward(self, hidden):
+        return self.inner(hidden) + self.inner(hidden * 0.5)
+
+
+@pytest.mark.parametrize("more", [{}, dict(q_lora_rank=None, rope_interleave=True), dict(rope_scaling=dict(
+    rope_type="yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.7))])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_absorbed_attention_equals_expanded(more, wrapped, monkeypatch):
+    model, ids = build(**{**MLA, **more}), ids_of(2, 35)
+    if wrapped:
+        for layer in model.model.layers:
+            layer.self_attn.kv_b_proj = Doubled(layer.self_attn.kv_b_proj)
+    forms = []
+    for form in ("_absorbed", "_expanded"):
+        original = getattr(MODEL.LatentAttention, form)
+        monkeypatch.setattr(MODEL.LatentAttention, form, lambda self, *a, form=form, original=original: forms.append(form) or original(self, *a))
+    with torch.no_grad():
+        whole = model(ids).logits
+        kv = model.new_cache(3, 35)
+        long = feed(model, kv, [2, 0], ids[:, :30], [0, 0])
+        assert set(forms) == {"_expanded"}
+        forms.clear()
+        rest = [feed(model, kv, [2, 0], ids[:, t : t + 1], [t, t]) for t in range(30, 35)]
+        assert set(forms) == {"_absorbed"}
+    close(torch.cat([long, *rest], 1), whole, 2e-5)
+
+
+def test_absorbed_attention_of_ragged_rows():
+    model = build(**MLA)
+    prompts = [ids_of(n, seed=n).tolist() for n in (3, 11, 7)]
+    together = INFER.generate(model, prompts, INFER.Sampling(12, temperature=0, ignore_eos=True))
+    for prompt, [answer] in zip(prompts, together):
+        [[alone]] = INFER.generate(model, [prompt], INFER.Sampling(12, temperature=0, ignore_eos=True), use_cache=False)
+        assert answer.ids == alone.ids
+
+
+def test_the_cache_holds_latents_and_rotary_keys_alone():
+    model, rows, length = build(**MLA), 3, 40
+    kv = model.new_cache(rows, length)
+    feed(model, kv, [0, 1, 2], ids_of(3, 10), [0, 0, 0])
+    assert kv.bytes() == MODEL.cache_numbers(model.config) * 4 * rows * (length + 1) == 2 * (20 + 6) * 4 * rows * (length + 1)
+    plain = build(**SIZES)
+    kv = plain.new_cache(rows, length)
+    feed(plain, kv, [0], ids_of(1, 10), [0])
+    assert kv.bytes() == MODEL.cache_numbers(plain.config) * 4 * rows * (length + 1) == 2 * 2 * 2 * 8 * 4 * rows * (length + 1)
+
+
+def test_decoding_makes_nothing_as_large_as_keys_would_be():
+    """Per token of context: the scores of all heads, not keys and values of all heads."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and not function.is_view:
+                self.size = max(self.size, result.numel())
+            return result
+
+    context = 60
+    model = build(**{**MLA, "max_position_embeddings": 80, "num_hidden_layers": 1, "hidden_size": 16, "vocab_size": 50, "intermediate_size": 8,
+                     "q_lora_rank": 8, "kv_lora_rank": 12})
+    kv = model.new_cache(1, context + 2)
+    with torch.no_grad():
+        feed(model, kv, [0], ids_of(1, context) % 50, [0])
+        with Largest() as seen:
+            feed(model, kv, [0], ids_of(1, 1) % 50, [context])
+    assert seen.size <= 4 * 22 * 12 < context * 4 * 10  # kv_b_proj itself, or what it projects: less than all heads' keys
+
+
+def test_latent_attention_stays_right_after_configuring_for_hardware():
+    for dtype in (torch.float32, torch.bfloat16):
+        knobs = dict(MLA, num_experts=4, n_shared_experts=1, mlp_only_layers=[0], moe_intermediate_size=16)
+        model, ids = build(**knobs).to(dtype), ids_of(1, 12)
+        with torch.no_grad():
+            expected = model(ids).logits.float()
+            ready = MODEL.configure_for_hardware(model, "cpu", quiet=True)
+            kv = ready.new_cache(1, 12)
+            found = torch.cat([feed(ready, kv, [0], ids[:, t : t + 1], [t]) for t in range(12)], 1).float()
+        assert (found - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 0.08)
+
+
+# ------------------------------------------------------------------------------------------------ hub layouts
+
+
+def fp8(folder: Path, block: int) -> None:
+    """Rewrite a folder as DeepSeek publishes them: matrices in blocks of float8 with a scale each."""
+    state = load_file(folder / "model.safetensors")
+    for name, tensor in list(state.items()):
+        if name.endswith("proj.weight"):
+            rows, columns = (-(-size // block) for size in tensor.shape)
+            scales = torch.zeros(rows, columns)
+            packed = torch.zeros_like(tensor).to(torch.float8_e4m3fn)
+            for r in range(rows):
+                for c in range(columns):
+                    place = slice(r * block, (r + 1) * block), slice(c * block, (c + 1) * block)
+                    scales[r, c] = tensor[place].abs().max() / 448
+                    packed[place] = (tensor[place] / scales[r, c]).to(torch.float8_e4m3fn)
+            state[name], state[name + "_scale_inv"] = packed, scales
+    save_file(state, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture()
+def deepseek(tmp_path):
+    reference("deepseek-v3").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_block_scaled_float8_weights_are_multiplied_out(deepseek):
+    expected = load_file(deepseek / "model.safetensors")
+    fp8(deepseek, 16)
+    model = MODEL.load(deepseek)
+    state = MODEL.weights_to_hub("deepseek_v3", model.state_dict())
+    for name, tensor in expected.items():
+        assert (state[name] - tensor).abs().max() <= tensor.abs().max() / 14, name  # three bits of mantissa
+        assert name.endswith("proj.weight") or torch.equal(state[name], tensor)
+    assert model(ids_of(1, 9)).logits.isfinite().all()
+    edit_config(deepseek, quantization_config={"quant_method": "awq"})
+    with pytest.raises(UserError, match="quantized with awq"):
+        MODEL.load(deepseek)
+
+
+def test_kimi_k2_is_known_by_its_own_name(deepseek):
+    edit_config(deepseek, model_type="kimi_k2", architectures=["DeepseekV3ForCausalLM"], auto_map={"AutoConfig": "configuration_deepseek.X"})
+    close(MODEL.load(deepseek)(ids_of(1, 9)).logits, reference("deepseek-v3")(ids_of(1, 9)).logits, 1e-4)
+
+
+def test_multi_token_prediction_layers_are_left_out(deepseek):
+    state = load_file(deepseek / "model.safetensors")
+    state |= {"model.layers.3.eh_proj.weight": torch.zeros(32, 64), "model.layers.3.enorm.weight": torch.ones(32)}
+    save_file(state, deepseek / "model.safetensors")
+    close(MODEL.load(deepseek)(ids_of(1, 9)).logits, reference("deepseek-v3")(ids_of(1, 9)).logits, 1e-4)
+
+
+def test_experts_are_checked_one_by_one(deepseek):
+    state = load_file(deepseek / "model.safetensors")
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    for damage, message in (({name: None}, "missing tensor model.layers.1.mlp.experts.gate_up_proj"),
+                            ({name: torch.zeros(3, 32)}, r"experts.5.up_proj.weight is \(3, 32\), config.json makes it \(24, 32\)"),
+                            ({name.replace(".5.", ".9."): state[name].clone()}, r"experts.9.up_proj.weight is \(24, 32\), config.json makes it \(\)"),
+                            ({"model.layers.1.mlp.experts.5.bias": torch.zeros(2)}, "unexpected tensor .*experts.5.bias")):
+        changed = {k: v for k, v in {**state, **damage}.items() if v is not None}
+        save_file(changed, deepseek / "model.safetensors")
+        with pytest.raises(UserError, match=message):
+            MODEL.load(deepseek)
+
+
+def test_experts_stand_one_by_one_on_disk(tmp_path):
+    model = build(**MOE, model_type="mixtral")
+    model.config = dataclasses.replace(model.config, rope_theta=1e6)
+    MODEL.save(build(**{**MOE, "moe_intermediate_size": 48}, model_type="mixtral"), tmp_path / "mixtral")
+    names = set(load_file(tmp_path / "mixtral" / "model.safetensors"))
+    assert {"model.layers.1.block_sparse_moe.experts.5.w2.weight", "model.layers.0.block_sparse_moe.gate.weight"} <= names
+    MODEL.save(build(**MOE, qk_norm=True, model_type="qwen3_moe"), tmp_path / "qwen")
+    assert "model.layers.1.mlp.experts.5.gate_proj.weight" in load_file(tmp_path / "qwen" / "model.safetensors")
+
+
+def test_the_selection_bias_stays_float32(deepseek):
+    model = MODEL.load(deepseek, torch.bfloat16)
+    assert model.model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32
+    assert model.model.layers[1].mlp.experts.down_proj.dtype == torch.bfloat16
+
+
+def bert_variants():
+    def gamma(state):
+        return {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v for k, v in state.items()}
+
+    def pretraining(state):
+        extra = {"cls.seq_relationship.weight": torch.zeros(2, 32), "cls.seq_relationship.bias": torch.zeros(2), "bert.pooler.dense.bias": torch.zeros(32),
+                 "bert.pooler.dense.weight": torch.zeros(32, 32), "bert.embeddings.position_ids": torch.arange(64)[None]}
+        return {**state, **extra}
+
+    def twice(state):
+        return {**state, "cls.predictions.decoder.bias": state["cls.predictions.bias"].clone(),
+                "cls.predictions.decoder.weight": state["bert.embeddings.word_embeddings.weight"].clone()}
+
+    return {"plain": dict, "gamma and beta": gamma, "for pretraining": pretraining, "tied tensors twice": twice}
+
+
+@pytest.mark.parametrize("variant", bert_variants())
+def test_bert_as_it_is_on_the_hub(variant, tmp_path):
+    reference("bert").save_pretrained(tmp_path)
+    state = bert_variants()[variant](load_file(tmp_path / "model.safetensors"))
+    save_file(state, tmp_path / "model.safetensors")
+    close(MODEL.load(tmp_path)(ids_of(2, 9)).logits, reference("bert")(ids_of(2, 9)).logits, 1e-4)
+
+
+# -------------------------------------------------------------------------------------------------- the encoder
+
+
+def test_an_encoder_sees_both_ways_and_token_types(tmp_path):
+    reference("bert").save_pretrained(tmp_path)
+    model, ids = MODEL.load(tmp_path), ids_of(2, 9)
+    kinds = (torch.arange(9) >= 4).long().expand(2, 9)
+    attention = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+    positions = torch.where(attention.bool(), torch.arange(9), -1)
+    with torch.no_grad():
+        close(model(ids, token_types=kinds).logits, reference("bert")(ids, token_type_ids=kinds).logits, 1e-4)
+        ours = model(ids, positions=positions, token_types=kinds).logits
+        theirs = reference("bert")(ids, attention_mask=attention, token_type_ids=kinds).logits
+        close(ours[attention.bool()], theirs[attention.bool()], 1e-4)
+        assert ours.isfinite().all()
+        changed = ids.clone()
+        changed[:, -1] = (changed[:, -1] + 1) % VOCAB
+        assert not torch.allclose(model(ids).logits[:, 0], model(changed).logits[:, 0])
+        packed, places, segments, documents = pack()
+        logits = model(packed, positions=places, segment_ids=segments).logits
+        for row, start, document in documents:
+            close(logits[row, start : start + len(document)], model(document[None]).logits[0], 2e-5)
+    with pytest.raises(ValueError, match="no token types"):
+        build(**SIZES)(ids, token_types=kinds)
+    with pytest.raises(ValueError, match="no use for a cache"):
+        model(ids, positions=positions, cache=model.new_cache(2, 9).select([0, 1]))
+
+
+def test_masked_tokens_are_hidden_replaced_or_kept(tokenizer):
+    ids = torch.randint(5, len(tokenizer), (40, 200), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = tokenizer.bos_token_id
+    positions = torch.arange(200).repeat(40, 1).masked_fill(torch.arange(200) >= 190, -1)
+    batch = {"input_ids": ids, "positions": positions, "targets": ids, "counts": {"tokens": ids.numel()}}
+    masked = TRAIN.mask_tokens(batch, tokenizer, [(0, i) for i in range(40)], 0.15)
+    chosen = masked["targets"] != -100
+    assert masked["counts"]["tokens"] == int(chosen.sum()) and abs(chosen[:, 1:190].float().mean() - 0.15) < 0.02
+    assert not chosen[:, 0].any() and not chosen[:, 190:].any() and torch.equal(masked["targets"][chosen], ids[chosen])
+    assert torch.equal(masked["input_ids"][~chosen], ids[~chosen])
+    seen, truth = masked["input_ids"][chosen], ids[chosen]
+    assert abs((seen == tokenizer.mask_token_id).float().mean() - 0.8) < 0.04
+    assert abs((seen == truth).float().mean() - 0.1) < 0.03
+    half = TRAIN.mask_tokens({k: v[20:] if k != "counts" else v for k, v in batch.items()}, tokenizer, [(0, i) for i in range(20, 40)], 0.15)
+    assert torch.equal(half["input_ids"], masked["input_ids"][20:])  # a row's draw is its own, whatever the batch
+
+
+# ------------------------------------------------------------------------------------ any other architecture
+
+TEXT = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
+            bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.3)
+WINDOWED = dict(TEXT, num_key_value_heads=2, head_dim=8, sliding_window=5)
+FOREIGN = {
+    "gpt_neox": ("GPTNeoX", TEXT),
+    "opt": ("OPT", dict({k: v for k, v in TEXT.items() if k not in ("intermediate_size", "initializer_range")}, ffn_dim=48, word_embed_proj_dim=32,
+                        init_std=0.3)),
+    "gemma3": ("Gemma3Text", dict(WINDOWED, layer_types=["sliding_attention", "full_attention", "sliding_attention"], query_pre_attn_scalar=8)),
+    "gemma2": ("Gemma2", dict(WINDOWED, final_logit_softcapping=3.0, attn_logit_softcapping=10.0, query_pre_attn_scalar=8)),
+    "granite": ("Granite", dict(TEXT, num_key_value_heads=2, logits_scaling=4.0)),
+    "bloom": ("Bloom", dict(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.3)),
+    "mamba": ("Mamba", dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+                            initializer_range=0.3)),
+}
+LINES = {"gpt_neox": [], "opt": [], "gemma3": [], "gemma2": [], "granite": ["output head"], "bloom": None, "mamba": ["no masks", "cannot use the cache"]}
+
+
+def foreign_reference(kind: str):
+    prefix, knobs = FOREIGN[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, prefix + "Config")(**knobs)
+    name = "Gemma3ForCausalLM" if kind == "gemma3" else prefix + "ForCausalLM"
+    return roughen(getattr(transformers, name)(config), 1).eval()
+
+
+@pytest.fixture(scope="module")
+def abroad(tmp_path_factory):
+    """abroad(kind): (folder, transformers' model)."""
+    root, made = tmp_path_factory.mktemp("abroad"), {}
+
+    def folder(kind):
+        if kind not in made:
+            made[kind] = foreign_reference(kind)
+            made[kind].save_pretrained(root / kind)
+        return root / kind, made[kind]
+
+    return folder
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_models_compute_what_transformers_does(kind, abroad, capsys):
+    folder, hf = abroad(kind)
+    model, ids = MODEL.load(folder), ids_of(2, 24)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("model.name:")]
+    if LINES[kind] is not None:
+        assert len(said) == len(LINES[kind]) and all(part in line for part, line in zip(LINES[kind], said)), said
+    with torch.no_grad():
+        close(model(ids).logits, hf(ids).logits, 1e-4)
+        expected = hf(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+        close(model(ids[:, :-1], targets=ids[:, 1:]).logprobs, expected, 1e-4)
+        states, theirs = model(ids, want=("hidden_states",)).hidden_states, hf(ids, output_hidden_states=True).hidden_states
+        assert len(states) == len(theirs) or kind in ("granite", "mamba")
+    hf.zero_grad()
+    (-hf(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).mean()).backward()
+    gradients = gradients_of(model.inner, -model(ids[:, :-1], targets=ids[:, 1:]).logprobs.mean())
+    for name, weight in hf.named_parameters():
+        assert (gradients[name] - weight.grad).norm() <= 1e-4 * weight.grad.norm().clamp(min=1e-3), name
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_documents_stay_apart_in_foreign_models(kind, abroad):
+    """One document is longer than the windows of 5."""
+    model = MODEL.load(abroad(kind)[0])
+    ids, positions, segments, places = pack()
+    assert max(len(document) for *_, document in places) > 5
+    with torch.no_grad():
+        for arguments in (dict(positions=positions, segment_ids=segments), dict(segment_ids=segments)):
+            logits = model(ids, **arguments).logits
+            assert logits.isfinite().all()
+            for row, start, document in places:
+                close(logits[row, start : start + len(document)], model(document[None]).logits[0], 1e-4)
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_models_generate_ragged_batches(kind, abroad):
+    folder, hf = abroad(kind)
+    prompts = [ids_of(n, seed=n).tolist() for n in (4, 13)]
+    answers = INFER.generate(MODEL.load(folder), prompts, INFER.Sampling(16, temperature=0, ignore_eos=True))
+    for prompt, [answer] in zip(prompts, answers):
+        theirs = hf.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=16, min_new_tokens=16, attention_mask=torch.ones(1, len(prompt)),
+                             eos_token_id=None)
+        assert answer.ids == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gemma3"])
+def test_a_foreign_model_trains_saves_and_resumes(kind, abroad, tmp_path, tokenizer, text_file):
+    prefix, knobs = FOREIGN[kind]
+    config = getattr(transformers, prefix + "Config")(**{**knobs, "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
+                                                         "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
+    cls = transformers.Gemma3ForCausalLM if kind == "gemma3" else getattr(transformers, prefix + "ForCausalLM")
+    torch.manual_seed(0)
+    cls(config).save_pretrained(tmp_path / "start")
+    TOKENIZER.save(tokenizer, tmp_path / "start")
+    flags = ["--model", str(tmp_path / "start"), "--data", str(text_file), "--data.dir", str(tmp_path / "data"), "--max-length", "24", "--batch-size", "4",
+             "--training.logging_steps", "1", "--training.save_steps", "3", "--learning-rate", "3e-3", "--training.sample_tokens", "4",
+             "--training.mixed_precision", "no", "--training.lr_scheduler_type", "constant", "--training.gradient_checkpointing", "true"]
+    result = TRAIN.main([*flags, "--max-steps", "6", "--out", str(tmp_path / "whole")])
+    assert result.after["loss"] < result.before["loss"]
+    TRAIN.main([*flags, "--max-steps", "3", "--out", str(tmp_path / "halves")])
+    TRAIN.main([*flags, "--max-steps", "6", "--out", str(tmp_path / "halves"), "--resume", "auto"])
+    whole, halves = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
+    assert set(whole) == set(halves) and all(torch.equal(whole[name], halves[name]) for name in whole)
+    hf = cls.from_pretrained(tmp_path / "whole").eval()
+    ids = ids_of(1, 12)
+    with torch.no_grad():
+        close(MODEL.load(tmp_path / "whole")(ids).logits, hf(ids).logits, 1e-4)
+
+
+def test_what_transformers_does_not_know_is_one_line(tmp_path, abroad):
+    folder, _ = abroad("gpt_neox")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsuch"}))
+    with pytest.raises(UserError, match="model_type 'nonsuch' cannot be opened"):
+        MODEL.load(tmp_path)
+    with pytest.raises(UserError, match="flash_attention_2 cannot keep documents"):
+        MODEL.load(folder, attn_implementation="flash_attention_2")
+    with pytest.raises(UserError, match="model.rope_theta: gpt_neox is computed by transformers"):
+        MODEL.load(folder, changes={"rope_theta": 5.0})
+
+
+# ------------------------------------------------------------------------------------------------ long context
+
+
+def test_rope_scaling_may_change_for_trained_weights(tmp_path):
+    MODEL.save(build(**SIZES), tmp_path)
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+    model = MODEL.load(tmp_path, changes=dict(rope_scaling=yarn, max_position_embeddings=256))
+    direct = build(**{**SIZES, "max_position_embeddings": 256}, rope_scaling=yarn)
+    close(model(ids_of(1, 200)).logits, direct(ids_of(1, 200)).logits)
+    MODEL.save(model, tmp_path / "longer")
+    assert MODEL.read_config(tmp_path / "longer").rope_scaling["factor"] == 4.0
+    with pytest.raises(UserError, match="model.hidden_size: a trained model's architecture is fixed"):
+        MODEL.load(tmp_path, changes=dict(hidden_size=64))
+
+
+# ------------------------------------------------------------------------------------------------------ kernels
+
+
+def ragged_oracle(calls: list, name: str):
+    def run(q, k, v, edges, window):
+        assert edges[0] == 0 and edges[-1] == len(q)
+        calls.append(name)
+        return torch.cat([slow_attention(q[a:b], k[a:b], v[a:b], window) for a, b in zip(edges, edges[1:])])
+
+    return run
+
+
+@pytest.fixture()
+def pretend(monkeypatch):
+    """pretend(kernel): its package as its documentation describes it, in loops, and a CUDA device to run on."""
+    def install(name: str) -> list:
+        calls: list = []
+        run = ragged_oracle(calls, name)
+        if name == "xformers":
+            class Bias:
+                def __init__(self, lengths, window=None):
+                    self.lengths, self.window = lengths, window
+
+                @classmethod
+                def from_seqlens(cls, lengths):
+                    return cls(lengths)
+
+                def make_local_attention(self, window):
+                    return type(self)(self.lengths, window)
+
+            def memory_efficient_attention(q, k, v, attn_bias, p=0.0):
+                assert q.shape == k.shape == v.shape and q.shape[0] == 1
+                edges = [0, *torch.tensor(attn_bias.lengths).cumsum(0).tolist()]
+                return run(q[0], k[0], v[0], edges, (-1, -1) if attn_bias.window is None else (attn_bias.window - 1, 0))[None]
+
+            fmha = types.SimpleNamespace(attn_bias=types.SimpleNamespace(BlockDiagonalCausalMask=Bias), memory_efficient_attention=memory_efficient_attention)
+            monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+            monkeypatch.setitem(sys.modules, "xformers.ops", types.SimpleNamespace(fmha=fmha))
+        else:
+            def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+                assert query.dtype in (torch.float16, torch.bfloat16) and query.shape == key.shape and cu_seq_q.dtype == torch.int32
+                assert window_size[1] == 0
+                return run(query, key, value, cu_seq_q.tolist(), window_size)
+
+            monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", types.SimpleNamespace(varlen_attn=varlen_attn))
+        monkeypatch.setattr(MODEL, "_installed", lambda package: package == "xformers")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        return calls
+
+    return install
+
+
+@pytest.mark.parametrize("kernel", ["xformers", "varlen"])
+@pytest.mark.parametrize("knobs", [SIZES, dict(SIZES, sliding_window=4), MLA])
+def test_kernels_for_joined_sequences(kernel, knobs, pretend):
+    config = ModelConfig(**knobs)
+    eager = MODEL.build(config, seed=1, attn_implementation="eager").half().eval()
+    calls = pretend(kernel)
+    assert MODEL.choose_attention("auto").attend == MODEL.KERNELS["varlen"].attend  # without flash-attn
+    model = MODEL.build(config, seed=1, attn_implementation=kernel).half().eval()
+    ids, positions, segments, _ = pack()
+    real = positions >= 0
+    with torch.no_grad():
+        for arguments in (dict(), dict(positions=positions, segment_ids=segments)):
+            ours, expected = model(ids, **arguments).logits, eager(ids, **arguments).logits
+            assert calls and ours.isfinite().all()
+            calls.clear()
+            error = (ours - expected)[real].float().norm() / expected[real].float().norm()
+            assert error < 1e-2
+        kv = model.new_cache(2, 14)
+        feed(model, kv, [0, 1], ids, [0, 0])
+        assert not calls  # masks by position go to torch's kernel
+    expected = MODEL.build(config, seed=1, attn_implementation="eager").train()
+    model = MODEL.build(config, seed=1, attn_implementation=kernel).half().train()
+    loss = [m(ids, positions=positions, segment_ids=segments, targets=ids).logprobs.sum() for m in (model, expected)]
+    for (name, ours), theirs in zip(gradients_of(model, loss[0]).items(), gradients_of(expected, loss[1]).values()):
+        assert (ours.float() - theirs).norm() <= 3e-2 * theirs.norm() + 1e-2, name
+
+
+@pytest.mark.parametrize("knobs", [SIZES, dict(SIZES, sliding_window=4)])
+def test_flex_attention_equals_eager(knobs):
+    config = ModelConfig(**knobs)
+    eager, flex = (MODEL.build(config, seed=1, attn_implementation=name).eval() for name in ("eager", "flex_attention"))
+    ids, positions, segments, _ = pack()
+    with torch.no_grad():
+        for arguments in (dict(), dict(positions=positions, segment_ids=segments)):
+            close(flex(ids, **arguments).logits[positions >= 0], eager(ids, **arguments).logits[positions >= 0], 2e-5)
+    with pytest.raises(UserError, match="flex_attention cannot train on a CPU; use sdpa"):
+        flex.train()(ids, positions=positions, segment_ids=segments)
+
+
+def test_kernels_that_are_not_there_name_another():
+    for name, reason in (("xformers", "needs a CUDA device"), ("flash_attention_2", "needs a CUDA device")):
+        with pytest.raises(UserError, match=f"{name} {reason}; sdpa"):
+            MODEL.choose_attention(name)
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("knobs, named", [
+    (dict(MOE, n_group=4), "model.n_group: 4 groups do not divide num_experts 6"),
+    (dict(MOE, n_group=3, topk_group=4), "model.topk_group: 4 of 3 groups"),
+    (dict(MOE, num_experts_per_tok=5, n_group=3, topk_group=2), "model.topk_group: 2 of 3 groups of 2 experts must exist and hold num_experts_per_tok 5"),
+    (dict(MOE, n_group=6, topk_group=2), "model.n_group: 6 groups of one expert"),
+    (dict(MOE, num_experts_per_tok=7), "model.num_experts_per_tok: 7 must lie between 1 and num_experts 6"),
+    (dict(MOE, router_bias_update_speed=0.1), "model.router_bias_update_speed: a selection bias needs model.scoring_func sigmoid"),
+    (dict(MOE, mlp_only_layers=[2]), "model.mlp_only_layers: .* names a layer beyond the 2"),
+    (dict(MLA, kv_lora_rank=33), "model.kv_lora_rank: 33 must lie between 1 and hidden_size 32"),
+    (dict(MLA, q_lora_rank=100), "model.q_lora_rank: 100 must lie between 1 and hidden_size 32"),
+    (dict(MLA, v_head_dim=40), "model.v_head_dim: 40 exceeds"),
+    (dict(MLA, sliding_window=4), "model.kv_lora_rank: latent attention takes no sliding_window"),
+    (dict(MLA, num_key_value_heads=2), "model.num_key_value_heads: 2, but the latent serves all 4 heads"),
+    (dict(MOE, scoring_func="tanh"), "model.scoring_func: 'tanh' is not one of softmax, sigmoid"),
+])
+def test_impossible_knobs_are_named(knobs, named):
+    with pytest.raises(UserError, match=named):
+        ModelConfig(**knobs)
+
+
+# ------------------------------------------------------------------------------------------------ whole programs
+
+
+@pytest.mark.parametrize("preset", ["mixtral-tiny", "qwen3-moe-tiny", "deepseek-v3-tiny", "kimi-k2-tiny", "bert-2m"])
+def test_tiny_presets_train_resume_and_answer(preset, tmp_path, text_file, capsys):
+    flags = ["--model.preset", preset, "--model.num_hidden_layers", "2", "--data", str(text_file), "--data.dir", str(tmp_path / "data"),
+             "--tokenizer.vocab_size", "300", "--max-length", "32", "--batch-size", "4", "--training.logging_steps", "1", "--training.save_steps", "4",
+             "--training.sample_tokens", "4", "--training.lr_scheduler_type", "constant", "--training.warmup_steps", "2"]
+    result = TRAIN.main([*flags, "--max-steps", "8", "--out", str(tmp_path / "whole")])
+    assert result.after["loss"] < result.before["loss"] - 0.3
+    TRAIN.main([*flags, "--max-steps", "4", "--out", str(tmp_path / "halves")])
+    TRAIN.main([*flags, "--max-steps", "8", "--out", str(tmp_path / "halves"), "--resume", "auto"])
+    whole, halves = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    records = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert preset == "bert-2m" or all("expert_load" in record for record in records if "loss" in record)
+    capsys.readouterr()
+    INFER.main(["--model", str(tmp_path / "whole"), "--prompt", "The <|mask|> fox" if preset == "bert-2m" else "The red", "--max-new-tokens", "5"])
+    assert len(capsys.readouterr().out) >= 2
+
+
+def test_objectives_fit_the_model(tmp_path, text_file):
+    flags = ["--data", str(text_file), "--data.dir", str(tmp_path / "data"), "--tokenizer.vocab_size", "300", "--out", str(tmp_path / "out"), "--max-steps", "1"]
+    with pytest.raises(UserError, match="training.objective: causal, but an encoder"):
+        TRAIN.main([*flags, "--model.preset", "bert-2m", "--training.objective", "causal"])
+    with pytest.raises(UserError, match="training.objective: mlm needs an encoder"):
+        TRAIN.main([*flags, "--training.objective", "mlm"])
+
+
+def test_published_sizes(capsys):
+    """Parameters as published: 671 billion with 37 active (without the extra prediction layer), a trillion with 32."""
+    expected = {"mixtral-8x7b": (46.7e9, 12.9e9), "qwen3-30b-a3b": (30.5e9, 3.3e9), "qwen3-235b-a22b": (235e9, 22e9), "deepseek-v3": (671e9, 37e9),
+                "kimi-k2": (1.03e12, 32e9), "bert-110m": (110e6, 110e6), "bert-340m": (336e6, 336e6)}
+    for name, (total, active) in expected.items():
+        found = MODEL.count_parameters(MODEL.build(name, device="meta"))
+        assert math.isclose(found[0], total, rel_tol=0.01) and math.isclose(found[1], active, rel_tol=0.04), (name, found)
+        MODEL.main(["--model.preset", name])
+        assert f"{found[0]:,} ({found[1]:,} active per token)" in capsys.readouterr().out
