@@ -891,15 +891,25 @@ class LatentAttention(nn.Module):
         batch, heads, length, _ = content.shape
         weight = effective_weight(self.kv_b_proj, latent).reshape(heads, self.content + self.out, self.rank)
         to_key, to_value = weight.split([self.content, self.out], 1)  # (H, Dc, R), (H, Dv, R)
-        query = content @ to_key  # (B, H, T, R)
-        scores = torch.bmm(query.flatten(1, 2), latent.transpose(1, 2))  # (B, H*T, S)
-        scores = scores.baddbmm_(place.flatten(1, 2), key_place.transpose(1, 2)).view(batch, heads, length, -1)
+        query = _by_head(content, to_key)  # (B, H, T, R)
+        scores = _by_row(query.flatten(1, 2), latent.transpose(1, 2))  # (B, H*T, S)
+        scores = scores.add_(_by_row(place.flatten(1, 2), key_place.transpose(1, 2))).view(batch, heads, length, -1)
         scores = scores.mul_(self.sharpen * (self.content + self.place) ** -0.5).add_(mask.bias)
         probabilities = scores.softmax(-1)
         if self.dropout and self.training:
             probabilities = F.dropout(probabilities, self.dropout)
-        mixed = torch.bmm(probabilities.flatten(1, 2), latent).view(batch, heads, length, -1)  # (B, H, T, R)
-        return _blank(mixed @ to_value.transpose(1, 2), mask)  # (B, H, T, Dv)
+        mixed = _by_row(probabilities.flatten(1, 2), latent).view(batch, heads, length, -1)  # (B, H, T, R)
+        return _blank(_by_head(mixed, to_value.transpose(1, 2)), mask)  # (B, H, T, Dv)
+
+
+def _by_row(left: Tensor, right: Tensor) -> Tensor:
+    """torch.bmm. On a CPU one row after the other: oneDNN first copies 16-bit batches with gaps between rows (a cache's)."""
+    return torch.stack([a @ b for a, b in zip(left, right, strict=True)]) if left.device.type == "cpu" else torch.bmm(left, right)
+
+
+def _by_head(states: Tensor, weights: Tensor) -> Tensor:
+    """(B, H, T, D) times each head's own (H, D, R) -> (B, H, T, R). A broadcast `@` would copy the weights B times."""
+    return torch.bmm(states.transpose(0, 1).flatten(1, 2), weights).unflatten(1, (len(states), -1)).transpose(0, 1)
 
 
 def effective_weight(linear: nn.Module, like: Tensor) -> Tensor:
