@@ -226,7 +226,8 @@ class Row:
                           self.text if self.detokenizer else None)
 
 
-PREFILL = 512  # prompt tokens computed at once: memory for masks and states stays flat however long the prompt
+PREFILL = 512  # prompt tokens computed at once, and fewer where their scores with all before them exceed PREFILL_SCORES:
+PREFILL_SCORES = 2**22  # beside the cache, memory stays flat however long the prompt
 
 
 @torch.no_grad()
@@ -260,8 +261,9 @@ def _prefill(model, cache, rows: list[Row]) -> None:
     unique = sorted(set(owners))
     longest = max(len(rows[i].prompt) for i in unique) - 1
     device = model.device
-    for start in range(0, longest, PREFILL):
-        width = min(PREFILL, longest - start)
+    start = 0
+    while start < longest:
+        width = min(PREFILL, longest - start, max(1, PREFILL_SCORES // (len(unique) * (start + PREFILL))))
         ids = torch.zeros(len(unique), width, dtype=torch.long)
         positions = torch.full((len(unique), width), -1)
         for b, i in enumerate(unique):
@@ -270,6 +272,7 @@ def _prefill(model, cache, rows: list[Row]) -> None:
             positions[b, : len(piece)] = torch.arange(start, start + len(piece))
         nothing = torch.full_like(ids, -100, device=device)  # no targets: the output head is not computed
         model(ids.to(device), positions=positions.to(device), cache=cache.select(unique), targets=nothing)
+        start += width
     for i, owner in enumerate(owners):
         if owner != i:
             cache.copy(owner, i)

@@ -3,7 +3,7 @@
     python bench/architectures.py moe        # one layer of experts, forward and backward, against a dense layer of the same active size
     python bench/architectures.py mla        # decoding at 4k context, against transformers' DeepSeek-V3
     python bench/architectures.py prefill    # peak memory of prompts up to 32k tokens
-    python bench/architectures.py context --models out/short out/long --text data/train.txt    # perplexity by position, in one continuous text
+    python bench/architectures.py context --models out/short out/long --text held-out.txt    # perplexity by position, in one continuous text
 """
 
 from __future__ import annotations
@@ -167,15 +167,14 @@ def prefill_one(length: int) -> None:
 
 @torch.no_grad()
 def context_of(models: list[str], text: str, length: int, rows: int) -> None:
-    """Perplexity of 256 tokens at a time in rows of `length` tokens from the last tenth of a text, without any masks between documents."""
+    """Perplexity of 256 tokens at a time in rows of `length` tokens of a text, without any masks between documents."""
     import math
 
     import TOKENIZER
 
     for name in models:
         model, tokenizer = MODEL.load(name, "float32", DEVICE), TOKENIZER.load(name)
-        whole = Path(text).read_text(encoding="utf-8")
-        ids = tokenizer(whole[-len(whole) // 10 :], add_special_tokens=False)["input_ids"]
+        ids = tokenizer(Path(text).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
         rows = min(rows, (len(ids) - 1) // length)
         batch = torch.tensor(ids[: rows * length + 1], device=DEVICE)
         inputs, targets = batch[:-1].view(rows, length), batch[1:].view(rows, length)

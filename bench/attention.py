@@ -27,13 +27,16 @@ import TOKENIZER
 HEADS, WIDTH = 8, 64
 
 
-def timed(function, device: str, seconds: float = 0.4) -> float:
-    """Median milliseconds of a call."""
-    function()
+def timed(function, device: str, prepare=tuple, seconds: float = 0.4) -> float:
+    """Median milliseconds of function(*prepare()), the preparation not counted."""
+    function(*prepare())
     times: list[float] = []
     while sum(times) < seconds or len(times) < 3:
+        arguments = prepare()
+        if device == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
-        function()
+        function(*arguments)
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
@@ -70,8 +73,7 @@ def one_length(kernel: MODEL.Kernel, length: int, kind: torch.dtype, device: str
             row["forward_ms"] = timed(lambda: kernel.attend(query, key, value, mask), device)
         trained = [states.detach().requires_grad_() for states in (query, key, value)]
         gradient = torch.randn_like(query)
-        both = timed(lambda: torch.autograd.grad(kernel.attend(*trained, mask), trained, gradient), device)
-        row["backward_ms"] = max(both - row["forward_ms"], 0.0)
+        row["backward_ms"] = timed(lambda out: torch.autograd.grad(out, trained, gradient), device, lambda: (kernel.attend(*trained, mask),))
     except MODEL.UserError as error:
         row["note"] = str(error).rpartition(": ")[2]
     with torch.no_grad():
