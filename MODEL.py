@@ -164,12 +164,20 @@ class ModelConfig:
                 raise UserError(f"model.{f.name}: '{getattr(self, f.name)}' is not one of {', '.join(choices)}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise UserError(f"model.sliding_window: {self.sliding_window} must be at least 1, or null for none")
+        if self.sliding_window is not None and not self.causal:
+            raise UserError("model.sliding_window: an encoder (model.causal false) has no window; leave it out")
         self._check_layer_types()
         self._check_rope_scaling()
 
+    def _check_alone(self, owner: str, *names: str):
+        """A knob that would do nothing is refused, not ignored."""
+        for name in names:
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise UserError(f"model.{name}: {getattr(self, name)} has no meaning without model.{owner}")
+
     def _check_latent(self):
         if self.kv_lora_rank is None:
-            return
+            return self._check_alone("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         for name in ("kv_lora_rank", "q_lora_rank"):
             rank = getattr(self, name)
             if rank is not None and not 1 <= rank <= self.hidden_size:
@@ -187,7 +195,9 @@ class ModelConfig:
 
     def _check_experts(self):
         if self.num_experts is None:
-            return
+            return self._check_alone("num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "mlp_only_layers",
+                                     "scoring_func", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group",
+                                     "router_aux_loss_coef", "seq_aux", "router_bias_update_speed")
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
         experts, groups = self.num_experts, self.n_group
@@ -309,8 +319,8 @@ PRESETS = {
     "mistral-2m": _size(dict(_TINY, model_type="mistral", sliding_window=128), 192, 5, 6, 512, num_key_value_heads=3),
     "qwen2-2m": _size(dict(_QWEN2, **_TINY), 192, 5, 6, 512, num_key_value_heads=3),
     "qwen3-2m": _size(dict(_QWEN3, **_TINY, head_dim=32), 192, 5, 6, 512, num_key_value_heads=3),
-    "mixtral-tiny": _size(dict(_MIXTRAL, **_TINY), 128, 4, 4, 192, num_key_value_heads=2),
-    "qwen3-moe-tiny": _size(dict(_QWEN3_MOE, **_TINY, head_dim=32), 128, 4, 4, 384, num_key_value_heads=2, num_experts=16,
+    "mixtral-tiny": _size(dict(_MIXTRAL, **_TINY, router_aux_loss_coef=0.05), 128, 4, 4, 192, num_key_value_heads=2),
+    "qwen3-moe-tiny": _size(dict(_QWEN3_MOE, **_TINY, head_dim=32, router_aux_loss_coef=0.02), 128, 4, 4, 384, num_key_value_heads=2, num_experts=16,
                             num_experts_per_tok=4, moe_intermediate_size=96),
     "deepseek-v3-tiny": _size(dict(_DEEPSEEK, **_TINY_MLA), 128, 4, 4, 344, num_experts=16, num_experts_per_tok=3, n_group=4, topk_group=2),
     "kimi-k2-tiny": _size(dict(_KIMI, **_TINY_MLA), 128, 4, 4, 344, num_experts=24, num_experts_per_tok=3),
@@ -681,6 +691,9 @@ def flex_mask(positions: Tensor, segment_ids: Tensor | None, window: int | None)
     return create_block_mask(allowed, len(positions), None, length, length, device=positions.device)
 
 
+NO_FLEX_TRAINING = "flex_attention cannot train on a CPU; use sdpa"
+
+
 @memoize
 def _compiled_flex(device: str) -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
@@ -691,7 +704,7 @@ def _compiled_flex(device: str) -> Callable:
 def attend_flex(query: Tensor, key: Tensor, value: Tensor, mask, window=None, dropout=0.0) -> Tensor:
     """torch's flex_attention (Dong 2024): a kernel compiled for the mask's rule."""
     if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
-        raise UserError("model.attn_implementation: flex_attention cannot train on a CPU; use sdpa")
+        raise UserError(f"model.attn_implementation: {NO_FLEX_TRAINING}")
     if dropout:
         raise UserError("model.attn_implementation: flex_attention has no dropout; set model.attention_dropout 0, or use sdpa")
     if mask is None or isinstance(mask, Mask):  # plain, or by position as with a cache
@@ -730,9 +743,11 @@ def why_not(name: str) -> str | None:
     return None
 
 
-def choose_attention(name: str) -> Kernel:
+def choose_attention(name: str, trains_on: str = "") -> Kernel:
     """The kernel behind model.attn_implementation; auto takes flash-attn where it is installed and can run, on CUDA
     torch's own form of it, else what torch has for the device."""
+    if name == "flex_attention" and trains_on == "cpu":
+        raise UserError(f"model.attn_implementation: {NO_FLEX_TRAINING}")
     if name == "auto":
         if torch.cuda.is_available():
             return KERNELS["flash_attention_2" if why_not("flash_attention_2") is None else "varlen"]
@@ -2523,8 +2538,8 @@ def convert(value, kind, where: str, choices: tuple = ()):
 
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if isinstance(value, str) and list in options and value != "null":  # one text is a list of one, taken as it stands
-        with suppress(json.JSONDecodeError):
-            value = json.loads(value) if value.startswith("[") else value
+        with suppress(yaml.YAMLError):
+            value = yaml.safe_load(value) if value.startswith("[") else value
     elif isinstance(value, str) and str not in options:
         if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
             value = float(value) if re.search(r"[.eE]", value) else int(value)

@@ -437,7 +437,7 @@ class Trainer:
             for name, share in shares.items():
                 metrics[name] = metrics.get(name, 0.0) + share.detach()
         self._update(metrics)
-        self.tokens += totals.get("tokens", 0)
+        self.tokens += totals.get("read", totals.get("tokens", 0))  # more are read than predicted where a loss skips some
 
     def _totals(self, batches: list[dict]) -> dict[str, float]:
         names = sorted(batches[0]["counts"])
@@ -963,7 +963,7 @@ def mask_tokens(batch: dict, tokenizer, keys: list[tuple], probability: float) -
     chosen = real & ~special & (draws[0] < probability)
     hidden = torch.where(draws[1] < 0.8, tokenizer.mask_token_id, torch.where(draws[1] < 0.9, (draws[2] * len(tokenizer)).long(), ids))
     return {**batch, "input_ids": torch.where(chosen, hidden, ids), "targets": ids.masked_fill(~chosen, -100),
-            "counts": {"tokens": int(chosen.sum())}}
+            "counts": {"tokens": int(chosen.sum()), "read": int(real.sum())}}
 
 
 class MaskedStream:
@@ -1128,6 +1128,7 @@ def main(argv: list[str] | None = None) -> Result:
         raise UserError("--overwrite and --resume exclude each other; keep one")
     out = Path(config.output.dir)
     accelerator, device = start_processes(config.training, config.model.device, out)
+    MODEL.choose_attention(config.model.attn_implementation, trains_on=device.type)  # what cannot work is said before any work
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
         first = MODEL.process_rank() == 0
         if not first:

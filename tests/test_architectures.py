@@ -661,6 +661,12 @@ def test_kernels_that_are_not_there_name_another():
             MODEL.choose_attention(name)
 
 
+def test_a_kernel_that_cannot_train_is_refused_before_any_work(tmp_path, capsys):
+    with pytest.raises(UserError, match="model.attn_implementation: flex_attention cannot train on a CPU; use sdpa"):
+        TRAIN.main(["--model.attn_implementation", "flex_attention", "--model.device", "cpu", "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().err == "" and not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------------------------------------- bad input
 
 
@@ -678,6 +684,11 @@ def test_kernels_that_are_not_there_name_another():
     (dict(MLA, sliding_window=4), "model.kv_lora_rank: latent attention takes no sliding_window"),
     (dict(MLA, num_key_value_heads=2), "model.num_key_value_heads: 2, but the latent serves all 4 heads"),
     (dict(MOE, scoring_func="tanh"), "model.scoring_func: 'tanh' is not one of softmax, sigmoid"),
+    (dict(SIZES, n_group=2), "model.n_group: 2 has no meaning without model.num_experts"),
+    (dict(SIZES, router_aux_loss_coef=0.1), "model.router_aux_loss_coef: 0.1 has no meaning without model.num_experts"),
+    (dict(SIZES, q_lora_rank=8), "model.q_lora_rank: 8 has no meaning without model.kv_lora_rank"),
+    (dict(SIZES, causal=False, sliding_window=4), "model.sliding_window: an encoder .* has no window"),
+    (dict(SIZES, layer_types=["full_attention", "sliding_attention"]), "model.layer_types: sliding_attention needs model.sliding_window"),
 ])
 def test_impossible_knobs_are_named(knobs, named):
     with pytest.raises(UserError, match=named):

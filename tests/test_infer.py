@@ -109,6 +109,22 @@ def test_every_way_gives_the_same_ids(sampling, model, tokenizer, prompts, monke
     assert [a[0] for a in generate(model, prompts, sampling, tokenizer)] == expected
 
 
+def test_long_prompts_are_read_in_smaller_pieces(model, prompts, monkeypatch):
+    """So that the scores of one piece with all before it stay under a limit, and with them the memory for masks."""
+    expected, sizes, forward = generate(model, prompts, greedy(max_new_tokens=3)), [], model.forward
+
+    def watched(ids, **arguments):
+        sizes.append((len(ids) * ids.shape[1] * (int(arguments["positions"].max()) + 1), ids.shape[1]))
+        return forward(ids, **arguments)
+
+    monkeypatch.setattr(model, "forward", watched)
+    monkeypatch.setattr(INFER, "PREFILL", 8)
+    monkeypatch.setattr(INFER, "PREFILL_SCORES", 8 * 12 * len(prompts))
+    assert generate(model, prompts, greedy(max_new_tokens=3)) == expected
+    prefill = [(scores, width) for scores, width in sizes if width > 1]
+    assert all(scores <= INFER.PREFILL_SCORES for scores, _ in prefill) and len({width for _, width in prefill}) > 2
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_streaming_without_cache(use_cache, model, tokenizer, prompts):
     pieces = list(stream(model, tokenizer, prompts[0], greedy(), use_cache))

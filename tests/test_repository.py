@@ -236,6 +236,11 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
     assert load(["--training.batch_size", "1e2"]).training.batch_size == 100
 
 
+def test_lists_are_written_as_in_yaml():
+    assert load(["--model.layer_types", "[full_attention, sliding_attention]"]).model.layer_types == ["full_attention", "sliding_attention"]
+    assert load(["--model.mlp_only_layers", "[0, 2]"]).model.mlp_only_layers == [0, 2]
+
+
 def test_a_later_model_displaces_an_earlier_one_and_its_knobs(tmp_path):
     text = "model: {preset: llama-1m, hidden_size: 64, dtype: float32}\ntokenizer: {kind: char}\n"
     kept = load(text=text, folder=tmp_path)
