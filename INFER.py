@@ -296,10 +296,11 @@ def _accept(logits: Tensor, rows: list[Row]) -> None:
         row.accept(tokens[i], logprobs[i] if logprobs else None)
 
 
-def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int = 0) -> list[list[Row]]:
+def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | list[int] = 0) -> list[list[Row]]:
     config = model.config
     groups = []
-    for p, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True), first):
+    numbers = first if isinstance(first, list) else range(first, first + len(prompts))
+    for p, prompt, sampling in zip(numbers, prompts, samplings, strict=True):
         if not prompt:
             raise UserError("a prompt needs at least one token; an empty text is the beginning-of-text token")
         if len(prompt) >= config.max_position_embeddings:
@@ -313,11 +314,12 @@ def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int = 0) 
 
 
 def generate(model, prompts: list[list[int]], sampling: Sampling | list[Sampling], tokenizer=None, use_cache: bool = True,
-             batch_size: int = 64, step: int = 0, first: int = 0) -> list[list[Completion]]:
+             batch_size: int = 64, step: int = 0, first: int | list[int] = 0) -> list[list[Completion]]:
     """Answers to ragged prompts, computed together: [prompt][sample] -> Completion.
 
     Each answer draws from its own generator keyed by (seed, step, prompt, sample): the same text alone or in any
-    batch. `step` sets calls of one seed apart (rollouts), `first` is the number of the first prompt. The tokenizer is needed for stop texts and `.text` only.
+    batch. `step` sets calls of one seed apart (rollouts), `first` is the number of the first prompt, or a list of all
+    numbers. The tokenizer is needed for stop texts and `.text` only.
     """
     samplings = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
     groups = _make_rows(model, prompts, samplings, tokenizer, step, first)
@@ -464,7 +466,7 @@ class Session:
             pieces.append(piece)
         return "".join(pieces)
 
-    def answer(self, prompts: list, samplings: list[Sampling], first: int = 0) -> list[list[Completion]]:
+    def answer(self, prompts: list, samplings: list[Sampling], first: int | list[int] = 0) -> list[list[Completion]]:
         ids = [self.prompt_ids(prompt, s) for prompt, s in zip(prompts, samplings, strict=True)]
         return generate(self.model, ids, samplings, self.tokenizer, self.settings.use_cache,
                         max(self.settings.batch_size, 1), first=first)
@@ -514,11 +516,16 @@ def run_jsonl(session: Session) -> None:
     def records():
         for number, line in enumerate(read_stdin(), 1):
             if line.strip():
-                yield _record(line, f"stdin:{number}", session.sampling)
+                record = _record(line, f"stdin:{number}", session.sampling)
+                if isinstance(record[1], list) and not session.tokenizer.chat_template:
+                    raise UserError(f"stdin:{number}: messages need a chat template, which this tokenizer lacks; give a 'prompt'")
+                yield record
 
     done = 0
     for group in batches(records(), session.settings.batch_size):
-        answers = session.answer([prompt for _, prompt, _ in group], [sampling for *_, sampling in group], done)
+        # A request with a seed of its own is answered as if it stood alone.
+        numbers = [0 if record.get("seed") is not None else done + i for i, (record, *_) in enumerate(group)]
+        answers = session.answer([prompt for _, prompt, _ in group], [sampling for *_, sampling in group], numbers)
         for (record, _, _), completions in zip(group, answers, strict=True):
             for c in completions:
                 extra = {"logprobs": c.logprobs} if c.logprobs is not None else {}
@@ -665,6 +672,8 @@ def check_flags(actions, logprobs: bool) -> None:
         raise UserError(f"{' and '.join(modes)} exclude each other; keep one")
     if actions.logits and actions.score is None:
         raise UserError("--logits: goes with --score")
+    if logprobs and actions.score is None and not actions.jsonl:
+        raise UserError("--logprobs: goes with --jsonl or --score, whose output has a place for them")
     if actions.top_logprobs and not (logprobs and actions.score is not None):
         raise UserError("--top-logprobs: goes with --score and --logprobs")
     if actions.score not in (None, "-") and not Path(actions.score).is_file():
@@ -672,12 +681,14 @@ def check_flags(actions, logprobs: bool) -> None:
 
 
 @torch.no_grad()
-def fill(model, tokenizer, text: str) -> str:
+def fill(model, tokenizer, text: str, where: str = "prompt") -> str:
     """An encoder's answer: the text with each mask token replaced by the likeliest piece."""
-    ids = torch.tensor([TOKENIZER.encode_prompt(tokenizer, text)], device=model.device)[:, : model.config.max_position_embeddings]
+    ids = torch.tensor([TOKENIZER.encode_prompt(tokenizer, text)], device=model.device)  # (1, T)
     hidden = ids == tokenizer.mask_token_id
     if not hidden.any():
-        raise UserError(f"this model is an encoder: it fills in {tokenizer.mask_token}, and the text holds none")
+        raise UserError(f"{where}: this model is an encoder: it fills in {tokenizer.mask_token}, and the text holds none")
+    if ids.shape[1] > model.config.max_position_embeddings:
+        raise UserError(f"{where}: {ids.shape[1]} tokens, but this encoder reads {model.config.max_position_embeddings} at once; shorten the text")
     logits = model(ids).logits
     logits[..., tokenizer.all_special_ids] = -math.inf
     filled = torch.where(hidden, logits.argmax(-1), ids)[0].tolist()
@@ -687,9 +698,13 @@ def fill(model, tokenizer, text: str) -> str:
 def run_fill(session: Session, actions, prompt: str | None) -> None:
     if actions.score is not None or actions.jsonl:
         raise UserError("this model is an encoder: it gives no text a probability and answers no JSONL; use --prompt, --lines or a pipe")
+    usual = InferenceSection()
+    for key in ("n", "top_k", "top_p", "min_p", "logprobs", "stop", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        if getattr(session.settings, key) != getattr(usual, key):
+            raise UserError(f"inference.{key}: this model is an encoder; it takes the likeliest piece for each mask and samples nothing")
     lines = (line.rstrip("\r\n") for line in read_stdin()) if prompt is None else [prompt]
-    for line in lines:
-        print(fill(session.model, session.tokenizer, line), flush=True)
+    for number, line in enumerate(lines, 1):
+        print(fill(session.model, session.tokenizer, line, "prompt" if prompt is not None else f"stdin:{number}"), flush=True)
 
 
 def run_prompt(session: Session, prompt: str, echo: bool) -> None:

@@ -62,7 +62,12 @@ def knob(default, comment: str, choices: tuple = ()):
     return field(default=default, metadata=metadata)
 
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = {  # what each takes, the first being required (llama3: all)
+    "default": (),
+    "linear": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+}
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -150,6 +155,8 @@ class ModelConfig:
                             f"num_attention_heads {self.num_attention_heads}; GQA needs equal groups")
         if self.position_embedding_type == "rope" and self.head_dim % 2:
             raise UserError(f"model.head_dim: {self.head_dim} is odd; rotary positions turn pairs of numbers")
+        if self.type_vocab_size < 0:
+            raise UserError(f"model.type_vocab_size: {self.type_vocab_size} must be 0 (none) or above")
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"model.{name}: {getattr(self, name)} must be a positive number")
@@ -187,8 +194,13 @@ class ModelConfig:
                 raise UserError(f"model.{name}: {getattr(self, name)} must be at least 1")
         if self.v_head_dim > self.qk_nope_head_dim + self.qk_rope_head_dim:
             raise UserError(f"model.v_head_dim: {self.v_head_dim} exceeds a query head's {self.qk_nope_head_dim + self.qk_rope_head_dim}")
-        if self.sliding_window is not None or self.position_embedding_type != "rope" or self.qk_norm:
-            raise UserError("model.kv_lora_rank: latent attention takes no sliding_window, learned positions or qk_norm")
+        for name, only in (("sliding_window", None), ("position_embedding_type", "rope"), ("qk_norm", False)):
+            if getattr(self, name) != only:
+                raise UserError(f"model.{name}: {getattr(self, name)} is not possible with latent attention (model.kv_lora_rank)")
+        if self.qk_rope_head_dim % 2:
+            raise UserError(f"model.qk_rope_head_dim: {self.qk_rope_head_dim} is odd; rotary positions turn pairs of numbers")
+        if self.head_dim not in (None, self.qk_rope_head_dim):
+            raise UserError(f"model.head_dim: {self.head_dim}, but with latent attention qk_nope_head_dim, qk_rope_head_dim and v_head_dim say how wide heads are")
         if self.num_key_value_heads != self.num_attention_heads:
             raise UserError(f"model.num_key_value_heads: {self.num_key_value_heads}, but the latent serves all {self.num_attention_heads} heads")
         self.head_dim = self.qk_rope_head_dim  # what rotary positions turn
@@ -201,6 +213,8 @@ class ModelConfig:
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
         experts, groups = self.num_experts, self.n_group
+        if experts < 1:
+            raise UserError(f"model.num_experts: {experts} must be at least 1, or null for none")
         if not 1 <= self.num_experts_per_tok <= experts:
             raise UserError(f"model.num_experts_per_tok: {self.num_experts_per_tok} must lie between 1 and num_experts {experts}")
         if groups < 1 or experts % groups:
@@ -215,7 +229,9 @@ class ModelConfig:
         for name in ("moe_intermediate_size", "n_shared_experts", "router_aux_loss_coef", "router_bias_update_speed"):
             if not (0 if name != "moe_intermediate_size" else 1) <= getattr(self, name) < math.inf:
                 raise UserError(f"model.{name}: {getattr(self, name)} is too small")
-        if any(not 0 <= layer < self.num_hidden_layers for layer in self.mlp_only_layers or ()):
+        with suppress(ValueError, TypeError):
+            self.mlp_only_layers = [int(layer) for layer in self.mlp_only_layers or ()]
+        if not all(isinstance(layer, int) and 0 <= layer < self.num_hidden_layers for layer in self.mlp_only_layers or ()):
             raise UserError(f"model.mlp_only_layers: {self.mlp_only_layers} names a layer beyond the {self.num_hidden_layers} there are")
         self.mlp_only_layers = sorted(set(self.mlp_only_layers or ())) or None
 
@@ -240,6 +256,8 @@ class ModelConfig:
             self.layer_types = self.sliding_window = None
 
     def _check_rope_scaling(self):
+        if self.position_embedding_type == "learned":
+            self._check_alone("position_embedding_type rope", "rope_scaling", "rope_theta")
         if self.rope_scaling is None:
             return
         scaling = dict(self.rope_scaling)
@@ -247,11 +265,22 @@ class ModelConfig:
         scaling.pop("type", None)
         if kind not in ROPE_TYPES:
             raise UserError(f"model.rope_scaling: rope_type '{kind}' is not one of {', '.join(ROPE_TYPES)}")
-        needs = {"linear": ("factor",), "yarn": ("factor",), "default": (),
-                 "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        missing = [key for key in needs[kind] if scaling.get(key) is None]
+        if unknown := set(scaling) - {"rope_type", *ROPE_TYPES[kind]}:
+            word = sorted(unknown)[0]
+            raise UserError(f"model.rope_scaling: rope_type {kind} has no '{word}'; nearest is '{nearest(word, ROPE_TYPES[kind])}'")
+        needs = ROPE_TYPES[kind] if kind == "llama3" else ROPE_TYPES[kind][:1]
+        missing = [key for key in needs if scaling.get(key) is None]
         if missing:
             raise UserError(f"model.rope_scaling: rope_type {kind} needs {', '.join(missing)}")
+        for key, value in scaling.items():
+            least = 1 if key in ("factor", "original_max_position_embeddings") else 0
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if key not in ("rope_type", "truncate") and value is not None and not (number and least <= value < math.inf):
+                raise UserError(f"model.rope_scaling: {key} {value!r} must be a number, {least} or above")
+        slow, fast = ((scaling.get("low_freq_factor"), scaling.get("high_freq_factor")) if kind == "llama3" else
+                      (scaling.get("beta_slow") or 1, scaling.get("beta_fast") or 32))
+        if kind in ("llama3", "yarn") and (slow > fast or (kind == "llama3" and slow == fast)):
+            raise UserError(f"model.rope_scaling: {slow} for slow dimensions must be below {fast} for fast ones")
         self.rope_scaling = None if kind == "default" else scaling
 
     def window(self, layer: int) -> int | None:
@@ -1594,12 +1623,20 @@ class ForeignModel(LanguageModel):
             self.probe()
         return self.abilities[ability]
 
+    def _is_causal(self) -> bool:
+        ids = torch.zeros(2, 4, dtype=torch.long, device=self.device)
+        ids[1, -1] = 1
+        first, second = self.inner(input_ids=ids, use_cache=False).logits[:, 0]
+        return bool((first - second).abs().max() <= 1e-3 * first.std())
+
     @torch.no_grad()
     def probe(self) -> None:
         """Compare each ability with the model's own plain forward on random ids."""
         self.abilities = {"head": True, "masks": True, "cache": True}
         training = self.training
         self.eval()
+        if not self._is_causal():
+            raise UserError(f"{self.config.model_type}: its tokens see those after them, so it is no causal language model; BERT is the encoder known here")
         short = min((w for w in self.windows.values() if w), default=0)
         length = 12 + (2 * short if short <= 32 else 0)
         generator = torch.Generator().manual_seed(0)
@@ -1620,15 +1657,21 @@ class ForeignModel(LanguageModel):
             return self(ids, segment_ids=segments).logits[:, cut:]
 
         def cached() -> Tensor:
-            cache, logits = self.new_cache(1, length), []
-            for start, stop in ((0, cut), *((i, i + 1) for i in range(cut, length))):
-                positions = torch.arange(start, stop, device=ids.device)[None]
-                logits.append(self(ids[:, start:stop], positions=positions, cache=cache.select([0])).logits)
-            return torch.cat(logits, 1)
+            """The whole row, with the second document as a shorter row beside it."""
+            cache, logits = self.new_cache(2, length), []
+            both = torch.zeros(2, length, dtype=torch.long, device=ids.device)
+            both[0], both[1, : length - cut] = ids[0], ids[0, cut:]
+            steps = torch.arange(length, device=ids.device)
+            positions = torch.stack((steps, steps.where(steps < length - cut, -1)))
+            for start, stop in ((0, 3), (3, cut), *((i, i + 1) for i in range(cut, length))):
+                there = slice(start, stop)
+                logits.append(self(both[:, there], positions=positions[:, there], cache=cache.select([0, 1])).logits)
+            whole = torch.cat(logits, 1)
+            return torch.cat((whole[:1], whole[1:, : length - cut]), 1)
 
         same("head", lambda: self(ids).logits, plain)
         same("masks", documents, second)
-        same("cache", cached, plain)
+        same("cache", cached, torch.cat((plain, second), 1))
         self.train(training)
         name = self.config.model_type
         for ability, line in (("head", "has an output head of its own kind: whole logits are computed at once"),
@@ -1708,6 +1751,7 @@ class Family(NamedTuple):
     names: dict = {}  # knob -> its key, where they differ
     base: tuple = ("model", "embed_tokens", "layers", "norm")  # prefix of the tensors, and how they begin without it
     parts: tuple = ()  # (our part of a tensor's name, its own)
+    needs: tuple = ()  # knobs that may not be empty
 
 
 _SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -1741,16 +1785,17 @@ FAMILIES = {
     "mixtral": Family("Mixtral", ("sliding_window", *_MOE), {"attention_bias": False},
                       dict(_DEFAULTS, rms_norm_eps=1e-5, num_key_value_heads=8, num_experts=8, rope_theta=1e6, bos_token_id=1, eos_token_id=2,
                            max_position_embeddings=131072, router_aux_loss_coef=0.001), {"num_experts": "num_local_experts"},
-                      parts=((".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2."))),
+                      parts=((".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2.")),
+                      needs=("num_experts",)),
     "qwen3_moe": Family("Qwen3Moe", ("sliding_window", "moe_intermediate_size", "mlp_only_layers", "norm_topk_prob", *_MOE), {"qk_norm": True},
                         dict(_DEFAULTS, num_key_value_heads=4, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
-                             norm_topk_prob=False, router_aux_loss_coef=0.001)),
+                             norm_topk_prob=False, router_aux_loss_coef=0.001), needs=("num_experts",)),
     "deepseek_v3": Family("DeepseekV3", ("moe_intermediate_size", "n_shared_experts", "norm_topk_prob", "routed_scaling_factor", "n_group",
                                          "topk_group", "seq_aux", "router_bias_update_speed", *_MOE, *_MLA), {"scoring_func": "sigmoid"},
                           dict(_DEFAULTS, num_experts=256, num_experts_per_tok=8, moe_intermediate_size=2048, n_shared_experts=1,
                                n_group=8, topk_group=4, routed_scaling_factor=2.5, kv_lora_rank=512, q_lora_rank=1536, rope_interleave=True,
                                max_position_embeddings=4096, bos_token_id=0, eos_token_id=1),
-                          {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}),
+                          {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}, needs=("num_experts", "kv_lora_rank")),
     "gpt2": Family("GPT2", ("resid_pdrop", "embd_pdrop"),
                    {k: _GPT2[k] for k in ("norm_type", "mlp_gated", "attention_bias", "attention_out_bias", "mlp_bias", "position_embedding_type")},
                    dict(hidden_act="gelu_new", rms_norm_eps=1e-5, tie_word_embeddings=True, initializer_range=0.02,
@@ -1765,7 +1810,7 @@ FAMILIES = {
                         attention_dropout=0.1, resid_pdrop=0.1, embd_pdrop=0.1, type_vocab_size=2, pad_token_id=0, max_position_embeddings=512),
                    dict(rms_norm_eps="layer_norm_eps", resid_pdrop="hidden_dropout_prob", embd_pdrop="hidden_dropout_prob",
                         attention_dropout="attention_probs_dropout_prob"),
-                   ("bert", "embeddings", "encoder"), _BERT_PARTS),
+                   ("bert", "embeddings", "encoder"), _BERT_PARTS, ("type_vocab_size",)),
 }
 ALIASES = {"kimi_k2": "deepseek_v3"}  # the same network under another name
 KNOBS = {f.name: f for f in dataclasses.fields(ModelConfig)}
@@ -1792,6 +1837,8 @@ def config_from_hub(raw: dict) -> ModelConfig:
     if knobs.get("position_embedding_type") != "learned":
         rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or family.defaults["rope_theta"]
+        known = {"rope_type", "type", *ROPE_TYPES.get(rope.get("rope_type", rope.get("type")), ())}
+        rope = {key: value for key, value in rope.items() if key in known}
         knobs.update(rope_theta=float(theta), rope_scaling=rope if rope.get("rope_type", rope.get("type")) else None)
     if "num_labels" not in raw and raw.get("id2label"):
         knobs["num_labels"] = len(raw["id2label"])
@@ -1858,10 +1905,19 @@ def config_to_hub(config: ModelConfig, heads: tuple = ("lm",)) -> dict:
             same = dataclasses.replace(config_from_hub(raw), model_type=config.model_type) == config
         except UserError:
             same = False
-        if same:
+        if same and all(own[name] for name in family.needs):
             head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM" if config.causal else "ForMaskedLM"
             return {"architectures": [family.prefix + ("ForSequenceClassification" if heads == ("score",) else head)], **raw}
     return {"architectures": ["Custom"], **own, "model_type": CUSTOM}
+
+
+def say_portability(config: ModelConfig) -> None:
+    """One line where a model's folder will not be of the family that its config names."""
+    kind = config_to_hub(config)["model_type"]
+    if kind == CUSTOM:
+        say("model: no Hugging Face class has this mixture of knobs; only this program will open the folder")
+    elif kind != config.model_type:
+        say(f"model.model_type: a {config.model_type} has other knobs; the folder will be a {kind}")
 
 
 # Buffers and heads of published files that nothing here computes with.
@@ -1888,6 +1944,8 @@ def weights_to_hub(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
             for ours, theirs in FAMILIES[kind].parts if kind in FAMILIES else ():
                 name = name.replace(ours, theirs)
             hub[name] = piece.t() if kind == "gpt2" and re.search(r"\.c_\w+\.weight$", name) else piece
+    if kind == "bert" and "lm_head.decoder.weight" in state:  # an untied head keeps its bias under both of its names
+        hub["cls.predictions.decoder.bias"] = hub["cls.predictions.bias"].clone()
     # A file may not hold parts of one storage: an expert is copied out of its stack.
     return {name: tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone() for name, tensor in hub.items()}
 
@@ -1900,8 +1958,9 @@ class Piece(NamedTuple):
     tensor: Tensor
 
 
-def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor) -> list[Piece]:
-    """One tensor of a hub file -> ours; an empty list for one that is known and not needed."""
+def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor, extra_layers: int = 0) -> list[Piece]:
+    """One tensor of a hub file -> ours; an empty list for one that is known and not needed, as are the layers for
+    multi-token prediction that published DeepSeek-V3 files hold behind the others."""
     kind = config.model_type
     if KNOWN_BUFFERS.search(name) or kind not in FAMILIES:
         return [] if KNOWN_BUFFERS.search(name) else [Piece(name, (), tensor)]
@@ -1917,8 +1976,8 @@ def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor) -> list[Pie
     for ours, theirs in family.parts:
         name = name.replace(theirs, ours)
     layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if kind == "deepseek_v3" and layer and int(layer[1]) >= config.num_hidden_layers:
-        return []  # multi-token prediction, an extra head of the published files
+    if layer and 0 <= int(layer[1]) - config.num_hidden_layers < extra_layers:
+        return []
     if ".attn.c_attn." in name:
         names = [name.replace("attn.c_attn", f"self_attn.{part}_proj") for part in "qkv"]
         return [Piece(name, (), part) for name, part in zip(names, tensor.chunk(3), strict=True)]
@@ -2001,8 +2060,6 @@ def save(model: LanguageModel, folder: str | Path) -> None:
         state.pop(model.tied_name, None)
     raw = config_to_hub(model.config, model.heads)
     kind = raw["model_type"]
-    if kind == CUSTOM:
-        say(f"{folder}: no Hugging Face class has this mixture of knobs; only this program can open it")
     raw["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     generation = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k) is not None}
     with staged(folder) as scratch:
@@ -2137,7 +2194,7 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
         expected.pop(model.tied_name, None)
     state, extra, filled = {}, [], dict.fromkeys(expected, 0)
     for path, hub_name, tensor in dequantized(folder, raw):
-        for name, index, part in weights_from_hub(model.config, hub_name, tensor):
+        for name, index, part in weights_from_hub(model.config, hub_name, tensor, raw.get("num_nextn_predict_layers") or 0):
             if name not in expected:
                 tied = name == model.tied_name and model.config.tie_word_embeddings
                 extra += [] if tied or name.startswith(OPTIONAL) else [hub_name]
@@ -2146,7 +2203,7 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
             fits = not index or index[0] < whole[0]
             shape = torch.empty(whole, device="meta")[index].shape if fits else ()
             if part.shape != shape:
-                raise UserError(f"{path}: {hub_name} is {tuple(part.shape)}, config.json makes it {tuple(shape)}")
+                raise UserError(f"{path}: {hub_name} is {tuple(part.shape)}, config.json makes it {tuple(shape)}; is one of its keys missing or changed?")
             # A router's bias is the sum of tiny steps: it stays float32.
             kind = torch.float32 if name.endswith("e_score_correction_bias") else dtype
             if index:
@@ -2224,7 +2281,9 @@ def _chosen_dtype(dtype, raw: dict, model: nn.Module, device) -> torch.dtype | N
 
 def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, changes) -> ForeignModel:
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     kind = raw.get("model_type")
     if changes:
         raise UserError(f"model.{sorted(changes)[0]}: {kind} is computed by transformers and cannot be changed here")
@@ -2238,7 +2297,7 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
         dtype = _chosen_dtype(dtype, raw, ForeignModel(empty), device) or torch.float32
         inner = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernels[attn_implementation],
                                                      use_safetensors=None, weights_only=True)
-    except (KeyError, ValueError, OSError, ImportError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever fails inside transformers, it is the folder that does not fit
         raise UserError(f"{folder}: model_type '{kind}' cannot be opened: it is none of {', '.join(FAMILIES)}, and transformers says: "
                         f"{_first_line(error)}") from None
     model = ForeignModel(inner.to(device or "cpu"), head or "lm").eval()
@@ -2466,7 +2525,7 @@ def summary(config: ModelConfig) -> str:
     for name, weight in model.named_parameters():
         shapes.setdefault((re.sub(r"\.\d+\.", ".*.", name), tuple(weight.shape)), []).append(weight.numel())
     lines = [f"{label:24} {text}" for label, text in rows] + [""]
-    lines += [f"  {name:46} {str(shape):>18} x {len(counts):<4} {sum(counts):>16,}"
+    lines += [f"  {name:50} {str(shape):>18} x {len(counts):<4} {sum(counts):>16,}"
               for (name, shape), counts in shapes.items()]
     return "\n".join(lines)
 
@@ -2740,6 +2799,9 @@ def _apply(values: dict, layer: Layer, sections: dict[str, type]) -> None:
     for section, keys in layer.values.items():
         for key, value in keys.items():
             where = f"{layer.origin}: {section}.{key}"
+            optional = section == "model" and key in KNOBS and "None" in KNOBS[key].type
+            if optional and value == "null" and PRESETS.get(values["model"]["preset"], {}).get(key) is not None:
+                raise UserError(f"{where}: null means the preset's own value, {PRESETS[values['model']['preset']][key]}; choose a preset without it")
             hints = field_types(sections[section])
             if key not in hints:
                 raise UserError(f"{where}: unknown key; nearest is '{nearest(str(key), hints)}'")

@@ -85,7 +85,9 @@ def load(name: str | Path):
     """The tokenizer of a folder or hub name, as transformers makes it."""
     folder = resolve_folder(str(name))
     if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise UserError(f"{folder}: no tokenizer here (tokenizer.json is missing); name one with --tokenizer.name")
+        newest = max(folder.glob("ckpt-step-*"), default=None)
+        hint = f"{newest} is the newest checkpoint of this unfinished run" if newest else "name one with --tokenizer.name"
+        raise UserError(f"{folder}: no tokenizer here (tokenizer.json is missing); {hint}")
     facts = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     generic = facts.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").exists()
     if generic:  # what AutoTokenizer would find out in two seconds

@@ -85,7 +85,7 @@ class TrainingSection:
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise UserError(f"training.{key}: {getattr(self, key)} must be positive")
         if not 0 < self.mlm_probability < 1:
-            raise UserError(f"training.mlm_probability: {self.mlm_probability} must lie between 0 and 1")
+            raise UserError(f"training.mlm_probability: {self.mlm_probability} must be above 0 and below 1")
         for key in ("warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "sample_tokens", "seed"):
             if getattr(self, key) < 0:
                 raise UserError(f"training.{key}: {getattr(self, key)} must not be negative")
@@ -1049,6 +1049,12 @@ def prepare_model(config, tokenizer) -> MODEL.LanguageModel:
         knobs |= MODEL.overrides(section)
         model = MODEL.build(MODEL.preset_config(section.preset, **knobs), seed=config.training.seed,
                             attn_implementation=section.attn_implementation)
+        MODEL.say_portability(model.config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        chosen = MODEL.overrides(section).get(name)
+        for i in chosen if isinstance(chosen, list) else [] if chosen is None else [chosen]:
+            if not 0 <= i < model.config.vocab_size:
+                raise UserError(f"model.{name}: {i} is no id of a vocabulary of {model.config.vocab_size}")
     if model.config.vocab_size < len(tokenizer):
         raise UserError(f"model.vocab_size: {model.config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} ids")
     resolve_defaults(config.training, model, fresh=not section.name)

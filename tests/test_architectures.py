@@ -5,6 +5,7 @@ The families themselves stand in test_model.py's table, with all the others."""
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -327,7 +328,11 @@ def test_multi_token_prediction_layers_are_left_out(deepseek):
     state = load_file(deepseek / "model.safetensors")
     state |= {"model.layers.3.eh_proj.weight": torch.zeros(32, 64), "model.layers.3.enorm.weight": torch.ones(32)}
     save_file(state, deepseek / "model.safetensors")
+    edit_config(deepseek, num_nextn_predict_layers=1)
     close(MODEL.load(deepseek)(ids_of(1, 9)).logits, reference("deepseek-v3")(ids_of(1, 9)).logits, 1e-4)
+    edit_config(deepseek, num_nextn_predict_layers=0)
+    with pytest.raises(UserError, match="unexpected tensor model.layers.3.eh_proj.weight"):  # a layer that config.json does not know
+        MODEL.load(deepseek)
 
 
 def test_experts_are_checked_one_by_one(deepseek):
@@ -384,6 +389,25 @@ def test_bert_as_it_is_on_the_hub(variant, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- the encoder
+
+
+def test_an_untied_head_keeps_its_bias_in_transformers(tmp_path):
+    model = MODEL.build(MODEL.preset_config("bert-2m", vocab_size=VOCAB, num_hidden_layers=1, tie_word_embeddings=False))
+    torch.nn.init.normal_(model.lm_head.decoder.bias)
+    MODEL.save(model, tmp_path)
+    hf = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        close(model.eval()(ids_of(2, 9)).logits, hf(ids_of(2, 9)).logits, 1e-4)
+        close(MODEL.load(tmp_path)(ids_of(2, 9)).logits, hf(ids_of(2, 9)).logits, 1e-4)
+
+
+def test_what_an_encoder_cannot_do_is_one_line(tokenizer):
+    model = MODEL.build(MODEL.preset_config("bert-2m", vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=16)).eval()
+    assert INFER.fill(model, tokenizer, "the <|mask|> fox") != "the <|mask|> fox"
+    with pytest.raises(UserError, match="stdin:3: this model is an encoder: it fills in .*, and the text holds none"):
+        INFER.fill(model, tokenizer, "the fox", "stdin:3")
+    with pytest.raises(UserError, match="prompt: [0-9]+ tokens, but this encoder reads 16 at once"):
+        INFER.fill(model, tokenizer, "the <|mask|> " + "fox " * 30)
 
 
 def test_an_encoder_sees_both_ways_and_token_types(tmp_path):
@@ -443,8 +467,10 @@ FOREIGN = {
     "bloom": ("Bloom", dict(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.3)),
     "mamba": ("Mamba", dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=0, eos_token_id=1, pad_token_id=2,
                             initializer_range=0.3)),
+    "recurrent_gemma": ("RecurrentGemma", dict(TEXT, num_hidden_layers=3, num_key_value_heads=1, attention_window_size=6, lru_width=32, w_init_variance_scale=0.3)),
 }
-LINES = {"gpt_neox": [], "opt": [], "gemma3": [], "gemma2": [], "granite": ["output head"], "bloom": None, "mamba": ["no masks", "cannot use the cache"]}
+LINES = {"gpt_neox": [], "opt": [], "gemma3": [], "gemma2": [], "granite": ["output head"], "bloom": None, "mamba": ["no masks", "cannot use the cache"],
+         "recurrent_gemma": None}
 
 
 def foreign_reference(kind: str):
@@ -481,7 +507,7 @@ def test_foreign_models_compute_what_transformers_does(kind, abroad, capsys):
         expected = hf(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
         close(model(ids[:, :-1], targets=ids[:, 1:]).logprobs, expected, 1e-4)
         states, theirs = model(ids, want=("hidden_states",)).hidden_states, hf(ids, output_hidden_states=True).hidden_states
-        assert len(states) == len(theirs) or kind in ("granite", "mamba")
+        assert len(states) == len(theirs) or kind in ("granite", "mamba", "recurrent_gemma")
     hf.zero_grad()
     (-hf(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).mean()).backward()
     gradients = gradients_of(model.inner, -model(ids[:, :-1], targets=ids[:, 1:]).logprobs.mean())
@@ -536,6 +562,33 @@ def test_a_foreign_model_trains_saves_and_resumes(kind, abroad, tmp_path, tokeni
     ids = ids_of(1, 12)
     with torch.no_grad():
         close(MODEL.load(tmp_path / "whole")(ids).logits, hf(ids).logits, 1e-4)
+
+
+def test_a_foreign_encoder_is_no_language_model(tmp_path):
+    knobs = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    transformers.RobertaForMaskedLM(transformers.RobertaConfig(**knobs)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="roberta: its tokens see those after them"):
+        MODEL.load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [dict(hidden_size=64), dict(num_hidden_layers=None), "cut"])
+def test_a_broken_foreign_folder_is_one_line(damage, abroad, tmp_path):
+    folder = Path(shutil.copytree(abroad("gpt_neox")[0], tmp_path / "broken"))
+    if damage == "cut":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    else:
+        edit_config(folder, **damage)
+    with pytest.raises(UserError, match="model_type 'gpt_neox' cannot be opened"):
+        MODEL.load(folder)
+
+
+def test_folders_are_named_for_a_class_that_can_open_them(tmp_path, capsys):
+    for knobs, kind in ((dict(MOE, scoring_func="sigmoid", model_type="mixtral"), MODEL.CUSTOM), (dict(SIZES, model_type="mixtral"), "llama"),
+                        (dict(SIZES, model_type="mistral"), "mistral")):
+        config = ModelConfig(**knobs)
+        assert MODEL.config_to_hub(config)["model_type"] == kind
+        MODEL.say_portability(config)
+        assert capsys.readouterr().err.count("\n") == (kind != config.model_type)
 
 
 def test_what_transformers_does_not_know_is_one_line(tmp_path, abroad):
@@ -681,7 +734,16 @@ def test_a_kernel_that_cannot_train_is_refused_before_any_work(tmp_path, capsys)
     (dict(MLA, kv_lora_rank=33), "model.kv_lora_rank: 33 must lie between 1 and hidden_size 32"),
     (dict(MLA, q_lora_rank=100), "model.q_lora_rank: 100 must lie between 1 and hidden_size 32"),
     (dict(MLA, v_head_dim=40), "model.v_head_dim: 40 exceeds"),
-    (dict(MLA, sliding_window=4), "model.kv_lora_rank: latent attention takes no sliding_window"),
+    (dict(MLA, sliding_window=4), "model.sliding_window: 4 is not possible with latent attention"),
+    (dict(MLA, head_dim=64), "model.head_dim: 64, but with latent attention"),
+    (dict(MOE, num_experts=0), "model.num_experts: 0 must be at least 1"),
+    (dict(MOE, mlp_only_layers=["x"]), "model.mlp_only_layers: .* names a layer beyond the 2"),
+    (dict(SIZES, type_vocab_size=-2), "model.type_vocab_size: -2 must be 0"),
+    (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor="abc")), "model.rope_scaling: factor 'abc' must be a number, 1 or above"),
+    (dict(SIZES, rope_scaling=dict(rope_type="linear", factor=0.5)), "model.rope_scaling: factor 0.5 must be a number, 1 or above"),
+    (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor=4, original_max_postion_embeddings=9)), "has no 'original_max_postion_embeddings'; nearest is 'original_max_position"),
+    (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor=4, beta_fast=1, beta_slow=32)), "model.rope_scaling: 32 for slow dimensions must be below 1"),
+    (dict(SIZES, position_embedding_type="learned", rope_theta=500.0), "model.rope_theta: 500.0 has no meaning without model.position_embedding_type rope"),
     (dict(MLA, num_key_value_heads=2), "model.num_key_value_heads: 2, but the latent serves all 4 heads"),
     (dict(MOE, scoring_func="tanh"), "model.scoring_func: 'tanh' is not one of softmax, sigmoid"),
     (dict(SIZES, n_group=2), "model.n_group: 2 has no meaning without model.num_experts"),
