@@ -217,6 +217,7 @@ WRONG_FLAGS = {
     ("stray",): "'stray' belongs to no flag",
     ("--config", "/nowhere.yaml"): "--config: there is no file '/nowhere.yaml'",
     ("--rl.beta", "1"): "--rl.beta: the section 'rl' belongs to another script",
+    ("--model.preset", "mixtral-tiny", "--model.num_experts", "null"): "command line: model.num_experts: null means the preset's own value, 8",
     ("--batch-size", "null"): "command line: training.batch_size: a value is needed",
 }
 
