@@ -682,7 +682,8 @@ def check_flags(actions, logprobs: bool) -> None:
 
 @torch.no_grad()
 def fill(model, tokenizer, text: str, where: str = "prompt") -> str:
-    """An encoder's answer: the text with each mask token replaced by the likeliest piece."""
+    """An encoder's answer: the text with each mask token replaced by the likeliest piece, which brings its own space along."""
+    text = text.replace(f" {tokenizer.mask_token}", tokenizer.mask_token)
     ids = torch.tensor([TOKENIZER.encode_prompt(tokenizer, text)], device=model.device)  # (1, T)
     hidden = ids == tokenizer.mask_token_id
     if not hidden.any():
