@@ -266,7 +266,9 @@ def start_processes(training: TrainingSection, device_name: str, out: Path):
         raise UserError(f"{what} `pip install accelerate`") from None
     try:
         log_with = None if training.report_to == "none" else training.report_to
-        accelerator = Accelerator(mixed_precision="no", cpu=device_name == "cpu" or None, log_with=log_with, project_dir=out)
+        # Left to itself, accelerate joins CPU processes without wrapping the model: each would learn alone.
+        cpu = MODEL.choose_device(device_name).type == "cpu" or None
+        accelerator = Accelerator(mixed_precision="no", cpu=cpu, log_with=log_with, project_dir=out)
     except (ImportError, ValueError) as error:
         raise UserError(f"training.report_to: {training.report_to} cannot be used ({error})") from None
     if device_name not in ("auto", "cpu") and not several:
@@ -388,7 +390,11 @@ class Trainer:
             compile_model(self.model)
         if self.training.fsdp:
             return shard(self.model, self.device)
-        return self.accelerator.prepare(self.model) if self.accelerator and world_size() > 1 else self.model
+        if world_size() == 1:
+            return self.model
+        wrapped = self.accelerator.prepare(self.model)
+        assert isinstance(wrapped, nn.parallel.DistributedDataParallel), "gradients would not travel between the processes"
+        return wrapped
 
     def _total_steps(self) -> int | None:
         training = self.training

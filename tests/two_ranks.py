@@ -149,7 +149,8 @@ def stopped_by(number: int, out: Path, accelerator):
 
 def main(folder: Path) -> None:
     TRAIN.Log.plot = lambda self: None  # drawing takes longer than these runs
-    accelerator, _ = TRAIN.start_processes(settings(), "cpu", Path("."))
+    name = "cpu" if torch.cuda.is_available() else "auto"  # as a user leaves it on a machine without a GPU
+    accelerator, _ = TRAIN.start_processes(settings(), name, Path("."))
     results: dict = {"world_size": TRAIN.world_size()}
     again = dict(accelerator=accelerator)
     run(folder / "ddp", 8, **again)
