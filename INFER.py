@@ -423,8 +423,12 @@ class Session:
             raise UserError(f"model.name: {name} holds no finished model; {hint}")
         device = MODEL.choose_device(config.model.device)
         MODEL.read_json(MODEL.resolve_folder(name) / "config.json")  # before the tokenizer, whose errors would blame the tokenizer
-        self.tokenizer = TOKENIZER.load(config.tokenizer.name or name)
-        self.model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation, changes=MODEL.overrides(config.model))
+        adapter = config.actions.adapter
+        self.tokenizer = TOKENIZER.load(config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
+        self.model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation, changes=MODEL.overrides(config.model),
+                                adapter=adapter)
+        if adapter:
+            TOKENIZER.end_with_turns(self.model, self.tokenizer)
         if len(self.tokenizer) > self.model.config.vocab_size:
             raise UserError(f"{name}: the tokenizer has {len(self.tokenizer)} ids, the model only {self.model.config.vocab_size}")
         MODEL.configure_for_hardware(self.model, device)
@@ -439,13 +443,14 @@ class Session:
     def sampling(self) -> Sampling:
         return Sampling(**{key: getattr(self.settings, key) for key in SAMPLING_KEYS})
 
-    def prompt_ids(self, prompt: str | list[dict], sampling: Sampling) -> list[int]:
-        """A text, or the messages of a chat -> ids that fit the context."""
-        if self.chat or isinstance(prompt, list):
-            messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    def prompt_ids(self, prompt: str | list[dict] | dict, sampling: Sampling) -> list[int]:
+        """A text, the messages of a chat, or {"messages", "tools"} -> ids that fit the context."""
+        if self.chat or not isinstance(prompt, str):
+            asked = prompt if isinstance(prompt, dict) else {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+            messages = asked["messages"]
             if self.settings.system and messages[0].get("role") != "system":
                 messages = [{"role": "system", "content": self.settings.system}, *messages]
-            ids, _ = TOKENIZER.render_chat(self.tokenizer, messages, add_generation_prompt=True)
+            ids, _ = TOKENIZER.render_chat(self.tokenizer, messages, asked.get("tools"), add_generation_prompt=True)
         else:
             ids = TOKENIZER.encode_prompt(self.tokenizer, prompt)
         context = self.model.config.max_position_embeddings
@@ -511,13 +516,13 @@ def run_lines(session: Session) -> None:
 
 
 def run_jsonl(session: Session) -> None:
-    """{"prompt": ...} or {"messages": [...]} a line, with any sampling key beside it -> the record with its answer."""
+    """{"prompt": ...} or {"messages": [...], "tools": [...]} a line, with any sampling key beside it -> the record with its answer."""
 
     def records():
         for number, line in enumerate(read_stdin(), 1):
             if line.strip():
                 record = _record(line, f"stdin:{number}", session.sampling)
-                if isinstance(record[1], list) and not session.tokenizer.chat_template:
+                if not isinstance(record[1], str) and not session.tokenizer.chat_template:
                     raise UserError(f"stdin:{number}: messages need a chat template, which this tokenizer lacks; give a 'prompt'")
                 yield record
 
@@ -548,6 +553,8 @@ def _record(line: str, where: str, base: Sampling):
         raise UserError(f"{where}: stop: {stop!r} is no text or list of texts")
     if isinstance(prompt, list) and not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt):
         raise UserError(f"{where}: messages: objects with 'role' and 'content' are expected")
+    if isinstance(prompt, list) and record.get("tools"):
+        prompt = {"messages": prompt, "tools": record["tools"]}
     own = {key: MODEL.convert(record[key], kinds[key], f"{where}: {key}") for key in SAMPLING_KEYS if key in record and key != "stop"}
     own.update({"stop": stop} if "stop" in record else {})
     try:
@@ -628,6 +635,7 @@ def _write_logits(session: Session, ids: list[int], path: str) -> None:
 
 ACTIONS = {
     "prompt": Action("text to continue; '' is the beginning of a text", str),
+    "adapter": Action("LoRA adapter to put on the model: a folder that `SFT.py --lora.r` or peft wrote", str),
     "echo": Action("print the prompt before the answer"),
     "lines": Action("each line of stdin (with --score, of the file) is a prompt of its own"),
     "jsonl": Action("stdin is JSONL: {prompt or messages, any sampling key}; so is stdout"),

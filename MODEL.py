@@ -1297,6 +1297,9 @@ class LanguageModel(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.adapter = None  # peft's LoraConfig, where one is attached
+        self.rates: dict[str, float] = {}  # part of a weight's name -> how many times faster it learns (LoRA+)
+        self.new_ids: list[int] = []  # rows that the vocabulary gained after loading
         self.router_counts: Tensor | None = None  # (layers with experts, E) tokens since the last optimizer step
 
     def backbone(self, input_ids, positions, cache, segment_ids, token_types, keep: bool) -> tuple[Tensor, list, list[Routing]]:
@@ -1305,6 +1308,9 @@ class LanguageModel(nn.Module):
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states (N, C) -> logits (N, V), in the model's type of computation."""
+        raise NotImplementedError
+
+    def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError
 
     def new_cache(self, rows: int, length: int) -> KVCache:
@@ -1452,10 +1458,24 @@ class Transformer(LanguageModel):
         if self.config.tie_word_embeddings and "lm" in self.heads:
             getattr(self.lm_head, "decoder", self.lm_head).weight = self.model.embed_tokens.weight
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return getattr(self, "lm_head", None)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **_) -> dict:
+        """peft asks for it before it wraps a causal model; `INFER.generate` does not need it."""
+        return {"input_ids": input_ids}
+
     @property
     def tied_name(self) -> str:
         """The head's name for the weights that it shares with the embedding."""
         return "lm_head.decoder.weight" if self.config.lm_head_transform else "lm_head.weight"
+
+    @property
+    def _tied_weights_keys(self) -> dict | None:  # peft trains tokens in both places where they are shared
+        return {self.tied_name: "model.embed_tokens.weight"} if self.config.tie_word_embeddings and "lm" in self.heads else None
 
     @property
     def device(self) -> torch.device:
@@ -1562,6 +1582,9 @@ class ForeignModel(LanguageModel):
 
     def tie_weights(self) -> None:
         self.inner.tie_weights()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.inner.get_input_embeddings()
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         if not self._can("head"):
@@ -1739,6 +1762,28 @@ def build(config: ModelConfig | str | dict, head: str | tuple = "lm", seed: int 
         model = Transformer(config, head, attn_implementation)
     init_weights(model, seed)
     return model
+
+
+@torch.no_grad()
+def grow_vocabulary(model: LanguageModel, size: int) -> None:
+    """Embedding and output head get rows for ids up to `size`; the new ones start at the mean of the old."""
+    old = model.config.vocab_size
+    if size <= old:
+        return
+    if isinstance(model, ForeignModel):
+        model.inner.resize_token_embeddings(size, mean_resizing=False)
+        model.config.vocab_size, model.new_ids = size, list(range(old, size))
+        return
+    head = getattr(model.lm_head, "decoder", model.lm_head) if "lm" in model.heads else None
+    for module in (model.model.embed_tokens, head):
+        for name, rows in list(module.named_parameters()) if module is not None else ():
+            setattr(module, name, nn.Parameter(torch.cat((rows, rows.mean(0, keepdim=True).expand(size - old, *rows.shape[1:])))))
+    model.model.embed_tokens.num_embeddings = size
+    if head is not None:
+        head.out_features = size
+    model.config.vocab_size = size
+    model.new_ids = list(range(old, size))
+    model.tie_weights()
 
 
 class Family(NamedTuple):
@@ -2242,18 +2287,37 @@ def folder_heads(raw: dict) -> tuple:
 
 
 def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_implementation: str = "auto",
-         head: str | tuple | None = None, seed: int = 0, changes: dict | None = None) -> LanguageModel:
+         head: str | tuple | None = None, seed: int = 0, changes: dict | None = None, adapter: str | None = None) -> LanguageModel:
     """A trained model from a folder or hub name, in eval mode.
 
     dtype None is float32, "auto" what computes fastest here (see `auto_dtype`). head None is what config.json names;
     other heads are initialised from `seed`. `changes` are knobs that fit the trained weights as they are (`CHANGEABLE`).
     Built on `meta` and assigned, so memory stays near one copy. An architecture without a preset is computed by
-    transformers, behind the same forward.
+    transformers, behind the same forward. `adapter` is the folder of a LoRA adapter to put on top.
     """
     folder = resolve_folder(str(name))
     raw = read_json(folder / "config.json")
     if is_foreign(raw):
-        return _load_foreign(folder, raw, dtype, device, attn_implementation, head, changes)
+        model = _load_foreign(folder, raw, dtype, device, attn_implementation, head, changes)
+    else:
+        model = _load_own(folder, raw, dtype, device, attn_implementation, head, seed, changes)
+    if adapter:
+        _fit_to_adapter(model, adapter)
+        load_adapter(model, adapter)
+        model.to(device or "cpu").eval()
+    return model
+
+
+def _fit_to_adapter(model: LanguageModel, adapter: str) -> None:
+    """An adapter's folder holds its tokenizer; where that has more tokens than the base, the base grows."""
+    vocabulary = resolve_folder(adapter) / "tokenizer.json"
+    if vocabulary.exists():
+        raw = read_json(vocabulary)
+        ids = [token["id"] for token in raw.get("added_tokens") or ()] + [len((raw.get("model") or {}).get("vocab") or ()) - 1]
+        grow_vocabulary(model, max(ids) + 1)
+
+
+def _load_own(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, seed: int, changes) -> Transformer:
     config = read_config(folder)
     if fixed := set(changes or ()) - set(CHANGEABLE):
         raise UserError(f"model.{sorted(fixed)[0]}: a trained model's architecture is fixed; leave it out, or start from --model.preset")
@@ -2303,6 +2367,109 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
     model = ForeignModel(inner.to(device or "cpu"), head or "lm").eval()
     model.probe()
     return model
+
+
+# ---------------------------------------------------------------------------------------------------- adapters
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of all linear layers but the heads: what `all-linear` means (Dettmers 2023, section 4)."""
+    layers = {id(m) for layer in layers_of(model) for m in layer.modules()}
+    kinds = ("Linear", "Conv1D")
+    return sorted({name.rpartition(".")[2] for name, m in model.named_modules()
+                   if id(m) in layers and any(kind in type(m).__name__ for kind in kinds)})
+
+
+def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = ("all-linear",), seed: int = 0, **options) -> None:
+    """Freeze a model and put peft's low-rank adapters into it (Hu 2021): W x + (alpha / r) B A x, with A random, B zero,
+    so that nothing changes until B learns. `options` are those of peft's LoraConfig."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    host = model.inner if isinstance(model, ForeignModel) else model
+    targets = linear_names(host) if list(target_modules) == ["all-linear"] else list(target_modules)
+    config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=str(base), target_modules=targets, **options)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, host)
+    except ValueError as error:
+        names = ", ".join(linear_names(host))
+        raise UserError(f"lora.target_modules: {targets} fits no layer of this model ({_first_line(error)}); it has {names}") from None
+    model.adapter = config
+
+
+def save_adapter(model: LanguageModel, folder: str | Path) -> None:
+    """adapter_config.json and adapter_model.safetensors as peft writes them, under the names of transformers' model."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    host = model.inner if isinstance(model, ForeignModel) else model
+    state = {name: gathered(tensor) for name, tensor in host.state_dict().items() if tensor_is_trained(name)}
+    state = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in get_peft_model_state_dict(host, state, save_embedding_layers=False).items()}
+    if process_rank() != 0:
+        return
+    with staged(folder) as scratch:
+        model.adapter.save_pretrained(scratch)
+        save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def tensor_is_trained(name: str) -> bool:
+    """Whether a tensor of a model with an adapter belongs to the adapter."""
+    return ".lora_" in name or ".trainable_tokens_" in name
+
+
+def adapter_config(folder: Path):
+    from peft import PeftConfig
+
+    read_json(folder / "adapter_config.json")
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}/adapter_config.json: peft cannot read it ({_first_line(error)})") from None
+
+
+def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) -> None:
+    """Put a saved adapter into its base model; every tensor must fit."""
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+
+    folder = resolve_folder(str(folder))
+    config = adapter_config(folder)
+    if config.peft_type != "LORA":
+        raise UserError(f"{folder}: a {config.peft_type} adapter; LoRA and its relatives are read here")
+    host = model.inner if isinstance(model, ForeignModel) else model
+    config.inference_mode = not train
+    state = {name.removeprefix("base_model.model."): tensor for name, tensor in read_tensors(folder / "adapter_model.safetensors")}
+    try:
+        inject_adapter_in_model(config, host)
+        result = set_peft_model_state_dict(host, state)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: made for another base ({config.base_model_name_or_path}): {_first_line(error)}") from None
+    weights = dict(host.named_parameters(remove_duplicate=False))
+    given = {id(weight) for name, weight in weights.items() if name not in result.missing_keys}  # shared ones stand there once
+    missing = [name for name in result.missing_keys if tensor_is_trained(name) and id(weights.get(name)) not in given]
+    if missing or result.unexpected_keys:
+        raise UserError(f"{folder}: made for another base ({config.base_model_name_or_path}): {(missing or result.unexpected_keys)[0]} does not fit")
+    model.adapter = config
+
+
+def merge_adapter(model: LanguageModel) -> None:
+    """Add the adapter to the weights and take it out: W + (alpha / r) B A."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    replaced: tuple = ()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not name.startswith(replaced):
+            replaced += (name + ".",)  # what stands inside goes with it
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+                plain = module.get_base_layer()
+            else:
+                plain = module.unload_and_optionally_merge_module(True, False, None)
+            setattr(parent, name.rpartition(".")[2], plain)
+    model.adapter = None
+    model.tie_weights()
 
 
 # ---------------------------------------------------------------------------------------------------- hardware
@@ -2398,6 +2565,8 @@ def configure_for_hardware(model: LanguageModel, device=None, quiet: bool = Fals
     for oneDNN. On CUDA float32 products may use TF32. Says in one line what it chose.
     """
     device = torch.device(device or model.device)
+    if model.adapter:
+        merge_adapter(model)
     model = model.to(device).eval().requires_grad_(False)
     chosen = [f"{device.type}", str(model.dtype).removeprefix("torch.")]
     for module in list(model.modules()):
@@ -2554,7 +2723,7 @@ SECTIONS = ("model", "tokenizer", "data", "training", "lora", "sft", "rl", "dist
 SHORT_FLAGS = {"model": "model.name", "data": "data.train", "out": "output.dir", "epochs": "training.epochs",
                "max_steps": "training.max_steps", "batch_size": "training.batch_size", "seed": "training.seed",
                "grad_accum": "training.grad_accum", "learning_rate": "training.learning_rate",
-               "max_length": "training.max_length"}
+               "max_length": "training.max_length", "max_minutes": "training.max_minutes"}
 HORIZON = ("epochs", "max_steps", "max_minutes")
 
 # `model:` holds what to load or build and how to compute it; every architecture knob may be overridden beside it.
@@ -2815,7 +2984,7 @@ def help_text(doc: str, sections: dict[str, type], own: str, actions: dict[str, 
         value = "" if action.convert is None else " VALUE"
         lines.append(f"  --{name.replace('_', '-') + value:32} {action.comment}")
     own_keys = field_types(sections[own])
-    usable = [flag for flag, key in shorts.items() if key.split(".")[0] in sections and flag not in own_keys]
+    usable = [flag for flag, key in shorts.items() if key.split(".")[0] in sections and (flag not in own_keys or flag in SECTIONS)]
     lines.append("  " + " ".join(f"--{flag.replace('_', '-')}" for flag in usable) + "   short for "
                  + " ".join(shorts[flag] for flag in usable))
     for name, kind in sections.items():

@@ -9,6 +9,7 @@ splitting (`documents`), token files (`prepare`), and packing into batches (`Tok
 
 from __future__ import annotations
 
+import bisect
 import csv
 import glob
 import gzip
@@ -22,6 +23,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,6 +101,11 @@ def load(name: str | Path):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: the tokenizer cannot be read ({str(error).strip().splitlines()[0][:160]})") from None
     return tokenizer
+
+
+def folder_of(adapter: str | None, base: str) -> str:
+    """Where the tokenizer of a model with an adapter stands: beside the adapter if it brought one."""
+    return adapter if adapter and (Path(adapter) / "tokenizer_config.json").exists() else base
 
 
 def train(texts, vocab_size: int = 1024, kind: str = "bpe"):
@@ -240,6 +247,53 @@ class Encoder:
 
 # -------------------------------------------------------------------------------------------------------- chat
 
+# ChatML, with tools listed in the system turn and calls written as JSON between tags.
+CHAT_TEMPLATE = """{{- bos_token or "" }}
+{%- set head = messages[0].content if messages and messages[0].role == "system" else "" %}
+{%- if head or tools %}
+    {{- "<|im_start|>system\\n" + head }}
+    {%- if tools %}
+        {{- ("\\n\\n" if head else "") + "Tools, called as <tool_call>{\\"name\\": ..., \\"arguments\\": {...}}</tool_call>:" }}
+        {%- for tool in tools %}{{ "\\n" + (tool | tojson) }}{% endfor %}
+    {%- endif %}
+    {{- "<|im_end|>\\n" }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if not (loop.first and message.role == "system") %}
+        {{- "<|im_start|>" + message.role + "\\n" + (message.content or "") }}
+        {%- for call in message.tool_calls or [] %}
+            {%- set function = call.function or call %}
+            {{- "<tool_call>" + ({"name": function.name, "arguments": function.arguments} | tojson) + "</tool_call>" }}
+        {%- endfor %}
+        {{- "<|im_end|>\\n" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}{% endif %}"""
+
+
+def ensure_chat(tokenizer) -> None:
+    """A tokenizer without a chat template gets the default one, and the tokens that it needs (at the end of the
+    vocabulary, so the model may have to grow)."""
+    if not tokenizer.chat_template:
+        known = tokenizer.get_vocab()
+        tokenizer.add_tokens([token for token in CHAT_TOKENS if token not in known], special_tokens=True)
+        tokenizer.chat_template = CHAT_TEMPLATE
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The special token that closes what the assistant says, read off the template; None where there is none."""
+    ids, mask = render_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    said = [i for i, on in zip(ids, mask, strict=True) if on]
+    return said[-1] if said and said[-1] in special else None
+
+
+def end_with_turns(model, tokenizer) -> None:
+    """Let a model's answers end where the chat template ends the assistant's turn."""
+    close = end_of_turn(tokenizer) if tokenizer.chat_template else None
+    if close is not None and close not in model.config.eos_ids:
+        model.config.eos_token_id = [close, *model.config.eos_ids]
+
 
 def render_chat(tokenizer, messages: list[dict], tools: list | None = None,
                 add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
@@ -265,7 +319,7 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None,
             if message.get("role") == "assistant":
                 before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, **options) if i else ""
                 upto = tokenizer.apply_chat_template(messages[: i + 1], **options)
-                spans.append((_common(text, before), _common(text, upto)))
+                spans.append((_common(text, before), _common(text, upto.rstrip())))  # what follows the turn's end is not said
     except TemplateError as error:
         raise UserError(f"the chat template refuses this conversation ({error})") from None
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -282,7 +336,8 @@ def _common(a: str, b: str) -> int:
 
 # ----------------------------------------------------------------------------------------------------- readers
 
-FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".md", ".text")
+RECORDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+FORMATS = (".txt", *RECORDS, ".md", ".text")
 PIECE = 2**18  # characters read at once; a longer document is passed on in pieces
 
 
@@ -356,12 +411,8 @@ def read_pieces(path: Path, unit: str = "line", field: str = "text") -> Iterator
     """The documents of one file, in order. Long ones come in pieces that end at a line end."""
     suffix = suffix_of(path)
     try:
-        if suffix in (".jsonl", ".json"):
-            yield from (Piece(text) for text in _read_json(path, suffix, field))
-        elif suffix in (".csv", ".tsv"):
-            yield from (Piece(text) for text in _read_table(path, suffix, field))
-        elif suffix == ".parquet":
-            yield from (Piece(text) for text in _read_parquet(path, field))
+        if suffix in RECORDS:
+            yield from (Piece(_text_of(record, field, where)) for where, record in read_records(path, field))
         else:
             yield from _read_text(path, unit)
     except PermissionError:
@@ -423,7 +474,16 @@ def _text_of(record, field: str, where: str) -> str:
     return record[field]
 
 
-def _read_json(path: Path, suffix: str, field: str) -> Iterator[str]:
+def read_records(path: Path, field: str | None = None) -> Iterator[tuple[str, dict]]:
+    """(file:line, record) of a file of records; of a parquet file only one column is read where `field` names it."""
+    suffix = suffix_of(path)
+    if suffix not in RECORDS:
+        raise UserError(f"{path}: records are expected ({', '.join(RECORDS)})")
+    read = {".csv": _read_table, ".tsv": _read_table, ".parquet": partial(_read_parquet, field=field)}.get(suffix, _read_json)
+    yield from read(path, suffix)
+
+
+def _read_json(path: Path, suffix: str) -> Iterator[tuple[str, dict]]:
     if suffix == ".json":
         try:
             with _open(path) as file:
@@ -435,7 +495,7 @@ def _read_json(path: Path, suffix: str, field: str) -> Iterator[str]:
         except (EOFError, zlib.error, OSError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from None
         records = records if isinstance(records, list) else [records]
-        yield from (_text_of(record, field, f"{path}: record {i}") for i, record in enumerate(records, 1))
+        yield from ((f"{path}: record {i}", record) for i, record in enumerate(records, 1))
         return
     parts: list[str] = []
     known = 0
@@ -449,23 +509,23 @@ def _read_json(path: Path, suffix: str, field: str) -> Iterator[str]:
                     record = json.loads(whole)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}:{number or 'last line'}: not valid JSON ({error.msg} at column {error.colno})") from None
-                yield _text_of(record, field, f"{path}:{number or 'last line'}")
+                yield f"{path}:{number or 'last line'}", record
 
 
-def _read_table(path: Path, suffix: str, field: str) -> Iterator[str]:
+def _read_table(path: Path, suffix: str) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(2**31 - 1)
     with _open(path) as file:
         rows = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
         try:
             for row in rows:
-                yield _text_of({k: v for k, v in row.items() if v is not None}, field, f"{path}:{rows.line_num}")
+                yield f"{path}:{rows.line_num}", {k: v for k, v in row.items() if v is not None}
         except UnicodeDecodeError:
             raise UserError(f"{path}:{_undecodable_line(path)}: not UTF-8") from None
         except (csv.Error, EOFError, zlib.error, OSError) as error:
             raise UserError(f"{path}:{rows.line_num}: cannot be read ({error})") from None
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
+def _read_parquet(path: Path, suffix: str, field: str | None) -> Iterator[tuple[str, dict]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -475,9 +535,9 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a parquet file ({error})") from None
-    if field not in file.schema_arrow.names:
+    if field and field not in file.schema_arrow.names:
         raise UserError(f"{path}: no column '{field}' (columns: {', '.join(file.schema_arrow.names)}); set data.text_field")
-    row, batches = 0, file.iter_batches(columns=[field])
+    row, batches = 0, file.iter_batches(columns=[field] if field else None)
     while True:
         try:
             batch = next(batches, None)
@@ -485,9 +545,134 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
             raise UserError(f"{path}: cannot be read after row {row} ({error})") from None
         if batch is None:
             return
-        for text in batch.column(0).to_pylist():
+        for record in batch.to_pylist():
             row += 1
-            yield _text_of({field: text}, field, f"{path}: row {row}")
+            yield f"{path}: row {row}", record
+
+
+# ----------------------------------------------------------------------------------------------- conversations
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "model": "assistant", "bot": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool",
+         "observation": "tool", "function_response": "tool"}
+LAYOUTS = {  # name -> the keys that tell it
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt and completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "question and answer": ("question", "answer"),
+    "text": ("text",),
+}
+
+
+def layout_of(record: dict, where: str) -> str:
+    """Which of the known layouts a record has, told by its keys."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: an object is expected, not {type(record).__name__}")
+    for name, keys in LAYOUTS.items():
+        if all(record.get(key) is not None for key in keys):
+            return name
+    known = "; ".join(" + ".join(keys) for keys in LAYOUTS.values())
+    raise UserError(f"{where}: keys {', '.join(map(str, list(record)[:6])) or 'none'} are none of {known}; name yours in sft.columns, "
+                    "as in {prompt: my_column, completion: another}")
+
+
+def conversation(record: dict, where: str, system: str | None = None) -> dict:
+    """A record of any known layout -> {"messages": [{"role", "content"}, ...]} or, for plain text, {"text"}; `tools`,
+    `answer` and `weight` are kept where the record has them. `system` opens conversations that have no system turn."""
+    layout = layout_of(record, where)
+    kept = {key: record[key] for key in ("tools", "weight", *(["answer"] if layout == "messages" else [])) if record.get(key) is not None}
+    if layout == "text":
+        return {"text": _text_of(record, "text", where), **kept}
+    turns: list[dict] = []
+    if layout in ("messages", "sharegpt"):
+        turns = record[LAYOUTS[layout][0]]
+        if isinstance(turns, str):  # a table's cell
+            turns = _parsed(turns, f"{where}: {LAYOUTS[layout][0]}")
+        if record.get("system") and isinstance(turns, list):
+            turns = [{"role": "system", "content": record["system"]}, *turns]
+    elif layout == "prompt and completion":
+        for key, role in (("prompt", "user"), ("completion", "assistant")):
+            turns += record[key] if isinstance(record[key], list) else [{"role": role, "content": record[key]}]
+    elif layout == "question and answer":
+        turns = [{"role": "user", "content": record["question"]}, {"role": "assistant", "content": record["answer"]}]
+    else:
+        turns = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+        for asked, said in record.get("history") or ():
+            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        asked = f"{record['instruction']}\n\n{record['input']}" if record.get("input") else record["instruction"]
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
+    if not isinstance(turns, list):
+        raise UserError(f"{where}: a list of messages is expected, not {type(turns).__name__}")
+    if isinstance(kept.get("tools"), str):
+        kept["tools"] = _parsed(kept["tools"], f"{where}: tools")
+    messages = [_message(turn, f"{where}: message {i}") for i, turn in enumerate(turns, 1)]
+    if system and not any(message["role"] == "system" for message in messages):
+        messages.insert(0, {"role": "system", "content": system})
+    _check_turns(messages, where)
+    return {"messages": messages, **kept}
+
+
+def _parsed(text: str, where: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg})") from None
+
+
+def _message(turn: dict, where: str) -> dict:
+    """One turn with Hugging Face's keys: `from` and `value` become role and content, a call's arguments an object."""
+    if not isinstance(turn, dict):
+        raise UserError(f"{where}: an object with role and content is expected, not {type(turn).__name__}")
+    named = turn.get("role", turn.get("from"))
+    role = ROLES.get(str(named).lower())
+    if role is None:
+        raise UserError(f"{where}: unknown role '{named}'; known are {', '.join(ROLES)}")
+    content = turn.get("content", turn.get("value"))
+    message = {"role": role, **{k: v for k, v in turn.items() if k not in ("role", "from", "content", "value") and v is not None}}
+    if named == "function_call":
+        message["tool_calls"], content = [{"type": "function", "function": _parsed(str(content), where)}], ""
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = _parsed(function["arguments"], f"{where}: a tool call's arguments")
+    if not isinstance(content, (str, list)) and not (content is None and message.get("tool_calls")):
+        raise UserError(f"{where}: content is {type(content).__name__}, text is expected")
+    if isinstance(content, list):  # the parts of the OpenAI API
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise UserError(f"{where}: only parts of text can be read")
+        content = "".join(part["text"] for part in content)
+    content = content or ""
+    if role == "assistant" and not content.strip() and not message.get("tool_calls"):
+        raise UserError(f"{where}: the answer is empty; fill it in or leave the record out")
+    return {"role": role, "content": _text_of({"content": content}, "content", where), **{k: v for k, v in message.items() if k != "role"}}
+
+
+def _check_turns(messages: list[dict], where: str) -> None:
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise UserError(f"{where}: no assistant turn, so there is nothing to learn")
+    if roles.count("system") > 1:
+        raise UserError(f"{where}: two system messages; join them into one")
+    if "system" in roles[1:]:
+        raise UserError(f"{where}: message {roles.index('system') + 1} is the system's; it has to come first")
+
+
+def read_conversations(paths: list[Path], columns: dict | None = None, system: str | None = None) -> Iterator[tuple[str, dict]]:
+    """(file:line, conversation) of all files. `columns` maps our keys to foreign names: {prompt: my_column}."""
+    for path in paths:
+        first = None
+        for where, record in read_records(path):
+            if isinstance(record, dict) and columns:
+                missing = [name for name in columns.values() if name not in record]
+                if missing:
+                    raise UserError(f"{where}: sft.columns names '{missing[0]}', but the keys are {', '.join(map(str, list(record)[:8]))}")
+                record = {**{k: v for k, v in record.items() if k not in columns.values()}, **{k: record[v] for k, v in columns.items()}}
+            layout = layout_of(record, where)
+            first = first or (layout, where)
+            if layout != first[0]:
+                raise UserError(f"{where}: {layout}, but {first[1]} is {first[0]}; one file holds one layout")
+            yield where, conversation(record, where, system)
 
 
 # ------------------------------------------------------------------------------------- cleaning and splitting
@@ -552,11 +737,15 @@ def hash_split(fraction: float):
 
     def split(text: str, last: bool, opened: bool, part: str):
         if not opened:
-            digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-            part = "val" if int.from_bytes(digest, "big") < fraction * 2**64 else "train"
+            part = "val" if is_held_out(text, fraction) else "train"
         return [(part, text, last)]
 
     return split
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def tail_split(data: DataSection, files: list[Path]):
@@ -824,29 +1013,76 @@ class Rows:
         return pieces
 
 
-def collate(ids: np.ndarray, rows: list[list[tuple[int, int]]], width: int | None = None) -> dict:
+class Examples(NamedTuple):
+    """Conversations as ids end to end, each id with its weight as a target; like `Spans`, but never cut."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray  # (input, target) pairs, one fewer than ids
+
+
+class WholeRows:
+    """One epoch's rows of whole examples. Packed: of each thousand in the shuffled order the longest comes first, into
+    the fullest row that still has room for it (best-fit decreasing, Krell 2021, section 3.1); the rows are shuffled."""
+
+    def __init__(self, examples: Examples, length: int, packing: bool, seed: list[int] | None):
+        self.examples = self.spans = examples
+        random = np.random.default_rng(seed) if seed is not None else None
+        order = random.permutation(len(examples.lengths)) if random else np.arange(len(examples.lengths))
+        self.members = self._packed(order, length) if packing else [[int(i)] for i in order]
+        self.count = len(self.members)
+        self.order = random.permutation(self.count) if random else np.arange(self.count)
+
+    def _packed(self, order: np.ndarray, length: int) -> list[list[int]]:
+        sizes, done = self.examples.lengths, []
+        for start in range(0, len(order), 1000):
+            window, rows = order[start : start + 1000], []  # rows: (room, number, members), by room
+            for number, i in enumerate(window[np.argsort(-sizes[window], kind="stable")]):
+                place = bisect.bisect_left(rows, (int(sizes[i]),))
+                room, _, members = rows.pop(place) if place < len(rows) else (length, number, [])
+                members.append(int(i))
+                bisect.insort(rows, (room - int(sizes[i]), number, members))
+            done += [members for _, _, members in sorted(rows, key=lambda row: row[1])]
+        return done
+
+    def row(self, i: int) -> list[tuple[int, int]]:
+        starts, lengths = self.examples.starts, self.examples.lengths
+        return [(int(starts[e]), int(starts[e] + lengths[e])) for e in self.members[int(self.order[i])]]
+
+
+def collate(ids: np.ndarray, rows: list[list[tuple[int, int]]], width: int | None = None, weights: np.ndarray | None = None) -> dict:
     """Rows of pieces -> a batch: input_ids, targets, positions, segment_ids (B, T), counts.
 
     Each piece is a segment of its own with positions from 0; padding has target -100 and position -1. Full rows
     of one piece each need neither positions nor segments: plain causal attention is the same and faster.
+    `weights` says how much each id counts as a target: at 0 it is none, and others stand in batch["weights"] (B, T).
     """
     longest = max((sum(stop - start for start, stop in row) for row in rows), default=0)
     width = width or max(longest, 1)
     shape = (len(rows), width)
     inputs, targets = np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
     positions, segments = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)
+    worth = None if weights is None else np.zeros(shape, np.float32)
     for r, row in enumerate(rows):
         at = 0
         for segment, (start, stop) in enumerate(row):
             there = slice(at, at + stop - start)
             inputs[r, there], targets[r, there] = ids[start:stop], ids[start + 1 : stop + 1]
             positions[r, there], segments[r, there] = np.arange(stop - start), segment
+            if worth is not None:
+                worth[r, there] = weights[start + 1 : stop + 1]
             at += stop - start
-    batch = {"input_ids": inputs, "targets": targets}
+    if worth is not None:
+        targets[worth == 0] = -100
+    batch = {"input_ids": inputs, "targets": targets, **({} if worth is None else {"weights": worth})}
     if not all(len(row) == 1 and row[0][1] - row[0][0] == width for row in rows):
         batch.update(positions=positions, segment_ids=segments)
     batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-    return {**batch, "counts": {"tokens": int((targets != -100).sum())}}
+    counts = {"tokens": int((targets != -100).sum())}
+    if worth is not None:
+        counts = {"tokens": float(worth.sum()), "read": int((positions >= 0).sum())}
+    return {**batch, "counts": counts}
 
 
 class TokenStream:
@@ -856,6 +1092,8 @@ class TokenStream:
     The last step of an epoch is filled up with rows of padding. `blocks(epoch)` yields lists of spans to draw from:
     one list for a token file; many, made on the fly, when streaming from text.
     """
+
+    joined = False  # the rows of a batch end to end in one row, without padding, for kernels that take them so
 
     def __init__(self, blocks, batch_size: int, length: int, packing: bool = True, weights=None, blocks_known: bool = True):
         self.blocks, self.batch_size, self.length, self.packing, self.weights = blocks, batch_size, length, packing, weights
@@ -882,7 +1120,8 @@ class TokenStream:
     def _open_block(self, spans: list[Spans]) -> None:
         seed = [self.run.seed, self.epoch, self.block]
         if self.weights is None:
-            self.parts = [Rows(_pooled(spans), self.length, self.packing, seed)]
+            rows = WholeRows if isinstance(spans[0], Examples) else Rows
+            self.parts = [rows(_pooled(spans), self.length, self.packing, seed)]
             self._count = self.parts[0].count
         else:
             self.sources = spans
@@ -907,8 +1146,8 @@ class TokenStream:
             self.laps[source, lap] = Rows(self.sources[source], self.length, self.packing, seed)
         return self.laps[source, lap].row(place)
 
-    def _ids(self):
-        return self.parts[0].spans.ids if self.weights is None else self.sources[0].ids
+    def _spans(self) -> Spans | Examples:
+        return self.parts[0].spans if self.weights is None else self.sources[0]
 
     def __next__(self) -> dict:
         if not self.queue:
@@ -917,7 +1156,10 @@ class TokenStream:
             run, size = self.run, self.batch_size
             for micro in range(run.grad_accum):
                 first = self.next_row + (micro * run.world_size + run.rank) * size
-                batch = collate(self._ids(), [self._row(i) for i in range(first, first + size)], self.width)
+                rows = [self._row(i) for i in range(first, first + size)]
+                if self.joined:
+                    rows = [list(itertools.chain(*rows))]
+                batch = collate(self._spans().ids, rows, self.width, getattr(self._spans(), "weights", None))
                 self.queue.append({**batch, "place": (self.epoch, self.block, first)})
             self.next_row += self.per_step
         return self.queue.pop(0)
@@ -1002,14 +1244,14 @@ def text_stream(data: DataSection, tokenizer, batch_size: int, length: int, buff
     return TokenStream(blocks, batch_size, length, data.packing, blocks_known=False)
 
 
-def fixed_batches(tokens: TokenFile, batch_size: int, length: int, packing: bool, limit: int | None = None) -> list[dict]:
+def fixed_batches(tokens: TokenFile | Examples, batch_size: int, length: int, packing: bool, limit: int | None = None) -> list[dict]:
     """Validation: the same rows in the same order every time, spread over the whole file when limited."""
-    rows = Rows(Spans(tokens), length, packing, None)
+    rows = WholeRows(tokens, length, packing, None) if isinstance(tokens, Examples) else Rows(Spans(tokens), length, packing, None)
     chosen = np.arange(rows.count)
     if limit is not None and rows.count > limit * batch_size:
         chosen = np.linspace(0, rows.count - 1, limit * batch_size).astype(int)
     groups = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
-    return [collate(tokens.ids, [rows.row(int(i)) for i in group]) for group in groups]
+    return [collate(tokens.ids, [rows.row(int(i)) for i in group], weights=getattr(tokens, "weights", None)) for group in groups]
 
 
 # ---------------------------------------------------------------------------------------------------- choosing

@@ -168,10 +168,14 @@ def make_optimizers(model: nn.Module, training: TrainingSection) -> list[torch.o
                                    adjust_lr_fn="match_rms_adamw"))
             chosen = {name for name, _ in matrices}
             named = [(name, weight) for name, weight in named if name not in chosen]
-    groups = [{"params": [w for _, w in named if w.dim() >= 2], "weight_decay": training.weight_decay},
-              {"params": [w for _, w in named if w.dim() < 2], "weight_decay": 0.0}]
+    rates = getattr(model, "rates", {})
+    by_kind: dict[tuple, list] = {}
+    for name, weight in named:
+        rate = next((rate for part, rate in rates.items() if part in name), 1.0)
+        by_kind.setdefault((training.weight_decay if weight.dim() >= 2 else 0.0, rate), []).append(weight)
+    groups = [{"params": weights, "weight_decay": decay, "rate": rate, "lr": rate * training.learning_rate}
+              for (decay, rate), weights in sorted(by_kind.items(), key=lambda kind: (-kind[0][0], kind[0][1]))]
     options = dict(lr=training.learning_rate, betas=(training.adam_beta1, training.adam_beta2), eps=training.adam_epsilon)
-    groups = [group for group in groups if group["params"]]
     if training.optim == "adamw_8bit":
         try:
             import bitsandbytes
@@ -611,7 +615,7 @@ class Trainer:
                  "since_best": self.since_best, "skipped": self.skipped, "loss_scale": [self.loss_scale.scale, self.loss_scale.good],
                  "random": everyone, "stream": self.stream.state_dict(),
                  "optimizers": [map_tensors(gathered, optimizer.state_dict()) for optimizer in self.optimizers]}
-        if not isinstance(self.model, MODEL.Transformer):  # more is trained than the product folder holds
+        if not isinstance(self.model, MODEL.Transformer) or self.model.adapter:  # more (or less) is trained than the product folder holds
             trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
             state["module"] = {k: gathered(v) for k, v in self.model.state_dict().items() if k in trained}
         return state
@@ -632,7 +636,7 @@ class Trainer:
             except ValueError as error:
                 raise UserError(f"--resume: the checkpoint's optimizer does not fit ({error})") from None
             for group in optimizer.param_groups:
-                group["peak_lr"] = self.training.learning_rate
+                group["peak_lr"] = self.training.learning_rate * group.get("rate", 1.0)
         self.stream.load_state_dict(state["stream"])
         if len(state["random"]) == world_size():
             random = state["random"][self.run.rank]
@@ -711,7 +715,8 @@ class Trainer:
 
     def _return_to(self, folder: Path) -> dict:
         """The best checkpoint's weights, into the model as it stands (sharded or not)."""
-        source = MODEL.build(self.model.config, self.model.heads, device="meta") if isinstance(self.model, MODEL.Transformer) else None
+        whole = isinstance(self.model, MODEL.Transformer) and not self.model.adapter
+        source = MODEL.build(self.model.config, self.model.heads, device="meta") if whole else None
         if source is None:
             weights = load_state(folder)["module"]
         else:
@@ -951,10 +956,11 @@ def find_checkpoint(out: Path, resume: str | None) -> Path | None:
 # ------------------------------------------------------------------------------------------------- pretraining
 
 
-def pretraining_loss(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-    """Cross-entropy of each token given those before it, in nats, averaged over the tokens of the whole step."""
+def token_loss(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+    """Cross-entropy of each target token in nats, averaged over the (weighted) targets of the whole step."""
     out = model(batch["input_ids"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), targets=batch["targets"])
-    loss = -out.logprobs.sum() / totals["tokens"]
+    logprobs = out.logprobs * batch["weights"] if "weights" in batch else out.logprobs
+    loss = -logprobs.sum() / totals["tokens"]
     return loss + out.aux_loss / totals["micro_batches"], {"loss": loss.detach()}
 
 
@@ -1014,7 +1020,8 @@ def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callabl
         nats = tokens = 0.0
         for batch in own:
             inputs = {k: v.to(model.device) for k, v in batch.items() if k != "counts"}
-            nats -= float(model(**inputs).logprobs.double().sum())
+            weights = inputs.pop("weights", 1.0)
+            nats -= float((model(**inputs).logprobs.double() * weights).sum())
             tokens += batch["counts"]["tokens"]
         nats, tokens = all_sum([nats, tokens], model.device)
         measures = {"loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700))}
@@ -1043,8 +1050,8 @@ def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection
     return evaluate_and_show
 
 
-def prepare_model(config, tokenizer) -> MODEL.LanguageModel:
-    """The named model, or a preset with the tokenizer's vocabulary; float32 weights."""
+def prepare_model(config, tokenizer, grow: bool = False) -> MODEL.LanguageModel:
+    """The named model (with rows for new tokens where it may `grow`), or a preset with the tokenizer's vocabulary; float32 weights."""
     section = config.model
     if section.name:
         model = MODEL.load(section.name, "float32", None, section.attn_implementation, changes=MODEL.overrides(section))
@@ -1061,6 +1068,8 @@ def prepare_model(config, tokenizer) -> MODEL.LanguageModel:
         for i in chosen if isinstance(chosen, list) else [] if chosen is None else [chosen]:
             if not 0 <= i < model.config.vocab_size:
                 raise UserError(f"model.{name}: {i} is no id of a vocabulary of {model.config.vocab_size}")
+    if grow:
+        MODEL.grow_vocabulary(model, len(tokenizer))
     if model.config.vocab_size < len(tokenizer):
         raise UserError(f"model.vocab_size: {model.config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} ids")
     resolve_defaults(config.training, model, fresh=not section.name)
@@ -1085,11 +1094,7 @@ def prepare_data(config, tokenizer, masked: bool = False):
             raise UserError("data.validation: a file of its own needs data.streaming false")
         return hide(stream), held_out
     first = MODEL.process_rank() == 0
-    if not first:
-        barrier()  # the first process writes the token files, the others map them
-    files = TOKENIZER.token_files(data, tokenizer)
-    if first:
-        barrier()
+    files = one_after_another(TOKENIZER.token_files, data, tokenizer)  # the first process writes them, the others map them
     if "train" not in files:
         raise UserError("data.train: no text is left to train on (empty files, or everything was dropped or held out)")
     stream = hide(TOKENIZER.file_stream(files["train"], *options))
@@ -1134,42 +1139,72 @@ ACTIONS = {
 SECTIONS = {**INFER.SECTIONS, "training": TrainingSection, "output": OutputSection}
 
 
-def main(argv: list[str] | None = None) -> Result:
-    config = load_config(argv, SECTIONS, "training", ACTIONS, __doc__)
+class Stage(NamedTuple):
+    """What one stage trains, on what, and what it leaves."""
+
+    model: nn.Module
+    tokenizer: object
+    stream: object
+    loss: Callable
+    evaluate: Callable | None
+    save: Callable  # save(config_text, tokenizer, model, folder)
+
+
+def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | python INFER.py --model {out}") -> Result:
+    """The frame of every training program: processes, the run's folder, settings, trackers, `fit`.
+
+    prepare(config, checkpoint, device) -> Stage. `show` is what to try afterwards."""
     if config.actions.overwrite and config.actions.resume:
         raise UserError("--overwrite and --resume exclude each other; keep one")
     out = Path(config.output.dir)
     accelerator, device = start_processes(config.training, config.model.device, out)
     MODEL.choose_attention(config.model.attn_implementation, trains_on=device.type)  # what cannot work is said before any work
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
-        first = MODEL.process_rank() == 0
-        if not first:
-            barrier()
-        tokenizer = TOKENIZER.load(checkpoint) if checkpoint else TOKENIZER.choose(config.tokenizer, config.data, config.model.name)
-        if first:
-            barrier()
-        model = prepare_model(config, tokenizer)
-        masked = objective(config.training, model, tokenizer) == "mlm"
-        stream, evaluate = prepare_data(config, tokenizer, masked)
+        stage = prepare(config, checkpoint, device)
         mixed = precision(config.training, config.model.dtype, device)
         text = MODEL.config_text(config)
-        if first:
+        if MODEL.process_rank() == 0:
             say(text.rstrip())
-            total, _ = MODEL.count_parameters(model)
-            say(f"{total:,} parameters; {device.type}, {mixed if mixed != 'no' else 'float32'}, {world_size()} process(es)")
+            total, _ = MODEL.count_parameters(stage.model)
+            trained = sum(weight.numel() for weight in stage.model.parameters() if weight.requires_grad)
+            share = f", {trained:,} of them trained" if trained != total else ""
+            say(f"{total:,} parameters{share}; {device.type}, {mixed if mixed != 'no' else 'float32'}, {world_size()} process(es)")
             if checkpoint:
                 say(f"resuming from {checkpoint}")
                 if changes := changed_keys(checkpoint, text):
                     say(f"changed since that checkpoint, so this is no exact continuation: {', '.join(changes)}")
         if accelerator and accelerator.log_with:
-            accelerator.init_trackers("train", config={k: str(v) for k, v in vars(config.training).items()})
-        result = fit(model, stream, pretraining_loss, config.training, out, partial(save_product, text, tokenizer),
-                     with_samples(evaluate, tokenizer, config.training), resume=checkpoint, mixed=mixed, accelerator=accelerator, device=device)
+            accelerator.init_trackers(name, config={k: str(v) for k, v in vars(config.training).items()})
+        result = fit(stage.model, stage.stream, stage.loss, config.training, out, partial(stage.save, text, stage.tokenizer), stage.evaluate,
+                     resume=checkpoint, stage=name, mixed=mixed, accelerator=accelerator, device=device)
         if accelerator and accelerator.log_with:
             accelerator.end_training()
-        if first:
-            say(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {out}: echo \"...\" | python INFER.py --model {out}")
+        if MODEL.process_rank() == 0:
+            say(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {out}: {show.format(out=out)}")
     return result
+
+
+def one_after_another(function: Callable, *arguments):
+    """What writes files is done by the first process while the others wait, then by them."""
+    first = MODEL.process_rank() == 0
+    if not first:
+        barrier()
+    value = function(*arguments)
+    if first:
+        barrier()
+    return value
+
+
+def pretraining(config, checkpoint: Path | None, device: torch.device) -> Stage:
+    tokenizer = TOKENIZER.load(checkpoint) if checkpoint else one_after_another(TOKENIZER.choose, config.tokenizer, config.data, config.model.name)
+    model = prepare_model(config, tokenizer)
+    masked = objective(config.training, model, tokenizer) == "mlm"
+    stream, evaluate = prepare_data(config, tokenizer, masked)
+    return Stage(model, tokenizer, stream, token_loss, with_samples(evaluate, tokenizer, config.training), save_product)
+
+
+def main(argv: list[str] | None = None) -> Result:
+    return run_stage("train", load_config(argv, SECTIONS, "training", ACTIONS, __doc__), pretraining)
 
 
 if __name__ == "__main__":

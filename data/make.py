@@ -1,11 +1,15 @@
 """Make the training text: stories of a small invented world, and short tasks with one right answer each.
 
-    python data/make.py            write train.txt and train.jsonl beside this file
+    python data/make.py            write the files beside this one
     python data/make.py --check    exit 1 if the files there are not what this program makes
 
-Every draw comes from a seed, so any Python from 3.10 on writes the same bytes. A story is one line of train.txt; a
-task document is one JSON object a line of train.jsonl. The questions of `questions("test")` are in neither file:
-later stages train on `questions("train")` and are judged on the others.
+Every draw comes from a seed, so any Python from 3.10 on writes the same bytes.
+
+    train.txt         stories, one a line
+    train.jsonl       tasks: a few questions of one kind with their answers, one JSON object a line
+    chat.jsonl        the same questions as conversations, and stories on request
+    chat_test.jsonl   questions of `questions("test")`, which stand in no other file, with the answer to check against
+    notes.tsv         short notes between the inhabitants, labelled by what they are for
 """
 import argparse
 import hashlib
@@ -112,6 +116,31 @@ OPPOSITES = """hot cold, big small, day night, up down, open shut, wet dry, fast
     awake, begin end, brave afraid, careful careless, east west, north south, kind cruel, buy sell, remember forget,
     laugh cry, above below, before after, always never, inside outside, whole broken, friend stranger, summer winter,
     lost found, polite rude, simple difficult, arrive leave, question answer, more less, many few, same different"""
+
+# what a note is for, and what it may say
+NOTES = {
+    "invitation": """Dear {friend}, [please come|will you come|do come] to {place} on {day}. [There will be {hero.food}.|We
+    will sit by the {place.landmark}.|Bring {other} too.]|I am having a party on {day}, {friend}. [Will you be
+    there?|The {place.landmark} is a fine spot for it.|Wear your {friend.clothing}!]|{friend}, we are all going to
+    gather {place.grows} on {day}. Would you like to join us?|Supper is at my house on {day}, {friend}. [I am making
+    {friend.food}.|{other} will be there too.]""",
+    "thanks": """Dear {friend}, [thank you for the {thing}|many thanks for the {thing}]. [I carry it everywhere.|It is just
+    what I wanted.|{other} likes it too.]|How kind of you, {friend}, to bring me {hero.food} on {day}. I ate it
+    all.|{friend}, [you saved us|you were a great help] on {day}. [The {place.landmark} is as good as new.|We shall not
+    forget it.]|I am so grateful for the {place.grows}, {friend}. They made {other} smile.""",
+    "apology": """Dear {friend}, I am [so|very|truly] sorry about the {thing}. [It slipped.|I should have told you at
+    once.|I will mend it by {day}.]|{friend}, please forgive me. [I forgot your birthday.|I ate your {friend.food}.|I was
+    rude to you on {day}.]|It was my fault, {friend}, that the {place.grows} in {place} were trampled. I feel
+    awful.|I did not mean to laugh at your {friend.clothing}, {friend}. It was wrong of me.""",
+    "request": """Dear {friend}, [could you|would you] lend me your {thing} until {day}? [I will be careful.|{other} needs
+    it too.]|{friend}, I need [a hand|some help] at the {place.landmark} in {place}. [Can you spare an hour?|Is {day} all
+    right?]|Please bring me some {place.grows} from {place}, {friend}, if you pass that way on {day}.|Do you still have
+    the recipe for {friend.food}, {friend}? [I would love to try it.|May I copy it?]""",
+    "news": """Have you heard, {friend}? [{other} has found a {thing} in {place}.|{other} is moving to {place}.]|Dear
+    {friend}, on {day} the {place.landmark} in {place} was struck by lightning. [Nobody was hurt.|{other} saw it all.]|The
+    {place.grows} in {place} are out early this {season}, {friend}. {other} told me.|Big day here, {friend}: {other} the
+    {other.job} has won the race to {place}.""",
+}
 
 # ------------------------------------------------------------------------------------------------- story grammar
 # [one|two] is a choice, <name> a rule below, {slot} is filled from the scene. Season, day and weather are fixed for
@@ -658,13 +687,51 @@ def tasks():
     return [json.dumps(record) for record in draw.sample(records.values(), len(records))]
 
 
+def exchange(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def conversations():
+    """Every question to train on, one to three in a conversation, and new stories for whoever asks."""
+    draw = Draw("conversations")
+    rest = [exchange(item.question, item.sentence) for item in questions("train")]
+    rest = draw.sample(rest, len(rest))
+    talks = []
+    while rest:
+        turns = min(draw.pick((1, 1, 1, 2, 3)), len(rest))
+        talks.append([message for _ in range(turns) for message in rest.pop()])
+    for number in range(STORIES, STORIES + 120):
+        hero = PEOPLE[number // len(PLOTS) % len(PEOPLE)]
+        ask = draw.pick(("Tell me a story about {}.", "Please tell me about {}.", "Do you know a story about {}?"))
+        attempts = (story(number, attempt) for attempt in range(1000))
+        talks.append(exchange(ask.format(hero), next(text for text in attempts if len(text.split()) in WORDS_PER_STORY)))
+    return [json.dumps({"messages": talk}) for talk in draw.sample(talks, len(talks))]
+
+
+def held_out_questions():
+    return [json.dumps({"kind": item.kind, "level": item.level, "messages": exchange(item.question, item.sentence), "answer": item.answer})
+            for item in questions("test")]
+
+
+def notes():
+    """A header line, then text and label; all different."""
+    draw, seen = Draw("notes"), {}
+    while len(seen) < 1500:
+        label = draw.pick(tuple(NOTES))
+        hero = draw.pick(PEOPLE)
+        season = draw.pick(tuple(SEASONS))
+        seen.setdefault(polish(expand(f"[{NOTES[label]}]", draw).format(**scene(hero, season, draw))), label)
+    return ["text\tlabel", *(f"{text}\t{label}" for text, label in seen.items())]
+
+
 def outputs():
-    return {"train.txt": stories(), "train.jsonl": tasks()}
+    return {"train.txt": stories(), "train.jsonl": tasks(), "chat.jsonl": conversations(), "chat_test.jsonl": held_out_questions(),
+            "notes.tsv": notes()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the two files")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the files")
     parser.add_argument("--check", action="store_true", help="compare the files instead of writing them")
     options = parser.parse_args()
     for name, lines in outputs().items():

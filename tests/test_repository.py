@@ -390,7 +390,13 @@ def test_no_held_out_question_is_in_the_training_text(make):
     # Each question ends at its first question mark; a document holds one question a line.
     asked = {line[: line.index("?") + 1] for text in texts for line in text.split("\n") if "?" in line}
     assert len(asked & shown) > 1000 and not asked & held
-    everything = "\n".join(texts) + (ROOT / "data" / "train.txt").read_text()
+    talks = [json.loads(line)["messages"] for line in (ROOT / "data" / "chat.jsonl").read_text().splitlines()]
+    said = [message["content"] for talk in talks for message in talk]
+    assert len(shown & set(said)) == len(shown) and {len(talk) for talk in talks} == {2, 4, 6}
+    tests = [json.loads(line) for line in (ROOT / "data" / "chat_test.jsonl").read_text().splitlines()]
+    assert {test["messages"][0]["content"] for test in tests} == held
+    assert all(test["answer"] in test["messages"][1]["content"] for test in tests)
+    everything = "\n".join(texts) + "\n".join(said) + (ROOT / "data" / "train.txt").read_text() + (ROOT / "data" / "notes.tsv").read_text()
     starts = {question[:12] for question in held}
     windows = {everything[i : i + 12] for i in range(len(everything) - 11)}
     assert not [q for q in held if q[:12] in windows and q in everything] and starts
@@ -398,8 +404,15 @@ def test_no_held_out_question_is_in_the_training_text(make):
 
 def test_the_shipped_data_is_small():
     shipped = [path for path in (ROOT / "data").iterdir() if path.is_file() and not path.name.endswith(("_ids.bin", "_ids.json"))]
-    assert {"train.txt", "train.jsonl", "make.py"} <= {path.name for path in shipped}
-    assert sum(path.stat().st_size for path in shipped) <= 3_000_000
+    assert {"train.txt", "train.jsonl", "chat.jsonl", "chat_test.jsonl", "notes.tsv", "make.py"} <= {path.name for path in shipped}
+    assert sum(path.stat().st_size for path in shipped) <= 5_000_000
+
+
+def test_the_notes_have_five_labels():
+    header, *rows = (ROOT / "data" / "notes.tsv").read_text().splitlines()
+    texts, labels = zip(*(row.split("\t") for row in rows), strict=True)
+    assert header == "text\tlabel" and len(set(texts)) == len(texts) == 1500
+    assert set(labels) == {"invitation", "thanks", "apology", "request", "news"} and min(map(labels.count, set(labels))) > 200
 
 
 def test_the_readme_names_the_test_command_that_runs():

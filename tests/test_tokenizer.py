@@ -1097,25 +1097,25 @@ def with_template(tokenizer, template):
     return copy
 
 
-def chat_by_hand(tokenizer, messages, newline_counts):
-    """ChatML put together from its parts; the assistant's words and end of turn are marked."""
+def chat_by_hand(tokenizer, messages):
+    """ChatML put together from its parts; the assistant's words and end of turn are marked, the newline after it is not."""
     start, end = (tokenizer.convert_tokens_to_ids(token) for token in TOKENIZER.CHAT_TOKENS)
     ids, mask = [], []
     for message in messages:
         mine = int(message["role"] == "assistant")
         head, body, newline = plain_ids(tokenizer, [message["role"] + "\n", message["content"], "\n"])
         ids += [start, *head, *body, end, *newline]
-        mask += [0] * (1 + len(head)) + [mine] * (len(body) + 1) + [mine * newline_counts] * len(newline)
+        mask += [0] * (1 + len(head)) + [mine] * (len(body) + 1) + [0] * len(newline)
     return ids, mask
 
 
-@pytest.mark.parametrize(("template", "newline_counts"), [(PLAIN, 1), (MARKED, 0)])
+@pytest.mark.parametrize("template", [PLAIN, MARKED, TOKENIZER.CHAT_TEMPLATE.replace('bos_token or ""', '""')])
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_render_chat_by_hand(template, newline_counts, count, tokenizer):
+def test_render_chat_by_hand(template, count, tokenizer):
     tokenizer = with_template(tokenizer, template)
     messages = CONVERSATION[:count]
     ids, mask = TOKENIZER.render_chat(tokenizer, messages)
-    assert (ids, mask) == chat_by_hand(tokenizer, messages, newline_counts)
+    assert (ids, mask) == chat_by_hand(tokenizer, messages)
     assert ids == list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
 
 
@@ -1123,9 +1123,9 @@ def test_render_chat_by_hand(template, newline_counts, count, tokenizer):
 def test_render_chat_asks_for_an_answer(template, tokenizer):
     tokenizer = with_template(tokenizer, template)
     ids, mask = TOKENIZER.render_chat(tokenizer, CONVERSATION[:4], add_generation_prompt=True)
-    assert ids == chat_by_hand(tokenizer, CONVERSATION[:4], 0)[0] + tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
+    assert ids == chat_by_hand(tokenizer, CONVERSATION[:4])[0] + tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
     assert ids == list(tokenizer.apply_chat_template(CONVERSATION[:4], add_generation_prompt=True, return_dict=True)["input_ids"])
-    assert sum(mask) == sum(chat_by_hand(tokenizer, CONVERSATION[:4], int(template is PLAIN))[1])
+    assert sum(mask) == sum(chat_by_hand(tokenizer, CONVERSATION[:4])[1])
 
 
 def test_training_and_serving_see_the_same_ids(tokenizer):
@@ -1147,7 +1147,7 @@ def test_template_survives_saving(tokenizer, tmp_path):
     TOKENIZER.save(with_template(tokenizer, MARKED), tmp_path)
     assert (tmp_path / "chat_template.jinja").exists()
     loaded = TOKENIZER.load(tmp_path)
-    assert TOKENIZER.render_chat(loaded, CONVERSATION) == chat_by_hand(tokenizer, CONVERSATION, 0)
+    assert TOKENIZER.render_chat(loaded, CONVERSATION) == chat_by_hand(tokenizer, CONVERSATION)
 
 
 # ---------------------------------------------------------------------------------------------------- choosing

@@ -1049,8 +1049,8 @@ def test_weights_mix_the_sources(tmp_path, monkeypatch):
     files = [write(tmp_path / "a.txt", [f"{i} aaaa bbbb aaaa" for i in range(90)]),
              write(tmp_path / "b.txt", [f"{i} yyyy zzzz zzzz" for i in range(30)])]
     seen = []
-    real = TRAIN.pretraining_loss
-    monkeypatch.setattr(TRAIN, "pretraining_loss", lambda m, b, t: seen.append(b["input_ids"]) or real(m, b, t))
+    real = TRAIN.token_loss
+    monkeypatch.setattr(TRAIN, "token_loss", lambda m, b, t: seen.append(b["input_ids"]) or real(m, b, t))
     train(tmp_path, "--data.weights", "[1, 3]", "--max-steps", 20, data=files)
     tokenizer = TOKENIZER.load(tmp_path / "out")
     text = tokenizer.decode(torch.cat([ids.flatten() for ids in seen]).tolist())

@@ -1,0 +1,358 @@
+"""SFT.py: a pretrained model learns to follow instructions.
+
+Conversations become ids with a weight each: 1 on what the assistant says, 0 on what it is told. Nothing else is new;
+the batches, the loss and the loop are those of pretraining.
+
+    python SFT.py --config config.yaml                                # out -> out/sft, on the shipped conversations
+    python SFT.py --model gpt2 --data alpaca_data.json --out out/alpaca
+    python SFT.py --data mine.jsonl --dry-run                         # what is trained on, in colour, and how long it is
+    python SFT.py --convert --data questions.csv --out mine.jsonl     # any known layout -> messages
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import INFER
+import MODEL
+import TOKENIZER
+import TRAIN
+from MODEL import Action, UserError, knob, load_config, run_main, say
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+@dataclass
+class LoraSection:
+    r: int = knob(0, "rank of the adapters (Hu 2021); 0 trains all weights")
+    lora_alpha: float = knob(16.0, "an adapter counts alpha / r, or with use_rslora alpha / sqrt(r)")
+    lora_dropout: float = knob(0.0, "dropout on what goes into the adapters")
+    target_modules: list = knob(["all-linear"], "layers that get one: all-linear, or names such as [q_proj, v_proj]")
+    use_dora: bool = knob(False, "learn length and direction of each column apart (Liu 2024)")
+    use_rslora: bool = knob(False, "alpha / sqrt(r), so that high ranks learn as fast (Kalajdzievski 2023)")
+    loraplus_lr_ratio: float | None = knob(None, "B learns this many times faster than A (LoRA+, Hayou 2024); 16 is usual")
+
+    def __post_init__(self):
+        if self.r < 0:
+            raise UserError(f"lora.r: {self.r} must be 0 (off) or above")
+        if self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
+            raise UserError("lora.lora_alpha must be positive, lora.lora_dropout at least 0 and below 1")
+        if self.loraplus_lr_ratio is not None and self.loraplus_lr_ratio <= 0:
+            raise UserError(f"lora.loraplus_lr_ratio: {self.loraplus_lr_ratio} must be positive, or null for one rate")
+
+    def attach(self, model: MODEL.LanguageModel, base: str, tokens: list[int], seed: int) -> None:
+        options = dict(r=self.r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout, use_dora=self.use_dora, use_rslora=self.use_rslora)
+        MODEL.attach_lora(model, base, self.target_modules, seed, trainable_token_indices=tokens or None, **options)
+
+
+@dataclass
+class SFTSection:
+    columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, completion: another}")
+    system: str | None = knob(None, "system message of conversations that have none")
+    train_on_prompt: bool = knob(False, "learn what the user says as well")
+    last_turn_only: bool = knob(False, "learn the last answer of a conversation only")
+    too_long: str = knob("cut", "what happens to conversations beyond max_length", ("cut", "drop"))
+    padding_free: bool = knob(False, "without packing: a batch's conversations end to end in one row, not padded (for flash-attn)")
+    neftune_noise_alpha: float = knob(0.0, "noise on the embeddings while training (Jain 2023); 5 is usual, 0 is off")
+    eval_answers: int = knob(200, "held-out questions with a known answer that are answered in a validation; 0 is off")
+    answer_tokens: int = knob(64, "length of those answers")
+    model: dict = knob({"name": "./out"}, "stage block over `model`")
+    data: dict = knob({"train": ["data/chat.jsonl"], "validation": "data/chat_test.jsonl"}, "stage block over `data`")
+    training: dict = knob({"epochs": 6, "batch_size": 8}, "stage block over `training`")
+    lora: dict = knob({}, "stage block over `lora`")
+    output: dict = knob({"dir": "./out/sft"}, "stage block over `output`")
+
+    def __post_init__(self):
+        if self.train_on_prompt and self.last_turn_only:
+            raise UserError("sft.train_on_prompt and sft.last_turn_only exclude each other; keep one")
+        if self.neftune_noise_alpha < 0:
+            raise UserError(f"sft.neftune_noise_alpha: {self.neftune_noise_alpha} must not be negative")
+
+
+# -------------------------------------------------------------------------------------------------------- data
+
+
+class Talk:
+    """One conversation as ids, each with its weight as a target, and what it was made from."""
+
+    def __init__(self, where: str, record: dict, tokenizer, settings: SFTSection):
+        self.where, self.record = where, record
+        if "text" in record:
+            begin = TOKENIZER.begin_id(tokenizer)
+            end = begin if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+            self.ids = [begin, *tokenizer(record["text"], add_special_tokens=False).input_ids, end]
+            mask = [1] * len(self.ids)
+        else:
+            try:
+                self.ids, mask = TOKENIZER.render_chat(tokenizer, record["messages"], record.get("tools"))
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            if not any(mask):
+                raise UserError(f"{where}: the chat template shows nothing of what the assistant says; --dry-run on another file shows how it should look")
+            if settings.train_on_prompt:
+                mask = [1] * len(mask)
+            elif settings.last_turn_only:
+                last = len(mask) - mask[::-1].index(1)
+                first = max((i + 1 for i in range(last) if not mask[i]), default=0)
+                mask = [int(on and i >= first) for i, on in enumerate(mask)]
+        weight = record.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise UserError(f"{where}: weight {weight!r} must be a number, 0 or above")
+        self.weights = [weight * on for on in mask]
+
+
+def held_out(record: dict, number: int, total: int, data: TOKENIZER.DataSection) -> bool:
+    if data.validation == "tail":
+        return number >= total * (1 - data.validation_fraction)
+    return data.validation == "hash" and TOKENIZER.is_held_out(json.dumps(record, sort_keys=True), data.validation_fraction)
+
+
+def read_talks(config, tokenizer) -> tuple[list[Talk], list[Talk]]:
+    """(to train on, held out), with duplicates left out and long ones cut or dropped; says how many of each."""
+    data, settings, length = config.data, config.sft, config.training.max_length
+    counts: Counter = Counter()
+
+    def talks(names: list[str], key: str):
+        seen = set()
+        for group in TOKENIZER.expand_paths(names, key):
+            for where, record in TOKENIZER.read_conversations(group, settings.columns, settings.system):
+                text = json.dumps(record, sort_keys=True)
+                if data.deduplicate and text in seen:
+                    counts["duplicates"] += 1
+                    continue
+                seen.add(text)
+                talk = Talk(where, record, tokenizer, settings)
+                if len(talk.ids) > length + 1:
+                    counts["cut" if settings.too_long == "cut" else "dropped as too long"] += 1
+                    if settings.too_long == "drop":
+                        continue
+                    talk.ids, talk.weights = talk.ids[: length + 1], talk.weights[: length + 1]
+                if not any(talk.weights[1:]):
+                    counts["without anything to learn"] += 1
+                    continue
+                yield talk
+
+    found = list(talks(data.train, "data.train"))
+    if data.validation in ("hash", "tail", "none"):
+        parts: dict[bool, list[Talk]] = {False: [], True: []}
+        for number, talk in enumerate(found):
+            parts[held_out(talk.record, number, len(found), data)].append(talk)
+        train, kept = parts[False], parts[True]
+    else:
+        train, kept = found, list(talks([data.validation], "data.validation"))
+    if not train:
+        raise UserError(f"data.train: no conversation is left to train on ({', '.join(f'{n} {what}' for what, n in counts.items()) or 'the files are empty'})")
+    if MODEL.process_rank() == 0:
+        tokens, learnt = (sum(map(len, (t.ids for t in train))), sum(sum(w > 0 for w in t.weights) for t in train))
+        also = "".join(f", {n:,} {what}" for what, n in counts.items())
+        say(f"{len(train):,} conversations, {tokens:,} tokens, {learnt:,} of them learnt; {len(kept):,} held out{also}")
+    return train, kept
+
+
+def examples(talks: list[Talk]) -> TOKENIZER.Examples:
+    sizes = np.array([len(talk.ids) for talk in talks], np.int64)
+    ids = np.concatenate([np.array(talk.ids, np.int64) for talk in talks])
+    weights = np.concatenate([np.array(talk.weights, np.float32) for talk in talks])
+    return TOKENIZER.Examples(ids, weights, np.cumsum(sizes) - sizes, sizes - 1)
+
+
+# -------------------------------------------------------------------------------------------------- evaluation
+
+
+def question_of(talk: Talk) -> tuple[list[dict], str] | None:
+    """(the conversation up to its last answer, that answer), of a record whose answer can be checked."""
+    messages = talk.record.get("messages") or []
+    if "answer" not in talk.record or messages[-1]["role"] != "assistant":
+        return None
+    return messages[:-1], messages[-1]["content"]
+
+
+def same_answer(given: str, expected: str) -> bool:
+    """Word for word; spaces and capitals aside."""
+    return " ".join(given.split()).lower() == " ".join(expected.split()).lower()
+
+
+def with_answers(evaluate: Callable | None, talks: list[Talk], tokenizer, config) -> Callable | None:
+    """The held-out loss, preceded by the share of held-out questions that are answered word for word; a few are shown."""
+    asked = [(talk.record, *question) for talk in talks if (question := question_of(talk))]
+    asked = [asked[i] for i in np.linspace(0, len(asked) - 1, min(len(asked), config.sft.eval_answers)).astype(int)]  # from all of them
+    shown = asked[:: max(1, len(asked) // 3)][:3] or [(t.record, t.record["messages"][:-1], "") for t in talks if "messages" in t.record][:3]
+    greedy = INFER.Sampling(config.sft.answer_tokens, temperature=0)
+
+    def answers(model, questions) -> list[str]:
+        prompts = [TOKENIZER.render_chat(tokenizer, messages, record.get("tools"), add_generation_prompt=True)[0] for record, messages, _ in questions]
+        room = model.config.max_position_embeddings - 1
+        return [said.text for [said] in INFER.generate(model, [ids[-room:] for ids in prompts], greedy, tokenizer, batch_size=64)] if prompts else []
+
+    def evaluate_and_ask(model) -> dict:
+        measures = {}
+        if asked:
+            apart = not config.training.fsdp and TRAIN.world_size() > 1  # sharded weights need everyone for each token
+            own = asked[MODEL.process_rank() :: TRAIN.world_size()] if apart else asked
+            right = sum(same_answer(said, expected) for said, (_, _, expected) in zip(answers(model, own), own, strict=True))
+            right = TRAIN.all_sum([float(right)], model.device)[0] if apart else right
+            measures["exact_match"] = right / len(asked)
+        if config.training.sample_tokens and shown:
+            said = answers(model, shown)
+            if MODEL.process_rank() == 0:
+                for (_, messages, _), text in zip(shown, said, strict=True):
+                    say(f"  | {messages[-1]['content']}\n  |   {text}".replace("\n", "\n  | ") if messages else f"  | {text}")
+        return {**measures, **(evaluate(model) if evaluate else {})}
+
+    return evaluate_and_ask if asked or shown or evaluate else None
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def neftune(embedding: nn.Module, alpha: float) -> None:
+    """Uniform noise of at most alpha / sqrt(T C) on the embeddings of a training batch (Jain 2023, section 3)."""
+
+    def noise(module: nn.Module, _, output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        reach = alpha / math.sqrt(output.shape[-2] * output.shape[-1])
+        return output + torch.empty_like(output).uniform_(-reach, reach)
+
+    embedding.register_forward_hook(noise)
+
+
+def set_rates(training: TRAIN.TrainingSection, model: MODEL.LanguageModel, rate: float | None, optim: str) -> None:
+    """Where nothing was asked for: the wider a trained model, the smaller its steps, ten times larger for adapters.
+    A narrow one still has most to learn, which Muon does faster."""
+    width = model.config.hidden_size
+    usual = min(3e-3, max(1e-5, 3e-3 * (128 / width) ** 2))
+    training.learning_rate = rate or (min(1e-2, 10 * usual) if model.adapter else usual)
+    training.optim = optim if optim != "auto" else "muon" if width <= 256 and not model.adapter else "adamw"
+
+
+def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
+    adapter = config.actions.adapter
+    tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, config.model.name))
+    TOKENIZER.ensure_chat(tokenizer)
+    asked = config.training.learning_rate, config.training.optim
+    model = TRAIN.prepare_model(config, tokenizer, grow=True)
+    if adapter:
+        MODEL.load_adapter(model, adapter, train=True)
+    elif config.lora.r:
+        kind = model.config.model_type
+        if kind in ("gpt2", "bert", MODEL.CUSTOM) and not isinstance(model, MODEL.ForeignModel) and MODEL.process_rank() == 0:
+            say(f"lora: transformers names the layers of a {kind} otherwise; the adapter works here, elsewhere only the merged folder (SFT.py --merge)")
+        config.lora.attach(model, config.model.name or "", model.new_ids, config.training.seed)
+    TOKENIZER.end_with_turns(model, tokenizer)
+    set_rates(config.training, model, *asked)
+    if config.sft.neftune_noise_alpha:
+        neftune(model.get_input_embeddings(), config.sft.neftune_noise_alpha)
+    talks, kept = read_talks(config, tokenizer)
+    training, spans = config.training, examples(talks)
+    stream = TOKENIZER.TokenStream(lambda epoch: [[spans]], training.batch_size, training.max_length, config.data.packing)
+    stream.joined = config.sft.padding_free and not config.data.packing
+    evaluate = None
+    if kept:
+        batches = TOKENIZER.fixed_batches(examples(kept), training.batch_size, training.max_length, config.data.packing, training.eval_batches)
+        evaluate = TRAIN.held_out_loss(batches, None)
+    if config.lora.loraplus_lr_ratio and not model.adapter:
+        raise UserError("lora.loraplus_lr_ratio: needs an adapter; set lora.r")
+    model.rates = {".lora_B.": config.lora.loraplus_lr_ratio} if config.lora.loraplus_lr_ratio else {}
+    return TRAIN.Stage(model, tokenizer, stream, TRAIN.token_loss, with_answers(evaluate, kept, tokenizer, config), save)
+
+
+def save(config_text: str, tokenizer, model, folder: Path) -> None:
+    """The whole model, or its adapter alone; either with tokenizer, chat template and settings."""
+    if not model.adapter:
+        return TRAIN.save_product(config_text, tokenizer, model, folder)
+    MODEL.save_adapter(model, folder)
+    if MODEL.process_rank() == 0:
+        TOKENIZER.save(tokenizer, folder)
+        MODEL.write_text(Path(folder) / "config.yaml", config_text)
+
+
+# --------------------------------------------------------------------------------------------- looking, converting
+
+
+def dry_run(config) -> None:
+    """The first conversations as the model will read them, what is learnt in green, and how long they all are."""
+    tokenizer = TOKENIZER.load(config.tokenizer.name or config.model.name)
+    TOKENIZER.ensure_chat(tokenizer)
+    talks, _ = read_talks(config, tokenizer)
+    for talk in talks[:3]:
+        print(f"--- {talk.where}")
+        pieces: list[tuple[bool, list[int]]] = []
+        for i, weight in zip(talk.ids, talk.weights, strict=True):
+            if not pieces or pieces[-1][0] != (weight > 0):
+                pieces.append((weight > 0, []))
+            pieces[-1][1].append(i)
+        print("".join(f"\033[32m{tokenizer.decode(ids)}\033[0m" if on else tokenizer.decode(ids) for on, ids in pieces))
+    lengths = np.array([len(talk.ids) for talk in talks])
+    counts, edges = np.histogram(lengths, bins=min(12, int(lengths.max() - lengths.min()) + 1))
+    print(f"--- tokens a conversation: median {int(np.median(lengths))}, longest {lengths.max()}, max_length {config.training.max_length}")
+    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+        print(f"{int(np.ceil(low)):6}-{int(high):<6} {'#' * round(50 * count / counts.max())} {count:,}")
+
+
+def convert(config) -> None:
+    """Records of any known layout -> one JSON object with `messages` a line."""
+    counts: Counter = Counter()
+    lines = []
+    for group in TOKENIZER.expand_paths(config.data.train):
+        for path in group:
+            for _, record in TOKENIZER.read_conversations([path], config.sft.columns, config.sft.system):
+                lines.append(json.dumps(record, ensure_ascii=False))
+                counts[path] += 1
+    out = Path(config.output.dir)
+    if out.suffix != ".jsonl":
+        raise UserError(f"--out: '{out}' must be a file name that ends in .jsonl")
+    MODEL.write_text(out, "".join(line + "\n" for line in lines))
+    say(f"{out}: {len(lines):,} records (" + ", ".join(f"{n:,} from {path}" for path, n in counts.items()) + ")")
+
+
+def merge(config) -> None:
+    """An adapter added to its base's weights: a folder like any other model's. Both must give the same logits."""
+    folder = Path(config.actions.merge)
+    base = config.model.name if (Path(config.model.name or "") / "config.json").exists() else None
+    named = MODEL.adapter_config(folder).base_model_name_or_path
+    model = MODEL.load(named or base, "float32", adapter=folder)
+    tokenizer = TOKENIZER.load(TOKENIZER.folder_of(folder, named or base))
+    TOKENIZER.end_with_turns(model, tokenizer)
+    ids = torch.randint(0, model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        apart = model(ids).logits
+        MODEL.merge_adapter(model)
+        difference = float((model(ids).logits - apart).abs().max())
+    if not difference <= 1e-3 * max(float(apart.std()), 1.0):
+        raise UserError(f"{folder}: merged and unmerged logits differ by {difference:.2g}; nothing was written")
+    out = Path(config.output.dir)
+    with TRAIN.run_folder(out, None, config.actions.overwrite):
+        TRAIN.save_product(MODEL.config_text(config), tokenizer, model, out)
+    say(f"{out}: {folder} merged into {named or base}; logits differ by at most {difference:.1g}")
+
+
+ACTIONS = {**TRAIN.ACTIONS, "adapter": Action("go on training this LoRA adapter", str),
+           "merge": Action("add this adapter to its base's weights, write the model to --out, and train nothing", str),
+           "dry_run": Action("show what is trained on, and train nothing"),
+           "convert": Action("write --data as one JSON lines file of `messages` named by --out, and train nothing")}
+SECTIONS = {**TRAIN.SECTIONS, "lora": LoraSection, "sft": SFTSection}
+
+
+def main(argv: list[str] | None = None) -> TRAIN.Result | None:
+    config = load_config(argv, SECTIONS, "sft", ACTIONS, __doc__)
+    if config.actions.convert:
+        return convert(config)
+    if config.actions.merge:
+        return merge(config)
+    if config.actions.dry_run:
+        return dry_run(config)
+    return TRAIN.run_stage("sft", config, prepare)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,527 @@
+"""Conversations: every layout, what is learnt of them, and fine-tuning on them."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import INFER
+import MODEL
+import SFT
+import TOKENIZER
+import TRAIN
+from MODEL import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ASKED = [{"role": "user", "content": "What is red?"}, {"role": "assistant", "content": "The fox."}]
+TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object", "properties": {"day": {"type": "integer"}}}}}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "rain", "arguments": {"day": 2}}}]}
+LONG = [{"role": "system", "content": "Be brief."}, *ASKED, {"role": "user", "content": "Will it rain?"}, CALL, {"role": "tool", "content": "yes"},
+        {"role": "assistant", "content": "It rains."}]
+
+
+# -------------------------------------------------------------------------------------------------- layouts
+
+LAYOUTS = {
+    "messages": ({"messages": ASKED}, ASKED),
+    "prompt and completion": ({"prompt": "What is red?", "completion": "The fox."}, ASKED),
+    "lists of messages": ({"prompt": ASKED[:1], "completion": ASKED[1:]}, ASKED),
+    "alpaca": ({"instruction": "What is red?", "input": "", "output": "The fox."}, ASKED),
+    "alpaca with everything": ({"instruction": "And blue?", "input": "Look up.", "output": "The sky.", "system": "Be brief.",
+                                "history": [["What is red?", "The fox."]]},
+                               [LONG[0], *ASKED, {"role": "user", "content": "And blue?\n\nLook up."}, {"role": "assistant", "content": "The sky."}]),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "What is red?"}, {"from": "gpt", "value": "The fox."}]}, ASKED),
+    "sharegpt with a system and a call": ({"system": "Be brief.", "conversations": [
+        {"from": "human", "value": "What is red?"}, {"from": "gpt", "value": "The fox."}, {"from": "human", "value": "Will it rain?"},
+        {"from": "function_call", "value": '{"name": "rain", "arguments": {"day": 2}}'}, {"from": "observation", "value": "yes"},
+        {"from": "gpt", "value": "It rains."}]}, LONG),
+    "question and answer": ({"question": "What is red?", "answer": "The fox."}, ASKED),
+    "parts and arguments as text": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "red?"}]},
+                                                  {"role": "assistant", "content": None, "tool_calls": [
+                                                      {"type": "function", "function": {"name": "rain", "arguments": '{"day": 2}'}}]}]}, [ASKED[0], CALL]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_becomes_messages(name):
+    record, expected = LAYOUTS[name]
+    assert TOKENIZER.conversation(record, "here")["messages"] == expected
+
+
+def write(path, records):
+    """Records as the file's name says."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records))
+    elif path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        with open(path, "w", newline="") as file:
+            table = csv.DictWriter(file, list(records[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(records)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+def test_every_file_holds_conversations(suffix, tmp_path):
+    rows = [{"question": f"What is {i}?", "answer": f'It is "{i}",\nsaid the owl.', "source": "book"} for i in range(3)]
+    path = write(tmp_path / f"data{suffix}", rows)
+    found = list(TOKENIZER.read_conversations([path]))
+    assert [record["messages"][1]["content"] for _, record in found] == [row["answer"] for row in rows]
+    assert all(where.startswith(str(path)) for where, _ in found)
+
+
+def test_foreign_names_are_mapped(tmp_path):
+    path = write(tmp_path / "a.csv", [{"q": "What is red?", "reply": "The fox."}])
+    [(_, record)] = TOKENIZER.read_conversations([path], {"prompt": "q", "completion": "reply"})
+    assert record["messages"] == ASKED
+    with pytest.raises(UserError, match="sft.columns names 'nope', but the keys are q, reply"):
+        list(TOKENIZER.read_conversations([path], {"prompt": "nope"}))
+
+
+def test_convert_writes_messages(tmp_path, capsys):
+    write(tmp_path / "a.csv", [{"question": "What is red?", "answer": "The fox."}] * 2)
+    write(tmp_path / "b.json", [LAYOUTS["alpaca with everything"][0]])
+    SFT.main(["--convert", "--data", str(tmp_path / "a.csv"), str(tmp_path / "b.json"), "--out", str(tmp_path / "out.jsonl")])
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["messages"] for line in lines] == [ASKED, ASKED, LAYOUTS["alpaca with everything"][1]]
+    assert "3 records (2 from" in capsys.readouterr().err
+    assert [record for _, record in TOKENIZER.read_conversations([tmp_path / "out.jsonl"])] == lines
+    with pytest.raises(UserError, match="must be a file name that ends in .jsonl"):
+        SFT.main(["--convert", "--data", str(tmp_path / "a.csv"), "--out", str(tmp_path / "folder")])
+
+
+WRONG = {
+    "no assistant": ([{"messages": ASKED[:1]}], ":1: no assistant turn"),
+    "unknown role": ([{"messages": [*ASKED, {"role": "narrator", "content": "x"}]}], ":1: message 3: unknown role 'narrator'"),
+    "two systems": ([{"messages": [LONG[0], LONG[0], *ASKED]}], ":1: two system messages"),
+    "late system": ([{"messages": [*ASKED, LONG[0]]}], ":1: message 3 is the system's; it has to come first"),
+    "empty answer": ([{"messages": ASKED}, {"messages": [ASKED[0], {"role": "assistant", "content": " "}]}], ":2: message 2: the answer is empty"),
+    "empty output": ([{"instruction": "a", "output": ""}], ":1: message 2: the answer is empty"),
+    "mixed": ([{"messages": ASKED}, {"question": "a", "answer": "b"}], ":2: question and answer, but .*:1 is messages; one file holds one layout"),
+    "unknown keys": ([{"ask": "a", "say": "b"}], ":1: keys ask, say are none of messages; conversations; prompt"),
+    "content": ([{"messages": [{"role": "user", "content": 3}, ASKED[1]]}], ":1: message 1: content is int, text is expected"),
+    "arguments": ([{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}],
+                  ":1: message 2: a tool call's arguments: not valid JSON"),
+    "weight": ([{"messages": ASKED, "weight": -1}], ":1: weight -1 must be a number, 0 or above"),
+}
+
+
+def settings(model_folder, *more):
+    return MODEL.load_config(["--model", str(model_folder), *map(str, more)], SFT.SECTIONS, "sft", SFT.ACTIONS)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_records_are_named(name, tmp_path, tokenizer, model_folder):
+    records, message = WRONG[name]
+    path = write(tmp_path / "bad.jsonl", records)
+    chat = chat_tokenizer(tokenizer)
+    with pytest.raises(UserError, match=f"bad.jsonl{message}"):
+        SFT.read_talks(settings(model_folder, "--data", path, "--data.validation", "none"), chat)
+
+
+# ------------------------------------------------------------------------------------------- what is learnt
+
+BARE = ("{% for m in messages %}{{ '[' + m.role + ']' + (m.content or '') + (m.tool_calls | tojson if m.tool_calls else '') + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}")
+MARKED = ("{% if tools %}{{ 'Tools: ' + tools | tojson }}{% endif %}{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>' }}"
+          "{% generation %}{{ (m.content or '') + (m.tool_calls | tojson if m.tool_calls else '') + '<|im_end|>' }}{% endgeneration %}"
+          "{% else %}{{ m.role + ': ' + m.content + '\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}")
+
+
+def chat_tokenizer(tokenizer, template=None):
+    import copy
+
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = template
+    TOKENIZER.ensure_chat(made)
+    return made
+
+
+@pytest.mark.parametrize("template", [None, BARE, MARKED])
+@pytest.mark.parametrize("tools", [None, [TOOL]])
+def test_the_ids_learnt_are_the_ids_served(template, tools, tokenizer, model_folder, tmp_path):
+    """Each answer of a conversation, its end included, follows in training exactly what serving puts before it."""
+    chat = chat_tokenizer(tokenizer, template)
+    ids, mask = TOKENIZER.render_chat(chat, LONG, tools)
+    session = object.__new__(INFER.Session)
+    session.tokenizer, session.chat, session.model = chat, True, MODEL.load(model_folder)
+    session.model.config.max_position_embeddings = 4096
+    session.settings = INFER.InferenceSection()
+    said = [i for i, message in enumerate(LONG) if message["role"] == "assistant"]
+    starts = [i for i in range(len(mask)) if mask[i] and not mask[i - 1]]
+    assert len(starts) == len(said)
+    for place, start in zip(said, starts, strict=True):
+        stop = next((i for i in range(start, len(mask)) if not mask[i]), len(mask))
+        assert ids[:start] == session.prompt_ids({"messages": LONG[:place], "tools": tools}, INFER.Sampling(1))
+        words = chat.decode(ids[start:stop])
+        content = LONG[place]["content"] or '"rain"'
+        assert words.endswith("<|im_end|>") and content in words and "<|im_start|>" not in words
+        assert LONG[place]["content"] == "" or words == LONG[place]["content"] + "<|im_end|>"
+    assert TOKENIZER.end_of_turn(chat) == chat.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_template_that_shows_no_answer_is_refused(tokenizer):
+    chat = chat_tokenizer(tokenizer, "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    with pytest.raises(UserError, match="here:3: the chat template shows nothing of what the assistant says"):
+        SFT.Talk("here:3", {"messages": ASKED}, chat, SFT.SFTSection())
+    refusing = chat_tokenizer(tokenizer, "{{ raise_exception('no tools here') }}")
+    with pytest.raises(UserError, match="here:4: the chat template refuses this conversation .no tools here"):
+        SFT.Talk("here:4", {"messages": ASKED}, refusing, SFT.SFTSection())
+
+
+def test_tokens_that_are_missing_are_added(tokenizer):
+    """GPT-2's kind of tokenizer: one special token and no chat."""
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=bare_backend(), eos_token="<|endoftext|>")
+    before = len(plain)
+    TOKENIZER.ensure_chat(plain)
+    assert len(plain) == before + 2 and TOKENIZER.end_of_turn(plain) == before + 1
+    ids, mask = TOKENIZER.render_chat(plain, ASKED)
+    assert plain.decode([i for i, on in zip(ids, mask, strict=True) if on]) == "The fox.<|im_end|>"
+
+
+def bare_backend():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(["<|endoftext|>", *alphabet])}, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.add_special_tokens(["<|endoftext|>"])
+    return raw
+
+
+def test_what_counts(tokenizer):
+    chat = chat_tokenizer(tokenizer)
+    talk = SFT.Talk("x", {"messages": LONG}, chat, SFT.SFTSection())
+    last = SFT.Talk("x", {"messages": LONG}, chat, SFT.SFTSection(last_turn_only=True))
+    whole = SFT.Talk("x", {"messages": LONG, "weight": 0.5}, chat, SFT.SFTSection(train_on_prompt=True))
+    assert chat.decode([i for i, w in zip(last.ids, last.weights) if w]) == "It rains.<|im_end|>"
+    assert "The fox.<|im_end|>" in chat.decode([i for i, w in zip(talk.ids, talk.weights) if w]) and set(talk.weights) == {0.0, 1.0}
+    assert set(whole.weights) == {0.5}
+    text = SFT.Talk("x", {"text": "The owl."}, chat, SFT.SFTSection())
+    assert chat.decode(text.ids) == "<|endoftext|>The owl.<|endoftext|>" and all(text.weights)
+    with pytest.raises(UserError, match="exclude each other"):
+        SFT.SFTSection(train_on_prompt=True, last_turn_only=True)
+
+
+@pytest.mark.parametrize("choice, count", [("cut", 3), ("drop", 2)])
+def test_long_conversations_are_cut_or_dropped_and_counted(choice, count, tmp_path, tokenizer, model_folder, capsys):
+    long = {"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "fox " * 90}]}
+    hopeless = {"messages": [{"role": "user", "content": "fox " * 90}, {"role": "assistant", "content": "Yes."}]}
+    path = write(tmp_path / "a.jsonl", [{"messages": ASKED}, long, {"messages": LONG[:3]}, {"messages": ASKED}, hopeless])
+    talks, _ = SFT.read_talks(settings(model_folder, "--data", path, "--data.validation", "none", "--max-length", 60, "--sft.too_long", choice),
+                              chat_tokenizer(tokenizer))
+    assert len(talks) == count and max(len(talk.ids) for talk in talks) <= 61
+    said = capsys.readouterr().err
+    assert "1 duplicates" in said and ("2 cut, 1 duplicates, 1 without anything to learn" in said) == (choice == "cut") and ("2 dropped as too long" in said) == (choice == "drop")
+
+
+# -------------------------------------------------------------------------------------------------- batches
+
+
+def some_talks(chat, count=23):
+    generator = np.random.default_rng(3)
+    words = "the red fox ran over a small hill and saw one old owl".split()
+    return [SFT.Talk("x", {"messages": [{"role": "user", "content": " ".join(generator.choice(words, generator.integers(1, 12)))},
+                                        {"role": "assistant", "content": " ".join(generator.choice(words, generator.integers(1, 9)))}],
+                           "weight": float(generator.choice([0.5, 1.0, 2.0]))}, chat, SFT.SFTSection()) for _ in range(count)]
+
+
+def epoch_of(talks, packing, joined=False, batch_size=4):
+    spans = SFT.examples(talks)
+    stream = TOKENIZER.TokenStream(lambda epoch: [[spans]], batch_size, 80, packing)
+    stream.joined = joined
+    stream.start(type("Run", (), dict(rank=0, world_size=1, seed=1, grad_accum=1))())
+    return [next(stream) for _ in range(stream.steps_per_epoch)]
+
+
+def test_packed_padded_and_padding_free_batches_give_the_same_loss_and_gradients(tokenizer, model_folder):
+    """And both equal the sum over conversations taken one by one."""
+    chat, results = chat_tokenizer(tokenizer), []
+    talks = some_talks(chat)
+    model = MODEL.load(model_folder).train()
+
+    def collect(loss):
+        model.zero_grad()
+        loss.backward()
+        return float(loss), torch.cat([w.grad.flatten() for w in model.parameters()])
+
+    for packing, joined in ((True, False), (False, False), (False, True)):
+        batches = epoch_of(talks, packing, joined)
+        total = sum(batch["counts"]["tokens"] for batch in batches)
+        results.append(collect(sum(TRAIN.token_loss(model, batch, {"tokens": total, "micro_batches": 1})[0] for batch in batches)))
+        assert (len(batches) < 6) == packing
+    one_by_one, weight = 0.0, 0.0
+    for talk in talks:
+        ids = torch.tensor([talk.ids])
+        logprobs = model(ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None])[0, :, 0]
+        weights = torch.tensor(talk.weights[1:])
+        one_by_one, weight = one_by_one - (logprobs * weights).sum(), weight + weights.sum()
+    results.append(collect(one_by_one / weight))
+    for loss, gradient in results[:-1]:
+        assert math.isclose(loss, results[-1][0], rel_tol=1e-5)
+        assert (gradient - results[-1][1]).norm() <= 1e-4 * results[-1][1].norm()
+
+
+def test_rows_are_full_and_hold_every_conversation_once(tokenizer):
+    talks = some_talks(chat_tokenizer(tokenizer), 400)
+    rows = TOKENIZER.WholeRows(SFT.examples(talks), 256, True, [0])
+    pieces = [piece for i in range(rows.count) for piece in rows.row(i)]
+    spans = SFT.examples(talks)
+    assert sorted(pieces) == [(int(s), int(s + n)) for s, n in zip(spans.starts, spans.lengths)]
+    filled = [sum(stop - start for start, stop in rows.row(i)) for i in range(rows.count)]
+    assert max(filled) <= 256 and np.mean(filled) > 0.95 * 256
+
+
+def test_neftune_is_noise_in_training_alone(model_folder):
+    model, ids = MODEL.load(model_folder), torch.arange(12).view(2, 6)
+    plain = model.get_input_embeddings()(ids)
+    SFT.neftune(model.get_input_embeddings(), 5.0)
+    assert torch.equal(model.eval().get_input_embeddings()(ids), plain)
+    noise = model.train().get_input_embeddings()(ids) - plain
+    reach = 5.0 / math.sqrt(6 * 32)
+    assert 0.5 * reach < noise.abs().max() <= reach * 1.0001
+
+
+# ------------------------------------------------------------------------------------------ more vocabulary
+
+
+@pytest.mark.parametrize("preset", ["llama-1m", "gpt2-2m", "bert-2m"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_grown_vocabulary_keeps_what_was_there(preset, tied, tmp_path):
+    model = MODEL.build(MODEL.preset_config(preset, vocab_size=50, num_hidden_layers=1, tie_word_embeddings=tied)).eval()
+    ids = torch.arange(12).view(2, 6)
+    before = model(ids).logits
+    MODEL.grow_vocabulary(model, 53)
+    after = model(ids).logits
+    assert after.shape[-1] == 53 and torch.allclose(after[..., :50], before, atol=1e-6)
+    assert torch.allclose(after[..., 50], before.mean(-1), atol=1e-5)
+    model(torch.tensor([[52]]))
+    MODEL.save(model, tmp_path)
+    assert torch.allclose(MODEL.load(tmp_path)(ids).logits, after, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- whole programs
+
+
+def questions(count, answers=True):
+    """Which of two words comes first: learnt in a few steps."""
+    generator = np.random.default_rng(0)
+    words = "red fox hill owl lake rain tree two".split()
+    records = []
+    for _ in range(count):
+        a, b = generator.choice(words, 2, replace=False)
+        record = {"messages": [{"role": "user", "content": f"Say {a} {b}"}, {"role": "assistant", "content": str(a)}]}
+        records.append({**record, "answer": str(a)} if answers else record)
+    return records
+
+
+@pytest.fixture()
+def flags(tmp_path, model_folder):
+    write(tmp_path / "train.jsonl", questions(60))
+    write(tmp_path / "test.jsonl", questions(20)[5:])
+    return ["--model", str(model_folder), "--data", str(tmp_path / "train.jsonl"), "--data.validation", str(tmp_path / "test.jsonl"), "--data.deduplicate", "false",
+            "--max-length", "64", "--batch-size", "4", "--learning-rate", "3e-3", "--training.optim", "adamw", "--training.warmup_steps", "2",
+            "--training.lr_scheduler_type", "constant", "--training.eval_steps", "0", "--training.save_steps", "5", "--training.mixed_precision", "no",
+            "--sft.answer_tokens", "6"]
+
+
+def test_fine_tuning_learns_resumes_and_opens_elsewhere(flags, tmp_path, tokenizer, capsys):
+    result = SFT.main([*flags, "--max-steps", "10", "--out", str(tmp_path / "whole")])
+    assert list(result.after) == ["exact_match", "loss", "perplexity"] and result.after["loss"] < result.before["loss"] - 0.5
+    report = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert (report["stage"], report["measure"], report["before"]["exact_match"]) == ("sft", "exact_match", result.before["exact_match"])
+    SFT.main([*flags, "--max-steps", "5", "--out", str(tmp_path / "halves")])
+    SFT.main([*flags, "--max-steps", "10", "--out", str(tmp_path / "halves"), "--resume", "auto"])
+    whole, halves = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
+    assert set(whole) == set(halves) and all(torch.equal(whole[name], halves[name]) for name in whole)
+    folder = tmp_path / "whole"
+    assert (folder / "chat_template.jinja").read_text() == TOKENIZER.CHAT_TEMPLATE
+    hf, theirs = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    asked = questions(20)[7]["messages"][:1]
+    prompt = theirs.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    answer = hf.generate(prompt, do_sample=False, max_new_tokens=6)[0, prompt.shape[1] :]
+    capsys.readouterr()
+    INFER.main(["--model", str(folder), "--prompt", asked[0]["content"], "--temperature", "0", "--max-new-tokens", "6"])
+    assert capsys.readouterr().out == theirs.decode(answer, skip_special_tokens=True) + "\n"
+
+
+def test_exact_match_counts_whole_answers(tmp_path, tokenizer, model_folder, flags):
+    chat = chat_tokenizer(tokenizer)
+    config = settings(model_folder, *flags[2:])
+    talks, kept = SFT.read_talks(config, chat)
+    assert len(kept) == 15
+    model = MODEL.load(model_folder)
+    heard = []
+
+    def generate(_, prompts, sampling, *args, **kwargs):
+        heard.extend(prompts)
+        answers = [" " + talk.record["messages"][-1]["content"].upper() + "\n" if i % 2 else "no" for i, talk in enumerate(kept)]
+        return [[type("C", (), {"text": answers[i % len(kept)]})] for i in range(len(prompts))]
+
+    original, INFER.generate = INFER.generate, generate
+    try:
+        measures = SFT.with_answers(None, kept, chat, config)(model)
+    finally:
+        INFER.generate = original
+    assert measures == {"exact_match": 7 / 15}
+    assert heard[0] == TOKENIZER.render_chat(chat, kept[0].record["messages"][:1], add_generation_prompt=True)[0]
+
+
+def test_dry_run_shows_what_is_learnt(flags, capsys):
+    SFT.main([*flags, "--dry-run"])
+    shown = capsys.readouterr().out
+    assert shown.count("\033[32m") == 3 and "<|im_start|>assistant\n\033[32m" in shown and "tokens a conversation: median" in shown
+    assert shown.split("\033[32m")[1].startswith(questions(1)[0]["messages"][1]["content"] + "<|im_end|>\033[0m")
+
+
+def test_a_model_of_another_vocabulary_grows(tmp_path, flags, capsys):
+    """GPT-2's case: its tokenizer has no chat tokens, so embedding and head get two rows more."""
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=bare_backend(), eos_token="<|endoftext|>")
+    config = MODEL.preset_config("gpt2-2m", vocab_size=len(plain), num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64,
+                                 max_position_embeddings=128, eos_token_id=0, bos_token_id=0)
+    MODEL.save(MODEL.build(config), tmp_path / "base")
+    TOKENIZER.save(plain, tmp_path / "base")
+    result = SFT.main([*flags, "--model", str(tmp_path / "base"), "--max-steps", "4", "--out", str(tmp_path / "out")])
+    assert result.after["loss"] < result.before["loss"]
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert hf.config.vocab_size == len(plain) + 2 == len(TOKENIZER.load(tmp_path / "out"))
+    assert hf.generation_config.eos_token_id == [len(plain) + 1, 0]
+    capsys.readouterr()
+    SFT.main([*flags, "--model", str(tmp_path / "base"), "--max-steps", "4", "--lora.r", "4", "--learning-rate", "1e-2", "--out", str(tmp_path / "lora")])
+    assert "only the merged folder" in capsys.readouterr().err
+    SFT.main(["--merge", str(tmp_path / "lora"), "--out", str(tmp_path / "merged")])
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        expected = MODEL.load(tmp_path / "base", adapter=tmp_path / "lora")(ids).logits
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits
+        torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=1e-4)
+
+# ------------------------------------------------------------------------------------------------- adapters
+
+SPICES = {"lora": {}, "dora": dict(use_dora=True), "rslora": dict(use_rslora=True), "some": dict(target_modules=["q_proj", "down_proj"])}
+
+
+def steps_of(model, forward, count=4):
+    """Losses of a few AdamW steps on the trained weights; forward(ids) -> logits."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer, losses = torch.optim.AdamW(weights, lr=1e-2), []
+    for i in range(count):
+        ids = torch.randint(5, 300, (2, 12), generator=torch.Generator().manual_seed(i))
+        loss = torch.nn.functional.cross_entropy(forward(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize("name", SPICES)
+def test_adapters_learn_as_peft_does_and_open_there(name, model_folder, tmp_path):
+    from peft import PeftModel
+
+    ids = torch.arange(20).view(2, 10)
+    ours = MODEL.load(model_folder)
+    plain = ours(ids).logits
+    torch.manual_seed(0)
+    MODEL.attach_lora(ours, model_folder, r=4, lora_alpha=8, **SPICES[name])
+    assert torch.allclose(ours(ids).logits, plain, atol=1e-5)
+    assert all(MODEL.tensor_is_trained(n) == w.requires_grad for n, w in ours.named_parameters())
+    MODEL.save_adapter(ours, tmp_path / "start")
+    theirs = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "start", is_trainable=True)
+    expected = steps_of(theirs, lambda x: theirs(x).logits)
+    np.testing.assert_allclose(steps_of(ours, lambda x: ours(x).logits), expected, atol=1e-4)
+    MODEL.save_adapter(ours, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    raw = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert (raw["task_type"], raw["base_model_name_or_path"], raw.get("auto_mapping")) == ("CAUSAL_LM", str(model_folder), None)
+    with torch.no_grad():
+        there = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "ours")(ids).logits
+        here = MODEL.load(model_folder, adapter=tmp_path / "theirs")
+        close = dict(atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.eval()(ids).logits, there, **close)
+        torch.testing.assert_close(here(ids).logits, theirs.eval()(ids).logits, **close)
+        assert not torch.allclose(there, plain, atol=1e-2)
+        unmerged = here(ids).logits
+        MODEL.merge_adapter(here)
+        torch.testing.assert_close(here(ids).logits, unmerged, **close)
+    assert set(here.state_dict()) == set(MODEL.load(model_folder).state_dict())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_train_beside_adapters(tied, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=bare_backend(), eos_token="<|endoftext|>")
+    config = MODEL.ModelConfig(vocab_size=len(plain), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                               max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.2)
+    MODEL.save(MODEL.build(config), tmp_path / "base")
+    TOKENIZER.save(plain, tmp_path / "base")
+    TOKENIZER.ensure_chat(plain)
+    model = MODEL.load(tmp_path / "base")
+    MODEL.grow_vocabulary(model, len(plain))
+    MODEL.attach_lora(model, tmp_path / "base", r=4, trainable_token_indices=model.new_ids)
+    new, before = model.new_ids, model.get_input_embeddings().weight.detach().clone()
+    weights = [w for w in model.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-2)
+    ids = torch.tensor([[5, new[0], 9, new[1], 7]])
+    for _ in range(3):
+        loss = -model(ids[:, :-1], targets=ids[:, 1:]).logprobs.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    MODEL.save_adapter(model, tmp_path / "adapter")
+    TOKENIZER.save(plain, tmp_path / "adapter")
+    with torch.no_grad():
+        logits = model.eval()(ids).logits
+        loaded = MODEL.load(tmp_path / "base", adapter=tmp_path / "adapter")
+        torch.testing.assert_close(loaded(ids).logits, logits, atol=1e-5, rtol=1e-5)
+        theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+        torch.testing.assert_close(theirs(ids).logits, logits, atol=1e-4, rtol=1e-4)
+        MODEL.merge_adapter(loaded)
+        torch.testing.assert_close(loaded(ids).logits, logits, atol=1e-5, rtol=1e-5)
+        assert set(loaded.state_dict()) == set(MODEL.load(tmp_path / "base").state_dict())
+    assert torch.equal(model.get_input_embeddings().original_module.weight, before)
+
+
+def test_adapters_for_another_base_and_targets_that_fit_nothing_are_one_line(model_folder, tmp_path):
+    model = MODEL.load(model_folder)
+    with pytest.raises(UserError, match="lora.target_modules: .'nope'. fits no layer of this model .*; it has down_proj, gate_proj"):
+        MODEL.attach_lora(model, model_folder, ["nope"], r=2)
+    MODEL.attach_lora(model, model_folder, r=2)
+    MODEL.save_adapter(model, tmp_path / "adapter")
+    other = MODEL.build(MODEL.ModelConfig(vocab_size=320, hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
+    MODEL.save(other, tmp_path / "other")
+    with pytest.raises(UserError, match="adapter: made for another base"):
+        MODEL.load(tmp_path / "other", adapter=tmp_path / "adapter")
+    with pytest.raises(UserError, match="adapter_config.json: missing"):
+        MODEL.load(model_folder, adapter=tmp_path / "other")
+
+
+def test_an_adapter_trains_resumes_and_is_served(flags, tmp_path, model_folder, capsys):
+    flags = [*flags, "--lora.r", "4", "--learning-rate", "1e-2", "--lora.loraplus_lr_ratio", "2"]
+    result = SFT.main([*flags, "--max-steps", "10", "--out", str(tmp_path / "whole")])
+    assert result.after["loss"] < result.before["loss"] - 0.3
+    SFT.main([*flags, "--max-steps", "5", "--out", str(tmp_path / "halves")])
+    SFT.main([*flags, "--max-steps", "10", "--out", str(tmp_path / "halves"), "--resume", "auto"])
+    whole, halves = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "halves"))
+    assert set(whole) == set(halves) and all(torch.equal(whole[name], halves[name]) for name in whole)
+    assert not (tmp_path / "whole" / "model.safetensors").exists()
+    asked, ask = questions(20)[7]["messages"][0]["content"], ["--temperature", "0", "--max-new-tokens", "6"]
+    capsys.readouterr()
+    INFER.main(["--model", str(model_folder), "--adapter", str(tmp_path / "whole"), "--prompt", asked, *ask])
+    served = capsys.readouterr().out
+    SFT.main(["--merge", str(tmp_path / "whole"), "--out", str(tmp_path / "merged")])
+    assert "differ by at most" in capsys.readouterr().err
+    INFER.main(["--model", str(tmp_path / "merged"), "--prompt", asked, *ask])
+    assert capsys.readouterr().out == served
+    more = SFT.main([*flags, "--adapter", str(tmp_path / "whole"), "--max-steps", "3", "--out", str(tmp_path / "more")])
+    assert math.isclose(more.before["loss"], result.after["loss"], rel_tol=1e-4)
