@@ -2372,6 +2372,18 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
 # ---------------------------------------------------------------------------------------------------- adapters
 
 
+def _peft():
+    """peft, without bitsandbytes' talk about kernels that could be fetched."""
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        import peft
+    except ImportError:
+        raise UserError("adapters need `pip install peft`") from None
+    return peft
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """Last parts of the names of all linear layers but the heads: what `all-linear` means (Dettmers 2023, section 4)."""
     layers = {id(m) for layer in layers_of(model) for m in layer.modules()}
@@ -2383,15 +2395,14 @@ def linear_names(model: nn.Module) -> list[str]:
 def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = ("all-linear",), seed: int = 0, **options) -> None:
     """Freeze a model and put peft's low-rank adapters into it (Hu 2021): W x + (alpha / r) B A x, with A random, B zero,
     so that nothing changes until B learns. `options` are those of peft's LoraConfig."""
-    from peft import LoraConfig, inject_adapter_in_model
-
+    peft = _peft()
     host = model.inner if isinstance(model, ForeignModel) else model
     targets = linear_names(host) if list(target_modules) == ["all-linear"] else list(target_modules)
-    config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=str(base), target_modules=targets, **options)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=str(base), target_modules=targets, **options)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(config, host)
+            peft.inject_adapter_in_model(config, host)
     except ValueError as error:
         names = ", ".join(linear_names(host))
         raise UserError(f"lora.target_modules: {targets} fits no layer of this model ({_first_line(error)}); it has {names}") from None
@@ -2400,12 +2411,11 @@ def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = 
 
 def save_adapter(model: LanguageModel, folder: str | Path) -> None:
     """adapter_config.json and adapter_model.safetensors as peft writes them, under the names of transformers' model."""
-    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     host = model.inner if isinstance(model, ForeignModel) else model
     state = {name: gathered(tensor) for name, tensor in host.state_dict().items() if tensor_is_trained(name)}
-    state = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in get_peft_model_state_dict(host, state, save_embedding_layers=False).items()}
+    state = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in _peft().get_peft_model_state_dict(host, state, save_embedding_layers=False).items()}
     if process_rank() != 0:
         return
     with staged(folder) as scratch:
@@ -2419,20 +2429,16 @@ def tensor_is_trained(name: str) -> bool:
 
 
 def adapter_config(folder: Path):
-    from peft import PeftConfig
-
     read_json(folder / "adapter_config.json")
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        return _peft().PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder}/adapter_config.json: peft cannot read it ({_first_line(error)})") from None
 
 
 def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) -> None:
     """Put a saved adapter into its base model; every tensor must fit."""
-    from peft import inject_adapter_in_model, set_peft_model_state_dict
-
-    folder = resolve_folder(str(folder))
+    peft, folder = _peft(), resolve_folder(str(folder))
     config = adapter_config(folder)
     if config.peft_type != "LORA":
         raise UserError(f"{folder}: a {config.peft_type} adapter; LoRA and its relatives are read here")
@@ -2440,8 +2446,8 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
     config.inference_mode = not train
     state = {name.removeprefix("base_model.model."): tensor for name, tensor in read_tensors(folder / "adapter_model.safetensors")}
     try:
-        inject_adapter_in_model(config, host)
-        result = set_peft_model_state_dict(host, state)
+        peft.inject_adapter_in_model(config, host)
+        result = peft.set_peft_model_state_dict(host, state)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: made for another base ({config.base_model_name_or_path}): {_first_line(error)}") from None
     weights = dict(host.named_parameters(remove_duplicate=False))
