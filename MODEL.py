@@ -1302,6 +1302,16 @@ class LanguageModel(nn.Module):
         self.new_ids: list[int] = []  # rows that the vocabulary gained after loading
         self.router_counts: Tensor | None = None  # (layers with experts, E) tokens since the last optimizer step
 
+    def add_heads(self, head: str | tuple, width: int, labels: int) -> None:
+        """The heads asked for; the one that predicts tokens differs by model and is not made here."""
+        self.heads = (head,) if isinstance(head, str) else tuple(head)
+        if not set(self.heads) <= set(HEADS):
+            raise UserError(f"head: {head!r} is not one of {', '.join(HEADS)}")
+        if "score" in self.heads:
+            self.score = nn.Linear(width, labels, bias=False)
+        if "value" in self.heads:
+            self.value_head = nn.Linear(width, 1, bias=False)
+
     def backbone(self, input_ids, positions, cache, segment_ids, token_types, keep: bool) -> tuple[Tensor, list, list[Routing]]:
         """ids (B, T) -> hidden states (B, T, C) after the final norm, those before each layer if `keep`, what routers did."""
         raise NotImplementedError
@@ -1441,17 +1451,11 @@ class Transformer(LanguageModel):
     def __init__(self, config: ModelConfig, head: str | tuple = "lm", attn_implementation: str = "auto"):
         super().__init__()
         self.config = config
-        self.heads = (head,) if isinstance(head, str) else tuple(head)
-        if not set(self.heads) <= set(HEADS):
-            raise UserError(f"head: {head!r} is not one of {', '.join(HEADS)}")
         self.model = Decoder(config, choose_attention(attn_implementation))
-        if "lm" in self.heads:
+        if "lm" in head:
             plain = partial(nn.Linear, config.hidden_size, config.vocab_size, bias=False)
             self.lm_head = MaskedHead(config) if config.lm_head_transform else plain()
-        if "score" in self.heads:
-            self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        if "value" in self.heads:
-            self.value_head = nn.Linear(config.hidden_size, 1, bias=False)
+        self.add_heads(head, config.hidden_size, config.num_labels)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -1553,7 +1557,6 @@ class ForeignModel(LanguageModel):
     def __init__(self, inner: nn.Module, head: str | tuple = "lm"):
         super().__init__()
         self.inner = inner
-        self.heads = (head,) if isinstance(head, str) else tuple(head)
         c = inner.config.get_text_config()
         context = getattr(c, "max_position_embeddings", None) or getattr(c, "max_seq_len", None) or getattr(c, "n_positions", None) or 2048
         self.config = ForeignConfig(c.model_type, c.vocab_size, c.hidden_size, c.num_hidden_layers, context, c.bos_token_id, c.eos_token_id,
@@ -1562,10 +1565,7 @@ class ForeignModel(LanguageModel):
         kinds = set(getattr(c, "layer_types", None) or ())
         window = getattr(c, "sliding_window", None) if getattr(c, "use_sliding_window", True) else None
         self.windows = {kind: window if kind == "sliding_attention" else None for kind in kinds} if kinds else {"": window}
-        if "score" in self.heads:
-            self.score = nn.Linear(c.hidden_size, c.num_labels, bias=False)
-        if "value" in self.heads:
-            self.value_head = nn.Linear(c.hidden_size, 1, bias=False)
+        self.add_heads(head, c.hidden_size, c.num_labels)
         self.abilities: dict[str, bool] | None = None
 
     @property
@@ -2087,11 +2087,14 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def save(model: LanguageModel, folder: str | Path) -> None:
-    """Write config.json, generation_config.json and safetensors (sharded above 5 GB) as transformers would.
+    """Write config.json, generation_config.json and safetensors (sharded above 5 GB) as transformers would; of a model
+    with an adapter that one alone, as peft would.
 
     Sharded weights (FSDP2) are gathered, so every process has to call; the first one writes."""
     from huggingface_hub import save_torch_state_dict
 
+    if model.adapter:
+        return _save_adapter(model, folder)
     if isinstance(model, ForeignModel):
         state = {name: gathered(tensor) for name, tensor in model.inner.state_dict().items()}
         if process_rank() == 0:
@@ -2344,6 +2347,7 @@ def _chosen_dtype(dtype, raw: dict, model: nn.Module, device) -> torch.dtype | N
 
 
 def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, changes) -> ForeignModel:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -2361,7 +2365,7 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
         dtype = _chosen_dtype(dtype, raw, ForeignModel(empty), device) or torch.float32
         inner = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernels[attn_implementation],
                                                      use_safetensors=None, weights_only=True)
-    except Exception as error:  # whatever fails inside transformers, it is the folder that does not fit
+    except (KeyError, ValueError, OSError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"{folder}: model_type '{kind}' cannot be opened: it is none of {', '.join(FAMILIES)}, and transformers says: "
                         f"{_first_line(error)}") from None
     model = ForeignModel(inner.to(device or "cpu"), head or "lm").eval()
@@ -2409,7 +2413,7 @@ def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = 
     model.adapter = config
 
 
-def save_adapter(model: LanguageModel, folder: str | Path) -> None:
+def _save_adapter(model: LanguageModel, folder: str | Path) -> None:
     """adapter_config.json and adapter_model.safetensors as peft writes them, under the names of transformers' model."""
     from safetensors.torch import save_file
 

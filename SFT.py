@@ -263,17 +263,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     if config.lora.loraplus_lr_ratio and not model.adapter:
         raise UserError("lora.loraplus_lr_ratio: needs an adapter; set lora.r")
     model.rates = {".lora_B.": config.lora.loraplus_lr_ratio} if config.lora.loraplus_lr_ratio else {}
-    return TRAIN.Stage(model, tokenizer, stream, TRAIN.token_loss, with_answers(evaluate, kept, tokenizer, config), save)
-
-
-def save(config_text: str, tokenizer, model, folder: Path) -> None:
-    """The whole model, or its adapter alone; either with tokenizer, chat template and settings."""
-    if not model.adapter:
-        return TRAIN.save_product(config_text, tokenizer, model, folder)
-    MODEL.save_adapter(model, folder)
-    if MODEL.process_rank() == 0:
-        TOKENIZER.save(tokenizer, folder)
-        MODEL.write_text(Path(folder) / "config.yaml", config_text)
+    return TRAIN.Stage(model, tokenizer, stream, TRAIN.token_loss, with_answers(evaluate, kept, tokenizer, config), TRAIN.save_product)
 
 
 # --------------------------------------------------------------------------------------------- looking, converting

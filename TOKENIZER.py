@@ -1027,7 +1027,7 @@ class WholeRows:
     the fullest row that still has room for it (best-fit decreasing, Krell 2021, section 3.1); the rows are shuffled."""
 
     def __init__(self, examples: Examples, length: int, packing: bool, seed: list[int] | None):
-        self.examples = self.spans = examples
+        self.spans = examples
         random = np.random.default_rng(seed) if seed is not None else None
         order = random.permutation(len(examples.lengths)) if random else np.arange(len(examples.lengths))
         self.members = self._packed(order, length) if packing else [[int(i)] for i in order]
@@ -1035,7 +1035,7 @@ class WholeRows:
         self.order = random.permutation(self.count) if random else np.arange(self.count)
 
     def _packed(self, order: np.ndarray, length: int) -> list[list[int]]:
-        sizes, done = self.examples.lengths, []
+        sizes, done = self.spans.lengths, []
         for start in range(0, len(order), 1000):
             window, rows = order[start : start + 1000], []  # rows: (room, number, members), by room
             for number, i in enumerate(window[np.argsort(-sizes[window], kind="stable")]):
@@ -1047,7 +1047,7 @@ class WholeRows:
         return done
 
     def row(self, i: int) -> list[tuple[int, int]]:
-        starts, lengths = self.examples.starts, self.examples.lengths
+        starts, lengths = self.spans.starts, self.spans.lengths
         return [(int(starts[e]), int(starts[e] + lengths[e])) for e in self.members[int(self.order[i])]]
 
 

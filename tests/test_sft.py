@@ -435,11 +435,11 @@ def test_adapters_learn_as_peft_does_and_open_there(name, model_folder, tmp_path
     MODEL.attach_lora(ours, model_folder, r=4, lora_alpha=8, **SPICES[name])
     assert torch.allclose(ours(ids).logits, plain, atol=1e-5)
     assert all(MODEL.tensor_is_trained(n) == w.requires_grad for n, w in ours.named_parameters())
-    MODEL.save_adapter(ours, tmp_path / "start")
+    MODEL.save(ours, tmp_path / "start")
     theirs = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "start", is_trainable=True)
     expected = steps_of(theirs, lambda x: theirs(x).logits)
     np.testing.assert_allclose(steps_of(ours, lambda x: ours(x).logits), expected, atol=1e-4)
-    MODEL.save_adapter(ours, tmp_path / "ours")
+    MODEL.save(ours, tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     raw = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert (raw["task_type"], raw["base_model_name_or_path"], raw.get("auto_mapping")) == ("CAUSAL_LM", str(model_folder), None)
@@ -478,7 +478,7 @@ def test_new_tokens_train_beside_adapters(tied, tmp_path):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    MODEL.save_adapter(model, tmp_path / "adapter")
+    MODEL.save(model, tmp_path / "adapter")
     TOKENIZER.save(plain, tmp_path / "adapter")
     with torch.no_grad():
         logits = model.eval()(ids).logits
@@ -497,7 +497,7 @@ def test_adapters_for_another_base_and_targets_that_fit_nothing_are_one_line(mod
     with pytest.raises(UserError, match="lora.target_modules: .'nope'. fits no layer of this model .*; it has down_proj, gate_proj"):
         MODEL.attach_lora(model, model_folder, ["nope"], r=2)
     MODEL.attach_lora(model, model_folder, r=2)
-    MODEL.save_adapter(model, tmp_path / "adapter")
+    MODEL.save(model, tmp_path / "adapter")
     other = MODEL.build(MODEL.ModelConfig(vocab_size=320, hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
     MODEL.save(other, tmp_path / "other")
     with pytest.raises(UserError, match="adapter: made for another base"):
