@@ -2970,6 +2970,9 @@ def _apply(values: dict, layer: Layer, sections: dict[str, type]) -> None:
                 values["model"][key] = None
         if "name" in model and "tokenizer" in values:
             values["tokenizer"] = {f.name: _default(f) for f in dataclasses.fields(sections["tokenizer"])}
+    data = values.get("data", {})
+    if "train" in given.get("data", {}) and data.get("validation") not in ("hash", "tail", "none"):
+        data["validation"] = "hash"  # a file that was held out of other data
     horizons = [key for key in HORIZON if key in training]
     if len(horizons) > 1:
         raise UserError(f"{layer.origin}: training.{' and training.'.join(horizons)} exclude each other; keep one")

@@ -237,12 +237,18 @@ def set_rates(training: TRAIN.TrainingSection, model: MODEL.LanguageModel, rate:
 
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
     adapter = config.actions.adapter
+    if config.sft.padding_free and config.data.packing:
+        raise UserError("sft.padding_free: packed rows have no padding; set data.packing false, or leave it out")
     tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, config.model.name))
     TOKENIZER.ensure_chat(tokenizer)
     asked = config.training.learning_rate, config.training.optim
     model = TRAIN.prepare_model(config, tokenizer, grow=True)
+    if not model.config.causal:
+        raise UserError(f"model.name: {config.model.name} is an encoder, which answers nobody; conversations need a causal model")
     if adapter:
         MODEL.load_adapter(model, adapter, train=True)
+        if config.lora.r not in (0, model.adapter.r):
+            raise UserError(f"lora.r: {config.lora.r}, but {adapter} has rank {model.adapter.r}; leave it out to go on with that")
     elif config.lora.r:
         kind = model.config.model_type
         if kind in ("gpt2", "bert", MODEL.CUSTOM) and not isinstance(model, MODEL.ForeignModel) and MODEL.process_rank() == 0:
@@ -255,7 +261,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     talks, kept = read_talks(config, tokenizer)
     training, spans = config.training, examples(talks)
     stream = TOKENIZER.TokenStream(lambda epoch: [[spans]], training.batch_size, training.max_length, config.data.packing)
-    stream.joined = config.sft.padding_free and not config.data.packing
+    stream.joined = config.sft.padding_free
     evaluate = None
     if kept:
         batches = TOKENIZER.fixed_batches(examples(kept), training.batch_size, training.max_length, config.data.packing, training.eval_batches)

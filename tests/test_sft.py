@@ -376,6 +376,30 @@ def test_exact_match_counts_whole_answers(tmp_path, tokenizer, model_folder, fla
     assert heard[0] == TOKENIZER.render_chat(chat, kept[0].record["messages"][:1], add_generation_prompt=True)[0]
 
 
+def test_held_out_files_belong_to_their_data():
+    """Other data displaces the shipped held-out questions; what says how to hold out stays."""
+    assert settings("x").data.validation == "data/chat_test.jsonl"
+    assert settings("x", "--data", "mine.jsonl").data.validation == "hash"
+    assert settings("x", "--data", "mine.jsonl", "--data.validation", "b.jsonl").data.validation == "b.jsonl"
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (["--sft.padding_free", "true"], "sft.padding_free: packed rows have no padding"),
+    (["--lora.loraplus_lr_ratio", "4"], "lora.loraplus_lr_ratio: needs an adapter"),
+    (["--lora.r", "2", "--lora.target_modules", "[nope]"], "lora.target_modules: .'nope'. fits no layer"),
+])
+def test_settings_that_would_do_nothing_are_one_line(wrong, message, flags, tmp_path):
+    with pytest.raises(UserError, match=message):
+        SFT.main([*flags, *wrong, "--max-steps", "1", "--out", str(tmp_path / "out")])
+
+
+def test_an_encoder_is_not_taught_to_talk(flags, tmp_path, tokenizer):
+    MODEL.save(MODEL.build(MODEL.preset_config("bert-2m", vocab_size=len(tokenizer), num_hidden_layers=1)), tmp_path / "bert")
+    TOKENIZER.save(tokenizer, tmp_path / "bert")
+    with pytest.raises(UserError, match="is an encoder"):
+        SFT.main([*flags, "--model", str(tmp_path / "bert"), "--max-steps", "1", "--out", str(tmp_path / "out")])
+
+
 def test_dry_run_shows_what_is_learnt(flags, capsys):
     SFT.main([*flags, "--dry-run"])
     shown = capsys.readouterr().out
@@ -523,5 +547,7 @@ def test_an_adapter_trains_resumes_and_is_served(flags, tmp_path, model_folder, 
     assert "differ by at most" in capsys.readouterr().err
     INFER.main(["--model", str(tmp_path / "merged"), "--prompt", asked, *ask])
     assert capsys.readouterr().out == served
+    with pytest.raises(UserError, match="lora.r: 8, but .* has rank 4"):
+        SFT.main([*flags, "--lora.r", "8", "--adapter", str(tmp_path / "whole"), "--max-steps", "3", "--out", str(tmp_path / "no")])
     more = SFT.main([*flags, "--adapter", str(tmp_path / "whole"), "--max-steps", "3", "--out", str(tmp_path / "more")])
     assert math.isclose(more.before["loss"], result.after["loss"], rel_tol=1e-4)
