@@ -426,7 +426,7 @@ class Session:
         adapter = config.actions.adapter
         self.tokenizer = TOKENIZER.load(config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
         self.model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation, changes=MODEL.overrides(config.model),
-                                adapter=adapter)
+                                adapter=adapter, quantization=config.model.quantization)
         if adapter:
             TOKENIZER.end_with_turns(self.model, self.tokenizer)
         if len(self.tokenizer) > self.model.config.vocab_size:

@@ -25,6 +25,7 @@ import tempfile
 import time
 import types
 import typing
+import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -1081,6 +1082,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         count, width, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.count = count
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(count, width, inner))
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -1088,7 +1090,7 @@ class Experts(nn.Module):
 
     def forward(self, hidden: Tensor, experts: Tensor, weights: Tensor, real: Tensor | None) -> Tensor:
         """hidden (N, C), experts and weights (N, k), real (N,) or None -> (N, C)."""
-        count, k = len(self.down_proj), experts.shape[1]
+        count, k = self.count, experts.shape[1]
         experts = experts.flatten()  # (N * k,)
         if real is not None:
             experts = experts.masked_fill(~real.repeat_interleave(k), count)  # padding goes behind the last expert
@@ -1298,6 +1300,7 @@ class LanguageModel(nn.Module):
     def __init__(self):
         super().__init__()
         self.adapter = None  # peft's LoraConfig, where one is attached
+        self.quantization = "none"  # the form of the layers' frozen matrices
         self.rates: dict[str, float] = {}  # part of a weight's name -> how many times faster it learns (LoRA+)
         self.new_ids: list[int] = []  # rows that the vocabulary gained after loading
         self.router_counts: Tensor | None = None  # (layers with experts, E) tokens since the last optimizer step
@@ -2193,9 +2196,10 @@ def read_tensors(path: Path, ending: str = "") -> typing.Iterator[tuple[str, Ten
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    if name.endswith(ending):
-                        yield name, file.get_tensor(name)
+                names = [name for name in file.keys() if name.endswith(ending)]
+            for name in names:
+                with safe_open(path, framework="pt") as file:  # one map a tensor: a copied tensor's pages are given back
+                    yield name, file.get_tensor(name)
         else:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             yield from ((name, tensor) for name, tensor in held.items() if name.endswith(ending))
@@ -2234,8 +2238,10 @@ def dequantized(folder: Path, raw: dict) -> typing.Iterator[tuple[Path, str, Ten
 OPTIONAL = ("lm_head.", "score.", "value_head.")  # heads: a file may lack them or hold one that is not asked for
 
 
-def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed: int = 0) -> None:
-    """Assign a folder's weights to a model (on `meta` or not); every tensor must fit by name and shape."""
+def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed: int = 0, packer: Callable | None = None) -> None:
+    """Assign a folder's weights to a model (on `meta` or not); every tensor must fit by name and shape.
+
+    packer(name, weight) -> whether it has taken the weight into the model itself, in another form."""
     raw = read_json(folder / "config.json")
     expected = dict(model.state_dict())
     if model.config.tie_word_embeddings:
@@ -2261,6 +2267,8 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
             else:
                 state[name] = part.to(device=device, dtype=kind).contiguous()
             filled[name] += part.numel()
+            if packer and filled[name] == expected[name].numel() and packer(name, state[name]):
+                del state[name]
     missing = [name for name, count in filled.items() if count < expected[name].numel()]
     fresh = tuple(name for name in missing if name.startswith(OPTIONAL) and name not in state)
     if _names_head(folder, "lm"):
@@ -2290,20 +2298,25 @@ def folder_heads(raw: dict) -> tuple:
 
 
 def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_implementation: str = "auto",
-         head: str | tuple | None = None, seed: int = 0, changes: dict | None = None, adapter: str | None = None) -> LanguageModel:
+         head: str | tuple | None = None, seed: int = 0, changes: dict | None = None, adapter: str | None = None,
+         quantization: str | None = None) -> LanguageModel:
     """A trained model from a folder or hub name, in eval mode.
 
     dtype None is float32, "auto" what computes fastest here (see `auto_dtype`). head None is what config.json names;
     other heads are initialised from `seed`. `changes` are knobs that fit the trained weights as they are (`CHANGEABLE`).
     Built on `meta` and assigned, so memory stays near one copy. An architecture without a preset is computed by
-    transformers, behind the same forward. `adapter` is the folder of a LoRA adapter to put on top.
+    transformers, behind the same forward. `adapter` is the folder of a LoRA adapter to put on top. `quantization` nf4 or
+    int8 packs the layers' matrices as they are read (`QUANT`); they can no longer be trained, adapters on them can.
     """
     folder = resolve_folder(str(name))
     raw = read_json(folder / "config.json")
+    if quantization not in (None, *QUANTIZATIONS):
+        raise UserError(f"quantization: '{quantization}' is not one of {', '.join(QUANTIZATIONS)}")
+    quantization = None if quantization == "none" else quantization
     if is_foreign(raw):
-        model = _load_foreign(folder, raw, dtype, device, attn_implementation, head, changes)
+        model = _load_foreign(folder, raw, dtype, device, attn_implementation, head, changes, quantization)
     else:
-        model = _load_own(folder, raw, dtype, device, attn_implementation, head, seed, changes)
+        model = _load_own(folder, raw, dtype, device, attn_implementation, head, seed, changes, quantization)
     if adapter:
         _fit_to_adapter(model, adapter)
         load_adapter(model, adapter)
@@ -2320,14 +2333,21 @@ def _fit_to_adapter(model: LanguageModel, adapter: str) -> None:
         grow_vocabulary(model, max(ids) + 1)
 
 
-def _load_own(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, seed: int, changes) -> Transformer:
+def _load_own(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, seed: int, changes, quantization) -> Transformer:
     config = read_config(folder)
     if fixed := set(changes or ()) - set(CHANGEABLE):
         raise UserError(f"model.{sorted(fixed)[0]}: a trained model's architecture is fixed; leave it out, or start from --model.preset")
     config = dataclasses.replace(config, **(changes or {}))
     with torch.device("meta"):
         model = Transformer(config, head or folder_heads(raw), attn_implementation)
-    load_weights(model, folder, _chosen_dtype(dtype, raw, model, device) or torch.float32, device, seed)
+    dtype, packer = _chosen_dtype(dtype, raw, model, device) or torch.float32, None
+    if quantization:
+        import QUANT
+
+        packer = QUANT.Packer(model, quantization, device=device)
+    load_weights(model, folder, dtype, device, seed, packer)
+    if packer:
+        QUANT.keep_form(model, quantization)
     return model.eval()
 
 
@@ -2346,7 +2366,7 @@ def _chosen_dtype(dtype, raw: dict, model: nn.Module, device) -> torch.dtype | N
     return supported_dtype(dtype, device) if isinstance(dtype, str) else dtype
 
 
-def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, changes) -> ForeignModel:
+def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, changes, quantization) -> ForeignModel:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -2358,17 +2378,24 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
     kernels = {"auto": None, "eager": "eager", "sdpa": "sdpa"}
     if attn_implementation not in kernels:
         raise UserError(f"model.attn_implementation: {attn_implementation} cannot keep documents of a {kind} apart; use auto, eager or sdpa")
+    options: dict = {}
+    if quantization:
+        import QUANT
+
+        options = {"quantization_config": QUANT.hub_settings(quantization), "device_map": {"": str(device or "cpu")}}
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
         dtype = _chosen_dtype(dtype, raw, ForeignModel(empty), device) or torch.float32
         inner = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernels[attn_implementation],
-                                                     use_safetensors=None, weights_only=True)
+                                                     use_safetensors=None, weights_only=True, **options)
     except (KeyError, ValueError, OSError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"{folder}: model_type '{kind}' cannot be opened: it is none of {', '.join(FAMILIES)}, and transformers says: "
                         f"{_first_line(error)}") from None
-    model = ForeignModel(inner.to(device or "cpu"), head or "lm").eval()
+    model = ForeignModel(inner if quantization else inner.to(device or "cpu"), head or "lm").eval()
+    if quantization:
+        QUANT.keep_form(model, quantization)
     model.probe()
     return model
 
@@ -2386,6 +2413,28 @@ def _peft():
     except ImportError:
         raise UserError("adapters need `pip install peft`") from None
     return peft
+
+
+def _inject(config, host: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # about patterns that peft itself made for experts
+        peft = _peft()
+        peft.inject_adapter_in_model(config, host)
+    for module in host.modules():
+        if type(module) is peft.tuners.lora.Linear and type(module.base_layer) is nn.Linear:
+            module.forward = partial(adapted_product, module, module.forward)
+
+
+def adapted_product(layer, usual: Callable, hidden: Tensor) -> Tensor:
+    """W x + B (alpha / r A x), as peft's forward, which scales and adds in passes of their own over the full width: here
+    the scale falls on r numbers a token, and the last product adds into W x. Anything but one plain adapter is peft's."""
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+    if name not in layer.lora_A or layer.disable_adapters or layer.merged or name in layer.lora_variant:
+        return usual(hidden)
+    flat = hidden.flatten(0, -2)  # (N, in): adding into a view would copy its gradient
+    out = layer.base_layer(flat)
+    narrow = layer.lora_A[name](layer.lora_dropout[name](flat.to(layer.lora_A[name].weight.dtype))) * layer.scaling[name]  # (N, r)
+    return out.addmm_(narrow.to(out.dtype), layer.lora_B[name].weight.to(out.dtype).t()).unflatten(0, hidden.shape[:-1])
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -2406,11 +2455,16 @@ def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = 
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            peft.inject_adapter_in_model(config, host)
+            _inject(config, host)
     except ValueError as error:
         names = ", ".join(linear_names(host))
         raise UserError(f"lora.target_modules: {targets} fits no layer of this model ({_first_line(error)}); it has {names}") from None
     model.adapter = config
+    tuned = tuple(name + "." for name, m in host.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer))
+    left = {".".join(name.split(".")[-2:]) for name, m in host.named_modules()
+            if (isinstance(m, (Experts, nn.Linear)) and "layers." in name and not f"{name}.".startswith(tuned))}
+    if left and list(target_modules) == ["all-linear"] and process_rank() == 0:  # peft means some of a mixture's parts only
+        say(f"lora: no adapter on {', '.join(sorted(left))}, which stay as they are")
 
 
 def _save_adapter(model: LanguageModel, folder: str | Path) -> None:
@@ -2450,7 +2504,7 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
     config.inference_mode = not train
     state = {name.removeprefix("base_model.model."): tensor for name, tensor in read_tensors(folder / "adapter_model.safetensors")}
     try:
-        peft.inject_adapter_in_model(config, host)
+        _inject(config, host)
         result = peft.set_peft_model_state_dict(host, state)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: made for another base ({config.base_model_name_or_path}): {_first_line(error)}") from None
@@ -2460,6 +2514,19 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
     if missing or result.unexpected_keys:
         raise UserError(f"{folder}: made for another base ({config.base_model_name_or_path}): {(missing or result.unexpected_keys)[0]} does not fit")
     model.adapter = config
+
+
+@torch.no_grad()
+def narrow_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Hold frozen matrices in the type that autocast multiplies them in: the same products bit for bit, half the
+    memory, and nothing to convert at each use. Whatever is used in another way (embeddings, norms) stays as it is."""
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) is nn.Linear and not weight.requires_grad and weight is not embedding:
+            module.to(dtype)
+        elif getattr(weight, "quant_state", None) is not None:
+            weight.quant_state.dtype = dtype
 
 
 def merge_adapter(model: LanguageModel) -> None:
@@ -2473,8 +2540,10 @@ def merge_adapter(model: LanguageModel) -> None:
             replaced += (name + ".",)  # what stands inside goes with it
             parent = model.get_submodule(name.rpartition(".")[0])
             if isinstance(module, BaseTunerLayer):
-                module.merge()
-                plain = module.get_base_layer()
+                plain = module
+                while isinstance(plain, BaseTunerLayer):  # experts have one around the other
+                    plain.merge()
+                    plain = plain.base_layer
             else:
                 plain = module.unload_and_optionally_merge_module(True, False, None)
             setattr(parent, name.rpartition(".")[2], plain)
@@ -2484,6 +2553,7 @@ def merge_adapter(model: LanguageModel) -> None:
 
 # ---------------------------------------------------------------------------------------------------- hardware
 
+QUANTIZATIONS = ("none", "nf4", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -2575,10 +2645,11 @@ def configure_for_hardware(model: LanguageModel, device=None, quiet: bool = Fals
     for oneDNN. On CUDA float32 products may use TF32. Says in one line what it chose.
     """
     device = torch.device(device or model.device)
-    if model.adapter:
+    if model.adapter and model.quantization == "none":
         merge_adapter(model)
     model = model.to(device).eval().requires_grad_(False)
-    chosen = [f"{device.type}", str(model.dtype).removeprefix("torch.")]
+    packed = [f"{model.quantization} weights"] if model.quantization != "none" else []
+    chosen = [f"{device.type}", str(model.dtype).removeprefix("torch."), *packed]
     for module in list(model.modules()):
         if isinstance(module, Attention):
             _fuse(module, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
@@ -2743,9 +2814,10 @@ ModelSection = dataclasses.make_dataclass("ModelSection", [
     ("dtype", str, knob("auto", "type of computation; training keeps float32 weights", ("auto", *DTYPES))),
     ("attn_implementation", str, knob("auto", "attention kernel", tuple(ATTENTION))),
     ("device", str, knob("auto", "auto, cpu, cuda, cuda:1 or mps")),
+    ("quantization", str, knob("none", "packed form of a frozen model's matrices, for adapters (QLoRA) and inference", QUANTIZATIONS)),
     *[(name, f.type + " | None" if "None" not in f.type else f.type, knob(None, f.metadata["comment"], f.metadata["choices"]))
       for name, f in KNOBS.items()]], namespace={"__module__": __name__})
-MODEL_SETTINGS = ("dtype", "attn_implementation", "device")  # how to compute, whatever the model
+MODEL_SETTINGS = ("dtype", "attn_implementation", "device", "quantization")  # how to compute, whatever the model
 
 
 @dataclass

@@ -242,7 +242,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, config.model.name))
     TOKENIZER.ensure_chat(tokenizer)
     asked = config.training.learning_rate, config.training.optim
-    model = TRAIN.prepare_model(config, tokenizer, grow=True)
+    model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r))
     if not model.config.causal:
         raise UserError(f"model.name: {config.model.name} is an encoder, which answers nobody; conversations need a causal model")
     if adapter:

@@ -1050,11 +1050,18 @@ def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection
     return evaluate_and_show
 
 
-def prepare_model(config, tokenizer, grow: bool = False) -> MODEL.LanguageModel:
-    """The named model (with rows for new tokens where it may `grow`), or a preset with the tokenizer's vocabulary; float32 weights."""
+def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False) -> MODEL.LanguageModel:
+    """The named model (with rows for new tokens where it may `grow`), or a preset with the tokenizer's vocabulary; float32
+    weights, packed ones where an `adapter` will learn in their place."""
     section = config.model
+    packed = section.quantization != "none"
+    if packed and not (adapter and section.name):
+        raise UserError(f"model.quantization: {section.quantization} weights cannot learn; adapters on a trained model's can: python SFT.py --lora.r 16")
+    if packed and config.training.fsdp:
+        raise UserError("training.fsdp: packed weights are not sharded; leave out model.quantization, or run one process a device without fsdp")
     if section.name:
-        model = MODEL.load(section.name, "float32", None, section.attn_implementation, changes=MODEL.overrides(section))
+        device = MODEL.choose_device(section.device) if packed else None  # they are packed where they will be used
+        model = MODEL.load(section.name, "float32", device, section.attn_implementation, changes=MODEL.overrides(section), quantization=section.quantization)
     else:
         begin = TOKENIZER.begin_id(tokenizer)
         ends = begin if tokenizer.eos_token_id is None else tokenizer.eos_token_id
@@ -1162,6 +1169,8 @@ def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | 
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
         stage = prepare(config, checkpoint, device)
         mixed = precision(config.training, config.model.dtype, device)
+        if getattr(stage.model, "adapter", None) and mixed != "no":
+            MODEL.narrow_frozen(stage.model, {"bf16": torch.bfloat16, "fp16": torch.float16}[mixed])
         text = MODEL.config_text(config)
         if MODEL.process_rank() == 0:
             say(text.rstrip())
