@@ -658,7 +658,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("no prompt: stdin is empty; pipe some text in, or use --prompt")
         prompt = prompt.removesuffix("\n")
     session = Session(config)
-    if not session.model.config.causal:
+    if "score" in session.model.heads:
+        run_labels(session, actions, prompt, piped)
+    elif not session.model.config.causal:
         run_fill(session, actions, prompt)
     elif actions.score is not None:
         run_score(session, actions.score, actions.lines, actions.top_logprobs or 0, actions.logits)
@@ -704,16 +706,68 @@ def fill(model, tokenizer, text: str, where: str = "prompt") -> str:
     return tokenizer.decode(filled, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def run_fill(session: Session, actions, prompt: str | None) -> None:
-    if actions.score is not None or actions.jsonl:
-        raise UserError("this model is an encoder: it gives no text a probability and answers no JSONL; use --prompt, --lines or a pipe")
+def refuse_sampling(session: Session, why: str) -> None:
     usual = InferenceSection()
     for key in ("n", "top_k", "top_p", "min_p", "logprobs", "stop", "repetition_penalty", "presence_penalty", "frequency_penalty"):
         if getattr(session.settings, key) != getattr(usual, key):
-            raise UserError(f"inference.{key}: this model is an encoder; it takes the likeliest piece for each mask and samples nothing")
+            raise UserError(f"inference.{key}: this model {why} and samples nothing")
+
+
+def run_fill(session: Session, actions, prompt: str | None) -> None:
+    if actions.score is not None or actions.jsonl:
+        raise UserError("this model is an encoder: it gives no text a probability and answers no JSONL; use --prompt, --lines or a pipe")
+    refuse_sampling(session, "is an encoder; it takes the likeliest piece for each mask")
     lines = (line.rstrip("\r\n") for line in read_stdin()) if prompt is None else [prompt]
     for number, line in enumerate(lines, 1):
         print(fill(session.model, session.tokenizer, line, "prompt" if prompt is not None else f"stdin:{number}"), flush=True)
+
+
+@torch.no_grad()
+def classify(model, tokenizer, texts: list[str]) -> list[list[float]]:
+    """Probabilities of the labels for each text, in the order of `model.config.labels`; the bare score of a model with one output."""
+    context = model.config.max_position_embeddings
+    ids = [TOKENIZER.encode_prompt(tokenizer, text)[:context] for text in texts]
+    shape = len(ids), max(map(len, ids))
+    inputs, positions = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+    for row, own in enumerate(ids):
+        inputs[row, : len(own)], positions[row, : len(own)] = torch.tensor(own), torch.arange(len(own))
+    scores = model(inputs.to(model.device), positions=positions.to(model.device), want=("scores",)).scores.cpu()  # (B, T, L)
+    place = positions.argmax(1) if model.config.causal else torch.zeros(len(ids), dtype=torch.long)  # the last token has seen all
+    chosen = scores[torch.arange(len(ids)), place]  # (B, L)
+    return (chosen.softmax(-1) if chosen.shape[1] > 1 else chosen).tolist()
+
+
+def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> None:
+    """A label and its probability for each line, or JSON for each line of JSON; nothing for an empty line."""
+    if actions.score is not None or actions.echo:
+        raise UserError("this model tells labels apart and gives words no probability; use --prompt, --lines, --jsonl or a pipe")
+    refuse_sampling(session, "tells labels apart")
+    labels = session.model.config.labels or [f"LABEL_{i}" for i in range(session.model.config.num_labels)]
+
+    def texts() -> Iterator[str]:
+        for number, line in enumerate([prompt] if prompt is not None and not piped else prompt.split("\n") if piped else read_stdin(), 1):
+            if actions.jsonl and line.strip():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"stdin:{number}: not valid JSON ({error.msg})") from None
+                line = record.get("text", record.get("prompt")) if isinstance(record, dict) else None
+                if not isinstance(line, str):
+                    raise UserError(f"stdin:{number}: an object with a text is expected, as in {{\"text\": \"...\"}}")
+            yield line.rstrip("\r\n")
+
+    for group in batches(texts(), session.settings.batch_size):
+        given = iter(classify(session.model, session.tokenizer, full) if (full := [text for text in group if text.strip()]) else ())
+        for text in group:
+            shares = dict(zip(labels, next(given), strict=True)) if text.strip() else {}
+            best = max(shares, key=shares.get) if shares else ""
+            if actions.jsonl:
+                print(json.dumps({"label": best or None, "probabilities": shares}))
+            elif len(shares) == 1:
+                print(f"{shares[best]:.4f}")
+            else:
+                print(f"{best}\t{shares[best]:.4f}" if shares else "")
+        sys.stdout.flush()
 
 
 def run_prompt(session: Session, prompt: str, echo: bool) -> None:

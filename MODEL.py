@@ -113,6 +113,7 @@ class ModelConfig:
     eos_token_id: int | list | None = knob(None, "end-of-text id or ids; follows the tokenizer")
     pad_token_id: int | None = knob(None, "padding id; follows the tokenizer")
     num_labels: int = knob(1, "outputs of the score head")
+    labels: list | None = knob(None, "names of those outputs")
     num_experts: int | None = knob(None, "experts of a mixture-of-experts layer; null is one dense MLP a layer")
     num_experts_per_tok: int = knob(2, "experts that each token visits (top-k)")
     moe_intermediate_size: int | None = knob(None, "width of one expert; intermediate_size unless set")
@@ -138,6 +139,9 @@ class ModelConfig:
     lm_head_transform: bool = knob(False, "the output head has a layer of its own and a bias (BERT)")
 
     def __post_init__(self):
+        if self.labels is not None:
+            self.labels = [str(label) for label in self.labels]
+            self.num_labels = len(self.labels)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self._check_latent()
@@ -1448,6 +1452,19 @@ class MaskedHead(nn.Module):
         return self.decoder(self.norm(self.activation(self.dense(hidden))))
 
 
+class PooledHead(nn.Module):
+    """BERT's score head: a layer of its own, tanh, dropout, and a product with a bias."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.out_proj(self.dropout(torch.tanh(self.dense(hidden))))
+
+
 class Transformer(LanguageModel):
     """Layers with their heads. `config.json`'s names throughout: model.layers.0.self_attn.q_proj and so on."""
 
@@ -1459,6 +1476,8 @@ class Transformer(LanguageModel):
             plain = partial(nn.Linear, config.hidden_size, config.vocab_size, bias=False)
             self.lm_head = MaskedHead(config) if config.lm_head_transform else plain()
         self.add_heads(head, config.hidden_size, config.num_labels)
+        if "score" in self.heads and config.lm_head_transform:
+            self.score = PooledHead(config)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -1822,7 +1841,7 @@ _BERT_PARTS = (("model.embed_tokens.", "bert.embeddings.word_embeddings."), ("mo
                (".post_attention_layernorm.", ".output.LayerNorm."), (".mlp.up_proj.", ".intermediate.dense."),
                (".mlp.down_proj.", ".output.dense."), ("lm_head.dense.", "cls.predictions.transform.dense."),
                ("lm_head.norm.", "cls.predictions.transform.LayerNorm."), ("lm_head.decoder.bias", "cls.predictions.bias"),
-               ("lm_head.decoder.", "cls.predictions.decoder."))
+               ("lm_head.decoder.", "cls.predictions.decoder."), ("score.dense.", "bert.pooler.dense."), ("score.out_proj.", "classifier."))
 FAMILIES = {
     "llama": Family("Llama", ("mlp_bias",), {}, dict(_DEFAULTS, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
     "mistral": Family("Mistral", ("sliding_window",), {"attention_bias": False},
@@ -1858,7 +1877,7 @@ FAMILIES = {
                         attention_dropout=0.1, resid_pdrop=0.1, embd_pdrop=0.1, type_vocab_size=2, pad_token_id=0, max_position_embeddings=512),
                    dict(rms_norm_eps="layer_norm_eps", resid_pdrop="hidden_dropout_prob", embd_pdrop="hidden_dropout_prob",
                         attention_dropout="attention_probs_dropout_prob"),
-                   ("bert", "embeddings", "encoder"), _BERT_PARTS, ("type_vocab_size",)),
+                   ("bert", "embeddings", "encoder", "pooler"), _BERT_PARTS, ("type_vocab_size",)),
 }
 ALIASES = {"kimi_k2": "deepseek_v3"}  # the same network under another name
 KNOBS = {f.name: f for f in dataclasses.fields(ModelConfig)}
@@ -1888,8 +1907,8 @@ def config_from_hub(raw: dict) -> ModelConfig:
         known = {"rope_type", "type", *ROPE_TYPES.get(rope.get("rope_type", rope.get("type")), ())}
         rope = {key: value for key, value in rope.items() if key in known}
         knobs.update(rope_theta=float(theta), rope_scaling=rope if rope.get("rope_type", rope.get("type")) else None)
-    if "num_labels" not in raw and raw.get("id2label"):
-        knobs["num_labels"] = len(raw["id2label"])
+    if raw.get("id2label"):
+        knobs["labels"] = [name for _, name in sorted(raw["id2label"].items(), key=lambda item: int(item[0]))]
     _family_quirks(kind, raw, knobs)
     return ModelConfig(**knobs)
 
@@ -1939,6 +1958,9 @@ def config_to_hub(config: ModelConfig, heads: tuple = ("lm",)) -> dict:
         family = FAMILIES[kind]
         raw = {family.names.get(name, name): own[name] for name in _hub_knobs(kind)}
         raw["model_type"] = kind
+        if config.labels:
+            raw["id2label"] = {str(i): name for i, name in enumerate(config.labels)}
+            raw["label2id"] = {name: i for i, name in enumerate(config.labels)}
         if family.implied.get("position_embedding_type") != "learned":
             rope = {"rope_theta": config.rope_theta, "rope_type": "default", **(config.rope_scaling or {})}
             raw.update(rope_parameters=rope, rope_theta=config.rope_theta, rope_scaling=config.rope_scaling)  # v5 reads the first, v4 the others
@@ -1970,7 +1992,7 @@ def say_portability(config: ModelConfig) -> None:
 
 # Buffers and heads of published files that nothing here computes with.
 KNOWN_BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.attn\.(bias|masked_bias)$|embeddings\.position_ids$"
-                           r"|^cls\.seq_relationship\.|^bert\.pooler\.|^pooler\.")
+                           r"|^cls\.seq_relationship\.")
 
 
 def weights_to_hub(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -2310,6 +2332,8 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
     """
     folder = resolve_folder(str(name))
     raw = read_json(folder / "config.json")
+    if adapter and (labels := adapter_labels(resolve_folder(str(adapter)))):
+        head, changes = "score", {**(changes or {}), "labels": labels}
     if quantization not in (None, *QUANTIZATIONS):
         raise UserError(f"quantization: '{quantization}' is not one of {', '.join(QUANTIZATIONS)}")
     quantization = None if quantization == "none" else quantization
@@ -2357,7 +2381,7 @@ def is_foreign(raw: dict) -> bool:
 
 
 CHANGEABLE = ("rope_scaling", "rope_theta", "max_position_embeddings", "sliding_window", "attention_dropout", "resid_pdrop", "embd_pdrop",
-              "router_aux_loss_coef", "seq_aux", "router_bias_update_speed", "num_experts_per_tok", "initializer_range")
+              "labels", "router_aux_loss_coef", "seq_aux", "router_bias_update_speed", "num_experts_per_tok", "initializer_range")
 
 
 def _chosen_dtype(dtype, raw: dict, model: nn.Module, device) -> torch.dtype | None:
@@ -2451,7 +2475,10 @@ def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = 
     peft = _peft()
     host = model.inner if isinstance(model, ForeignModel) else model
     targets = linear_names(host) if list(target_modules) == ["all-linear"] else list(target_modules)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=str(base), target_modules=targets, **options)
+    if "score" in model.heads:  # the new head learns whole, and is saved beside the adapter
+        options.update(modules_to_save=["score"])
+    task = "SEQ_CLS" if model.heads == ("score",) else "CAUSAL_LM"
+    config = peft.LoraConfig(task_type=task, base_model_name_or_path=str(base), target_modules=targets, **options)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -2478,12 +2505,13 @@ def _save_adapter(model: LanguageModel, folder: str | Path) -> None:
         return
     with staged(folder) as scratch:
         model.adapter.save_pretrained(scratch)
-        save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        labels = {"labels": json.dumps(model.config.labels)} if "score" in model.heads else {}
+        save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt", **labels})
 
 
 def tensor_is_trained(name: str) -> bool:
     """Whether a tensor of a model with an adapter belongs to the adapter."""
-    return ".lora_" in name or ".trainable_tokens_" in name
+    return any(part in name for part in (".lora_", ".trainable_tokens_", ".modules_to_save."))
 
 
 def adapter_config(folder: Path):
@@ -2492,6 +2520,22 @@ def adapter_config(folder: Path):
         return _peft().PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder}/adapter_config.json: peft cannot read it ({_first_line(error)})") from None
+
+
+def adapter_labels(folder: Path) -> list[str] | None:
+    """The labels that an adapter with a score head tells apart."""
+    path = folder / "adapter_model.safetensors"
+    with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:  # what is wrong is said when it is read
+        return json.loads((file.metadata() or {}).get("labels", "null"))
+    return None
+
+
+def folder_labels(folder: Path) -> list[str] | None:
+    """The labels that a folder's model or adapter tells apart; None for one that writes words."""
+    if (folder / "adapter_config.json").exists():
+        return adapter_labels(folder)
+    raw = read_json(folder / "config.json")
+    return read_config(folder).labels if folder_heads(raw) == ("score",) and not is_foreign(raw) else None
 
 
 def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) -> None:

@@ -1,25 +1,28 @@
-"""SFT.py: a pretrained model learns to follow instructions.
+"""SFT.py: a pretrained model learns to follow instructions, or to tell labels apart.
 
 Conversations become ids with a weight each: 1 on what the assistant says, 0 on what it is told. Nothing else is new;
-the batches, the loss and the loop are those of pretraining.
+the batches, the loss and the loop are those of pretraining. A labelled text has one target, its label.
 
     python SFT.py --config config.yaml                                # out -> out/sft, on the shipped conversations
     python SFT.py --model gpt2 --data alpaca_data.json --out out/alpaca
+    python SFT.py --sft.task classify --data data/notes.tsv --out out/notes   # labels in place of answers
     python SFT.py --data mine.jsonl --dry-run                         # what is trained on, in colour, and how long it is
     python SFT.py --convert --data questions.csv --out mine.jsonl     # any known layout -> messages
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import INFER
@@ -56,6 +59,7 @@ class LoraSection:
 
 @dataclass
 class SFTSection:
+    task: str = knob("chat", "conversations, or a label for each text", ("chat", "classify"))
     columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, completion: another}")
     system: str | None = knob(None, "system message of conversations that have none")
     train_on_prompt: bool = knob(False, "learn what the user says as well")
@@ -65,6 +69,7 @@ class SFTSection:
     neftune_noise_alpha: float = knob(0.0, "noise on the embeddings while training (Jain 2023); 5 is usual, 0 is off")
     eval_answers: int = knob(200, "held-out questions with a known answer that are answered in a validation; 0 is off")
     answer_tokens: int = knob(64, "length of those answers")
+    class_weights: str | dict = knob("none", "classify: none, balanced (a label counts the more, the rarer it is), or {label: weight}")
     model: dict = knob({"name": "./out"}, "stage block over `model`")
     data: dict = knob({"train": ["data/chat.jsonl"], "validation": "data/chat_test.jsonl"}, "stage block over `data`")
     training: dict = knob({"epochs": 6, "batch_size": 8}, "stage block over `training`")
@@ -76,6 +81,13 @@ class SFTSection:
             raise UserError("sft.train_on_prompt and sft.last_turn_only exclude each other; keep one")
         if self.neftune_noise_alpha < 0:
             raise UserError(f"sft.neftune_noise_alpha: {self.neftune_noise_alpha} must not be negative")
+        if isinstance(self.class_weights, str) and self.class_weights.startswith("{"):  # from a shell
+            self.class_weights = MODEL.convert(self.class_weights, dict, "sft.class_weights")
+        if isinstance(self.class_weights, str) and self.class_weights not in ("none", "balanced"):
+            raise UserError(f"sft.class_weights: '{self.class_weights}' is none of none, balanced, {{label: weight}}")
+        for key in ("class_weights",) if self.task == "chat" else ("system", "train_on_prompt", "last_turn_only"):
+            if getattr(self, key) != self.__dataclass_fields__[key].default:
+                raise UserError(f"sft.{key}: has no effect with sft.task {self.task}; leave it out")
 
 
 # -------------------------------------------------------------------------------------------------------- data
@@ -110,10 +122,29 @@ class Talk:
         self.weights = [weight * on for on in mask]
 
 
-def held_out(record: dict, number: int, total: int, data: TOKENIZER.DataSection) -> bool:
-    if data.validation == "tail":
-        return number >= total * (1 - data.validation_fraction)
-    return data.validation == "hash" and TOKENIZER.is_held_out(json.dumps(record, sort_keys=True), data.validation_fraction)
+def split(data: TOKENIZER.DataSection, read: Callable[[list[str], str], Iterator]) -> tuple[list, list]:
+    """(to train on, held out) of what `read(paths, key)` finds; each item has a `record`."""
+    found = list(read(data.train, "data.train"))
+    if data.validation not in ("hash", "tail", "none"):
+        return found, list(read([data.validation], "data.validation"))
+    first = {"none": len(found), "tail": len(found) * (1 - data.validation_fraction)}.get(data.validation)
+    parts: tuple[list, list] = ([], [])
+    for number, item in enumerate(found):
+        text = json.dumps(item.record, sort_keys=True)
+        parts[number >= first if first is not None else TOKENIZER.is_held_out(text, data.validation_fraction)].append(item)
+    return parts
+
+
+def fresh_records(records: Iterator, data: TOKENIZER.DataSection, counts: Counter) -> Iterator:
+    """Records that did not come before, with what stands for them."""
+    seen: set[str] = set()
+    for record in records:
+        text = json.dumps(record[1:], sort_keys=True)
+        if data.deduplicate and text in seen:
+            counts["duplicates"] += 1
+            continue
+        seen.add(text)
+        yield record
 
 
 def read_talks(config, tokenizer) -> tuple[list[Talk], list[Talk]]:
@@ -121,41 +152,91 @@ def read_talks(config, tokenizer) -> tuple[list[Talk], list[Talk]]:
     data, settings, length = config.data, config.sft, config.training.max_length
     counts: Counter = Counter()
 
-    def talks(names: list[str], key: str):
-        seen = set()
-        for group in TOKENIZER.expand_paths(names, key):
-            for where, record in TOKENIZER.read_conversations(group, settings.columns, settings.system):
-                text = json.dumps(record, sort_keys=True)
-                if data.deduplicate and text in seen:
-                    counts["duplicates"] += 1
+    def talks(names: list[str], key: str) -> Iterator[Talk]:
+        records = itertools.chain(*(TOKENIZER.read_conversations(group, settings.columns, settings.system) for group in TOKENIZER.expand_paths(names, key)))
+        for where, record in fresh_records(records, data, counts):
+            talk = Talk(where, record, tokenizer, settings)
+            if len(talk.ids) > length + 1:
+                counts["cut" if settings.too_long == "cut" else "dropped as too long"] += 1
+                if settings.too_long == "drop":
                     continue
-                seen.add(text)
-                talk = Talk(where, record, tokenizer, settings)
-                if len(talk.ids) > length + 1:
-                    counts["cut" if settings.too_long == "cut" else "dropped as too long"] += 1
-                    if settings.too_long == "drop":
-                        continue
-                    talk.ids, talk.weights = talk.ids[: length + 1], talk.weights[: length + 1]
-                if not any(talk.weights[1:]):
-                    counts["without anything to learn"] += 1
-                    continue
-                yield talk
+                talk.ids, talk.weights = talk.ids[: length + 1], talk.weights[: length + 1]
+            if not any(talk.weights[1:]):
+                counts["without anything to learn"] += 1
+                continue
+            yield talk
 
-    found = list(talks(data.train, "data.train"))
-    if data.validation in ("hash", "tail", "none"):
-        parts: dict[bool, list[Talk]] = {False: [], True: []}
-        for number, talk in enumerate(found):
-            parts[held_out(talk.record, number, len(found), data)].append(talk)
-        train, kept = parts[False], parts[True]
-    else:
-        train, kept = found, list(talks([data.validation], "data.validation"))
+    train, kept = split(data, talks)
     if not train:
-        raise UserError(f"data.train: no conversation is left to train on ({', '.join(f'{n} {what}' for what, n in counts.items()) or 'the files are empty'})")
+        raise UserError(f"data.train: no conversation is left to train on ({also(counts) or 'the files are empty'})")
     if MODEL.process_rank() == 0:
         tokens, learnt = (sum(map(len, (t.ids for t in train))), sum(sum(w > 0 for w in t.weights) for t in train))
-        also = "".join(f", {n:,} {what}" for what, n in counts.items())
-        say(f"{len(train):,} conversations, {tokens:,} tokens, {learnt:,} of them learnt; {len(kept):,} held out{also}")
+        say(f"{len(train):,} conversations, {tokens:,} tokens, {learnt:,} of them learnt; {len(kept):,} held out" + (f", {also(counts)}" if counts else ""))
     return train, kept
+
+
+def also(counts: Counter) -> str:
+    return ", ".join(f"{n:,} {what}" for what, n in counts.items())
+
+
+class Labelled:
+    """One text as ids that end with the number of its label, which is the only target."""
+
+    def __init__(self, where: str, text: str, label: str, ids: list[int]):
+        self.where, self.record, self.text_ids = where, {"text": text, "label": label}, ids
+        self.ids: list[int] = []
+        self.weights: list[float] = []
+
+    def number(self, labels: dict[str, int], weights: dict[str, float]) -> None:
+        label = self.record["label"]
+        self.ids, self.weights = [*self.text_ids, labels[label]], [0.0] * len(self.text_ids) + [weights[label]]
+
+
+def read_labelled(config, tokenizer, known: list[str] | None) -> tuple[list[Labelled], list[Labelled], list[str]]:
+    """(to train on, held out, labels): the `known` ones of a model that has some, else those of the training data."""
+    data, settings, length = config.data, config.sft, config.training.max_length
+    counts: Counter = Counter()
+
+    def texts(names: list[str], key: str) -> Iterator[Labelled]:
+        records = itertools.chain(*(TOKENIZER.read_labelled(group, settings.columns) for group in TOKENIZER.expand_paths(names, key)))
+        for where, text, label in fresh_records(records, data, counts):
+            ids = TOKENIZER.encode_prompt(tokenizer, text)
+            if len(ids) > length:
+                counts["cut" if settings.too_long == "cut" else "dropped as too long"] += 1
+                if settings.too_long == "drop":
+                    continue
+                ids = tokenizer(text, truncation=True, max_length=length).input_ids
+            yield Labelled(where, text, label, ids)
+
+    train, kept = split(data, texts)
+    shares = Counter(item.record["label"] for item in train)
+    labels = known or sorted(shares, key=lambda name: (len(name), name) if name.isdigit() else (0, name))
+    if not train:
+        raise UserError(f"data.train: no text is left to train on ({also(counts) or 'the files are empty'})")
+    if len(shares) < 2 or len(shares) > max(2, len(train) // 2):
+        raise UserError(f"{train[0].where}: the training data has {len(shares)} different label{'s' * (len(shares) > 1)} in {len(train):,} texts; "
+                        "name the right columns in sft.columns, as in {text: my_column, label: another}")
+    for item in (*train, *kept):
+        if item.record["label"] not in labels:
+            raise UserError(f"{item.where}: label '{item.record['label']}' is none of {', '.join(labels)}, " + (
+                f"which {config.model.name} tells apart; start from the model that it was made from" if known else
+                "the labels of the training data; add such texts there, or leave it out"))
+    weights = dict.fromkeys(labels, 1.0)
+    if settings.class_weights == "balanced":
+        weights = {name: len(train) / (len(shares) * shares[name]) if shares[name] else 0.0 for name in labels}
+    elif isinstance(settings.class_weights, dict):
+        for name, weight in settings.class_weights.items():
+            if str(name) not in weights or isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+                raise UserError(f"sft.class_weights: {name}: {weight} does not give one of {', '.join(labels)} a weight of 0 or more")
+            weights[str(name)] = float(weight)
+    numbers = {name: i for i, name in enumerate(labels)}
+    for items, worth in ((train, weights), (kept, dict.fromkeys(labels, 1.0))):
+        for item in items:
+            item.number(numbers, worth)
+    if MODEL.process_rank() == 0:
+        parts = ", ".join(f"{shares[name]:,} {name}" for name in labels)
+        say(f"{len(train):,} texts to learn from ({parts}); {len(kept):,} held out" + (f", {also(counts)}" if counts else ""))
+    return train, kept, labels
 
 
 def examples(talks: list[Talk]) -> TOKENIZER.Examples:
@@ -163,6 +244,14 @@ def examples(talks: list[Talk]) -> TOKENIZER.Examples:
     ids = np.concatenate([np.array(talk.ids, np.int64) for talk in talks])
     weights = np.concatenate([np.array(talk.weights, np.float32) for talk in talks])
     return TOKENIZER.Examples(ids, weights, np.cumsum(sizes) - sizes, sizes - 1)
+
+
+def in_batches(config, train: list, kept: list) -> tuple[TOKENIZER.TokenStream, list[dict]]:
+    """(the endless stream to train on, the batches of what is held out)."""
+    training, packing, spans = config.training, config.data.packing, examples(train)
+    stream = TOKENIZER.TokenStream(lambda epoch: [[spans]], training.batch_size, training.max_length, packing)
+    stream.joined = config.sft.padding_free
+    return stream, TOKENIZER.fixed_batches(examples(kept), training.batch_size, training.max_length, packing, training.eval_batches) if kept else []
 
 
 # -------------------------------------------------------------------------------------------------- evaluation
@@ -211,6 +300,107 @@ def with_answers(evaluate: Callable | None, talks: list[Talk], tokenizer, config
     return evaluate_and_ask if asked or shown or evaluate else None
 
 
+# ---------------------------------------------------------------------------------------------- classification
+
+
+def label_scores(model, batch: dict, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores (N, L), labels (N,), weights (N,)) of the N texts of a batch: read off a decoder's last token, which has
+    seen the whole text, or an encoder's first."""
+    targets = batch["targets"].flatten()
+    last = (targets != -100).nonzero()[:, 0]  # (N,)
+    places = last
+    if not causal:
+        position = batch["positions"].flatten()[last] if "positions" in batch else last % batch["targets"].shape[1]
+        places = last - position
+    out = model(batch["input_ids"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), want=("scores",))
+    return out.scores.flatten(0, 1)[places], targets[last], batch["weights"].flatten()[last]
+
+
+def label_loss(causal: bool) -> Callable:
+    """loss_fn for `fit`: cross-entropy of the labels, each counting as much as its class weight."""
+
+    def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+        scores, labels, weights = label_scores(model, batch, causal)
+        loss = (F.cross_entropy(scores, labels, reduction="none") * weights).sum() / totals["tokens"]
+        right = ((scores.argmax(-1) == labels) * weights).sum() / totals["tokens"]
+        return loss, {"loss": loss.detach(), "accuracy": right.detach()}
+
+    return loss_fn
+
+
+class Confusion:
+    """evaluate(model) for `fit`: accuracy, F1 and loss over held-out texts; keeps how often which label was taken for which."""
+
+    def __init__(self, batches: list[dict], labels: list[str], causal: bool):
+        self.batches, self.labels, self.causal = batches, labels, causal
+        self.counts = np.zeros((len(labels), len(labels)), int)  # (true, given)
+
+    def __call__(self, model) -> dict:
+        size = len(self.labels)
+        sums = torch.zeros(size * size + 1, dtype=torch.float64)
+        for batch in TRAIN.own_share(self.batches):
+            batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            scores, labels, _ = label_scores(model, {"weights": batch["targets"], **batch}, self.causal)
+            sums[:-1] += torch.bincount(size * labels + scores.argmax(-1), minlength=size * size).cpu()
+            sums[-1] += float(F.cross_entropy(scores, labels, reduction="sum"))
+        *counts, nats = TRAIN.all_sum(sums.tolist(), model.device)
+        self.counts = np.array(counts).reshape(size, size).astype(int)
+        if MODEL.process_rank() == 0:
+            say(self.table())
+        return {"accuracy": float(np.trace(self.counts) / self.counts.sum()), "f1": self.f1(), "loss": nats / self.counts.sum()}
+
+    def f1(self) -> float:
+        """2 TP / (2 TP + FP + FN): of two labels the rarer one's, which is the one looked for; else the mean over all."""
+        right, wrong = np.diag(self.counts), self.counts.sum(0) + self.counts.sum(1)
+        each = np.divide(2 * right, wrong, out=np.zeros(len(right)), where=wrong > 0)
+        return float(each[self.counts.sum(1).argmin()] if len(each) == 2 else each.mean())
+
+    def table(self) -> str:
+        names = [label if len(label) <= 14 else label[:13] + "…" for label in self.labels]
+        width = max(6, *map(len, names))
+        rows = [f"  | {'true / given':>{width}} " + " ".join(f"{name:>{width}}" for name in names)]
+        return "\n".join(rows + [f"  | {name:>{width}} " + " ".join(f"{n:{width},}" for n in counts) for name, counts in zip(names, self.counts, strict=True)])
+
+    def plot(self, path: Path) -> None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(1.5 + 0.8 * len(self.labels), 1.2 + 0.7 * len(self.labels)), layout="constrained")
+        axes = figure.add_subplot(title="held-out texts", xlabel="given label", ylabel="true label")
+        axes.imshow(self.counts / self.counts.sum(1, keepdims=True).clip(min=1), cmap="Blues", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(self.counts):
+            axes.text(column, row, f"{count:,}", ha="center", va="center", color="white" if count > self.counts[row].sum() / 2 else "black")
+        axes.set_xticks(range(len(self.labels)), self.labels, rotation=30, ha="right")
+        axes.set_yticks(range(len(self.labels)), self.labels)
+        with MODEL.staged(path.parent) as scratch:
+            figure.savefig(scratch / path.name, dpi=120)
+
+
+def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
+    adapter, name = config.actions.adapter, config.model.name
+    tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
+    if tokenizer.pad_token_id is None:  # transformers finds a row's last token by it
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+    known = MODEL.folder_labels(MODEL.resolve_folder(adapter or name)) if adapter or name else None
+    if name and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
+        raise UserError(f"model.name: {name} is computed by transformers, which has another head for labels; classify needs one of {', '.join(MODEL.FAMILIES)}")
+    train, kept, labels = read_labelled(config, tokenizer, known)
+    config.model.labels = labels
+    asked = config.training.learning_rate, config.training.optim
+    model = TRAIN.prepare_model(config, tokenizer, adapter=bool(adapter or config.lora.r), head="score")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    finish_model(config, model, *asked)
+    stream, batches = in_batches(config, train, kept)
+    causal = model.config.causal
+    evaluate = Confusion(batches, labels, causal) if batches else None
+
+    def save(text: str, tokenizer, model, folder: Path) -> None:
+        TRAIN.save_product(text, tokenizer, model, folder)
+        if evaluate and Path(folder) == Path(config.output.dir) and MODEL.process_rank() == 0:
+            evaluate.plot(Path(folder) / "confusion.png")
+
+    return TRAIN.Stage(model, tokenizer, stream, label_loss(causal), evaluate, save)
+
+
 # ---------------------------------------------------------------------------------------------------- training
 
 
@@ -235,16 +425,9 @@ def set_rates(training: TRAIN.TrainingSection, model: MODEL.LanguageModel, rate:
     training.optim = optim if optim != "auto" else "muon" if width <= 256 and not model.adapter else "adamw"
 
 
-def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
+def finish_model(config, model: MODEL.LanguageModel, rate: float | None, optim: str) -> None:
+    """What all fine-tuning does to a loaded model: adapters, learning rates, noise."""
     adapter = config.actions.adapter
-    if config.sft.padding_free and config.data.packing:
-        raise UserError("sft.padding_free: packed rows have no padding; set data.packing false, or leave it out")
-    tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, config.model.name))
-    TOKENIZER.ensure_chat(tokenizer)
-    asked = config.training.learning_rate, config.training.optim
-    model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r))
-    if not model.config.causal:
-        raise UserError(f"model.name: {config.model.name} is an encoder, which answers nobody; conversations need a causal model")
     if adapter:
         MODEL.load_adapter(model, adapter, train=True)
         if config.lora.r not in (0, model.adapter.r):
@@ -254,21 +437,31 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
         if kind in ("gpt2", "bert", MODEL.CUSTOM) and not isinstance(model, MODEL.ForeignModel) and MODEL.process_rank() == 0:
             say(f"lora: transformers names the layers of a {kind} otherwise; the adapter works here, elsewhere only the merged folder (SFT.py --merge)")
         config.lora.attach(model, config.model.name or "", model.new_ids, config.training.seed)
-    TOKENIZER.end_with_turns(model, tokenizer)
-    set_rates(config.training, model, *asked)
-    if config.sft.neftune_noise_alpha:
-        neftune(model.get_input_embeddings(), config.sft.neftune_noise_alpha)
-    talks, kept = read_talks(config, tokenizer)
-    training, spans = config.training, examples(talks)
-    stream = TOKENIZER.TokenStream(lambda epoch: [[spans]], training.batch_size, training.max_length, config.data.packing)
-    stream.joined = config.sft.padding_free
-    evaluate = None
-    if kept:
-        batches = TOKENIZER.fixed_batches(examples(kept), training.batch_size, training.max_length, config.data.packing, training.eval_batches)
-        evaluate = TRAIN.held_out_loss(batches, None)
+    set_rates(config.training, model, rate, optim)
     if config.lora.loraplus_lr_ratio and not model.adapter:
         raise UserError("lora.loraplus_lr_ratio: needs an adapter; set lora.r")
     model.rates = {".lora_B.": config.lora.loraplus_lr_ratio} if config.lora.loraplus_lr_ratio else {}
+    if config.sft.neftune_noise_alpha:
+        neftune(model.get_input_embeddings(), config.sft.neftune_noise_alpha)
+
+
+def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
+    adapter = config.actions.adapter
+    if config.sft.padding_free and config.data.packing:
+        raise UserError("sft.padding_free: packed rows have no padding; set data.packing false, or leave it out")
+    if config.sft.task == "classify":
+        return prepare_labels(config, checkpoint, device)
+    tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, config.model.name))
+    TOKENIZER.ensure_chat(tokenizer)
+    asked = config.training.learning_rate, config.training.optim
+    model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r))
+    if not model.config.causal:
+        raise UserError(f"model.name: {config.model.name} is an encoder, which answers nobody; conversations need a causal model")
+    finish_model(config, model, *asked)
+    TOKENIZER.end_with_turns(model, tokenizer)
+    talks, kept = read_talks(config, tokenizer)
+    stream, batches = in_batches(config, talks, kept)
+    evaluate = TRAIN.held_out_loss(batches, None) if batches else None
     return TRAIN.Stage(model, tokenizer, stream, TRAIN.token_loss, with_answers(evaluate, kept, tokenizer, config), TRAIN.save_product)
 
 
@@ -276,12 +469,18 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
 
 
 def dry_run(config) -> None:
-    """The first conversations as the model will read them, what is learnt in green, and how long they all are."""
+    """The first records as the model will read them, what is learnt in green, and how long they all are."""
     tokenizer = TOKENIZER.load(config.tokenizer.name or config.model.name)
-    TOKENIZER.ensure_chat(tokenizer)
-    talks, _ = read_talks(config, tokenizer)
+    if config.sft.task == "classify":
+        talks, _, _ = read_labelled(config, tokenizer, None)
+    else:
+        TOKENIZER.ensure_chat(tokenizer)
+        talks, _ = read_talks(config, tokenizer)
     for talk in talks[:3]:
         print(f"--- {talk.where}")
+        if isinstance(talk, Labelled):
+            print(f"{tokenizer.decode(talk.text_ids)} \033[32m{talk.record['label']}\033[0m")
+            continue
         pieces: list[tuple[bool, list[int]]] = []
         for i, weight in zip(talk.ids, talk.weights, strict=True):
             if not pieces or pieces[-1][0] != (weight > 0):
@@ -290,7 +489,8 @@ def dry_run(config) -> None:
         print("".join(f"\033[32m{tokenizer.decode(ids)}\033[0m" if on else tokenizer.decode(ids) for on, ids in pieces))
     lengths = np.array([len(talk.ids) for talk in talks])
     counts, edges = np.histogram(lengths, bins=min(12, int(lengths.max() - lengths.min()) + 1))
-    print(f"--- tokens a conversation: median {int(np.median(lengths))}, longest {lengths.max()}, max_length {config.training.max_length}")
+    what = "text" if config.sft.task == "classify" else "conversation"
+    print(f"--- tokens a {what}: median {int(np.median(lengths))}, longest {lengths.max()}, max_length {config.training.max_length}")
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         print(f"{int(np.ceil(low)):6}-{int(high):<6} {'#' * round(50 * count / counts.max())} {count:,}")
 
@@ -314,22 +514,29 @@ def convert(config) -> None:
 def merge(config) -> None:
     """An adapter added to its base's weights: a folder like any other model's. Both must give the same logits."""
     folder = Path(config.actions.merge)
-    base = config.model.name if (Path(config.model.name or "") / "config.json").exists() else None
-    named = MODEL.adapter_config(folder).base_model_name_or_path
-    model = MODEL.load(named or base, "float32", adapter=folder)
-    tokenizer = TOKENIZER.load(TOKENIZER.folder_of(folder, named or base))
-    TOKENIZER.end_with_turns(model, tokenizer)
+    named, base = MODEL.adapter_config(folder).base_model_name_or_path, config.model.name
+    base = named if named and not (Path(base or "").is_dir() and str(named).startswith((".", "/")) and not Path(named).is_dir()) else base
+    model = MODEL.load(base, "float32", adapter=folder)
+    tokenizer = TOKENIZER.load(TOKENIZER.folder_of(folder, base))
+    labels = "score" in model.heads
+    if not labels:
+        TOKENIZER.end_with_turns(model, tokenizer)
     ids = torch.randint(0, model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+
+    def outputs() -> Tensor:
+        out = model(ids, want=("scores",) if labels else ())
+        return out.scores if labels else out.logits
+
     with torch.no_grad():
-        apart = model(ids).logits
+        apart = outputs()
         MODEL.merge_adapter(model)
-        difference = float((model(ids).logits - apart).abs().max())
+        difference = float((outputs() - apart).abs().max())
     if not difference <= 1e-3 * max(float(apart.std()), 1.0):
         raise UserError(f"{folder}: merged and unmerged logits differ by {difference:.2g}; nothing was written")
     out = Path(config.output.dir)
     with TRAIN.run_folder(out, None, config.actions.overwrite):
         TRAIN.save_product(MODEL.config_text(config), tokenizer, model, out)
-    say(f"{out}: {folder} merged into {named or base}; logits differ by at most {difference:.1g}")
+    say(f"{out}: {folder} merged into {base}; {'scores' if labels else 'logits'} differ by at most {difference:.1g}")
 
 
 ACTIONS = {**TRAIN.ACTIONS, "adapter": Action("go on training this LoRA adapter", str),
@@ -347,7 +554,8 @@ def main(argv: list[str] | None = None) -> TRAIN.Result | None:
         return merge(config)
     if config.actions.dry_run:
         return dry_run(config)
-    return TRAIN.run_stage("sft", config, prepare)
+    labels = "python INFER.py --model {out} < lines.txt    # a label and its probability for each line"
+    return TRAIN.run_stage("sft", config, prepare, **({"show": labels} if config.sft.task == "classify" else {}))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -513,9 +514,18 @@ def _read_json(path: Path, suffix: str) -> Iterator[tuple[str, dict]]:
 
 
 def _read_table(path: Path, suffix: str) -> Iterator[tuple[str, dict]]:
+    """A header and rows; in a .tsv quotes are characters like others unless all of them enclose whole cells."""
     csv.field_size_limit(2**31 - 1)
+    options: dict = {"delimiter": "\t" if suffix == ".tsv" else ","}
+    if suffix == ".tsv":
+        with _open(path) as file, suppress(UnicodeDecodeError, EOFError, zlib.error, OSError):  # said below, with a line
+            try:
+                for _ in csv.reader(file, strict=True, **options):
+                    pass
+            except csv.Error:
+                options["quoting"] = csv.QUOTE_NONE
     with _open(path) as file:
-        rows = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
+        rows = csv.DictReader(file, **options)
         try:
             for row in rows:
                 yield f"{path}:{rows.line_num}", {k: v for k, v in row.items() if v is not None}
@@ -658,16 +668,49 @@ def _check_turns(messages: list[dict], where: str) -> None:
         raise UserError(f"{where}: message {roles.index('system') + 1} is the system's; it has to come first")
 
 
+def _renamed(record: dict, columns: dict | None, where: str) -> dict:
+    """A record under our keys: {"my_column": 1}, {"prompt": "my_column"} -> {"prompt": 1}."""
+    if not isinstance(record, dict) or not columns:
+        return record
+    missing = [name for name in columns.values() if name not in record]
+    if missing:
+        raise UserError(f"{where}: sft.columns names '{missing[0]}', but the keys are {', '.join(map(str, list(record)[:8]))}")
+    return {**{k: v for k, v in record.items() if k not in columns.values()}, **{k: record[v] for k, v in columns.items()}}
+
+
+LABEL_KEYS = ("label", "labels", "class", "category", "target", "sentiment", "intent")
+TEXT_KEYS = ("text", "sentence", "content", "message", "sms", "review", "document", "comment", "question", "prompt", "title")
+
+
+def read_labelled(paths: list[Path], columns: dict | None = None) -> Iterator[tuple[str, str, str]]:
+    """(file:line, text, label) of all files. Keys are told by their names in any case, the text also by being the only other."""
+    for path in paths:
+        for where, record in read_records(path):
+            record = _renamed(record, columns, where)
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: an object with a text and a label is expected, not {type(record).__name__}")
+            lower = {str(key).lower(): key for key in record}
+            label = next((lower[key] for key in LABEL_KEYS if key in lower), None)
+            rest = [key for key in record if key != label]
+            text = next((lower[key] for key in TEXT_KEYS if key in lower), rest[0] if len(rest) == 1 else None)
+            if label is None or text is None:
+                what = "label" if label is None else "text"
+                raise UserError(f"{where}: which of the keys {', '.join(map(str, list(record)[:8]))} is the {what}? Say it in sft.columns, as in "
+                                f"{{text: my_column, label: another}}")
+            value = record[label]
+            if isinstance(value, (list, dict)) or value is None or not str(value).strip():
+                raise UserError(f"{where}: '{label}' is {value!r}, one label is expected")
+            if not _text_of(record, text, where).strip():
+                raise UserError(f"{where}: '{text}' is empty")
+            yield where, record[text], str(value).strip()
+
+
 def read_conversations(paths: list[Path], columns: dict | None = None, system: str | None = None) -> Iterator[tuple[str, dict]]:
     """(file:line, conversation) of all files. `columns` maps our keys to foreign names: {prompt: my_column}."""
     for path in paths:
         first = None
         for where, record in read_records(path):
-            if isinstance(record, dict) and columns:
-                missing = [name for name in columns.values() if name not in record]
-                if missing:
-                    raise UserError(f"{where}: sft.columns names '{missing[0]}', but the keys are {', '.join(map(str, list(record)[:8]))}")
-                record = {**{k: v for k, v in record.items() if k not in columns.values()}, **{k: record[v] for k, v in columns.items()}}
+            record = _renamed(record, columns, where)
             layout = layout_of(record, where)
             first = first or (layout, where)
             if layout != first[0]:

@@ -1009,16 +1009,21 @@ def objective(training: TrainingSection, model, tokenizer) -> str:
     return training.objective
 
 
+EMPTY = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full((1, 1), -100), "positions": torch.full((1, 1), -1),
+         "segment_ids": torch.full((1, 1), -1), "counts": {"tokens": 0}}
+
+
+def own_share(batches: list[dict]) -> list[dict]:
+    """This process's part of validation batches; equally many everywhere, as each forward may need all processes."""
+    own = batches[MODEL.process_rank() :: world_size()]
+    return own + [EMPTY] * (-(-len(batches) // world_size()) - len(own))
+
+
 def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callable:
     """evaluate(model) for `fit`: loss, perplexity and bits per byte over fixed batches, shared among the processes."""
-    empty = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full((1, 1), -100),
-             "positions": torch.full((1, 1), -1), "segment_ids": torch.full((1, 1), -1), "counts": {"tokens": 0}}
-
     def evaluate(model) -> dict:
-        own = batches[MODEL.process_rank() :: world_size()]
-        own = own + [empty] * (-(-len(batches) // world_size()) - len(own))  # equally many forwards everywhere
         nats = tokens = 0.0
-        for batch in own:
+        for batch in own_share(batches):
             inputs = {k: v.to(model.device) for k, v in batch.items() if k != "counts"}
             weights = inputs.pop("weights", 1.0)
             nats -= float((model(**inputs).logprobs.double() * weights).sum())
@@ -1050,9 +1055,9 @@ def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection
     return evaluate_and_show
 
 
-def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False) -> MODEL.LanguageModel:
+def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, head: str = "lm") -> MODEL.LanguageModel:
     """The named model (with rows for new tokens where it may `grow`), or a preset with the tokenizer's vocabulary; float32
-    weights, packed ones where an `adapter` will learn in their place."""
+    weights, packed ones where an `adapter` will learn in their place. `head` is what will be trained on top."""
     section = config.model
     packed = section.quantization != "none"
     if packed and not (adapter and section.name):
@@ -1061,13 +1066,16 @@ def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False) 
         raise UserError("training.fsdp: packed weights are not sharded; leave out model.quantization, or run one process a device without fsdp")
     if section.name:
         device = MODEL.choose_device(section.device) if packed else None  # they are packed where they will be used
-        model = MODEL.load(section.name, "float32", device, section.attn_implementation, changes=MODEL.overrides(section), quantization=section.quantization)
+        model = MODEL.load(section.name, "float32", device, section.attn_implementation, head if head != "lm" else None,
+                           config.training.seed, MODEL.overrides(section), quantization=section.quantization)
+        if head not in model.heads:
+            raise UserError(f"model.name: {section.name} has no head for words, only one for labels; name the model that it was made from")
     else:
         begin = TOKENIZER.begin_id(tokenizer)
         ends = begin if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         knobs = {"vocab_size": len(tokenizer), "bos_token_id": begin, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
         knobs |= MODEL.overrides(section)
-        model = MODEL.build(MODEL.preset_config(section.preset, **knobs), seed=config.training.seed,
+        model = MODEL.build(MODEL.preset_config(section.preset, **knobs), head, config.training.seed,
                             attn_implementation=section.attn_implementation)
         MODEL.say_portability(model.config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

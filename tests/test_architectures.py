@@ -774,7 +774,8 @@ def test_tiny_presets_train_resume_and_answer(preset, tmp_path, text_file, capsy
     records = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert preset == "bert-2m" or all("expert_load" in record for record in records if "loss" in record)
     capsys.readouterr()
-    INFER.main(["--model", str(tmp_path / "whole"), "--prompt", "The <|mask|> fox" if preset == "bert-2m" else "The red", "--max-new-tokens", "5"])
+    INFER.main(["--model", str(tmp_path / "whole"), "--prompt", "The <|mask|> fox" if preset == "bert-2m" else "The red", "--max-new-tokens", "5",
+                "--seed", "0", "--ignore-eos", "true"])
     assert len(capsys.readouterr().out) >= 2
 
 

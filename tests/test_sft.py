@@ -551,3 +551,259 @@ def test_an_adapter_trains_resumes_and_is_served(flags, tmp_path, model_folder, 
         SFT.main([*flags, "--lora.r", "8", "--adapter", str(tmp_path / "whole"), "--max-steps", "3", "--out", str(tmp_path / "no")])
     more = SFT.main([*flags, "--adapter", str(tmp_path / "whole"), "--max-steps", "3", "--out", str(tmp_path / "more")])
     assert math.isclose(more.before["loss"], result.after["loss"], rel_tol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------- labels
+
+FAMILY_KNOBS = {"llama": {}, "qwen3": dict(qk_norm=True), "mixtral": dict(num_experts=4), "gpt2": MODEL._GPT2, "bert": MODEL._BERT}
+
+
+def scorer(kind, tokenizer, labels=("a", "b", "c")):
+    knobs = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+                 initializer_range=0.3, labels=list(labels), model_type=kind, pad_token_id=tokenizer.pad_token_id, resid_pdrop=0.0, embd_pdrop=0.0,
+                 attention_dropout=0.0)
+    return MODEL.build(MODEL.ModelConfig(**{**{k: v for k, v in FAMILY_KNOBS[kind].items() if k in MODEL.KNOBS}, **knobs}), head="score", seed=1).eval()
+
+
+def sayings(count, seed=0):
+    """(text, label): the label is the first of three words that the text holds."""
+    generator = np.random.default_rng(seed)
+    words = "the red fox ran over a small hill and saw one old owl".split()
+    for _ in range(count):
+        text = [str(word) for word in generator.choice(words, generator.integers(2, 12))]
+        label = ["fox", "hill", "owl"][generator.integers(3)]
+        yield " ".join(word for word in [*text, label, *text[::-1]] if word in (label, *(set(words) - {"fox", "hill", "owl"}))), label
+
+
+LABELLED = {
+    "the names of a table": ({"text": "Hello", "label": "yes"}, ("Hello", "yes")),
+    "capitals": ({"Label": "ham", "SMS": "Hello"}, ("Hello", "ham")),
+    "the only other key": ({"utterance": "Hello", "intent": "greet"}, ("Hello", "greet")),
+    "numbers": ({"sentence": "Hello", "label": 1, "idx": 7}, ("Hello", "1")),
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labelled_texts_are_told_by_their_keys(name, tmp_path):
+    record, expected = LABELLED[name]
+    [(where, *found)] = TOKENIZER.read_labelled([write(tmp_path / "a.jsonl", [record])])
+    assert tuple(found) == expected and where.endswith("a.jsonl:1")
+
+
+def test_quotes_of_a_tsv(tmp_path):
+    """A file whose quotes do not enclose whole cells has none that mean anything."""
+    (tmp_path / "a.tsv").write_text('label\ttext\nham\t"Happy day" I know\nspam\tcall "now\nham\tlast"\n')
+    assert [text for _, text, _ in TOKENIZER.read_labelled([tmp_path / "a.tsv"])] == ['"Happy day" I know', 'call "now', 'last"']
+    (tmp_path / "b.tsv").write_text('label\ttext\nham\t"two\nlines"\nspam\t"a ""b"""\n')
+    assert [text for _, text, _ in TOKENIZER.read_labelled([tmp_path / "b.tsv"])] == ["two\nlines", 'a "b"']
+
+
+WRONG_LABELS = {
+    "no label": ([{"text": "a", "source": "b"}], ":1: which of the keys text, source is the label"),
+    "which text": ([{"label": "a", "first": "b", "second": "c"}], ":1: which of the keys label, first, second is the text"),
+    "empty text": ([{"label": "a", "text": " "}], ":1: 'text' is empty"),
+    "empty label": ([{"label": "a", "text": "x"}, {"label": "", "text": "y"}], ":2: 'label' is '', one label is expected"),
+    "several labels": ([{"label": ["a", "b"], "text": "x"}], ":1: 'label' is .*, one label is expected"),
+    "one label": ([{"label": "a", "text": f"x{i}"} for i in range(9)], ":1: the training data has 1 different label in 9 texts"),
+    "the wrong column": ([{"label": f"a{i}", "text": f"x{i}"} for i in range(9)], ":1: the training data has 9 different labels in 9 texts"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LABELS)
+def test_bad_labelled_records_are_named(name, tmp_path, tokenizer, model_folder):
+    records, message = WRONG_LABELS[name]
+    path = write(tmp_path / "bad.jsonl", records)
+    with pytest.raises(UserError, match=f"bad.jsonl{message}"):
+        SFT.read_labelled(settings(model_folder, "--sft.task", "classify", "--data", path, "--data.validation", "none"), tokenizer, None)
+
+
+def test_labels_seen_only_in_validation_or_unknown_to_the_model_are_refused(tmp_path, tokenizer, model_folder):
+    known = [{"text": f"x{i}", "label": "ab"[i % 2]} for i in range(8)]
+    train, held = write(tmp_path / "train.jsonl", known), write(tmp_path / "held.jsonl", [{"text": "y", "label": "a"}, {"text": "z", "label": "c"}])
+    config = settings(model_folder, "--sft.task", "classify", "--data", train, "--data.validation", held)
+    with pytest.raises(UserError, match="held.jsonl:2: label 'c' is none of a, b, the labels of the training data"):
+        SFT.read_labelled(config, tokenizer, None)
+    with pytest.raises(UserError, match="train.jsonl:1: label 'a' is none of x, b, which .* tells apart"):
+        SFT.read_labelled(config, tokenizer, ["x", "b"])
+    config.sft.class_weights = {"c": 2}
+    with pytest.raises(UserError, match="sft.class_weights: c: 2 does not give one of a, b a weight"):
+        SFT.read_labelled(settings(model_folder, "--sft.task", "classify", "--data", train, "--data.validation", "none", "--sft.class_weights", "{c: 2}"), tokenizer, None)
+    with pytest.raises(UserError, match="sft.class_weights: has no effect with sft.task chat"):
+        settings(model_folder, "--sft.class_weights", "balanced")
+
+
+@pytest.mark.parametrize("kind", FAMILY_KNOBS)
+def test_label_probabilities_are_those_of_transformers(kind, tokenizer, tmp_path):
+    model = scorer(kind, tokenizer)
+    MODEL.save(model, tmp_path)
+    TOKENIZER.save(tokenizer, tmp_path)
+    texts = [text for text, _ in sayings(7)]
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"} and json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(theirs).__name__]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    with torch.no_grad():
+        expected = theirs(**batch).logits.softmax(-1)
+    loaded = MODEL.load(tmp_path)
+    assert loaded.heads == ("score",) and loaded.config.labels == ["a", "b", "c"]
+    torch.testing.assert_close(torch.tensor(INFER.classify(loaded, tokenizer, texts)), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_label_loss_in_any_batch_is_the_weighted_cross_entropy(kind, tokenizer):
+    """Packed, padded and end to end, against texts one by one under torch's own class weights."""
+    model, labels = scorer(kind, tokenizer), {"fox": 0, "hill": 1, "owl": 2}
+    weights = {"fox": 0.5, "hill": 1.0, "owl": 3.0}
+    texts = [SFT.Labelled("x", text, label, TOKENIZER.encode_prompt(tokenizer, text)) for text, label in sayings(13)]
+    for text in texts:
+        text.number(labels, weights)
+    scores = []
+    for text in texts:
+        at = -1 if kind == "llama" else 0
+        scores.append(model(torch.tensor([text.text_ids]), want=("scores",)).scores[0, at])
+    target = torch.tensor([labels[text.record["label"]] for text in texts])
+    expected = torch.nn.functional.cross_entropy(torch.stack(scores), target, weight=torch.tensor([0.5, 1.0, 3.0]))
+    model.zero_grad()
+    expected.backward()
+    gradient = torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
+    for packing, joined in ((True, False), (False, False), (False, True)):
+        batches = epoch_of(texts, packing, joined)
+        total = {"tokens": sum(batch["counts"]["tokens"] for batch in batches), "micro_batches": 1}
+        model.zero_grad()
+        loss = sum(SFT.label_loss(kind == "llama")(model, batch, total)[0] for batch in batches)
+        loss.backward()
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None]), gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_accuracy_f1_and_confusion_are_counted_right(tokenizer):
+    model = scorer("llama", tokenizer, ["fox", "hill", "owl"])
+    texts = [SFT.Labelled("x", text, label, TOKENIZER.encode_prompt(tokenizer, text)) for text, label in sayings(40)]
+    for text in texts:
+        text.number({"fox": 0, "hill": 1, "owl": 2}, dict.fromkeys(("fox", "hill", "owl"), 1.0))
+    names = np.array(["fox", "hill", "owl"])
+    given = names[np.argmax(INFER.classify(model, tokenizer, [text.record["text"] for text in texts]), 1)]
+    true = np.array([text.record["label"] for text in texts])
+    with torch.no_grad():
+        confusion = SFT.Confusion(TOKENIZER.fixed_batches(SFT.examples(texts), 4, 80, True), list(names), True)
+        measures = confusion(model)
+    assert confusion.counts.tolist() == [[int(((true == a) & (given == b)).sum()) for b in names] for a in names]
+    precision, recall = ([np.mean((true == name)[where == name]) if (where == name).any() else 0.0 for name in names] for where in (given, true))
+    precision = [((true == name) & (given == name)).sum() / max((given == name).sum(), 1) for name in names]
+    recall = [((true == name) & (given == name)).sum() / (true == name).sum() for name in names]
+    f1 = np.mean([2 * p * r / (p + r) if p + r else 0.0 for p, r in zip(precision, recall, strict=True)])
+    assert math.isclose(measures["accuracy"], (true == given).mean()) and math.isclose(measures["f1"], f1)
+    two = SFT.Confusion([], ["ham", "spam"], True)
+    two.counts = np.array([[90, 2], [3, 7]])
+    assert math.isclose(two.f1(), 2 * 7 / (2 * 7 + 2 + 3))  # of the rarer label
+
+
+@pytest.fixture()
+def label_flags(tmp_path, model_folder):
+    write(tmp_path / "notes.tsv", [{"label": label, "text": text} for text, label in sayings(120)])
+    return ["--model", str(model_folder), "--model.device", "cpu", "--sft.task", "classify", "--data", str(tmp_path / "notes.tsv"), "--data.validation_fraction", "0.3",
+            "--max-length", "40", "--batch-size", "8", "--learning-rate", "5e-3", "--training.optim", "adamw", "--training.warmup_steps", "2", "--training.eval_steps", "0",
+            "--training.save_steps", "10", "--training.mixed_precision", "no", "--training.lr_scheduler_type", "constant"]
+
+
+def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, tokenizer, capsys, monkeypatch):
+    import io
+    import sys
+
+    result = SFT.main([*label_flags, "--max-steps", "40", "--out", str(tmp_path / "whole")])
+    assert list(result.after) == ["accuracy", "f1", "loss"] and result.after["accuracy"] > result.before["accuracy"] + 0.3
+    assert "true / given" in capsys.readouterr().err and (tmp_path / "whole" / "confusion.png").exists()
+    assert not (tmp_path / "whole" / "ckpt-step-000040" / "confusion.png").exists()
+    SFT.main([*label_flags, "--max-steps", "20", "--out", str(tmp_path / "halves")])
+    SFT.main([*label_flags, "--max-steps", "40", "--out", str(tmp_path / "halves"), "--resume", "auto"])
+    whole, halves = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
+    assert set(whole) == set(halves) and all(torch.equal(whole[name], halves[name]) for name in whole)
+    texts = [text for text, _ in sayings(5, seed=9)]
+    theirs = transformers.pipeline("text-classification", model=str(tmp_path / "whole"))(texts)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join([*texts[:2], "", *texts[2:]]).encode() + b"\n")))
+    INFER.main(["--model", str(tmp_path / "whole"), "--batch-size", "2", "--model.device", "cpu"])
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[2] == "" and lines[-1] == "" and len(lines) == 7
+    for line, expected in zip([*lines[:2], *lines[3:6]], theirs, strict=True):
+        label, share = line.split("\t")
+        assert label == expected["label"] and abs(float(share) - expected["score"]) < 1e-4
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps({"text": texts[0]}).encode())))
+    INFER.main(["--model", str(tmp_path / "whole"), "--jsonl", "--model.device", "cpu"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["label"] == theirs[0]["label"] and math.isclose(sum(answer["probabilities"].values()), 1.0, abs_tol=1e-5)
+    with pytest.raises(UserError, match="inference.top_k: this model tells labels apart"):
+        INFER.main(["--model", str(tmp_path / "whole"), "--prompt", "x", "--top-k", "3"])
+    with pytest.raises(UserError, match="has no head for words, only one for labels"):
+        SFT.main(["--model", str(tmp_path / "whole"), "--data", str(write(tmp_path / "a.jsonl", [{"messages": ASKED}])), "--out", str(tmp_path / "no")])
+    more = SFT.main([*label_flags, "--model", str(tmp_path / "whole"), "--max-steps", "2", "--out", str(tmp_path / "more")])
+    assert math.isclose(more.before["loss"], result.after["loss"], rel_tol=1e-4)
+
+
+def test_a_label_adapter_works_here_and_in_peft(label_flags, tmp_path, model_folder, tokenizer, capsys):
+    from peft import AutoPeftModelForSequenceClassification
+
+    result = SFT.main([*label_flags, "--lora.r", "4", "--max-steps", "40", "--out", str(tmp_path / "adapter")])
+    assert result.after["accuracy"] > result.before["accuracy"] + 0.2
+    texts = [text for text, _ in sayings(5, seed=9)]
+    ours = MODEL.load(model_folder, adapter=tmp_path / "adapter")
+    assert ours.config.labels == ["fox", "hill", "owl"]
+    expected = torch.tensor(INFER.classify(ours, tokenizer, texts))
+    theirs = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3).eval()
+    theirs.config.pad_token_id = tokenizer.pad_token_id
+    with torch.no_grad():
+        logits = theirs(**tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)).logits
+    torch.testing.assert_close(logits.softmax(-1), expected, atol=1e-4, rtol=1e-4)
+    SFT.main(["--merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")])
+    assert "scores differ by at most" in capsys.readouterr().err
+    torch.testing.assert_close(torch.tensor(INFER.classify(MODEL.load(tmp_path / "merged"), tokenizer, texts)), expected, atol=1e-5, rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------- whole commands
+
+
+def gpt2_folder(folder):
+    """A tiny folder as the hub's gpt2: transformers' own files, vocab.json and merges.txt."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    folder.mkdir()
+    raw = ByteLevelBPETokenizer()
+    raw.train_from_iterator([text for text, _ in sayings(50)], vocab_size=300, special_tokens=["<|endoftext|>"])
+    raw.save_model(str(folder))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "model_max_length": 64}')
+    end = raw.token_to_id("<|endoftext|>")
+    config = transformers.GPT2Config(vocab_size=raw.get_vocab_size(), n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=end, eos_token_id=end)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+def command(folder, *words):
+    import os
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+
+
+def test_the_recipe_for_labels(tmp_path):
+    gpt2_folder(tmp_path / "gpt2")
+    write(tmp_path / "sms_spam.tsv", [{"Label": label, "SMS": text} for text, label in sayings(300)])
+    done = command(tmp_path, *"SFT.py --model gpt2 --data sms_spam.tsv --sft.task classify".split())
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "sft" / "result.json").read_text())
+    assert report["measure"] == "accuracy" and report["after"]["loss"] < report["before"]["loss"]
+    pipe = transformers.pipeline("text-classification", model=str(tmp_path / "out" / "sft"))
+    assert {answer["label"] for answer in pipe(["the fox", "a hill"])} <= {"fox", "hill", "owl"}
+
+
+def test_the_recipe_for_alpaca_with_adapters(tmp_path):
+    gpt2_folder(tmp_path / "gpt2-xl")
+    write(tmp_path / "alpaca_data.json", [{"instruction": f"Say {label}.", "input": "", "output": text} for text, label in sayings(30)])
+    done = command(tmp_path, *"SFT.py --model gpt2-xl --data alpaca_data.json --lora.r 16".split())
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "sft" / "result.json").read_text())
+    assert report["after"]["loss"] < report["before"]["loss"]
+    assert json.loads((tmp_path / "out" / "sft" / "adapter_config.json").read_text())["r"] == 16
+    done = command(tmp_path, *"INFER.py --model gpt2-xl --adapter out/sft --prompt hello --temperature 0 --max-new-tokens 3".split())
+    assert done.returncode == 0, done.stderr
