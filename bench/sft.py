@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -167,6 +168,80 @@ def lora(preset: str, count: int, rounds: int, precisions: list[str], kinds: lis
                                   "largest_difference_of_a_steps_loss": round(apart, 6)}), flush=True)
 
 
+# --------------------------------------------------------------------------------------------- memory of one step
+
+FORMS = {"full": [], "lora": ["--lora.r", "16"], "int8": ["--lora.r", "16", "--model.quantization", "int8"],
+         "qlora": ["--lora.r", "16", "--model.quantization", "nf4"]}
+IMPORTS = "import torch, transformers, peft, bitsandbytes, accelerate, matplotlib, safetensors, SFT"
+
+
+def peak_of(command: list[str]) -> int:
+    """Bytes of the largest resident memory that a process reached."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    talk = child.stderr.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)}: {talk[-2000:]}")
+    return usage.ru_maxrss * 1024
+
+
+def memory(preset: str, forms: list[str], length: int, steps: int) -> None:
+    print(machine(DEVICE))
+    own = peak_of(["-c", IMPORTS]) if DEVICE == "cpu" else 0
+    print(json.dumps({"interpreter_and_imports_MB": round(own / 1e6)}), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        build = f"import MODEL, TOKENIZER; MODEL.save(MODEL.build('{preset}'), '{folder}/base'); TOKENIZER.save(TOKENIZER.train(['a'], 300, 'byte'), '{folder}/base')"
+        peak_of(["-c", build])
+        words = " ".join(str(i) for i in range(4 * length))
+        Path(folder, "data.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "completion": f"{i} {words}"}) + "\n" for i in range(steps)))
+        flags = ["--model", f"{folder}/base", "--data", f"{folder}/data.jsonl", "--data.validation", "none", "--max-length", str(length), "--batch-size", "1",
+                 "--max-steps", str(steps), "--training.gradient_checkpointing", "true", "--training.mixed_precision", "bf16", "--training.optim", "adamw",
+                 "--training.sample_tokens", "0", "--training.save_steps", "0", "--training.eval_steps", "0"]
+        found = {}
+        for form in forms:
+            for side, command in {"ours": [str(ROOT / "SFT.py"), *flags, *FORMS[form], "--out", f"{folder}/{form}"],
+                                  "peer": [str(ROOT / "bench" / "sft.py"), "peer", f"{folder}/base", form, str(length), str(steps), f"{folder}/{form}.json"]}.items():
+                start = time.perf_counter()
+                peak = peak_of(command)
+                if DEVICE != "cpu":
+                    report = Path(folder, form, "result.json") if side == "ours" else Path(folder, f"{form}.json")
+                    peak = json.loads(report.read_text())["peak_memory_bytes"]
+                found[form, side] = peak - own
+                print(json.dumps({"shape": preset, "form": form, "side": side, "peak_MB": round(peak / 1e6), "without_interpreter_MB": round((peak - own) / 1e6),
+                                  "share_of_our_full": round((peak - own) / found["full", "ours"], 3) if ("full", "ours") in found else None,
+                                  "process_s": round(time.perf_counter() - start)}), flush=True)
+
+
+def peer_memory(folder: str, form: str, length: int, steps: int, report: str) -> None:
+    """The same steps by peft and transformers: gradient checkpointing, bf16 autocast, fused AdamW on float32 weights."""
+    import peft
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    packed = {"qlora": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16),
+              "int8": dict(load_in_8bit=True)}.get(form)
+    options = {"quantization_config": BitsAndBytesConfig(**packed), "device_map": {"": DEVICE}} if packed else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    model = model if packed else model.to(DEVICE)
+    if packed:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if form != "full":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-4, fused=True)
+    for _ in range(steps):
+        ids = torch.randint(0, 300, (1, length), device=DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    Path(report).write_text(json.dumps({"peak_memory_bytes": TRAIN.peak_memory(torch.device(DEVICE))}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -176,10 +251,22 @@ def main() -> None:
     speed.add_argument("--rounds", type=int, default=5)
     speed.add_argument("--precisions", nargs="+", default=["fp32"])
     speed.add_argument("--kinds", nargs="+", default=["equal", "mixed"])
+    size = commands.add_parser("memory")
+    size.add_argument("--preset", default="llama-374m")
+    size.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    size.add_argument("--length", type=int, default=512)
+    size.add_argument("--steps", type=int, default=3)
+    one = commands.add_parser("peer", help="what `memory` starts")
+    for name, kind in (("folder", str), ("form", str), ("length", int), ("steps", int), ("report", str)):
+        one.add_argument(name, type=kind)
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     if args.command == "lora":
         lora(args.preset, args.count, args.rounds, args.precisions, args.kinds)
+    elif args.command == "memory":
+        memory(args.preset, args.forms, args.length, args.steps)
+    else:
+        peer_memory(args.folder, args.form, args.length, args.steps, args.report)
 
 
 if __name__ == "__main__":
