@@ -1995,6 +1995,20 @@ KNOWN_BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.att
                            r"|^cls\.seq_relationship\.")
 
 
+def hub_name(kind: str, name: str) -> str:
+    """model.layers.0.self_attn.o_proj.weight -> transformer.h.0.attn.c_proj.weight, in a gpt2."""
+    for ours, theirs in FAMILIES[kind].parts if kind in FAMILIES else ():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def own_name(kind: str, name: str) -> str:
+    """The other way round."""
+    for ours, theirs in FAMILIES[kind].parts if kind in FAMILIES else ():
+        name = name.replace(theirs, ours)
+    return name
+
+
 def weights_to_hub(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict -> the names and layouts of Hugging Face's files; experts one by one."""
     hub = {}
@@ -2011,8 +2025,7 @@ def weights_to_hub(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             pieces = {name: tensor}
         for name, piece in pieces.items():
-            for ours, theirs in FAMILIES[kind].parts if kind in FAMILIES else ():
-                name = name.replace(ours, theirs)
+            name = hub_name(kind, name)
             hub[name] = piece.t() if kind == "gpt2" and re.search(r"\.c_\w+\.weight$", name) else piece
     if kind == "bert" and "lm_head.decoder.weight" in state:  # an untied head keeps its bias under both of its names
         hub["cls.predictions.decoder.bias"] = hub["cls.predictions.bias"].clone()
@@ -2043,8 +2056,7 @@ def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor, extra_layer
         name = name.replace("cls.predictions.decoder.bias", "cls.predictions.bias")  # one bias under two names
     if kind == "gpt2" and re.search(r"\.c_\w+\.weight$", name):
         tensor = tensor.t()
-    for ours, theirs in family.parts:
-        name = name.replace(theirs, ours)
+    name = own_name(kind, name)
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer and 0 <= int(layer[1]) - config.num_hidden_layers < extra_layers:
         return []
@@ -2475,9 +2487,11 @@ def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = 
     peft = _peft()
     host = model.inner if isinstance(model, ForeignModel) else model
     targets = linear_names(host) if list(target_modules) == ["all-linear"] else list(target_modules)
+    if options.get("use_dora") and model.config.model_type == "gpt2" and len({"q_proj", "k_proj", "v_proj"} & set(targets)) in (1, 2):
+        raise UserError("lora.target_modules: with use_dora name q_proj, k_proj and v_proj together; a gpt2 folder keeps them as one product")
     if "score" in model.heads:  # the new head learns whole, and is saved beside the adapter
         options.update(modules_to_save=["score"])
-    task = "SEQ_CLS" if model.heads == ("score",) else "CAUSAL_LM"
+    task = "SEQ_CLS" if model.heads == ("score",) else "CAUSAL_LM" if getattr(model.config, "causal", True) else None
     config = peft.LoraConfig(task_type=task, base_model_name_or_path=str(base), target_modules=targets, **options)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -2500,13 +2514,108 @@ def _save_adapter(model: LanguageModel, folder: str | Path) -> None:
 
     host = model.inner if isinstance(model, ForeignModel) else model
     state = {name: gathered(tensor) for name, tensor in host.state_dict().items() if tensor_is_trained(name)}
-    state = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in _peft().get_peft_model_state_dict(host, state, save_embedding_layers=False).items()}
+    state = _peft().get_peft_model_state_dict(host, state, save_embedding_layers=False)
     if process_rank() != 0:
         return
+    config, state = model.adapter, dict(state)
+    if not isinstance(model, ForeignModel) and model.config.model_type in RENAMED:
+        config, state = adapter_to_hub(model.config.model_type, config, state)
+    state = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
     with staged(folder) as scratch:
-        model.adapter.save_pretrained(scratch)
+        config.save_pretrained(scratch)
         labels = {"labels": json.dumps(model.config.labels)} if "score" in model.heads else {}
         save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt", **labels})
+
+
+RENAMED = ("gpt2", "bert")  # families whose layers have other names in transformers; a mixture's experts are peft's own affair
+QKV = re.compile(r"(.*\.)self_attn\.([qkv])_proj\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
+
+
+def _module_of(name: str) -> str | None:
+    """model.layers.0.mlp.up_proj.lora_A.weight -> model.layers.0.mlp.up_proj; None for what is no low-rank pair."""
+    return name.rpartition(".lora_")[0] or None
+
+
+def _scale(config, module: str, rank: int) -> float:
+    """What an adapter's product is multiplied by: alpha / r, or alpha / sqrt(r)."""
+    from peft.utils.other import get_pattern_key
+
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _with_targets(config, state: dict[str, Tensor], scales: dict[str, float]):
+    """A copy of peft's settings that names exactly the layers of `state`, each with its own rank and scale."""
+    config = dataclasses.replace(config)
+    ranks = {_module_of(name): len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight")}
+    alphas = {module: scales[module] * (math.sqrt(rank) if config.use_rslora else rank) for module, rank in ranks.items()}
+    config.target_modules = sorted(ranks)
+    config.rank_pattern = {module: rank for module, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {module: alpha for module, alpha in alphas.items() if not math.isclose(alpha, config.lora_alpha)}
+    return config
+
+
+def adapter_to_hub(kind: str, config, state: dict[str, Tensor]) -> tuple:
+    """(peft's settings, tensors) of an adapter under transformers' names.
+
+    GPT-2 keeps q, k and v in one product. The adapters of the three become one of three times the rank: their A above each
+    other, their B on a block diagonal, so that B A is the three products below each other.
+    """
+    scales = {module: _scale(config, module, len(tensor)) for name, tensor in state.items()
+              if name.endswith("lora_A.weight") and (module := _module_of(name))}
+    parts: dict[tuple, Tensor] = {}
+    hub, hub_scales = {}, {hub_name(kind, f"{module}.").removesuffix("."): scale for module, scale in scales.items()}
+    for name, tensor in state.items():
+        found = QKV.fullmatch(name) if kind == "gpt2" else None
+        if found:
+            parts[found[1], found[2], found[3]] = tensor
+        else:
+            hub[hub_name(kind, name)] = tensor
+    for stem in dict.fromkeys(stem for stem, _, _ in parts):
+        there = [part for part in "qkv" if (stem, part, "lora_A.weight") in parts]
+        above = [parts[stem, part, "lora_A.weight"] for part in there]
+        width, joined = len(parts[stem, there[0], "lora_B.weight"]), hub_name(kind, f"{stem}attn.c_attn.")
+        whole = hub_scales[joined.removesuffix(".")] = scales[f"{stem}self_attn.{there[0]}_proj"]
+        below, column = above[0].new_zeros(3 * width, sum(map(len, above))), 0
+        for part, one in zip(there, above, strict=True):
+            rows, columns = slice("qkv".index(part) * width, ("qkv".index(part) + 1) * width), slice(column, column + len(one))
+            below[rows, columns] = parts[stem, part, "lora_B.weight"] * (scales[f"{stem}self_attn.{part}_proj"] / whole)
+            column += len(one)
+        hub |= {f"{joined}lora_A.weight": torch.cat(above), f"{joined}lora_B.weight": below}
+        if config.use_dora:
+            hub[f"{joined}lora_magnitude_vector"] = torch.cat([parts[stem, part, "lora_magnitude_vector"] for part in "qkv"])
+    config = _with_targets(config, hub, hub_scales)
+    config.fan_in_fan_out = kind == "gpt2"
+    if kind == "bert" and config.modules_to_save:
+        config.modules_to_save = ["pooler", "classifier"]
+    return config, hub
+
+
+def adapter_from_hub(kind: str, config, state: dict[str, Tensor]) -> tuple:
+    """The way back. Where q, k and v use different rows of A they are taken apart as they were joined; else all get all of it."""
+    own, scales = {}, {}
+    for name, tensor in state.items():
+        module = _module_of(name)
+        if ".attn.c_attn." not in name:
+            own[own_name(kind, name)] = tensor
+            if name.endswith("lora_A.weight"):
+                scales[own_name(kind, f"{module}.").removesuffix(".")] = _scale(config, module, len(tensor))
+        elif name.endswith("lora_A.weight"):
+            below = state[f"{module}.lora_B.weight"].unflatten(0, (3, -1))  # (3, C, r): what q, k and v get
+            used = below.any(1)  # (3, r): which rows of A each of them uses
+            apart = not (used.sum(0) > 1).any() and (used.any(1).all() if config.use_dora else used.any())
+            for part, rows, block in zip("qkv", used if apart else torch.ones_like(used), below, strict=True):
+                target = own_name(kind, f"{module}.").replace("attn.c_attn.", f"self_attn.{part}_proj.")
+                if rows.any():
+                    own |= {f"{target}lora_A.weight": tensor[rows], f"{target}lora_B.weight": block[:, rows]}
+                    scales[target.removesuffix(".")] = _scale(config, module, len(tensor))
+                if config.use_dora:
+                    own[f"{target}lora_magnitude_vector"] = state[f"{module}.lora_magnitude_vector"].chunk(3)["qkv".index(part)]
+    config = _with_targets(config, own, scales)
+    config.fan_in_fan_out = False
+    if kind == "bert" and config.modules_to_save:
+        config.modules_to_save = ["score" if "score.dense.weight" in own else "score.out_proj"]
+    return config, own
 
 
 def tensor_is_trained(name: str) -> bool:
@@ -2523,10 +2632,12 @@ def adapter_config(folder: Path):
 
 
 def adapter_labels(folder: Path) -> list[str] | None:
-    """The labels that an adapter with a score head tells apart."""
+    """The labels that an adapter with a score head tells apart; peft's own keep no names."""
     path = folder / "adapter_model.safetensors"
     with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:  # what is wrong is said when it is read
-        return json.loads((file.metadata() or {}).get("labels", "null"))
+        names = json.loads((file.metadata() or {}).get("labels", "null"))
+        head = next((name for name in file.keys() if re.search(r"\.(score|classifier)\.weight$", name)), None)
+        return names or (head and [f"LABEL_{i}" for i in range(file.get_slice(head).get_shape()[0])])
     return None
 
 
@@ -2547,6 +2658,8 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
     host = model.inner if isinstance(model, ForeignModel) else model
     config.inference_mode = not train
     state = {name.removeprefix("base_model.model."): tensor for name, tensor in read_tensors(folder / "adapter_model.safetensors")}
+    if not isinstance(model, ForeignModel) and model.config.model_type in RENAMED:
+        config, state = adapter_from_hub(model.config.model_type, config, state)
     try:
         _inject(config, host)
         result = peft.set_peft_model_state_dict(host, state)

@@ -433,9 +433,8 @@ def finish_model(config, model: MODEL.LanguageModel, rate: float | None, optim: 
         if config.lora.r not in (0, model.adapter.r):
             raise UserError(f"lora.r: {config.lora.r}, but {adapter} has rank {model.adapter.r}; leave it out to go on with that")
     elif config.lora.r:
-        kind = model.config.model_type
-        if kind in ("gpt2", "bert", MODEL.CUSTOM) and not isinstance(model, MODEL.ForeignModel) and MODEL.process_rank() == 0:
-            say(f"lora: transformers names the layers of a {kind} otherwise; the adapter works here, elsewhere only the merged folder (SFT.py --merge)")
+        if model.config.model_type == MODEL.CUSTOM and MODEL.process_rank() == 0:
+            say("lora: no Hugging Face class has this mixture of knobs; only this program will open the adapter")
         config.lora.attach(model, config.model.name or "", model.new_ids, config.training.seed)
     set_rates(config.training, model, rate, optim)
     if config.lora.loraplus_lr_ratio and not model.adapter:
@@ -554,8 +553,9 @@ def main(argv: list[str] | None = None) -> TRAIN.Result | None:
         return merge(config)
     if config.actions.dry_run:
         return dry_run(config)
-    labels = "python INFER.py --model {out} < lines.txt    # a label and its probability for each line"
-    return TRAIN.run_stage("sft", config, prepare, **({"show": labels} if config.sft.task == "classify" else {}))
+    model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
+    show = {"chat": f'echo "..." | python INFER.py {model}', "classify": f"python INFER.py {model} < lines.txt    # a label and its probability for each line"}
+    return TRAIN.run_stage("sft", config, prepare, show[config.sft.task])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Checks that need two processes, and the toy stream and losses that tests/test_train.py shares with them.
 
     torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER     writes FOLDER/rank0.json, FOLDER/rank1.json and run folders
+    torchrun --nproc_per_node 2 tests/two_ranks.py RUNS.json  runs SFT.py with each of its lists of arguments
 """
 
 import json
@@ -173,5 +174,15 @@ def main(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+def fine_tune(runs: list[list[str]]) -> None:
+    import SFT
+
+    TRAIN.Log.plot = SFT.Confusion.plot = lambda *_: None
+    for argv in runs:
+        SFT.main(argv)
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    given = Path(sys.argv[1])
+    fine_tune(json.loads(given.read_text())) if given.suffix == ".json" else main(given)
