@@ -417,6 +417,8 @@ def test_dry_run_shows_what_is_learnt(flags, capsys):
 
 def test_a_model_of_another_vocabulary_grows(tmp_path, flags, capsys):
     """GPT-2's case: its tokenizer has no chat tokens, so embedding and head get two rows more."""
+    from peft import AutoPeftModelForCausalLM
+
     plain = transformers.PreTrainedTokenizerFast(tokenizer_object=bare_backend(), eos_token="<|endoftext|>")
     config = MODEL.preset_config("gpt2-2m", vocab_size=len(plain), num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64,
                                  max_position_embeddings=128, eos_token_id=0, bos_token_id=0)
@@ -429,11 +431,13 @@ def test_a_model_of_another_vocabulary_grows(tmp_path, flags, capsys):
     assert hf.generation_config.eos_token_id == [len(plain) + 1, 0]
     capsys.readouterr()
     SFT.main([*flags, "--model", str(tmp_path / "base"), "--max-steps", "4", "--lora.r", "4", "--learning-rate", "1e-2", "--out", str(tmp_path / "lora")])
-    assert "only the merged folder" in capsys.readouterr().err
+    assert f"--adapter {tmp_path / 'lora'}" in capsys.readouterr().err.splitlines()[-1]
     SFT.main(["--merge", str(tmp_path / "lora"), "--out", str(tmp_path / "merged")])
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         expected = MODEL.load(tmp_path / "base", adapter=tmp_path / "lora")(ids).logits
+        theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").eval()(ids).logits
+        torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=1e-4)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits
         torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=1e-4)
 
