@@ -1564,6 +1564,8 @@ class ForeignConfig:
     eos_token_id: int | list | None = None
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
+    labels: list | None = None
+    num_labels: int = 1
     causal: bool = True
     eos_ids = ModelConfig.eos_ids
 
@@ -1576,18 +1578,20 @@ class ForeignModel(LanguageModel):
     obeys them is found out on a few random ids (`probe`); what it cannot do falls back to a slower way, with one line.
     """
 
-    def __init__(self, inner: nn.Module, head: str | tuple = "lm"):
+    def __init__(self, inner: nn.Module, head: str | tuple = "lm", labels: list | None = None):
         super().__init__()
         self.inner = inner
         c = inner.config.get_text_config()
         context = getattr(c, "max_position_embeddings", None) or getattr(c, "max_seq_len", None) or getattr(c, "n_positions", None) or 2048
         self.config = ForeignConfig(c.model_type, c.vocab_size, c.hidden_size, c.num_hidden_layers, context, c.bos_token_id, c.eos_token_id,
-                                    c.pad_token_id, c.tie_word_embeddings)
+                                    c.pad_token_id, c.tie_word_embeddings, labels, len(labels or ()) or c.num_labels)
         self.softcap = getattr(c, "final_logit_softcapping", None)
         kinds = set(getattr(c, "layer_types", None) or ())
         window = getattr(c, "sliding_window", None) if getattr(c, "use_sliding_window", True) else None
         self.windows = {kind: window if kind == "sliding_attention" else None for kind in kinds} if kinds else {"": window}
-        self.add_heads(head, c.hidden_size, c.num_labels)
+        self.add_heads(head, c.hidden_size, self.config.num_labels)
+        if "lm" not in self.heads and not c.tie_word_embeddings and inner.get_output_embeddings() is not None:
+            inner.get_output_embeddings().requires_grad_(False)  # nothing asks it
         self.abilities: dict[str, bool] | None = None
 
     @property
@@ -1678,8 +1682,9 @@ class ForeignModel(LanguageModel):
     def probe(self) -> None:
         """Compare each ability with the model's own plain forward on random ids."""
         self.abilities = {"head": True, "masks": True, "cache": True}
-        training = self.training
+        training, heads = self.training, self.heads
         self.eval()
+        self.heads = ("lm",)  # whatever will be asked: logits are compared
         if not self._is_causal():
             raise UserError(f"{self.config.model_type}: its tokens see those after them, so it is no causal language model; BERT is the encoder known here")
         short = min((w for w in self.windows.values() if w), default=0)
@@ -1718,6 +1723,7 @@ class ForeignModel(LanguageModel):
         same("masks", documents, second)
         same("cache", cached, torch.cat((plain, second), 1))
         self.train(training)
+        self.heads = heads
         name = self.config.model_type
         for ability, line in (("head", "has an output head of its own kind: whole logits are computed at once"),
                               ("masks", "takes no masks between documents: each becomes a padded row"),
@@ -1907,10 +1913,14 @@ def config_from_hub(raw: dict) -> ModelConfig:
         known = {"rope_type", "type", *ROPE_TYPES.get(rope.get("rope_type", rope.get("type")), ())}
         rope = {key: value for key, value in rope.items() if key in known}
         knobs.update(rope_theta=float(theta), rope_scaling=rope if rope.get("rope_type", rope.get("type")) else None)
-    if raw.get("id2label"):
-        knobs["labels"] = [name for _, name in sorted(raw["id2label"].items(), key=lambda item: int(item[0]))]
+    knobs["labels"] = hub_labels(raw)
     _family_quirks(kind, raw, knobs)
     return ModelConfig(**knobs)
+
+
+def hub_labels(raw: dict) -> list[str] | None:
+    """The names of a config.json's labels in their order."""
+    return [name for _, name in sorted(raw["id2label"].items(), key=lambda item: int(item[0]))] if raw.get("id2label") else None
 
 
 def _hub_knobs(kind: str) -> list[str]:
@@ -2133,10 +2143,12 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     if model.adapter:
         return _save_adapter(model, folder)
     if isinstance(model, ForeignModel):
-        state = {name: gathered(tensor) for name, tensor in model.inner.state_dict().items()}
+        state = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
         if process_rank() == 0:
+            inner, state = (_with_score(model, state) if model.heads == ("score",) else
+                            (model.inner, {name.removeprefix("inner."): tensor for name, tensor in state.items() if name.startswith("inner.")}))
             with staged(folder) as scratch:
-                model.inner.save_pretrained(scratch, state_dict=state)
+                inner.save_pretrained(scratch, state_dict=state)
         return
     state = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
     if process_rank() != 0:
@@ -2155,6 +2167,25 @@ def save(model: LanguageModel, folder: str | Path) -> None:
         stale = [path for path in Path(folder).glob("model*.safetensors*") if path.name not in new]
     for path in stale:  # shards of an earlier, larger model
         path.unlink()
+
+
+def _with_score(model: ForeignModel, state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """transformers' sequence classifier of a foreign architecture, without weights, and its weights."""
+    import copy
+
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(model.inner.config)
+    config.id2label = dict(enumerate(model.config.labels or (f"LABEL_{i}" for i in range(model.config.num_labels))))
+    config.label2id = {label: i for i, label in config.id2label.items()}
+    config.get_text_config().pad_token_id = model.config.pad_token_id
+    with torch.device("meta"):
+        shell = AutoModelForSequenceClassification.from_config(config)
+    wanted = set(shell.state_dict())
+    state = {name.removeprefix("inner."): tensor for name, tensor in state.items()}
+    if wanted - set(state):
+        raise UserError(f"model.name: transformers' classifier of a {model.config.model_type} has {sorted(wanted - set(state))[0]}, which is not made here")
+    return shell, {name: state[name] for name in sorted(wanted)}
 
 
 def resolve_folder(name: str) -> Path:
@@ -2350,7 +2381,7 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
         raise UserError(f"quantization: '{quantization}' is not one of {', '.join(QUANTIZATIONS)}")
     quantization = None if quantization == "none" else quantization
     if is_foreign(raw):
-        model = _load_foreign(folder, raw, dtype, device, attn_implementation, head, changes, quantization)
+        model = _load_foreign(folder, raw, dtype, device, attn_implementation, head, seed, changes, quantization)
     else:
         model = _load_own(folder, raw, dtype, device, attn_implementation, head, seed, changes, quantization)
     if adapter:
@@ -2402,13 +2433,16 @@ def _chosen_dtype(dtype, raw: dict, model: nn.Module, device) -> torch.dtype | N
     return supported_dtype(dtype, device) if isinstance(dtype, str) else dtype
 
 
-def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, changes, quantization) -> ForeignModel:
+def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, seed: int, changes, quantization) -> ForeignModel:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    talk = logging.get_verbosity()
     kind = raw.get("model_type")
+    changes, heads = dict(changes or {}), (head,) if isinstance(head, str) else head or folder_heads(raw)
+    labels = changes.pop("labels", None) or (hub_labels(raw) if "score" in folder_heads(raw) else None)
     if changes:
         raise UserError(f"model.{sorted(changes)[0]}: {kind} is computed by transformers and cannot be changed here")
     kernels = {"auto": None, "eager": "eager", "sdpa": "sdpa"}
@@ -2424,15 +2458,26 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
         dtype = _chosen_dtype(dtype, raw, ForeignModel(empty), device) or torch.float32
+        logging.set_verbosity_error()  # a report of heads that come or go
         inner = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernels[attn_implementation],
                                                      use_safetensors=None, weights_only=True, **options)
     except (KeyError, ValueError, OSError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"{folder}: model_type '{kind}' cannot be opened: it is none of {', '.join(FAMILIES)}, and transformers says: "
                         f"{_first_line(error)}") from None
-    model = ForeignModel(inner if quantization else inner.to(device or "cpu"), head or "lm").eval()
+    finally:
+        logging.set_verbosity(talk)
+    model = ForeignModel(inner if quantization else inner.to(device or "cpu"), heads, labels).eval()
+    if "score" in heads:
+        stored = dict(tensor for path in weight_files(folder) for tensor in read_tensors(path, "score.weight"))
+        drawn = torch.empty(model.score.weight.shape).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
+        model.score.weight.data = next(iter(stored.values()), drawn).to(model.device, model.dtype)
+        if model.score.weight.shape != drawn.shape:
+            raise UserError(f"{folder}: score.weight is {tuple(model.score.weight.shape)}, {len(labels or ())} labels make it {tuple(drawn.shape)}")
     if quantization:
         QUANT.keep_form(model, quantization)
     model.probe()
+    if "lm" not in heads and not model.abilities["head"]:
+        raise UserError(f"{folder}: transformers gives no hidden states of a {kind}, which another head could read")
     return model
 
 
@@ -2646,7 +2691,7 @@ def folder_labels(folder: Path) -> list[str] | None:
     if (folder / "adapter_config.json").exists():
         return adapter_labels(folder)
     raw = read_json(folder / "config.json")
-    return read_config(folder).labels if folder_heads(raw) == ("score",) and not is_foreign(raw) else None
+    return hub_labels(raw) if folder_heads(raw) == ("score",) else None
 
 
 def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) -> None:

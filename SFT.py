@@ -381,8 +381,8 @@ def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRA
     if tokenizer.pad_token_id is None:  # transformers finds a row's last token by it
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     known = MODEL.folder_labels(MODEL.resolve_folder(adapter or name)) if adapter or name else None
-    if name and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
-        raise UserError(f"model.name: {name} is computed by transformers, which has another head for labels; classify needs one of {', '.join(MODEL.FAMILIES)}")
+    if name and (adapter or config.lora.r) and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
+        raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora out, or use one of {', '.join(MODEL.FAMILIES)}")
     train, kept, labels = read_labelled(config, tokenizer, known)
     config.model.labels = labels
     asked = config.training.learning_rate, config.training.optim

@@ -796,6 +796,25 @@ def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, toke
     assert math.isclose(more.before["loss"], result.after["loss"], rel_tol=1e-4)
 
 
+def test_a_foreign_model_tells_labels_apart(label_flags, tmp_path, tokenizer):
+    config = transformers.GPTNeoXConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
+    TOKENIZER.save(tokenizer, tmp_path / "neox")
+    flags = [*label_flags, "--model", str(tmp_path / "neox")]
+    result = SFT.main([*flags, "--max-steps", "30", "--out", str(tmp_path / "out")])
+    assert result.after["loss"] < result.before["loss"] - 0.2
+    texts = [text for text, _ in sayings(5, seed=9)]
+    theirs = transformers.pipeline("text-classification", model=str(tmp_path / "out"), top_k=None)(texts)
+    ours = INFER.classify(MODEL.load(tmp_path / "out"), tokenizer, texts)
+    for shares, expected in zip(ours, theirs, strict=True):
+        named = dict(zip(["fox", "hill", "owl"], shares, strict=True))
+        assert named == pytest.approx({answer["label"]: answer["score"] for answer in expected}, abs=1e-4)
+    more = SFT.main([*flags, "--model", str(tmp_path / "out"), "--max-steps", "2", "--out", str(tmp_path / "more")])
+    assert math.isclose(more.before["loss"], result.after["loss"], rel_tol=1e-3)
+    with pytest.raises(UserError, match="its new head cannot join an adapter"):
+        SFT.main([*flags, "--lora.r", "2", "--out", str(tmp_path / "no")])
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_a_label_adapter_works_here_and_in_peft(kind, label_flags, tmp_path, tokenizer, capsys):
     from peft import AutoPeftModelForSequenceClassification
