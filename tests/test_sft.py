@@ -576,6 +576,55 @@ def test_adapters_of_renamed_families_work_in_peft_and_back(kind, form, tmp_path
         torch.testing.assert_close(back(ids).logits, logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_frozen_matrices_in_sixteen_bits_change_no_bit(tied, tmp_path):
+    """Under autocast, which would convert them at each use."""
+    config = MODEL.ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, attention_bias=True,
+                               max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.2)
+    MODEL.save(MODEL.build(config, seed=1), tmp_path)
+    ids = torch.randint(0, 320, (2, 17), generator=torch.Generator().manual_seed(0))
+
+    def gradients(narrow):
+        model = MODEL.load(tmp_path).train()
+        MODEL.attach_lora(model, tmp_path, r=4)
+        for name, weight in model.named_parameters():
+            weight.data += 0.1 * ("lora_B" in name)
+        if narrow:
+            MODEL.narrow_frozen(model, torch.bfloat16)
+            kinds = {name: weight.dtype for name, weight in model.named_parameters()}
+            assert kinds["model.layers.0.mlp.up_proj.base_layer.weight"] == torch.bfloat16 and kinds["model.norm.weight"] == torch.float32
+            assert kinds["model.embed_tokens.weight"] == torch.float32 and all("lora" not in name or kind == torch.float32 for name, kind in kinds.items())
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = -model(ids[:, :-1], targets=ids[:, 1:]).logprobs.mean()
+        loss.backward()
+        return loss.detach(), torch.cat([w.grad.flatten() for w in model.parameters() if w.requires_grad])
+
+    for one, other in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_lean_product_is_pefts(dropout, tmp_path):
+    """Outputs and gradients of our forward against peft's own, with a bias, dropout, and 3-D and 2-D inputs."""
+    config = MODEL.ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, attention_bias=True)
+    model = MODEL.build(config)
+    MODEL.attach_lora(model, "x", r=4, lora_alpha=6, lora_dropout=dropout)
+    layer = model.model.layers[0].self_attn.q_proj.train()
+    layer.lora_B["default"].weight.data.normal_()
+    for shape in ((2, 5, 32), (7, 32)):
+        hidden, results = torch.randn(shape, requires_grad=True), []
+        for forward in (layer.forward, type(layer).forward.__get__(layer)):
+            layer.zero_grad()
+            hidden.grad = None
+            torch.manual_seed(0)
+            out = forward(hidden)
+            out.square().sum().backward()
+            results.append([out, hidden.grad.clone(), layer.lora_A["default"].weight.grad.clone(), layer.lora_B["default"].weight.grad.clone()])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+    assert layer.forward is not type(layer).forward and layer.forward.func is MODEL.adapted_product
+
+
 def test_adapters_for_another_base_and_targets_that_fit_nothing_are_one_line(model_folder, tmp_path):
     model = MODEL.load(model_folder)
     with pytest.raises(UserError, match="lora.target_modules: .'nope'. fits no layer of this model .*; it has down_proj, gate_proj"):
@@ -794,6 +843,12 @@ def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, toke
         SFT.main(["--model", str(tmp_path / "whole"), "--data", str(write(tmp_path / "a.jsonl", [{"messages": ASKED}])), "--out", str(tmp_path / "no")])
     more = SFT.main([*label_flags, "--model", str(tmp_path / "whole"), "--max-steps", "2", "--out", str(tmp_path / "more")])
     assert math.isclose(more.before["loss"], result.after["loss"], rel_tol=1e-4)
+
+
+def test_dry_run_shows_texts_and_labels(label_flags, capsys):
+    SFT.main([*label_flags, "--dry-run"])
+    shown = capsys.readouterr().out
+    assert sum(f"{text} \033[32m{label}\033[0m" in shown for text, label in sayings(8)) == 3 and "tokens a text: median" in shown
 
 
 def test_a_foreign_model_tells_labels_apart(label_flags, tmp_path, tokenizer):
