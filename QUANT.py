@@ -91,7 +91,7 @@ class Packer:
             packed = nn4.Params4bit(weight, False, quant_type="nf4", blocksize=self.group_size, module=layer)
         else:
             layer = nn4.Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0, device="meta")
-            packed = nn4.Int8Params(weight, False)
+            packed = nn4.Int8Params(weight.cpu(), False)  # packed on its way from there
         layer.weight, layer.bias = packed.to(self.device), plain.bias
         return layer.train(plain.training)
 
