@@ -726,7 +726,7 @@ def run_fill(session: Session, actions, prompt: str | None) -> None:
 def classify(model, tokenizer, texts: list[str]) -> list[list[float]]:
     """Probabilities of the labels for each text, in the order of `model.config.labels`; the bare score of a model with one output."""
     context = model.config.max_position_embeddings
-    ids = [TOKENIZER.encode_prompt(tokenizer, text)[:context] for text in texts]
+    ids = [tokenizer(text, truncation=True, max_length=context).input_ids for text in texts]
     shape = len(ids), max(map(len, ids))
     inputs, positions = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     for row, own in enumerate(ids):
@@ -744,25 +744,29 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
     refuse_sampling(session, "tells labels apart")
     labels = session.model.config.labels or [f"LABEL_{i}" for i in range(session.model.config.num_labels)]
 
-    def texts() -> Iterator[str]:
+    def texts() -> Iterator[tuple[dict, str]]:
         for number, line in enumerate([prompt] if prompt is not None and not piped else prompt.split("\n") if piped else read_stdin(), 1):
-            if actions.jsonl and line.strip():
+            record: dict = {}
+            if actions.jsonl:
+                if not line.strip():
+                    continue
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise UserError(f"stdin:{number}: not valid JSON ({error.msg})") from None
+                    raise UserError(f"stdin:{number}: not valid JSON ({error.msg} at column {error.colno})") from None
                 line = record.get("text", record.get("prompt")) if isinstance(record, dict) else None
-                if not isinstance(line, str):
+                if not isinstance(line, str) or not line.strip():
                     raise UserError(f"stdin:{number}: an object with a text is expected, as in {{\"text\": \"...\"}}")
-            yield line.rstrip("\r\n")
+            yield record, line.rstrip("\r\n")
 
     for group in batches(texts(), session.settings.batch_size):
-        given = iter(classify(session.model, session.tokenizer, full) if (full := [text for text in group if text.strip()]) else ())
-        for text in group:
+        full = [text for _, text in group if text.strip()]
+        given = iter(classify(session.model, session.tokenizer, full) if full else ())
+        for record, text in group:
             shares = dict(zip(labels, next(given), strict=True)) if text.strip() else {}
             best = max(shares, key=shares.get) if shares else ""
             if actions.jsonl:
-                print(json.dumps({"label": best or None, "probabilities": shares}))
+                print(json.dumps({**record, "label": best, "probabilities": shares}, ensure_ascii=False))
             elif len(shares) == 1:
                 print(f"{shares[best]:.4f}")
             else:

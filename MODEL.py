@@ -1914,6 +1914,8 @@ def config_from_hub(raw: dict) -> ModelConfig:
         rope = {key: value for key, value in rope.items() if key in known}
         knobs.update(rope_theta=float(theta), rope_scaling=rope if rope.get("rope_type", rope.get("type")) else None)
     knobs["labels"] = hub_labels(raw)
+    if folder_heads(raw) == ("score",) and "num_labels" not in raw:
+        knobs["num_labels"] = 2  # what transformers does not write down
     _family_quirks(kind, raw, knobs)
     return ModelConfig(**knobs)
 
@@ -1988,7 +1990,7 @@ def config_to_hub(config: ModelConfig, heads: tuple = ("lm",)) -> dict:
         if same and all(own[name] for name in family.needs):
             head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM" if config.causal else "ForMaskedLM"
             return {"architectures": [family.prefix + ("ForSequenceClassification" if heads == ("score",) else head)], **raw}
-    return {"architectures": ["Custom"], **own, "model_type": CUSTOM}
+    return {"architectures": ["CustomForSequenceClassification" if heads == ("score",) else "Custom"], **own, "model_type": CUSTOM}
 
 
 def say_portability(config: ModelConfig) -> None:
@@ -2005,17 +2007,10 @@ KNOWN_BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.att
                            r"|^cls\.seq_relationship\.")
 
 
-def hub_name(kind: str, name: str) -> str:
-    """model.layers.0.self_attn.o_proj.weight -> transformer.h.0.attn.c_proj.weight, in a gpt2."""
+def hub_name(kind: str, name: str, back: bool = False) -> str:
+    """model.layers.0.self_attn.o_proj.weight -> transformer.h.0.attn.c_proj.weight, in a gpt2; `back` the other way."""
     for ours, theirs in FAMILIES[kind].parts if kind in FAMILIES else ():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def own_name(kind: str, name: str) -> str:
-    """The other way round."""
-    for ours, theirs in FAMILIES[kind].parts if kind in FAMILIES else ():
-        name = name.replace(theirs, ours)
+        name = name.replace(theirs, ours) if back else name.replace(ours, theirs)
     return name
 
 
@@ -2066,7 +2061,7 @@ def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor, extra_layer
         name = name.replace("cls.predictions.decoder.bias", "cls.predictions.bias")  # one bias under two names
     if kind == "gpt2" and re.search(r"\.c_\w+\.weight$", name):
         tensor = tensor.t()
-    name = own_name(kind, name)
+    name = hub_name(kind, name, back=True)
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer and 0 <= int(layer[1]) - config.num_hidden_layers < extra_layers:
         return []
@@ -2142,6 +2137,8 @@ def save(model: LanguageModel, folder: str | Path) -> None:
 
     if model.adapter:
         return _save_adapter(model, folder)
+    if model.quantization != "none":
+        raise ValueError("packed weights are a form of computation and are not saved; save the model that they were packed from")
     if isinstance(model, ForeignModel):
         state = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
         if process_rank() == 0:
@@ -2510,7 +2507,8 @@ def adapted_product(layer, usual: Callable, hidden: Tensor) -> Tensor:
     """W x + B (alpha / r A x), as peft's forward, which scales and adds in passes of their own over the full width: here
     the scale falls on r numbers a token, and the last product adds into W x. Anything but one plain adapter is peft's."""
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
-    if name not in layer.lora_A or layer.disable_adapters or layer.merged or name in layer.lora_variant:
+    plain = name in layer.lora_A and not (layer.disable_adapters or layer.merged or name in layer.lora_variant)
+    if not plain or layer.lora_B[name].bias is not None:
         return usual(hidden)
     flat = hidden.flatten(0, -2)  # (N, in): adding into a view would copy its gradient
     out = layer.base_layer(flat)
@@ -2531,9 +2529,13 @@ def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = 
     so that nothing changes until B learns. `options` are those of peft's LoraConfig."""
     peft = _peft()
     host = model.inner if isinstance(model, ForeignModel) else model
-    targets = linear_names(host) if list(target_modules) == ["all-linear"] else list(target_modules)
-    if options.get("use_dora") and model.config.model_type == "gpt2" and len({"q_proj", "k_proj", "v_proj"} & set(targets)) in (1, 2):
-        raise UserError("lora.target_modules: with use_dora name q_proj, k_proj and v_proj together; a gpt2 folder keeps them as one product")
+    names, everywhere = linear_names(host), list(target_modules) == ["all-linear"]
+    packed = model.quantization != "none"
+    if packed and any(isinstance(m, Experts) for m in host.modules()):  # peft would mean the experts by these
+        names = [name for name in names if name not in ("gate_proj", "up_proj", "down_proj")]
+    targets = names if everywhere else list(target_modules)
+    if options.get("use_dora") and model.quantization == "int8":
+        raise UserError("lora.use_dora: does not work on int8 weights; take --model.quantization nf4, or leave it out")
     if "score" in model.heads:  # the new head learns whole, and is saved beside the adapter
         options.update(modules_to_save=["score"])
     task = "SEQ_CLS" if model.heads == ("score",) else "CAUSAL_LM" if getattr(model.config, "causal", True) else None
@@ -2543,13 +2545,19 @@ def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = 
             torch.manual_seed(seed)
             _inject(config, host)
     except ValueError as error:
-        names = ", ".join(linear_names(host))
-        raise UserError(f"lora.target_modules: {targets} fits no layer of this model ({_first_line(error)}); it has {names}") from None
+        raise UserError(f"lora.target_modules: {', '.join(targets)} cannot get adapters in this model ({_first_line(error)}); its layers are {', '.join(names)}") from None
     model.adapter = config
     tuned = tuple(name + "." for name, m in host.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer))
+    if options.get("use_dora") and model.config.model_type == "gpt2" and not isinstance(model, ForeignModel):
+        for layer in {name.partition("self_attn.")[0] for name in tuned}:
+            if sum(f"{layer}self_attn.{part}_proj." in tuned for part in "qkv") in (1, 2):
+                raise UserError("lora.target_modules: with use_dora name q_proj, k_proj and v_proj together; a gpt2 folder keeps them as one product")
+    if packed and config.target_parameters:
+        raise UserError(f"lora.target_modules: {', '.join(targets)} means the experts, and packed ones take no adapter; name layers of the attention")
+    inside = {id(m) for layer in layers_of(host) for m in layer.modules()}
     left = {".".join(name.split(".")[-2:]) for name, m in host.named_modules()
-            if (isinstance(m, (Experts, nn.Linear)) and "layers." in name and not f"{name}.".startswith(tuned))}
-    if left and list(target_modules) == ["all-linear"] and process_rank() == 0:  # peft means some of a mixture's parts only
+            if isinstance(m, (Experts, nn.Linear)) and id(m) in inside and not f"{name}.".startswith(tuned)}
+    if left and everywhere and process_rank() == 0:  # peft means some of a mixture's parts only
         say(f"lora: no adapter on {', '.join(sorted(left))}, which stay as they are")
 
 
@@ -2639,18 +2647,24 @@ def adapter_to_hub(kind: str, config, state: dict[str, Tensor]) -> tuple:
 def adapter_from_hub(kind: str, config, state: dict[str, Tensor]) -> tuple:
     """The way back. Where q, k and v use different rows of A they are taken apart as they were joined; else all get all of it."""
     own, scales = {}, {}
+    if config.bias != "none" or config.lora_bias or isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
+        raise UserError("its bias, lora_bias or init_lora_weights goes beyond low-rank pairs, which are all that is read of this family")
+    if isinstance(config.trainable_token_indices, dict) and len(config.trainable_token_indices) == 1:
+        config.trainable_token_indices = next(iter(config.trainable_token_indices.values()))  # the embedding under its own name
+    if set(config.modules_to_save or ()) - {"pooler", "classifier", "score"}:
+        raise UserError(f"its modules_to_save {sorted(config.modules_to_save)} are not read of this family")
     for name, tensor in state.items():
         module = _module_of(name)
         if ".attn.c_attn." not in name:
-            own[own_name(kind, name)] = tensor
+            own[hub_name(kind, name, back=True)] = tensor
             if name.endswith("lora_A.weight"):
-                scales[own_name(kind, f"{module}.").removesuffix(".")] = _scale(config, module, len(tensor))
+                scales[hub_name(kind, f"{module}.", back=True).removesuffix(".")] = _scale(config, module, len(tensor))
         elif name.endswith("lora_A.weight"):
             below = state[f"{module}.lora_B.weight"].unflatten(0, (3, -1))  # (3, C, r): what q, k and v get
             used = below.any(1)  # (3, r): which rows of A each of them uses
             apart = not (used.sum(0) > 1).any() and (used.any(1).all() if config.use_dora else used.any())
             for part, rows, block in zip("qkv", used if apart else torch.ones_like(used), below, strict=True):
-                target = own_name(kind, f"{module}.").replace("attn.c_attn.", f"self_attn.{part}_proj.")
+                target = hub_name(kind, f"{module}.", back=True).replace("attn.c_attn.", f"self_attn.{part}_proj.")
                 if rows.any():
                     own |= {f"{target}lora_A.weight": tensor[rows], f"{target}lora_B.weight": block[:, rows]}
                     scales[target.removesuffix(".")] = _scale(config, module, len(tensor))
@@ -2658,8 +2672,8 @@ def adapter_from_hub(kind: str, config, state: dict[str, Tensor]) -> tuple:
                     own[f"{target}lora_magnitude_vector"] = state[f"{module}.lora_magnitude_vector"].chunk(3)["qkv".index(part)]
     config = _with_targets(config, own, scales)
     config.fan_in_fan_out = False
-    if kind == "bert" and config.modules_to_save:
-        config.modules_to_save = ["score" if "score.dense.weight" in own else "score.out_proj"]
+    if config.modules_to_save:
+        config.modules_to_save = ["score.out_proj" if "score.out_proj.weight" in own and "score.dense.weight" not in own else "score"]
     return config, own
 
 
@@ -2703,8 +2717,17 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
     host = model.inner if isinstance(model, ForeignModel) else model
     config.inference_mode = not train
     state = {name.removeprefix("base_model.model."): tensor for name, tensor in read_tensors(folder / "adapter_model.safetensors")}
+    if config.use_dora and model.quantization == "int8":
+        raise UserError(f"{folder}: a DoRA adapter, which does not work on int8 weights; take --model.quantization nf4, or none")
+    if model.quantization != "none" and any(".experts." in name for name in state):
+        raise UserError(f"{folder}: has adapters on experts, which packed weights do not take; leave out model.quantization")
     if not isinstance(model, ForeignModel) and model.config.model_type in RENAMED:
-        config, state = adapter_from_hub(model.config.model_type, config, state)
+        try:
+            config, state = adapter_from_hub(model.config.model_type, config, state)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+    if "score" in model.heads and not config.modules_to_save:
+        raise UserError(f"{folder}: an adapter without a head for labels; merge it (SFT.py --merge) and start from the merged folder")
     try:
         _inject(config, host)
         result = peft.set_peft_model_state_dict(host, state)
@@ -2721,11 +2744,14 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
 @torch.no_grad()
 def narrow_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
     """Hold frozen matrices in the type that autocast multiplies them in: the same products bit for bit, half the
-    memory, and nothing to convert at each use. Whatever is used in another way (embeddings, norms) stays as it is."""
+    memory, and nothing to convert at each use. Whatever is used in another way stays as it is: embeddings, norms, and
+    what DoRA takes lengths of or experts' adapters are added to."""
+    if model.adapter.use_dora or model.adapter.target_parameters:
+        return
     embedding = model.get_input_embeddings().weight
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if type(module) is nn.Linear and not weight.requires_grad and weight is not embedding:
+        if type(module) is nn.Linear and not weight.requires_grad and weight is not embedding or type(module) is Experts:
             module.to(dtype)
         elif getattr(weight, "quant_state", None) is not None:
             weight.quant_state.dtype = dtype
@@ -2757,6 +2783,7 @@ def merge_adapter(model: LanguageModel) -> None:
 
 QUANTIZATIONS = ("none", "nf4", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # training.mixed_precision
 
 
 def choose_device(name: str = "auto") -> torch.device:

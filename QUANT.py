@@ -3,7 +3,7 @@
 Two forms of frozen weights, both bitsandbytes': `nf4` (4 bits, QLoRA's) and `int8`. `MODEL.load(..., quantization="nf4")`
 packs each weight as it is read, so memory never holds the whole model in full; adapters (`SFT.py --lora.r 16`) learn on top.
 
-    python QUANT.py --model out                                      # what either form saves, and what it costs
+    python QUANT.py --model out                                      # what a packed form saves, and what it costs (--method int8)
     python SFT.py --model gpt2-xl --data mine.jsonl --lora.r 16 --model.quantization nf4
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,21 +46,27 @@ def bitsandbytes():
 class Unpacked(nn.Module):
     """A parametrization: the parameter is kept packed and unpacked at each use."""
 
-    def __init__(self, unpack: Callable[[Tensor], Tensor]):
+    def __init__(self, scale: Tensor | None = None, state=None):
         super().__init__()
-        self.unpack = unpack
+        self.register_buffer("scale", scale)  # of int8
+        self.state = state  # bitsandbytes' QuantState, of nf4
 
     @torch.no_grad()
     def forward(self, packed: Tensor) -> Tensor:
-        return self.unpack(packed)
+        return packed * self.scale if self.state is None else bitsandbytes().functional.dequantize_4bit(packed, self.state)
+
+    def _apply(self, function, recurse: bool = True):
+        if self.state is not None:
+            self.state.to(function(self.state.absmax).device)
+        return super()._apply(function, recurse)
 
 
 class Packer:
     """Puts the packed form of weights where a model's full ones stood: `packer(name, weight)`, True if it took it.
 
     nf4 (Dettmers 2023, section 3): each group of weights is divided by its largest and rounded to the nearest of 16
-    quantiles of a normal distribution; the scales are themselves 8-bit numbers. int8 (Dettmers 2022): one scale a row,
-    and inputs above 6 are multiplied apart. Embedding, output head, norms and routers stay as they are.
+    quantiles of a normal distribution; the scales are themselves 8-bit numbers. int8 (Dettmers 2022): one scale a row;
+    CUDA rounds the inputs too, but for those above 6. Embedding, output head, norms and routers stay as they are.
     """
 
     def __init__(self, model: MODEL.LanguageModel, method: str, group_size: int = 64, device=None):
@@ -97,15 +102,16 @@ class Packer:
 
     def _stacked(self, experts: MODEL.Experts, part: str, weight: Tensor) -> None:
         """Experts (E, out, in) are unpacked together, and again in backward, so that one layer's exist at a time."""
-        functional, weight = self.bnb.functional, weight.to(self.device)
+        weight = weight.to(self.device)
         if self.method == "nf4":
-            packed, state = functional.quantize_4bit(weight, blocksize=self.group_size, compress_statistics=True, quant_type="nf4")
-            unpack = partial(functional.dequantize_4bit, quant_state=state)
+            options = dict(blocksize=self.group_size, compress_statistics=True, quant_type="nf4")
+            packed, state = self.bnb.functional.quantize_4bit(weight, **options)
+            unpacked = Unpacked(state=state)
         else:
             scale = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127  # (E, out, 1)
-            packed, unpack = (weight / scale).round().to(torch.int8), scale.mul
+            packed, unpacked = (weight / scale).round().to(torch.int8), Unpacked(scale)
         setattr(experts, part, nn.Parameter(packed, requires_grad=False))
-        parametrize.register_parametrization(experts, part, Unpacked(unpack), unsafe=True)
+        parametrize.register_parametrization(experts, part, unpacked, unsafe=True)
         if "forward" not in vars(experts):
             experts.forward = partial(checkpoint, experts.forward, use_reentrant=False)
 
@@ -146,10 +152,13 @@ SECTIONS = {**INFER.SECTIONS, "quantization": QuantizationSection}
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, shared ones once, with the scales of packed ones."""
-    states = [weight.quant_state for weight in model.parameters() if getattr(weight, "quant_state", None)]
-    scales = [scale for state in states for scale in (state.absmax, *([state.state2.absmax] if state.nested else []))]
-    scales += [weight.SCB for weight in model.parameters() if getattr(weight, "SCB", None) is not None]
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *scales))
+    states, scales = [], []
+    for module in model.modules():
+        states += [state for state in (getattr(getattr(module, "weight", None), "quant_state", None), getattr(module, "state", None)) if hasattr(state, "absmax")]
+        held = (getattr(getattr(module, "weight", None), "SCB", None), getattr(getattr(module, "state", None), "SCB", None), getattr(module, "scale", None))
+        scales += [next((scale for scale in held if scale is not None), None)]
+    scales += [scale for state in states for scale in (state.absmax, state.state2.absmax if state.nested else None)]
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *scales) if tensor is not None)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -157,19 +166,25 @@ def main(argv: list[str] | None = None) -> None:
     name, section = config.model.name, config.quantization
     if not name:
         raise UserError("model.preset: fresh weights say nothing about what packing costs; name a trained model with --model")
+    if config.model.quantization != "none":
+        raise UserError("model.quantization: has no effect here, where both forms are compared; say --method")
+    if section.method == "int8" and section.group_size != 64:
+        raise UserError("quantization.group_size: int8 has one scale for each row; leave it out")
     device = MODEL.choose_device(config.model.device)
     tokenizer = TOKENIZER.load(config.tokenizer.name or name)
     texts = list(itertools.islice(TOKENIZER.sample_texts(config.data), 100))
     rows = []
     for method in dict.fromkeys(("none", section.method)):
         model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation, changes=MODEL.overrides(config.model))
-        if not model.config.causal:
-            raise UserError(f"model.name: {name} is an encoder; its texts have no probability to compare")
+        if "lm" not in model.heads or not model.config.causal:
+            raise UserError(f"model.name: {name} gives texts no probability that could be compared; name a causal language model")
         if method != "none":
             quantize(model, method, section.group_size)
         say(f"{method}: reading {len(texts)} texts")
         start = time.perf_counter()
-        rows.append((method, weight_bytes(model), INFER.score(model, tokenizer, texts), time.perf_counter() - start))
+        score = INFER.score(model, tokenizer, texts)
+        rows.append((method, weight_bytes(model), score, time.perf_counter() - start))
+        del model
     print(f"{'form':6} {'weights':>13} {'nats a token':>13} {'perplexity':>11} {'tokens/s':>9}")
     for method, size, score, seconds in rows:
         print(f"{method:6} {size / 1e6:10,.2f} MB {score['loss']:13.4f} {score['perplexity']:11.3f} {score['tokens'] / seconds:9,.0f}")

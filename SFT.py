@@ -229,6 +229,8 @@ def read_labelled(config, tokenizer, known: list[str] | None) -> tuple[list[Labe
             if str(name) not in weights or isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
                 raise UserError(f"sft.class_weights: {name}: {weight} does not give one of {', '.join(labels)} a weight of 0 or more")
             weights[str(name)] = float(weight)
+    mean = sum(weights[item.record["label"]] for item in train) / len(train)  # 1 on average, so that steps keep their size
+    weights = {name: weight / mean for name, weight in weights.items()} if mean else weights
     numbers = {name: i for i, name in enumerate(labels)}
     for items, worth in ((train, weights), (kept, dict.fromkeys(labels, 1.0))):
         for item in items:
@@ -303,8 +305,8 @@ def with_answers(evaluate: Callable | None, talks: list[Talk], tokenizer, config
 # ---------------------------------------------------------------------------------------------- classification
 
 
-def label_scores(model, batch: dict, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(scores (N, L), labels (N,), weights (N,)) of the N texts of a batch: read off a decoder's last token, which has
+def label_scores(model, batch: dict, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(scores (N, L), labels (N,), weights (N,), balance loss) of the N texts of a batch: read off a decoder's last token, which has
     seen the whole text, or an encoder's first."""
     targets = batch["targets"].flatten()
     last = (targets != -100).nonzero()[:, 0]  # (N,)
@@ -313,17 +315,17 @@ def label_scores(model, batch: dict, causal: bool) -> tuple[Tensor, Tensor, Tens
         position = batch["positions"].flatten()[last] if "positions" in batch else last % batch["targets"].shape[1]
         places = last - position
     out = model(batch["input_ids"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), want=("scores",))
-    return out.scores.flatten(0, 1)[places], targets[last], batch["weights"].flatten()[last]
+    return out.scores.flatten(0, 1)[places], targets[last], batch["weights"].flatten()[last], out.aux_loss
 
 
 def label_loss(causal: bool) -> Callable:
     """loss_fn for `fit`: cross-entropy of the labels, each counting as much as its class weight."""
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        scores, labels, weights = label_scores(model, batch, causal)
+        scores, labels, weights, balance = label_scores(model, batch, causal)
         loss = (F.cross_entropy(scores, labels, reduction="none") * weights).sum() / totals["tokens"]
         right = ((scores.argmax(-1) == labels) * weights).sum() / totals["tokens"]
-        return loss, {"loss": loss.detach(), "accuracy": right.detach()}
+        return loss + balance / totals["micro_batches"], {"loss": loss.detach(), "accuracy": right.detach()}
 
     return loss_fn
 
@@ -340,7 +342,7 @@ class Confusion:
         sums = torch.zeros(size * size + 1, dtype=torch.float64)
         for batch in TRAIN.own_share(self.batches):
             batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            scores, labels, _ = label_scores(model, {"weights": batch["targets"], **batch}, self.causal)
+            scores, labels, *_ = label_scores(model, {"weights": batch["targets"], **batch}, self.causal)
             sums[:-1] += torch.bincount(size * labels + scores.argmax(-1), minlength=size * size).cpu()
             sums[-1] += float(F.cross_entropy(scores, labels, reduction="sum"))
         *counts, nats = TRAIN.all_sum(sums.tolist(), model.device)
@@ -367,7 +369,7 @@ class Confusion:
         figure = Figure(figsize=(1.5 + 0.8 * len(self.labels), 1.2 + 0.7 * len(self.labels)), layout="constrained")
         axes = figure.add_subplot(title="held-out texts", xlabel="given label", ylabel="true label")
         axes.imshow(self.counts / self.counts.sum(1, keepdims=True).clip(min=1), cmap="Blues", vmin=0, vmax=1)
-        for (row, column), count in np.ndenumerate(self.counts):
+        for (row, column), count in np.ndenumerate(self.counts) if len(self.labels) <= 30 else ():
             axes.text(column, row, f"{count:,}", ha="center", va="center", color="white" if count > self.counts[row].sum() / 2 else "black")
         axes.set_xticks(range(len(self.labels)), self.labels, rotation=30, ha="right")
         axes.set_yticks(range(len(self.labels)), self.labels)
@@ -381,6 +383,8 @@ def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRA
     if tokenizer.pad_token_id is None:  # transformers finds a row's last token by it
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     known = MODEL.folder_labels(MODEL.resolve_folder(adapter or name)) if adapter or name else None
+    if config.model.num_labels is not None or config.model.labels not in (None, known):
+        raise UserError("model.labels: are those of the data (and model.num_labels is their number); leave both out")
     if name and (adapter or config.lora.r) and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
         raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora out, or use one of {', '.join(MODEL.FAMILIES)}")
     train, kept, labels = read_labelled(config, tokenizer, known)
@@ -512,6 +516,8 @@ def convert(config) -> None:
 
 def merge(config) -> None:
     """An adapter added to its base's weights: a folder like any other model's. Both must give the same logits."""
+    if config.model.quantization != "none":
+        raise UserError("model.quantization: an adapter is merged into its base's full weights; leave it out")
     folder = Path(config.actions.merge)
     named, base = MODEL.adapter_config(folder).base_model_name_or_path, config.model.name
     base = named if named and not (Path(base or "").is_dir() and str(named).startswith((".", "/")) and not Path(named).is_dir()) else base

@@ -520,8 +520,8 @@ def _read_table(path: Path, suffix: str) -> Iterator[tuple[str, dict]]:
     if suffix == ".tsv":
         with _open(path) as file, suppress(UnicodeDecodeError, EOFError, zlib.error, OSError):  # said below, with a line
             try:
-                for _ in csv.reader(file, strict=True, **options):
-                    pass
+                if any("\t" in cell for row in csv.reader(file, strict=True, **options) for cell in row):
+                    raise csv.Error("two quotes of different rows")
             except csv.Error:
                 options["quoting"] = csv.QUOTE_NONE
     with _open(path) as file:

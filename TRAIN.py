@@ -235,7 +235,7 @@ class Run:
         self.mixed = mixed
 
     def autocast(self):
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed)
+        dtype = MODEL.AUTOCAST.get(self.mixed)
         return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
 
 
@@ -536,7 +536,7 @@ class Trainer:
         speed = self.log.tokens_per_second(self.tokens)
         record["tokens_per_second"] = round(speed, 1)
         if self.flops:
-            peak = MODEL.matmul_flops({"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed, torch.float32), self.device.type)
+            peak = MODEL.matmul_flops(MODEL.AUTOCAST.get(self.mixed, torch.float32), self.device.type)
             record["peak_share"] = round(self.flops * speed / (peak * self.run.world_size), 4)
         self.log.write(record)
         share = self.steps / self.total_steps if self.total_steps else min(1.0, self.elapsed() / (60 * self.training.max_minutes))
@@ -1178,7 +1178,7 @@ def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | 
         stage = prepare(config, checkpoint, device)
         mixed = precision(config.training, config.model.dtype, device)
         if getattr(stage.model, "adapter", None) and mixed != "no":
-            MODEL.narrow_frozen(stage.model, {"bf16": torch.bfloat16, "fp16": torch.float16}[mixed])
+            MODEL.narrow_frozen(stage.model, MODEL.AUTOCAST[mixed])
         text = MODEL.config_text(config)
         if MODEL.process_rank() == 0:
             say(text.rstrip())

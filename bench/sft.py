@@ -122,7 +122,7 @@ def plain(folder: str, talks, half: bool) -> tuple[float, list[float]]:
     return time.perf_counter() - start, losses
 
 
-def trl(folder: str, talks, half: bool, **more) -> tuple[float, list[float]]:
+def trl(folder: str, talks, half: bool) -> tuple[float, list[float]]:
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -131,7 +131,7 @@ def trl(folder: str, talks, half: bool, **more) -> tuple[float, list[float]]:
         settings = SFTConfig(out, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.0,
                              logging_steps=1, report_to="none", save_strategy="no", train_sampling_strategy="sequential", bf16=half, use_cpu=DEVICE == "cpu",
                              gradient_checkpointing=False, optim="adamw_torch_fused", max_length=None, disable_tqdm=True, dataset_num_proc=None,
-                             dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=DEVICE != "cpu", **more)
+                             dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=DEVICE != "cpu")
         trainer = SFTTrainer(peer(folder), settings, train_dataset=Dataset.from_list(labelled(talks)), processing_class=AutoTokenizer.from_pretrained(f"{folder}/base"))
         trainer.log = lambda logs, *_: logged.append(logs)
         logged: list[dict] = []

@@ -58,7 +58,7 @@ def test_packed_weights_are_the_published_form(method, knobs, tmp_path):
     # The scales of nf4 are 8-bit numbers themselves (double quantization), which moves weights by under a percent;
     # int8 rounds weights in float16 on their way.
     assert (ours - by_hand).std() < (0.06 if method == "nf4" else 0.02) * exact.std()
-    assert (ours - exact).std() > 2 * (ours - by_hand).std() or method == "int8"
+    assert (ours - exact).std() > (2 if method == "nf4" else 0.5) * (ours - by_hand).std() and not torch.equal(ours, exact)
     torch.testing.assert_close(ours, in_place, atol=1e-6, rtol=1e-6)
     share = QUANT.weight_bytes(packed) / QUANT.weight_bytes(MODEL.load(folder))
     assert share < (0.45 if method == "nf4" else 0.55)
@@ -158,5 +158,9 @@ def test_the_table_of_what_packing_costs(tmp_path, model_folder, text_file, caps
     plain, packed = plain.split(), packed.split()
     assert plain[0] == "none" and packed[0] == "int8" and float(packed[1]) < float(plain[1])
     texts = TOKENIZER.sample_texts(TOKENIZER.DataSection(train=[str(text_file)]))
+    with pytest.raises(UserError, match="gives texts no probability"):
+        MODEL.save(MODEL.build(MODEL.read_config(model_folder), head="score"), tmp_path / "labels")
+        TOKENIZER.save(TOKENIZER.load(model_folder), tmp_path / "labels")
+        QUANT.main(["--model", str(tmp_path / "labels"), "--data", str(text_file)])
     reference = INFER.score(MODEL.load(model_folder), TOKENIZER.load(model_folder), itertools.islice(texts, 100))
     assert math.isclose(float(plain[3]), reference["loss"], abs_tol=1e-4)

@@ -394,7 +394,7 @@ def test_held_out_files_belong_to_their_data():
 @pytest.mark.parametrize("wrong, message", [
     (["--sft.padding_free", "true"], "sft.padding_free: packed rows have no padding"),
     (["--lora.loraplus_lr_ratio", "4"], "lora.loraplus_lr_ratio: needs an adapter"),
-    (["--lora.r", "2", "--lora.target_modules", "[nope]"], "lora.target_modules: .'nope'. fits no layer"),
+    (["--lora.r", "2", "--lora.target_modules", "[nope]"], "lora.target_modules: nope cannot get adapters"),
 ])
 def test_settings_that_would_do_nothing_are_one_line(wrong, message, flags, tmp_path):
     with pytest.raises(UserError, match=message):
@@ -625,9 +625,81 @@ def test_the_lean_product_is_pefts(dropout, tmp_path):
     assert layer.forward is not type(layer).forward and layer.forward.func is MODEL.adapted_product
 
 
+def test_what_goes_beyond_low_rank_pairs_is_kept_or_refused(tmp_path, tokenizer):
+    """peft's own extras: a bias of B is computed; of a renamed family they are refused by name, not dropped."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    small = dict(vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64, initializer_range=0.2)
+    ids = torch.arange(18).view(2, 9)
+    MODEL.save(MODEL.build(MODEL.ModelConfig(intermediate_size=48, **small)), tmp_path / "llama")
+    theirs = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True))
+    for weight in theirs.parameters():
+        weight.data += 0.3 * weight.requires_grad
+    theirs.save_pretrained(tmp_path / "bias")
+    with torch.no_grad():
+        torch.testing.assert_close(MODEL.load(tmp_path / "llama", adapter=tmp_path / "bias")(ids).logits, theirs.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    MODEL.save(MODEL.build(MODEL.ModelConfig(**{**{k: v for k, v in MODEL._GPT2.items() if k in MODEL.KNOBS}, **small, "model_type": "gpt2"})), tmp_path / "gpt2")
+    for extra, message in ((dict(bias="lora_only"), "its bias, lora_bias or init"), (dict(init_lora_weights="pissa"), "its bias, lora_bias or init"),
+                           (dict(modules_to_save=["wpe"]), "its modules_to_save .'wpe'. are not read")):
+        made = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2"), LoraConfig(r=4, target_modules=["c_attn"], **extra))
+        made.save_pretrained(tmp_path / "extra")
+        with pytest.raises(UserError, match=f"extra: {message}"):
+            MODEL.load(tmp_path / "gpt2", adapter=tmp_path / "extra")
+    made = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2"),
+                          LoraConfig(r=4, target_modules=["c_attn"], trainable_token_indices={"wte": [3, 5]}))
+    for weight in made.parameters():
+        weight.data += 0.3 * weight.requires_grad
+    made.save_pretrained(tmp_path / "tokens")
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2"), tmp_path / "tokens").eval()(ids).logits
+        torch.testing.assert_close(MODEL.load(tmp_path / "gpt2", adapter=tmp_path / "tokens")(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="with use_dora name q_proj, k_proj and v_proj together"):
+        MODEL.attach_lora(MODEL.load(tmp_path / "gpt2"), "x", ["self_attn.q_proj", "mlp.up_proj"], r=4, use_dora=True)
+    packed = MODEL.load(tmp_path / "llama", quantization="int8")
+    with pytest.raises(UserError, match="lora.use_dora: does not work on int8 weights"):
+        MODEL.attach_lora(packed, "x", r=4, use_dora=True)
+    with pytest.raises(ValueError, match="packed weights .* are not saved"):
+        MODEL.save(packed, tmp_path / "no")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("targets", [["all-linear"], ["gate_proj", "up_proj", "down_proj"]])
+def test_adapters_of_mixtures_agree_with_peft_and_merge(kind, targets, tmp_path, capsys):
+    """peft decides by the family whether gate_proj means the experts; what gets no adapter is said."""
+    from peft import AutoPeftModelForCausalLM
+
+    latent = dict(kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_shared_experts=1, scoring_func="sigmoid", rope_interleave=True)
+    more = {"mixtral": {}, "qwen3_moe": dict(qk_norm=True, moe_intermediate_size=24), "deepseek_v3": dict(latent, moe_intermediate_size=24, mlp_only_layers=[0])}
+    config = MODEL.ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_experts=4, model_type=kind,
+                               initializer_range=0.2, max_position_embeddings=64, **more[kind])
+    MODEL.save(MODEL.build(config, seed=1), tmp_path / "base")
+    model = MODEL.load(tmp_path / "base")
+    if kind == "mixtral" and targets != ["all-linear"]:
+        with pytest.raises(UserError, match="lora.target_modules: gate_proj, up_proj, down_proj cannot get adapters"):
+            MODEL.attach_lora(model, tmp_path / "base", targets, r=4)
+        return
+    MODEL.attach_lora(model, tmp_path / "base", targets, r=4)
+    assert "no adapter on" in capsys.readouterr().err or targets != ["all-linear"]
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(weight.numel()))
+    ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model.eval()(ids).logits
+        MODEL.save(model, tmp_path / "adapter")
+        torch.testing.assert_close(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()(ids).logits, logits, atol=1e-4, rtol=1e-4)
+        loaded = MODEL.load(tmp_path / "base", adapter=tmp_path / "adapter")
+        torch.testing.assert_close(loaded(ids).logits, logits, atol=1e-5, rtol=1e-5)
+        MODEL.merge_adapter(loaded)
+        torch.testing.assert_close(loaded(ids).logits, logits, atol=1e-4, rtol=1e-4)
+    if "experts" in "".join(name for name, weight in model.named_parameters() if weight.requires_grad):
+        with pytest.raises(UserError, match="has adapters on experts, which packed weights do not take"):
+            MODEL.load(tmp_path / "base", adapter=tmp_path / "adapter", quantization="nf4")
+
+
 def test_adapters_for_another_base_and_targets_that_fit_nothing_are_one_line(model_folder, tmp_path):
     model = MODEL.load(model_folder)
-    with pytest.raises(UserError, match="lora.target_modules: .'nope'. fits no layer of this model .*; it has down_proj, gate_proj"):
+    with pytest.raises(UserError, match="lora.target_modules: nope cannot get adapters in this model .*; its layers are down_proj, gate_proj"):
         MODEL.attach_lora(model, model_folder, ["nope"], r=2)
     MODEL.attach_lora(model, model_folder, r=2)
     MODEL.save(model, tmp_path / "adapter")
@@ -703,6 +775,8 @@ def test_quotes_of_a_tsv(tmp_path):
     """A file whose quotes do not enclose whole cells has none that mean anything."""
     (tmp_path / "a.tsv").write_text('label\ttext\nham\t"Happy day" I know\nspam\tcall "now\nham\tlast"\n')
     assert [text for _, text, _ in TOKENIZER.read_labelled([tmp_path / "a.tsv"])] == ['"Happy day" I know', 'call "now', 'last"']
+    (tmp_path / "c.tsv").write_text('label\ttext\nham\t"Hello\nspam\tbye"\n')
+    assert [text for _, text, _ in TOKENIZER.read_labelled([tmp_path / "c.tsv"])] == ['"Hello', 'bye"']
     (tmp_path / "b.tsv").write_text('label\ttext\nham\t"two\nlines"\nspam\t"a ""b"""\n')
     assert [text for _, text, _ in TOKENIZER.read_labelled([tmp_path / "b.tsv"])] == ["two\nlines", 'a "b"']
 
@@ -734,7 +808,6 @@ def test_labels_seen_only_in_validation_or_unknown_to_the_model_are_refused(tmp_
         SFT.read_labelled(config, tokenizer, None)
     with pytest.raises(UserError, match="train.jsonl:1: label 'a' is none of x, b, which .* tells apart"):
         SFT.read_labelled(config, tokenizer, ["x", "b"])
-    config.sft.class_weights = {"c": 2}
     with pytest.raises(UserError, match="sft.class_weights: c: 2 does not give one of a, b a weight"):
         SFT.read_labelled(settings(model_folder, "--sft.task", "classify", "--data", train, "--data.validation", "none", "--sft.class_weights", "{c: 2}"), tokenizer, None)
     with pytest.raises(UserError, match="sft.class_weights: has no effect with sft.task chat"):
@@ -796,7 +869,6 @@ def test_accuracy_f1_and_confusion_are_counted_right(tokenizer):
         confusion = SFT.Confusion(TOKENIZER.fixed_batches(SFT.examples(texts), 4, 80, True), list(names), True)
         measures = confusion(model)
     assert confusion.counts.tolist() == [[int(((true == a) & (given == b)).sum()) for b in names] for a in names]
-    precision, recall = ([np.mean((true == name)[where == name]) if (where == name).any() else 0.0 for name in names] for where in (given, true))
     precision = [((true == name) & (given == name)).sum() / max((given == name).sum(), 1) for name in names]
     recall = [((true == name) & (given == name)).sum() / (true == name).sum() for name in names]
     f1 = np.mean([2 * p * r / (p + r) if p + r else 0.0 for p, r in zip(precision, recall, strict=True)])
@@ -833,9 +905,10 @@ def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, toke
     for line, expected in zip([*lines[:2], *lines[3:6]], theirs, strict=True):
         label, share = line.split("\t")
         assert label == expected["label"] and abs(float(share) - expected["score"]) < 1e-4
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps({"text": texts[0]}).encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps({"id": 7, "text": texts[0]}).encode() + b"\n\n")))
     INFER.main(["--model", str(tmp_path / "whole"), "--jsonl", "--model.device", "cpu"])
     answer = json.loads(capsys.readouterr().out)
+    assert answer["id"] == 7
     assert answer["label"] == theirs[0]["label"] and math.isclose(sum(answer["probabilities"].values()), 1.0, abs_tol=1e-5)
     with pytest.raises(UserError, match="inference.top_k: this model tells labels apart"):
         INFER.main(["--model", str(tmp_path / "whole"), "--prompt", "x", "--top-k", "3"])
@@ -843,6 +916,41 @@ def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, toke
         SFT.main(["--model", str(tmp_path / "whole"), "--data", str(write(tmp_path / "a.jsonl", [{"messages": ASKED}])), "--out", str(tmp_path / "no")])
     more = SFT.main([*label_flags, "--model", str(tmp_path / "whole"), "--max-steps", "2", "--out", str(tmp_path / "more")])
     assert math.isclose(more.before["loss"], result.after["loss"], rel_tol=1e-4)
+
+
+def test_classifiers_of_every_kind_open_again(label_flags, tmp_path, tokenizer, model_folder):
+    """A mixture of knobs that no class has, with its routers balanced, and transformers' unwritten two labels."""
+    knobs = dict(qk_norm=True, attention_bias=True, num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=5.0)
+    model = scorer("llama", tokenizer)
+    MODEL.save(MODEL.build(dataclasses.replace(model.config, labels=None, num_labels=1, **knobs)), tmp_path / "custom")
+    TOKENIZER.save(tokenizer, tmp_path / "custom")
+    flags = [*label_flags, "--model", str(tmp_path / "custom"), "--max-steps", "3", "--training.logging_steps", "1"]
+    result = SFT.main([*flags, "--out", str(tmp_path / "out")])
+    again = SFT.main([*flags, "--model", str(tmp_path / "out"), "--out", str(tmp_path / "more")])
+    assert math.isclose(again.before["loss"], result.after["loss"], rel_tol=1e-5)
+    SFT.main([*flags, "--model.router_aux_loss_coef", "0", "--out", str(tmp_path / "unbalanced")])
+    one, other = (load_file(tmp_path / name / "model.safetensors")["model.layers.0.mlp.gate.weight"] for name in ("out", "unbalanced"))
+    assert (one - other).abs().max() > 1e-4
+    config = transformers.BertConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    assert MODEL.load(tmp_path / "bert").config.num_labels == 2
+    SFT.main([*label_flags, "--model", str(tmp_path / "custom"), "--lora.r", "2", "--max-steps", "1", "--out", str(tmp_path / "adapter")])
+    with pytest.raises(UserError, match="model.labels: are those of the data"):
+        SFT.main([*label_flags, "--model.num_labels", "3", "--max-steps", "1", "--out", str(tmp_path / "no")])
+    write(tmp_path / "chat.jsonl", questions(20))
+    SFT.main(["--model", str(model_folder), "--data", str(tmp_path / "chat.jsonl"), "--lora.r", "2", "--max-steps", "1", "--max-length", "32", "--out", str(tmp_path / "chat")])
+    with pytest.raises(UserError, match="an adapter without a head for labels; merge it"):
+        SFT.main([*label_flags, "--adapter", str(tmp_path / "chat"), "--max-steps", "1", "--out", str(tmp_path / "no")])
+
+
+def test_only_the_ratio_of_class_weights_counts(tmp_path, tokenizer, model_folder):
+    path = write(tmp_path / "a.jsonl", [{"text": f"x{i}", "label": "aab"[i % 3]} for i in range(30)])
+    found = []
+    for weights in ("{a: 0.01, b: 0.03}", "{a: 1, b: 3}"):
+        config = settings(model_folder, "--sft.task", "classify", "--data", path, "--data.validation", "none", "--sft.class_weights", weights)
+        train, *_ = SFT.read_labelled(config, tokenizer, None)
+        found.append([text.weights[-1] for text in train])
+    assert found[0] == pytest.approx(found[1]) and math.isclose(sum(found[0]), 30) and math.isclose(max(found[0]) / min(found[0]), 3)
 
 
 def test_dry_run_shows_texts_and_labels(label_flags, capsys):
