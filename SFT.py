@@ -18,6 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -121,98 +122,93 @@ class Talk:
             raise UserError(f"{where}: weight {weight!r} must be a number, 0 or above")
         self.weights = [weight * on for on in mask]
 
+    def cut(self, length: int) -> bool:
+        """Leave `length` (input, target) pairs; whether there were more."""
+        longer = len(self.ids) > length + 1
+        self.ids, self.weights = self.ids[: length + 1], self.weights[: length + 1]
+        return longer
 
-def split(data: TOKENIZER.DataSection, read: Callable[[list[str], str], Iterator]) -> tuple[list, list]:
-    """(to train on, held out) of what `read(paths, key)` finds; each item has a `record`."""
-    found = list(read(data.train, "data.train"))
-    if data.validation not in ("hash", "tail", "none"):
-        return found, list(read([data.validation], "data.validation"))
-    first = {"none": len(found), "tail": len(found) * (1 - data.validation_fraction)}.get(data.validation)
-    parts: tuple[list, list] = ([], [])
-    for number, item in enumerate(found):
-        text = json.dumps(item.record, sort_keys=True)
-        parts[number >= first if first is not None else TOKENIZER.is_held_out(text, data.validation_fraction)].append(item)
-    return parts
-
-
-def fresh_records(records: Iterator, data: TOKENIZER.DataSection, counts: Counter) -> Iterator:
-    """Records that did not come before, with what stands for them."""
-    seen: set[str] = set()
-    for record in records:
-        text = json.dumps(record[1:], sort_keys=True)
-        if data.deduplicate and text in seen:
-            counts["duplicates"] += 1
-            continue
-        seen.add(text)
-        yield record
-
-
-def read_talks(config, tokenizer) -> tuple[list[Talk], list[Talk]]:
-    """(to train on, held out), with duplicates left out and long ones cut or dropped; says how many of each."""
-    data, settings, length = config.data, config.sft, config.training.max_length
-    counts: Counter = Counter()
-
-    def talks(names: list[str], key: str) -> Iterator[Talk]:
-        records = itertools.chain(*(TOKENIZER.read_conversations(group, settings.columns, settings.system) for group in TOKENIZER.expand_paths(names, key)))
-        for where, record in fresh_records(records, data, counts):
-            talk = Talk(where, record, tokenizer, settings)
-            if len(talk.ids) > length + 1:
-                counts["cut" if settings.too_long == "cut" else "dropped as too long"] += 1
-                if settings.too_long == "drop":
-                    continue
-                talk.ids, talk.weights = talk.ids[: length + 1], talk.weights[: length + 1]
-            if not any(talk.weights[1:]):
-                counts["without anything to learn"] += 1
-                continue
-            yield talk
-
-    train, kept = split(data, talks)
-    if not train:
-        raise UserError(f"data.train: no conversation is left to train on ({also(counts) or 'the files are empty'})")
-    if MODEL.process_rank() == 0:
-        tokens, learnt = (sum(map(len, (t.ids for t in train))), sum(sum(w > 0 for w in t.weights) for t in train))
-        say(f"{len(train):,} conversations, {tokens:,} tokens, {learnt:,} of them learnt; {len(kept):,} held out" + (f", {also(counts)}" if counts else ""))
-    return train, kept
-
-
-def also(counts: Counter) -> str:
-    return ", ".join(f"{n:,} {what}" for what, n in counts.items())
+    def teaches(self) -> bool:
+        return any(self.weights[1:])
 
 
 class Labelled:
     """One text as ids that end with the number of its label, which is the only target."""
 
-    def __init__(self, where: str, text: str, label: str, ids: list[int]):
-        self.where, self.record, self.text_ids = where, {"text": text, "label": label}, ids
+    def __init__(self, where: str, text: str, label: str, tokenizer):
+        self.where, self.record, self.tokenizer = where, {"text": text, "label": label}, tokenizer
+        self.text_ids = TOKENIZER.encode_prompt(tokenizer, text)
         self.ids: list[int] = []
         self.weights: list[float] = []
+
+    def cut(self, length: int) -> bool:
+        longer = len(self.text_ids) > length
+        if longer:  # by the tokenizer, which keeps an encoder's closing token
+            self.text_ids = self.tokenizer(self.record["text"], truncation=True, max_length=length).input_ids
+        return longer
+
+    def teaches(self) -> bool:
+        return bool(self.text_ids)
 
     def number(self, labels: dict[str, int], weights: dict[str, float]) -> None:
         label = self.record["label"]
         self.ids, self.weights = [*self.text_ids, labels[label]], [0.0] * len(self.text_ids) + [weights[label]]
 
 
-def read_labelled(config, tokenizer, known: list[str] | None) -> tuple[list[Labelled], list[Labelled], list[str]]:
-    """(to train on, held out, labels): the `known` ones of a model that has some, else those of the training data."""
-    data, settings, length = config.data, config.sft, config.training.max_length
-    counts: Counter = Counter()
+def collect(config, read: Callable[[list[Path]], Iterator[tuple]], make: Callable, what: str) -> tuple[list, list, str]:
+    """(to train on, held out, what was left out, for the reader): make(file:line, ...) of all that `read` finds, duplicates
+    left out, long ones cut or dropped."""
+    data, settings, counts = config.data, config.sft, Counter()
 
-    def texts(names: list[str], key: str) -> Iterator[Labelled]:
-        records = itertools.chain(*(TOKENIZER.read_labelled(group, settings.columns) for group in TOKENIZER.expand_paths(names, key)))
-        for where, text, label in fresh_records(records, data, counts):
-            ids = TOKENIZER.encode_prompt(tokenizer, text)
-            if len(ids) > length:
+    def items(names: list[str], key: str) -> Iterator:
+        seen: set[str] = set()
+        for where, *record in itertools.chain(*(read(group) for group in TOKENIZER.expand_paths(names, key))):
+            text = json.dumps(record, sort_keys=True)
+            if data.deduplicate and text in seen:
+                counts["duplicates"] += 1
+                continue
+            seen.add(text)
+            item = make(where, *record)
+            if item.cut(config.training.max_length):
                 counts["cut" if settings.too_long == "cut" else "dropped as too long"] += 1
                 if settings.too_long == "drop":
                     continue
-                ids = tokenizer(text, truncation=True, max_length=length).input_ids
-            yield Labelled(where, text, label, ids)
+            if item.teaches():
+                yield item
+            else:
+                counts["without anything to learn"] += 1
 
-    train, kept = split(data, texts)
+    found, kept = list(items(data.train, "data.train")), []
+    if data.validation in ("hash", "tail", "none"):
+        first = {"none": len(found), "tail": len(found) * (1 - data.validation_fraction)}.get(data.validation)
+        held = [number >= first if first is not None else TOKENIZER.is_held_out(json.dumps(item.record, sort_keys=True), data.validation_fraction)
+                for number, item in enumerate(found)]
+        found, kept = ([item for item, on in zip(found, held, strict=True) if on is side] for side in (False, True))
+    else:
+        kept = list(items([data.validation], "data.validation"))
+    if not found:
+        raise UserError(f"data.train: no {what} is left to train on ({', '.join(f'{n} {why}' for why, n in counts.items()) or 'the files are empty'})")
+    return found, kept, f"{len(kept):,} held out" + "".join(f", {n:,} {why}" for why, n in counts.items())
+
+
+def read_talks(config, tokenizer) -> tuple[list[Talk], list[Talk]]:
+    """(to train on, held out)."""
+    settings = config.sft
+    read = partial(TOKENIZER.read_conversations, columns=settings.columns, system=settings.system)
+    train, kept, rest = collect(config, read, partial(Talk, tokenizer=tokenizer, settings=settings), "conversation")
+    if MODEL.process_rank() == 0:
+        tokens, learnt = (sum(map(len, (t.ids for t in train))), sum(sum(w > 0 for w in t.weights) for t in train))
+        say(f"{len(train):,} conversations, {tokens:,} tokens, {learnt:,} of them learnt; {rest}")
+    return train, kept
+
+
+def read_labelled(config, tokenizer, known: list[str] | None) -> tuple[list[Labelled], list[Labelled], list[str]]:
+    """(to train on, held out, labels): the `known` ones of a model that has some, else those of the training data."""
+    settings = config.sft
+    read, make = partial(TOKENIZER.read_labelled, columns=settings.columns), partial(Labelled, tokenizer=tokenizer)
+    train, kept, rest = collect(config, read, make, "text")
     shares = Counter(item.record["label"] for item in train)
     labels = known or sorted(shares, key=lambda name: (len(name), name) if name.isdigit() else (0, name))
-    if not train:
-        raise UserError(f"data.train: no text is left to train on ({also(counts) or 'the files are empty'})")
     if len(shares) < 2 or len(shares) > max(2, len(train) // 2):
         raise UserError(f"{train[0].where}: the training data has {len(shares)} different label{'s' * (len(shares) > 1)} in {len(train):,} texts; "
                         "name the right columns in sft.columns, as in {text: my_column, label: another}")
@@ -230,14 +226,16 @@ def read_labelled(config, tokenizer, known: list[str] | None) -> tuple[list[Labe
                 raise UserError(f"sft.class_weights: {name}: {weight} does not give one of {', '.join(labels)} a weight of 0 or more")
             weights[str(name)] = float(weight)
     mean = sum(weights[item.record["label"]] for item in train) / len(train)  # 1 on average, so that steps keep their size
-    weights = {name: weight / mean for name, weight in weights.items()} if mean else weights
+    if not mean:
+        raise UserError(f"sft.class_weights: no label of the training data ({', '.join(shares)}) counts anything")
+    weights = {name: weight / mean for name, weight in weights.items()}
     numbers = {name: i for i, name in enumerate(labels)}
     for items, worth in ((train, weights), (kept, dict.fromkeys(labels, 1.0))):
         for item in items:
             item.number(numbers, worth)
     if MODEL.process_rank() == 0:
         parts = ", ".join(f"{shares[name]:,} {name}" for name in labels)
-        say(f"{len(train):,} texts to learn from ({parts}); {len(kept):,} held out" + (f", {also(counts)}" if counts else ""))
+        say(f"{len(train):,} texts to learn from ({parts}); {rest}")
     return train, kept, labels
 
 

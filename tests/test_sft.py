@@ -835,7 +835,7 @@ def test_label_loss_in_any_batch_is_the_weighted_cross_entropy(kind, tokenizer):
     """Packed, padded and end to end, against texts one by one under torch's own class weights."""
     model, labels = scorer(kind, tokenizer), {"fox": 0, "hill": 1, "owl": 2}
     weights = {"fox": 0.5, "hill": 1.0, "owl": 3.0}
-    texts = [SFT.Labelled("x", text, label, TOKENIZER.encode_prompt(tokenizer, text)) for text, label in sayings(13)]
+    texts = [SFT.Labelled("x", text, label, tokenizer) for text, label in sayings(13)]
     for text in texts:
         text.number(labels, weights)
     scores = []
@@ -859,7 +859,7 @@ def test_label_loss_in_any_batch_is_the_weighted_cross_entropy(kind, tokenizer):
 
 def test_accuracy_f1_and_confusion_are_counted_right(tokenizer):
     model = scorer("llama", tokenizer, ["fox", "hill", "owl"])
-    texts = [SFT.Labelled("x", text, label, TOKENIZER.encode_prompt(tokenizer, text)) for text, label in sayings(40)]
+    texts = [SFT.Labelled("x", text, label, tokenizer) for text, label in sayings(40)]
     for text in texts:
         text.number({"fox": 0, "hill": 1, "owl": 2}, dict.fromkeys(("fox", "hill", "owl"), 1.0))
     names = np.array(["fox", "hill", "owl"])
