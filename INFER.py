@@ -726,7 +726,10 @@ def run_fill(session: Session, actions, prompt: str | None) -> None:
 def classify(model, tokenizer, texts: list[str]) -> list[list[float]]:
     """Probabilities of the labels for each text, in the order of `model.config.labels`; the bare score of a model with one output."""
     context = model.config.max_position_embeddings
-    ids = [tokenizer(text, truncation=True, max_length=context).input_ids for text in texts]
+    ids = [TOKENIZER.encode_prompt(tokenizer, text) for text in texts]
+    if longer := sum(len(own) > context for own in ids):
+        say(f"{longer} text{'s' * (longer > 1)} of more than {context} tokens, the model's context: read up to there")
+        ids = [tokenizer(text, truncation=True, max_length=context).input_ids for text in texts]
     shape = len(ids), max(map(len, ids))
     inputs, positions = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     for row, own in enumerate(ids):
@@ -740,7 +743,7 @@ def classify(model, tokenizer, texts: list[str]) -> list[list[float]]:
 def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> None:
     """A label and its probability for each line, or JSON for each line of JSON; nothing for an empty line."""
     if actions.score is not None or actions.echo:
-        raise UserError("this model tells labels apart and gives words no probability; use --prompt, --lines, --jsonl or a pipe")
+        raise UserError("this model tells labels apart and writes no words, so --score and --echo mean nothing; use --prompt, --lines, --jsonl or a pipe")
     refuse_sampling(session, "tells labels apart")
     labels = session.model.config.labels or [f"LABEL_{i}" for i in range(session.model.config.num_labels)]
 

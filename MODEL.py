@@ -1582,7 +1582,7 @@ class ForeignModel(LanguageModel):
         super().__init__()
         self.inner = inner
         c = inner.config.get_text_config()
-        context = getattr(c, "max_position_embeddings", None) or getattr(c, "max_seq_len", None) or getattr(c, "n_positions", None) or 2048
+        context = next((getattr(c, key) for key in CONTEXT_KEYS if getattr(c, key, None)), 2048)
         self.config = ForeignConfig(c.model_type, c.vocab_size, c.hidden_size, c.num_hidden_layers, context, c.bos_token_id, c.eos_token_id,
                                     c.pad_token_id, c.tie_word_embeddings, labels, len(labels or ()) or c.num_labels)
         self.softcap = getattr(c, "final_logit_softcapping", None)
@@ -2161,8 +2161,8 @@ def save(model: LanguageModel, folder: str | Path) -> None:
         (scratch / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         (scratch / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         new = {path.name for path in scratch.iterdir()}
-        stale = [path for path in Path(folder).glob("model*.safetensors*") if path.name not in new]
-    for path in stale:  # shards of an earlier, larger model
+        stale = [path for pattern in ("model*.safetensors*", "adapter_*") for path in Path(folder).glob(pattern) if path.name not in new]
+    for path in stale:  # shards of an earlier, larger model; an adapter that transformers would put on top
         path.unlink()
 
 
@@ -2185,14 +2185,14 @@ def _with_score(model: ForeignModel, state: dict[str, Tensor]) -> tuple[nn.Modul
     return shell, {name: state[name] for name in sorted(wanted)}
 
 
-def resolve_folder(name: str) -> Path:
-    """A local folder, or a hub name fetched into the local cache."""
+def resolve_folder(name: str, key: str = "model.name") -> Path:
+    """A local folder, or a hub name fetched into the local cache; `key` is what an error blames."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
-        raise UserError(f"model.name: '{name}' is a file; a model is a folder with config.json and weights")
+        raise UserError(f"{key}: '{name}' is a file; a model is a folder with config.json and weights")
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise UserError(f"model.name: there is no folder '{name}'")
+        raise UserError(f"{key}: there is no folder '{name}'")
     try:
         import huggingface_hub
         from huggingface_hub.errors import HFValidationError
@@ -2200,11 +2200,11 @@ def resolve_folder(name: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.bin", "*.jinja", "*.txt", "*.model"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except HFValidationError:
-        raise UserError(f"model.name: '{name}' is neither a folder nor a name that a hub could have") from None
+        raise UserError(f"{key}: '{name}' is neither a folder nor a name that a hub could have") from None
     except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.name: '{name}' is no local folder and could not be fetched from the hub ({reason}); "
-                        "check the network, or build a fresh model with --model.preset llama-1m") from None
+        raise UserError(f"{key}: '{name}' is no local folder and could not be fetched from the hub ({reason}); "
+                        + ("check the network, or build a fresh model with --model.preset llama-1m" if key == "model.name" else "check its spelling")) from None
 
 
 def read_json(path: Path) -> dict:
@@ -2270,11 +2270,13 @@ def read_tensors(path: Path, ending: str = "") -> typing.Iterator[tuple[str, Ten
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused, it holds more than tensors and could run code when opened") from None
     except (SafetensorError, RuntimeError, EOFError, AttributeError, OSError) as error:
-        raise UserError(f"{path}: cannot be read, it may be cut short ({_first_line(error)})") from None
+        raise UserError(f"{path}: cannot be read, it may be cut short ({first_line(error)})") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line; torch puts the matter into the second."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return (f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and lines[1:] else lines[0])[:240]
 
 
 def dequantized(folder: Path, raw: dict) -> typing.Iterator[tuple[Path, str, Tensor]]:
@@ -2372,7 +2374,7 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
     """
     folder = resolve_folder(str(name))
     raw = read_json(folder / "config.json")
-    if adapter and (labels := adapter_labels(resolve_folder(str(adapter)))):
+    if adapter and (labels := adapter_labels(resolve_folder(str(adapter), "--adapter"))):
         head, changes = "score", {**(changes or {}), "labels": labels}
     if quantization not in (None, *QUANTIZATIONS):
         raise UserError(f"quantization: '{quantization}' is not one of {', '.join(QUANTIZATIONS)}")
@@ -2413,6 +2415,18 @@ def _load_own(folder: Path, raw: dict, dtype, device, attn_implementation: str, 
     if packer:
         QUANT.keep_form(model, quantization)
     return model.eval()
+
+
+def context_length(name: str, changes: dict) -> int:
+    """Tokens that a folder's model reads at once, by its config.json and the knobs that are changed."""
+    folder = resolve_folder(name)
+    raw = read_json(folder / "config.json")
+    if not is_foreign(raw):
+        return changes.get("max_position_embeddings") or read_config(folder).max_position_embeddings
+    return next((raw[key] for key in CONTEXT_KEYS if raw.get(key)), 2048)
+
+
+CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions")
 
 
 def is_foreign(raw: dict) -> bool:
@@ -2460,7 +2474,7 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
                                                      use_safetensors=None, weights_only=True, **options)
     except (KeyError, ValueError, OSError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"{folder}: model_type '{kind}' cannot be opened: it is none of {', '.join(FAMILIES)}, and transformers says: "
-                        f"{_first_line(error)}") from None
+                        f"{first_line(error)}") from None
     finally:
         logging.set_verbosity(talk)
     model = ForeignModel(inner if quantization else inner.to(device or "cpu"), heads, labels).eval()
@@ -2536,6 +2550,8 @@ def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = 
     targets = names if everywhere else list(target_modules)
     if options.get("use_dora") and model.quantization == "int8":
         raise UserError("lora.use_dora: does not work on int8 weights; take --model.quantization nf4, or leave it out")
+    if "lm_head" in targets and getattr(model.config, "tie_word_embeddings", False):
+        raise UserError("lora.target_modules: lm_head shares its weights with the embedding and cannot have an adapter of its own")
     if "score" in model.heads:  # the new head learns whole, and is saved beside the adapter
         options.update(modules_to_save=["score"])
     task = "SEQ_CLS" if model.heads == ("score",) else "CAUSAL_LM" if getattr(model.config, "causal", True) else None
@@ -2545,9 +2561,14 @@ def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = 
             torch.manual_seed(seed)
             _inject(config, host)
     except ValueError as error:
-        raise UserError(f"lora.target_modules: {', '.join(targets)} cannot get adapters in this model ({_first_line(error)}); its layers are {', '.join(names)}") from None
+        raise UserError(f"lora.target_modules: {', '.join(targets)} cannot get adapters in this model ({first_line(error)}); its layers are {', '.join(names)}") from None
     model.adapter = config
     tuned = tuple(name + "." for name, m in host.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer))
+    used = (*(f".{name}" for name in tuned), *(f".{name}." for name in config.target_parameters or ()))
+    for target in () if everywhere else targets:
+        experts = any(isinstance(m, Experts) for m in host.modules())  # peft turns their names into others
+        if not any(name.endswith(f".{target}.") for name in used) and not (experts and target.endswith("_proj")):
+            raise UserError(f"lora.target_modules: '{target}' is no layer of this model; its layers are {', '.join(names)}")
     if options.get("use_dora") and model.config.model_type == "gpt2" and not isinstance(model, ForeignModel):
         for layer in {name.partition("self_attn.")[0] for name in tuned}:
             if sum(f"{layer}self_attn.{part}_proj." in tuned for part in "qkv") in (1, 2):
@@ -2687,7 +2708,7 @@ def adapter_config(folder: Path):
     try:
         return _peft().PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}/adapter_config.json: peft cannot read it ({_first_line(error)})") from None
+        raise UserError(f"{folder}/adapter_config.json: peft cannot read it ({first_line(error)})") from None
 
 
 def adapter_labels(folder: Path) -> list[str] | None:
@@ -2710,7 +2731,7 @@ def folder_labels(folder: Path) -> list[str] | None:
 
 def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) -> None:
     """Put a saved adapter into its base model; every tensor must fit."""
-    peft, folder = _peft(), resolve_folder(str(folder))
+    peft, folder = _peft(), resolve_folder(str(folder), "--adapter")
     config = adapter_config(folder)
     if config.peft_type != "LORA":
         raise UserError(f"{folder}: a {config.peft_type} adapter; LoRA and its relatives are read here")
@@ -2732,7 +2753,7 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
         _inject(config, host)
         result = peft.set_peft_model_state_dict(host, state)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: made for another base ({config.base_model_name_or_path}): {_first_line(error)}") from None
+        raise UserError(f"{folder}: made for another base ({config.base_model_name_or_path}): {first_line(error)}") from None
     weights = dict(host.named_parameters(remove_duplicate=False))
     given = {id(weight) for name, weight in weights.items() if name not in result.missing_keys}  # shared ones stand there once
     missing = [name for name in result.missing_keys if tensor_is_trained(name) and id(weights.get(name)) not in given]
@@ -3177,7 +3198,7 @@ def _read_yaml(path: Path) -> dict:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from None
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML ({getattr(error, 'problem', error)})") from None

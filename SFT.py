@@ -17,7 +17,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -111,6 +111,7 @@ class Talk:
                 raise UserError(f"{where}: {error}") from None
             if not any(mask):
                 raise UserError(f"{where}: the chat template shows nothing of what the assistant says; --dry-run on another file shows how it should look")
+            mask = self._by_message(mask)
             if settings.train_on_prompt:
                 mask = [1] * len(mask)
             elif settings.last_turn_only:
@@ -121,6 +122,16 @@ class Talk:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise UserError(f"{where}: weight {weight!r} must be a number, 0 or above")
         self.weights = [weight * on for on in mask]
+
+    def _by_message(self, mask: list[int]) -> list[int]:
+        """Answers that are marked `"weight": 0` (the OpenAI API's way) are read and not learnt."""
+        said = [message for message in self.record["messages"] if message["role"] == "assistant"]
+        if all(message.get("weight", 1) == 1 for message in said):
+            return mask
+        turn = np.cumsum(np.diff(mask, prepend=0) == 1) - 1  # which answer a token belongs to
+        if turn[-1] + 1 != len(said) or any(message.get("weight", 1) not in (0, 1) for message in said):
+            raise UserError(f"{self.where}: a message's weight is 0 or 1, and each answer with one stands by itself")
+        return [int(on and said[turn[i]].get("weight", 1)) for i, on in enumerate(mask)]
 
     def cut(self, length: int) -> bool:
         """Leave `length` (input, target) pairs; whether there were more."""
@@ -178,6 +189,7 @@ def collect(config, read: Callable[[list[Path]], Iterator[tuple]], make: Callabl
             else:
                 counts["without anything to learn"] += 1
 
+    say_unused(data)
     found, kept = list(items(data.train, "data.train")), []
     if data.validation in ("hash", "tail", "none"):
         first = {"none": len(found), "tail": len(found) * (1 - data.validation_fraction)}.get(data.validation)
@@ -244,6 +256,15 @@ def examples(talks: list[Talk]) -> TOKENIZER.Examples:
     ids = np.concatenate([np.array(talk.ids, np.int64) for talk in talks])
     weights = np.concatenate([np.array(talk.weights, np.float32) for talk in talks])
     return TOKENIZER.Examples(ids, weights, np.cumsum(sizes) - sizes, sizes - 1)
+
+
+def say_unused(data: TOKENIZER.DataSection) -> None:
+    """One line on settings of `data` that are pretraining's alone."""
+    usual = TOKENIZER.DataSection()
+    unused = [f"data.{key}" for key in ("weights", "streaming", "text_unit", "text_field", "min_chars", "normalize", "remove_control")
+              if getattr(data, key) != getattr(usual, key)]
+    if unused and MODEL.process_rank() == 0:
+        say(f"{', '.join(unused)}: for pretraining alone, records are read as they are")
 
 
 def in_batches(config, train: list, kept: list) -> tuple[TOKENIZER.TokenStream, list[dict]]:
@@ -375,15 +396,22 @@ class Confusion:
             figure.savefig(scratch / path.name, dpi=120)
 
 
+def pad_id(tokenizer) -> int:
+    """The padding token, by which transformers' classifiers find a row's last; the end of text where there is none."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+    return tokenizer.pad_token_id
+
+
 def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
     adapter, name = config.actions.adapter, config.model.name
+    TRAIN.fit_length(config, MODEL.context_length(name, MODEL.overrides(config.model)))
     tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
-    if tokenizer.pad_token_id is None:  # transformers finds a row's last token by it
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
-    known = MODEL.folder_labels(MODEL.resolve_folder(adapter or name)) if adapter or name else None
+    pad_id(tokenizer)
+    known = MODEL.folder_labels(MODEL.resolve_folder(adapter or name))
     if config.model.num_labels is not None or config.model.labels not in (None, known):
         raise UserError("model.labels: are those of the data (and model.num_labels is their number); leave both out")
-    if name and (adapter or config.lora.r) and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
+    if (adapter or config.lora.r) and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
         raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora out, or use one of {', '.join(MODEL.FAMILIES)}")
     train, kept, labels = read_labelled(config, tokenizer, known)
     config.model.labels = labels
@@ -430,6 +458,12 @@ def set_rates(training: TRAIN.TrainingSection, model: MODEL.LanguageModel, rate:
 def finish_model(config, model: MODEL.LanguageModel, rate: float | None, optim: str) -> None:
     """What all fine-tuning does to a loaded model: adapters, learning rates, noise."""
     adapter = config.actions.adapter
+    for field in fields(LoraSection):
+        if getattr(config.lora, field.name) != getattr(LoraSection(), field.name):
+            if adapter and field.name not in ("r", "loraplus_lr_ratio"):
+                raise UserError(f"lora.{field.name}: {adapter} brings its own; leave it out")
+            if not adapter and not config.lora.r:
+                raise UserError(f"lora.{field.name}: needs an adapter; set lora.r")
     if adapter:
         MODEL.load_adapter(model, adapter, train=True)
         if config.lora.r not in (0, model.adapter.r):
@@ -439,15 +473,23 @@ def finish_model(config, model: MODEL.LanguageModel, rate: float | None, optim: 
             say("lora: no Hugging Face class has this mixture of knobs; only this program will open the adapter")
         config.lora.attach(model, config.model.name or "", model.new_ids, config.training.seed)
     set_rates(config.training, model, rate, optim)
-    if config.lora.loraplus_lr_ratio and not model.adapter:
-        raise UserError("lora.loraplus_lr_ratio: needs an adapter; set lora.r")
+    if config.lora.loraplus_lr_ratio and config.training.optim == "muon":
+        raise UserError("lora.loraplus_lr_ratio: has no effect with training.optim muon; take adamw")
     model.rates = {".lora_B.": config.lora.loraplus_lr_ratio} if config.lora.loraplus_lr_ratio else {}
     if config.sft.neftune_noise_alpha:
         neftune(model.get_input_embeddings(), config.sft.neftune_noise_alpha)
 
 
+def need_model(config) -> None:
+    if not config.model.name:
+        raise UserError("model.preset: fine-tuning starts from a trained model; name one with --model, or make one with TRAIN.py")
+
+
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
     adapter = config.actions.adapter
+    need_model(config)
+    if config.sft.task == "chat" and (config.model.labels or config.model.num_labels):
+        raise UserError("model.labels: belong to sft.task classify; leave model.labels and model.num_labels out")
     if config.sft.padding_free and config.data.packing:
         raise UserError("sft.padding_free: packed rows have no padding; set data.packing false, or leave it out")
     if config.sft.task == "classify":
@@ -471,6 +513,8 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
 
 def dry_run(config) -> None:
     """The first records as the model will read them, what is learnt in green, and how long they all are."""
+    need_model(config)
+    TRAIN.fit_length(config, MODEL.context_length(config.model.name, MODEL.overrides(config.model)))
     tokenizer = TOKENIZER.load(config.tokenizer.name or config.model.name)
     if config.sft.task == "classify":
         talks, _, _ = read_labelled(config, tokenizer, None)
@@ -502,12 +546,16 @@ def convert(config) -> None:
     lines = []
     for group in TOKENIZER.expand_paths(config.data.train):
         for path in group:
-            for _, record in TOKENIZER.read_conversations([path], config.sft.columns, config.sft.system):
+            for where, record in TOKENIZER.read_conversations([path], config.sft.columns, config.sft.system):
+                if "text" in record and not counts[path] and any(str(key).lower() in TOKENIZER.LABEL_KEYS for key in next(TOKENIZER.read_records(path))[1]):
+                    raise UserError(f"{where}: a labelled text is no conversation; --sft.task classify reads the file as it is")
                 lines.append(json.dumps(record, ensure_ascii=False))
                 counts[path] += 1
     out = Path(config.output.dir)
     if out.suffix != ".jsonl":
         raise UserError(f"--out: '{out}' must be a file name that ends in .jsonl")
+    if out.exists() and not config.actions.overwrite:
+        raise UserError(f"--out: {out} exists; --overwrite replaces it")
     MODEL.write_text(out, "".join(line + "\n" for line in lines))
     say(f"{out}: {len(lines):,} records (" + ", ".join(f"{n:,} from {path}" for path, n in counts.items()) + ")")
 
@@ -517,14 +565,21 @@ def merge(config) -> None:
     if config.model.quantization != "none":
         raise UserError("model.quantization: an adapter is merged into its base's full weights; leave it out")
     folder = Path(config.actions.merge)
-    named, base = MODEL.adapter_config(folder).base_model_name_or_path, config.model.name
-    base = named if named and not (Path(base or "").is_dir() and str(named).startswith((".", "/")) and not Path(named).is_dir()) else base
+    named, usual = MODEL.adapter_config(folder).base_model_name_or_path, SFTSection().model["name"]
+    base = config.model.name if config.model.name not in (None, usual) else named  # --model says where the base stands now
+    out = Path(config.output.dir)
+    TRAIN.check_apart(out, model=base, merge=str(folder))
+    if not base:
+        raise UserError(f"{folder}/adapter_config.json: names no base; name it with --model")
     model = MODEL.load(base, "float32", adapter=folder)
     tokenizer = TOKENIZER.load(TOKENIZER.folder_of(folder, base))
     labels = "score" in model.heads
-    if not labels:
+    if labels:
+        model.config.pad_token_id = pad_id(tokenizer)
+    else:
         TOKENIZER.end_with_turns(model, tokenizer)
-    ids = torch.randint(0, model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    shape = 2, min(32, model.config.max_position_embeddings)
+    ids = torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
     def outputs() -> Tensor:
         out = model(ids, want=("scores",) if labels else ())
@@ -536,8 +591,8 @@ def merge(config) -> None:
         difference = float((outputs() - apart).abs().max())
     if not difference <= 1e-3 * max(float(apart.std()), 1.0):
         raise UserError(f"{folder}: merged and unmerged logits differ by {difference:.2g}; nothing was written")
-    out = Path(config.output.dir)
     with TRAIN.run_folder(out, None, config.actions.overwrite):
+        TRAIN.clear_run(out)
         TRAIN.save_product(MODEL.config_text(config), tokenizer, model, out)
     say(f"{out}: {folder} merged into {base}; {'scores' if labels else 'logits'} differ by at most {difference:.1g}")
 
@@ -551,6 +606,9 @@ SECTIONS = {**TRAIN.SECTIONS, "lora": LoraSection, "sft": SFTSection}
 
 def main(argv: list[str] | None = None) -> TRAIN.Result | None:
     config = load_config(argv, SECTIONS, "sft", ACTIONS, __doc__)
+    asked = [f"--{name.replace('_', '-')}" for name in ("convert", "merge", "dry_run") if getattr(config.actions, name)]
+    if len(asked) > 1 or (asked and config.actions.resume) or (asked and asked != ["--dry-run"] and config.actions.adapter):
+        raise UserError(f"{' and '.join(asked)}: train nothing and stand alone; leave out the other actions")
     if config.actions.convert:
         return convert(config)
     if config.actions.merge:

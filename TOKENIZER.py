@@ -318,9 +318,12 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None,
         spans = []
         for i, message in enumerate(messages):
             if message.get("role") == "assistant":
-                before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, **options) if i else ""
                 upto = tokenizer.apply_chat_template(messages[: i + 1], **options)
-                spans.append((_common(text, before), _common(text, upto.rstrip())))  # what follows the turn's end is not said
+                if i:
+                    start = _common(text, tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, **options))
+                else:  # there is nothing before it to render: what is said begins with its words
+                    start = max(text.find((message.get("content") or "").strip()), 0)
+                spans.append((start, _common(text, upto.rstrip())))  # what follows the turn's end is not said
     except TemplateError as error:
         raise UserError(f"the chat template refuses this conversation ({error})") from None
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -700,6 +703,8 @@ def read_labelled(paths: list[Path], columns: dict | None = None) -> Iterator[tu
             value = record[label]
             if isinstance(value, (list, dict)) or value is None or not str(value).strip():
                 raise UserError(f"{where}: '{label}' is {value!r}, one label is expected")
+            if not str(value).strip().isprintable():
+                raise UserError(f"{where}: '{label}' is {value!r}, a label is one line of text")
             if not _text_of(record, text, where).strip():
                 raise UserError(f"{where}: '{text}' is empty")
             yield where, record[text], str(value).strip()

@@ -48,8 +48,8 @@ class TrainingSection:
     max_length: int = knob(256, "tokens of one row")
     objective: str = knob("auto", "causal predicts the next token, mlm hidden ones (BERT); auto is mlm for an encoder", ("auto", "causal", "mlm"))
     mlm_probability: float = knob(0.15, "mlm: share of the tokens that are predicted")
-    learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for trained ones")
-    optim: str = knob("auto", "Muon (AdamW on all but matrices), AdamW, its 8-bit form; auto is muon for fresh weights, adamw for trained",
+    learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for trained ones; in SFT 3e-3 * (128 / width)^2, ten times that for adapters")
+    optim: str = knob("auto", "Muon (AdamW on all but matrices), AdamW, its 8-bit form; auto is muon for fresh weights, adamw for trained; in SFT muon up to width 256",
                       ("auto", "muon", "adamw", "adamw_8bit"))
     weight_decay: float = knob(0.1, "decoupled weight decay on matrices")
     adam_beta1: float = knob(0.9, "AdamW: decay of the gradient's mean")
@@ -777,7 +777,10 @@ def restore(model: nn.Module, folder: Path) -> dict:
     try:
         state = load_state(folder)
         if "module" in state:
-            model.load_state_dict(state["module"], strict=False)
+            try:
+                model.load_state_dict(state["module"], strict=False)
+            except RuntimeError as error:
+                raise UserError(f"--resume: {folder} was made with another model or adapter ({MODEL.first_line(error)})") from None
         else:
             MODEL.load_weights(model, folder)
     except UserError as error:
@@ -928,19 +931,32 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
             shutil.rmtree(scratch, ignore_errors=True)
         found = find_checkpoint(out, resume)
         used = [name for name in RUN_FILES if (out / name).exists()] + checkpoints(out)
-        if used and resume is None:
-            if not overwrite:
-                raise UserError(f"output.dir: {out} holds a run; --resume auto continues it, --overwrite replaces it, --out chooses another folder")
-            for name in [*RUN_FILES, *(path.name for path in out.glob("model*.safetensors*"))]:
-                (out / name).unlink(missing_ok=True)
-            for path in checkpoints(out):
-                shutil.rmtree(path)
+        if used and resume is None and not overwrite:
+            raise UserError(f"output.dir: {out} holds a run; --resume auto continues it, --overwrite replaces it, --out chooses another folder")
         barrier()
         yield found
 
 
-RUN_FILES = ("log.jsonl", "loss.png", "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors",
-             "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+RUN_FILES = ("log.jsonl", "loss.png", "confusion.png", "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors",
+             "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def clear_run(out: Path) -> None:
+    """Remove what an earlier run left: called when model, data and settings of the new one are known to be sound."""
+    if MODEL.process_rank() == 0:
+        for name in [*RUN_FILES, *(path.name for path in out.glob("model*.safetensors*"))]:
+            (out / name).unlink(missing_ok=True)
+        for path in checkpoints(out):
+            shutil.rmtree(path)
+    barrier()
+
+
+def check_apart(out: Path, **sources: str | None) -> None:
+    """What a run starts from may not stand where it writes."""
+    for key, name in sources.items():
+        folder = Path(name or "").resolve()
+        if name and (folder == out.resolve() or (folder.parent == out.resolve() and folder.name.startswith("ckpt-step-"))):
+            raise UserError(f"output.dir: {out} holds what the run starts from (--{key} {name}); choose another --out")
 
 
 def find_checkpoint(out: Path, resume: str | None) -> Path | None:
@@ -1088,11 +1104,15 @@ def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, 
     if model.config.vocab_size < len(tokenizer):
         raise UserError(f"model.vocab_size: {model.config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} ids")
     resolve_defaults(config.training, model, fresh=not section.name)
-    context = model.config.max_position_embeddings
-    if config.training.max_length > context:
-        say(f"training.max_length {config.training.max_length} exceeds the model's context: rows have {context} tokens")
-        config.training.max_length = context
+    fit_length(config, model.config.max_position_embeddings)
     return model
+
+
+def fit_length(config, context: int) -> None:
+    if config.training.max_length > context:
+        if MODEL.process_rank() == 0:
+            say(f"training.max_length {config.training.max_length} exceeds the model's context: rows have {context} tokens")
+        config.training.max_length = context
 
 
 def prepare_data(config, tokenizer, masked: bool = False):
@@ -1172,10 +1192,14 @@ def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | 
     if config.actions.overwrite and config.actions.resume:
         raise UserError("--overwrite and --resume exclude each other; keep one")
     out = Path(config.output.dir)
+    check_apart(out, model=config.model.name, adapter=getattr(config.actions, "adapter", None))
     accelerator, device = start_processes(config.training, config.model.device, out)
     MODEL.choose_attention(config.model.attn_implementation, trains_on=device.type)  # what cannot work is said before any work
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
         stage = prepare(config, checkpoint, device)
+        for key in ("load_best_model_at_end", "early_stopping_patience"):
+            if stage.evaluate is None and getattr(config.training, key):
+                raise UserError(f"training.{key}: nothing is held out to judge by; set data.validation")
         mixed = precision(config.training, config.model.dtype, device)
         if getattr(stage.model, "adapter", None) and mixed != "no":
             MODEL.narrow_frozen(stage.model, MODEL.AUTOCAST[mixed])
@@ -1192,6 +1216,8 @@ def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | 
                     say(f"changed since that checkpoint, so this is no exact continuation: {', '.join(changes)}")
         if accelerator and accelerator.log_with:
             accelerator.init_trackers(name, config={k: str(v) for k, v in vars(config.training).items()})
+        if config.actions.overwrite:
+            clear_run(out)
         result = fit(stage.model, stage.stream, stage.loss, config.training, out, partial(stage.save, text, stage.tokenizer), stage.evaluate,
                      resume=checkpoint, stage=name, mixed=mixed, accelerator=accelerator, device=device)
         if accelerator and accelerator.log_with:

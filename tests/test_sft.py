@@ -1100,3 +1100,100 @@ def test_two_processes_fine_tune_as_one(flags, label_flags, tmp_path):
         assert set(two) == set(alone)
         for key in two:
             torch.testing.assert_close(two[key], alone[key], atol=5e-5, rtol=0, msg=f"{name} {key}")
+
+
+# ---------------------------------------------------------------------------------------- mistakes lose nothing
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+
+
+def test_overwriting_waits_until_the_new_run_is_sound(flags, tmp_path, model_folder):
+    few = ["--max-steps", "1", "--sft.eval_answers", "0", "--training.sample_tokens", "0"]
+    SFT.main([*flags, *few, "--lora.r", "2", "--out", str(tmp_path / "out")])
+    before = contents(tmp_path / "out")
+    bad = write(tmp_path / "bad.jsonl", [{"messages": ASKED[:1]}])
+    for wrong in (["--data", str(tmp_path / "nope.jsonl")], ["--data", str(bad)], ["--lora.r", "2", "--lora.target_modules", "zz"], ["--model", str(tmp_path / "no")]):
+        with pytest.raises(UserError):
+            SFT.main([*flags, *few, *wrong, "--overwrite", "--out", str(tmp_path / "out")])
+        assert contents(tmp_path / "out") == before
+    base = contents(model_folder)
+    for wrong in (["--out", str(model_folder)], ["--adapter", str(tmp_path / "out"), "--out", str(tmp_path / "out")],
+                  ["--merge", str(tmp_path / "out"), "--out", str(model_folder)], ["--merge", str(tmp_path / "out"), "--out", str(tmp_path / "out")]):
+        start = [] if "--merge" in wrong else [*flags, *few]
+        with pytest.raises(UserError, match="holds what the run starts from"):
+            SFT.main([*start, *wrong, "--overwrite"])
+    assert contents(model_folder) == base and contents(tmp_path / "out") == before
+    SFT.main([*flags, *few, "--overwrite", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "adapter_config.json").exists() and (tmp_path / "out" / "model.safetensors").exists()
+
+
+REFUSED = {
+    "fresh weights": (["--model.preset", "llama-1m"], "model.preset: fine-tuning starts from a trained model"),
+    "no adapter": (["--lora.use_dora", "true"], "lora.use_dora: needs an adapter; set lora.r"),
+    "unknown layer": (["--lora.r", "2", "--lora.target_modules", "[q_proj, nonsense]"], "lora.target_modules: 'nonsense' is no layer"),
+    "muon": (["--lora.r", "2", "--lora.loraplus_lr_ratio", "4", "--training.optim", "muon"], "lora.loraplus_lr_ratio: has no effect with training.optim muon"),
+    "labels in a chat": (["--model.labels", "[a, b]"], "model.labels: belong to sft.task classify"),
+    "nothing to choose by": (["--data.validation", "none", "--sft.eval_answers", "0", "--training.sample_tokens", "0", "--training.load_best_model_at_end", "true"],
+                             "training.load_best_model_at_end: nothing is held out"),
+    "two actions": (["--dry-run", "--merge", "x"], "--merge and --dry-run: train nothing and stand alone"),
+    "a lost adapter": (["--adapter", "./nowhere"], "--adapter: there is no folder './nowhere'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_do_nothing_is_refused(name, flags, tmp_path):
+    more, message = REFUSED[name]
+    with pytest.raises(UserError, match=message):
+        SFT.main([*(flags[2:] if "--model.preset" in more else flags), *more, "--max-steps", "1", "--out", str(tmp_path / "out")])
+
+
+def test_an_adapter_brings_its_settings_and_its_base_may_move(flags, tmp_path, model_folder, capsys):
+    import shutil
+
+    few = ["--max-steps", "2", "--sft.eval_answers", "0", "--training.sample_tokens", "0"]
+    shutil.copytree(model_folder, tmp_path / "base")
+    flags = [*flags, "--model", str(tmp_path / "base")]
+    SFT.main([*flags, *few, "--lora.r", "2", "--out", str(tmp_path / "adapter")])
+    with pytest.raises(UserError, match="lora.lora_alpha: .* brings its own; leave it out"):
+        SFT.main([*flags, *few, "--adapter", str(tmp_path / "adapter"), "--lora.lora_alpha", "99", "--out", str(tmp_path / "more")])
+    with pytest.raises(UserError, match="--resume: .* was made with another model or adapter .*size mismatch"):
+        SFT.main([*flags, *few, "--lora.r", "4", "--resume", "auto", "--out", str(tmp_path / "adapter")])
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="there is no folder"):
+        SFT.main(["--merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")])
+    SFT.main(["--merge", str(tmp_path / "adapter"), "--model", str(tmp_path / "moved"), "--out", str(tmp_path / "merged")])
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(MODEL.load(tmp_path / "merged")(ids).logits, MODEL.load(tmp_path / "moved", adapter=tmp_path / "adapter")(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_classifiers_keep_to_the_context_and_name_their_padding(label_flags, tmp_path, tokenizer):
+    MODEL.save(MODEL.build(dataclasses.replace(scorer("gpt2", tokenizer).config, labels=None, num_labels=1, max_position_embeddings=16)), tmp_path / "base")
+    TOKENIZER.save(tokenizer, tmp_path / "base")
+    write(tmp_path / "long.tsv", [{"label": label, "text": f"{text} {text} {text}"} for text, label in sayings(60)])
+    SFT.main([*label_flags, "--model", str(tmp_path / "base"), "--data", str(tmp_path / "long.tsv"), "--lora.r", "2", "--max-steps", "2", "--out", str(tmp_path / "adapter")])
+    SFT.main(["--merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")])
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["pad_token_id"] == tokenizer.pad_token_id
+
+
+def test_weights_of_messages_and_answers_that_come_first(tokenizer):
+    chat = chat_tokenizer(tokenizer)
+
+    def learnt(messages):
+        talk = SFT.Talk("x", {"messages": messages}, chat, SFT.SFTSection())
+        return chat.decode([i for i, w in zip(talk.ids, talk.weights, strict=True) if w])
+
+    assert learnt([ASKED[0], {**ASKED[1], "weight": 0}, ASKED[0], {"role": "assistant", "content": "It rains."}]) == "It rains.<|im_end|>"
+    assert learnt([{"role": "assistant", "content": "Hello."}, *ASKED]) == "Hello.<|im_end|>The fox.<|im_end|>"
+    with pytest.raises(UserError, match="a message's weight is 0 or 1"):
+        learnt([ASKED[0], {**ASKED[1], "weight": 0.5}])
+
+
+def test_convert_keeps_files_and_labels(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"messages": ASKED}])
+    with pytest.raises(UserError, match="a.jsonl exists; --overwrite replaces it"):
+        SFT.main(["--convert", "--data", str(path), "--out", str(path)])
+    with pytest.raises(UserError, match="a labelled text is no conversation"):
+        SFT.main(["--convert", "--data", str(write(tmp_path / "l.tsv", [{"text": "a", "label": "b"}])), "--out", str(tmp_path / "o.jsonl")])
