@@ -2770,9 +2770,10 @@ def narrow_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
     if model.adapter.use_dora or model.adapter.target_parameters:
         return
     embedding = model.get_input_embeddings().weight
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if type(module) is nn.Linear and not weight.requires_grad and weight is not embedding or type(module) is Experts:
+    own = isinstance(model, Transformer)  # a foreign model may multiply in float32 on purpose, where it has no adapter
+    for name, module in model.named_modules():
+        weight, plain = getattr(module, "weight", None), type(module) is nn.Linear and (own or name.endswith("base_layer"))
+        if plain and not weight.requires_grad and weight is not embedding or type(module) is Experts:
             module.to(dtype)
         elif getattr(weight, "quant_state", None) is not None:
             weight.quant_state.dtype = dtype
