@@ -745,7 +745,7 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
     if actions.score is not None or actions.echo:
         raise UserError("this model tells labels apart and writes no words, so --score and --echo mean nothing; use --prompt, --lines, --jsonl or a pipe")
     refuse_sampling(session, "tells labels apart")
-    labels = session.model.config.labels or [f"LABEL_{i}" for i in range(session.model.config.num_labels)]
+    labels = MODEL.label_names(session.model)
 
     def texts() -> Iterator[tuple[dict, str]]:
         for number, line in enumerate([prompt] if prompt is not None and not piped else prompt.split("\n") if piped else read_stdin(), 1):

@@ -2173,7 +2173,7 @@ def _with_score(model: ForeignModel, state: dict[str, Tensor]) -> tuple[nn.Modul
     from transformers import AutoModelForSequenceClassification
 
     config = copy.deepcopy(model.inner.config)
-    config.id2label = dict(enumerate(model.config.labels or (f"LABEL_{i}" for i in range(model.config.num_labels))))
+    config.id2label = dict(enumerate(label_names(model)))
     config.label2id = {label: i for i, label in config.id2label.items()}
     config.get_text_config().pad_token_id = model.config.pad_token_id
     with torch.device("meta"):
@@ -2544,8 +2544,8 @@ def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = 
     peft = _peft()
     host = model.inner if isinstance(model, ForeignModel) else model
     names, everywhere = linear_names(host), list(target_modules) == ["all-linear"]
-    packed = model.quantization != "none"
-    if packed and any(isinstance(m, Experts) for m in host.modules()):  # peft would mean the experts by these
+    packed, mixture = model.quantization != "none", any(isinstance(m, Experts) for m in host.modules())
+    if packed and mixture:  # peft would mean the experts by these
         names = [name for name in names if name not in ("gate_proj", "up_proj", "down_proj")]
     targets = names if everywhere else list(target_modules)
     if options.get("use_dora") and model.quantization == "int8":
@@ -2562,23 +2562,33 @@ def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = 
             _inject(config, host)
     except ValueError as error:
         raise UserError(f"lora.target_modules: {', '.join(targets)} cannot get adapters in this model ({first_line(error)}); its layers are {', '.join(names)}") from None
+    if packed and config.target_parameters:
+        raise UserError(f"lora.target_modules: {', '.join(targets)} means the experts, and packed ones take no adapter; name layers of the attention")
     model.adapter = config
     tuned = tuple(name + "." for name, m in host.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer))
-    used = (*(f".{name}" for name in tuned), *(f".{name}." for name in config.target_parameters or ()))
-    for target in () if everywhere else targets:
-        experts = any(isinstance(m, Experts) for m in host.modules())  # peft turns their names into others
-        if not any(name.endswith(f".{target}.") for name in used) and not (experts and target.endswith("_proj")):
-            raise UserError(f"lora.target_modules: '{target}' is no layer of this model; its layers are {', '.join(names)}")
+    if everywhere:
+        _say_left_out(host, tuned)
+    else:
+        _check_targets([target for target in targets if not (mixture and target.endswith("_proj"))], (*tuned, *(f"{name}." for name in config.target_parameters or ())), names)
     if options.get("use_dora") and model.config.model_type == "gpt2" and not isinstance(model, ForeignModel):
         for layer in {name.partition("self_attn.")[0] for name in tuned}:
             if sum(f"{layer}self_attn.{part}_proj." in tuned for part in "qkv") in (1, 2):
                 raise UserError("lora.target_modules: with use_dora name q_proj, k_proj and v_proj together; a gpt2 folder keeps them as one product")
-    if packed and config.target_parameters:
-        raise UserError(f"lora.target_modules: {', '.join(targets)} means the experts, and packed ones take no adapter; name layers of the attention")
+
+
+def _check_targets(targets: list[str], tuned: tuple, names: list[str]) -> None:
+    """Each name that was asked for (but a mixture's projections, which peft calls otherwise) has found a layer."""
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}.") for name in tuned):
+            raise UserError(f"lora.target_modules: '{target}' is no layer of this model; its layers are {', '.join(names)}")
+
+
+def _say_left_out(host: nn.Module, tuned: tuple) -> None:
+    """By all-linear peft means some of a mixture's parts only."""
     inside = {id(m) for layer in layers_of(host) for m in layer.modules()}
     left = {".".join(name.split(".")[-2:]) for name, m in host.named_modules()
             if isinstance(m, (Experts, nn.Linear)) and id(m) in inside and not f"{name}.".startswith(tuned)}
-    if left and everywhere and process_rank() == 0:  # peft means some of a mixture's parts only
+    if left and process_rank() == 0:
         say(f"lora: no adapter on {', '.join(sorted(left))}, which stay as they are")
 
 
@@ -2719,6 +2729,11 @@ def adapter_labels(folder: Path) -> list[str] | None:
         head = next((name for name in file.keys() if re.search(r"\.(score|classifier)\.weight$", name)), None)
         return names or (head and [f"LABEL_{i}" for i in range(file.get_slice(head).get_shape()[0])])
     return None
+
+
+def label_names(model: LanguageModel) -> list[str]:
+    """What the outputs of a score head are called; transformers' LABEL_0, ... where they have no names."""
+    return model.config.labels or [f"LABEL_{i}" for i in range(model.config.num_labels)]
 
 
 def folder_labels(folder: Path) -> list[str] | None:
@@ -3333,10 +3348,12 @@ def help_text(doc: str, sections: dict[str, type], own: str, actions: dict[str, 
 
 
 def config_text(config: SimpleNamespace) -> str:
-    """The resolved settings as YAML; unset architecture knobs are left out."""
+    """The resolved settings as YAML, from which the run can be repeated: stage blocks, which have been laid over the
+    shared sections, are left out, and unset architecture knobs."""
     import yaml
 
-    sections = {name: dataclasses.asdict(value) for name, value in vars(config).items() if name in SECTIONS}
+    sections = {name: {k: v for k, v in dataclasses.asdict(value).items() if not (k in SECTIONS and isinstance(v, dict))}
+                for name, value in vars(config).items() if name in SECTIONS}
     sections["model"] = {k: v for k, v in sections["model"].items() if v is not None}
     return yaml.safe_dump(sections, sort_keys=False, width=120)
 

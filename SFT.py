@@ -409,11 +409,11 @@ def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRA
     tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
     pad_id(tokenizer)
     known = MODEL.folder_labels(MODEL.resolve_folder(adapter or name))
-    if config.model.num_labels is not None or config.model.labels not in (None, known):
-        raise UserError("model.labels: are those of the data (and model.num_labels is their number); leave both out")
     if (adapter or config.lora.r) and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
         raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora out, or use one of {', '.join(MODEL.FAMILIES)}")
     train, kept, labels = read_labelled(config, tokenizer, known)
+    if config.model.num_labels is not None or config.model.labels not in (None, labels):
+        raise UserError(f"model.labels: are those of the data, {', '.join(labels)} (and model.num_labels is their number); leave both out")
     config.model.labels = labels
     asked = config.training.learning_rate, config.training.optim
     model = TRAIN.prepare_model(config, tokenizer, adapter=bool(adapter or config.lora.r), head="score")

@@ -912,6 +912,9 @@ def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, toke
     assert answer["label"] == theirs[0]["label"] and math.isclose(sum(answer["probabilities"].values()), 1.0, abs_tol=1e-5)
     with pytest.raises(UserError, match="inference.top_k: this model tells labels apart"):
         INFER.main(["--model", str(tmp_path / "whole"), "--prompt", "x", "--top-k", "3"])
+    SFT.main(["--config", str(tmp_path / "whole" / "config.yaml"), "--out", str(tmp_path / "same")])  # a run repeats from its own settings
+    same = load_file(tmp_path / "same" / "model.safetensors")
+    assert all(torch.equal(whole[name], same[name]) for name in whole)
     with pytest.raises(UserError, match="has no head for words, only one for labels"):
         SFT.main(["--model", str(tmp_path / "whole"), "--data", str(write(tmp_path / "a.jsonl", [{"messages": ASKED}])), "--out", str(tmp_path / "no")])
     more = SFT.main([*label_flags, "--model", str(tmp_path / "whole"), "--max-steps", "2", "--out", str(tmp_path / "more")])
