@@ -230,17 +230,25 @@ PREFILL = 512  # prompt tokens computed at once, and fewer where their scores wi
 PREFILL_SCORES = 2**22  # beside the cache, memory stays flat however long the prompt
 
 
+def alone(more: bool) -> bool:
+    """Whether anybody has more to compute, where this process depends on no other."""
+    return more
+
+
 @torch.no_grad()
-def _decode(model, rows: list[Row], use_cache: bool) -> Iterator[None]:
-    """Extend all rows until each is finished; yields after every token."""
+def _decode(model, rows: list[Row], use_cache: bool, together: Callable[[bool], bool] = alone) -> Iterator[None]:
+    """Extend all rows until each is finished (and those of all processes that go `together`); yields after every token."""
     if not use_cache or not model.caches:
-        yield from _decode_without_cache(model, rows)
+        yield from _decode_without_cache(model, rows, together)
         return
     device = model.device
-    cache = model.new_cache(len(rows), max(len(row.prompt) + row.budget for row in rows))
-    _prefill(model, cache, rows)
+    cache = model.new_cache(len(rows), max((len(row.prompt) + row.budget for row in rows), default=1))
+    _prefill(model, cache, rows, together)
     active = list(rows)  # active[i] lives in cache row i
-    while active:
+    while together(bool(active)):
+        if not active:
+            _idle(model)
+            continue
         ids = torch.tensor([[(row.ids or row.prompt)[-1]] for row in active], device=device)  # (B, 1)
         positions = torch.tensor([[len(row.prompt) + len(row.ids) - 1] for row in active], device=device)
         logits = model(ids, positions=positions, cache=cache.select(range(len(active)))).logits[:, -1]  # (B, V)
@@ -254,15 +262,24 @@ def _decode(model, rows: list[Row], use_cache: bool) -> Iterator[None]:
                     active[i] = last
 
 
-def _prefill(model, cache, rows: list[Row]) -> None:
+def _idle(model) -> None:
+    """A forward of one token that nobody reads: sharded weights are gathered by all processes or by none."""
+    nothing = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    model(nothing, positions=nothing)
+
+
+def _prefill(model, cache, rows: list[Row], together: Callable[[bool], bool]) -> None:
     """Store all prompt tokens but the last, which is the first one decoded. Rows of one prompt share the work."""
     first: dict[int, int] = {}
     owners = [first.setdefault(id(row.prompt), i) for i, row in enumerate(rows)]
     unique = sorted(set(owners))
-    longest = max(len(rows[i].prompt) for i in unique) - 1
+    longest = max((len(rows[i].prompt) for i in unique), default=1) - 1
     device = model.device
     start = 0
-    while start < longest:
+    while together(start < longest):
+        if start >= longest:
+            _idle(model)
+            continue
         width = min(PREFILL, longest - start, max(1, PREFILL_SCORES // (len(unique) * (start + PREFILL))))
         ids = torch.zeros(len(unique), width, dtype=torch.long)
         positions = torch.full((len(unique), width), -1)
@@ -278,9 +295,12 @@ def _prefill(model, cache, rows: list[Row]) -> None:
             cache.copy(owner, i)
 
 
-def _decode_without_cache(model, rows: list[Row]) -> Iterator[None]:
+def _decode_without_cache(model, rows: list[Row], together: Callable[[bool], bool]) -> Iterator[None]:
     """The plain loop: everything anew for each token. The oracle of the cached one."""
-    while active := [row for row in rows if not row.finish]:
+    while together(bool(active := [row for row in rows if not row.finish])):
+        if not active:
+            _idle(model)
+            continue
         texts = [row.prompt + row.ids for row in active]
         longest = max(map(len, texts))
         ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=model.device)
@@ -314,21 +334,24 @@ def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | lis
 
 
 def generate(model, prompts: list[list[int]], sampling: Sampling | list[Sampling], tokenizer=None, use_cache: bool = True,
-             batch_size: int = 64, step: int = 0, first: int | list[int] = 0) -> list[list[Completion]]:
+             batch_size: int = 64, step: int = 0, first: int | list[int] = 0, together: Callable[[bool], bool] = alone) -> list[list[Completion]]:
     """Answers to ragged prompts, computed together: [prompt][sample] -> Completion.
 
     Each answer draws from its own generator keyed by (seed, step, prompt, sample): the same text alone or in any
     batch. `step` sets calls of one seed apart (rollouts), `first` is the number of the first prompt, or a list of all
-    numbers. The tokenizer is needed for stop texts and `.text` only.
+    numbers. The tokenizer is needed for stop texts and `.text` only. Where weights are sharded over processes that have
+    prompts of their own, together(more) tells whether any of them has more to compute: all keep stepping until none has.
     """
     samplings = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
     groups = _make_rows(model, prompts, samplings, tokenizer, step, first)
     rows = [row for group in groups for row in group]
     was_training = model.training
     model.eval()
-    for start in range(0, len(rows), batch_size):
-        for _ in _decode(model, rows[start : start + batch_size], use_cache):
+    start = 0
+    while together(start < len(rows)):
+        for _ in _decode(model, rows[start : start + batch_size], use_cache, together):
             pass
+        start += batch_size
     model.train(was_training)
     return [[row.completion() for row in group] for group in groups]
 

@@ -1318,6 +1318,7 @@ class LanguageModel(nn.Module):
             self.score = nn.Linear(width, labels, bias=False)
         if "value" in self.heads:
             self.value_head = nn.Linear(width, 1, bias=False)
+            nn.init.zeros_(self.value_head.weight)
 
     def backbone(self, input_ids, positions, cache, segment_ids, token_types, keep: bool) -> tuple[Tensor, list, list[Routing]]:
         """ids (B, T) -> hidden states (B, T, C) after the final norm, those before each layer if `keep`, what routers did."""
@@ -2152,7 +2153,9 @@ def save(model: LanguageModel, folder: str | Path) -> None:
         return
     if model.config.tie_word_embeddings:
         state.pop(model.tied_name, None)
-    raw = config_to_hub(model.config, model.heads)
+    product = tuple(head for head in model.heads if head != "value")  # a critic is a tool of training
+    state = {name: tensor for name, tensor in state.items() if not is_critic(name) or not product}
+    raw = config_to_hub(model.config, product or model.heads)
     kind = raw["model_type"]
     raw["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     generation = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k) is not None}
@@ -2708,6 +2711,11 @@ def adapter_from_hub(kind: str, config, state: dict[str, Tensor]) -> tuple:
     return config, own
 
 
+def is_critic(name: str) -> bool:
+    """Whether a tensor belongs to the head that training alone needs."""
+    return name.startswith("value_head.")
+
+
 def tensor_is_trained(name: str) -> bool:
     """Whether a tensor of a model with an adapter belongs to the adapter."""
     return any(part in name for part in (".lora_", ".trainable_tokens_", ".modules_to_save."))
@@ -3187,7 +3195,7 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
             raise UserError(f"{own}.{name}: {value!r} is given where keys and values are expected, as in {own}.{name}.KEY")
     layers = [Layer("defaults", stage_defaults), Layer(origin, shared), Layer(f"{origin}: {own}", {k: v or {} for k, v in block.items()}),
               Layer("command line", flags), Layer(f"command line: {own}", prefixed)]
-    values = {name: {f.name: _default(f) for f in dataclasses.fields(kind)} for name, kind in sections.items()}
+    values = {name: {f.name: default_of(f) for f in dataclasses.fields(kind)} for name, kind in sections.items()}
     for layer in layers:
         _apply(values, layer, sections)
     config = SimpleNamespace(**{name: sections[name](**values[name]) for name in sections}, actions=SimpleNamespace(**chosen))
@@ -3195,7 +3203,7 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
     return config
 
 
-def _default(f: dataclasses.Field):
+def default_of(f: dataclasses.Field):
     return f.default if f.default is not dataclasses.MISSING else f.default_factory()
 
 
@@ -3307,7 +3315,7 @@ def _apply(values: dict, layer: Layer, sections: dict[str, type]) -> None:
             if key not in MODEL_SETTINGS:
                 values["model"][key] = None
         if "name" in model and "tokenizer" in values:
-            values["tokenizer"] = {f.name: _default(f) for f in dataclasses.fields(sections["tokenizer"])}
+            values["tokenizer"] = {f.name: default_of(f) for f in dataclasses.fields(sections["tokenizer"])}
     data = values.get("data", {})
     if "train" in given.get("data", {}) and data.get("validation") not in ("hash", "tail", "none"):
         data["validation"] = "hash"  # a file that was held out of other data
@@ -3341,7 +3349,7 @@ def help_text(doc: str, sections: dict[str, type], own: str, actions: dict[str, 
     for name, kind in sections.items():
         lines += ["", f"--{name}.KEY VALUE" + (", or --KEY VALUE" if name == own else "")]
         for f in dataclasses.fields(kind):
-            shown = json.dumps(_default(f)) if _default(f) is not None else "null"
+            shown = json.dumps(default_of(f)) if default_of(f) is not None else "null"
             choices = f" ({' | '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else ""
             lines.append(f"  {f.name:26} {shown:>16}  {f.metadata['comment']}{choices}")
     return "\n".join(lines)

@@ -403,14 +403,19 @@ def pad_id(tokenizer) -> int:
     return tokenizer.pad_token_id
 
 
+def check_new_head(config) -> None:
+    name = config.model.name
+    if (config.actions.adapter or config.lora.r) and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
+        raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora out, or use one of {', '.join(MODEL.FAMILIES)}")
+
+
 def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
     adapter, name = config.actions.adapter, config.model.name
     TRAIN.fit_length(config, MODEL.context_length(name, MODEL.overrides(config.model)))
     tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
     pad_id(tokenizer)
     known = MODEL.folder_labels(MODEL.resolve_folder(adapter or name))
-    if (adapter or config.lora.r) and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
-        raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora out, or use one of {', '.join(MODEL.FAMILIES)}")
+    check_new_head(config)
     train, kept, labels = read_labelled(config, tokenizer, known)
     if config.model.num_labels is not None or config.model.labels not in (None, labels):
         raise UserError(f"model.labels: are those of the data, {', '.join(labels)} (and model.num_labels is their number); leave both out")
@@ -418,7 +423,7 @@ def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRA
     asked = config.training.learning_rate, config.training.optim
     model = TRAIN.prepare_model(config, tokenizer, adapter=bool(adapter or config.lora.r), head="score")
     model.config.pad_token_id = tokenizer.pad_token_id
-    finish_model(config, model, *asked)
+    finish_model(config, model, *asked, config.sft.neftune_noise_alpha)
     stream, batches = in_batches(config, train, kept)
     causal = model.config.causal
     evaluate = Confusion(batches, labels, causal) if batches else None
@@ -446,16 +451,16 @@ def neftune(embedding: nn.Module, alpha: float) -> None:
     embedding.register_forward_hook(noise)
 
 
-def set_rates(training: TRAIN.TrainingSection, model: MODEL.LanguageModel, rate: float | None, optim: str) -> None:
+def set_rates(training: TRAIN.TrainingSection, model: MODEL.LanguageModel, rate: float | None, optim: str, share: float = 1.0) -> None:
     """Where nothing was asked for: the wider a trained model, the smaller its steps, ten times larger for adapters.
-    A narrow one still has most to learn, which Muon does faster."""
+    A narrow one still has most to learn, which Muon does faster. A later stage takes a `share` of this stage's rate."""
     width = model.config.hidden_size
-    usual = min(3e-3, max(1e-5, 3e-3 * (128 / width) ** 2))
+    usual = share * min(3e-3, max(1e-5, 3e-3 * (128 / width) ** 2))
     training.learning_rate = rate or (min(1e-2, 10 * usual) if model.adapter else usual)
     training.optim = optim if optim != "auto" else "muon" if width <= 256 and not model.adapter else "adamw"
 
 
-def finish_model(config, model: MODEL.LanguageModel, rate: float | None, optim: str) -> None:
+def finish_model(config, model: MODEL.LanguageModel, rate: float | None, optim: str, noise: float = 0.0, share: float = 1.0) -> None:
     """What all fine-tuning does to a loaded model: adapters, learning rates, noise."""
     adapter = config.actions.adapter
     for field in fields(LoraSection):
@@ -472,12 +477,12 @@ def finish_model(config, model: MODEL.LanguageModel, rate: float | None, optim: 
         if model.config.model_type == MODEL.CUSTOM and MODEL.process_rank() == 0:
             say("lora: no Hugging Face class has this mixture of knobs; only this program will open the adapter")
         config.lora.attach(model, config.model.name or "", model.new_ids, config.training.seed)
-    set_rates(config.training, model, rate, optim)
+    set_rates(config.training, model, rate, optim, share)
     if config.lora.loraplus_lr_ratio and config.training.optim == "muon":
         raise UserError("lora.loraplus_lr_ratio: has no effect with training.optim muon; take adamw")
     model.rates = {".lora_B.": config.lora.loraplus_lr_ratio} if config.lora.loraplus_lr_ratio else {}
-    if config.sft.neftune_noise_alpha:
-        neftune(model.get_input_embeddings(), config.sft.neftune_noise_alpha)
+    if noise:
+        neftune(model.get_input_embeddings(), noise)
 
 
 def need_model(config) -> None:
@@ -500,7 +505,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r))
     if not model.config.causal:
         raise UserError(f"model.name: {config.model.name} is an encoder, which answers nobody; conversations need a causal model")
-    finish_model(config, model, *asked)
+    finish_model(config, model, *asked, config.sft.neftune_noise_alpha)
     TOKENIZER.end_with_turns(model, tokenizer)
     talks, kept = read_talks(config, tokenizer)
     stream, batches = in_batches(config, talks, kept)

@@ -17,6 +17,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 import unicodedata
 import zlib
@@ -671,13 +672,13 @@ def _check_turns(messages: list[dict], where: str) -> None:
         raise UserError(f"{where}: message {roles.index('system') + 1} is the system's; it has to come first")
 
 
-def _renamed(record: dict, columns: dict | None, where: str) -> dict:
+def _renamed(record: dict, columns: dict | None, where: str, key: str = "sft.columns") -> dict:
     """A record under our keys: {"my_column": 1}, {"prompt": "my_column"} -> {"prompt": 1}."""
     if not isinstance(record, dict) or not columns:
         return record
     missing = [name for name in columns.values() if name not in record]
     if missing:
-        raise UserError(f"{where}: sft.columns names '{missing[0]}', but the keys are {', '.join(map(str, list(record)[:8]))}")
+        raise UserError(f"{where}: {key} names '{missing[0]}', but the keys are {', '.join(map(str, list(record)[:8]))}")
     return {**{k: v for k, v in record.items() if k not in columns.values()}, **{k: record[v] for k, v in columns.items()}}
 
 
@@ -721,6 +722,122 @@ def read_conversations(paths: list[Path], columns: dict | None = None, system: s
             if layout != first[0]:
                 raise UserError(f"{where}: {layout}, but {first[1]} is {first[0]}; one file holds one layout")
             yield where, conversation(record, where, system)
+
+
+# ------------------------------------------------------------------------------------ preferences and prompts
+
+
+def as_messages(said: str | list[dict], role: str = "user") -> list[dict]:
+    return [{"role": role, "content": said}] if isinstance(said, str) else said
+
+
+def read_preferences(paths: list[Path], columns: dict | None = None, system: str | None = None) -> Iterator[tuple[str, dict]]:
+    """(file:line, {prompt, chosen, rejected, [margin]} or {prompt, completion, label}) of all files. Texts stay texts and
+    conversations lists of messages; a side that says nothing is "" (see `preference`)."""
+    for path in paths:
+        for where, record in read_records(path):
+            yield where, preference(_renamed(record, columns, where, "rl.columns"), where, system)
+
+
+def preference(record: dict, where: str, system: str | None = None) -> dict:
+    """One record in TRL's layouts, the prompt under any usual name, or implicit: what `chosen` and `rejected` begin with alike.
+
+    {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: No"} -> prompt: the user says Hi
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: an object is expected, not {type(record).__name__}")
+    pair = record.get("chosen") is not None and record.get("rejected") is not None
+    if not pair and not (record.get("completion") is not None and "label" in record):
+        raise UserError(f"{where}: keys {', '.join(map(str, list(record)[:6])) or 'none'} are neither prompt + chosen + rejected nor prompt + completion + label; "
+                        "name yours in rl.columns, as in {chosen: my_column, rejected: another}")
+    sides = {key: _side(record[key], "assistant", f"{where}: {key}") for key in (("chosen", "rejected") if pair else ("completion",))}
+    prompt = _prompt_of(record, where)
+    if prompt is None:
+        if not pair:
+            raise UserError(f"{where}: no prompt; name it in rl.columns, as in {{prompt: my_column}}")
+        prompt, sides = _implicit_prompt(sides, where)
+    prompt = _with_system(prompt, record.get("system") or system)
+    if isinstance(prompt, list) or any(isinstance(side, list) for side in sides.values()):
+        prompt, sides = as_messages(prompt), {key: as_messages(side, "assistant") if side else "" for key, side in sides.items()}
+    if pair:
+        margin = record.get("margin", 0.0)
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+            raise UserError(f"{where}: margin {margin!r} must be a number")
+        return {"prompt": prompt, **sides, "margin": float(margin)}
+    if record["label"] not in (True, False):  # 0 and 1 too
+        raise UserError(f"{where}: label {record['label']!r} must be true (a completion to learn) or false")
+    return {"prompt": prompt, **sides, "label": bool(record["label"])}
+
+
+def read_prompts(paths: list[Path], columns: dict | None = None, system: str | None = None) -> Iterator[tuple[str, dict]]:
+    """(file:line, {prompt, and every other key of the record}): what is asked, and what judges of answers may need. Of a
+    conversation that ends with an answer, that answer is the key `completion`."""
+    for path in paths:
+        for where, record in read_records(path):
+            record = _renamed(record, columns, where, "rl.columns")
+            prompt = _prompt_of(record, where) if isinstance(record, dict) else None
+            rest = {key: value for key, value in record.items() if key not in ("prompt", "messages")} if prompt is not None else {}
+            if prompt is None and isinstance(record, dict) and record.get("messages"):
+                prompt = _side(record["messages"], "user", f"{where}: messages")
+                rest = {key: value for key, value in record.items() if key != "messages"}
+                if prompt and prompt[-1]["role"] == "assistant":
+                    rest["completion"], prompt = prompt[-1]["content"], prompt[:-1]
+            if not prompt:
+                keys = ", ".join(map(str, list(record)[:6])) if isinstance(record, dict) else type(record).__name__
+                raise UserError(f"{where}: no prompt among {keys or 'no keys'}; name it in rl.columns, as in {{prompt: my_column}}")
+            yield where, {**rest, "prompt": _with_system(prompt, record.get("system") or system)}
+
+
+def _side(said, role: str, where: str) -> str | list[dict]:
+    """A text, or a conversation as messages; "" where nothing is said."""
+    if isinstance(said, str):
+        return said if said.strip() else ""
+    if isinstance(said, dict):
+        said = [said]
+    if not isinstance(said, list):
+        raise UserError(f"{where}: text or a list of messages is expected, not {type(said).__name__}")
+    if not said or not (isinstance(said[-1], dict) and (said[-1].get("content", said[-1].get("value")) or said[-1].get("tool_calls"))):
+        return ""
+    return [_message(turn, f"{where}: message {i}") for i, turn in enumerate(said, 1)]
+
+
+def _prompt_of(record: dict, where: str) -> str | list[dict] | None:
+    for key in ("prompt", "instruction", "question"):
+        if record.get(key) is not None:
+            prompt = _side(record[key], "user", f"{where}: {key}")
+            return f"{prompt}\n\n{record['input']}" if key == "instruction" and record.get("input") else prompt
+    return None
+
+
+def _with_system(prompt: str | list[dict], system: str | None) -> str | list[dict]:
+    if not system or (isinstance(prompt, list) and prompt[0]["role"] == "system"):
+        return prompt
+    return [{"role": "system", "content": system}, *as_messages(prompt)]
+
+
+HH_TURN = re.compile(r"\n\n(Human|Assistant):\s*")
+
+
+def _implicit_prompt(sides: dict, where: str) -> tuple[str | list[dict], dict]:
+    """What both sides begin with, up to their last difference; "Human:" and "Assistant:" texts become messages."""
+    for key, said in sides.items():
+        parts = HH_TURN.split(said) if isinstance(said, str) else []
+        if len(parts) > 2 and not parts[0].strip():
+            turns = zip(parts[1::2], parts[2::2], strict=True)
+            sides[key] = [{"role": ROLES[role.lower()], "content": text.strip()} for role, text in turns]
+    chosen, rejected = sides["chosen"], sides["rejected"]
+    if not chosen or not rejected or type(chosen) is not type(rejected):
+        return "", sides
+    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
+    if isinstance(chosen, list):
+        same = min(same, len(chosen) - 1, len(rejected) - 1)  # the last turn is the answer, even where both give the same
+        if not same or any(turn["role"] != "assistant" for side in (chosen, rejected) for turn in side[same:][:1]):
+            raise UserError(f"{where}: chosen and rejected should begin with the same question and end with an answer each")
+    else:
+        same = max(chosen.rfind(" ", 0, same + 1), chosen.rfind("\n", 0, same + 1)) + 1  # whole words
+        if not chosen[:same].strip():
+            raise UserError(f"{where}: no prompt, and chosen and rejected have no common beginning; name it in rl.columns, as in {{prompt: my_column}}")
+    return chosen[:same], {"chosen": chosen[same:], "rejected": rejected[same:]}
 
 
 # ------------------------------------------------------------------------------------- cleaning and splitting
@@ -1068,6 +1185,7 @@ class Examples(NamedTuple):
     weights: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray  # (input, target) pairs, one fewer than ids
+    group: int = 1  # this many neighbours share a row and are never packed with others: the two sides of a pair
 
 
 class WholeRows:
@@ -1077,8 +1195,9 @@ class WholeRows:
     def __init__(self, examples: Examples, length: int, packing: bool, seed: list[int] | None):
         self.spans = examples
         random = np.random.default_rng(seed) if seed is not None else None
-        order = random.permutation(len(examples.lengths)) if random else np.arange(len(examples.lengths))
-        self.members = self._packed(order, length) if packing else [[int(i)] for i in order]
+        count, group = len(examples.lengths) // examples.group, examples.group
+        order = random.permutation(count) if random else np.arange(count)
+        self.members = self._packed(order, length) if packing else [[*range(int(i) * group, int(i + 1) * group)] for i in order]
         self.count = len(self.members)
         self.order = random.permutation(self.count) if random else np.arange(self.count)
 

@@ -615,8 +615,11 @@ class Trainer:
                  "since_best": self.since_best, "skipped": self.skipped, "loss_scale": [self.loss_scale.scale, self.loss_scale.good],
                  "random": everyone, "stream": self.stream.state_dict(),
                  "optimizers": [map_tensors(gathered, optimizer.state_dict()) for optimizer in self.optimizers]}
-        if not isinstance(self.model, MODEL.Transformer) or self.model.adapter:  # more (or less) is trained than the product folder holds
-            trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
+        # What is trained and not in the product folder as it stands: adapters, a foreign model's heads, a critic.
+        trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
+        if is_whole(self.model):
+            trained = {name for name in trained if MODEL.is_critic(name)}
+        if trained:
             state["module"] = {k: gathered(v) for k, v in self.model.state_dict().items() if k in trained}
         return state
 
@@ -715,8 +718,7 @@ class Trainer:
 
     def _return_to(self, folder: Path) -> dict:
         """The best checkpoint's weights, into the model as it stands (sharded or not)."""
-        whole = isinstance(self.model, MODEL.Transformer) and not self.model.adapter
-        source = MODEL.build(self.model.config, self.model.heads, device="meta") if whole else None
+        source = MODEL.build(self.model.config, self.model.heads, device="meta") if is_whole(self.model) else None
         if source is None:
             weights = load_state(folder)["module"]
         else:
@@ -731,6 +733,11 @@ class Trainer:
 
 
 STATE_FILE = "trainer_state.pt"
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether a product folder holds the model itself, not what was put on another."""
+    return isinstance(model, MODEL.Transformer) and not model.adapter
 
 
 def lower_is_better(measure: str) -> bool:
@@ -776,13 +783,12 @@ def restore(model: nn.Module, folder: Path) -> dict:
     """Load a checkpoint's weights into the model and return the rest; names the one before it where this is damaged."""
     try:
         state = load_state(folder)
-        if "module" in state:
-            try:
-                model.load_state_dict(state["module"], strict=False)
-            except RuntimeError as error:
-                raise UserError(f"--resume: {folder} was made with another model or adapter ({MODEL.first_line(error)})") from None
-        else:
+        if is_whole(model) or "module" not in state:
             MODEL.load_weights(model, folder)
+        try:
+            model.load_state_dict(state.get("module", {}), strict=False)
+        except RuntimeError as error:
+            raise UserError(f"--resume: {folder} was made with another model or adapter ({MODEL.first_line(error)})") from None
     except UserError as error:
         others = [path for path in checkpoints(folder.parent) if path != folder]
         raise UserError(f"{error}" + (f"; --resume {others[-1]} is another checkpoint" if others else "")) from None
@@ -895,7 +901,7 @@ class Log:
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o-", color="#d1495b", markersize=4, label="held out")
             axes.annotate(f"{held_out[-1][1]:.3f}", held_out[-1], textcoords="offset points", xytext=(-4, 8), ha="right", color="#d1495b")
-        axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+        axes.set(xlabel="optimizer step", ylabel="loss")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
@@ -937,7 +943,7 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
         yield found
 
 
-RUN_FILES = ("log.jsonl", "loss.png", "confusion.png", "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors",
+RUN_FILES = ("log.jsonl", "loss.png", "confusion.png", "rollouts.jsonl", "rollouts.png", "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors",
              "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -1071,7 +1077,7 @@ def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection
     return evaluate_and_show
 
 
-def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, head: str = "lm") -> MODEL.LanguageModel:
+def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, head: str | tuple = "lm") -> MODEL.LanguageModel:
     """The named model (with rows for new tokens where it may `grow`), or a preset with the tokenizer's vocabulary; float32
     weights, packed ones where an `adapter` will learn in their place. `head` is what will be trained on top."""
     section = config.model
@@ -1081,11 +1087,11 @@ def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, 
     if packed and config.training.fsdp:
         raise UserError("training.fsdp: packed weights are not sharded; leave out model.quantization, or run one process a device without fsdp")
     if section.name:
+        if "lm" in head and "lm" not in MODEL.folder_heads(MODEL.read_json(MODEL.resolve_folder(section.name) / "config.json")):
+            raise UserError(f"model.name: {section.name} has no head for words, only one for labels; name the model that it was made from")
         device = MODEL.choose_device(section.device) if packed else None  # they are packed where they will be used
         model = MODEL.load(section.name, "float32", device, section.attn_implementation, head if head != "lm" else None,
                            config.training.seed, MODEL.overrides(section), quantization=section.quantization)
-        if head not in model.heads:
-            raise UserError(f"model.name: {section.name} has no head for words, only one for labels; name the model that it was made from")
     else:
         begin = TOKENIZER.begin_id(tokenizer)
         ends = begin if tokenizer.eos_token_id is None else tokenizer.eos_token_id

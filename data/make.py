@@ -10,6 +10,8 @@ Every draw comes from a seed, so any Python from 3.10 on writes the same bytes.
     chat.jsonl        the same questions as conversations, and stories on request
     chat_test.jsonl   questions of `questions("test")`, which stand in no other file, with the answer to check against
     notes.tsv         short notes between the inhabitants, labelled by what they are for
+    prompts.jsonl     sums and differences in new words with the answer alone, to be solved by trial; prompts_test.jsonl others
+    preferences.jsonl two openings of a story, the better one about whom it was asked for; preferences_test.jsonl others
 """
 import argparse
 import hashlib
@@ -713,6 +715,49 @@ def held_out_questions():
             for item in questions("test")]
 
 
+ASKED_ANEW = {"sums": ("How much is {a} plus {b}?", "Can you tell me what {a} plus {b} is?"),
+              "differences": ("How much is {a} minus {b}?", "What is left of {a} without {b}?")}
+
+
+def prompts(split):
+    """Sums and differences in words that no conversation uses, each with its answer: what can be checked can be learnt by trial.
+    A pair of numbers is held out here where its plain question is."""
+    draw, found = Draw("prompts", split), []
+    for kind, word, pairs in (("sums", "plus", [(a, b) for a in range(10, 100) for b in range(1, 100)]),
+                              ("differences", "minus", [(a, b) for a in range(10, 100) for b in range(1, a + 1)])):
+        pool = [(a, b) for a, b in pairs if is_held_out(f"What is {a} {word} {b}?") == (split == "test")]
+        for a, b in draw.sample(pool, 250 if split == "test" else 850):
+            answer = a + b if kind == "sums" else a - b
+            found.append({"prompt": draw.pick(ASKED_ANEW[kind]).format(a=a, b=b), "answer": str(answer)})
+    return [json.dumps(record) for record in draw.sample(found, len(found))]
+
+
+def opening(hero, when, draw):
+    """How a story about somebody begins: a sentence, or two short ones."""
+    plot = draw.pick([plot for plot in PLOTS.values() if plot.startswith("<lead>")]).replace("<lead>", f"{when} {hero} the {hero.job}", 1)
+    first, second = re.split(r"(?<=[.!?]) (?=[A-Z\"])", polish(expand(plot, draw).format(**scene(hero, draw.pick(("spring", "summer", "autumn")), draw))))[:2]
+    return first if len(first) > 70 else f"{first} {second}"
+
+
+def preferences(split):
+    """Two openings of a story: the better one is about whom it was asked for."""
+    draw, found = Draw("preferences", split), []
+    for hero in PEOPLE:
+        for day in DAYS:
+            for season in SEASONS:
+                for ask in ("Tell me a story about {hero} on a {day} in {season}.", "Please tell me about {hero} on a {day} in {season}.",
+                            "Do you know a story about {hero} on a {day} in {season}?"):
+                    asked = ask.format(hero=hero, day=day, season=season)
+                    held = int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=8, person=b"preferences").digest(), "big") % 10 < 4
+                    if held != (split == "test"):
+                        continue
+                    when = f"One {day} in {season},"
+                    chosen = opening(hero, when, draw)
+                    rejected = opening(draw.pick([person for person in PEOPLE if person is not hero]), when, draw)
+                    found.append({"prompt": asked, "chosen": chosen, "rejected": rejected})
+    return [json.dumps(record) for record in draw.sample(found, 500 if split == "test" else 650)]
+
+
 def notes():
     """A header line, then text and label; all different."""
     draw, seen = Draw("notes"), {}
@@ -726,7 +771,8 @@ def notes():
 
 def outputs():
     return {"train.txt": stories(), "train.jsonl": tasks(), "chat.jsonl": conversations(), "chat_test.jsonl": held_out_questions(),
-            "notes.tsv": notes()}
+            "notes.tsv": notes(), "prompts.jsonl": prompts("train"), "prompts_test.jsonl": prompts("test"),
+            "preferences.jsonl": preferences("train"), "preferences_test.jsonl": preferences("test")}
 
 
 def main():

@@ -1,0 +1,1401 @@
+"""RL.py: a model learns from preferences and from rewards.
+
+Read in this order: settings, the losses and estimators (each a short function with its paper), preference pairs as one
+stream and one loss, reward functions, rollouts as another stream and loss, and the command line.
+
+    python RL.py --config config.yaml                                        # DPO: out/sft -> out/rl, on the shipped pairs
+    python RL.py --rl.method grpo --out out/grpo                             # sums by trial: only the answer is judged
+    python RL.py --rl.method reward --out out/reward                         # a reward model of the same pairs, and PPO against it:
+    python RL.py --rl.method ppo --rl.reward_funcs out/reward --data data/preferences.jsonl --out out/ppo
+    python RL.py --rl.method grpo --data mine.jsonl --rl.reward_funcs judge.py:polite length:60 --max-minutes 1
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import json
+import math
+import re
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import INFER
+import MODEL
+import SFT
+import TOKENIZER
+import TRAIN
+from MODEL import UserError, knob, load_config, run_main, say
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+PAIRED = ("reward", "dpo", "orpo", "simpo")
+OFFLINE = (*PAIRED, "kto")
+ON_POLICY = ("ppo", "grpo", "rloo")
+BETA = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
+LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust"), "grpo": ("dapo", "grpo", "dr_grpo")}
+PROMPTS = {"train": ["data/prompts.jsonl"], "validation": "data/prompts_test.jsonl"}  # what on-policy methods read unless told
+
+
+@dataclass
+class RLSection:
+    method: str = knob("dpo", "what is learnt from: pairs (reward to kto), or a reward on the model's own texts", (*OFFLINE, *ON_POLICY))
+    beta: float | None = knob(None, "pull towards the reference; null is 0.1 for dpo, kto and orpo (there the weight of the odds), 2 for simpo (there a scale), 0.05 for ppo and rloo, 0.04 for grpo; 0 does without a reference")
+    loss_type: str = knob("auto", "dpo: sigmoid, hinge, ipo, robust; grpo: dapo (a mean over tokens), grpo (over texts), dr_grpo (by a constant); auto is the first")
+    label_smoothing: float = knob(0.0, "dpo: share of pairs that are taken to be the wrong way round; robust needs it")
+    simpo_gamma: float = knob(0.5, "simpo: margin by which the better text should be ahead")
+    desirable_weight: float = knob(1.0, "kto: how much wanted texts count")
+    undesirable_weight: float = knob(1.0, "kto: how much unwanted texts count")
+    center_rewards_coefficient: float = knob(0.01, "reward: pull of a pair's two rewards towards a sum of zero")
+    columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, chosen: another}")
+    system: str | None = knob(None, "system message of prompts that have none")
+    ref_model: str | None = knob(None, "folder of the reference; null is the model as it starts")
+    reward_funcs: list = knob(["exact_answer"], "what judges: exact_answer, number_after:####, format:REGEX, regex:REGEX, length:60, file.py:function, the folder of a reward model; several are added up")
+    reward_weights: list | None = knob(None, "one factor for each of them; null is 1")
+    rollout_size: int = knob(256, "texts of one rollout, over all prompts and processes; whole optimizer steps")
+    num_generations: int | None = knob(None, "texts for each prompt; null is 8, and 1 for ppo")
+    max_completion_length: int = knob(64, "tokens of a text at most")
+    temperature: float = knob(1.0, "of sampling, and of the probabilities that are learnt")
+    top_k: int = knob(0, "sampling: only the k likeliest tokens; 0 is off")
+    top_p: float = knob(1.0, "sampling: only the likeliest tokens that hold this probability together")
+    rollout_batch_size: int = knob(256, "texts generated together on one device")
+    num_iterations: int | None = knob(None, "passes over each rollout; null is 1, and 4 for ppo")
+    epsilon: float = knob(0.2, "a probability may move by this share within a rollout before its gradient is cut")
+    epsilon_high: float | None = knob(None, "another limit upwards (clip-higher); null is the same")
+    scale_rewards: str = knob("group", "grpo: advantages in units of the rewards' deviation in the group, in the batch, or as they are", ("group", "batch", "none"))
+    mask_truncated_completions: bool = knob(False, "texts that were cut off at max_completion_length are not learnt")
+    entropy_coef: float = knob(0.0, "reward for an undecided distribution, which keeps exploring")
+    missing_eos_penalty: float = knob(0.0, "subtracted from the score of a text that was cut off")
+    gamma: float = knob(1.0, "ppo: worth of a reward one token later")
+    lam: float = knob(0.95, "ppo: how far advantages look ahead (lambda of GAE)")
+    cliprange_value: float = knob(0.2, "ppo: the critic may move this far within a rollout before its gradient is cut")
+    vf_coef: float = knob(0.1, "ppo: weight of the critic's loss")
+    kl_target: float | None = knob(None, "ppo: beta follows so that the KL of a text stays near this (nats); null is a fixed beta")
+    kl_horizon: int = knob(10000, "ppo: texts over which that beta adapts")
+    eval_prompts: int = knob(200, "held-out prompts answered (greedily) in a validation of ppo, grpo and rloo")
+    model: dict = knob({"name": "./out/sft"}, "stage block over `model`")
+    data: dict = knob({"train": ["data/preferences.jsonl"], "validation": "data/preferences_test.jsonl"},
+                      "stage block over `data`; ppo, grpo and rloo read data/prompts.jsonl unless told otherwise")
+    training: dict = knob({"max_steps": 200, "batch_size": 32}, "stage block over `training`")
+    lora: dict = knob({}, "stage block over `lora`")
+    output: dict = knob({"dir": "./out/rl"}, "stage block over `output`")
+
+    def fill(self) -> RLSection:
+        """Put in what null and auto mean to the method."""
+        self.beta = BETA.get(self.method) if self.beta is None else self.beta
+        self.loss_type = LOSS_TYPES.get(self.method, ("auto",))[0] if self.loss_type == "auto" else self.loss_type
+        if self.method in ON_POLICY:
+            self.num_generations = self.num_generations or (1 if self.method == "ppo" else 8)
+            self.num_iterations = self.num_iterations or (4 if self.method == "ppo" else 1)
+        return self
+
+    def __post_init__(self):
+        copy.copy(self).fill().check()
+
+    def check(self) -> None:
+        for key, methods in OWNERS.items():
+            if self.method not in methods and getattr(self, key) != MODEL.default_of(self.__dataclass_fields__[key]):
+                raise UserError(f"rl.{key}: has no effect with rl.method {self.method} (only with {', '.join(methods)}); leave it out")
+        known = LOSS_TYPES.get(self.method, ("auto",))
+        if self.loss_type not in known:
+            raise UserError(f"rl.loss_type: '{self.loss_type}' is none of {', '.join(known)}" if known[1:] else f"rl.loss_type: {self.method} has only one; leave it out")
+        if self.method in ON_POLICY:
+            if self.method != "ppo" and self.num_generations < 2:
+                raise UserError(f"rl.num_generations: {self.num_generations}, but {self.method} compares a prompt's texts with each other; at least 2")
+            if self.rollout_size % self.num_generations:
+                raise UserError(f"rl.rollout_size: {self.rollout_size} does not hold whole groups of rl.num_generations {self.num_generations}")
+            if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+                raise UserError(f"rl.reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} rl.reward_funcs; one for each is expected")
+        limits = {"beta": 0, "label_smoothing": 0, "desirable_weight": 0, "undesirable_weight": 0, "center_rewards_coefficient": 0, "temperature": 1e-3,
+                  "rollout_size": 1, "num_generations": 1, "num_iterations": 1, "max_completion_length": 1, "rollout_batch_size": 1, "epsilon": 0,
+                  "epsilon_high": 0, "cliprange_value": 0, "vf_coef": 0, "kl_target": 1e-9, "kl_horizon": 1, "gamma": 0, "lam": 0, "eval_prompts": 0}
+        for key, low in limits.items():
+            if getattr(self, key) is not None and not low <= getattr(self, key) < math.inf:
+                raise UserError(f"rl.{key}: {getattr(self, key)} must be {low:g} or above")
+        if max(self.gamma, self.lam) > 1:
+            raise UserError("rl.gamma and rl.lam: must not be above 1")
+        if self.method in ("dpo", "kto", "simpo") and not self.beta:
+            raise UserError(f"rl.beta: {self.method} needs one above 0")
+        if not self.label_smoothing < 0.5 or (self.loss_type == "robust" and not self.label_smoothing):
+            raise UserError(f"rl.label_smoothing: {self.label_smoothing} must be below 0.5, and above 0 for rl.loss_type robust")
+        if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
+            raise UserError(f"rl.label_smoothing: has no effect with rl.loss_type {self.loss_type}; leave it out")
+        if self.ref_model and not self.beta:
+            raise UserError("rl.ref_model: with rl.beta 0 no reference is asked; leave one of them out")
+
+
+OWNERS = {  # key -> the methods that it means something to
+    "beta": tuple(BETA), "label_smoothing": ("dpo",), "simpo_gamma": ("simpo",), "desirable_weight": ("kto",), "undesirable_weight": ("kto",),
+    "center_rewards_coefficient": ("reward",), "ref_model": ("dpo", "kto", *ON_POLICY), "scale_rewards": ("grpo",),
+    **dict.fromkeys(("gamma", "lam", "cliprange_value", "vf_coef", "kl_target", "kl_horizon"), ("ppo",)),
+    **dict.fromkeys(("reward_funcs", "reward_weights", "rollout_size", "num_generations", "max_completion_length", "temperature", "top_k", "top_p",
+                     "rollout_batch_size", "num_iterations", "epsilon", "epsilon_high", "mask_truncated_completions", "entropy_coef",
+                     "missing_eos_penalty", "eval_prompts"), ON_POLICY)}
+
+
+# ------------------------------------------------------------------------------------ losses of preference pairs
+#
+# logp is the log-probability of a whole text given its prompt, a sum over its tokens; a mean where it says so.
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float = 0.1,
+             loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+    """log-probabilities (B,) of policy and reference -> losses (B,).
+
+    The reward that a policy is the best for is beta log(policy / reference), up to a constant of the prompt; put into
+    Bradley-Terry, the constant cancels (Rafailov 2023, eq. 7). hinge: SLiC (Zhao 2023). ipo: a margin of 1 / (2 beta) and
+    no more (Azar 2023, eq. 17), of log-probabilities per token. robust: unbiased where `label_smoothing` of the pairs are
+    the wrong way round (Chowdhury 2024, eq. 12).
+
+    logp -1 and -3, reference -2 and -2, beta 0.1: -log sigmoid(0.1 * (1 - -1)) = 0.598
+    """
+    ahead = (chosen - reference_chosen) - (rejected - reference_rejected)  # (B,)
+    right, wrong = -F.logsigmoid(beta * ahead), -F.logsigmoid(-beta * ahead)
+    if loss_type == "hinge":
+        return torch.relu(1 - beta * ahead)
+    if loss_type == "ipo":
+        return (ahead - 1 / (2 * beta)) ** 2
+    if loss_type == "robust":
+        return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+    return (1 - label_smoothing) * right + label_smoothing * wrong
+
+
+def kto_loss(gains: Tensor, desirable: Tensor, baseline: Tensor, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Tensor:
+    """gains (B,) = log(policy / reference) of single texts, which of them are wanted (B,), the policy's KL -> losses (B,).
+
+    People feel gains and losses against what they are used to, here the KL from the reference, and both ever less the
+    larger they are: 1 - sigmoid(beta (gain - KL)) for a wanted text, with the sign turned for the others
+    (Ethayarajh 2024, eq. 8)."""
+    sign = torch.where(desirable, 1.0, -1.0)
+    weights = torch.where(desirable, desirable_weight, undesirable_weight)
+    return weights * (1 - torch.sigmoid(sign * beta * (gains - baseline)))
+
+
+def orpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Mean log-probabilities per token (B,) -> -log sigmoid(log odds ratio) (B,), odds = p / (1 - p) (Hong 2024, eq. 7).
+    It stands beside the usual loss on the chosen text and needs no reference."""
+
+    def log_odds(logp: Tensor) -> Tensor:
+        return logp - torch.log(-torch.expm1(logp.clamp(max=-1e-6)))
+
+    return -F.logsigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float = 0.5) -> Tensor:
+    """Mean log-probabilities per token (B,), which long texts cannot gain by -> losses (B,) without a reference:
+    -log sigmoid(beta (chosen - rejected) - gamma) (Meng 2024, eq. 6)."""
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centering: float = 0.0) -> Tensor:
+    """Rewards (B,) -> -log sigmoid(chosen - rejected - margin) (Bradley-Terry; the margin: Touvron 2023, eq. 2). Only
+    differences are learnt from pairs; centering (chosen + rejected)^2 fixes the zero (Eisenstein 2023, section 2)."""
+    return -F.logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected) ** 2
+
+
+# ------------------------------------------------------------------------------------------ losses of rollouts
+
+
+def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """KL(policy || reference) at tokens drawn from the policy, each at least 0 and right on average: with
+    r = reference / policy it is r - 1 - log r (Schulman 2020, k3)."""
+    gap = reference - logprobs
+    return torch.expm1(gap) - gap
+
+
+def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """Scores of texts (N,) and log-probabilities of their tokens (N, T) -> rewards of tokens (N, T): each pays
+    beta log(policy / reference), the last one gets the score (Ouyang 2022, eq. 2; Ziegler 2019, section 2)."""
+    rewards = -beta * (logprobs - reference) * mask
+    last = (mask.cumsum(1) * mask).argmax(1, keepdim=True)  # (N, 1)
+    return rewards.scatter_add(1, last, (scores * mask.any(1))[:, None])
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Rewards and the critic's values (N, T) of right-padded texts -> advantages, returns (N, T).
+
+    A token's advantage is what came of it beyond what the critic had expected before it: the sum over later tokens of
+    (gamma lambda)^k delta, delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the end (Schulman 2016, eq. 16).
+
+    rewards [0, 1], values [0.5, 0.5], gamma 1, lambda 0.5: deltas [0, 0.5], advantages [0.25, 0.5], returns [0.75, 1]
+    """
+    values = values * mask
+    advantages, later = torch.zeros_like(rewards), rewards.new_zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        following = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(later)
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        later = (delta + gamma * lam * later) * mask[:, t]
+        advantages[:, t] = later
+    return advantages, (advantages + values) * mask
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 over the places of the mask, 0 elsewhere."""
+    chosen = values[mask]
+    spread = chosen.var() if len(chosen) > 1 else chosen.new_ones(())
+    return torch.where(mask, (values - chosen.mean()) * torch.rsqrt(spread + 1e-8), 0.0)
+
+
+def ppo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, epsilon: float = 0.2, epsilon_high: float | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens now and at the rollout, their advantages, all (B, T) -> losses, which are cut (B, T).
+
+    -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), r = now / then (Schulman 2017, eq. 7): once a probability has
+    moved far enough in its advantage's direction, there is nothing more to gain. A larger limit upwards leaves rare
+    tokens room to grow (clip-higher; Yu 2025, section 3.1).
+
+    r = 1.5, epsilon 0.2: A = 1 gives -1.2, without gradient; A = -1 gives 1.5, with gradient
+    """
+    ratio = torch.exp(logprobs - old)
+    limited = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
+    losses = torch.maximum(-ratio * advantages, -limited * advantages)
+    return losses, (ratio * advantages > limited * advantages)
+
+
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, cliprange: float = 0.2) -> Tensor:
+    """The critic's values now and at the rollout and what came of it (B, T) -> losses (B, T): half the squared error, the
+    larger one of the value and of the value held within `cliprange` of the old one (Huang 2024, detail 7)."""
+    limited = torch.clamp(values, old - cliprange, old + cliprange)
+    return 0.5 * torch.maximum((values - returns) ** 2, (limited - returns) ** 2)
+
+
+def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
+    """Rewards (P, G) of G texts for each of P prompts -> advantages (P, G): reward minus the group's mean, which does the
+    critic's work. scale: `group` divides by the group's deviation (Shao 2024, section 4.1), `batch` by that of all,
+    `none` by nothing, so that prompts which are nearly always solved or failed do not count more (Liu 2025, Dr. GRPO).
+    `leave_one_out` compares each text with the mean of the others (RLOO; Ahmadian 2024, eq. 8).
+
+    [[1, 0, 0, 0]]: none [[0.75, -0.25, ...]], group [[1.5, -0.5, ...]], leave_one_out [[1, -0.33, ...]]
+    """
+    ahead = rewards - rewards.mean(1, keepdim=True)
+    if scale == "leave_one_out":
+        return ahead * (rewards.shape[1] / (rewards.shape[1] - 1))
+    if scale == "none":
+        return ahead
+    return ahead / ((rewards.std() if scale == "batch" else rewards.std(1, keepdim=True)) + 1e-4)
+
+
+def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, reference: Tensor | None = None, beta: float = 0.0, epsilon: float = 0.2,
+              epsilon_high: float | None = None, loss_type: str = "dapo", max_length: int = 1) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (B, T), advantages of texts (B,) -> shares (B,) of a sum, which tokens are cut (B, T).
+
+    Each token's clipped loss, plus beta times its KL (Shao 2024, eq. 3). The shares' sum has to be divided by the number
+    of texts (`grpo`: a mean over each text's tokens, in which long texts' tokens count less; `dr_grpo`: by a constant
+    length, Liu 2025) or of tokens (`dapo`, Yu 2025 section 3.3).
+    """
+    losses, cut = ppo_loss(logprobs, old, advantages[:, None], epsilon, epsilon_high)
+    if reference is not None:
+        losses = losses + beta * kl_estimate(logprobs, reference)
+    shares = (losses * mask).sum(1)  # (B,)
+    if loss_type == "grpo":
+        shares = shares / mask.sum(1).clamp(min=1)
+    elif loss_type == "dr_grpo":
+        shares = shares / max_length
+    return shares, cut & mask
+
+
+def rloo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, epsilon: float = 0.2, epsilon_high: float | None = None) -> tuple[Tensor, Tensor]:
+    """As `grpo_loss`, with a whole text as one action: r is the product of its tokens' ratios (Ahmadian 2024, section 3.2).
+    In the first step after a rollout this is REINFORCE. -> shares (B,) of a mean over texts, which tokens are cut (B, T)."""
+    losses, cut = ppo_loss((logprobs * mask).sum(1), (old * mask).sum(1), advantages, epsilon, epsilon_high)
+    return losses * mask.any(1), cut[:, None] & mask
+
+
+def adapted_beta(beta: float, kl: float, target: float, texts: int, horizon: int) -> float:
+    """The KL coefficient moves in proportion to the relative error, at most a fifth (Ziegler 2019, section 2.2)."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * texts / horizon)
+
+
+# ------------------------------------------------------------------------------------------- preference pairs
+
+
+class Side(NamedTuple):
+    """A prompt with one text after it: ids, of which those from `start` on are the text."""
+
+    ids: list[int]
+    start: int
+
+
+def prompt_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
+    """As `INFER` serves it: in the chat template where there is one."""
+    if tokenizer.chat_template:
+        return TOKENIZER.render_chat(tokenizer, TOKENIZER.as_messages(prompt), add_generation_prompt=True)[0]
+    return TOKENIZER.encode_prompt(tokenizer, prompt)
+
+
+def side(tokenizer, prompt: str | list[dict], said: str | list[dict], where: str) -> Side:
+    """Prompt and text as one conversation up to the end of its last turn, or without a chat template end to end as they stand."""
+    if not tokenizer.chat_template:
+        ids = TOKENIZER.encode_prompt(tokenizer, prompt)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return Side([*ids, *tokenizer(said, add_special_tokens=False).input_ids, *end], len(ids))
+    try:
+        ids, mask = TOKENIZER.render_chat(tokenizer, [*TOKENIZER.as_messages(prompt), *TOKENIZER.as_messages(said, "assistant")])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if 1 not in mask:
+        raise UserError(f"{where}: the chat template shows nothing of what the assistant says")
+    last = len(mask) - mask[::-1].index(1)
+    return Side(ids[:last], max((i + 1 for i in range(last) if not mask[i]), default=0))
+
+
+class Item(NamedTuple):
+    """Texts that are learnt together: a pair (chosen, rejected), or one text that is wanted or not."""
+
+    where: str
+    sides: list[Side]
+    prompt: str | list[dict]
+    margin: float = 0.0
+    label: bool = True
+
+
+def read_groups(config, key: str, read: Callable) -> Iterator[tuple[str, dict]]:
+    data = config.data
+    names = data.train if key == "data.train" else [data.validation]
+    for group in TOKENIZER.expand_paths(names, key):
+        yield from read(group, columns=config.rl.columns, system=config.rl.system)
+
+
+def split(config, read: Callable) -> tuple[list, list]:
+    """(file:line, record) to train on and held out, each record once."""
+    data, seen = config.data, set()
+
+    def fresh(key: str) -> list[tuple[str, dict]]:
+        found = []
+        for where, record in read_groups(config, key, read):
+            text = json.dumps(record, sort_keys=True)
+            if not (data.deduplicate and text in seen):
+                found.append((where, record))
+            seen.add(text)
+        return found
+
+    SFT.say_unused(data)
+    found = fresh("data.train")
+    if data.validation not in ("hash", "tail", "none"):
+        return found, fresh("data.validation")
+    first = {"none": len(found), "tail": len(found) * (1 - data.validation_fraction)}.get(data.validation)
+    # By prompt: an answer that is held out should not be known from its question's other answers.
+    held = [number >= first if first is not None else TOKENIZER.is_held_out(json.dumps(record["prompt"], sort_keys=True), data.validation_fraction)
+            for number, (_, record) in enumerate(found)]
+    return [one for one, on in zip(found, held, strict=True) if not on], [one for one, on in zip(found, held, strict=True) if on]
+
+
+def make_chat(tokenizer, records: list[tuple[str, dict]]) -> None:
+    """Conversations need a chat template; texts are joined as they stand where there is none."""
+    if any(isinstance(record["prompt"], list) for _, record in records):
+        TOKENIZER.ensure_chat(tokenizer)
+
+
+class LeftOut:
+    """Why records were left out, how many, and where the first of them stands."""
+
+    def __init__(self):
+        self.counts: Counter = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, why: str, where: str) -> None:
+        self.counts[why] += 1
+        self.first.setdefault(why, where)
+
+    def text(self) -> str:
+        return "".join(f"; left out {n:,} {why} (the first: {self.first[why]})" for why, n in self.counts.items())
+
+
+def read_items(config, tokenizer, records: list[tuple[str, dict]], left: LeftOut) -> list[Item]:
+    """Items of records; what cannot be compared is left out and counted."""
+    length, items = config.training.max_length, []
+    for where, record in records:
+        pair = "chosen" in record
+        if not pair and config.rl.method != "kto":
+            raise UserError(f"{where}: single texts with a label; rl.method kto learns from those, {config.rl.method} needs chosen and rejected")
+        texts = [record["chosen"], record["rejected"]] if pair else [record["completion"]]
+        if not record["prompt"] or not all(texts):
+            left.add("with an empty side", where)
+            continue
+        sides = [side(tokenizer, record["prompt"], text, where) for text in texts]
+        if any(one.start >= length for one in sides):
+            left.add(f"whose prompt fills training.max_length {length}", where)
+            continue
+        if any(len(one.ids) > length for one in sides):
+            left.counts["cut"] += 1
+        sides = [Side(one.ids[:length], one.start) for one in sides]
+        if pair and sides[0].ids == sides[1].ids:
+            left.add("whose two sides are the same", where)
+        elif pair and config.rl.method == "kto":
+            items += [Item(where, [one], record["prompt"], 0.0, label) for one, label in zip(sides, (True, False), strict=True)]
+        else:
+            items.append(Item(where, sides, record["prompt"], record.get("margin", 0.0), record.get("label", True)))
+    return items
+
+
+def examples(items: list[Item]) -> TOKENIZER.Examples:
+    """Item after item, the sides of each beside each other; a text's tokens are the targets."""
+    sides = [one for item in items for one in item.sides]
+    sizes = np.array([len(one.ids) for one in sides], np.int64)
+    weights = np.concatenate([np.arange(len(one.ids)) >= one.start for one in sides]).astype(np.float32)
+    return TOKENIZER.Examples(np.concatenate([np.array(one.ids, np.int64) for one in sides]), weights, np.cumsum(sizes) - sizes, sizes - 1, len(items[0].sides))
+
+
+def mismatched(items: list[Item], seed: int) -> list[Item]:
+    """Each prompt with the text of another one, for KTO's KL: the items in a random circle, each taking its neighbour's text."""
+    circle = np.random.default_rng([seed, 4]).permutation(len(items))
+    found: list = [None] * len(items)
+    for place, i in enumerate(circle):
+        others = (items[circle[(place + k) % len(items)]] for k in range(1, len(items)))
+        other = next((one for one in others if one.prompt != items[i].prompt), items[i])
+        (own,), (text,) = items[i].sides, other.sides
+        found[i] = items[i]._replace(sides=[Side([*own.ids[: own.start], *text.ids[text.start :]], own.start)])
+    return found
+
+
+def by_segment(values: Tensor, segments: Tensor | None, count: int) -> Tensor:
+    """Sums over each segment of rows: (B, T), segment numbers (B, T) or None for one a row -> (B, count)."""
+    if segments is None:
+        return values.sum(1, keepdim=True)
+    return torch.stack([(values * (segments == s)).sum(1) for s in range(count)], 1)
+
+
+def text_logps(model, batch: dict, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities of the texts (B, count), their tokens (B, count), the router's loss)."""
+    segments = batch.get("segment_ids")
+    out = model(batch["input_ids"], positions=batch.get("positions"), segment_ids=segments, targets=batch["targets"])
+    return by_segment(out.logprobs, segments, count), by_segment((batch["targets"] != -100).float(), segments, count), out.aux_loss
+
+
+class Pairs(TOKENIZER.TokenStream):
+    """Endless batches of items, a row each, their sides as segments; the reference's log-probabilities stand beside them.
+
+    These are computed once, before the first step, when the policy still is the reference (or by `frozen`, if one is named)."""
+
+    def __init__(self, items: list[Item], held: list[Item], settings: RLSection, training: TRAIN.TrainingSection, frozen=None):
+        super().__init__(lambda epoch: [[self.spans]], training.batch_size, len(items[0].sides) * training.max_length, packing=False)
+        self.items, self.held, self.spans = items, held, examples(items)
+        self.settings, self.training, self.frozen = settings, training, frozen
+        self.needed = settings.method in ("dpo", "kto")
+        self.sets = {"train": items, "held": held}
+        if settings.method == "kto":
+            self.sets |= {f"{name} mismatched": mismatched(own, training.seed) for name, own in self.sets.items() if own}
+        self.reference: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def sums(self, model, items: list[Item]) -> Tensor:
+        """Log-probabilities (items, sides) by the whole of all processes."""
+        size, count = self.training.batch_size, len(items[0].sides)
+        total = torch.zeros(len(items), count, dtype=torch.float64)
+        groups = [range(start, min(start + size, len(items))) for start in range(0, len(items), size)]
+        own = groups[MODEL.process_rank() :: TRAIN.world_size()]
+        for group in own + [range(0)] * (-(-len(groups) // TRAIN.world_size()) - len(own)):
+            batch = make_batch(items, group, model.device)
+            logps = text_logps(model, batch, count)[0]
+            total[group.start : group.stop] = logps[: len(group)].double().cpu()
+        return torch.tensor(TRAIN.all_sum(total.flatten().tolist(), model.device)).view(total.shape).float()
+
+    def ask_reference(self, model) -> None:
+        if not self.needed or self.reference:
+            return
+        was_training = model.training
+        with self.run.autocast():
+            self.reference = {name: self.sums((self.frozen or model).eval(), own) for name, own in self.sets.items() if own}
+        model.train(was_training)
+        self.frozen = None
+
+    def finish(self, batch: dict, name: str, numbers: list[int]) -> dict:
+        """What the loss needs beside the ids, of the items that the rows hold (-1 is padding)."""
+        items, rows = self.sets[name], torch.tensor(numbers)
+        own = [items[i] if i >= 0 else items[0] for i in numbers]
+        real, label = rows >= 0, torch.tensor([item.label for item in own])
+        batch = {**batch, "real": real, "label": label, "margin": torch.tensor([item.margin for item in own])}
+        counts = {**batch["counts"], "pairs": int(real.sum())}
+        if self.settings.method == "orpo":
+            counts["chosen"] = int((batch["targets"] != -100)[batch["segment_ids"] == 0].sum())
+        if self.settings.method == "kto":
+            counts |= {"desirable": int((real & label).sum()), "undesirable": int((real & ~label).sum())}
+        if self.needed:
+            batch["reference"] = self.reference[name][rows]
+        return {**batch, "counts": counts}
+
+    def __next__(self) -> dict:
+        self.ask_reference(self.run.model)
+        begins = not self.queue
+        batch = super().__next__()
+        part, first = self.parts[0], batch["place"][2]
+        if begins and self.settings.method == "kto":
+            self.baseline = self.measure_baseline("train", [self.numbers(part, one["place"][2]) for one in (batch, *self.queue)])
+        batch = self.finish(batch, "train", self.numbers(part, first))
+        return {**batch, "baseline": self.baseline} if self.settings.method == "kto" else batch
+
+    def numbers(self, part, first: int) -> list[int]:
+        return [part.members[part.order[i]][0] // self.spans.group if i < part.count else -1 for i in range(first, first + self.batch_size)]
+
+    @torch.no_grad()
+    def measure_baseline(self, name: str, groups: list[list[int]]) -> Tensor:
+        """KTO's reference point: the KL of the policy from its reference, estimated on prompts with texts of others and
+        held above 0, one number for the whole step of all processes (Ethayarajh 2024, section 4.1)."""
+        model, name = self.run.model, f"{name} mismatched"
+        was_training, gain, count = model.training, 0.0, 0
+        model.eval()
+        with self.run.autocast():
+            for numbers in groups:
+                real = [i for i in numbers if i >= 0]
+                logps = text_logps(model, make_batch(self.sets[name], real, model.device), 1)[0][: len(real), 0].cpu()
+                gain, count = gain + float((logps - self.reference[name][real, 0]).sum()), count + len(real)
+        model.train(was_training)
+        gain, count = TRAIN.all_sum([gain, count], self.run.device)
+        return torch.tensor(max(gain / max(count, 1), 0.0))
+
+    def held_out(self, limit: int) -> Iterator[dict]:
+        """This process's batches of what is held out, as many as every other's."""
+        size, chosen = self.training.batch_size, np.arange(len(self.held))
+        if len(chosen) > limit * size:
+            chosen = np.linspace(0, len(self.held) - 1, limit * size).astype(int)
+        groups = [chosen[i : i + size].tolist() for i in range(0, len(chosen), size)]
+        own = groups[MODEL.process_rank() :: TRAIN.world_size()]
+        own += [[]] * (-(-len(groups) // TRAIN.world_size()) - len(own))
+        baseline = self.measure_baseline("held", own) if self.settings.method == "kto" else None
+        for numbers in own:
+            batch = self.finish(make_batch(self.held, numbers), "held", numbers or [-1])
+            yield {**batch, "baseline": baseline} if baseline is not None else batch
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "reference": self.reference}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.reference = state["reference"]
+
+
+def make_batch(items: list[Item], numbers, device="cpu") -> dict:
+    """The items of these numbers, a row each; a row of padding where there are none."""
+    spans = examples([items[i] for i in numbers] or items[:1])
+    rows = TOKENIZER.WholeRows(spans, 1, False, None)
+    batch = TOKENIZER.collate(spans.ids, [rows.row(i) for i in range(len(numbers))] or [[]], weights=spans.weights)
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def preference_loss(settings: RLSection) -> Callable:
+    """loss_fn for `fit`: a mean over the items of the whole step."""
+    method, beta = settings.method, settings.beta
+
+    def pair_losses(sums: Tensor, tokens: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+        """(losses (B,), implicit rewards (B, 2))."""
+        means = sums / tokens.clamp(min=1)
+        if method == "simpo":
+            return simpo_loss(*means.unbind(1), beta, settings.simpo_gamma), beta * means
+        if method == "orpo":
+            return beta * orpo_loss(*means.unbind(1)), beta * means
+        policy, reference = sums, batch["reference"]
+        if settings.loss_type == "ipo":
+            policy, reference = means, reference / tokens.clamp(min=1)
+        losses = dpo_loss(*policy.unbind(1), *reference.unbind(1), beta, settings.loss_type, settings.label_smoothing)
+        return losses, beta * (policy - reference)
+
+    def loss_of_pairs(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+        sums, tokens, balance = text_logps(model, batch, 2)
+
+        def share(values: Tensor) -> Tensor:
+            return torch.where(batch["real"], values, 0.0).sum() / totals["pairs"]
+
+        losses, rewards = pair_losses(sums, tokens, batch)
+        loss = share(losses)
+        metrics = preference_metrics(rewards.detach(), share)
+        metrics |= {"logps/chosen": share(sums[:, 0].detach()), "logps/rejected": share(sums[:, 1].detach())}
+        if method == "orpo":
+            nll = -sums[:, 0].sum() / totals["chosen"]
+            metrics |= {"nll_loss": nll.detach(), "odds_loss": loss.detach()}
+            loss = loss + nll
+        return loss + balance / totals["micro_batches"], {**metrics, "loss": loss.detach()}
+
+    def loss_of_singles(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+        sums, _, balance = text_logps(model, batch, 1)
+        gains, wanted, real = sums[:, 0] - batch["reference"][:, 0], batch["label"], batch["real"]
+        losses = kto_loss(gains, wanted, batch["baseline"], beta, settings.desirable_weight, settings.undesirable_weight)
+        loss = torch.where(real, losses, 0.0).sum() / totals["pairs"]
+        ahead = beta * (gains.detach() - batch["baseline"])
+        right = torch.where(ahead == 0, 0.5, ((ahead > 0) == wanted).float())
+        rewards = beta * gains.detach()
+        chosen, rejected = ((rewards * (real & side)).sum() / totals[name] for name, side in (("desirable", wanted), ("undesirable", ~wanted)))
+        metrics = {"rewards/accuracies": (right * real).sum() / totals["pairs"], "rewards/margins": chosen - rejected, "rewards/chosen": chosen,
+                   "rewards/rejected": rejected, "kl": batch["baseline"] * real.sum() / totals["pairs"], "loss": loss.detach()}
+        return loss + balance / totals["micro_batches"], metrics
+
+    return loss_of_singles if method == "kto" else loss_of_pairs
+
+
+def preference_metrics(rewards: Tensor, share: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Rewards (B, 2) -> what is logged, under TRL's names. A tie is half right, so that chance is 0.5."""
+    chosen, rejected = rewards.unbind(1)
+    right = (chosen > rejected).float() + 0.5 * (chosen == rejected)
+    return {"rewards/accuracies": share(right), "rewards/margins": share(chosen - rejected), "rewards/chosen": share(chosen), "rewards/rejected": share(rejected)}
+
+
+def reward_model_loss(settings: RLSection) -> Callable:
+    """loss_fn for `fit`: the reward of a text is the score head's output at its last token."""
+
+    def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+        segments, real = batch["segment_ids"], batch["real"]
+        out = model(batch["input_ids"], positions=batch["positions"], segment_ids=segments, want=("scores",))
+        places = torch.arange(segments.shape[1], device=segments.device)
+        last = torch.stack([((segments == s) * places).argmax(1) for s in range(2)], 1)  # (B, 2)
+        rewards = out.scores[..., 0].gather(1, last)  # (B, 2)
+
+        def share(values: Tensor) -> Tensor:
+            return torch.where(real, values, 0.0).sum() / totals["pairs"]
+
+        loss = share(reward_loss(*rewards.unbind(1), batch["margin"], settings.center_rewards_coefficient))
+        chosen, rejected = rewards.detach().unbind(1)
+        right = (chosen > rejected).float() + 0.5 * (chosen == rejected)
+        metrics = {"accuracy": share(right), "margin": share(chosen - rejected), "mean_reward": share((chosen + rejected) / 2), "loss": loss.detach()}
+        return loss + out.aux_loss / totals["micro_batches"], metrics
+
+    return loss_fn
+
+
+def held_out_pairs(stream: Pairs, loss_fn: Callable, limit: int) -> Callable:
+    """evaluate(model) for `fit`: the loss and its metrics over what is held out."""
+
+    def evaluate(model) -> dict:
+        stream.ask_reference(model)
+        batches = list(stream.held_out(limit))
+        names = sorted(batches[0]["counts"])
+        totals = dict(zip(names, (max(n, 1) for n in TRAIN.all_sum([sum(b["counts"][name] for b in batches) for name in names], model.device)), strict=True))
+        totals["micro_batches"] = len(batches) * TRAIN.world_size()
+        sums: dict[str, float] = defaultdict(float)
+        for batch in batches:
+            batch = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            for name, value in loss_fn(model, batch, totals)[1].items():
+                sums[name] += float(value)
+        return dict(zip(sums, TRAIN.all_sum(list(sums.values()), model.device), strict=True))
+
+    return evaluate
+
+
+# ------------------------------------------------------------------------------------------- reward functions
+
+
+class Sample:
+    """One text that the policy wrote, and everything that was found out about it. Tensors (L,), one number a token."""
+
+    def __init__(self, prompt: Prompt, number: int, ids: list[int], finish: str, text: str, sampled: list[float] | None):
+        self.where, self.number, self.asked, self.columns = prompt.where, number, prompt.asked, prompt.columns
+        self.ids, self.start = [*prompt.ids, *ids], len(prompt.ids)
+        self.finish, self.text, self.sampled = finish, text, sampled
+        self.rewards: list[float | None] = []
+        self.reward = 0.0
+        self.old = self.reference = self.values = self.entropy = self.advantages = self.returns = None
+
+    @property
+    def length(self) -> int:
+        return len(self.ids) - self.start
+
+
+class Prompt(NamedTuple):
+    """What is asked, as it was given and as ids, and the record's other keys."""
+
+    where: str
+    asked: str | list[dict]
+    ids: list[int]
+    columns: dict
+
+
+def column(sample: Sample, name: str, function: str) -> str:
+    if sample.columns.get(name) is None:
+        raise UserError(f"{sample.where}: {function} needs the key '{name}'; name it in rl.columns, as in {{{name}: my_column}}")
+    return str(sample.columns[name])
+
+
+def expected_answer(sample: Sample, function: str, marker: str = "####") -> str:
+    """What the record's `answer` ends with: all of it, or what follows the last marker (GSM8K's layout)."""
+    return column(sample, "answer", function).rpartition(marker)[2].strip().replace(",", "")
+
+
+def exact_answer(sample: Sample) -> float:
+    """1 where the text ends with the answer, as a word of its own; a closing full stop aside. "12 plus 30 is 42." ends with 42"""
+    said, answer = re.sub(r"(?<=\d),(?=\d)", "", sample.text).rstrip(" .!\n").lower(), expected_answer(sample, "exact_answer").rstrip(" .!\n").lower()
+    return float(bool(answer) and said.endswith(answer) and not re.match(r"[\w.-]", said[: -len(answer)][-1:]))
+
+
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+
+
+def number_after(marker: str, sample: Sample) -> float:
+    """1 where the number after the text's last marker is the answer's."""
+    before, found, after = sample.text.rpartition(marker)
+    given, expected = NUMBER.search(after) if found else None, NUMBER.search(expected_answer(sample, "number_after", marker))
+    if expected is None:
+        raise UserError(f"{sample.where}: number_after: answer {sample.columns['answer']!r} holds no number")
+    return float(given is not None and float(given[0].replace(",", "")) == float(expected[0].replace(",", "")))
+
+
+def shortness(limit: float, sample: Sample) -> float:
+    """1 up to `limit` tokens, falling to 0 at twice as many."""
+    return min(max(2 - sample.length / limit, 0.0), 1.0)
+
+
+def builtin(name: str) -> Callable[[Sample], float] | None:
+    """The reward of one text by a name such as length:60; None for what is none of these."""
+    kind, colon, argument = name.partition(":")
+    try:
+        if name == "exact_answer":
+            return exact_answer
+        if kind == "number_after":
+            return partial(number_after, argument or "####")
+        if kind in ("format", "regex") and argument:
+            found = re.compile(argument, re.DOTALL)
+            return lambda sample: float(bool((found.fullmatch if kind == "format" else found.search)(sample.text.strip())))
+        if kind == "length" and colon and float(argument) > 0:
+            return partial(shortness, float(argument))
+    except (re.error, ValueError) as error:
+        raise UserError(f"rl.reward_funcs: {name}: {error}") from None
+    return None
+
+
+def judge_each(function: Callable[[Sample], float], samples: list[Sample]) -> list[float]:
+    return [function(sample) for sample in samples]
+
+
+def own_function(name: str) -> Callable[[list[Sample]], list]:
+    """`file.py:function`, called as TRL calls it: f(prompts=, completions=, completion_ids=, each other key of the records=) -> a
+    number for each, None where it does not judge. Prompts and completions of conversations are lists of messages."""
+    path, _, wanted = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"rl.reward_funcs: {name}: there is no file '{path}'")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"rl.reward_funcs: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
+    function = getattr(module, wanted, None)
+    if not callable(function):
+        known = ", ".join(key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__)
+        raise UserError(f"rl.reward_funcs: {path} has no function '{wanted}'; it has {known or 'none'}")
+
+    def judge(samples: list[Sample]) -> list:
+        keys = {key: None for sample in samples for key in sample.columns}
+        columns = {key: [sample.columns.get(key) for sample in samples] for key in keys}
+        completions = [TOKENIZER.as_messages(one.text, "assistant") if isinstance(one.asked, list) else one.text for one in samples]
+        return function(prompts=[one.asked for one in samples], completions=completions, completion_ids=[one.ids[one.start :] for one in samples], **columns)
+
+    return judge
+
+
+def reward_model(name: str, tokenizer, device) -> Callable[[list[Sample]], list[float]]:
+    """A folder's reward model: the score after a text's last token."""
+    folder = MODEL.resolve_folder(name, "rl.reward_funcs")
+    if (folder / "adapter_config.json").exists():
+        base = MODEL.adapter_config(folder).base_model_name_or_path
+        model, own = MODEL.load(base, adapter=name, device=device), TOKENIZER.load(TOKENIZER.folder_of(name, base))
+    else:
+        model, own = MODEL.load(name, device=device), TOKENIZER.load(name)
+    if "score" not in model.heads or model.config.num_labels != 1:
+        raise UserError(f"rl.reward_funcs: {name} gives no single score; train a reward model with --rl.method reward")
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"rl.reward_funcs: {name} was made with another tokenizer ({len(own):,} tokens, the policy's has {len(tokenizer):,}); "
+                        "it has to read the policy's own ids: train it from the same model")
+    model.requires_grad_(False)
+
+    @torch.no_grad()
+    def judge(samples: list[Sample]) -> list[float]:
+        found: list[float] = []
+        for start in range(0, len(samples), 64):
+            group = samples[start : start + 64]
+            room = model.config.max_position_embeddings
+            batch = TOKENIZER.collate(*flat([one.ids[-room:] for one in group]))
+            positions = batch.get("positions", torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]))
+            scores = model(batch["input_ids"].to(device), positions=positions.to(device), want=("scores",)).scores[..., 0].float().cpu()
+            found += scores.gather(1, positions.argmax(1, keepdim=True))[:, 0].tolist()
+        return found
+
+    return judge
+
+
+def flat(rows: list[list[int]]) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
+    """Rows of ids -> all ids, and where each row stands. collate shifts by one and looks one id further."""
+    ends = np.cumsum([len(row) for row in rows])
+    return np.concatenate([*map(np.array, rows), [0]]).astype(np.int64), [[(int(end) - len(row), int(end))] for row, end in zip(rows, ends, strict=True)]
+
+
+class Judges:
+    """All that rewards a text, weighted and added up."""
+
+    def __init__(self, settings: RLSection, tokenizer, device):
+        self.names = list(settings.reward_funcs)
+        self.weights = settings.reward_weights or [1.0] * len(self.names)
+        if not self.names:
+            raise UserError("rl.reward_funcs: nothing judges; name at least one")
+        if twice := [name for name, count in Counter(self.names).items() if count > 1]:
+            raise UserError(f"rl.reward_funcs: {twice[0]} stands twice; give it a weight in rl.reward_weights")
+        for weight in self.weights:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise UserError(f"rl.reward_weights: {weight!r} is no number")
+        self.functions = [self.find(name, tokenizer, device) for name in self.names]
+
+    @staticmethod
+    def find(name: str, tokenizer, device) -> Callable[[list[Sample]], list]:
+        if function := builtin(name):
+            return partial(judge_each, function)
+        if re.search(r"\.py:\w+$", name):
+            return own_function(name)
+        if Path(name).is_dir() or ("/" in name and ":" not in name):
+            return reward_model(name, tokenizer, device)
+        raise UserError(f"rl.reward_funcs: '{name}' is none of exact_answer, number_after:MARKER, format:REGEX, regex:REGEX, length:TOKENS, "
+                        "file.py:function, or the folder of a reward model")
+
+    def __call__(self, samples: list[Sample]) -> None:
+        for sample in samples:
+            sample.rewards = []
+        for name, function in zip(self.names, self.functions, strict=True) if samples else ():
+            try:
+                given = list(function(samples))
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(f"rl.reward_funcs: {name} failed on {self.blame(function, samples)} ({type(error).__name__}: {MODEL.first_line(error)})") from error
+            if len(given) != len(samples):
+                raise UserError(f"rl.reward_funcs: {name} gave {len(given)} rewards for {len(samples)} texts")
+            for sample, value in zip(samples, given, strict=True):
+                if value is not None and not (isinstance(value, (int, float, np.number, Tensor)) and math.isfinite(value)):
+                    raise UserError(f"{sample.where}: {name} gave {value!r} for the text {sample.text[:80]!r}; a finite number is needed")
+                sample.rewards.append(None if value is None else float(value))
+        for sample in samples:
+            sample.reward = sum(weight * value for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None)
+
+    @staticmethod
+    def blame(function: Callable, samples: list[Sample]) -> str:
+        """The first text on which a function fails alone."""
+        for sample in samples:
+            try:
+                function([sample])
+            except Exception:
+                return f"{sample.where}, text {sample.text[:80]!r}"
+        return f"{len(samples)} texts together, from {samples[0].where} on"
+
+
+# ----------------------------------------------------------------------------------------------------- rollouts
+
+
+class Reference:
+    """The model that the policy may not leave too far: as it was in the beginning, or one that was named.
+
+    The first needs no second model: the weights that are trained (with LoRA the adapter's alone) are kept as they began
+    and change places with the trained ones for a forward pass."""
+
+    def __init__(self, policy: nn.Module, frozen: nn.Module | None = None):
+        self.frozen = frozen
+        self.start = {} if frozen else {name: weight.detach().clone() for name, weight in policy.named_parameters() if weight.requires_grad and not MODEL.is_critic(name)}
+
+    @contextlib.contextmanager
+    def __call__(self, policy: nn.Module):
+        self._exchange(policy)
+        try:
+            yield self.frozen or policy
+        finally:
+            self._exchange(policy)
+
+    @torch.no_grad()
+    def _exchange(self, policy: nn.Module) -> None:
+        weights = dict(policy.named_parameters())
+        for name, kept in self.start.items():
+            weight = weights[name]
+            if hasattr(weight, "to_local"):  # a shard, whose storage belongs to FSDP2
+                if kept.shape == weight.shape and not hasattr(kept, "to_local"):
+                    kept = self.start[name] = TRAIN.shard_like(kept.to(weight.device), weight)
+                own, kept = weight.to_local(), kept.to_local()
+                now = own.clone()
+                own.copy_(kept)
+                kept.copy_(now)
+            else:
+                self.start[name], weight.data = weight.data, kept.to(weight.device)
+        for module in policy.modules():
+            if self.start and hasattr(module, "reshard"):  # gathered copies are of the weights before
+                module.reshard()
+
+
+LENGTH_ALARM, KL_ALARM = 2.0, 20.0  # times the first texts' length; nats a text
+
+
+class Watch:
+    """Says when a policy seems to gain rewards in a way that nobody meant: texts grow or shrink, or leave the reference."""
+
+    def __init__(self):
+        self.state = {"length": None, "longer": LENGTH_ALARM, "shorter": 1 / LENGTH_ALARM, "kl": KL_ALARM}
+
+    def __call__(self, metrics: dict) -> list[str]:
+        state, length, kl, said = self.state, metrics["completions/mean_length"], metrics.get("kl", 0.0), []
+        state["length"] = state["length"] or max(length, 1.0)
+        share = length / state["length"]
+        if not state["shorter"] < share < state["longer"]:
+            said.append(f"texts have {length:.0f} tokens now, {state['length']:.0f} in the beginning")
+            state["longer"], state["shorter"] = max(state["longer"], share * LENGTH_ALARM), min(state["shorter"], share / LENGTH_ALARM)
+        if kl > state["kl"]:
+            said.append(f"the KL from the reference is {kl:.0f} nats a text")
+            state["kl"] = 2 * kl
+        return said
+
+
+class Rollouts:
+    """An endless stream for `TRAIN.fit`: the current policy answers prompts, its texts are judged, and are handed out in
+    minibatches. A rollout begins at a step's boundary and fills whole steps.
+
+    Each process answers its own prompts; then all know all texts, so that advantages and minibatches do not depend on how
+    many processes there are."""
+
+    def __init__(self, prompts: list[Prompt], tokenizer, judges: Judges, settings: RLSection, training: TRAIN.TrainingSection, reference: Reference | None, out: Path):
+        self.prompts, self.tokenizer, self.judges, self.settings, self.reference, self.out = prompts, tokenizer, judges, settings, reference, out
+        self.training = training
+        self.drawn = self.rollout = 0  # prompts, rollouts
+        self.beta, self.watch = settings.beta, Watch()
+        self.queue: list[np.ndarray] = []
+        self.samples: list[Sample] = []
+        self.sums: dict[str, list[float]] = {}
+        self.steps_per_epoch = None
+
+    def start(self, run) -> None:
+        self.run, settings = run, self.settings
+        self.per_step = self.training.batch_size * run.grad_accum * run.world_size
+        if settings.rollout_size % self.per_step:
+            factors = f"training.batch_size {self.training.batch_size}" + (f" x grad_accum {run.grad_accum}" if run.grad_accum > 1 else "")
+            factors += f" x {run.world_size} processes" if run.world_size > 1 else ""
+            raise UserError(f"rl.rollout_size: {settings.rollout_size} texts do not fill whole optimizer steps of {factors} = {self.per_step}")
+        self.count = settings.rollout_size // settings.num_generations  # prompts of a rollout
+        self.steps_per_rollout = settings.rollout_size // self.per_step * settings.num_iterations
+        self.steps_per_epoch = -(-len(self.prompts) // self.count) * self.steps_per_rollout
+        if self.training.fsdp:
+            self.together = lambda more: TRAIN.all_sum([float(more)], run.device)[0] > 0
+        else:
+            self.together = INFER.alone
+
+    @property
+    def boundary(self) -> bool:
+        return not self.queue
+
+    def prompt(self, number: int) -> Prompt:
+        epoch, place = divmod(number, len(self.prompts))
+        return self.prompts[np.random.default_rng([self.run.seed, epoch, 6]).permutation(len(self.prompts))[place]]
+
+    def sampling(self, **changes) -> INFER.Sampling:
+        s = self.settings
+        usual = dict(max_new_tokens=s.max_completion_length, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=self.run.seed, n=s.num_generations, logprobs=True)
+        return INFER.Sampling(**{**usual, **changes})
+
+    def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
+        """The texts of these prompts, judged."""
+        answers = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, None, batch_size=self.settings.rollout_batch_size, step=step,
+                                 first=[number for number, _ in numbered], together=self.together)
+        samples = []
+        for (number, prompt), completions in zip(numbered, answers, strict=True):
+            for one in completions:
+                text = self.tokenizer.decode(one.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                samples.append(Sample(prompt, number, one.ids, one.finish_reason, text, one.logprobs))
+        self.judges(samples)
+        return samples
+
+    @torch.no_grad()
+    def score(self, model, samples: list[Sample], rows: int, want: tuple = ()) -> list[dict[str, Tensor]]:
+        """Log-probabilities (and what else is wanted) of texts by a full forward under the tempered distribution; `rows` is how
+        many texts the fullest process has, as all go through equally many forwards."""
+        size, found = self.training.batch_size, []
+        for start in range(0, rows, size):
+            group = samples[start : start + size]
+            inputs = text_batch(group, self.run.device)
+            out = model(**inputs, temperature=self.settings.temperature, want=want)
+            columns = {"logprobs": out.logprobs, "entropy": out.entropy, "values": out.values}
+            columns = {name: column.float().cpu() for name, column in columns.items() if column is not None}
+            found += [{name: column[i, one.start - 1 : len(one.ids) - 1] for name, column in columns.items()} for i, one in enumerate(group)]
+        return found
+
+    def roll_out(self) -> None:
+        """One rollout, known to all processes: texts, rewards, log-probabilities, advantages."""
+        run, settings, model = self.run, self.settings, self.run.model
+        numbers = range(self.drawn, self.drawn + self.count)
+        own = [(number, self.prompt(number)) for number in numbers[run.rank :: run.world_size]]
+        was_training, clock = model.training, time.perf_counter()
+        model.eval()
+        with run.autocast():
+            samples = self.write(model, own, self.sampling(), self.rollout)
+            spent = {"time/rollout": -clock + (clock := time.perf_counter())}
+            rows = -(-self.count // run.world_size) * settings.num_generations
+            want = ("entropy", "values") if settings.method == "ppo" else ("entropy",)
+            for sample, found in zip(samples, self.score(model, samples, rows, want), strict=True):
+                sample.old, sample.entropy, sample.values = found["logprobs"], found["entropy"], found.get("values")
+            if self.reference:
+                with self.reference(model) as frozen:
+                    for sample, found in zip(samples, self.score(frozen, samples, rows), strict=True):
+                        sample.reference = found["logprobs"]
+            spent["time/score"] = time.perf_counter() - clock
+        model.train(was_training)
+        self.samples = gather(samples)
+        metrics = {**self.measure(), **self.set_advantages(), **spent}
+        self.write_transcripts()
+        for text in self.watch(metrics) if run.rank == 0 else ():
+            say(f"rollout {self.rollout + 1}: {text}, while the reward went to {metrics['reward']:.3g}. Is it gained in a way that you meant? "
+                f"{self.out / 'rollouts.jsonl'} shows; a higher rl.beta holds the policy back")
+        if settings.kl_target:
+            self.beta = adapted_beta(self.beta, metrics["kl"], settings.kl_target, settings.rollout_size, settings.kl_horizon)
+        for name, value in metrics.items():
+            self.sums.setdefault(name, []).append(value)
+        self.drawn, self.rollout = self.drawn + self.count, self.rollout + 1
+        for lap in range(settings.num_iterations):
+            order = np.random.default_rng([run.seed, 5, self.rollout, lap]).permutation(len(self.samples))
+            size = self.training.batch_size
+            for first in range(run.rank * size, len(order), run.world_size * size):
+                self.queue.append(order[first : first + size])
+
+    def measure(self) -> dict[str, float]:
+        """What is logged of a rollout; most under TRL's names."""
+        samples, settings = self.samples, self.settings
+        rewards = torch.tensor([one.reward for one in samples])
+        lengths = torch.tensor([float(one.length) for one in samples])
+        found = {"reward": float(rewards.mean()), "reward_std": float(rewards.std()) if len(rewards) > 1 else 0.0}
+        for i, name in enumerate(self.judges.names):
+            given = [one.rewards[i] for one in samples if one.rewards[i] is not None]
+            found[f"rewards/{name}/mean"] = sum(given) / max(len(given), 1)
+        found |= {"completions/mean_length": float(lengths.mean()), "completions/clipped_ratio": sum(one.finish == "length" for one in samples) / len(samples)}
+        found["entropy"] = float(torch.cat([one.entropy for one in samples]).mean())
+        if self.reference:
+            found["kl"] = sum(float(kl_estimate(one.old, one.reference).sum()) for one in samples) / len(samples)
+        if settings.num_generations > 1:
+            groups = rewards.view(-1, settings.num_generations)
+            found["frac_reward_zero_std"] = float((groups.max(1).values == groups.min(1).values).float().mean())
+        apart = torch.cat([(one.old - torch.tensor(one.sampled)).abs() for one in samples])
+        found |= {"sampling/logp_difference_mean": float(apart.mean()), "sampling/logp_difference_max": float(apart.max())}
+        return found
+
+    def set_advantages(self) -> dict[str, float]:
+        """Advantages of all tokens, from the rewards of all texts."""
+        samples, settings = self.samples, self.settings
+        scores = torch.tensor([one.reward - settings.missing_eos_penalty * (one.finish == "length") for one in samples])
+        if settings.method != "ppo":
+            scale = settings.scale_rewards
+            if settings.method == "rloo":  # the KL is part of a text's reward
+                scale = "leave_one_out"
+                if self.reference:
+                    scores = scores - self.beta * torch.stack([(one.old - one.reference).sum() for one in samples])
+            for one, advantage in zip(samples, group_advantages(scores.view(-1, settings.num_generations), scale).flatten(), strict=True):
+                one.advantages = advantage
+            return {}
+        padded = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+        old, values = padded([one.old for one in samples]), padded([one.values for one in samples])
+        mask = padded([torch.ones(one.length, dtype=torch.bool) for one in samples])
+        reference = padded([one.reference for one in samples]) if self.reference else old
+        advantages, returns = gae(token_rewards(scores, old, reference, mask, self.beta), values, mask, settings.gamma, settings.lam)
+        learnt = mask & ~torch.tensor([self.is_masked(one) for one in samples])[:, None]
+        spread = float(returns[mask].var()) if mask.sum() > 1 else 0.0
+        explained = 1 - float((returns - values)[mask].var()) / spread if spread else 0.0
+        advantages = whiten(advantages, learnt if learnt.any() else mask)
+        for i, one in enumerate(samples):
+            one.advantages, one.returns = advantages[i, : one.length], returns[i, : one.length]
+        return {"explained_variance": explained, "value": float(values[mask].mean()), "beta": self.beta}
+
+    def is_masked(self, sample: Sample) -> bool:
+        return self.settings.mask_truncated_completions and sample.finish == "length"
+
+    def __next__(self) -> dict:
+        if not self.queue:
+            self.roll_out()
+        group = [self.samples[i] for i in self.queue.pop(0)]
+        batch = text_batch(group)
+        for row, one in enumerate(group):
+            if self.is_masked(one):
+                batch["targets"][row] = -100
+        mask = batch["targets"] != -100
+        columns = {"old": "old", "reference": "reference" if self.reference else None, "values": "values" if self.settings.method == "ppo" else None,
+                   "returns": "returns" if self.settings.method == "ppo" else None, "advantages": "advantages" if self.settings.method == "ppo" else None}
+        for name, key in columns.items():
+            if key:
+                batch[name] = torch.zeros(mask.shape)
+                for row, one in enumerate(group):
+                    batch[name][row, one.start - 1 : len(one.ids) - 1] = getattr(one, key)
+        if self.settings.method != "ppo":
+            batch["advantages"] = torch.stack([one.advantages for one in group])
+        counts = {"tokens": int(mask.sum()), "texts": int(mask.any(1).sum()), "read": sum(len(one.ids) - 1 for one in group)}
+        return {**batch, "counts": counts}
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the rollouts since the last call."""
+        found = {name: sum(values) / len(values) for name, values in self.sums.items()}
+        self.sums = {}
+        return found
+
+    def write_transcripts(self) -> None:
+        if self.run.rank != 0:
+            return
+        with open(self.out / "rollouts.jsonl", "a", encoding="utf-8") as file:
+            for one in self.samples:
+                advantage = float(one.advantages.mean())
+                record = {"rollout": self.rollout + 1, "prompt": one.asked, "completion": one.text, "reward": one.reward,
+                          "rewards": dict(zip(self.judges.names, one.rewards, strict=True)), "advantage": round(advantage, 4),
+                          "tokens": one.length, "finish_reason": one.finish}
+                if one.reference is not None:
+                    record["kl"] = round(float(kl_estimate(one.old, one.reference).sum()), 4)
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def state_dict(self) -> dict:
+        return {"drawn": self.drawn, "rollout": self.rollout, "beta": self.beta, "watch": dict(self.watch.state), "sums": {k: list(v) for k, v in self.sums.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.drawn, self.rollout, self.beta, self.watch.state = state["drawn"], state["rollout"], state["beta"], dict(state["watch"])
+        self.queue, self.sums = [], {k: list(v) for k, v in state["sums"].items()}
+        path = self.out / "rollouts.jsonl"
+        if self.run.rank == 0 and path.exists():  # what was written after the checkpoint will be written again
+            lines = path.read_text(encoding="utf-8").splitlines()
+            MODEL.write_text(path, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["rollout"] <= self.rollout))
+
+
+def gather(samples: list[Sample]) -> list[Sample]:
+    """All processes' texts, in the order of their prompts."""
+    if TRAIN.world_size() > 1:
+        everyone: list = [None] * TRAIN.world_size()
+        torch.distributed.all_gather_object(everyone, samples)
+        samples = [one for own in everyone for one in own]
+    return sorted(samples, key=lambda one: one.number)
+
+
+def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
+    """Prompts with their texts, a row each, padded on the right; the texts are the targets."""
+    width = max((len(one.ids) - 1 for one in samples), default=1)
+    ids, targets, positions = (torch.full((max(len(samples), 1), width), fill) for fill in (0, -100, -1))
+    for row, one in enumerate(samples):
+        n = len(one.ids) - 1
+        ids[row, :n], positions[row, :n] = torch.tensor(one.ids[:-1]), torch.arange(n)
+        targets[row, one.start - 1 : n] = torch.tensor(one.ids[one.start :])
+    return {"input_ids": ids.to(device), "targets": targets.to(device), "positions": positions.to(device)}
+
+
+def rollout_loss(settings: RLSection) -> Callable:
+    """loss_fn for `fit` of ppo, grpo and rloo."""
+    method, divisor = settings.method, "tokens" if settings.method == "ppo" or settings.loss_type == "dapo" else "texts"
+    want = (("values",) if method == "ppo" else ()) + (("entropy",) if settings.entropy_coef else ())
+
+    def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+        mask, old, advantages = batch["targets"] != -100, batch["old"], batch["advantages"]
+        out = model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"], temperature=settings.temperature, want=want)
+        limits = dict(epsilon=settings.epsilon, epsilon_high=settings.epsilon_high)
+        if method == "ppo":
+            losses, cut = ppo_loss(out.logprobs, old, advantages, **limits)
+            shares, cut = losses * mask, cut & mask
+        elif method == "rloo":
+            shares, cut = rloo_loss(out.logprobs, old, advantages, mask, **limits)
+        else:
+            shares, cut = grpo_loss(out.logprobs, old, advantages, mask, batch.get("reference"), settings.beta, **limits,
+                                    loss_type=settings.loss_type, max_length=settings.max_completion_length)
+        loss = policy = shares.sum() / totals[divisor]
+        # How far the policy has moved since the rollout: KL(then || now), estimated at tokens of then.
+        moved = (kl_estimate(old, out.logprobs.detach()) * mask).sum() / totals["tokens"]
+        metrics = {"policy_loss": policy.detach(), "clip_ratio": cut.sum() / totals["tokens"], "approx_kl": moved}
+        if method == "ppo":
+            critic = (value_loss(out.values, batch["values"], batch["returns"], settings.cliprange_value) * mask).sum() / totals["tokens"]
+            loss, metrics["value_loss"] = loss + settings.vf_coef * critic, critic.detach()
+        if settings.entropy_coef:
+            loss = loss - settings.entropy_coef * (out.entropy * mask).sum() / totals["tokens"]
+        return loss + out.aux_loss / totals["micro_batches"], {**metrics, "loss": loss.detach()}
+
+    return loss_fn
+
+
+def held_out_rewards(stream: Rollouts, held: list[Prompt], config) -> Callable | None:
+    """evaluate(model) for `fit`: the rewards of greedy answers to held-out prompts; a few are shown."""
+    if not held:
+        return None
+    chosen = [held[i] for i in np.linspace(0, len(held) - 1, min(len(held), config.rl.eval_prompts)).astype(int)]
+
+    def evaluate(model) -> dict:
+        own = list(enumerate(chosen))[MODEL.process_rank() :: TRAIN.world_size()]
+        samples = gather(stream.write(model, own, stream.sampling(temperature=0.0, top_k=0, top_p=1.0, n=1, logprobs=False), 0))
+        if MODEL.process_rank() == 0 and config.training.sample_tokens:
+            for one in samples[:: max(1, len(samples) // 3)][:3]:
+                asked = one.asked if isinstance(one.asked, str) else one.asked[-1]["content"]
+                say(f"  | {asked}\n  |   {one.text}   ({one.reward:.3g})".replace("\n", "\n  | "))
+        found = {"reward": sum(one.reward for one in samples) / len(samples)}
+        for i, name in enumerate(stream.judges.names) if len(stream.judges.names) > 1 else ():
+            given = [one.rewards[i] for one in samples if one.rewards[i] is not None]
+            found[f"rewards/{name}"] = sum(given) / max(len(given), 1)
+        return {**found, "mean_length": sum(one.length for one in samples) / len(samples)}
+
+    return evaluate
+
+
+def plot_rollouts(out: Path) -> None:
+    """rollouts.png: reward, KL and length over the steps."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    path = out / "log.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")] if path.exists() else []
+    panels = [(key, title) for key, title in (("reward", "reward of a text"), ("kl", "KL from the reference (nats a text)"),
+                                              ("completions/mean_length", "tokens of a text")) if any(key in r for r in records)]
+    if not panels:
+        return
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        found = [(r["step"], r[key]) for r in records if key in r]
+        axes.plot(*zip(*found, strict=True), "-" if len(found) > 1 else "o", color="#1f5fa8", linewidth=1.5, label="rollouts")
+        held = [(r["step"], r["eval_reward"]) for r in records if "eval_reward" in r] if key == "reward" else []
+        if held:
+            axes.plot(*zip(*held, strict=True), "o-", color="#d1495b", markersize=4, label="held out, greedy")
+            axes.legend(frameon=False)
+        axes.set(xlabel="optimizer step", title=title)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    with MODEL.staged(out) as scratch:
+        figure.savefig(scratch / "rollouts.png", dpi=120)
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+RATES = {"reward": 0.3}  # of fine-tuning's learning rate; the others
+
+
+def still(model: nn.Module) -> None:
+    """No dropout: the probabilities that are compared must be one model's."""
+    for module in model.modules():
+        for name in ("p", "dropout", "attention_dropout", "drop"):
+            if isinstance(getattr(module, name, None), float) and (name != "p" or isinstance(module, nn.Dropout)):
+                setattr(module, name, 0.0)
+
+
+def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
+    """The reference that was named; it has to read the policy's ids."""
+    name = config.rl.ref_model
+    if not name:
+        return None
+    own = TOKENIZER.load(name)
+    missing = set(tokenizer.get_vocab().items()) - set(own.get_vocab().items())
+    if missing:
+        raise UserError(f"rl.ref_model: {name} does not fit the policy: its tokenizer lacks {len(missing):,} of the policy's {len(tokenizer):,} tokens")
+    model = MODEL.load(name, "float32", device, config.model.attn_implementation)
+    if "lm" not in model.heads or not model.config.causal:
+        raise UserError(f"rl.ref_model: {name} does not fit the policy: it gives words no probability")
+    if model.config.max_position_embeddings < config.training.max_length:
+        raise UserError(f"rl.ref_model: {name} reads {model.config.max_position_embeddings} tokens, training.max_length is {config.training.max_length}")
+    return model.requires_grad_(False)
+
+
+def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
+    settings, training, name, adapter = config.rl.fill(), config.training, config.model.name, config.actions.adapter
+    SFT.need_model(config)
+    if config.model.labels or config.model.num_labels:
+        raise UserError("model.labels: belong to SFT.py's sft.task classify; leave model.labels and model.num_labels out")
+    if config.lora.lora_dropout:
+        raise UserError("lora.lora_dropout: dropout is off here, as it would change the probabilities that are compared; leave it out")
+    SFT.check_new_head(config) if settings.method == "reward" else None
+    TRAIN.fit_length(config, MODEL.context_length(name, MODEL.overrides(config.model)))
+    tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
+    read = TOKENIZER.read_prompts if settings.method in ON_POLICY else TOKENIZER.read_preferences
+    records, held = split(config, read)
+    make_chat(tokenizer, records + held)
+    judges = Judges(settings, tokenizer, device) if settings.method in ON_POLICY else None
+    asked = training.learning_rate, training.optim
+    head = {"reward": "score", "ppo": ("lm", "value")}.get(settings.method, "lm")
+    if settings.method == "reward":
+        config.model.labels = ["reward"]
+        SFT.pad_id(tokenizer)
+    model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r), head=head)
+    if not model.config.causal:
+        raise UserError(f"model.name: {name} is an encoder; rewards and preferences are learnt by causal models here")
+    SFT.finish_model(config, model, *asked, share=RATES.get(settings.method, 0.1))
+    if head == ("lm", "value"):
+        model.value_head.requires_grad_(True)
+    if settings.method == "reward":
+        model.config.pad_token_id = tokenizer.pad_token_id
+    TOKENIZER.end_with_turns(model, tokenizer)
+    if not model.config.eos_ids and tokenizer.eos_token_id is not None:
+        model.config.eos_token_id = tokenizer.eos_token_id
+    still(model)
+    frozen = frozen_model(config, tokenizer, device)
+    build = rollout_stage if settings.method in ON_POLICY else pair_stage
+    return build(config, model, tokenizer, records, held, frozen, judges)
+
+
+def pair_stage(config, model, tokenizer, records, held, frozen, _) -> TRAIN.Stage:
+    settings, left = config.rl, LeftOut()
+    items, kept = (read_items(config, tokenizer, own, left) for own in (records, held))
+    if len(items) < (2 if settings.method == "kto" else 1):
+        raise UserError(f"data.train: no {'texts are' if settings.method == 'kto' else 'pair is'} left to train on{left.text()}")
+    if MODEL.process_rank() == 0:
+        cut = f"; {left.counts.pop('cut'):,} cut at training.max_length" if left.counts["cut"] else ""
+        left.counts.pop("cut", None)
+        say(f"{len(items):,} {'texts' if settings.method == 'kto' else 'pairs'}, {len(kept):,} held out{cut}{left.text()}")
+    stream = Pairs(items, kept, settings, config.training, frozen)
+    loss = reward_model_loss(settings) if settings.method == "reward" else preference_loss(settings)
+    evaluate = held_out_pairs(stream, loss, config.training.eval_batches) if kept else None
+    if settings.method != "reward":
+        evaluate = with_answers(evaluate, [item.prompt for item in kept], tokenizer, config)
+    return TRAIN.Stage(model, tokenizer, stream, loss, evaluate, TRAIN.save_product)
+
+
+def with_answers(evaluate: Callable | None, prompts: list, tokenizer, config) -> Callable | None:
+    """The same validation, followed by answers to a few held-out prompts."""
+    if evaluate is None or not config.training.sample_tokens:
+        return evaluate
+    shown = prompts[:: max(1, len(prompts) // 3)][:3]
+
+    def evaluate_and_show(model) -> dict:
+        measures, room = evaluate(model), model.config.max_position_embeddings - 1
+        answers = INFER.generate(model, [prompt_ids(tokenizer, prompt)[-room:] for prompt in shown], INFER.Sampling(config.training.sample_tokens, 0.7, seed=0), tokenizer)
+        if MODEL.process_rank() == 0:
+            for prompt, [answer] in zip(shown, answers, strict=True):
+                text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+                say(f"  | {text}\n  |   {answer.text}".replace("\n", "\n  | "))
+        return measures
+
+    return evaluate_and_show
+
+
+def rollout_stage(config, model, tokenizer, records, held, frozen, judges) -> TRAIN.Stage:
+    settings, left, out = config.rl, LeftOut(), Path(config.output.dir)
+    room = min(model.config.max_position_embeddings, frozen.config.max_position_embeddings if frozen else math.inf) - settings.max_completion_length
+
+    def prompts(found: list[tuple[str, dict]]) -> list[Prompt]:
+        made = []
+        for where, record in found:
+            ids = prompt_ids(tokenizer, record["prompt"])
+            if len(ids) > room:
+                left.add(f"whose prompt and {settings.max_completion_length} tokens (rl.max_completion_length) exceed the context of {room + settings.max_completion_length}", where)
+            else:
+                made.append(Prompt(where, record["prompt"], ids, {key: value for key, value in record.items() if key != "prompt"}))
+        return made
+
+    asked, kept = prompts(records), prompts(held)
+    if not asked:
+        raise UserError(f"data.train: no prompt is left{left.text()}")
+    if MODEL.process_rank() == 0:
+        say(f"{len(asked):,} prompts, {len(kept):,} held out{left.text()}; judged by {', '.join(judges.names)}")
+    reference = Reference(model, frozen) if settings.beta else None
+    stream = Rollouts(asked, tokenizer, judges, settings, config.training, reference, out)
+
+    def save(text: str, tokenizer, model, folder: Path) -> None:
+        TRAIN.save_product(text, tokenizer, model, folder)
+        if MODEL.process_rank() == 0:
+            plot_rollouts(out)
+
+    return TRAIN.Stage(model, tokenizer, stream, rollout_loss(settings), held_out_rewards(stream, kept, config), save)
+
+
+ACTIONS = {**TRAIN.ACTIONS, "adapter": SFT.ACTIONS["adapter"]}
+SECTIONS = {**SFT.SECTIONS, "rl": RLSection}
+
+
+def main(argv: list[str] | None = None) -> TRAIN.Result:
+    config = load_config(argv, SECTIONS, "rl", ACTIONS, __doc__)
+    if config.rl.method in ON_POLICY and config.data.train == RLSection().data["train"]:
+        config.data.train, config.data.validation = PROMPTS["train"], PROMPTS["validation"]
+    model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
+    show = f"python INFER.py {model} < lines.txt    # a reward for each line" if config.rl.method == "reward" else f'echo "..." | python INFER.py {model}'
+    return TRAIN.run_stage("rl", config, prepare, show)
+
+
+if __name__ == "__main__":
+    run_main(main)
