@@ -11,7 +11,7 @@ Every draw comes from a seed, so any Python from 3.10 on writes the same bytes.
     chat_test.jsonl   questions of `questions("test")`, which stand in no other file, with the answer to check against
     notes.tsv         short notes between the inhabitants, labelled by what they are for
     prompts.jsonl     sums and differences in new words with the answer alone, to be solved by trial; prompts_test.jsonl others
-    preferences.jsonl two openings of a story, the better one about whom it was asked for; preferences_test.jsonl others
+    preferences.jsonl two openings of a story, the better one saying first who it is about; preferences_test.jsonl others
 """
 import argparse
 import hashlib
@@ -732,29 +732,20 @@ def prompts(split):
     return [json.dumps(record) for record in draw.sample(found, len(found))]
 
 
-def opening(hero, when, draw):
-    """How a story about somebody begins: a sentence, or two short ones."""
-    plot = draw.pick([plot for plot in PLOTS.values() if plot.startswith("<lead>")]).replace("<lead>", f"{when} {hero} the {hero.job}", 1)
-    first, second = re.split(r"(?<=[.!?]) (?=[A-Z\"])", polish(expand(plot, draw).format(**scene(hero, draw.pick(("spring", "summer", "autumn")), draw))))[:2]
-    return first if len(first) > 70 else f"{first} {second}"
-
-
 def preferences(split):
-    """Two openings of a story: the better one is about whom it was asked for."""
+    """Two openings of a story: the better one says first who it is about, the other one when it was."""
     draw, found = Draw("preferences", split), []
     for hero in PEOPLE:
-        for day in DAYS:
-            for season in SEASONS:
-                for ask in ("Tell me a story about {hero} on a {day} in {season}.", "Please tell me about {hero} on a {day} in {season}.",
-                            "Do you know a story about {hero} on a {day} in {season}?"):
-                    asked = ask.format(hero=hero, day=day, season=season)
-                    held = int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=8, person=b"preferences").digest(), "big") % 10 < 4
-                    if held != (split == "test"):
-                        continue
-                    when = f"One {day} in {season},"
-                    chosen = opening(hero, when, draw)
-                    rejected = opening(draw.pick([person for person in PEOPLE if person is not hero]), when, draw)
-                    found.append({"prompt": asked, "chosen": chosen, "rejected": rejected})
+        for thing in (part.strip() for part in THINGS.split(",")):
+            for ask in ("Tell me a story about {hero} and a {thing}.", "Please tell me about {hero} and a {thing}.", "Do you know a story about {hero} and a {thing}?",
+                        "Can you tell me about {hero} and a {thing}?"):
+                asked = polish(ask.format(hero=hero, thing=thing))
+                digest = hashlib.blake2b(asked.encode(), digest_size=8, person=b"preferences").digest()
+                if (int.from_bytes(digest, "big") % 2 == 0) == (split == "test"):
+                    slots = scene(hero, draw.pick(("spring", "summer", "autumn")), draw) | {"thing": thing, "item": thing.split()[1]}
+                    plot = draw.pick([plot for plot in PLOTS.values() if plot.startswith("<lead>")]).replace("<lead>", "<when> {hero} the {hero.job}", 1)
+                    who, when = (polish(expand(text, draw).format(**slots)) for text in ("<intro>", plot))
+                    found.append({"prompt": asked, "chosen": who, "rejected": re.split(r"(?<=[.!?]) (?=[A-Z\"])", when)[0]})
     return [json.dumps(record) for record in draw.sample(found, 500 if split == "test" else 650)]
 
 

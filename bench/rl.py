@@ -1,0 +1,251 @@
+"""What RL.py's methods do to a model, measured on held-out prompts, and where a step's time goes.
+
+    python bench/rl.py --method grpo                 # three seeds from out/sft; rows go to out/bench/rl.jsonl, and what is there is not run again
+    python bench/rl.py --method all
+    python bench/rl.py --table                       # the rows as a table
+    python bench/rl.py rollouts                      # 64 prompts x 8 texts x 64 tokens beside one by one and transformers' generate
+    python bench/rl.py time                          # rollout, scores and training as shares of a GRPO step
+
+Solved: greedy answers to the 500 prompts of data/prompts_test.jsonl that end with the right number. Introduced: stories (at
+temperature 0.8, the first 32 tokens) for the 500 prompts of data/preferences_test.jsonl that say who it is about before they say when
+it was: the first sentence names a home, a job or a kind of creature, and no day, month or time before it. Pairs: held-out pairs whose better side has the higher reward (or, without reference, log-probability per token).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+import INFER
+import MODEL
+import RL
+import TOKENIZER
+
+STORIES = ["--data", str(ROOT / "data/preferences.jsonl"), "--data.validation", str(ROOT / "data/preferences_test.jsonl")]
+RUNS = {  # name -> flags of RL.py, what is measured
+    "grpo": (["--rl.method", "grpo"], "solved"),
+    "rloo": (["--rl.method", "rloo"], "solved"),
+    "ppo": (["--rl.method", "ppo"], "solved"),
+    "reward": (["--rl.method", "reward"], "pairs"),
+    "ppo-reward-model": (["--rl.method", "ppo", "--rl.max_completion_length", "32", "--rl.reward_funcs", "{reward}", *STORIES], "introduced"),
+    "dpo": (["--rl.method", "dpo"], "introduced"),
+    "ipo": (["--rl.method", "dpo", "--rl.loss_type", "ipo"], "introduced"),
+    "simpo": (["--rl.method", "simpo"], "introduced"),
+    "orpo": (["--rl.method", "orpo"], "introduced"),
+    "kto": (["--rl.method", "kto"], "introduced"),
+}
+WORLD = (ROOT / "data/make.py").read_text()
+CAST = re.findall(r"^(\w+) +(?:he|she) +(\w+) +(\w+) +\| ([\w ]+?) +\|", WORLD, re.M)
+WHO = re.compile(r"\b(" + "|".join(sorted({word for _, *words in CAST for word in words})) + r")\b")
+WHEN = re.compile(r"^(One|On|Early|It was|That|Every|Once)\b|\b(\w+day|day|morning|afternoon)\b")
+
+
+def records(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / "data" / name).read_text().splitlines()]
+
+
+def answers(model, tokenizer, asked: list[str], sampling: INFER.Sampling) -> list[str]:
+    ids = [RL.prompt_ids(tokenizer, prompt) for prompt in asked]
+    return [one.text for [one] in INFER.generate(model, ids, sampling, tokenizer, batch_size=256)]
+
+
+def solved(model, tokenizer) -> list[bool]:
+    """Whether each held-out sum is answered rightly; the answer is read off here, not by the reward that was trained on."""
+    tests = records("prompts_test.jsonl")
+    said = answers(model, tokenizer, [test["prompt"] for test in tests], INFER.Sampling(32, 0.0))
+    return [re.findall(r"\d+", text)[-1:] == [test["answer"]] for text, test in zip(said, tests, strict=True)]
+
+
+def is_introduction(text: str) -> bool:
+    """Mip was a brave duskmouse who lived in Mossbank. -> True; One Monday, Mip the baker of Mossbank lost her pen. -> False"""
+    sentence = text.strip().partition(".")[0]
+    when, who = WHEN.search(sentence), WHO.search(sentence)
+    return who is not None and not (when and when.start() < who.start())
+
+
+def introduced(model, tokenizer, seed: int) -> tuple[list[bool], list[str]]:
+    tests = records("preferences_test.jsonl")
+    said = answers(model, tokenizer, [test["prompt"] for test in tests], INFER.Sampling(32, 0.8, seed=seed))
+    return [is_introduction(text) for text in said], said
+
+
+@torch.no_grad()
+def pairs(folder: str, start: str, kind: str) -> float:
+    """Held-out pairs that are ordered rightly: by the scores of a reward model, or log-probabilities (minus the start's)."""
+    tokenizer, config = TOKENIZER.load(folder), MODEL.SimpleNamespace(training=MODEL.SimpleNamespace(max_length=256), rl=RL.RLSection(method="dpo"))
+    read = list(TOKENIZER.read_preferences([ROOT / "data/preferences_test.jsonl"]))
+    items = RL.read_items(config, tokenizer, read, RL.LeftOut())
+    if kind == "reward":
+        judge = RL.reward_model(folder, tokenizer, "cpu")
+        given = torch.tensor([judge([RL.Sample(RL.Prompt("", "", one.ids[: one.start], {}), 0, one.ids[one.start :], "stop", "", None) for one in item.sides])
+                              for item in items])
+    else:
+        def logps(name: str) -> torch.Tensor:
+            model = MODEL.load(name)
+            batches = [RL.make_batch(items, range(i, min(i + 50, len(items)))) for i in range(0, len(items), 50)]
+            sums, tokens = (torch.cat(part) for part in zip(*(RL.text_logps(model, batch, 2)[:2] for batch in batches), strict=True))
+            return sums / tokens if kind in ("simpo", "orpo") else sums
+
+        given = logps(folder) - (0 if kind in ("simpo", "orpo") else logps(start))
+    return float((given[:, 0] > given[:, 1]).float().mean() + 0.5 * (given[:, 0] == given[:, 1]).float().mean())
+
+
+def measure(method: str, folder: str, start: str, reward: str, seed: int) -> dict:
+    found, what = {}, RUNS[method][1]
+    tokenizer = TOKENIZER.load(folder)
+    if what == "pairs":
+        return {"pairs": pairs(folder, start, "reward") if folder != start else 0.5}
+    model = MODEL.load(folder)
+    if what == "solved":
+        right = solved(model, tokenizer)
+        found["solved"] = sum(right) / len(right)
+        return found
+    right, said = introduced(model, tokenizer, seed)
+    found["introduced"] = sum(right) / len(right)
+    if method == "ppo-reward-model":
+        judge, asked = RL.reward_model(reward, tokenizer, "cpu"), [test["prompt"] for test in records("preferences_test.jsonl")]
+        samples = [RL.Sample(RL.Prompt("", "", RL.prompt_ids(tokenizer, prompt), {}), 0, tokenizer(text, add_special_tokens=False).input_ids, "length", text, None)
+                   for prompt, text in zip(asked, said, strict=True)]
+        found["score"] = sum(judge(samples)) / len(samples)
+    else:
+        found["pairs"] = pairs(folder, start, method)
+    return found
+
+
+def run(method: str, seed: int, options) -> dict:
+    """One row; an interrupted run goes on from its newest checkpoint."""
+    out = Path(options.out) / f"{method}-{seed}"
+    reward = str(Path(options.out) / f"reward-{seed}")
+    if method == "ppo-reward-model" and not (Path(reward) / "result.json").exists():
+        save(run("reward", seed, options), options)
+    flags = [flag.format(reward=reward) for flag in RUNS[method][0]]
+    command = [sys.executable, str(ROOT / "RL.py"), "--config", str(ROOT / "config.yaml"), "--model", options.model, "--out", str(out), "--seed", str(seed), *flags, *options.flags]
+    clock = time.perf_counter()
+    if not (out / "result.json").exists():
+        subprocess.run([*command, "--resume", "auto"], check=True, cwd=ROOT, stderr=None if options.loud else subprocess.DEVNULL)
+    seconds = time.perf_counter() - clock
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    kl = next((record["kl"] for record in reversed(log) if "kl" in record), None)
+    before = measure(method, options.model, options.model, reward, seed)
+    return {"method": method, "seed": seed, "before": before, "after": measure(method, str(out), options.model, reward, seed), "kl": kl, "seconds": round(seconds)}
+
+
+def save(row: dict, options) -> None:
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    with open(Path(options.out) / "rl.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def rows(options) -> list[dict]:
+    path = Path(options.out) / "rl.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(found: list[dict]) -> str:
+    """Means over the seeds, their spread, and the gain in standard errors (of 500 answers, or of the seeds where they spread more)."""
+    lines = ["| method | measure | start | end (each seed) | gain | 2 standard errors | KL | seconds |", "|---|---|---|---|---|---|---|---|"]
+    for method in RUNS:
+        own = sorted((row for row in found if row["method"] == method), key=lambda row: row["seed"])
+        for name in own[0]["after"] if own else ():
+            starts, ends = [row["before"][name] for row in own], [row["after"][name] for row in own]
+            start, end = sum(starts) / len(own), sum(ends) / len(own)
+            spread = math.sqrt(sum((x - end) ** 2 for x in ends) / max(len(own) - 1, 1) / len(own))
+            share = name != "score"
+            chance = math.sqrt(start * (1 - start) / 500 + end * (1 - end) / 500 / len(own)) if share else 0.0
+            text = "{:.1%}" if share else "{:.2f}"
+            each = ", ".join(text.format(x) for x in ends)
+            kl = [row["kl"] for row in own if row["kl"] is not None]
+            lines.append(f"| {method} | {name} | {text.format(start)} | {text.format(end)} ({each}) | {text.format(end - start)} | {text.format(2 * max(chance, spread))} | "
+                         f"{f'{sum(kl) / len(kl):.1f}' if kl else ''} | {sum(row['seconds'] for row in own) / len(own):.0f} |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------- speed
+
+
+def time_rollouts(options) -> None:
+    """Tokens a second, medians of alternated rounds; every text has all 64 tokens."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, model = TOKENIZER.load(options.model), MODEL.load(options.model)
+    theirs = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    prompts = [RL.prompt_ids(tokenizer, record["prompt"]) for record in records("prompts_test.jsonl")[:64]]
+    pad, width = theirs.config.pad_token_id or 0, max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts]).repeat_interleave(8, 0)
+    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]).repeat_interleave(8, 0)
+    every = INFER.Sampling(64, 1.0, seed=0, n=8, ignore_eos=True)
+
+    def ours() -> int:
+        return sum(len(one.ids) for group in INFER.generate(model, prompts, every, batch_size=256) for one in group)
+
+    def peer() -> int:
+        out = theirs.generate(ids, attention_mask=seen, do_sample=True, top_k=0, max_new_tokens=64, eos_token_id=None, pad_token_id=pad)
+        return len(out) * (out.shape[1] - width)
+
+    def one_by_one() -> int:
+        alone = INFER.Sampling(64, 1.0, seed=0, ignore_eos=True)
+        return sum(len(INFER.generate(model, [prompt], alone)[0][0].ids) for prompt in prompts[:16])
+
+    speeds: dict[str, list[float]] = {}
+    for _ in range(options.rounds):
+        for name, function in (("batched here", ours), ("transformers, batched", peer), ("one by one here", one_by_one)):
+            clock = time.perf_counter()
+            speeds.setdefault(name, []).append(function() / (time.perf_counter() - clock))
+    middle = {name: sorted(values)[len(values) // 2] for name, values in speeds.items()}
+    for name, speed in middle.items():
+        print(f"{name}: {speed:,.0f} tokens/s, {middle['batched here'] / speed:.2f}x")
+
+
+def time_step(options) -> None:
+    """A GRPO step's parts, by the log of 40 steps."""
+    out = Path(options.out) / "time"
+    command = [sys.executable, str(ROOT / "RL.py"), "--config", str(ROOT / "config.yaml"), "--model", options.model, "--out", str(out), "--overwrite", "--rl.method", "grpo",
+               "--max-steps", "48", "--training.logging_steps", "8", "--training.save_steps", "0", "--training.eval_steps", "0", *options.flags]
+    subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+    log = [record for record in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "time/rollout" in record]
+    steps = 256 // 32
+    whole = (log[-1]["seconds"] - log[0]["seconds"]) / (log[-1]["step"] - log[0]["step"]) * steps
+    parts = {name: sum(record[f"time/{name}"] for record in log[1:]) / len(log[1:]) for name in ("rollout", "score")}
+    parts["train"] = whole - sum(parts.values())
+    for name, seconds in parts.items():
+        print(f"{name}: {seconds:.2f} s a rollout, {seconds / whole:.0%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("gains", "rollouts", "time"), default="gains")
+    parser.add_argument("--method", choices=(*RUNS, "all"), default="all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--model", default=str(ROOT / "out/sft"))
+    parser.add_argument("--out", default=str(ROOT / "out/bench"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--loud", action="store_true", help="show what RL.py says")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to RL.py")
+    options = parser.parse_args()
+    if options.what != "gains":
+        return time_rollouts(options) if options.what == "rollouts" else time_step(options)
+    known = {(row["method"], row["seed"]) for row in rows(options)}
+    for method in () if options.table else (RUNS if options.method == "all" else [options.method]):
+        for seed in options.seeds:
+            if (method, seed) not in known and (method, seed) not in {(row["method"], row["seed"]) for row in rows(options)}:
+                save(run(method, seed, options), options)
+    print(table(rows(options)))
+
+
+if __name__ == "__main__":
+    main()
