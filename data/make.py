@@ -733,19 +733,21 @@ def prompts(split):
 
 
 def preferences(split):
-    """Two openings of a story: the better one says first who it is about, the other one when it was."""
-    draw, found = Draw("preferences", split), []
+    """Two openings of a story: the better one says first who it is about. The other one says when it was, or is the answer to some
+    question, as small models will give it."""
+    draw, found, sentences = Draw("preferences", split), [], [item.sentence for item in questions("train")]
     for hero in PEOPLE:
         for thing in (part.strip() for part in THINGS.split(",")):
             for ask in ("Tell me a story about {hero} and a {thing}.", "Please tell me about {hero} and a {thing}.", "Do you know a story about {hero} and a {thing}?",
-                        "Can you tell me about {hero} and a {thing}?"):
+                        "Please tell me a story about {hero} and a {thing}."):
                 asked = polish(ask.format(hero=hero, thing=thing))
                 digest = hashlib.blake2b(asked.encode(), digest_size=8, person=b"preferences").digest()
                 if (int.from_bytes(digest, "big") % 2 == 0) == (split == "test"):
                     slots = scene(hero, draw.pick(("spring", "summer", "autumn")), draw) | {"thing": thing, "item": thing.split()[1]}
                     plot = draw.pick([plot for plot in PLOTS.values() if plot.startswith("<lead>")]).replace("<lead>", "<when> {hero} the {hero.job}", 1)
                     who, when = (polish(expand(text, draw).format(**slots)) for text in ("<intro>", plot))
-                    found.append({"prompt": asked, "chosen": who, "rejected": re.split(r"(?<=[.!?]) (?=[A-Z\"])", when)[0]})
+                    worse = draw.pick((draw.pick(sentences), *[re.split(r"(?<=[.!?]) (?=[A-Z\"])", when)[0]] * 2))
+                    found.append({"prompt": asked, "chosen": who, "rejected": worse})
     return [json.dumps(record) for record in draw.sample(found, 500 if split == "test" else 650)]
 
 
