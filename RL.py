@@ -87,7 +87,7 @@ class RLSection:
     model: dict = knob({"name": "./out/sft"}, "stage block over `model`")
     data: dict = knob({"train": ["data/preferences.jsonl"], "validation": "data/preferences_test.jsonl"},
                       "stage block over `data`; ppo, grpo and rloo read data/prompts.jsonl unless told otherwise")
-    training: dict = knob({"max_steps": 200, "batch_size": 32}, "stage block over `training`")
+    training: dict = knob({"max_steps": 200, "batch_size": 64}, "stage block over `training`")
     lora: dict = knob({}, "stage block over `lora`")
     output: dict = knob({"dir": "./out/rl"}, "stage block over `output`")
 
@@ -209,7 +209,8 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
     """KL(policy || reference) at tokens drawn from the policy, each at least 0 and right on average: with
-    r = reference / policy it is r - 1 - log r (Schulman 2020, k3)."""
+    r = reference / policy it is r - 1 - log r (Schulman 2020, k3). Its gradient as part of a loss is 1 - r, on average that of
+    KL(reference || policy): it pulls to the same reference, less where the policy has become surer."""
     gap = reference - logprobs
     return torch.expm1(gap) - gap
 
@@ -430,13 +431,21 @@ def read_items(config, tokenizer, records: list[tuple[str, dict]], left: LeftOut
         if any(len(one.ids) > length for one in sides):
             left.counts["cut"] += 1
         sides = [Side(one.ids[:length], one.start) for one in sides]
-        if pair and sides[0].ids == sides[1].ids:
+        same = pair and sides[0].ids == sides[1].ids
+        if config.rl.method == "reward":
+            sides = [whole(one) for one in sides]
+        if same:
             left.add("whose two sides are the same", where)
         elif pair and config.rl.method == "kto":
             items += [Item(where, [one], record["prompt"], 0.0, label) for one, label in zip(sides, (True, False), strict=True)]
         else:
             items.append(Item(where, sides, record["prompt"], record.get("margin", 0.0), record.get("label", True)))
     return items
+
+
+def whole(one: Side) -> Side:
+    """A row's last id is a target alone; where a reward is read off the last token, another one has to follow it."""
+    return Side([*one.ids, one.ids[-1]], one.start)
 
 
 def examples(items: list[Item]) -> TOKENIZER.Examples:
@@ -716,12 +725,17 @@ def column(sample: Sample, name: str, function: str) -> str:
 
 def expected_answer(sample: Sample, function: str, marker: str = "####") -> str:
     """What the record's `answer` ends with: all of it, or what follows the last marker (GSM8K's layout)."""
-    return column(sample, "answer", function).rpartition(marker)[2].strip().replace(",", "")
+    return without_commas(column(sample, "answer", function).rpartition(marker)[2].strip())
+
+
+def without_commas(text: str) -> str:
+    """1,000, or 2 -> 1000, or 2"""
+    return re.sub(r"(?<=\d),(?=\d)", "", text)
 
 
 def exact_answer(sample: Sample) -> float:
     """1 where the text ends with the answer, as a word of its own; a closing full stop aside. "12 plus 30 is 42." ends with 42"""
-    said, answer = re.sub(r"(?<=\d),(?=\d)", "", sample.text).rstrip(" .!\n").lower(), expected_answer(sample, "exact_answer").rstrip(" .!\n").lower()
+    said, answer = (text.rstrip(" .!\n").lower() for text in (without_commas(sample.text), expected_answer(sample, "exact_answer")))
     return float(bool(answer) and said.endswith(answer) and not re.match(r"[\w.-]", said[: -len(answer)][-1:]))
 
 
@@ -1131,7 +1145,7 @@ class Rollouts:
     def write_transcripts(self) -> None:
         if self.run.rank != 0:
             return
-        with open(self.out / "rollouts.jsonl", "a", encoding="utf-8") as file:
+        with open(self.out / "rollouts.jsonl", "a" if self.rollout else "w", encoding="utf-8") as file:
             for one in self.samples:
                 advantage = float(one.advantages.mean())
                 record = {"rollout": self.rollout + 1, "prompt": one.asked, "completion": one.text, "reward": one.reward,
@@ -1147,10 +1161,8 @@ class Rollouts:
     def load_state_dict(self, state: dict) -> None:
         self.drawn, self.rollout, self.beta, self.watch.state = state["drawn"], state["rollout"], state["beta"], dict(state["watch"])
         self.queue, self.sums = [], {k: list(v) for k, v in state["sums"].items()}
-        path = self.out / "rollouts.jsonl"
-        if self.run.rank == 0 and path.exists():  # what was written after the checkpoint will be written again
-            lines = path.read_text(encoding="utf-8").splitlines()
-            MODEL.write_text(path, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["rollout"] <= self.rollout))
+        if self.run.rank == 0:  # what was written after the checkpoint will be written again
+            TRAIN.rewind(self.out / "rollouts.jsonl", lambda record: record["rollout"] <= self.rollout)
 
 
 def gather(samples: list[Sample]) -> list[Sample]:
@@ -1232,8 +1244,7 @@ def plot_rollouts(out: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    path = out / "log.jsonl"
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")] if path.exists() else []
+    records = TRAIN.json_lines(out / "log.jsonl")
     panels = [(key, title) for key, title in (("reward", "reward of a text"), ("kl", "KL from the reference (nats a text)"),
                                               ("completions/mean_length", "tokens of a text")) if any(key in r for r in records)]
     if not panels:
@@ -1255,7 +1266,7 @@ def plot_rollouts(out: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------- command line
 
-RATES = {"reward": 0.3}  # of fine-tuning's learning rate; the others
+RATES = {**dict.fromkeys((*ON_POLICY, "reward"), 0.1), **dict.fromkeys(("dpo", "kto", "orpo", "simpo"), 1 / 30)}  # of fine-tuning's learning rate
 
 
 def still(model: nn.Module) -> None:
@@ -1305,7 +1316,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r), head=head)
     if not model.config.causal:
         raise UserError(f"model.name: {name} is an encoder; rewards and preferences are learnt by causal models here")
-    SFT.finish_model(config, model, *asked, share=RATES.get(settings.method, 0.1))
+    SFT.finish_model(config, model, *asked, share=RATES[settings.method])
     if head == ("lm", "value"):
         model.value_head.requires_grad_(True)
     if settings.method == "reward":

@@ -453,11 +453,12 @@ def neftune(embedding: nn.Module, alpha: float) -> None:
 
 def set_rates(training: TRAIN.TrainingSection, model: MODEL.LanguageModel, rate: float | None, optim: str, share: float = 1.0) -> None:
     """Where nothing was asked for: the wider a trained model, the smaller its steps, ten times larger for adapters.
-    A narrow one still has most to learn, which Muon does faster. A later stage takes a `share` of this stage's rate."""
+    A narrow one still has most to learn, which Muon does faster. A later stage takes a `share` of this stage's rate, and AdamW:
+    Muon makes as much of a rollout's noise as of its signal."""
     width = model.config.hidden_size
     usual = share * min(3e-3, max(1e-5, 3e-3 * (128 / width) ** 2))
     training.learning_rate = rate or (min(1e-2, 10 * usual) if model.adapter else usual)
-    training.optim = optim if optim != "auto" else "muon" if width <= 256 and not model.adapter else "adamw"
+    training.optim = optim if optim != "auto" else "muon" if width <= 256 and not model.adapter and share == 1 else "adamw"
 
 
 def finish_model(config, model: MODEL.LanguageModel, rate: float | None, optim: str, noise: float = 0.0, share: float = 1.0) -> None:

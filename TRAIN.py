@@ -48,7 +48,7 @@ class TrainingSection:
     max_length: int = knob(256, "tokens of one row")
     objective: str = knob("auto", "causal predicts the next token, mlm hidden ones (BERT); auto is mlm for an encoder", ("auto", "causal", "mlm"))
     mlm_probability: float = knob(0.15, "mlm: share of the tokens that are predicted")
-    learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for trained ones; in SFT 3e-3 * (128 / width)^2, ten times that for adapters")
+    learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for trained ones; in SFT 3e-3 * (128 / width)^2, in RL a tenth of that or (kto, dpo and its kind) a thirtieth; ten times as much for adapters")
     optim: str = knob("auto", "Muon (AdamW on all but matrices), AdamW, its 8-bit form; auto is muon for fresh weights, adamw for trained; in SFT muon up to width 256",
                       ("auto", "muon", "adamw", "adamw_8bit"))
     weight_decay: float = knob(0.1, "decoupled weight decay on matrices")
@@ -803,6 +803,19 @@ def is_disk_full(error: Exception, out: Path) -> bool:
 # -------------------------------------------------------------------------------------------------------- log
 
 
+def json_lines(path: Path) -> list[dict]:
+    """The records of a log; a line cut short by a kill is none."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def rewind(path: Path, keep: Callable[[dict], bool]) -> None:
+    MODEL.write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in json_lines(path) if keep(record)))
+
+
 class Log:
     """log.jsonl, the progress line, the plot and the trackers of one run. Only the first process writes."""
 
@@ -846,26 +859,18 @@ class Log:
         if self.accelerator and self.accelerator.trackers:
             self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
-    def read(self) -> list[dict]:
-        path = self.out / "log.jsonl"
-        records = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a kill
-                records.append(json.loads(line))
-        return records
-
     def rewind(self, step: int) -> None:
         """After a resume: what was logged beyond the checkpoint will be logged again."""
         if self.main:
-            kept = [json.dumps(record) + "\n" for record in self.read() if record.get("step", 0) <= step]
-            MODEL.write_text(self.out / "log.jsonl", "".join(kept))
+            rewind(self.out / "log.jsonl", lambda record: record.get("step", 0) <= step)
 
     def show(self, record: dict, total: int | None, share: float, left: float, memory: int) -> None:
         if not self.main:
             return
         bar = "#" * int(20 * share)
         machine = f" | {100 * record['peak_share']:.0f}% of peak" if "peak_share" in record else ""
-        line = (f"[{bar:<20}] step {record['step']}{f'/{total}' if total else ''} | loss {record.get('loss', math.nan):.4f} | "
+        reward = f" | reward {record['reward']:.3f}" if "reward" in record else ""
+        line = (f"[{bar:<20}] step {record['step']}{f'/{total}' if total else ''} | loss {record.get('loss', math.nan):.4f}{reward} | "
                 f"{record['tokens_per_second']:,.0f} tok/s{machine} | {memory / 2**30:.1f} GiB | {left:.0f} s left")
         if sys.stderr.isatty():
             print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
@@ -885,7 +890,7 @@ class Log:
 
     def plot(self) -> None:
         """loss.png: training and held-out loss over the steps."""
-        records = self.read() if self.main else []
+        records = json_lines(self.out / "log.jsonl") if self.main else []
         train = [(r["step"], r["loss"]) for r in records if "loss" in r]
         held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
         if not train:

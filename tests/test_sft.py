@@ -1084,7 +1084,7 @@ def test_two_processes_fine_tune_as_one(flags, label_flags, tmp_path):
     kinds = {"full": flags, "lora": [*flags, "--lora.r", "4"], "sharded": [*flags, "--lora.r", "4", "--training.fsdp", "true"],
              "labels": [*label_flags, "--batch-size", "4"], "label-lora": [*label_flags, "--batch-size", "4", "--lora.r", "4"]}
     runs = {name: [*kind, *some, "--out", str(tmp_path / name)] for name, kind in kinds.items()}
-    (tmp_path / "runs.json").write_text(json.dumps(list(runs.values())))
+    (tmp_path / "runs.json").write_text(json.dumps({"SFT": list(runs.values())}))
     process = start(ROOT, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "two_ranks.py", tmp_path / "runs.json")
     _, talk = process.communicate(timeout=240)
     assert process.returncode == 0, talk

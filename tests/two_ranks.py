@@ -1,7 +1,7 @@
 """Checks that need two processes, and the toy stream and losses that tests/test_train.py shares with them.
 
     torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER     writes FOLDER/rank0.json, FOLDER/rank1.json and run folders
-    torchrun --nproc_per_node 2 tests/two_ranks.py RUNS.json  runs SFT.py with each of its lists of arguments
+    torchrun --nproc_per_node 2 tests/two_ranks.py RUNS.json  runs a script ({"SFT": [...]}) with each of its lists of arguments
 """
 
 import json
@@ -174,15 +174,17 @@ def main(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def fine_tune(runs: list[list[str]]) -> None:
+def run_all(runs: dict[str, list[list[str]]]) -> None:
+    import RL
     import SFT
 
-    TRAIN.Log.plot = SFT.Confusion.plot = lambda *_: None
-    for argv in runs:
-        SFT.main(argv)
+    TRAIN.Log.plot = SFT.Confusion.plot = RL.plot_rollouts = lambda *_: None
+    for name, lists in runs.items():
+        for argv in lists:
+            {"SFT": SFT, "RL": RL}[name].main(argv)
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     given = Path(sys.argv[1])
-    fine_tune(json.loads(given.read_text())) if given.suffix == ".json" else main(given)
+    run_all(json.loads(given.read_text())) if given.suffix == ".json" else main(given)

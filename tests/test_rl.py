@@ -1,0 +1,917 @@
+"""Preferences, rewards and rollouts: every estimator against a slow one, and runs from end to end."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, make_text
+from safetensors.torch import load_file
+from torch import tensor
+
+import MODEL
+import RL
+import TOKENIZER
+import TRAIN
+from MODEL import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+G = torch.Generator().manual_seed(0)
+
+
+def draw(*shape, low=-3.0, high=0.0) -> torch.Tensor:
+    return (torch.rand(*shape, generator=G, dtype=torch.float64) * (high - low) + low).requires_grad_()
+
+
+def same(fast, slow, inputs, tolerance=1e-5) -> None:
+    """Equal values, and equal gradients of a weighted sum."""
+    torch.testing.assert_close(fast, slow, atol=tolerance, rtol=0)
+    weights = torch.rand(fast.shape, generator=G, dtype=fast.dtype)
+    for one, other in zip(torch.autograd.grad((fast * weights).sum(), inputs), torch.autograd.grad((slow * weights).sum(), inputs), strict=True):
+        assert one.abs().sum() > 0
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=0)
+
+
+def sigmoid(x):
+    return 1 / (1 + torch.exp(-x))
+
+
+# ------------------------------------------------------------------------------------------ losses of preferences
+
+
+@pytest.mark.parametrize("kind, smoothing", [("sigmoid", 0.0), ("sigmoid", 0.2), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1)])
+def test_dpo_is_the_published_formula(kind, smoothing):
+    c, r, rc, rr = (draw(7) for _ in range(4))
+    beta, slow = 0.3, []
+    for i in range(7):
+        x = beta * (c[i] - rc[i] - r[i] + rr[i])
+        slow.append({"sigmoid": -(1 - smoothing) * torch.log(sigmoid(x)) - smoothing * torch.log(sigmoid(-x)),
+                     "hinge": torch.maximum(1 - x, x * 0), "ipo": (x / beta - 1 / (2 * beta)) ** 2,
+                     "robust": (-(1 - smoothing) * torch.log(sigmoid(x)) + smoothing * torch.log(sigmoid(-x))) / (1 - 2 * smoothing)}[kind])
+    same(RL.dpo_loss(c, r, rc, rr, beta, kind, smoothing), torch.stack(slow), (c, r, rc, rr))
+
+
+def test_dpo_in_numbers():
+    assert float(RL.dpo_loss(*(tensor([x]) for x in (-1.0, -3.0, -2.0, -2.0)))) == pytest.approx(0.598, abs=1e-3)
+    assert float(RL.dpo_loss(*(tensor([x]) for x in (-1.0, -3.0, -1.0, -3.0)))) == pytest.approx(math.log(2))
+
+
+def test_kto_is_the_published_formula():
+    gains, baseline = draw(8, low=-5, high=5), tensor(0.7, dtype=torch.float64)
+    wanted = tensor([True, False] * 4)
+    slow = [1.3 * (1 - sigmoid(0.2 * (g - 0.7))) if w else 0.6 * (1 - sigmoid(0.2 * (0.7 - g))) for g, w in zip(gains, wanted, strict=True)]
+    same(RL.kto_loss(gains, wanted, baseline, 0.2, 1.3, 0.6), torch.stack(slow), (gains,))
+
+
+def test_orpo_simpo_and_rewards_are_the_published_formulas():
+    c, r = draw(6), draw(6)
+
+    def odds(logp):
+        return torch.exp(logp) / (1 - torch.exp(logp))
+
+    same(RL.orpo_loss(c, r), torch.stack([-torch.log(sigmoid(torch.log(odds(x) / odds(y)))) for x, y in zip(c, r, strict=True)]), (c, r))
+    same(RL.simpo_loss(c, r, 2.0, 0.5), torch.stack([-torch.log(sigmoid(2 * x - 2 * y - 0.5)) for x, y in zip(c, r, strict=True)]), (c, r))
+    slow = [-torch.log(sigmoid(x - y - 0.4)) + 0.1 * (x + y) ** 2 for x, y in zip(c, r, strict=True)]
+    same(RL.reward_loss(c, r, 0.4, 0.1), torch.stack(slow), (c, r))
+
+
+# ------------------------------------------------------------------------------------------ losses of rollouts
+
+MASK = tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
+
+
+def test_kl_estimate_is_right_on_average_and_never_negative():
+    p, q = torch.randn(2, 9, generator=G, dtype=torch.float64).log_softmax(-1)
+    estimates = RL.kl_estimate(p, q)
+    assert estimates.min() >= 0
+    assert float((p.exp() * estimates).sum()) == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-12)
+
+
+def test_rewards_of_tokens():
+    scores, old, reference = draw(4), draw(4, 5), draw(4, 5)
+    slow = torch.zeros(4, 5, dtype=torch.float64)
+    for i in range(4):
+        for t in range(5):
+            if MASK[i, t]:
+                last = t == 4 or not MASK[i, t + 1]
+                slow[i, t] = -0.1 * (old[i, t] - reference[i, t]) + (scores[i] if last else 0)
+    same(RL.token_rewards(scores, old, reference, MASK, 0.1), slow, (scores, old, reference))
+
+
+def test_gae_is_the_sum_of_later_surprises():
+    rewards, values, gamma, lam = draw(4, 5), draw(4, 5), 0.9, 0.8
+    slow = torch.zeros(4, 5, dtype=torch.float64)
+    for i in range(4):
+        length = int(MASK[i].sum())
+        for t in range(length):
+            for k in range(t, length):
+                following = values[i, k + 1] if k + 1 < length else 0.0
+                slow[i, t] = slow[i, t] + (gamma * lam) ** (k - t) * (rewards[i, k] + gamma * following - values[i, k])
+    advantages, returns = RL.gae(rewards, values, MASK, gamma, lam)
+    same(advantages, slow, (rewards, values))
+    torch.testing.assert_close(returns, (slow + values) * MASK)
+    plain, _ = RL.gae(rewards, values, MASK, 1.0, 1.0)  # lambda 1: what came, minus what was expected
+    torch.testing.assert_close(plain[0, 1], rewards[0, 1:].sum() - values[0, 1])
+    advantages, returns = RL.gae(tensor([[0.0, 1.0]]), tensor([[0.5, 0.5]]), torch.ones(1, 2, dtype=torch.bool), 1.0, 0.5)
+    assert advantages.tolist() == [[0.25, 0.5]] and returns.tolist() == [[0.75, 1.0]]
+
+
+def test_whitening_ignores_padding():
+    values = draw(4, 5).detach()
+    chosen = [float(values[i, t]) for i in range(4) for t in range(5) if MASK[i, t]]
+    mean = sum(chosen) / len(chosen)
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in chosen) / (len(chosen) - 1))
+    white = RL.whiten(values, MASK)
+    assert not white[~MASK].any()
+    torch.testing.assert_close(white[MASK], (values[MASK] - mean) / deviation, atol=1e-5, rtol=0)
+    assert RL.whiten(tensor([[5.0]]), tensor([[True]])).tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("high", [None, 0.4])
+def test_ppo_is_clipped_as_published(high):
+    now, old, advantages = draw(4, 5, low=-2, high=-1), draw(4, 5, low=-2, high=-1), draw(4, 5, low=-1, high=1)
+    slow, cut = torch.zeros(4, 5, dtype=torch.float64), torch.zeros(4, 5, dtype=torch.bool)
+    for i in range(4):
+        for t in range(5):
+            r, a = torch.exp(now[i, t] - old[i, t]), advantages[i, t]
+            limited = torch.clamp(r, 0.8, 1 + (high or 0.2))
+            slow[i, t], cut[i, t] = -torch.minimum(r * a, limited * a), limited * a < r * a
+    losses, told = RL.ppo_loss(now, old, advantages, 0.2, high)
+    assert told.any() and torch.equal(told, cut)
+    same(losses, slow, (now, advantages))
+
+
+def test_value_loss_is_clipped_as_published():
+    values, old, returns = draw(4, 5), draw(4, 5), draw(4, 5)
+    slow = [[0.5 * torch.maximum((v - r) ** 2, (o + torch.clamp(v - o, -0.2, 0.2) - r) ** 2) for v, o, r in zip(*row, strict=True)]
+            for row in zip(values, old, returns, strict=True)]
+    same(RL.value_loss(values, old, returns, 0.2), torch.stack([torch.stack(row) for row in slow]), (values, returns))
+
+
+def test_advantages_of_groups():
+    rewards = draw(3, 4).detach()
+    for i in range(3):
+        own = rewards[i].tolist()
+        mean = sum(own) / 4
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in own) / 3)
+        assert RL.group_advantages(rewards, "none")[i].tolist() == pytest.approx([x - mean for x in own])
+        assert RL.group_advantages(rewards, "group")[i].tolist() == pytest.approx([(x - mean) / (deviation + 1e-4) for x in own])
+        assert RL.group_advantages(rewards, "leave_one_out")[i].tolist() == pytest.approx([x - (sum(own) - x) / 3 for x in own])
+    spread = float(rewards.flatten().std())
+    assert RL.group_advantages(rewards, "batch")[1, 2].item() == pytest.approx(float(rewards[1, 2] - rewards[1].mean()) / (spread + 1e-4))
+    assert not RL.group_advantages(torch.ones(2, 4)).any()  # all alike: nothing to learn, no NaN
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])
+def test_grpo_is_the_published_formula(kind):
+    now, old, reference, advantages = draw(4, 5), draw(4, 5), draw(4, 5), draw(4, low=-1, high=1)
+    total, texts, tokens = 0.0, 4, int(MASK.sum())
+    for i in range(4):
+        length = int(MASK[i].sum())
+        for t in range(length):
+            r = torch.exp(now[i, t] - old[i, t])
+            gain = torch.minimum(r * advantages[i], torch.clamp(r, 0.8, 1.3) * advantages[i])
+            ratio = torch.exp(reference[i, t] - now[i, t])
+            kl = ratio - torch.log(ratio) - 1
+            share = {"grpo": 1 / length / texts, "dapo": 1 / tokens, "dr_grpo": 1 / (texts * 9)}[kind]
+            total = total - share * (gain - 0.04 * kl)
+    shares, _ = RL.grpo_loss(now, old, advantages, MASK, reference, 0.04, 0.2, 0.3, kind, 9)
+    same(shares.sum() / (tokens if kind == "dapo" else texts), total, (now, reference, advantages))
+
+
+def test_rloo_takes_a_text_as_one_action():
+    now, old, advantages = draw(4, 5), draw(4, 5), draw(4, low=-1, high=1)
+    slow = []
+    for i in range(4):
+        r = torch.ones((), dtype=torch.float64)
+        for t in range(int(MASK[i].sum())):
+            r = r * torch.exp(now[i, t] - old[i, t])
+        slow.append(-torch.minimum(r * advantages[i], torch.clamp(r, 0.8, 1.2) * advantages[i]))
+    same(RL.rloo_loss(now, old, advantages, MASK)[0], torch.stack(slow), (now, advantages))
+    first, _ = RL.rloo_loss(now, now.detach(), advantages.detach(), MASK)  # REINFORCE: the gradient is A grad log p
+    [gradient] = torch.autograd.grad(first.sum(), now)
+    torch.testing.assert_close(gradient, -advantages.detach()[:, None] * MASK)
+
+
+def test_beta_adapts_by_at_most_a_fifth():
+    assert RL.adapted_beta(0.1, 6.0, 3.0, 100, 1000) == pytest.approx(0.1 * (1 + 0.2 * 0.1))
+    assert RL.adapted_beta(0.1, 3.3, 3.0, 100, 1000) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
+    assert RL.adapted_beta(0.1, 0.0, 3.0, 100, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
+
+
+# ------------------------------------------------------------------------------------------------------ records
+
+ASKED = [{"role": "user", "content": "What is red?"}]
+FOX, OWL = [{"role": "assistant", "content": "The fox."}], [{"role": "assistant", "content": "The owl."}]
+PAIRS = {
+    "texts": ({"prompt": "What is red?", "chosen": "The fox.", "rejected": "The owl."}, "What is red?", "The fox.", "The owl."),
+    "alpaca": ({"instruction": "Name it.", "input": "red", "chosen": "The fox.", "rejected": "The owl."}, "Name it.\n\nred", "The fox.", "The owl."),
+    "question": ({"question": "What is red?", "chosen": "The fox.", "rejected": "The owl."}, "What is red?", "The fox.", "The owl."),
+    "messages": ({"prompt": ASKED, "chosen": FOX, "rejected": OWL}, ASKED, FOX, OWL),
+    "implicit": ({"chosen": ASKED + FOX, "rejected": ASKED + OWL}, ASKED, FOX, OWL),
+    "mixed": ({"prompt": "What is red?", "chosen": FOX, "rejected": OWL}, ASKED, FOX, OWL),
+    "a system": ({"system": "Be brief.", "prompt": "What is red?", "chosen": "The fox.", "rejected": "The owl."},
+                 [{"role": "system", "content": "Be brief."}, *ASKED], FOX, OWL),
+    "hh": ({"chosen": "\n\nHuman: What is red?\n\nAssistant: The fox.", "rejected": "\n\nHuman: What is red?\n\nAssistant: The owl."}, ASKED, FOX, OWL),
+    "common words": ({"chosen": "What is red? The fox.", "rejected": "What is red? The owl."}, "What is red? The ", "fox.", "owl."),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_layout_of_a_pair_is_read(name):
+    record, prompt, chosen, rejected = PAIRS[name]
+    assert TOKENIZER.preference(record, "here") == {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": 0.0}
+
+
+def test_single_texts_and_prompts_are_read(tmp_path):
+    single = {"prompt": "What is red?", "completion": "The fox.", "label": 1}
+    assert TOKENIZER.preference(single, "here") == {"prompt": "What is red?", "completion": "The fox.", "label": True}
+    path = write(tmp_path / "prompts.jsonl", [{"messages": ASKED + FOX, "answer": "fox"}, {"question": "Why?", "answer": "so #### 4"}, {"prompt": "Go on", "n": 3}])
+    found = [record for _, record in TOKENIZER.read_prompts([path])]
+    assert found == [{"answer": "fox", "completion": "The fox.", "prompt": ASKED}, {"question": "Why?", "answer": "so #### 4", "prompt": "Why?"}, {"n": 3, "prompt": "Go on"}]
+    path = write(tmp_path / "sums.jsonl", [{"context": "1 + 1 =", "continuation": " 2"}])
+    assert [record for _, record in TOKENIZER.read_prompts([path], {"prompt": "context", "answer": "continuation"})] == [{"prompt": "1 + 1 =", "answer": " 2"}]
+
+
+BAD_PAIRS = {
+    "no pair": ({"prompt": "a", "answer": "b"}, "neither prompt + chosen + rejected"),
+    "no prompt": ({"chosen": "yes", "rejected": "no"}, "no common beginning"),
+    "label": ({"prompt": "a", "completion": "b", "label": "good"}, "label 'good' must be true"),
+    "margin": ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}, "margin 'big' must be a number"),
+    "kind": ({"prompt": "a", "chosen": 3, "rejected": "c"}, "chosen: text or a list of messages"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_bad_pairs_are_named(name):
+    with pytest.raises(UserError, match=f"here.*{BAD_PAIRS[name][1]}".replace("+", r"\+")):
+        TOKENIZER.preference(BAD_PAIRS[name][0], "here")
+
+
+def write(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+# -------------------------------------------------------------------------------------- texts and their numbers
+
+
+@pytest.fixture(scope="session")
+def chat(tokenizer):
+    """The session's tokenizer with a chat template."""
+    own = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map)
+    TOKENIZER.ensure_chat(own)
+    return own
+
+
+@pytest.mark.parametrize("prompt, said", [("What is red?", "The fox."), (ASKED + FOX + ASKED, OWL)])
+def test_what_is_compared_is_what_is_served(chat, prompt, said):
+    one = RL.side(chat, prompt, said, "here")
+    assert one.ids[: one.start] == RL.prompt_ids(chat, prompt)
+    text = said if isinstance(said, str) else said[0]["content"]
+    assert chat.decode(one.ids[one.start :]) == text + "<|im_end|>" and one.ids[-1] == TOKENIZER.end_of_turn(chat)
+
+
+def test_without_a_template_texts_stand_end_to_end(tokenizer):
+    one = RL.side(tokenizer, "the red", " fox ran", "here")
+    assert tokenizer.decode(one.ids[one.start : -1]) == " fox ran" and one.ids[-1] == tokenizer.eos_token_id
+    assert one.ids[: one.start] == TOKENIZER.encode_prompt(tokenizer, "the red")
+
+
+def items(tokenizer, count: int = 10) -> list[RL.Item]:
+    lines = make_text(3 * count, seed=4)
+    texts = [(lines[i], lines[i + 1], lines[i + 2][: 5 + 3 * i]) for i in range(0, 3 * count, 3)]
+    return [RL.Item(f"line {i}", [RL.side(tokenizer, prompt, said, "") for said in sides], prompt, 0.1 * i) for i, (prompt, *sides) in enumerate(texts)]
+
+
+def test_log_probabilities_of_pairs_are_those_of_transformers(model_folder, tokenizer):
+    model, theirs = MODEL.load(model_folder), transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    own = items(tokenizer)
+    sums, tokens, _ = RL.text_logps(model, RL.make_batch(own, range(10)), 2)
+    for i, item in enumerate(own):
+        for s, side in enumerate(item.sides):
+            logprobs = theirs(tensor([side.ids])).logits[0].log_softmax(-1)
+            slow = sum(float(logprobs[t - 1, side.ids[t]]) for t in range(side.start, len(side.ids)))
+            assert float(sums[i, s]) == pytest.approx(slow, abs=1e-4) and int(tokens[i, s]) == len(side.ids) - side.start
+
+
+def test_rewards_stand_at_the_last_token(model_folder, tokenizer, tmp_path):
+    model = MODEL.load(model_folder, head="score", changes={"labels": ["reward"]})
+    model.config.pad_token_id = tokenizer.pad_token_id
+    MODEL.save(model, tmp_path)
+    TOKENIZER.save(tokenizer, tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert theirs.config.num_labels == 1
+    own = items(tokenizer, 4)
+    batch = {**RL.make_batch([item._replace(sides=[RL.whole(one) for one in item.sides]) for item in own], range(4)), "real": torch.ones(4, dtype=torch.bool), "margin": tensor([item.margin for item in own])}
+    settings = RL.RLSection(method="reward", center_rewards_coefficient=0.05)
+    loss, metrics = RL.reward_model_loss(settings)(model, batch, {"pairs": 4, "micro_batches": 1})
+    scores = [[float(theirs(tensor([side.ids])).logits) for side in item.sides] for item in own]
+    slow = [-math.log(1 / (1 + math.exp(-(c - r - item.margin)))) + 0.05 * (c + r) ** 2 for (c, r), item in zip(scores, own, strict=True)]
+    assert float(loss) == pytest.approx(sum(slow) / 4, abs=1e-5)
+    assert float(metrics["accuracy"]) == pytest.approx(sum(c > r for c, r in scores) / 4)
+    judge = RL.reward_model(str(tmp_path), tokenizer, "cpu")
+    samples = [RL.Sample(RL.Prompt("", "", one.ids[: one.start], {}), 0, one.ids[one.start :], "stop", "", None) for item in own for one in item.sides]
+    assert judge(samples) == pytest.approx([x for pair in scores for x in pair], abs=1e-5)
+
+
+def stream_of(own, held, method, batch_size, grad_accum, model, **more):
+    training = TRAIN.TrainingSection(max_steps=1, epochs=None, batch_size=batch_size, grad_accum=grad_accum, max_length=64)
+    stream = RL.Pairs(own, held, RL.RLSection(method=method, **more).fill(), training)
+    stream.start(TRAIN.Run(model, training, torch.device("cpu"), "no"))
+    return stream
+
+
+def moved(model_folder, by: float = 0.05):
+    """A policy that has learnt something since it was the reference."""
+    model = MODEL.load(model_folder)
+    with torch.no_grad():
+        for i, weight in enumerate(model.parameters()):
+            weight.add_(by * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)))
+    return model.train()
+
+
+@pytest.mark.parametrize("method", ["dpo", "simpo", "orpo", "kto", "reward"])
+def test_a_step_is_the_same_however_it_is_cut(method, model_folder, tokenizer):
+    """8 rows, 2 x 4 and 4 x 2: one loss, one gradient, also with fewer items than the step has rows."""
+    own = items(tokenizer, 7)
+    if method == "kto":
+        own = [item._replace(sides=item.sides[:1], label=i % 3 > 0) for i, item in enumerate(own)]
+    found = []
+    for size in (8, 4, 2):
+        model = MODEL.load(model_folder, head="score", changes={"labels": ["reward"]}) if method == "reward" else MODEL.load(model_folder)
+        stream = stream_of(own, [], method, size, 8 // size, model)
+        stream.ask_reference(model)
+        with torch.no_grad():
+            for i, weight in enumerate(model.parameters()):
+                weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)))
+        batches = [next(stream) for _ in range(8 // size)]
+        totals = {name: max(sum(batch["counts"][name] for batch in batches), 1) for name in batches[0]["counts"]} | {"micro_batches": 8 // size}
+        loss_fn = RL.reward_model_loss(stream.settings) if method == "reward" else RL.preference_loss(stream.settings)
+        total = 0.0
+        for batch in batches:
+            loss, _ = loss_fn(model.train(), batch, totals)
+            loss.backward()
+            total += float(loss)
+        found.append((total, [weight.grad for weight in model.parameters() if weight.grad is not None], [batch.get("baseline") for batch in batches]))
+        assert totals["pairs"] == 7
+    for total, gradients, baseline in found[1:]:
+        assert total == pytest.approx(found[0][0], abs=1e-5)
+        for one, other in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+        if method == "kto":
+            assert all(float(x) == pytest.approx(float(found[0][2][0]), abs=1e-5) for x in baseline)
+
+
+def test_the_first_loss_of_dpo_is_log_two_and_the_reference_stays(model_folder, tokenizer):
+    model = MODEL.load(model_folder)
+    own = items(tokenizer, 4)
+    stream = stream_of(own, own[:2], "dpo", 4, 1, model)
+    batch, loss_fn = next(stream), RL.preference_loss(stream.settings)
+    loss, metrics = loss_fn(model, batch, {"pairs": 4, "micro_batches": 1})
+    assert float(loss) == pytest.approx(math.log(2), abs=1e-6) and float(metrics["rewards/accuracies"]) == pytest.approx(0.5)
+    state = stream.state_dict()
+    other = stream_of(own, own[:2], "dpo", 4, 1, moved(model_folder))  # resumed: the policy is no longer the reference
+    other.load_state_dict(state)
+    again = {tuple(row.tolist()): reference for row, reference in zip(batch["input_ids"], batch["reference"], strict=True)}
+    for row, reference in zip((later := next(other))["input_ids"], later["reference"], strict=True):
+        assert torch.equal(again[tuple(row.tolist())], reference)
+
+
+def test_ktos_baseline_is_the_mean_gain_on_texts_of_others(model_folder, tokenizer):
+    own = [item._replace(sides=item.sides[:1]) for item in items(tokenizer, 6)]
+    start = MODEL.load(model_folder)
+    stream = stream_of(own, [], "kto", 6, 1, start)
+    stream.ask_reference(start)
+    policy = moved(model_folder, 0.02)
+    stream.run.model = policy
+    batch = next(stream)
+    total = 0.0
+    for item, other in zip(own, stream.sets["train mismatched"], strict=True):
+        [one], [mine] = other.sides, item.sides
+        assert one.ids[: one.start] == mine.ids[: mine.start] and one.ids[one.start :] != mine.ids[mine.start :]
+        assert any(one.ids[one.start :] == third.sides[0].ids[third.sides[0].start :] for third in own)
+        both = [sum(float(MODEL.token_logprobs(model, tensor([one.ids]))[0, t - 1]) for t in range(one.start, len(one.ids))) for model in (policy, start)]
+        total += both[0] - both[1]
+    assert float(batch["baseline"]) == pytest.approx(max(total / 6, 0.0), abs=1e-4)
+
+
+def test_the_reference_changes_places_with_the_policy(model_folder):
+    ids = torch.arange(10)[None]
+    for lora in (False, True):
+        model = MODEL.load(model_folder)
+        if lora:
+            MODEL.attach_lora(model, "base", seed=1, r=4)
+        before = model(ids).logits
+        reference = RL.Reference(model)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight.add_(0.1)
+        after = model(ids).logits
+        assert not torch.allclose(before, after)
+        for _ in range(2):
+            with reference(model) as frozen, torch.no_grad():
+                assert frozen is model and torch.equal(frozen(ids).logits, before)
+            assert torch.equal(model(ids).logits, after)
+        kept = sum(weight.numel() for weight in reference.start.values())
+        assert kept == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+# ------------------------------------------------------------------------------------------------------ rewards
+
+
+def sample(text: str, length: int = 4, **columns) -> RL.Sample:
+    return RL.Sample(RL.Prompt("file:7", "Q", [1, 2], columns), 0, [3] * length, "stop", text, None)
+
+
+@pytest.mark.parametrize("name, text, columns, reward", [
+    ("exact_answer", "12 plus 30 is 42.", {"answer": "42"}, 1), ("exact_answer", "12 plus 30 is 142.", {"answer": "42"}, 0),
+    ("exact_answer", "It is 42, or 43.", {"answer": "42"}, 0), ("exact_answer", "So 1,042 it is 1,042", {"answer": "She has... #### 1042"}, 1),
+    ("exact_answer", "Sorted: a, b", {"answer": "A, b."}, 1), ("exact_answer", "-5", {"answer": "5"}, 0), ("exact_answer", "", {"answer": "5"}, 0),
+    ("number_after:####", "so 3 #### 18", {"answer": "x #### 18"}, 1), ("number_after:####", "18", {"answer": "18"}, 0),
+    ("number_after:=", "a = 1,000.0 b", {"answer": "1000"}, 1), ("regex:o+t", "a root", {}, 1), ("format:o+t", "a root", {}, 0), ("format:a .*", "a root", {}, 1),
+    ("length:4", "x", {}, 1), ("length:2", "x", {}, 0), ("length:3", "x", {}, 2 / 3),
+])
+def test_named_rewards(name, text, columns, reward):
+    assert RL.builtin(name)(sample(text, **columns)) == pytest.approx(reward)
+
+
+FUNCTIONS = '''
+import math
+def letters(prompts, completions, completion_ids, worth, **kwargs):
+    assert len(prompts) == len(completions) == len(completion_ids) == len(worth)
+    return [w * len(c if isinstance(c, str) else c[0]["content"]) for c, w in zip(completions, worth)]
+def sometimes(completions, **kwargs):
+    return [None if "x" in c else 2 for c in completions]
+def nan(completions, **kwargs):
+    return [math.nan if "x" in c else 1.0 for c in completions]
+def fails(completions, **kwargs):
+    return [len(c) if "x" not in c else 1 / 0 for c in completions]
+def short(completions, **kwargs):
+    return [1.0]
+'''
+
+
+def judges(tmp_path, *names, weights=None):
+    (tmp_path / "own.py").write_text(FUNCTIONS)
+    names = [name if ":" in name else f"{tmp_path}/own.py:{name}" for name in names]
+    return RL.Judges(RL.RLSection(method="grpo", reward_funcs=names, reward_weights=weights), None, "cpu")
+
+
+def test_own_functions_are_called_as_trl_calls_them(tmp_path):
+    both = [sample("abc", worth=2), sample("xy", worth=3)]
+    judges(tmp_path, "letters", "sometimes", "length:4", weights=[1, 10, 0.5])(both)
+    assert [one.rewards for one in both] == [[6, 2, 1], [6, None, 1]] and [one.reward for one in both] == [26.5, 6.5]
+    talk = RL.Sample(RL.Prompt("file:7", ASKED, [1], {"worth": 1}), 0, [3], "stop", "abc", None)
+    judges(tmp_path, "letters")([talk])
+    assert talk.reward == 3
+
+
+@pytest.mark.parametrize("name, message", [("nan", "file:9: .*nan gave nan for the text 'xy'"), ("fails", "fails failed on file:9, text 'xy' .ZeroDivisionError"),
+                                           ("short", "gave 1 rewards for 2 texts"), ("letters", "letters failed on file:7")])
+def test_functions_that_fail_are_named_with_their_record(name, message, tmp_path):
+    both = [sample("abc"), sample("xy")]
+    both[1].where = "file:9"
+    with pytest.raises(UserError, match=message):
+        judges(tmp_path, name)(both)
+
+
+@pytest.mark.parametrize("name, message", [("exakt", "'exakt' is none of exact_answer"), ("none.py:f", "there is no file 'none.py'"), ("regex:(", "regex:\\("),
+                                           ("length:-3", "'length:-3' is none of"), ("no/where", "rl.reward_funcs"), ("number_afterwards", "is none of")])
+def test_unknown_rewards_are_one_line(name, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        RL.Judges(RL.RLSection(method="grpo", reward_funcs=[name]), None, "cpu")
+    (tmp_path / "own.py").write_text(FUNCTIONS)
+    with pytest.raises(UserError, match="has no function 'other'; it has letters"):
+        RL.Judges.find(f"{tmp_path}/own.py:other", None, "cpu")
+
+
+def test_an_answer_that_is_missing_names_its_record():
+    with pytest.raises(UserError, match="file:7: exact_answer needs the key 'answer'"):
+        RL.exact_answer(sample("abc"))
+
+
+# ----------------------------------------------------------------------------------------------------- rollouts
+
+
+class Letters:
+    """A tokenizer whose ids are letters."""
+
+    chat_template, eos_token_id = None, None
+
+    def decode(self, ids, **_) -> str:
+        return "".join("abc"[i] for i in ids)
+
+
+class Worth:
+    """Judges by letters: a text is worth the sum of its letters."""
+
+    names = ["worth"]
+
+    def __init__(self, **worth):
+        self.worth = worth
+
+    def __call__(self, samples) -> None:
+        for one in samples:
+            one.reward = sum(self.worth[letter] for letter in one.text)
+            one.rewards = [one.reward]
+
+
+def bandit(method: str, tmp_path, steps: int, **more) -> torch.Tensor:
+    """One choice among three letters, worth 0, 0.5 and 1 -> the probabilities that are learnt."""
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=8, initializer_range=0.5)
+    model = MODEL.build(MODEL.ModelConfig(vocab_size=3, bos_token_id=None, eos_token_id=None, **sizes), ("lm", "value") if method == "ppo" else "lm", seed=3)
+    settings = RL.RLSection(method=method, max_completion_length=1, **more).fill()
+    training = TRAIN.TrainingSection(max_steps=steps, epochs=None, batch_size=settings.rollout_size, learning_rate=0.03, optim="adamw", weight_decay=0.0,
+                                     lr_scheduler_type="linear", warmup_steps=0, mixed_precision="no", save_steps=0, max_length=8)
+    prompts = [RL.Prompt("here", "a", [0], {})]
+    reference = RL.Reference(model) if settings.beta else None
+    start = model(tensor([[0]])).logits[0, 0].softmax(-1).detach()
+    stream = RL.Rollouts(prompts, Letters(), Worth(a=0.0, b=0.5, c=1.0), settings, training, reference, tmp_path)
+    TRAIN.fit(model, stream, RL.rollout_loss(settings), training, tmp_path, lambda model, folder: None, device=torch.device("cpu"))
+    return start, model(tensor([[0]])).logits[0, 0].softmax(-1).detach()
+
+
+@pytest.mark.parametrize("method, more", [("ppo", {}), ("grpo", dict(scale_rewards="none", num_generations=128)), ("rloo", dict(num_generations=128))])
+def test_a_bandit_with_a_known_optimum_is_solved(method, more, tmp_path):
+    """Without a reference the best letter is taken always; pulled towards one, the best policy is reference * exp(reward / beta)
+    (Rafailov 2023, eq. 4), which PPO's whitened advantages leave where it is. GRPO's estimate of the KL has the gradient of the KL
+    the other way round, KL(reference || policy), whose best policy is beta * reference / (c - reward) with c so that it adds up to 1."""
+    _, alone = bandit(method, tmp_path, 80, rollout_size=128, beta=0.0, **more)
+    assert float(alone[2]) > 0.95
+    start, pulled = bandit(method, tmp_path, 200, rollout_size=128, beta=0.5, **more)
+    worth = tensor([0.0, 0.5, 1.0])
+    best = (start.log() + worth / 0.5).softmax(-1)
+    if method == "grpo":
+        low, high = 1.0, 10.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if float((0.5 * start / (middle - worth)).sum()) > 1 else (low, middle)
+        best = 0.5 * start / (low - worth)
+    torch.testing.assert_close(pulled, best, atol=0.05, rtol=0)
+
+
+def rollouts(model, prompts, tmp_path, batch_size, method, judges, tokenizer, **more) -> RL.Rollouts:
+    settings = RL.RLSection(**{**dict(method=method, rollout_size=16, num_generations=4, max_completion_length=8, rollout_batch_size=16), **more}).fill()
+    training = TRAIN.TrainingSection(max_steps=1, epochs=None, batch_size=batch_size)
+    stream = RL.Rollouts(prompts, tokenizer, judges, settings, training, RL.Reference(model) if settings.beta else None, tmp_path)
+    stream.start(TRAIN.Run(model, training, torch.device("cpu"), "no"))
+    return stream
+
+
+class Named:
+    names = ["length"]
+
+    def __call__(self, samples) -> None:
+        for one in samples:
+            one.reward = float(len(one.text) % 5)
+            one.rewards = [one.reward]
+
+
+def asked(tokenizer, count: int = 6) -> list[RL.Prompt]:
+    return [RL.Prompt(f"line {i}", text, TOKENIZER.encode_prompt(tokenizer, text[:12]), {}) for i, text in enumerate(make_text(count, seed=9))]
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.7, 5)])
+@pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
+def test_an_unchanged_policy_has_ratio_one(method, temperature, top_k, model_folder, tokenizer, tmp_path):
+    """Sampled, scored and trained log-probabilities agree, whatever the minibatches; the reference's too."""
+    model = MODEL.load(model_folder, head=("lm", "value") if method == "ppo" else None)
+    for size in (16, 4):
+        stream = rollouts(model, asked(tokenizer), tmp_path, size, method, Named(), tokenizer, temperature=temperature, top_k=top_k)
+        batches = [next(stream) for _ in range(16 // size)]
+        assert stream.boundary == (method != "ppo")
+        found = stream.metrics()
+        assert found["sampling/logp_difference_max"] < 1e-5 and abs(found["kl"]) < 1e-6
+        totals = {name: sum(batch["counts"][name] for batch in batches) for name in ("tokens", "texts")} | {"micro_batches": 1}
+        loss_fn, sums = RL.rollout_loss(stream.settings), {}
+        for batch in batches:
+            out = model.train()(batch["input_ids"], positions=batch["positions"], targets=batch["targets"], temperature=temperature)
+            mask = batch["targets"] != -100
+            assert float((torch.exp(out.logprobs - batch["old"]) - 1).abs()[mask].max()) < 1e-5
+            for name, value in loss_fn(model, batch, totals)[1].items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        assert sums["clip_ratio"] == 0 and abs(sums["approx_kl"]) < 1e-6
+        if method == "grpo":  # the advantages of a group add up to nothing, and so do its texts' tokens here, which are equally many
+            assert totals["texts"] == 16
+
+
+def test_advantages_reach_the_right_tokens(model_folder, tokenizer, tmp_path):
+    model = MODEL.load(model_folder, head=("lm", "value"))
+    with torch.no_grad():
+        model.value_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    stream = rollouts(model, asked(tokenizer), tmp_path, 16, "ppo", Named(), tokenizer, num_generations=1, gamma=0.9, lam=0.8, beta=0.3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.02)
+    batch = next(stream)
+    assert [one.number for one in stream.samples] == list(range(16))
+    start = MODEL.load(model_folder)
+    raw, rows = [], []
+    for one in stream.samples:
+        ids = tensor([one.ids])
+        assert one.ids[: one.start] == asked(tokenizer)[int(one.where.split()[1])].ids
+        with torch.no_grad():
+            now, then = (MODEL.token_logprobs(m, ids)[0, one.start - 1 :] for m in (model, start))
+            values = model(ids, want=("values",)).values[0, one.start - 1 : -1]
+        torch.testing.assert_close(one.old, now, atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.reference, then, atol=1e-5, rtol=0)
+        rewards = -0.3 * (now - then)
+        rewards[-1] += one.reward
+        advantages, returns = RL.gae(rewards[None], values[None], torch.ones(1, one.length, dtype=torch.bool), 0.9, 0.8)
+        torch.testing.assert_close(one.returns, returns[0], atol=1e-4, rtol=0)
+        raw.append(advantages[0])
+        rows.append(one)
+    everything = torch.cat(raw)
+    for one, own in zip(rows, raw, strict=True):
+        torch.testing.assert_close(one.advantages, (own - everything.mean()) / everything.std(), atol=1e-4, rtol=0)
+    for row, ids in enumerate(batch["input_ids"]):
+        [one] = [one for one in stream.samples if one.ids[:-1] == ids[: len(one.ids) - 1].tolist() and batch["positions"][row].max() == len(one.ids) - 2][:1]
+        places = (batch["targets"][row] != -100).nonzero()[:, 0]
+        assert places.tolist() == list(range(one.start - 1, len(one.ids) - 1)) and batch["targets"][row, places].tolist() == one.ids[one.start :]
+        assert torch.equal(batch["advantages"][row, places], one.advantages)
+
+
+def test_equal_rewards_teach_nothing_and_cut_texts_can_be_left_out(model_folder, tokenizer, tmp_path):
+    class Alike(Named):
+        def __call__(self, samples) -> None:
+            for one in samples:
+                one.reward, one.rewards = 1.0, [1.0]
+
+    model = MODEL.load(model_folder)
+    stream = rollouts(model, asked(tokenizer), tmp_path, 16, "grpo", Alike(), tokenizer, beta=0.0)
+    batch = next(stream)
+    loss, _ = RL.rollout_loss(stream.settings)(model, batch, {"tokens": 1, "texts": 1, "micro_batches": 1})
+    loss.backward()
+    assert stream.metrics()["frac_reward_zero_std"] == 1 and all(not weight.grad.any() for weight in model.parameters())
+    stream = rollouts(model, asked(tokenizer), tmp_path, 16, "grpo", Named(), tokenizer, mask_truncated_completions=True)
+    batch = next(stream)
+    cut = sum(one.finish == "length" for one in stream.samples)
+    assert cut > 0 and batch["counts"]["texts"] == 16 - cut and int((batch["targets"] != -100).any(1).sum()) == 16 - cut
+
+
+def test_runaways_are_reported_once():
+    watch = RL.Watch()
+    assert not watch({"completions/mean_length": 10.0, "kl": 1.0})
+    assert "25 tokens now, 10 in the beginning" in watch({"completions/mean_length": 25.0, "kl": 1.0})[0]
+    assert not watch({"completions/mean_length": 30.0, "kl": 19.0})
+    assert len(watch({"completions/mean_length": 60.0, "kl": 30.0})) == 2
+    assert not watch({"completions/mean_length": 60.0, "kl": 50.0}) and watch({"completions/mean_length": 2.0})
+
+
+def test_no_dropout_remains(tmp_path):
+    model = MODEL.build(MODEL.ModelConfig(vocab_size=40, attention_dropout=0.3, resid_pdrop=0.3, embd_pdrop=0.3, hidden_size=32, intermediate_size=48,
+                                          num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)).train()
+    ids = torch.arange(12)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    RL.still(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    theirs = transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=40, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+                                                                dropout=0.3, attention_dropout=0.3, max_position_embeddings=32))
+    theirs.save_pretrained(tmp_path)
+    model = MODEL.load(tmp_path).train()
+    RL.still(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, chat, tokenizer):
+    """(model folder with a chat template, pairs, prompts): chosen texts say fox, prompts ask for a colour."""
+    folder = tmp_path_factory.mktemp("world")
+    config = MODEL.ModelConfig(vocab_size=len(chat), bos_token_id=chat.bos_token_id, eos_token_id=chat.eos_token_id, initializer_range=0.2, hidden_size=32,
+                               intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+    MODEL.save(MODEL.build(config, seed=1), folder / "base")
+    TOKENIZER.save(chat, folder / "base")
+    lines = make_text(240, seed=5)
+    write(folder / "pairs.jsonl", [{"prompt": a, "chosen": "fox fox", "rejected": b} for a, b in zip(lines[:80], lines[80:160], strict=True)])
+    write(folder / "prompts.jsonl", [{"prompt": a[:20], "answer": "fox"} for a in lines[160:]])
+    return folder
+
+
+def flags_of(world, method: str) -> list[str]:
+    online = method in RL.ON_POLICY
+    flags = ["--model", world / "base", "--data", world / ("prompts.jsonl" if online else "pairs.jsonl"), "--rl.method", method, "--batch-size", "8", "--learning-rate", "3e-3",
+             "--training.logging_steps", "1", "--training.sample_tokens", "4", "--training.warmup_steps", "0"]
+    flags += ["--rl.rollout_size", "16", "--rl.max_completion_length", "6", "--rl.reward_funcs", "regex:o", "length:3", "--rl.eval_prompts", "6"] if online else []
+    return [str(flag) for flag in flags]
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+STEPS = {"ppo": 16, "grpo": 8, "rloo": 8}
+
+
+@pytest.mark.parametrize("method, more", [*[(method, []) for method in (*RL.OFFLINE, *RL.ON_POLICY)], ("dpo", ["--lora.r", "4"]), ("ppo", ["--lora.r", "4"]),
+                                          ("grpo", ["--lora.r", "4", "--rl.num_iterations", "2"]), ("ppo", ["--rl.kl_target", "0.1", "--rl.kl_horizon", "100"])])
+def test_every_method_learns_and_resumes_to_the_last_bit(method, more, world, tmp_path):
+    """A checkpoint falls on a rollout's boundary; what follows is what an undisturbed run does."""
+    steps = STEPS.get(method, 12)
+    flags = [*flags_of(world, method), *more, "--max-steps", str(steps), "--training.save_steps", str(steps // 2 - 1), "--training.save_total_limit", "9"]
+    result = RL.main([*flags, "--out", str(tmp_path / "whole")])
+    measure = {"reward": "accuracy", **dict.fromkeys(RL.ON_POLICY, "reward")}.get(method, "rewards/accuracies")
+    saved = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert saved["measure"] == measure and saved["stage"] == "rl" and saved["after"] == result.after
+    if method in RL.OFFLINE:
+        assert saved["after"][measure] > 0.9 and saved["after"]["loss"] < saved["before"]["loss"]
+    checkpoint = TRAIN.checkpoints(tmp_path / "whole")[0]
+    assert int(checkpoint.name[-6:]) < steps
+    text = (tmp_path / "whole" / "rollouts.jsonl").read_text() if method in RL.ON_POLICY else ""
+    again = RL.main([*flags, "--out", str(tmp_path / "again"), "--resume", str(checkpoint)])
+    assert again.after == result.after
+    whole, other = ([record["loss"] for record in log_of(tmp_path / name) if "loss" in record and record["step"] > int(checkpoint.name[-6:])] for name in ("whole", "again"))
+    assert whole == other and len(whole) == steps - int(checkpoint.name[-6:])
+    if text:
+        assert text.endswith((tmp_path / "again" / "rollouts.jsonl").read_text()) and (tmp_path / "whole" / "rollouts.png").exists()
+        first = json.loads(text.splitlines()[0])
+        assert {"rollout", "prompt", "completion", "reward", "rewards", "advantage", "finish_reason", "kl"} <= set(first)
+    if "--lora.r" in more:
+        MODEL.load(str(world / "base"), adapter=tmp_path / "whole")
+    else:
+        names = set(load_file(tmp_path / "whole" / "model.safetensors"))
+        assert ("score.weight" in names) == (method == "reward") and not any("value" in name for name in names)
+        kind = transformers.AutoModelForSequenceClassification if method == "reward" else transformers.AutoModelForCausalLM
+        kind.from_pretrained(tmp_path / "whole")
+
+
+def test_a_run_goes_on_in_its_folder_without_writing_texts_twice(world, tmp_path):
+    flags = [*flags_of(world, "grpo"), "--out", str(tmp_path / "run"), "--training.save_steps", "2"]
+    RL.main([*flags, "--max-steps", "4", "--training.lr_scheduler_type", "constant"])
+    for folder in TRAIN.checkpoints(tmp_path / "run")[1:]:
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+    before = (tmp_path / "run" / "rollouts.jsonl").read_text()
+    RL.main([*flags, "--max-steps", "4", "--training.lr_scheduler_type", "constant", "--resume", "auto"])
+    assert (tmp_path / "run" / "rollouts.jsonl").read_text() == before and before.count("\n") == 32
+
+
+def test_ppo_learns_from_a_reward_model(world, tmp_path):
+    RL.main([*flags_of(world, "reward"), "--max-steps", "12", "--out", str(tmp_path / "reward")])
+    flags = flags_of(world, "ppo")
+    flags[flags.index("--rl.reward_funcs") + 1 : flags.index("--rl.reward_funcs") + 3] = [str(tmp_path / "reward")]
+    RL.main([*flags, "--data", str(world / "pairs.jsonl"), "--max-steps", "16", "--rl.missing_eos_penalty", "0.5", "--out", str(tmp_path / "ppo")])
+    record = json.loads((tmp_path / "ppo" / "rollouts.jsonl").read_text().splitlines()[-1])
+    tokenizer = TOKENIZER.load(str(tmp_path / "reward"))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    ids = RL.prompt_ids(tokenizer, record["prompt"]) + tokenizer(record["completion"], add_special_tokens=False).input_ids
+    if record["finish_reason"] == "length" and len(tokenizer(record["completion"], add_special_tokens=False).input_ids) == record["tokens"]:
+        assert record["reward"] == pytest.approx(float(theirs(tensor([ids])).logits), abs=1e-4)
+    log = [line for line in log_of(tmp_path / "ppo") if "explained_variance" in line]
+    assert {"value_loss", "policy_loss", "clip_ratio", "approx_kl", "entropy", "kl", "reward", "beta", "completions/mean_length"} <= set(log[-1])
+
+
+def test_another_reference_can_be_named(world, tmp_path):
+    model = MODEL.load(str(world / "base"))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(0.2 * torch.randn(model.model.embed_tokens.weight.shape, generator=torch.Generator().manual_seed(0)))
+    MODEL.save(model, tmp_path / "other")
+    TOKENIZER.save(TOKENIZER.load(str(world / "base")), tmp_path / "other")
+    for method in ("dpo", "grpo"):
+        RL.main([*flags_of(world, method), "--max-steps", "2", "--rl.ref_model", str(tmp_path / "other"), "--out", str(tmp_path / method)])
+    first = next(record for record in log_of(tmp_path / "dpo") if "loss" in record)
+    assert abs(first["loss"] - math.log(2)) > 1e-3 and next(record for record in log_of(tmp_path / "grpo") if "kl" in record)["kl"] > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_what_cannot_be_compared_is_left_out_and_named(world, tmp_path, capsys):
+    long = " ".join(make_text(40))
+    good = [{"prompt": f"Say {i}", "chosen": "fox", "rejected": "owl"} for i in range(8)]
+    bad = [{"prompt": "a", "chosen": "same", "rejected": "same"}, {"prompt": "b", "chosen": "x", "rejected": " "}, {"prompt": long, "chosen": "x", "rejected": "y"}]
+    data = write(tmp_path / "pairs.jsonl", bad + good)
+    flags = [*flags_of(world, "dpo"), "--data", str(data), "--data.validation", "none", "--max-steps", "1"]
+    RL.main([*flags, "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert "8 pairs" in said
+    for line, why in ((1, "whose two sides are the same"), (2, "with an empty side"), (3, "whose prompt fills training.max_length 128")):
+        assert f"left out 1 {why} (the first: {data}:{line})" in said
+    with pytest.raises(UserError, match="no pair is left to train on; left out 1 whose two sides are the same"):
+        RL.main([*flags, "--data", str(write(tmp_path / "bad.jsonl", bad)), "--out", str(tmp_path / "none")])
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": long, "answer": "x"}])
+    with pytest.raises(UserError, match=f"no prompt is left; left out 1 whose prompt and 6 tokens .* exceed the context of 128 .the first: {prompts}:1"):
+        RL.main([*flags_of(world, "grpo"), "--data", str(prompts), "--data.validation", "none", "--max-steps", "1", "--out", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--rl.method", "dpo", "--rl.gamma", "0.5"], "rl.gamma: has no effect with rl.method dpo .only with ppo"),
+    (["--rl.method", "grpo", "--rl.loss_type", "sigmoid"], "rl.loss_type: 'sigmoid' is none of dapo, grpo, dr_grpo"),
+    (["--rl.method", "kto", "--rl.loss_type", "hinge"], "kto has only one"),
+    (["--rl.method", "grpo", "--rl.num_generations", "1"], "rl.num_generations: 1, but grpo compares"),
+    (["--rl.method", "grpo", "--rl.num_generations", "3"], "rl.rollout_size: 16 does not hold whole groups of rl.num_generations 3"),
+    (["--rl.method", "grpo", "--batch-size", "5"], "rl.rollout_size: 16 texts do not fill whole optimizer steps of training.batch_size 5"),
+    (["--rl.method", "grpo", "--rl.reward_weights", "[1]"], "rl.reward_weights: 1 for 2 rl.reward_funcs"),
+    (["--rl.method", "dpo", "--rl.beta", "0"], "rl.beta: dpo needs one above 0"),
+    (["--rl.method", "dpo", "--rl.loss_type", "robust"], "rl.label_smoothing: 0.0 must be below 0.5, and above 0"),
+    (["--rl.method", "dpo", "--lora.r", "2", "--lora.lora_dropout", "0.1"], "lora.lora_dropout: dropout is off here"),
+    (["--rl.method", "grpo", "--rl.temperature", "0"], "rl.temperature: 0.0 must be 0.001 or above"),
+    (["--rl.method", "gppo"], "'gppo' is not one of"),
+])
+def test_settings_that_cannot_work_are_one_line(flags, message, world, tmp_path):
+    method = flags[1] if flags[1] != "gppo" else "grpo"
+    with pytest.raises(UserError, match=message):
+        RL.main([*flags_of(world, method), *flags, "--max-steps", "1", "--out", str(tmp_path / "run")])
+
+
+def test_models_that_do_not_fit_each_other_are_one_line(world, tmp_path, model_folder):
+    other = TOKENIZER.train(make_text(50, seed=8), 290, "bpe")
+    reward = MODEL.build(MODEL.ModelConfig(vocab_size=len(other), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, labels=["reward"]), "score")
+    MODEL.save(reward, tmp_path / "reward")
+    TOKENIZER.save(other, tmp_path / "reward")
+    MODEL.save(MODEL.build(MODEL.ModelConfig(vocab_size=len(other), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)), tmp_path / "lm")
+    TOKENIZER.save(other, tmp_path / "lm")
+    flags = [*flags_of(world, "grpo"), "--max-steps", "1", "--out", str(tmp_path / "run")]
+    for more, message in ((["--rl.reward_funcs", str(tmp_path / "reward")], "was made with another tokenizer"), (["--rl.reward_funcs", str(world / "base")], "gives no single score"),
+                          (["--rl.ref_model", str(tmp_path / "lm")], "does not fit the policy: its tokenizer lacks"), (["--model", str(tmp_path / "reward")], "has no head for words")):
+        with pytest.raises(UserError, match=message):
+            RL.main([*flags, *more])
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+# ------------------------------------------------------------------------------------------- processes
+
+
+def start(folder, *words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("method", ["dpo", "ppo"])
+def test_the_recipes_for_gpt2(method, tmp_path):
+    """A folder as transformers writes it, without a chat template, on the shipped data."""
+    tokenizer = TOKENIZER.train(make_text(200), 300, "byte")
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=256, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    few = ["--max-steps", "2", "--batch-size", "8", "--training.eval_batches", "2"]
+    few += ["--rl.rollout_size", "8", "--rl.max_completion_length", "8", "--rl.eval_prompts", "4"] if method == "ppo" else []
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    process = start(tmp_path, ROOT / "RL.py", "--model", "gpt2", "--rl.method", method, "--out", "out", *few)
+    out, talk = process.communicate(timeout=180)
+    assert process.returncode == 0 and not out, talk
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert set(result) == {"stage", "measure", "before", "after", "steps", "seconds", "peak_memory_bytes"} and result["measure"] in result["after"]
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "gpt2"
+
+
+def test_killed_at_any_moment_a_run_goes_on(world, tmp_path):
+    """kill -9 at random moments, in rollouts as in steps; the policy ends as an undisturbed run's."""
+    kills = int(os.environ.get("KILLS", 2))
+    chance, steps = random.Random(5), 12 * kills
+    flags = [*flags_of(world, "ppo"), "--rl.num_iterations", "2", "--training.save_steps", "2", "--training.sample_tokens", "0", "--max-steps", str(steps)]
+    RL.main([*flags, "--out", str(tmp_path / "whole")])
+    again = [*flags, "--out", str(tmp_path / "killed"), "--resume", "auto"]
+    for _ in range(kills):
+        process = start(tmp_path, ROOT / "RL.py", *again)
+        seen = 0
+        while seen < chance.randint(3, 9):
+            line = process.stderr.readline()
+            assert line, "it ended by itself"
+            seen += "| loss" in line
+        time.sleep(chance.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+    assert TRAIN.checkpoints(tmp_path / "killed")
+    assert RL.main(again).steps == steps
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert set(whole) == set(killed) and all(torch.equal(whole[name], killed[name]) for name in whole)
+    texts = [(tmp_path / name / "rollouts.jsonl").read_text() for name in ("whole", "killed")]
+    assert texts[0] == texts[1]
+
+
+def test_two_processes_learn_as_one(world, tmp_path):
+    """Two processes of 4 rows are one that adds up twice 4: the same texts, rewards, losses; also with sharded weights."""
+    kinds = {name: flags_of(world, name.partition("-")[0]) for name in ("dpo", "kto", "reward", "grpo", "ppo", "grpo-sharded", "ppo-lora", "rloo-sharded-lora")}
+    more = {"grpo-sharded": ["--training.fsdp", "true"], "ppo-lora": ["--lora.r", "4"], "rloo-sharded-lora": ["--training.fsdp", "true", "--lora.r", "4"]}
+    runs = {name: [*flags, *more.get(name, []), "--batch-size", "4", "--max-steps", "4", "--out", str(tmp_path / name)] for name, flags in kinds.items()}
+    (tmp_path / "runs.json").write_text(json.dumps({"RL": list(runs.values())}))
+    process = start(ROOT, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "two_ranks.py", tmp_path / "runs.json")
+    _, talk = process.communicate(timeout=280)
+    assert process.returncode == 0, talk
+    for name, argv in runs.items():
+        one = tmp_path / f"{name}-one"
+        RL.main([*argv, "--training.fsdp", "false", "--grad-accum", "2", "--out", str(one)])
+        logs = [[record for record in log_of(folder) if "loss" in record] for folder in (tmp_path / name, one)]
+        assert len(logs[0]) == len(logs[1]) == 4
+        for key in set(logs[0][0]) & {"loss", "grad_norm", "reward", "kl", "rewards/margins", "accuracy", "explained_variance"}:
+            values = [[record[key] for record in log if key in record] for log in logs]
+            assert values[0] == pytest.approx(values[1], abs=5e-5), (name, key)
+        results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path / name, one)]
+        for when in ("before", "after"):
+            assert results[0][when] == pytest.approx(results[1][when], abs=1e-4), name
+        if (one / "rollouts.jsonl").exists():
+            texts = [[json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()] for folder in (tmp_path / name, one)]
+            assert [[record["completion"] for record in own] for own in texts][0] == [record["completion"] for record in texts[1]], name
