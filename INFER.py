@@ -746,13 +746,14 @@ def run_fill(session: Session, actions, prompt: str | None) -> None:
 
 
 @torch.no_grad()
-def classify(model, tokenizer, texts: list[str]) -> list[list[float]]:
-    """Probabilities of the labels for each text, in the order of `model.config.labels`; the bare score of a model with one output."""
+def classify(model, tokenizer, texts: list[str | list[dict]]) -> list[list[float]]:
+    """Probabilities of the labels for each text, or for the last answer of each conversation, in the order of `model.config.labels`;
+    the bare score of a model with one output."""
     context = model.config.max_position_embeddings
-    ids = [TOKENIZER.encode_prompt(tokenizer, text) for text in texts]
+    ids = [TOKENIZER.encode_prompt(tokenizer, text) if isinstance(text, str) else TOKENIZER.last_turn(tokenizer, text)[0] for text in texts]
     if longer := sum(len(own) > context for own in ids):
         say(f"{longer} text{'s' * (longer > 1)} of more than {context} tokens, the model's context: read up to there")
-        ids = [tokenizer(text, truncation=True, max_length=context).input_ids for text in texts]
+        ids = [tokenizer(text, truncation=True, max_length=context).input_ids if isinstance(text, str) else own[:context] for text, own in zip(texts, ids, strict=True)]
     shape = len(ids), max(map(len, ids))
     inputs, positions = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     for row, own in enumerate(ids):
@@ -770,7 +771,7 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
     refuse_sampling(session, "tells labels apart")
     labels = MODEL.label_names(session.model)
 
-    def texts() -> Iterator[tuple[dict, str]]:
+    def texts() -> Iterator[tuple[dict, str | list[dict]]]:
         for number, line in enumerate([prompt] if prompt is not None and not piped else prompt.split("\n") if piped else read_stdin(), 1):
             record: dict = {}
             if actions.jsonl:
@@ -780,19 +781,24 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise UserError(f"stdin:{number}: not valid JSON ({error.msg} at column {error.colno})") from None
+                if isinstance(record, dict) and isinstance(record.get("messages"), list):
+                    if not session.tokenizer.chat_template:
+                        raise UserError(f"stdin:{number}: messages need a chat template, which this tokenizer lacks; give a 'text'")
+                    yield record, TOKENIZER.conversation(record, f"stdin:{number}")["messages"]
+                    continue
                 line = record.get("text", record.get("prompt")) if isinstance(record, dict) else None
                 if not isinstance(line, str) or not line.strip():
                     raise UserError(f"stdin:{number}: an object with a text is expected, as in {{\"text\": \"...\"}}")
             yield record, line.rstrip("\r\n")
 
     for group in batches(texts(), session.settings.batch_size):
-        full = [text for _, text in group if text.strip()]
+        full = [text for _, text in group if not isinstance(text, str) or text.strip()]
         given = iter(classify(session.model, session.tokenizer, full) if full else ())
         for record, text in group:
-            shares = dict(zip(labels, next(given), strict=True)) if text.strip() else {}
+            shares = dict(zip(labels, next(given), strict=True)) if not isinstance(text, str) or text.strip() else {}
             best = max(shares, key=shares.get) if shares else ""
             if actions.jsonl:
-                print(json.dumps({**record, "label": best, "probabilities": shares}, ensure_ascii=False))
+                print(json.dumps({**record, **({"reward": shares[best]} if len(shares) == 1 else {"label": best, "probabilities": shares})}, ensure_ascii=False))
             elif len(shares) == 1:
                 print(f"{shares[best]:.4f}")
             else:

@@ -342,13 +342,9 @@ def side(tokenizer, prompt: str | list[dict], said: str | list[dict], where: str
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return Side([*ids, *tokenizer(said, add_special_tokens=False).input_ids, *end], len(ids))
     try:
-        ids, mask = TOKENIZER.render_chat(tokenizer, [*TOKENIZER.as_messages(prompt), *TOKENIZER.as_messages(said, "assistant")])
+        return Side(*TOKENIZER.last_turn(tokenizer, [*TOKENIZER.as_messages(prompt), *TOKENIZER.as_messages(said, "assistant")]))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if 1 not in mask:
-        raise UserError(f"{where}: the chat template shows nothing of what the assistant says")
-    last = len(mask) - mask[::-1].index(1)
-    return Side(ids[:last], max((i + 1 for i in range(last) if not mask[i]), default=0))
 
 
 class Item(NamedTuple):
@@ -1299,8 +1295,9 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     SFT.need_model(config)
     if config.model.labels or config.model.num_labels:
         raise UserError("model.labels: belong to SFT.py's sft.task classify; leave model.labels and model.num_labels out")
-    if config.lora.lora_dropout:
-        raise UserError("lora.lora_dropout: dropout is off here, as it would change the probabilities that are compared; leave it out")
+    for key in ("lora.lora_dropout", "model.attention_dropout", "model.resid_pdrop", "model.embd_pdrop"):
+        if getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]):
+            raise UserError(f"{key}: dropout is off here, as it would change the probabilities that are compared; leave it out")
     SFT.check_new_head(config) if settings.method == "reward" else None
     TRAIN.fit_length(config, MODEL.context_length(name, MODEL.overrides(config.model)))
     tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
@@ -1404,7 +1401,7 @@ def main(argv: list[str] | None = None) -> TRAIN.Result:
     if config.rl.method in ON_POLICY and config.data.train == RLSection().data["train"]:
         config.data.train, config.data.validation = PROMPTS["train"], PROMPTS["validation"]
     model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
-    show = f"python INFER.py {model} < lines.txt    # a reward for each line" if config.rl.method == "reward" else f'echo "..." | python INFER.py {model}'
+    show = f"python INFER.py {model} --jsonl < conversations.jsonl    # the reward of each {{\"messages\": [...]}}" if config.rl.method == "reward" else f'echo "..." | python INFER.py {model}'
     return TRAIN.run_stage("rl", config, prepare, show)
 
 

@@ -332,6 +332,16 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None,
     return list(out["input_ids"]), mask
 
 
+def last_turn(tokenizer, messages: list[dict], tools: list | None = None) -> tuple[list[int], int]:
+    """(ids of a conversation up to the end of what the assistant says last, where that begins): what a generation would have
+    left, so without the line break that many templates put after a turn."""
+    ids, mask = render_chat(tokenizer, messages, tools)
+    if 1 not in mask:
+        raise UserError("the chat template shows nothing of what the assistant says")
+    end = len(mask) - mask[::-1].index(1)
+    return ids[:end], max((i + 1 for i in range(end) if not mask[i]), default=0)
+
+
 def _common(a: str, b: str) -> int:
     """Length of the common prefix: ("abcd", "abx") -> 2."""
     if a.startswith(b):

@@ -1,5 +1,6 @@
 """Preferences, rewards and rollouts: every estimator against a slow one, and runs from end to end."""
 
+import io
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from conftest import ROOT, make_text
 from safetensors.torch import load_file
 from torch import tensor
 
+import INFER
 import MODEL
 import RL
 import TOKENIZER
@@ -758,13 +760,21 @@ def test_a_run_goes_on_in_its_folder_without_writing_texts_twice(world, tmp_path
     assert (tmp_path / "run" / "rollouts.jsonl").read_text() == before and before.count("\n") == 32
 
 
-def test_ppo_learns_from_a_reward_model(world, tmp_path):
+def test_ppo_learns_from_a_reward_model(world, tmp_path, capsys, monkeypatch):
     RL.main([*flags_of(world, "reward"), "--max-steps", "12", "--out", str(tmp_path / "reward")])
+    talk = {"messages": [{"role": "user", "content": "What is red?"}, {"role": "assistant", "content": "fox fox"}], "n": 7}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(talk) + "\n"))
+    capsys.readouterr()
+    INFER.main(["--model", str(tmp_path / "reward"), "--jsonl"])
+    served = json.loads(capsys.readouterr().out)
+    tokenizer = TOKENIZER.load(str(tmp_path / "reward"))
+    judged = RL.side(tokenizer, "What is red?", "fox fox", "")
+    one = RL.Sample(RL.Prompt("", "", judged.ids[: judged.start], {}), 0, judged.ids[judged.start :], "stop", "", None)
+    assert served["n"] == 7 and [served["reward"]] == pytest.approx(RL.reward_model(str(tmp_path / "reward"), tokenizer, "cpu")([one]), abs=1e-5)
     flags = flags_of(world, "ppo")
     flags[flags.index("--rl.reward_funcs") + 1 : flags.index("--rl.reward_funcs") + 3] = [str(tmp_path / "reward")]
     RL.main([*flags, "--data", str(world / "pairs.jsonl"), "--max-steps", "16", "--rl.missing_eos_penalty", "0.5", "--out", str(tmp_path / "ppo")])
     record = json.loads((tmp_path / "ppo" / "rollouts.jsonl").read_text().splitlines()[-1])
-    tokenizer = TOKENIZER.load(str(tmp_path / "reward"))
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
     ids = RL.prompt_ids(tokenizer, record["prompt"]) + tokenizer(record["completion"], add_special_tokens=False).input_ids
     if record["finish_reason"] == "length" and len(tokenizer(record["completion"], add_special_tokens=False).input_ids) == record["tokens"]:
