@@ -1401,7 +1401,7 @@ def main(argv: list[str] | None = None) -> TRAIN.Result:
     if config.rl.method in ON_POLICY and config.data.train == RLSection().data["train"]:
         config.data.train, config.data.validation = PROMPTS["train"], PROMPTS["validation"]
     model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
-    show = f"python INFER.py {model} --jsonl < conversations.jsonl    # the reward of each {{\"messages\": [...]}}" if config.rl.method == "reward" else f'echo "..." | python INFER.py {model}'
+    show = f"python INFER.py {model} --jsonl < conversations.jsonl    # the reward of each {{{{\"messages\": [...]}}}}" if config.rl.method == "reward" else f'echo "..." | python INFER.py {model}'
     return TRAIN.run_stage("rl", config, prepare, show)
 
 
