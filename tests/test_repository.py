@@ -422,3 +422,26 @@ def test_the_readme_names_the_test_command_that_runs():
     commands = [re.search(r"python3? -m pytest[^\n`#|&;]*", path.read_text()) for path in (readme, ci)]
     assert all(commands), "no test command"
     assert commands[0][0].strip() == commands[1][0].strip()
+
+
+def test_prompts_and_preferences_are_right_and_held_out(make):
+    def read(name):
+        return [json.loads(line) for line in (ROOT / "data" / name).read_text().splitlines()]
+
+    asked = {name: read(name) for name in ("prompts.jsonl", "prompts_test.jsonl")}
+    shown = {item.question for item in make.questions("train")}
+    for name, records in asked.items():
+        for record in records:
+            a, b = map(int, re.findall(r"\d+", record["prompt"]))
+            plus = "plus" in record["prompt"]
+            assert record["answer"] == str(a + b if plus else a - b)
+            plain = f"What is {a} {'plus' if plus else 'minus'} {b}?"
+            assert make.is_held_out(plain) == (name == "prompts_test.jsonl") and not (plain in shown and name == "prompts_test.jsonl")
+    pairs = {name: read(name) for name in ("preferences.jsonl", "preferences_test.jsonl")}
+    assert min(len(asked["prompts_test.jsonl"]), len(pairs["preferences_test.jsonl"])) == 500
+    for kind in (asked, pairs):
+        train, test = ({record["prompt"] for record in records} for records in kind.values())
+        assert not train & test and len(test) == 500
+    for record in pairs["preferences.jsonl"] + pairs["preferences_test.jsonl"]:
+        when = re.compile(r"One \w+|On |Early on |It was ")
+        assert when.match(record["chosen"]) is None and record["chosen"] != record["rejected"]
