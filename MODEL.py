@@ -1654,6 +1654,8 @@ class ForeignModel(LanguageModel):
         segments = torch.zeros_like(input_ids) if segment_ids is None else segment_ids
         places = default_positions(input_ids, segment_ids).expand_as(input_ids) if positions is None else positions
         real = (places >= 0).flatten()
+        if not real.any():  # padding alone: one token runs, so that every weight takes part
+            real = torch.arange(len(real), device=real.device) == 0
         row = torch.arange(batch, device=input_ids.device)[:, None].expand_as(input_ids)
         keys = torch.stack((row.flatten(), segments.flatten()))[:, real]  # (2, N)
         _, owner, sizes = keys.unique(dim=1, return_inverse=True, return_counts=True)
@@ -2449,7 +2451,7 @@ def _chosen_dtype(dtype, raw: dict, model: nn.Module, device) -> torch.dtype | N
 
 def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, seed: int, changes, quantization) -> ForeignModel:
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -2480,6 +2482,8 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
                         f"{first_line(error)}") from None
     finally:
         logging.set_verbosity(talk)
+    if "score" in heads and type(inner.config) not in AutoModelForSequenceClassification._model_mapping:
+        raise UserError(f"{folder}: transformers has no classifier of a {kind}, so a head for labels or rewards could not be saved; choose another model")
     model = ForeignModel(inner if quantization else inner.to(device or "cpu"), heads, labels).eval()
     if "score" in heads:
         stored = dict(tensor for path in weight_files(folder) for tensor in read_tensors(path, "score.weight"))

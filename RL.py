@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import importlib.util
 import json
 import math
+import os
 import re
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,7 +48,7 @@ OFFLINE = (*PAIRED, "kto")
 ON_POLICY = ("ppo", "grpo", "rloo")
 BETA = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
 LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust"), "grpo": ("dapo", "grpo", "dr_grpo")}
-PROMPTS = {"train": ["data/prompts.jsonl"], "validation": "data/prompts_test.jsonl"}  # what on-policy methods read unless told
+SHIPPED = {True: "data/prompts", False: "data/preferences"}  # what on-policy methods and the others read unless told
 
 
 @dataclass
@@ -83,10 +86,9 @@ class RLSection:
     vf_coef: float = knob(0.1, "ppo: weight of the critic's loss")
     kl_target: float | None = knob(None, "ppo: beta follows so that the KL of a text stays near this (nats); null is a fixed beta")
     kl_horizon: int = knob(10000, "ppo: texts over which that beta adapts")
-    eval_prompts: int = knob(200, "held-out prompts answered (greedily) in a validation of ppo, grpo and rloo")
+    eval_prompts: int = knob(200, "held-out prompts answered (greedily) in a validation of ppo, grpo and rloo; 0 is off")
     model: dict = knob({"name": "./out/sft"}, "stage block over `model`")
-    data: dict = knob({"train": ["data/preferences.jsonl"], "validation": "data/preferences_test.jsonl"},
-                      "stage block over `data`; ppo, grpo and rloo read data/prompts.jsonl unless told otherwise")
+    data: dict = knob({"train": ["auto"]}, "stage block over `data`; auto is data/prompts.jsonl for ppo, grpo and rloo, data/preferences.jsonl for the others, each with its ..._test.jsonl")
     training: dict = knob({"max_steps": 200, "batch_size": 64}, "stage block over `training`")
     lora: dict = knob({}, "stage block over `lora`")
     output: dict = knob({"dir": "./out/rl"}, "stage block over `output`")
@@ -96,11 +98,14 @@ class RLSection:
         self.beta = BETA.get(self.method) if self.beta is None else self.beta
         self.loss_type = LOSS_TYPES.get(self.method, ("auto",))[0] if self.loss_type == "auto" else self.loss_type
         if self.method in ON_POLICY:
-            self.num_generations = self.num_generations or (1 if self.method == "ppo" else 8)
-            self.num_iterations = self.num_iterations or (4 if self.method == "ppo" else 1)
+            usual = (1, 4) if self.method == "ppo" else (8, 1)
+            self.num_generations = usual[0] if self.num_generations is None else self.num_generations
+            self.num_iterations = usual[1] if self.num_iterations is None else self.num_iterations
         return self
 
     def __post_init__(self):
+        if self.reward_weights is not None:  # a shell's are texts
+            self.reward_weights = [MODEL.convert(weight, float, "rl.reward_weights") for weight in self.reward_weights]
         copy.copy(self).fill().check()
 
     def check(self) -> None:
@@ -113,13 +118,15 @@ class RLSection:
         if self.method in ON_POLICY:
             if self.method != "ppo" and self.num_generations < 2:
                 raise UserError(f"rl.num_generations: {self.num_generations}, but {self.method} compares a prompt's texts with each other; at least 2")
-            if self.rollout_size % self.num_generations:
+            if self.num_generations < 1 or self.rollout_size % self.num_generations:
                 raise UserError(f"rl.rollout_size: {self.rollout_size} does not hold whole groups of rl.num_generations {self.num_generations}")
+            if not 0 < self.top_p <= 1:
+                raise UserError(f"rl.top_p: {self.top_p} must be above 0 and at most 1")
             if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
                 raise UserError(f"rl.reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} rl.reward_funcs; one for each is expected")
         limits = {"beta": 0, "label_smoothing": 0, "desirable_weight": 0, "undesirable_weight": 0, "center_rewards_coefficient": 0, "temperature": 1e-3,
                   "rollout_size": 1, "num_generations": 1, "num_iterations": 1, "max_completion_length": 1, "rollout_batch_size": 1, "epsilon": 0,
-                  "epsilon_high": 0, "cliprange_value": 0, "vf_coef": 0, "kl_target": 1e-9, "kl_horizon": 1, "gamma": 0, "lam": 0, "eval_prompts": 0}
+                  "epsilon_high": 0, "missing_eos_penalty": 0, "top_k": 0, "cliprange_value": 0, "vf_coef": 0, "kl_target": 1e-9, "kl_horizon": 1, "gamma": 0, "lam": 0, "eval_prompts": 0}
         for key, low in limits.items():
             if getattr(self, key) is not None and not low <= getattr(self, key) < math.inf:
                 raise UserError(f"rl.{key}: {getattr(self, key)} must be {low:g} or above")
@@ -131,6 +138,8 @@ class RLSection:
             raise UserError(f"rl.label_smoothing: {self.label_smoothing} must be below 0.5, and above 0 for rl.loss_type robust")
         if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
             raise UserError(f"rl.label_smoothing: has no effect with rl.loss_type {self.loss_type}; leave it out")
+        if self.kl_target and not self.beta:
+            raise UserError("rl.kl_target: moves rl.beta, which has to start above 0")
         if self.ref_model and not self.beta:
             raise UserError("rl.ref_model: with rl.beta 0 no reference is asked; leave one of them out")
 
@@ -257,7 +266,7 @@ def ppo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, epsilon: float =
 
     r = 1.5, epsilon 0.2: A = 1 gives -1.2, without gradient; A = -1 gives 1.5, with gradient
     """
-    ratio = torch.exp(logprobs - old)
+    ratio = torch.exp((logprobs - old).clamp(-20, 20))  # far beyond any limit; an infinite ratio would have no gradient but NaN
     limited = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
     losses = torch.maximum(-ratio * advantages, -limited * advantages)
     return losses, (ratio * advantages > limited * advantages)
@@ -342,9 +351,17 @@ def side(tokenizer, prompt: str | list[dict], said: str | list[dict], where: str
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return Side([*ids, *tokenizer(said, add_special_tokens=False).input_ids, *end], len(ids))
     try:
-        return Side(*TOKENIZER.last_turn(tokenizer, [*TOKENIZER.as_messages(prompt), *TOKENIZER.as_messages(said, "assistant")]))
+        one = Side(*TOKENIZER.last_turn(tokenizer, [*TOKENIZER.as_messages(prompt), *TOKENIZER.as_messages(said, "assistant")]))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    served = prompt_ids(tokenizer, prompt)
+    if one.ids[: len(served)] == served or (isinstance(said, list) and len(said) > 1):
+        return one
+    # The template opens an answer in another way than it keeps one (with a thought, say): what is served decides.
+    text = said if isinstance(said, str) else said[-1]["content"]
+    opened = tokenizer.decode(served[len(os.path.commonprefix([one.ids, served])) :]).strip()
+    end = TOKENIZER.end_of_turn(tokenizer)
+    return Side([*served, *tokenizer(text.removeprefix(opened), add_special_tokens=False).input_ids, *([] if end is None else [end])], len(served))
 
 
 class Item(NamedTuple):
@@ -382,7 +399,7 @@ def split(config, read: Callable) -> tuple[list, list]:
     if data.validation not in ("hash", "tail", "none"):
         return found, fresh("data.validation")
     first = {"none": len(found), "tail": len(found) * (1 - data.validation_fraction)}.get(data.validation)
-    # By prompt: an answer that is held out should not be known from its question's other answers.
+    # hash decides by the prompt: an answer that is held out should not be known from its question's other answers.
     held = [number >= first if first is not None else TOKENIZER.is_held_out(json.dumps(record["prompt"], sort_keys=True), data.validation_fraction)
             for number, (_, record) in enumerate(found)]
     return [one for one, on in zip(found, held, strict=True) if not on], [one for one, on in zip(found, held, strict=True) if on]
@@ -452,7 +469,7 @@ def examples(items: list[Item]) -> TOKENIZER.Examples:
     return TOKENIZER.Examples(np.concatenate([np.array(one.ids, np.int64) for one in sides]), weights, np.cumsum(sizes) - sizes, sizes - 1, len(items[0].sides))
 
 
-def mismatched(items: list[Item], seed: int) -> list[Item]:
+def mismatched(items: list[Item], seed: int, length: int) -> list[Item]:
     """Each prompt with the text of another one, for KTO's KL: the items in a random circle, each taking its neighbour's text."""
     circle = np.random.default_rng([seed, 4]).permutation(len(items))
     found: list = [None] * len(items)
@@ -460,7 +477,7 @@ def mismatched(items: list[Item], seed: int) -> list[Item]:
         others = (items[circle[(place + k) % len(items)]] for k in range(1, len(items)))
         other = next((one for one in others if one.prompt != items[i].prompt), items[i])
         (own,), (text,) = items[i].sides, other.sides
-        found[i] = items[i]._replace(sides=[Side([*own.ids[: own.start], *text.ids[text.start :]], own.start)])
+        found[i] = items[i]._replace(sides=[Side([*own.ids[: own.start], *text.ids[text.start :]][:length], own.start)])
     return found
 
 
@@ -490,7 +507,7 @@ class Pairs(TOKENIZER.TokenStream):
         self.needed = settings.method in ("dpo", "kto")
         self.sets = {"train": items, "held": held}
         if settings.method == "kto":
-            self.sets |= {f"{name} mismatched": mismatched(own, training.seed) for name, own in self.sets.items() if own}
+            self.sets |= {f"{name} mismatched": mismatched(own, training.seed, training.max_length) for name, own in self.sets.items() if own}
         self.reference: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -573,11 +590,22 @@ class Pairs(TOKENIZER.TokenStream):
             yield {**batch, "baseline": baseline} if baseline is not None else batch
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "reference": self.reference}
+        return {**super().state_dict(), "reference": self.reference, "items": self.fingerprint()}
+
+    def fingerprint(self) -> str:
+        """Of all ids: log-probabilities of a reference belong to the very texts."""
+        digest = hashlib.blake2b(digest_size=8)
+        for own in (self.items, self.held):
+            digest.update(examples(own).ids.tobytes() if own else b"")
+        return digest.hexdigest()
 
     def load_state_dict(self, state: dict) -> None:
+        if "items" not in state:
+            raise UserError("--resume: the checkpoint was made with another rl.method")
+        if state["items"] != self.fingerprint():
+            raise UserError("--resume: the pairs are not those that the checkpoint was made with (data.train, data.validation or training.max_length changed)")
         super().load_state_dict(state)
-        self.reference = state["reference"]
+        self.reference, self.frozen = state["reference"], None if state["reference"] else self.frozen
 
 
 def make_batch(items: list[Item], numbers, device="cpu") -> dict:
@@ -627,7 +655,7 @@ def preference_loss(settings: RLSection) -> Callable:
         losses = kto_loss(gains, wanted, batch["baseline"], beta, settings.desirable_weight, settings.undesirable_weight)
         loss = torch.where(real, losses, 0.0).sum() / totals["pairs"]
         ahead = beta * (gains.detach() - batch["baseline"])
-        right = torch.where(ahead == 0, 0.5, ((ahead > 0) == wanted).float())
+        right = torch.where(ahead.abs() < 1e-6, 0.5, ((ahead > 0) == wanted).float())
         rewards = beta * gains.detach()
         chosen, rejected = ((rewards * (real & side)).sum() / totals[name] for name, side in (("desirable", wanted), ("undesirable", ~wanted)))
         metrics = {"rewards/accuracies": (right * real).sum() / totals["pairs"], "rewards/margins": chosen - rejected, "rewards/chosen": chosen,
@@ -640,7 +668,7 @@ def preference_loss(settings: RLSection) -> Callable:
 def preference_metrics(rewards: Tensor, share: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Rewards (B, 2) -> what is logged, under TRL's names. A tie is half right, so that chance is 0.5."""
     chosen, rejected = rewards.unbind(1)
-    right = (chosen > rejected).float() + 0.5 * (chosen == rejected)
+    right = torch.where((chosen - rejected).abs() < 1e-6, 0.5, (chosen > rejected).float())
     return {"rewards/accuracies": share(right), "rewards/margins": share(chosen - rejected), "rewards/chosen": share(chosen), "rewards/rejected": share(rejected)}
 
 
@@ -803,6 +831,8 @@ def own_function(name: str) -> Callable[[list[Sample]], list]:
 def reward_model(name: str, tokenizer, device) -> Callable[[list[Sample]], list[float]]:
     """A folder's reward model: the score after a text's last token."""
     folder = MODEL.resolve_folder(name, "rl.reward_funcs")
+    if not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+        raise UserError(f"rl.reward_funcs: {name} holds no model")
     if (folder / "adapter_config.json").exists():
         base = MODEL.adapter_config(folder).base_model_name_or_path
         model, own = MODEL.load(base, adapter=name, device=device), TOKENIZER.load(TOKENIZER.folder_of(name, base))
@@ -846,10 +876,16 @@ class Judges:
             raise UserError("rl.reward_funcs: nothing judges; name at least one")
         if twice := [name for name, count in Counter(self.names).items() if count > 1]:
             raise UserError(f"rl.reward_funcs: {twice[0]} stands twice; give it a weight in rl.reward_weights")
-        for weight in self.weights:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise UserError(f"rl.reward_weights: {weight!r} is no number")
+        if not all(map(math.isfinite, self.weights)):
+            raise UserError(f"rl.reward_weights: {self.weights} must be finite numbers")
         self.functions = [self.find(name, tokenizer, device) for name in self.names]
+        short = [self.short(name) for name in self.names]
+        self.names = short if len(set(short)) == len(short) else self.names
+
+    @staticmethod
+    def short(name: str) -> str:
+        """What logs call it: judge.py:polite -> polite, out/reward -> reward, length:60 as it is."""
+        return name.rpartition(":")[2] if re.search(r"\.py:\w+$", name) else Path(name).name if Path(name).is_dir() else name
 
     @staticmethod
     def find(name: str, tokenizer, device) -> Callable[[list[Sample]], list]:
@@ -867,19 +903,23 @@ class Judges:
             sample.rewards = []
         for name, function in zip(self.names, self.functions, strict=True) if samples else ():
             try:
-                given = list(function(samples))
+                given = function(samples)
             except UserError:
                 raise
-            except Exception as error:
-                raise UserError(f"rl.reward_funcs: {name} failed on {self.blame(function, samples)} ({type(error).__name__}: {MODEL.first_line(error)})") from error
+            except (Exception, SystemExit) as error:
+                line = traceback.extract_tb(error.__traceback__)[-1]
+                raise UserError(f"rl.reward_funcs: {name} failed on {self.blame(function, samples)} ({type(error).__name__}: {MODEL.first_line(error)}, "
+                                f"{Path(line.filename).name}:{line.lineno})") from error
+            if not hasattr(given, "__len__"):
+                raise UserError(f"rl.reward_funcs: {name} gave {type(given).__name__}; a list with a number for each text is needed")
             if len(given) != len(samples):
                 raise UserError(f"rl.reward_funcs: {name} gave {len(given)} rewards for {len(samples)} texts")
             for sample, value in zip(samples, given, strict=True):
-                if value is not None and not (isinstance(value, (int, float, np.number, Tensor)) and math.isfinite(value)):
+                if value is not None and not (isinstance(value, (int, float, np.number, np.bool_, Tensor)) and math.isfinite(value)):
                     raise UserError(f"{sample.where}: {name} gave {value!r} for the text {sample.text[:80]!r}; a finite number is needed")
                 sample.rewards.append(None if value is None else float(value))
         for sample in samples:
-            sample.reward = sum(weight * value for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None)
+            sample.reward = math.fsum(weight * value for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None)
 
     @staticmethod
     def blame(function: Callable, samples: list[Sample]) -> str:
@@ -887,7 +927,7 @@ class Judges:
         for sample in samples:
             try:
                 function([sample])
-            except Exception:
+            except (Exception, SystemExit):
                 return f"{sample.where}, text {sample.text[:80]!r}"
         return f"{len(samples)} texts together, from {samples[0].where} on"
 
@@ -903,7 +943,13 @@ class Reference:
 
     def __init__(self, policy: nn.Module, frozen: nn.Module | None = None):
         self.frozen = frozen
-        self.start = {} if frozen else {name: weight.detach().clone() for name, weight in policy.named_parameters() if weight.requires_grad and not MODEL.is_critic(name)}
+        self.start = {} if frozen else {name: weight.detach().clone() for name, weight in self.learnt(policy).items()}
+
+    @staticmethod
+    def learnt(policy: nn.Module) -> dict[str, Tensor]:
+        """What training changes of the policy: trained weights, and the bias by which routers choose."""
+        weights = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad and not MODEL.is_critic(name)}
+        return weights | {name: bias for name, bias in policy.named_buffers() if name.endswith("e_score_correction_bias")}
 
     @contextlib.contextmanager
     def __call__(self, policy: nn.Module):
@@ -915,7 +961,7 @@ class Reference:
 
     @torch.no_grad()
     def _exchange(self, policy: nn.Module) -> None:
-        weights = dict(policy.named_parameters())
+        weights = self.learnt(policy) if self.start else {}
         for name, kept in self.start.items():
             weight = weights[name]
             if hasattr(weight, "to_local"):  # a shard, whose storage belongs to FSDP2
@@ -928,8 +974,9 @@ class Reference:
             else:
                 self.start[name], weight.data = weight.data, kept.to(weight.device)
         for module in policy.modules():
-            if self.start and hasattr(module, "reshard"):  # gathered copies are of the weights before
+            if self.start and hasattr(module, "reshard"):  # gathered copies are of the weights before,
                 module.reshard()
+        torch.clear_autocast_cache()  # and so are autocast's 16-bit ones
 
 
 LENGTH_ALARM, KL_ALARM = 2.0, 20.0  # times the first texts' length; nats a text
@@ -969,6 +1016,7 @@ class Rollouts:
         self.queue: list[np.ndarray] = []
         self.samples: list[Sample] = []
         self.sums: dict[str, list[float]] = {}
+        self.orders: dict[int, np.ndarray] = {}
         self.steps_per_epoch = None
 
     def start(self, run) -> None:
@@ -992,7 +1040,9 @@ class Rollouts:
 
     def prompt(self, number: int) -> Prompt:
         epoch, place = divmod(number, len(self.prompts))
-        return self.prompts[np.random.default_rng([self.run.seed, epoch, 6]).permutation(len(self.prompts))[place]]
+        if epoch not in self.orders:
+            self.orders = {epoch: np.random.default_rng([self.run.seed, epoch, 6]).permutation(len(self.prompts))}
+        return self.prompts[self.orders[epoch][place]]
 
     def sampling(self, **changes) -> INFER.Sampling:
         s = self.settings
@@ -1034,6 +1084,8 @@ class Rollouts:
         model.eval()
         with run.autocast():
             samples = self.write(model, own, self.sampling(), self.rollout)
+            for one in samples:
+                one.reward -= settings.missing_eos_penalty * (one.finish == "length")
             spent = {"time/rollout": -clock + (clock := time.perf_counter())}
             rows = -(-self.count // run.world_size) * settings.num_generations
             want = ("entropy", "values") if settings.method == "ppo" else ("entropy",)
@@ -1051,6 +1103,8 @@ class Rollouts:
         for text in self.watch(metrics) if run.rank == 0 else ():
             say(f"rollout {self.rollout + 1}: {text}, while the reward went to {metrics['reward']:.3g}. Is it gained in a way that you meant? "
                 f"{self.out / 'rollouts.jsonl'} shows; a higher rl.beta holds the policy back")
+        if metrics.get("frac_reward_zero_std") == 1 and run.rank == 0:
+            say(f"rollout {self.rollout + 1}: no prompt's texts differ in their rewards, so nothing can be learnt of them")
         if settings.kl_target:
             self.beta = adapted_beta(self.beta, metrics["kl"], settings.kl_target, settings.rollout_size, settings.kl_horizon)
         for name, value in metrics.items():
@@ -1085,7 +1139,7 @@ class Rollouts:
     def set_advantages(self) -> dict[str, float]:
         """Advantages of all tokens, from the rewards of all texts."""
         samples, settings = self.samples, self.settings
-        scores = torch.tensor([one.reward - settings.missing_eos_penalty * (one.finish == "length") for one in samples])
+        scores = torch.tensor([one.reward for one in samples])
         if settings.method != "ppo":
             scale = settings.scale_rewards
             if settings.method == "rloo":  # the KL is part of a text's reward
@@ -1129,7 +1183,7 @@ class Rollouts:
                     batch[name][row, one.start - 1 : len(one.ids) - 1] = getattr(one, key)
         if self.settings.method != "ppo":
             batch["advantages"] = torch.stack([one.advantages for one in group])
-        counts = {"tokens": int(mask.sum()), "texts": int(mask.any(1).sum()), "read": sum(len(one.ids) - 1 for one in group)}
+        counts = {"tokens": int(mask.sum()), "texts": len(group), "read": sum(len(one.ids) - 1 for one in group)}
         return {**batch, "counts": counts}
 
     def metrics(self) -> dict[str, float]:
@@ -1155,6 +1209,8 @@ class Rollouts:
         return {"drawn": self.drawn, "rollout": self.rollout, "beta": self.beta, "watch": dict(self.watch.state), "sums": {k: list(v) for k, v in self.sums.items()}}
 
     def load_state_dict(self, state: dict) -> None:
+        if "drawn" not in state:
+            raise UserError("--resume: the checkpoint was made with another rl.method")
         self.drawn, self.rollout, self.beta, self.watch.state = state["drawn"], state["rollout"], state["beta"], dict(state["watch"])
         self.queue, self.sums = [], {k: list(v) for k, v in state["sums"].items()}
         if self.run.rank == 0:  # what was written after the checkpoint will be written again
@@ -1214,9 +1270,9 @@ def rollout_loss(settings: RLSection) -> Callable:
 
 def held_out_rewards(stream: Rollouts, held: list[Prompt], config) -> Callable | None:
     """evaluate(model) for `fit`: the rewards of greedy answers to held-out prompts; a few are shown."""
-    if not held:
-        return None
     chosen = [held[i] for i in np.linspace(0, len(held) - 1, min(len(held), config.rl.eval_prompts)).astype(int)]
+    if not chosen:
+        return None
 
     def evaluate(model) -> dict:
         own = list(enumerate(chosen))[MODEL.process_rank() :: TRAIN.world_size()]
@@ -1266,11 +1322,22 @@ RATES = {**dict.fromkeys((*ON_POLICY, "reward"), 0.1), **dict.fromkeys(("dpo", "
 
 
 def still(model: nn.Module) -> None:
-    """No dropout: the probabilities that are compared must be one model's."""
+    """No dropout: the probabilities that are compared must be one model's. Some of transformers' layers ask their config for it;
+    they get a copy, so that the one that is saved stays as it is."""
+    copies: dict[int, object] = {}
+
+    def clear(thing) -> None:
+        for name, value in list(vars(thing).items()):
+            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(thing, nn.Dropout))):
+                setattr(thing, name, 0.0)
+
     for module in model.modules():
-        for name in ("p", "dropout", "attention_dropout", "drop"):
-            if isinstance(getattr(module, name, None), float) and (name != "p" or isinstance(module, nn.Dropout)):
-                setattr(module, name, 0.0)
+        clear(module)
+        if isinstance(model, MODEL.ForeignModel) and hasattr(module, "config") and module not in (model, model.inner):
+            if id(module.config) not in copies:
+                copies[id(module.config)] = copy.deepcopy(module.config)
+                clear(copies[id(module.config)])
+            module.config = copies[id(module.config)]
 
 
 def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
@@ -1278,6 +1345,7 @@ def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
     name = config.rl.ref_model
     if not name:
         return None
+    MODEL.resolve_folder(name, "rl.ref_model")
     own = TOKENIZER.load(name)
     missing = set(tokenizer.get_vocab().items()) - set(own.get_vocab().items())
     if missing:
@@ -1293,7 +1361,7 @@ def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
     settings, training, name, adapter = config.rl.fill(), config.training, config.model.name, config.actions.adapter
     SFT.need_model(config)
-    if config.model.labels or config.model.num_labels:
+    if config.model.labels not in (None, ["reward"] if settings.method == "reward" else None) or config.model.num_labels:
         raise UserError("model.labels: belong to SFT.py's sft.task classify; leave model.labels and model.num_labels out")
     for key in ("lora.lora_dropout", "model.attention_dropout", "model.resid_pdrop", "model.embd_pdrop"):
         if getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]):
@@ -1364,14 +1432,19 @@ def with_answers(evaluate: Callable | None, prompts: list, tokenizer, config) ->
 
 def rollout_stage(config, model, tokenizer, records, held, frozen, judges) -> TRAIN.Stage:
     settings, left, out = config.rl, LeftOut(), Path(config.output.dir)
-    room = min(model.config.max_position_embeddings, frozen.config.max_position_embeddings if frozen else math.inf) - settings.max_completion_length
+    room = config.training.max_length - settings.max_completion_length
+    if room < 1:
+        raise UserError(f"rl.max_completion_length: {settings.max_completion_length} leaves no room for a prompt in training.max_length {config.training.max_length}")
 
     def prompts(found: list[tuple[str, dict]]) -> list[Prompt]:
         made = []
         for where, record in found:
+            if not record["prompt"]:
+                left.add("that ask nothing", where)
+                continue
             ids = prompt_ids(tokenizer, record["prompt"])
             if len(ids) > room:
-                left.add(f"whose prompt and {settings.max_completion_length} tokens (rl.max_completion_length) exceed the context of {room + settings.max_completion_length}", where)
+                left.add(f"whose prompt and {settings.max_completion_length} tokens (rl.max_completion_length) exceed training.max_length {config.training.max_length}", where)
             else:
                 made.append(Prompt(where, record["prompt"], ids, {key: value for key, value in record.items() if key != "prompt"}))
         return made
@@ -1398,8 +1471,10 @@ SECTIONS = {**SFT.SECTIONS, "rl": RLSection}
 
 def main(argv: list[str] | None = None) -> TRAIN.Result:
     config = load_config(argv, SECTIONS, "rl", ACTIONS, __doc__)
-    if config.rl.method in ON_POLICY and config.data.train == RLSection().data["train"]:
-        config.data.train, config.data.validation = PROMPTS["train"], PROMPTS["validation"]
+    if config.data.train == ["auto"]:
+        name = SHIPPED[config.rl.method in ON_POLICY]
+        config.data.train = [f"{name}.jsonl"]
+        config.data.validation = f"{name}_test.jsonl" if config.data.validation == "hash" else config.data.validation
     model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
     show = f"python INFER.py {model} --jsonl < conversations.jsonl    # the reward of each {{{{\"messages\": [...]}}}}" if config.rl.method == "reward" else f'echo "..." | python INFER.py {model}'
     return TRAIN.run_stage("rl", config, prepare, show)

@@ -774,9 +774,10 @@ def preference(record: dict, where: str, system: str | None = None) -> dict:
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
             raise UserError(f"{where}: margin {margin!r} must be a number")
         return {"prompt": prompt, **sides, "margin": float(margin)}
-    if record["label"] not in (True, False):  # 0 and 1 too
+    label = {"true": True, "1": True, "false": False, "0": False}.get(str(record["label"]).strip().lower())  # a table's cell is text
+    if label is None:
         raise UserError(f"{where}: label {record['label']!r} must be true (a completion to learn) or false")
-    return {"prompt": prompt, **sides, "label": bool(record["label"])}
+    return {"prompt": prompt, **sides, "label": label}
 
 
 def read_prompts(paths: list[Path], columns: dict | None = None, system: str | None = None) -> Iterator[tuple[str, dict]]:
@@ -792,7 +793,7 @@ def read_prompts(paths: list[Path], columns: dict | None = None, system: str | N
                 rest = {key: value for key, value in record.items() if key != "messages"}
                 if prompt and prompt[-1]["role"] == "assistant":
                     rest["completion"], prompt = prompt[-1]["content"], prompt[:-1]
-            if not prompt:
+            if prompt is None:
                 keys = ", ".join(map(str, list(record)[:6])) if isinstance(record, dict) else type(record).__name__
                 raise UserError(f"{where}: no prompt among {keys or 'no keys'}; name it in rl.columns, as in {{prompt: my_column}}")
             yield where, {**rest, "prompt": _with_system(prompt, record.get("system") or system)}
@@ -820,7 +821,7 @@ def _prompt_of(record: dict, where: str) -> str | list[dict] | None:
 
 
 def _with_system(prompt: str | list[dict], system: str | None) -> str | list[dict]:
-    if not system or (isinstance(prompt, list) and prompt[0]["role"] == "system"):
+    if not system or not prompt or (isinstance(prompt, list) and prompt[0]["role"] == "system"):
         return prompt
     return [{"role": "system", "content": system}, *as_messages(prompt)]
 
@@ -841,8 +842,8 @@ def _implicit_prompt(sides: dict, where: str) -> tuple[str | list[dict], dict]:
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
     if isinstance(chosen, list):
         same = min(same, len(chosen) - 1, len(rejected) - 1)  # the last turn is the answer, even where both give the same
-        if not same or any(turn["role"] != "assistant" for side in (chosen, rejected) for turn in side[same:][:1]):
-            raise UserError(f"{where}: chosen and rejected should begin with the same question and end with an answer each")
+        if any(turn["role"] != "assistant" for side in (chosen, rejected) for turn in side[same:][:1]):
+            return "", sides  # they answer different questions
     else:
         same = max(chosen.rfind(" ", 0, same + 1), chosen.rfind("\n", 0, same + 1)) + 1  # whole words
         if not chosen[:same].strip():

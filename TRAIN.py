@@ -319,7 +319,7 @@ class Result(NamedTuple):
 
 def fit(model: nn.Module, stream, loss_fn: Callable, training: TrainingSection, out: str | Path, save: Callable,
         evaluate: Callable | None = None, *, resume: Path | None = None, stage: str = "train", mixed: str | None = None,
-        accelerator=None, device: torch.device | None = None) -> Result:
+        accelerator=None, device: torch.device | None = None, overwrite: bool = False) -> Result:
     """Train `model` on `stream` until the horizon; every stage of the project runs through here.
 
     loss_fn(model, batch, totals) -> (loss, metrics): a sum divided by totals[...], the counts of the whole optimizer
@@ -327,11 +327,14 @@ def fit(model: nn.Module, stream, loss_fn: Callable, training: TrainingSection, 
     gradient; a mean per micro-batch would weigh tokens in short batches more.
     stream: start(run), next(), state_dict(), load_state_dict(), steps_per_epoch, optionally metrics() and
     `boundary` (False inside a rollout). save(model, folder) writes the product; evaluate(model) -> {measure: value},
-    the first of which decides what is best. `resume` is a checkpoint folder.
+    the first of which decides what is best. `resume` is a checkpoint folder; `overwrite` removes an earlier run from `out`
+    once the new one has been measured for the first time.
     """
     trainer = Trainer(model, stream, loss_fn, training, Path(out), save, evaluate, stage, mixed, accelerator, device)
     with trainer.signals():
         trainer.start(resume)
+        if overwrite:
+            clear_run(trainer.out)
         while not trainer.finished():
             trainer.step()
             trainer.after_step()
@@ -358,7 +361,7 @@ class Trainer:
         self.before, self.best = {}, None
         self.since_best = 0
         self.stop_signal = 0
-        self.owed = False  # a checkpoint is due, but the stream is inside a rollout
+        self.owed: set[str] = set()  # what is due, but the stream is inside a rollout
         self.last_saved: Path | None = None
         self.log = Log(out, self.main, accelerator)
 
@@ -517,13 +520,15 @@ class Trainer:
         training, done = self.training, self.steps == self.total_steps
         if self.steps % training.logging_steps == 0 or done:
             self._write_log()
-        if training.eval_steps and self.steps % training.eval_steps == 0 and not done:
-            self._validate()
-        due = training.save_steps and self.steps % training.save_steps == 0
-        self.owed = bool(due or self.owed) and not done
-        if self.owed and getattr(self.stream, "boundary", True):
-            self.checkpoint()
-            self.owed = False
+        for kind, every in (("validation", training.eval_steps), ("checkpoint", training.save_steps)):
+            if every and self.steps % every == 0:
+                self.owed.add(kind)
+        if not done and getattr(self.stream, "boundary", True):
+            if "validation" in self.owed:
+                self._validate()
+            if "checkpoint" in self.owed:
+                self.checkpoint()
+            self.owed.clear()
 
     def _write_log(self) -> None:
         extra = self.stream.metrics() if hasattr(self.stream, "metrics") else {}
@@ -561,7 +566,7 @@ class Trainer:
         self.since_best = 0 if better else self.since_best + 1
         if better:
             self.best = (value, self.steps)
-            if self.training.load_best_model_at_end and getattr(self.stream, "boundary", True):
+            if self.training.load_best_model_at_end and getattr(self.stream, "boundary", True):  # else it is the end itself
                 self.checkpoint()
         self.log.write({"step": self.steps, **{f"eval_{k}": v for k, v in measures.items()}})
         self.log.tell(f"step {self.steps}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in measures.items()))
@@ -806,7 +811,7 @@ def is_disk_full(error: Exception, out: Path) -> bool:
 def json_lines(path: Path) -> list[dict]:
     """The records of a log; a line cut short by a kill is none."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # splitlines() would split texts as well
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records
@@ -1088,7 +1093,7 @@ def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, 
     section = config.model
     packed = section.quantization != "none"
     if packed and not (adapter and section.name):
-        raise UserError(f"model.quantization: {section.quantization} weights cannot learn; adapters on a trained model's can: python SFT.py --lora.r 16")
+        raise UserError(f"model.quantization: {section.quantization} weights cannot learn; adapters on a trained model's can: --lora.r 16 (SFT.py, RL.py)")
     if packed and config.training.fsdp:
         raise UserError("training.fsdp: packed weights are not sharded; leave out model.quantization, or run one process a device without fsdp")
     if section.name:
@@ -1227,10 +1232,8 @@ def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | 
                     say(f"changed since that checkpoint, so this is no exact continuation: {', '.join(changes)}")
         if accelerator and accelerator.log_with:
             accelerator.init_trackers(name, config={k: str(v) for k, v in vars(config.training).items()})
-        if config.actions.overwrite:
-            clear_run(out)
         result = fit(stage.model, stage.stream, stage.loss, config.training, out, partial(stage.save, text, stage.tokenizer), stage.evaluate,
-                     resume=checkpoint, stage=name, mixed=mixed, accelerator=accelerator, device=device)
+                     resume=checkpoint, stage=name, mixed=mixed, accelerator=accelerator, device=device, overwrite=bool(config.actions.overwrite))
         if accelerator and accelerator.log_with:
             accelerator.end_training()
         if MODEL.process_rank() == 0:

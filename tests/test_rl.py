@@ -477,7 +477,7 @@ def test_own_functions_are_called_as_trl_calls_them(tmp_path):
     assert talk.reward == 3
 
 
-@pytest.mark.parametrize("name, message", [("nan", "file:9: .*nan gave nan for the text 'xy'"), ("fails", "fails failed on file:9, text 'xy' .ZeroDivisionError"),
+@pytest.mark.parametrize("name, message", [("nan", "file:9: .*nan gave nan for the text 'xy'"), ("fails", "fails failed on file:9, text 'xy' .ZeroDivisionError.*own.py:11"),
                                            ("short", "gave 1 rewards for 2 texts"), ("letters", "letters failed on file:7")])
 def test_functions_that_fail_are_named_with_their_record(name, message, tmp_path):
     both = [sample("abc"), sample("xy")]
@@ -657,7 +657,7 @@ def test_equal_rewards_teach_nothing_and_cut_texts_can_be_left_out(model_folder,
     stream = rollouts(model, asked(tokenizer), tmp_path, 16, "grpo", Named(), tokenizer, mask_truncated_completions=True)
     batch = next(stream)
     cut = sum(one.finish == "length" for one in stream.samples)
-    assert cut > 0 and batch["counts"]["texts"] == 16 - cut and int((batch["targets"] != -100).any(1).sum()) == 16 - cut
+    assert cut > 0 and batch["counts"]["texts"] == 16 and int((batch["targets"] != -100).any(1).sum()) == 16 - cut
 
 
 def test_runaways_are_reported_once():
@@ -736,7 +736,8 @@ def test_every_method_learns_and_resumes_to_the_last_bit(method, more, world, tm
     whole, other = ([record["loss"] for record in log_of(tmp_path / name) if "loss" in record and record["step"] > int(checkpoint.name[-6:])] for name in ("whole", "again"))
     assert whole == other and len(whole) == steps - int(checkpoint.name[-6:])
     if text:
-        assert text.endswith((tmp_path / "again" / "rollouts.jsonl").read_text()) and (tmp_path / "whole" / "rollouts.png").exists()
+        rest = (tmp_path / "again" / "rollouts.jsonl").read_text()
+        assert rest and text.endswith(rest) and (tmp_path / "whole" / "rollouts.png").exists()
         first = json.loads(text.splitlines()[0])
         assert {"rollout", "prompt", "completion", "reward", "rewards", "advantage", "finish_reason", "kl"} <= set(first)
     if "--lora.r" in more:
@@ -771,14 +772,16 @@ def test_ppo_learns_from_a_reward_model(world, tmp_path, capsys, monkeypatch):
     judged = RL.side(tokenizer, "What is red?", "fox fox", "")
     one = RL.Sample(RL.Prompt("", "", judged.ids[: judged.start], {}), 0, judged.ids[judged.start :], "stop", "", None)
     assert served["n"] == 7 and [served["reward"]] == pytest.approx(RL.reward_model(str(tmp_path / "reward"), tokenizer, "cpu")([one]), abs=1e-5)
+    kept, usual = [], RL.Rollouts.write_transcripts
+    monkeypatch.setattr(RL.Rollouts, "write_transcripts", lambda self: (kept.extend(self.samples), usual(self)))
     flags = flags_of(world, "ppo")
     flags[flags.index("--rl.reward_funcs") + 1 : flags.index("--rl.reward_funcs") + 3] = [str(tmp_path / "reward")]
     RL.main([*flags, "--data", str(world / "pairs.jsonl"), "--max-steps", "16", "--rl.missing_eos_penalty", "0.5", "--out", str(tmp_path / "ppo")])
-    record = json.loads((tmp_path / "ppo" / "rollouts.jsonl").read_text().splitlines()[-1])
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
-    ids = RL.prompt_ids(tokenizer, record["prompt"]) + tokenizer(record["completion"], add_special_tokens=False).input_ids
-    if record["finish_reason"] == "length" and len(tokenizer(record["completion"], add_special_tokens=False).input_ids) == record["tokens"]:
-        assert record["reward"] == pytest.approx(float(theirs(tensor([ids])).logits), abs=1e-4)
+    assert len(kept) == 32
+    for one in kept:
+        assert one.rewards == pytest.approx([float(theirs(tensor([one.ids])).logits)], abs=1e-4)
+        assert one.reward == pytest.approx(one.rewards[0] - 0.5 * (one.finish == "length"))
     log = [line for line in log_of(tmp_path / "ppo") if "explained_variance" in line]
     assert {"value_loss", "policy_loss", "clip_ratio", "approx_kl", "entropy", "kl", "reward", "beta", "completions/mean_length"} <= set(log[-1])
 
@@ -812,7 +815,7 @@ def test_what_cannot_be_compared_is_left_out_and_named(world, tmp_path, capsys):
     with pytest.raises(UserError, match="no pair is left to train on; left out 1 whose two sides are the same"):
         RL.main([*flags, "--data", str(write(tmp_path / "bad.jsonl", bad)), "--out", str(tmp_path / "none")])
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": long, "answer": "x"}])
-    with pytest.raises(UserError, match=f"no prompt is left; left out 1 whose prompt and 6 tokens .* exceed the context of 128 .the first: {prompts}:1"):
+    with pytest.raises(UserError, match=f"no prompt is left; left out 1 whose prompt and 6 tokens .* exceed training.max_length 128 .the first: {prompts}:1"):
         RL.main([*flags_of(world, "grpo"), "--data", str(prompts), "--data.validation", "none", "--max-steps", "1", "--out", str(tmp_path / "none")])
 
 
@@ -925,3 +928,129 @@ def test_two_processes_learn_as_one(world, tmp_path):
         if (one / "rollouts.jsonl").exists():
             texts = [[json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()] for folder in (tmp_path / name, one)]
             assert [[record["completion"] for record in own] for own in texts][0] == [record["completion"] for record in texts[1]], name
+
+
+# ------------------------------------------------------------------------------------- what once went wrong
+
+
+def test_the_reference_is_itself_in_sixteen_bits_too(model_folder):
+    """autocast keeps 16-bit copies of weights, and routers a bias that is no parameter."""
+    ids = torch.arange(10)[None]
+    experts = MODEL.build(MODEL.ModelConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_experts=4, num_experts_per_tok=1,
+                                            moe_intermediate_size=16, scoring_func="sigmoid", router_bias_update_speed=0.01, initializer_range=0.3), seed=1)
+    for model in (MODEL.load(model_folder), experts.eval()):
+        reference = RL.Reference(model)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            before = model(ids).logits.clone()
+        with torch.no_grad():
+            for weight in (*model.parameters(), *(bias for name, bias in model.named_buffers() if name.endswith("correction_bias"))):
+                weight.add_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            after = model(ids).logits.clone()
+            assert (after - before).abs().max() > 0.1
+            with reference(model) as frozen:
+                assert torch.equal(frozen(ids).logits, before)
+            assert torch.equal(model(ids).logits, after)
+
+
+def test_an_explicit_file_is_read_whatever_its_name(monkeypatch):
+    seen = []
+    monkeypatch.setattr(TRAIN, "run_stage", lambda name, config, *_: seen.append((config.data.train, config.data.validation)))
+    for flags in ([], ["--rl.method", "grpo"], ["--rl.method", "ppo", "--data", "data/preferences.jsonl"], ["--rl.method", "grpo", "--data.validation", "none"]):
+        RL.main(flags)
+    assert seen == [(["data/preferences.jsonl"], "data/preferences_test.jsonl"), (["data/prompts.jsonl"], "data/prompts_test.jsonl"),
+                    (["data/preferences.jsonl"], "hash"), (["data/prompts.jsonl"], "none")]
+
+
+def test_the_best_model_of_a_run_with_rollouts_is_kept(world, tmp_path, monkeypatch):
+    """A validation that is due inside a rollout waits for its end, where there can be a checkpoint."""
+    values = iter([0.1, 0.9, 0.8, 0.7, 0.6, 0.5])
+    monkeypatch.setattr(RL, "held_out_rewards", lambda *_: lambda model: {"reward": next(values)})
+    flags = [*flags_of(world, "ppo"), "--max-steps", "24", "--training.eval_steps", "3", "--training.load_best_model_at_end", "true", "--out", str(tmp_path / "run")]
+    RL.main(flags)
+    told = [(record["step"], record["eval_reward"]) for record in log_of(tmp_path / "run") if "eval_reward" in record]
+    assert told == [(8, 0.9), (16, 0.8), (24, 0.7)]
+    best, final = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("ckpt-step-000008", "."))
+    assert all(torch.equal(best[name], final[name]) for name in best)
+
+
+def test_pairs_that_changed_are_not_continued(world, tmp_path):
+    lines = (world / "pairs.jsonl").read_text().splitlines()
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(lines) + "\n")
+    flags = [*flags_of(world, "dpo"), "--data", str(data), "--training.save_steps", "2", "--max-steps", "4", "--out", str(tmp_path / "run")]
+    RL.main(flags)
+    resume = [*flags, "--resume", str(tmp_path / "run" / "ckpt-step-000002")]
+    with pytest.raises(UserError, match="made with another rl.method"):
+        RL.main([*flags_of(world, "grpo"), "--out", str(tmp_path / "run"), "--resume", "auto"])
+    data.write_text("\n".join(lines[::-1]) + "\n")
+    with pytest.raises(UserError, match="the pairs are not those"):
+        RL.main(resume)
+
+
+def test_an_earlier_run_stays_until_the_new_one_was_measured(world, tmp_path):
+    (tmp_path / "own.py").write_text(FUNCTIONS)
+    flags = [*flags_of(world, "grpo"), "--max-steps", "2", "--out", str(tmp_path / "run")]
+    RL.main(flags)
+    before = {path.name for path in (tmp_path / "run").iterdir()}
+    flags[flags.index("--rl.reward_funcs") + 1] = f"{tmp_path}/own.py:letters"
+    with pytest.raises(UserError, match="letters failed on"):
+        RL.main([*flags, "--overwrite"])
+    assert {path.name for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_run_repeats_from_its_saved_settings(world, tmp_path):
+    for method in ("reward", "grpo"):
+        RL.main([*flags_of(world, method), "--max-steps", "2", "--out", str(tmp_path / method)])
+        RL.main(["--config", str(tmp_path / method / "config.yaml"), "--out", str(tmp_path / f"{method}-again")])
+        one, other = (load_file(tmp_path / name / "model.safetensors") for name in (method, f"{method}-again"))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_logs_keep_texts_with_any_line_break(tmp_path):
+    records = [{"rollout": i, "completion": f"a\u2028b\x85c {i}"} for i in range(3)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records) + '{"rollout": 3, "comp')
+    TRAIN.rewind(tmp_path / "log.jsonl", lambda record: record["rollout"] < 2)
+    assert TRAIN.json_lines(tmp_path / "log.jsonl") == records[:2]
+
+
+def test_long_ratios_keep_finite_gradients():
+    now = torch.zeros(1, 100, requires_grad=True)
+    for advantage in (1.0, -1.0):
+        loss, _ = RL.rloo_loss(now + 1, torch.zeros(1, 100), tensor([advantage]), torch.ones(1, 100, dtype=torch.bool))
+        [gradient] = torch.autograd.grad(loss.sum(), now)
+        assert torch.isfinite(loss).all() and torch.isfinite(gradient).all()
+
+
+THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+
+
+def test_a_template_that_opens_a_thought_serves_what_is_learnt(tokenizer):
+    own = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map)
+    TOKENIZER.ensure_chat(own)
+    own.chat_template = THINKING
+    for said in ("The fox.", "<think>\nwhy</think> The fox."):
+        one = RL.side(own, "What is red?", said, "here")
+        assert one.ids[: one.start] == RL.prompt_ids(own, "What is red?")
+        assert own.decode(one.ids).replace(" ", "").endswith("<think>\n" + said.removeprefix("<think>\n").replace(" ", "") + "<|im_end|>") or "why" in said
+    assert own.decode(one.ids).count("<think>") == 1
+
+
+def test_mismatched_texts_keep_to_the_length(tokenizer):
+    own = [item._replace(sides=item.sides[:1]) for item in items(tokenizer, 6)]
+    assert max(len(item.sides[0].ids) for item in RL.mismatched(own, 0, 20)) == 20
+
+
+def test_a_batch_of_padding_runs_in_models_that_know_no_masks(tmp_path):
+    theirs = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4))
+    theirs.save_pretrained(tmp_path)
+    model = MODEL.load(tmp_path)
+    nothing = torch.zeros(1, 3, dtype=torch.long)
+    out = model(nothing, positions=torch.full((1, 3), -1), segment_ids=torch.full((1, 3), -1), targets=torch.full((1, 3), -100))
+    assert not out.logprobs.any()
+    with pytest.raises(UserError, match="no classifier of a mamba"):
+        MODEL.load(tmp_path, head="score", changes={"labels": ["reward"]})
