@@ -211,13 +211,13 @@ def time_rollouts(options) -> None:
 
 
 def time_step(options) -> None:
-    """A GRPO step's parts, by the log of 40 steps."""
+    """The parts of a GRPO rollout of 256 texts and its four steps, by the log of twelve of them."""
     out = Path(options.out) / "time"
     command = [sys.executable, str(ROOT / "RL.py"), "--config", str(ROOT / "config.yaml"), "--model", options.model, "--out", str(out), "--overwrite", "--rl.method", "grpo",
-               "--max-steps", "48", "--training.logging_steps", "8", "--training.save_steps", "0", "--training.eval_steps", "0", *options.flags]
+               "--batch-size", "64", "--max-steps", "48", "--training.logging_steps", "8", "--training.save_steps", "0", "--training.eval_steps", "0", *options.flags]
     subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
     log = [record for record in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "time/rollout" in record]
-    steps = 256 // 32
+    steps = 256 // 64
     whole = (log[-1]["seconds"] - log[0]["seconds"]) / (log[-1]["step"] - log[0]["step"]) * steps
     parts = {name: sum(record[f"time/{name}"] for record in log[1:]) / len(log[1:]) for name in ("rollout", "score")}
     parts["train"] = whole - sum(parts.values())
