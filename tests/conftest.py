@@ -1,7 +1,12 @@
 """Shared by all tests: offline, few threads' noise, tiny models and data made on the spot."""
 
 import os
+import random
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,6 +30,35 @@ def make_text(lines: int, seed: int = 0) -> list[str]:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda high: int(torch.randint(high, (1,), generator=generator))  # noqa: E731
     return [" ".join(WORDS[draw(len(WORDS))] for _ in range(6 + draw(9))).capitalize() + "." for _ in range(lines)]
+
+
+def launch(folder, *words) -> subprocess.Popen:
+    """python with these words, in this folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(process: subprocess.Popen, count: int = 1) -> str:
+    """What it says until so many steps are logged."""
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if seen.count("| loss") == count:
+            return seen
+    raise AssertionError(f"ended with {process.wait()} before step {count}:\n{seen}")
+
+
+def kills(times: int, *words) -> Iterator[subprocess.Popen]:
+    """Starts python with these words in the repository and kills it (-9) at a random moment, several times."""
+    draw = random.Random(5)
+    for _ in range(times):
+        process = launch(ROOT, *words)
+        wait_for_steps(process, draw.randint(2, 9))
+        time.sleep(draw.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        yield process
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,13 @@ import io
 import json
 import math
 import os
-import random
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_text
+from conftest import ROOT, kills, launch, make_text
 from safetensors.torch import load_file
 from torch import tensor
 
@@ -857,11 +854,6 @@ def test_models_that_do_not_fit_each_other_are_one_line(world, tmp_path, model_f
 # ------------------------------------------------------------------------------------------- processes
 
 
-def start(folder, *words):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.parametrize("method", ["dpo", "ppo"])
 def test_the_recipes_for_gpt2(method, tmp_path):
     """A folder as transformers writes it, without a chat template, on the shipped data."""
@@ -872,7 +864,7 @@ def test_the_recipes_for_gpt2(method, tmp_path):
     few = ["--max-steps", "2", "--batch-size", "8", "--training.eval_batches", "2"]
     few += ["--rl.rollout_size", "8", "--rl.max_completion_length", "8", "--rl.eval_prompts", "4"] if method == "ppo" else []
     (tmp_path / "data").symlink_to(ROOT / "data")
-    process = start(tmp_path, ROOT / "RL.py", "--model", "gpt2", "--rl.method", method, "--out", "out", *few)
+    process = launch(tmp_path, ROOT / "RL.py", "--model", "gpt2", "--rl.method", method, "--out", "out", *few)
     out, talk = process.communicate(timeout=180)
     assert process.returncode == 0 and not out, talk
     result = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -882,21 +874,12 @@ def test_the_recipes_for_gpt2(method, tmp_path):
 
 def test_killed_at_any_moment_a_run_goes_on(world, tmp_path):
     """kill -9 at random moments, in rollouts as in steps; the policy ends as an undisturbed run's."""
-    kills = int(os.environ.get("KILLS", 2))
-    chance, steps = random.Random(5), 12 * kills
+    times = int(os.environ.get("KILLS", 2))
+    steps = 12 * times
     flags = [*flags_of(world, "ppo"), "--rl.num_iterations", "2", "--training.save_steps", "2", "--training.sample_tokens", "0", "--max-steps", str(steps)]
     RL.main([*flags, "--out", str(tmp_path / "whole")])
     again = [*flags, "--out", str(tmp_path / "killed"), "--resume", "auto"]
-    for _ in range(kills):
-        process = start(tmp_path, ROOT / "RL.py", *again)
-        seen = 0
-        while seen < chance.randint(3, 9):
-            line = process.stderr.readline()
-            assert line, "it ended by itself"
-            seen += "| loss" in line
-        time.sleep(chance.uniform(0, 0.1))
-        process.kill()
-        process.communicate()
+    assert len(list(kills(times, ROOT / "RL.py", *again))) == times
     assert TRAIN.checkpoints(tmp_path / "killed")
     assert RL.main(again).steps == steps
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
@@ -911,7 +894,7 @@ def test_two_processes_learn_as_one(world, tmp_path):
     more = {"grpo-sharded": ["--training.fsdp", "true"], "ppo-lora": ["--lora.r", "4"], "rloo-sharded-lora": ["--training.fsdp", "true", "--lora.r", "4"]}
     runs = {name: [*flags, *more.get(name, []), "--batch-size", "4", "--max-steps", "4", "--out", str(tmp_path / name)] for name, flags in kinds.items()}
     (tmp_path / "runs.json").write_text(json.dumps({"RL": list(runs.values())}))
-    process = start(ROOT, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "two_ranks.py", tmp_path / "runs.json")
+    process = launch(ROOT, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "two_ranks.py", tmp_path / "runs.json")
     _, talk = process.communicate(timeout=280)
     assert process.returncode == 0, talk
     for name, argv in runs.items():

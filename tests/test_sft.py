@@ -6,16 +6,13 @@ import io
 import json
 import math
 import os
-import random
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, kills, launch
 from safetensors.torch import load_file
 
 import INFER
@@ -1022,13 +1019,8 @@ def gpt2_folder(folder):
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
 
 
-def start(folder, *words):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def command(folder, script, *words):
-    process = start(folder, ROOT / script, *words)
+    process = launch(folder, ROOT / script, *words)
     out, talk = process.communicate(timeout=180)
     assert process.returncode == 0, talk
     return out
@@ -1056,22 +1048,13 @@ def test_the_recipe_for_alpaca_with_adapters(tmp_path):
 
 def test_killed_at_any_moment_fine_tuning_goes_on(flags, tmp_path):
     """kill -9 at random moments of a run that saves every second step; the adapter ends as an undisturbed run's."""
-    kills = int(os.environ.get("KILLS", 2))
-    draw, steps = random.Random(5), 20 * kills
+    times = int(os.environ.get("KILLS", 2))
+    steps = 20 * times
     flags = [*flags, "--lora.r", "4", "--training.logging_steps", "1", "--training.save_steps", "2", "--sft.eval_answers", "0", "--training.sample_tokens", "0",
              "--max-steps", str(steps)]
     SFT.main([*flags, "--out", str(tmp_path / "whole")])
     again = [*flags, "--out", str(tmp_path / "killed"), "--resume", "auto"]
-    for _ in range(kills):
-        process = start(tmp_path, ROOT / "SFT.py", *again)
-        seen = 0
-        while seen < draw.randint(3, 12):
-            line = process.stderr.readline()
-            assert line, "it ended by itself"
-            seen += "| loss" in line
-        time.sleep(draw.uniform(0, 0.05))
-        process.kill()
-        process.communicate()
+    assert len(list(kills(times, ROOT / "SFT.py", *again))) == times
     assert TRAIN.checkpoints(tmp_path / "killed")
     assert SFT.main(again).steps == steps
     whole, killed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
@@ -1085,7 +1068,7 @@ def test_two_processes_fine_tune_as_one(flags, label_flags, tmp_path):
              "labels": [*label_flags, "--batch-size", "4"], "label-lora": [*label_flags, "--batch-size", "4", "--lora.r", "4"]}
     runs = {name: [*kind, *some, "--out", str(tmp_path / name)] for name, kind in kinds.items()}
     (tmp_path / "runs.json").write_text(json.dumps({"SFT": list(runs.values())}))
-    process = start(ROOT, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "two_ranks.py", tmp_path / "runs.json")
+    process = launch(ROOT, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "two_ranks.py", tmp_path / "runs.json")
     _, talk = process.communicate(timeout=240)
     assert process.returncode == 0, talk
     for name, argv in runs.items():

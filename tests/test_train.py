@@ -5,20 +5,18 @@ import json
 import math
 import os
 import pickle
-import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, make_text
+from conftest import ROOT, kills, launch, make_text, wait_for_steps
 from safetensors.torch import load_file, save_file
 from torch import nn
 from two_ranks import (
@@ -389,34 +387,13 @@ def test_a_trainer_state_is_never_unpickled(tmp_path, text_file, monkeypatch):
 # -------------------------------------------------------------------------------------------------- processes
 
 
-def start(argv: list[str], script: Path = ROOT / "TRAIN.py") -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(script), *argv], stderr=subprocess.PIPE, text=True, cwd=script.parent, env=environment)
-
-
-def wait_for_steps(process: subprocess.Popen, count: int = 1) -> str:
-    seen = ""
-    for line in process.stderr:
-        seen += line
-        if seen.count("| loss") == count:
-            return seen
-    raise AssertionError(f"ended with {process.wait()} before its first step:\n{seen}")
-
-
 def test_killed_at_any_moment_nothing_is_lost(tmp_path, text_file):
     """kill -9 at random moments of a run that saves every second step; the last part ends as an undisturbed run."""
-    draw = random.Random(3)
     options = ["--max-steps", 12 * KILLS, "--training.save_steps", 2, "--training.eval_steps", 0]
     train(tmp_path, *options)
     disturbed = tmp_path / "disturbed"
     argv = arguments(tmp_path, *options, "--out", disturbed, "--resume", "auto")
-    for _ in range(KILLS):
-        process = start(argv)
-        wait_for_steps(process, draw.randint(2, 8))
-        time.sleep(draw.uniform(0, 0.05))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+    for _ in kills(KILLS, ROOT / "TRAIN.py", *argv):
         for folder in TRAIN.checkpoints(disturbed):
             TRAIN.load_state(folder), MODEL.load(str(folder))
     half = disturbed / ".tmp-ckpt-step-999999"  # newer than all, and half written
@@ -434,7 +411,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path, text_file):
     processes = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         argv = arguments(tmp_path, "--out", tmp_path / f"out{number}", "--max-steps", 100000, "--training.logging_steps", 50)
-        processes[number] = start(argv)
+        processes[number] = launch(ROOT, ROOT / "TRAIN.py", *argv)
     for number, process in processes.items():
         wait_for_steps(process)
         process.send_signal(number)
@@ -494,7 +471,7 @@ def test_the_commands_of_the_readme_word_for_word(tmp_path, forged_gpt2):
     words = ("--model gpt2 --data data/train.txt data/train.jsonl --out ./out --epochs 3 --batch-size 2 --grad-accum 16").split()
     flags, file = workshop(tmp_path / "flags", forged_gpt2), workshop(tmp_path / "file", forged_gpt2)
     (file / "mine.yaml").write_text(ASKED)
-    processes = [start(words, flags / "TRAIN.py"), start(["--config", "mine.yaml"], file / "TRAIN.py")]
+    processes = [launch(flags, "TRAIN.py", *words), launch(file, "TRAIN.py", "--config", "mine.yaml")]
     for folder, process in zip((flags, file), processes, strict=True):
         _, talk = process.communicate(timeout=120)
         assert process.returncode == 0, talk
