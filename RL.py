@@ -1174,15 +1174,14 @@ class Rollouts:
             if self.is_masked(one):
                 batch["targets"][row] = -100
         mask = batch["targets"] != -100
-        columns = {"old": "old", "reference": "reference" if self.reference else None, "values": "values" if self.settings.method == "ppo" else None,
-                   "returns": "returns" if self.settings.method == "ppo" else None, "advantages": "advantages" if self.settings.method == "ppo" else None}
-        for name, key in columns.items():
-            if key:
-                batch[name] = torch.zeros(mask.shape)
+        for name in ("old", "reference", "values", "returns", "advantages"):
+            column = [getattr(one, name) for one in group]
+            if column[0] is not None and not column[0].dim():  # one number a text
+                batch[name] = torch.stack(column)  # (B,)
+            elif column[0] is not None:
+                batch[name] = torch.zeros(mask.shape)  # (B, T)
                 for row, one in enumerate(group):
-                    batch[name][row, one.start - 1 : len(one.ids) - 1] = getattr(one, key)
-        if self.settings.method != "ppo":
-            batch["advantages"] = torch.stack([one.advantages for one in group])
+                    batch[name][row, one.start - 1 : len(one.ids) - 1] = column[row]
         counts = {"tokens": int(mask.sum()), "texts": len(group), "read": sum(len(one.ids) - 1 for one in group)}
         return {**batch, "counts": counts}
 
@@ -1466,7 +1465,7 @@ def rollout_stage(config, model, tokenizer, records, held, frozen, judges) -> TR
 
 
 ACTIONS = {**TRAIN.ACTIONS, "adapter": SFT.ACTIONS["adapter"]}
-SECTIONS = {**SFT.SECTIONS, "rl": RLSection}
+SECTIONS = {**TRAIN.SECTIONS, "lora": SFT.LoraSection, "rl": RLSection}
 
 
 def main(argv: list[str] | None = None) -> TRAIN.Result:

@@ -589,7 +589,7 @@ class Trainer:
             torch.save(state, scratch / STATE_FILE)
             for path in scratch.iterdir():
                 MODEL.sync(path)
-            shutil.rmtree(final, ignore_errors=True)
+            remove(final)
             os.replace(scratch, final)
             MODEL.sync(self.out)
         self.last_saved = final
@@ -604,7 +604,7 @@ class Trainer:
             keep.append(self.out / f"ckpt-step-{self.best[1]:06d}")
         for path in checkpoints(self.out):
             if path not in keep:
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
 
     def _state(self) -> dict:
         """Everything beside the product that an exact continuation needs."""
@@ -769,6 +769,12 @@ def map_tensors(function: Callable, tree):
 def checkpoints(out: Path) -> list[Path]:
     """Whole checkpoints, oldest first; a half-written one has another name."""
     return sorted((p for p in out.glob("ckpt-step-*") if p.is_dir()), key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def remove(checkpoint: Path) -> None:
+    """Out of its name at once: a kill half-way leaves nothing that looks like a checkpoint."""
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint.replace(checkpoint.with_name(f".tmp-old-{checkpoint.name}")), ignore_errors=True)
 
 
 def load_state(folder: Path) -> dict:
@@ -963,7 +969,7 @@ def clear_run(out: Path) -> None:
         for name in [*RUN_FILES, *(path.name for path in out.glob("model*.safetensors*"))]:
             (out / name).unlink(missing_ok=True)
         for path in checkpoints(out):
-            shutil.rmtree(path)
+            remove(path)
     barrier()
 
 
@@ -1187,7 +1193,7 @@ ACTIONS = {
     "resume": Action("continue a run: auto (the newest whole checkpoint, a fresh start where there is none) or a folder", str, "auto"),
     "overwrite": Action("replace the run that stands in output.dir"),
 }
-SECTIONS = {**INFER.SECTIONS, "training": TrainingSection, "output": OutputSection}
+SECTIONS = {**TOKENIZER.SECTIONS, "training": TrainingSection, "output": OutputSection}
 
 
 class Stage(NamedTuple):

@@ -18,6 +18,7 @@ from conftest import ROOT, make_text
 
 import INFER
 import MODEL
+import RL
 import TOKENIZER
 import TRAIN
 from MODEL import UserError
@@ -217,6 +218,7 @@ WRONG_FLAGS = {
     ("stray",): "'stray' belongs to no flag",
     ("--config", "/nowhere.yaml"): "--config: there is no file '/nowhere.yaml'",
     ("--rl.beta", "1"): "--rl.beta: the section 'rl' belongs to another script",
+    ("--inference.temperature", "1"): "--inference.temperature: the section 'inference' belongs to another script",
     ("--model.preset", "mixtral-tiny", "--model.num_experts", "null"): "command line: model.num_experts: null means the preset's own value, 8",
     ("--batch-size", "null"): "command line: training.batch_size: a value is needed",
 }
@@ -224,11 +226,14 @@ WRONG_FLAGS = {
 
 @pytest.mark.parametrize("argv", WRONG_FLAGS)
 def test_a_wrong_flag_is_one_line(argv):
-    sections = {**TRAIN.SECTIONS}
-    if argv[0] == "--rl.beta" and "rl" in sections:
-        pytest.skip("owned")
     with pytest.raises(UserError, match=WRONG_FLAGS[argv]):
         load(argv)
+
+
+def test_fine_tuning_has_no_say_in_preferences():
+    for flag in ("--sft.task", "--inference.temperature"):
+        with pytest.raises(UserError, match=f"{flag}: the section .* belongs to another script"):
+            RL.main([flag, "0.5"])
 
 
 def test_numbers_that_yaml_reads_as_text(tmp_path):
