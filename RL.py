@@ -220,7 +220,7 @@ def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
     """KL(policy || reference) at tokens drawn from the policy, each at least 0 and right on average: with
     r = reference / policy it is r - 1 - log r (Schulman 2020, k3). Its gradient as part of a loss is 1 - r, on average that of
     KL(reference || policy): it pulls to the same reference, less where the policy has become surer."""
-    gap = reference - logprobs
+    gap = (reference - logprobs).clamp(max=20)  # e^20 is far enough away; an infinite one would have no gradient but NaN
     return torch.expm1(gap) - gap
 
 

@@ -5,6 +5,7 @@
     python bench/rl.py --table                       # the rows as a table
     python bench/rl.py rollouts                      # 64 prompts x 8 texts x 64 tokens beside one by one and transformers' generate
     python bench/rl.py time                          # rollout, scores and training as shares of a GRPO step
+    python bench/rl.py trl                           # DPO and GRPO beside TRL's trainers: seconds, and DPO's losses step by step
 
 Solved: greedy answers to the 500 prompts of data/prompts_test.jsonl that end with the right number. Introduced: stories (at
 temperature 0.8, the first 32 tokens) for the 500 prompts of data/preferences_test.jsonl that say who it is about before they say when
@@ -14,13 +15,17 @@ it was: the first sentence names a home, a job or a kind of creature, and no day
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,9 +230,80 @@ def time_step(options) -> None:
         print(f"{name}: {seconds:.2f} s a rollout, {seconds / whole:.0%}")
 
 
+STEPS = 10
+# The shipped template's turns without the line break after the last one, which TRL would learn as well.
+TURNS = ("{{ bos_token }}{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + ('' if loop.last and message.role == 'assistant' else '\\n') }}"
+         "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}")
+PLAIN = ["--training.optim", "adamw", "--training.lr_scheduler_type", "constant", "--training.warmup_steps", "0", "--training.weight_decay", "0", "--training.adam_beta2", "0.999",
+         "--training.mixed_precision", "no", "--learning-rate", "1e-4", "--batch-size", "64", "--max-steps", str(STEPS), "--data.validation", "none",
+         "--training.logging_steps", "1", "--training.eval_steps", "0", "--training.save_steps", "0", "--training.sample_tokens", "0"]
+
+
+def ours_beside(method: str, options) -> tuple[float, list[float], list[str]]:
+    """(seconds of training, losses, the records in the order in which they were learnt)."""
+    out, order, finish = Path(options.out) / f"beside-{method}", [], RL.Pairs.finish
+
+    def noted(stream, batch, name, numbers):
+        order.extend(stream.items[i].where for i in numbers)
+        return finish(stream, batch, name, numbers)
+
+    RL.Pairs.finish = noted
+    with contextlib.redirect_stderr(io.StringIO()):
+        RL.main(["--config", str(ROOT / "config.yaml"), "--model", options.model, "--out", str(out), "--overwrite", "--rl.method", method, *PLAIN])
+    RL.Pairs.finish = finish
+    losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()[:STEPS]]
+    return json.loads((out / "result.json").read_text())["seconds"], losses, order
+
+
+def theirs_beside(method: str, options, order: list[str]) -> tuple[float, list[float]]:
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer.chat_template = TURNS
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    usual = dict(output_dir=str(Path(options.out) / "trl"), per_device_train_batch_size=64, max_steps=STEPS, learning_rate=1e-4, lr_scheduler_type="constant", weight_decay=0.0,
+                 adam_beta2=0.999, optim="adamw_torch_fused", logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True)
+    say = lambda text: [{"role": "user", "content": text}]  # noqa: E731
+    if method == "dpo":
+        found = records("preferences.jsonl")
+        ordered = [found[int(where.rpartition(":")[2]) - 1] for where in order]
+        pairs = [{"prompt": say(one["prompt"]), **{side: [{"role": "assistant", "content": one[side]}] for side in ("chosen", "rejected")}} for one in ordered]
+        settings = trl.DPOConfig(**usual, precompute_ref_log_probs=True, max_length=256, train_sampling_strategy="sequential")
+        make = partial(trl.DPOTrainer, model, args=settings, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer)
+    else:
+        def exact(prompts, completions, answer, **_):
+            return [float(re.findall(r"\d+", said[-1]["content"])[-1:] == [right]) for said, right in zip(completions, answer, strict=True)]
+
+        asked = [{"prompt": say(one["prompt"]), "answer": one["answer"]} for one in records("prompts.jsonl")]
+        settings = trl.GRPOConfig(**usual, num_generations=8, steps_per_generation=4, max_completion_length=64, beta=0.04)
+        make = partial(trl.GRPOTrainer, model, exact, settings, train_dataset=Dataset.from_list(asked), processing_class=tokenizer)
+    with contextlib.redirect_stderr(io.StringIO()):
+        clock = time.perf_counter()
+        trainer = make()  # its reference's log-probabilities are computed here
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return time.perf_counter() - clock, [record["loss"] for record in trainer.state.log_history if "loss" in record]
+
+
+def time_beside_trl(options) -> None:
+    """Alternated rounds, medians."""
+    for method in ("dpo", "grpo"):
+        times: dict[str, list[float]] = {"here": [], "TRL": []}
+        for _ in range(options.rounds):
+            seconds, losses, order = ours_beside(method, options)
+            times["here"].append(seconds)
+            seconds, their_losses = theirs_beside(method, options, order)
+            times["TRL"].append(seconds)
+        here, there = (statistics.median(values) for values in times.values())
+        apart = f"; losses differ by {max(abs(a - b) for a, b in zip(losses, their_losses, strict=True)):.1g} at most" if method == "dpo" else ""
+        print(f"{method}, {STEPS} steps of 64 texts: {here:.1f} s here, {there:.1f} s with TRL, {there / here:.2f}x{apart}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("gains", "rollouts", "time"), default="gains")
+    parser.add_argument("what", nargs="?", choices=("gains", "rollouts", "time", "trl"), default="gains")
     parser.add_argument("--method", choices=(*RUNS, "all"), default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", default=str(ROOT / "out/sft"))
@@ -238,7 +314,7 @@ def main() -> None:
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to RL.py")
     options = parser.parse_args()
     if options.what != "gains":
-        return time_rollouts(options) if options.what == "rollouts" else time_step(options)
+        return {"rollouts": time_rollouts, "time": time_step, "trl": time_beside_trl}[options.what](options)
     known = {(row["method"], row["seed"]) for row in rows(options)}
     for method in () if options.table else (RUNS if options.method == "all" else [options.method]):
         for seed in options.seeds:

@@ -93,6 +93,13 @@ def test_kl_estimate_is_right_on_average_and_never_negative():
     assert float((p.exp() * estimates).sum()) == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-12)
 
 
+def test_a_policy_that_has_left_everything_behind_has_finite_losses():
+    now, reference = tensor([-120.0, -0.1], requires_grad=True), tensor([-0.1, -120.0])
+    ratio_losses, _ = RL.ppo_loss(now, reference, tensor([-1.0, 1.0]))
+    (RL.kl_estimate(now, reference).sum() + ratio_losses.sum()).backward()
+    assert now.grad.isfinite().all()
+
+
 def test_rewards_of_tokens():
     scores, old, reference = draw(4), draw(4, 5), draw(4, 5)
     slow = torch.zeros(4, 5, dtype=torch.float64)
