@@ -2986,7 +2986,8 @@ def _pack(model: nn.Module) -> None:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, active per token): parameters counted once where they are shared; of the experts a token uses only k."""
-    total = sum(weight.numel() for weight in model.parameters())
+    packed = [getattr(weight, "quant_state", None) for weight in model.parameters()]  # 4-bit: two weights a byte
+    total = sum(weight.numel() if state is None else math.prod(state.shape) for weight, state in zip(model.parameters(), packed, strict=True))
     idle = sum(weight.numel() * (1 - module.per_token / len(weight))
                for module in model.modules() if isinstance(module, Experts) for weight in module.parameters())
     return total, total - round(idle)

@@ -727,6 +727,12 @@ class Sample:
         self.reward = 0.0
         self.old = self.reference = self.values = self.entropy = self.advantages = self.returns = None
 
+    @classmethod
+    def restored(cls, state: dict) -> Sample:
+        one = cls.__new__(cls)
+        vars(one).update(state)
+        return one
+
     @property
     def length(self) -> int:
         return len(self.ids) - self.start
@@ -1003,7 +1009,7 @@ class Watch:
 
 class Rollouts:
     """An endless stream for `TRAIN.fit`: the current policy answers prompts, its texts are judged, and are handed out in
-    minibatches. A rollout begins at a step's boundary and fills whole steps.
+    minibatches. A rollout begins at a step's boundary and fills whole steps. A checkpoint inside it holds its texts.
 
     Each process answers its own prompts; then all know all texts, so that advantages and minibatches do not depend on how
     many processes there are."""
@@ -1033,10 +1039,6 @@ class Rollouts:
             self.together = lambda more: TRAIN.all_sum([float(more)], run.device)[0] > 0
         else:
             self.together = INFER.alone
-
-    @property
-    def boundary(self) -> bool:
-        return not self.queue
 
     def prompt(self, number: int) -> Prompt:
         epoch, place = divmod(number, len(self.prompts))
@@ -1110,11 +1112,15 @@ class Rollouts:
         for name, value in metrics.items():
             self.sums.setdefault(name, []).append(value)
         self.drawn, self.rollout = self.drawn + self.count, self.rollout + 1
-        for lap in range(settings.num_iterations):
+        self.queue = self.minibatches()
+
+    def minibatches(self) -> list[np.ndarray]:
+        """Which texts of the rollout this process learns one after another, lap by lap."""
+        run, size, found = self.run, self.training.batch_size, []
+        for lap in range(self.settings.num_iterations):
             order = np.random.default_rng([run.seed, 5, self.rollout, lap]).permutation(len(self.samples))
-            size = self.training.batch_size
-            for first in range(run.rank * size, len(order), run.world_size * size):
-                self.queue.append(order[first : first + size])
+            found += [order[first : first + size] for first in range(run.rank * size, len(order), run.world_size * size)]
+        return found
 
     def measure(self) -> dict[str, float]:
         """What is logged of a rollout; most under TRL's names."""
@@ -1205,13 +1211,19 @@ class Rollouts:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def state_dict(self) -> dict:
-        return {"drawn": self.drawn, "rollout": self.rollout, "beta": self.beta, "watch": dict(self.watch.state), "sums": {k: list(v) for k, v in self.sums.items()}}
+        left = len(self.queue) * self.training.batch_size * self.run.world_size
+        return {"drawn": self.drawn, "rollout": self.rollout, "beta": self.beta, "watch": dict(self.watch.state), "sums": {k: list(v) for k, v in self.sums.items()},
+                "left": left, "samples": [{**vars(one), "columns": {}} for one in self.samples] if left else []}
 
     def load_state_dict(self, state: dict) -> None:
         if "drawn" not in state:
             raise UserError("--resume: the checkpoint was made with another rl.method")
         self.drawn, self.rollout, self.beta, self.watch.state = state["drawn"], state["rollout"], state["beta"], dict(state["watch"])
-        self.queue, self.sums = [], {k: list(v) for k, v in state["sums"].items()}
+        self.sums, self.samples = {k: list(v) for k, v in state["sums"].items()}, [Sample.restored(one) for one in state["samples"]]
+        if state["left"] % self.per_step:
+            raise UserError(f"--resume: the checkpoint stands inside a rollout of which {state['left']} texts are left, which do not fill whole optimizer steps of {self.per_step}")
+        batches = self.minibatches()
+        self.queue = batches[len(batches) - state["left"] // (self.training.batch_size * self.run.world_size) :]
         if self.run.rank == 0:  # what was written after the checkpoint will be written again
             TRAIN.rewind(self.out / "rollouts.jsonl", lambda record: record["rollout"] <= self.rollout)
 

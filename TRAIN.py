@@ -325,9 +325,8 @@ def fit(model: nn.Module, stream, loss_fn: Callable, training: TrainingSection, 
     loss_fn(model, batch, totals) -> (loss, metrics): a sum divided by totals[...], the counts of the whole optimizer
     step over micro-batches and processes. So 16 rows, 4 x 4 accumulated and 2 processes x 8 give one and the same
     gradient; a mean per micro-batch would weigh tokens in short batches more.
-    stream: start(run), next(), state_dict(), load_state_dict(), steps_per_epoch, optionally metrics() and
-    `boundary` (False inside a rollout). save(model, folder) writes the product; evaluate(model) -> {measure: value},
-    the first of which decides what is best. `resume` is a checkpoint folder; `overwrite` removes an earlier run from `out`
+    stream: start(run), next(), state_dict(), load_state_dict(), steps_per_epoch, optionally metrics().
+    save(model, folder) writes the product; evaluate(model) -> {measure: value}, the first of which decides what is best. `resume` is a checkpoint folder; `overwrite` removes an earlier run from `out`
     once the new one has been measured for the first time.
     """
     trainer = Trainer(model, stream, loss_fn, training, Path(out), save, evaluate, stage, mixed, accelerator, device)
@@ -361,7 +360,6 @@ class Trainer:
         self.before, self.best = {}, None
         self.since_best = 0
         self.stop_signal = 0
-        self.owed: set[str] = set()  # what is due, but the stream is inside a rollout
         self.last_saved: Path | None = None
         self.log = Log(out, self.main, accelerator)
 
@@ -520,15 +518,10 @@ class Trainer:
         training, done = self.training, self.steps == self.total_steps
         if self.steps % training.logging_steps == 0 or done:
             self._write_log()
-        for kind, every in (("validation", training.eval_steps), ("checkpoint", training.save_steps)):
-            if every and self.steps % every == 0:
-                self.owed.add(kind)
-        if not done and getattr(self.stream, "boundary", True):
-            if "validation" in self.owed:
-                self._validate()
-            if "checkpoint" in self.owed:
-                self.checkpoint()
-            self.owed.clear()
+        if training.eval_steps and self.steps % training.eval_steps == 0 and not done:
+            self._validate()
+        if training.save_steps and self.steps % training.save_steps == 0 and not done:
+            self.checkpoint()
 
     def _write_log(self) -> None:
         extra = self.stream.metrics() if hasattr(self.stream, "metrics") else {}
@@ -566,7 +559,7 @@ class Trainer:
         self.since_best = 0 if better else self.since_best + 1
         if better:
             self.best = (value, self.steps)
-            if self.training.load_best_model_at_end and getattr(self.stream, "boundary", True):  # else it is the end itself
+            if self.training.load_best_model_at_end:
                 self.checkpoint()
         self.log.write({"step": self.steps, **{f"eval_{k}": v for k, v in measures.items()}})
         self.log.tell(f"step {self.steps}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in measures.items()))
@@ -693,11 +686,8 @@ class Trainer:
             raise UserError(f"{self.out}: the disk is full at step {self.steps}; {whole}. Free some space and use --resume auto") from None
 
     def interrupt(self) -> None:
-        if getattr(self.stream, "boundary", True):
-            self.checkpoint()
-            self.log.tell(f"stopped at step {self.steps}; continue with --resume auto ({self.last_saved})")
-        else:
-            self.log.tell(f"stopped inside a rollout; --resume auto goes on from {self.last_saved or 'the beginning'}")
+        self.checkpoint()
+        self.log.tell(f"stopped at step {self.steps}; continue with --resume auto ({self.last_saved})")
         raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
 
     def finish(self) -> Result:
@@ -705,8 +695,7 @@ class Trainer:
         if self.skipped and self.skipped == self.steps:
             self._end_unsound("all steps")
         after = self._validate()
-        if getattr(self.stream, "boundary", True):
-            self.checkpoint()
+        self.checkpoint()
         if self.training.load_best_model_at_end and self.best and self.best[1] != self.steps:
             best = self.out / f"ckpt-step-{self.best[1]:06d}"
             after = self._return_to(best) if best.exists() else after
@@ -953,6 +942,10 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
             shutil.rmtree(scratch, ignore_errors=True)
         found = find_checkpoint(out, resume)
         used = [name for name in RUN_FILES if (out / name).exists()] + checkpoints(out)
+        if resume and found is None and (out / "result.json").exists():
+            raise UserError(f"--resume: {out} holds a finished run and no checkpoint to go on from; --overwrite replaces it, --out chooses another folder")
+        if resume and found is None and used:
+            say(f"{out} holds no checkpoint yet; the run begins afresh")
         if used and resume is None and not overwrite:
             raise UserError(f"output.dir: {out} holds a run; --resume auto continues it, --overwrite replaces it, --out chooses another folder")
         barrier()
@@ -1239,7 +1232,7 @@ def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | 
         if accelerator and accelerator.log_with:
             accelerator.init_trackers(name, config={k: str(v) for k, v in vars(config.training).items()})
         result = fit(stage.model, stage.stream, stage.loss, config.training, out, partial(stage.save, text, stage.tokenizer), stage.evaluate,
-                     resume=checkpoint, stage=name, mixed=mixed, accelerator=accelerator, device=device, overwrite=bool(config.actions.overwrite))
+                     resume=checkpoint, stage=name, mixed=mixed, accelerator=accelerator, device=device, overwrite=bool(config.actions.overwrite) or checkpoint is None)
         if accelerator and accelerator.log_with:
             accelerator.end_training()
         if MODEL.process_rank() == 0:

@@ -594,7 +594,7 @@ def test_an_unchanged_policy_has_ratio_one(method, temperature, top_k, model_fol
     for size in (16, 4):
         stream = rollouts(model, asked(tokenizer), tmp_path, size, method, Named(), tokenizer, temperature=temperature, top_k=top_k)
         batches = [next(stream) for _ in range(16 // size)]
-        assert stream.boundary == (method != "ppo")
+        assert bool(stream.queue) == (method == "ppo")
         found = stream.metrics()
         assert found["sampling/logp_difference_max"] < 1e-5 and abs(found["kl"]) < 1e-6
         totals = {name: sum(batch["counts"][name] for batch in batches) for name in ("tokens", "texts")} | {"micro_batches": 1}
@@ -723,7 +723,7 @@ STEPS = {"ppo": 16, "grpo": 8, "rloo": 8}
 @pytest.mark.parametrize("method, more", [*[(method, []) for method in (*RL.OFFLINE, *RL.ON_POLICY)], ("dpo", ["--lora.r", "4"]), ("ppo", ["--lora.r", "4"]),
                                           ("grpo", ["--lora.r", "4", "--rl.num_iterations", "2"]), ("ppo", ["--rl.kl_target", "0.1", "--rl.kl_horizon", "100"])])
 def test_every_method_learns_and_resumes_to_the_last_bit(method, more, world, tmp_path):
-    """A checkpoint falls on a rollout's boundary; what follows is what an undisturbed run does."""
+    """From a checkpoint, inside a rollout too, what follows is what an undisturbed run does."""
     steps = STEPS.get(method, 12)
     flags = [*flags_of(world, method), *more, "--max-steps", str(steps), "--training.save_steps", str(steps // 2 - 1), "--training.save_total_limit", "9"]
     result = RL.main([*flags, "--out", str(tmp_path / "whole")])
@@ -953,14 +953,14 @@ def test_an_explicit_file_is_read_whatever_its_name(monkeypatch):
 
 
 def test_the_best_model_of_a_run_with_rollouts_is_kept(world, tmp_path, monkeypatch):
-    """A validation that is due inside a rollout waits for its end, where there can be a checkpoint."""
-    values = iter([0.1, 0.9, 0.8, 0.7, 0.6, 0.5])
+    """Also one that is found inside a rollout."""
+    values = iter([0.1, 0.9, 0.8, 0.7, 0.6])
     monkeypatch.setattr(RL, "held_out_rewards", lambda *_: lambda model: {"reward": next(values)})
-    flags = [*flags_of(world, "ppo"), "--max-steps", "24", "--training.eval_steps", "3", "--training.load_best_model_at_end", "true", "--out", str(tmp_path / "run")]
+    flags = [*flags_of(world, "ppo"), "--max-steps", "10", "--training.eval_steps", "3", "--training.load_best_model_at_end", "true", "--out", str(tmp_path / "run")]
     RL.main(flags)
     told = [(record["step"], record["eval_reward"]) for record in log_of(tmp_path / "run") if "eval_reward" in record]
-    assert told == [(8, 0.9), (16, 0.8), (24, 0.7)]
-    best, final = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("ckpt-step-000008", "."))
+    assert told == [(3, 0.9), (6, 0.8), (9, 0.7), (10, 0.6)]
+    best, final = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("ckpt-step-000003", "."))
     assert all(torch.equal(best[name], final[name]) for name in best)
 
 

@@ -758,15 +758,11 @@ def test_defaults_follow_the_weights(tmp_path):
 
 
 class Rollouts(Ragged):
-    """Each rollout fills three steps; writes down when it is asked."""
+    """Writes down when it is asked."""
 
     def __init__(self, batch_size: int, events: list):
         super().__init__(batch_size)
         self.events = events
-
-    @property
-    def boundary(self) -> bool:
-        return self.step % 3 == 0 and not self.queue
 
     def __next__(self) -> dict:
         self.events.append("next")
@@ -802,14 +798,11 @@ def fit_pair(out: Path, model: Pair, events: list | None = None, resume=None, lo
     return TRAIN.fit(model, Rollouts(8, events), noted, training, out, lambda m, f: MODEL.save(m.policy, f), resume=resume, device=CPU)
 
 
-def test_rollouts_are_drawn_and_saved_at_their_boundaries(tmp_path):
+def test_nothing_is_drawn_ahead(tmp_path):
     events: list = []
     fit_pair(tmp_path, Pair(), events)
     assert events == ["next", "next", "loss", "loss"] * 8
-    assert checkpoint_names(tmp_path) == ["ckpt-step-000003", "ckpt-step-000006"]  # due after 2, 4 and 6
     assert [r["reward"] for r in read_log(tmp_path)] == [s / 10 for s in range(1, 9)]
-    final, last = weights(tmp_path), weights(tmp_path / "ckpt-step-000006")
-    assert not torch.equal(final["lm_head.weight"], last["lm_head.weight"])  # a horizon inside a rollout is still a model
 
 
 def test_more_than_the_product_resumes_exactly(tmp_path):
@@ -819,24 +812,10 @@ def test_more_than_the_product_resumes_exactly(tmp_path):
         resumed.extra.fill_(9.0)
     frozen = whole.policy.model.embed_tokens.weight.clone()
     fit_pair(tmp_path / "a", whole)
-    fit_pair(tmp_path / "b", resumed, resume=tmp_path / "a" / "ckpt-step-000003")
+    fit_pair(tmp_path / "b", resumed, resume=tmp_path / "a" / "ckpt-step-000004")
     same(dict(resumed.state_dict()), dict(whole.state_dict()))
     assert whole.extra != 0.5 and torch.equal(whole.policy.model.embed_tokens.weight, frozen)
-    assert losses(tmp_path / "b") == losses(tmp_path / "a")[3:]
-
-
-def test_a_stop_inside_a_rollout_names_the_last_boundary(tmp_path, capsys):
-    def stops(model, batch, totals):
-        calls.append(1)
-        if len(calls) == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-        return token_loss(model, batch, totals)
-
-    calls: list = []
-    with pytest.raises(SystemExit) as stop:
-        fit_pair(tmp_path, Pair(), loss=stops)
-    assert stop.value.code == 130 and checkpoint_names(tmp_path) == ["ckpt-step-000003"]
-    assert f"--resume auto goes on from {tmp_path / 'ckpt-step-000003'}" in capsys.readouterr().err
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")[4:]
 
 
 def test_frozen_weights_stay_and_all_frozen_is_an_error(tmp_path):
@@ -851,6 +830,20 @@ def test_frozen_weights_stay_and_all_frozen_is_an_error(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- the output folder
+
+
+def test_resume_auto_where_no_checkpoint_stands(tmp_path, text_file, capsys):
+    """What an early stop left is cleared and said; a finished run is not replaced by the way."""
+    train(tmp_path)
+    [saved] = TRAIN.checkpoints(tmp_path / "out")
+    first = losses(tmp_path / "out")
+    shutil.rmtree(saved)
+    with pytest.raises(UserError, match="holds a finished run and no checkpoint to go on from; --overwrite replaces it"):
+        train(tmp_path, "--resume", "auto")
+    (tmp_path / "out" / "result.json").unlink()
+    train(tmp_path, "--resume", "auto")
+    assert "holds no checkpoint yet; the run begins afresh" in capsys.readouterr().err
+    assert losses(tmp_path / "out") == first
 
 
 def test_a_used_folder_is_refused_or_replaced(tmp_path, text_file):
