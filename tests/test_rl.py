@@ -954,7 +954,7 @@ def test_an_explicit_file_is_read_whatever_its_name(monkeypatch):
 
 def test_the_best_model_of_a_run_with_rollouts_is_kept(world, tmp_path, monkeypatch):
     """Also one that is found inside a rollout."""
-    values = iter([0.1, 0.9, 0.8, 0.7, 0.6])
+    values = iter([0.1, 0.9, 0.8, 0.7, 0.6, 0.9])
     monkeypatch.setattr(RL, "held_out_rewards", lambda *_: lambda model: {"reward": next(values)})
     flags = [*flags_of(world, "ppo"), "--max-steps", "10", "--training.eval_steps", "3", "--training.load_best_model_at_end", "true", "--out", str(tmp_path / "run")]
     RL.main(flags)
