@@ -750,7 +750,7 @@ def classify(model, tokenizer, texts: list[str | list[dict]]) -> list[list[float
     """Probabilities of the labels for each text, or for the last answer of each conversation, in the order of `model.config.labels`;
     the bare score of a model with one output."""
     context = model.config.max_position_embeddings
-    ids = [TOKENIZER.encode_prompt(tokenizer, text) if isinstance(text, str) else TOKENIZER.last_turn(tokenizer, text)[0] for text in texts]
+    ids = [TOKENIZER.encode_prompt(tokenizer, text) if isinstance(text, str) else TOKENIZER.last_turns(tokenizer, text)[0] for text in texts]
     if longer := sum(len(own) > context for own in ids):
         say(f"{longer} text{'s' * (longer > 1)} of more than {context} tokens, the model's context: read up to there")
         ids = [tokenizer(text, truncation=True, max_length=context).input_ids if isinstance(text, str) else own[:context] for text, own in zip(texts, ids, strict=True)]

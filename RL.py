@@ -331,10 +331,14 @@ def adapted_beta(beta: float, kl: float, target: float, texts: int, horizon: int
 
 
 class Side(NamedTuple):
-    """A prompt with one text after it: ids, of which those from `start` on are the text."""
+    """A prompt with one text after it: ids, and 1 for each that is learnt. Of a text with several turns these are the assistant's."""
 
     ids: list[int]
-    start: int
+    said: list[int]
+
+    @property
+    def start(self) -> int:
+        return self.said.index(1)
 
 
 def prompt_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
@@ -349,19 +353,24 @@ def side(tokenizer, prompt: str | list[dict], said: str | list[dict], where: str
     if not tokenizer.chat_template:
         ids = TOKENIZER.encode_prompt(tokenizer, prompt)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return Side([*ids, *tokenizer(said, add_special_tokens=False).input_ids, *end], len(ids))
+        return joined(ids, [*tokenizer(said, add_special_tokens=False).input_ids, *end])
+    turns = TOKENIZER.as_messages(said, "assistant")
     try:
-        one = Side(*TOKENIZER.last_turn(tokenizer, [*TOKENIZER.as_messages(prompt), *TOKENIZER.as_messages(said, "assistant")]))
+        one = Side(*TOKENIZER.last_turns(tokenizer, [*TOKENIZER.as_messages(prompt), *turns], sum(turn["role"] == "assistant" for turn in turns)))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     served = prompt_ids(tokenizer, prompt)
-    if one.ids[: len(served)] == served or (isinstance(said, list) and len(said) > 1):
+    if one.ids[: len(served)] == served or len(turns) > 1:
         return one
     # The template opens an answer in another way than it keeps one (with a thought, say): what is served decides.
-    text = said if isinstance(said, str) else said[-1]["content"]
     opened = tokenizer.decode(served[len(os.path.commonprefix([one.ids, served])) :]).strip()
     end = TOKENIZER.end_of_turn(tokenizer)
-    return Side([*served, *tokenizer(text.removeprefix(opened), add_special_tokens=False).input_ids, *([] if end is None else [end])], len(served))
+    text = tokenizer(turns[-1]["content"].removeprefix(opened), add_special_tokens=False).input_ids
+    return joined(served, [*text, *([] if end is None else [end])])
+
+
+def joined(asked: list[int], text: list[int]) -> Side:
+    return Side([*asked, *text], [0] * len(asked) + [1] * len(text))
 
 
 class Item(NamedTuple):
@@ -435,7 +444,7 @@ def read_items(config, tokenizer, records: list[tuple[str, dict]], left: LeftOut
             raise UserError(f"{where}: single texts with a label; rl.method kto learns from those, {config.rl.method} needs chosen and rejected")
         texts = [record["chosen"], record["rejected"]] if pair else [record["completion"]]
         if not record["prompt"] or not all(texts):
-            left.add("with an empty side", where)
+            left.add("with an empty side" if not all(texts) else "without a prompt that both sides answer", where)
             continue
         sides = [side(tokenizer, record["prompt"], text, where) for text in texts]
         if any(one.start >= length for one in sides):
@@ -443,7 +452,7 @@ def read_items(config, tokenizer, records: list[tuple[str, dict]], left: LeftOut
             continue
         if any(len(one.ids) > length for one in sides):
             left.counts["cut"] += 1
-        sides = [Side(one.ids[:length], one.start) for one in sides]
+        sides = [Side(one.ids[:length], one.said[:length]) for one in sides]
         same = pair and sides[0].ids == sides[1].ids
         if config.rl.method == "reward":
             sides = [whole(one) for one in sides]
@@ -458,14 +467,14 @@ def read_items(config, tokenizer, records: list[tuple[str, dict]], left: LeftOut
 
 def whole(one: Side) -> Side:
     """A row's last id is a target alone; where a reward is read off the last token, another one has to follow it."""
-    return Side([*one.ids, one.ids[-1]], one.start)
+    return Side([*one.ids, one.ids[-1]], [*one.said, 1])
 
 
 def examples(items: list[Item]) -> TOKENIZER.Examples:
     """Item after item, the sides of each beside each other; a text's tokens are the targets."""
     sides = [one for item in items for one in item.sides]
     sizes = np.array([len(one.ids) for one in sides], np.int64)
-    weights = np.concatenate([np.arange(len(one.ids)) >= one.start for one in sides]).astype(np.float32)
+    weights = np.concatenate([one.said for one in sides]).astype(np.float32)
     return TOKENIZER.Examples(np.concatenate([np.array(one.ids, np.int64) for one in sides]), weights, np.cumsum(sizes) - sizes, sizes - 1, len(items[0].sides))
 
 
@@ -477,7 +486,8 @@ def mismatched(items: list[Item], seed: int, length: int) -> list[Item]:
         others = (items[circle[(place + k) % len(items)]] for k in range(1, len(items)))
         other = next((one for one in others if one.prompt != items[i].prompt), items[i])
         (own,), (text,) = items[i].sides, other.sides
-        found[i] = items[i]._replace(sides=[Side([*own.ids[: own.start], *text.ids[text.start :]][:length], own.start)])
+        ids, said = [*own.ids[: own.start], *text.ids[text.start :]], [*own.said[: own.start], *text.said[text.start :]]
+        found[i] = items[i]._replace(sides=[Side(ids[:length], said[:length])])
     return found
 
 
@@ -747,15 +757,16 @@ class Prompt(NamedTuple):
     columns: dict
 
 
-def column(sample: Sample, name: str, function: str) -> str:
-    if sample.columns.get(name) is None:
-        raise UserError(f"{sample.where}: {function} needs the key '{name}'; name it in rl.columns, as in {{{name}: my_column}}")
-    return str(sample.columns[name])
-
-
 def expected_answer(sample: Sample, function: str, marker: str = "####") -> str:
     """What the record's `answer` ends with: all of it, or what follows the last marker (GSM8K's layout)."""
-    return without_commas(column(sample, "answer", function).rpartition(marker)[2].strip())
+    answer = sample.columns.get("answer")
+    if answer is None:
+        raise UserError(f"{sample.where}: {function} needs the key 'answer'; name it in rl.columns, as in {{answer: my_column}}")
+    if isinstance(answer, (list, dict)):
+        raise UserError(f"{sample.where}: answer is a {type(answer).__name__}, {function} needs a text or a number")
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)  # a table's whole numbers may come as 9.0
+    return without_commas(str(answer).rpartition(marker)[2].strip())
 
 
 def without_commas(text: str) -> str:

@@ -332,14 +332,16 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None,
     return list(out["input_ids"]), mask
 
 
-def last_turn(tokenizer, messages: list[dict], tools: list | None = None) -> tuple[list[int], int]:
-    """(ids of a conversation up to the end of what the assistant says last, where that begins): what a generation would have
-    left, so without the line break that many templates put after a turn."""
+def last_turns(tokenizer, messages: list[dict], count: int = 1, tools: list | None = None) -> tuple[list[int], list[int]]:
+    """A conversation up to the end of what the assistant says last -> (ids, mask of the last `count` assistant turns): what a
+    generation would have left, so without the line break that many templates put after a turn."""
     ids, mask = render_chat(tokenizer, messages, tools)
-    if 1 not in mask:
+    starts = [i for i, on in enumerate(mask) if on and not (i and mask[i - 1])]
+    if not starts:
         raise UserError("the chat template shows nothing of what the assistant says")
     end = len(mask) - mask[::-1].index(1)
-    return ids[:end], max((i + 1 for i in range(end) if not mask[i]), default=0)
+    first = starts[-min(count, len(starts))]
+    return ids[:end], [int(on and i >= first) for i, on in enumerate(mask[:end])]
 
 
 def _common(a: str, b: str) -> int:
@@ -750,27 +752,23 @@ def read_preferences(paths: list[Path], columns: dict | None = None, system: str
 
 
 def preference(record: dict, where: str, system: str | None = None) -> dict:
-    """One record in TRL's layouts, the prompt under any usual name, or implicit: what `chosen` and `rejected` begin with alike.
+    """One record in TRL's layouts. The prompt has any usual name, or is what both sides begin with; sides that repeat it lose it.
 
     {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: No"} -> prompt: the user says Hi
     """
     if not isinstance(record, dict):
         raise UserError(f"{where}: an object is expected, not {type(record).__name__}")
-    pair = record.get("chosen") is not None and record.get("rejected") is not None
-    if not pair and not (record.get("completion") is not None and "label" in record):
+    single = "completion" in record and "label" in record and record.get("chosen") is None
+    if not single and not ("chosen" in record and "rejected" in record):
         raise UserError(f"{where}: keys {', '.join(map(str, list(record)[:6])) or 'none'} are neither prompt + chosen + rejected nor prompt + completion + label; "
                         "name yours in rl.columns, as in {chosen: my_column, rejected: another}")
-    sides = {key: _side(record[key], "assistant", f"{where}: {key}") for key in (("chosen", "rejected") if pair else ("completion",))}
-    prompt = _prompt_of(record, where)
-    if prompt is None:
-        if not pair:
-            raise UserError(f"{where}: no prompt; name it in rl.columns, as in {{prompt: my_column}}")
-        prompt, sides = _implicit_prompt(sides, where)
+    sides = {key: _side(record[key], "assistant", f"{where}: {key}") for key in (("completion",) if single else ("chosen", "rejected"))}
+    prompt, sides = _apart(_prompt_of(record, where), sides, where)
     prompt = _with_system(prompt, record.get("system") or system)
     if isinstance(prompt, list) or any(isinstance(side, list) for side in sides.values()):
-        prompt, sides = as_messages(prompt), {key: as_messages(side, "assistant") if side else "" for key, side in sides.items()}
-    if pair:
-        margin = record.get("margin", 0.0)
+        prompt, sides = as_messages(prompt) if prompt else "", {key: as_messages(side, "assistant") if side else "" for key, side in sides.items()}
+    if not single:
+        margin = 0.0 if record.get("margin") is None else record["margin"]
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
             raise UserError(f"{where}: margin {margin!r} must be a number")
         return {"prompt": prompt, **sides, "margin": float(margin)}
@@ -787,37 +785,51 @@ def read_prompts(paths: list[Path], columns: dict | None = None, system: str | N
         for where, record in read_records(path):
             record = _renamed(record, columns, where, "rl.columns")
             prompt = _prompt_of(record, where) if isinstance(record, dict) else None
-            rest = {key: value for key, value in record.items() if key not in ("prompt", "messages")} if prompt is not None else {}
-            if prompt is None and isinstance(record, dict) and record.get("messages"):
-                prompt = _side(record["messages"], "user", f"{where}: messages")
-                rest = {key: value for key, value in record.items() if key != "messages"}
-                if prompt and prompt[-1]["role"] == "assistant":
-                    rest["completion"], prompt = prompt[-1]["content"], prompt[:-1]
             if prompt is None:
                 keys = ", ".join(map(str, list(record)[:6])) if isinstance(record, dict) else type(record).__name__
                 raise UserError(f"{where}: no prompt among {keys or 'no keys'}; name it in rl.columns, as in {{prompt: my_column}}")
+            rest = {key: value for key, value in record.items() if key not in ("prompt", *TALK_KEYS)}
+            if record.get("prompt") is None and isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+                rest["completion"], prompt = prompt[-1]["content"], prompt[:-1]
+            _check_asks(prompt, where)
             yield where, {**rest, "prompt": _with_system(prompt, record.get("system") or system)}
 
 
+HH_TURN = re.compile(r"\n\n(Human|Assistant):\s*")
+TALK_KEYS = ("messages", "conversations")
+
+
 def _side(said, role: str, where: str) -> str | list[dict]:
-    """A text, or a conversation as messages; "" where nothing is said."""
+    """What is asked (role user) or answered (assistant): a text, or messages; "" where nothing is said."""
     if isinstance(said, str):
-        return said if said.strip() else ""
-    if isinstance(said, dict):
-        said = [said]
+        parts = HH_TURN.split(said)
+        if len(parts) < 3 or parts[0].strip():
+            return said if said.strip() else ""
+        said = [{"role": name, "content": text.strip()} for name, text in zip(parts[1::2], parts[2::2], strict=True)]
+        if role == "user" and said[-1] == {"role": "Assistant", "content": ""}:
+            said.pop()  # the prompt's last words open the answer
+    said = [said] if isinstance(said, dict) else [] if said is None else said
     if not isinstance(said, list):
         raise UserError(f"{where}: text or a list of messages is expected, not {type(said).__name__}")
     if not said or not (isinstance(said[-1], dict) and (said[-1].get("content", said[-1].get("value")) or said[-1].get("tool_calls"))):
         return ""
-    return [_message(turn, f"{where}: message {i}") for i, turn in enumerate(said, 1)]
+    turns = [_message(turn, f"{where}: message {i}") for i, turn in enumerate(said, 1)]
+    if role == "assistant" and turns[-1]["role"] != "assistant":
+        raise UserError(f"{where}: ends with what the {turns[-1]['role']} says; it has to end with what the assistant says")
+    return turns
 
 
 def _prompt_of(record: dict, where: str) -> str | list[dict] | None:
-    for key in ("prompt", "instruction", "question"):
+    for key in ("prompt", "instruction", "question", *TALK_KEYS):
         if record.get(key) is not None:
             prompt = _side(record[key], "user", f"{where}: {key}")
             return f"{prompt}\n\n{record['input']}" if key == "instruction" and record.get("input") else prompt
     return None
+
+
+def _check_asks(prompt: str | list[dict], where: str) -> None:
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise UserError(f"{where}: the prompt ends with what the assistant says, so nothing is left to answer")
 
 
 def _with_system(prompt: str | list[dict], system: str | None) -> str | list[dict]:
@@ -826,29 +838,40 @@ def _with_system(prompt: str | list[dict], system: str | None) -> str | list[dic
     return [{"role": "system", "content": system}, *as_messages(prompt)]
 
 
-HH_TURN = re.compile(r"\n\n(Human|Assistant):\s*")
+def _apart(prompt: str | list[dict] | None, sides: dict, where: str) -> tuple[str | list[dict], dict]:
+    """Prompt and answers, where sides are whole conversations too; the prompt is "" where they answer different ones."""
+    whole = [isinstance(said, list) and said[0]["role"] != "assistant" for said in sides.values() if said]
+    if prompt is not None and not any(whole):
+        _check_asks(prompt, where)
+        return prompt, sides
+    if any(whole) and not all(whole):
+        raise UserError(f"{where}: one side is a whole conversation, the other only an answer")
+    if not any(whole) and len(sides) == 1:
+        raise UserError(f"{where}: no prompt; name it in rl.columns, as in {{prompt: my_column}}")
+    common, sides = _common_prompt(sides, where)
+    asked = as_messages(prompt) if prompt else []
+    told, begun = ([(turn["role"], turn["content"].strip()) for turn in turns if turn["role"] != "system"] for turns in (asked, as_messages(common)))
+    if common and told != begun[: len(told)]:
+        raise UserError(f"{where}: the prompt says {told[0][1][:60]!r}, but the conversations begin with {begun[0][1][:60]!r}; leave the prompt out, or let them agree")
+    return _with_system(common, next((turn["content"] for turn in asked if turn["role"] == "system"), None)), sides
 
 
-def _implicit_prompt(sides: dict, where: str) -> tuple[str | list[dict], dict]:
-    """What both sides begin with, up to their last difference; "Human:" and "Assistant:" texts become messages."""
-    for key, said in sides.items():
-        parts = HH_TURN.split(said) if isinstance(said, str) else []
-        if len(parts) > 2 and not parts[0].strip():
-            turns = zip(parts[1::2], parts[2::2], strict=True)
-            sides[key] = [{"role": ROLES[role.lower()], "content": text.strip()} for role, text in turns]
-    chosen, rejected = sides["chosen"], sides["rejected"]
-    if not chosen or not rejected or type(chosen) is not type(rejected):
+def _common_prompt(sides: dict, where: str) -> tuple[str | list[dict], dict]:
+    """What all sides begin with, up to their last difference."""
+    said = list(sides.values())
+    first, last = said[0], said[-1]
+    if not first or not last or type(first) is not type(last):
         return "", sides
-    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
-    if isinstance(chosen, list):
-        same = min(same, len(chosen) - 1, len(rejected) - 1)  # the last turn is the answer, even where both give the same
-        if any(turn["role"] != "assistant" for side in (chosen, rejected) for turn in side[same:][:1]):
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    if isinstance(first, list):
+        same = min(same, len(first) - 1, len(last) - 1)  # the last turn is the answer, even where both give the same
+        if any(turn["role"] != "assistant" for one in said for turn in one[same:][:1]):
             return "", sides  # they answer different questions
     else:
-        same = max(chosen.rfind(" ", 0, same + 1), chosen.rfind("\n", 0, same + 1)) + 1  # whole words
-        if not chosen[:same].strip():
+        same = max(first.rfind(" ", 0, same + 1), first.rfind("\n", 0, same + 1)) + 1  # whole words
+        if not first[:same].strip():
             raise UserError(f"{where}: no prompt, and chosen and rejected have no common beginning; name it in rl.columns, as in {{prompt: my_column}}")
-    return chosen[:same], {"chosen": chosen[same:], "rejected": rejected[same:]}
+    return first[:same], {key: one[same:] for key, one in sides.items()}
 
 
 # ------------------------------------------------------------------------------------- cleaning and splitting

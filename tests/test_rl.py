@@ -216,6 +216,7 @@ def test_beta_adapts_by_at_most_a_fifth():
 
 ASKED = [{"role": "user", "content": "What is red?"}]
 FOX, OWL = [{"role": "assistant", "content": "The fox."}], [{"role": "assistant", "content": "The owl."}]
+SYSTEM = [{"role": "system", "content": "Be brief."}]
 PAIRS = {
     "texts": ({"prompt": "What is red?", "chosen": "The fox.", "rejected": "The owl."}, "What is red?", "The fox.", "The owl."),
     "alpaca": ({"instruction": "Name it.", "input": "red", "chosen": "The fox.", "rejected": "The owl."}, "Name it.\n\nred", "The fox.", "The owl."),
@@ -226,6 +227,15 @@ PAIRS = {
     "a system": ({"system": "Be brief.", "prompt": "What is red?", "chosen": "The fox.", "rejected": "The owl."},
                  [{"role": "system", "content": "Be brief."}, *ASKED], FOX, OWL),
     "hh": ({"chosen": "\n\nHuman: What is red?\n\nAssistant: The fox.", "rejected": "\n\nHuman: What is red?\n\nAssistant: The owl."}, ASKED, FOX, OWL),
+    "the prompt again": ({"prompt": "What is red?", "chosen": ASKED + FOX, "rejected": ASKED + OWL}, ASKED, FOX, OWL),
+    "a system of its own": ({"prompt": "What is red?", "chosen": SYSTEM + ASKED + FOX, "rejected": SYSTEM + ASKED + OWL}, SYSTEM + ASKED, FOX, OWL),
+    "the prompt's system": ({"prompt": SYSTEM + ASKED, "chosen": ASKED + FOX, "rejected": ASKED + OWL}, SYSTEM + ASKED, FOX, OWL),
+    "several turns": ({"prompt": "What is red?", "chosen": ASKED + FOX + ASKED + FOX, "rejected": ASKED + FOX + ASKED + OWL}, ASKED + FOX + ASKED, FOX, OWL),
+    "parted early": ({"chosen": ASKED + FOX + ASKED + FOX, "rejected": ASKED + OWL + ASKED + OWL}, ASKED, FOX + ASKED + FOX, OWL + ASKED + OWL),
+    "shared": ({"conversations": [{"from": "human", "value": "What is red?"}], "chosen": {"from": "gpt", "value": "The fox."}, "rejected": {"from": "gpt", "value": "The owl."}}, ASKED, FOX, OWL),
+    "hh with a prompt": ({"prompt": "\n\nHuman: What is red?\n\nAssistant:", "chosen": "The fox.", "rejected": "The owl."}, ASKED, FOX, OWL),
+    "two questions": ({"chosen": ASKED + FOX, "rejected": [{"role": "user", "content": "Who?"}, *OWL]}, "", ASKED + FOX, [{"role": "user", "content": "Who?"}, *OWL]),
+    "null": ({"prompt": "What is red?", "chosen": "The fox.", "rejected": None, "margin": None}, "What is red?", "The fox.", ""),
     "common words": ({"chosen": "What is red? The fox.", "rejected": "What is red? The owl."}, "What is red? The ", "fox.", "owl."),
 }
 
@@ -239,6 +249,7 @@ def test_every_layout_of_a_pair_is_read(name):
 def test_single_texts_and_prompts_are_read(tmp_path):
     single = {"prompt": "What is red?", "completion": "The fox.", "label": 1}
     assert TOKENIZER.preference(single, "here") == {"prompt": "What is red?", "completion": "The fox.", "label": True}
+    assert TOKENIZER.preference({"prompt": "What is red?", "completion": SYSTEM + ASKED + FOX, "label": "false"}, "here") == {"prompt": SYSTEM + ASKED, "completion": FOX, "label": False}
     path = write(tmp_path / "prompts.jsonl", [{"messages": ASKED + FOX, "answer": "fox"}, {"question": "Why?", "answer": "so #### 4"}, {"prompt": "Go on", "n": 3}])
     found = [record for _, record in TOKENIZER.read_prompts([path])]
     assert found == [{"answer": "fox", "completion": "The fox.", "prompt": ASKED}, {"question": "Why?", "answer": "so #### 4", "prompt": "Why?"}, {"n": 3, "prompt": "Go on"}]
@@ -251,6 +262,10 @@ BAD_PAIRS = {
     "no prompt": ({"chosen": "yes", "rejected": "no"}, "no common beginning"),
     "label": ({"prompt": "a", "completion": "b", "label": "good"}, "label 'good' must be true"),
     "margin": ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}, "margin 'big' must be a number"),
+    "contradiction": ({"prompt": "Why?", "chosen": ASKED + FOX, "rejected": ASKED + OWL}, "the prompt says 'Why.', but the conversations begin with 'What is red.'"),
+    "half": ({"prompt": "What is red?", "chosen": ASKED + FOX, "rejected": "The owl."}, "one side is a whole conversation, the other only an answer"),
+    "a question last": ({"prompt": "a", "chosen": ASKED, "rejected": FOX}, "chosen: ends with what the user says"),
+    "answered": ({"prompt": ASKED + FOX, "chosen": FOX, "rejected": OWL}, "the prompt ends with what the assistant says"),
     "kind": ({"prompt": "a", "chosen": 3, "rejected": "c"}, "chosen: text or a list of messages"),
 }
 
@@ -283,6 +298,26 @@ def test_what_is_compared_is_what_is_served(chat, prompt, said):
     assert one.ids[: one.start] == RL.prompt_ids(chat, prompt)
     text = said if isinstance(said, str) else said[0]["content"]
     assert chat.decode(one.ids[one.start :]) == text + "<|im_end|>" and one.ids[-1] == TOKENIZER.end_of_turn(chat)
+
+
+def test_of_several_turns_the_assistants_are_learnt(chat):
+    one = RL.side(chat, ASKED, FOX + ASKED + OWL, "here")
+    said = "".join(chat.decode([i]) if on else "~" for i, on in zip(one.ids, one.said, strict=True))
+    assert [part for part in said.split("~") if part] == ["The fox.<|im_end|>", "The owl.<|im_end|>"]
+    assert one.ids[: one.start] == RL.prompt_ids(chat, ASKED)
+    [other] = RL.mismatched([RL.Item("a", [one], ASKED), RL.Item("b", [RL.side(chat, "Who?", "An owl.", "")], "Who?")], 0, 128)[1].sides
+    assert sum(other.said) == sum(one.said) and other.ids[other.start :] == one.ids[one.start :]
+    own = RL.examples([RL.Item("a", [one], ASKED)])
+    assert own.weights.tolist() == one.said
+
+
+def test_answers_are_numbers_too():
+    def judged(answer):
+        return RL.exact_answer(RL.Sample(RL.Prompt("here:3", "?", [0], {"answer": answer}), 0, [1], "stop", "It is 9.", None))
+
+    assert [judged(answer) for answer in (9, 9.0, "9", "so #### 9", 8)] == [1, 1, 1, 1, 0]
+    with pytest.raises(UserError, match="here:3: answer is a list, exact_answer needs a text or a number"):
+        judged(["9"])
 
 
 def test_without_a_template_texts_stand_end_to_end(tokenizer):
