@@ -12,10 +12,12 @@ stream and one loss, reward functions, rollouts as another stream and loss, and 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -390,7 +392,7 @@ def read_groups(config, key: str, read: Callable) -> Iterator[tuple[str, dict]]:
         yield from read(group, columns=config.rl.columns, system=config.rl.system)
 
 
-def split(config, read: Callable) -> tuple[list, list]:
+def split(config, read: Callable, left: LeftOut) -> tuple[list, list]:
     """(file:line, record) to train on and held out, each record once."""
     data, seen = config.data, set()
 
@@ -398,9 +400,13 @@ def split(config, read: Callable) -> tuple[list, list]:
         found = []
         for where, record in read_groups(config, key, read):
             text = json.dumps(record, sort_keys=True)
-            if not (data.deduplicate and text in seen):
+            if data.deduplicate and text in seen:
+                left.add("that stand twice", where)
+            else:
                 found.append((where, record))
             seen.add(text)
+        if not found:
+            raise UserError(f"{key}: no record in {' '.join(data.train) if key == 'data.train' else data.validation}{left.text()}")
         return found
 
     SFT.say_unused(data)
@@ -840,27 +846,30 @@ def own_function(name: str) -> Callable[[list[Sample]], list]:
         keys = {key: None for sample in samples for key in sample.columns}
         columns = {key: [sample.columns.get(key) for sample in samples] for key in keys}
         completions = [TOKENIZER.as_messages(one.text, "assistant") if isinstance(one.asked, list) else one.text for one in samples]
-        return function(prompts=[one.asked for one in samples], completions=completions, completion_ids=[one.ids[one.start :] for one in samples], **columns)
+        given = function(prompts=[one.asked for one in samples], completions=completions, completion_ids=[one.ids[one.start :] for one in samples], **columns)
+        return asyncio.run(given) if inspect.iscoroutine(given) else given
 
     return judge
 
 
+def second_model(name: str, key: str, **options) -> tuple:
+    """(model, tokenizer) of a folder, of an adapter with its base, that stays as it is beside the one that is trained."""
+    folder = MODEL.resolve_folder(name, key)
+    if not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+        raise UserError(f"{key}: {name} holds no model")
+    base = MODEL.adapter_config(folder).base_model_name_or_path if (folder / "adapter_config.json").exists() else None
+    model = MODEL.load(base or name, adapter=name if base else None, **options)
+    return model.requires_grad_(False), TOKENIZER.load(TOKENIZER.folder_of(name, base) if base else name)
+
+
 def reward_model(name: str, tokenizer, device) -> Callable[[list[Sample]], list[float]]:
     """A folder's reward model: the score after a text's last token."""
-    folder = MODEL.resolve_folder(name, "rl.reward_funcs")
-    if not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
-        raise UserError(f"rl.reward_funcs: {name} holds no model")
-    if (folder / "adapter_config.json").exists():
-        base = MODEL.adapter_config(folder).base_model_name_or_path
-        model, own = MODEL.load(base, adapter=name, device=device), TOKENIZER.load(TOKENIZER.folder_of(name, base))
-    else:
-        model, own = MODEL.load(name, device=device), TOKENIZER.load(name)
+    model, own = second_model(name, "rl.reward_funcs", device=device)
     if "score" not in model.heads or model.config.num_labels != 1:
         raise UserError(f"rl.reward_funcs: {name} gives no single score; train a reward model with --rl.method reward")
     if own.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"rl.reward_funcs: {name} was made with another tokenizer ({len(own):,} tokens, the policy's has {len(tokenizer):,}); "
                         "it has to read the policy's own ids: train it from the same model")
-    model.requires_grad_(False)
 
     @torch.no_grad()
     def judge(samples: list[Sample]) -> list[float]:
@@ -936,6 +945,8 @@ class Judges:
                     raise UserError(f"{sample.where}: {name} gave {value!r} for the text {sample.text[:80]!r}; a finite number is needed")
                 sample.rewards.append(None if value is None else float(value))
         for sample in samples:
+            if all(value is None for value in sample.rewards):
+                raise UserError(f"{sample.where}: none of rl.reward_funcs ({', '.join(self.names)}) judged the text {sample.text[:80]!r}")
             sample.reward = math.fsum(weight * value for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None)
 
     @staticmethod
@@ -1367,17 +1378,15 @@ def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
     name = config.rl.ref_model
     if not name:
         return None
-    MODEL.resolve_folder(name, "rl.ref_model")
-    own = TOKENIZER.load(name)
+    model, own = second_model(name, "rl.ref_model", dtype="float32", device=device, attn_implementation=config.model.attn_implementation)
     missing = set(tokenizer.get_vocab().items()) - set(own.get_vocab().items())
     if missing:
         raise UserError(f"rl.ref_model: {name} does not fit the policy: its tokenizer lacks {len(missing):,} of the policy's {len(tokenizer):,} tokens")
-    model = MODEL.load(name, "float32", device, config.model.attn_implementation)
     if "lm" not in model.heads or not model.config.causal:
         raise UserError(f"rl.ref_model: {name} does not fit the policy: it gives words no probability")
     if model.config.max_position_embeddings < config.training.max_length:
         raise UserError(f"rl.ref_model: {name} reads {model.config.max_position_embeddings} tokens, training.max_length is {config.training.max_length}")
-    return model.requires_grad_(False)
+    return model
 
 
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
@@ -1392,7 +1401,8 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     TRAIN.fit_length(config, MODEL.context_length(name, MODEL.overrides(config.model)))
     tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
     read = TOKENIZER.read_prompts if settings.method in ON_POLICY else TOKENIZER.read_preferences
-    records, held = split(config, read)
+    left = LeftOut()
+    records, held = split(config, read, left)
     make_chat(tokenizer, records + held)
     judges = Judges(settings, tokenizer, device) if settings.method in ON_POLICY else None
     asked = training.learning_rate, training.optim
@@ -1414,11 +1424,11 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     still(model)
     frozen = frozen_model(config, tokenizer, device)
     build = rollout_stage if settings.method in ON_POLICY else pair_stage
-    return build(config, model, tokenizer, records, held, frozen, judges)
+    return build(config, model, tokenizer, records, held, left, frozen, judges)
 
 
-def pair_stage(config, model, tokenizer, records, held, frozen, _) -> TRAIN.Stage:
-    settings, left = config.rl, LeftOut()
+def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAIN.Stage:
+    settings = config.rl
     items, kept = (read_items(config, tokenizer, own, left) for own in (records, held))
     if len(items) < (2 if settings.method == "kto" else 1):
         raise UserError(f"data.train: no {'texts are' if settings.method == 'kto' else 'pair is'} left to train on{left.text()}")
@@ -1452,8 +1462,8 @@ def with_answers(evaluate: Callable | None, prompts: list, tokenizer, config) ->
     return evaluate_and_show
 
 
-def rollout_stage(config, model, tokenizer, records, held, frozen, judges) -> TRAIN.Stage:
-    settings, left, out = config.rl, LeftOut(), Path(config.output.dir)
+def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges) -> TRAIN.Stage:
+    settings, out = config.rl, Path(config.output.dir)
     room = config.training.max_length - settings.max_completion_length
     if room < 1:
         raise UserError(f"rl.max_completion_length: {settings.max_completion_length} leaves no room for a prompt in training.max_length {config.training.max_length}")
@@ -1498,7 +1508,7 @@ def main(argv: list[str] | None = None) -> TRAIN.Result:
         config.data.train = [f"{name}.jsonl"]
         config.data.validation = f"{name}_test.jsonl" if config.data.validation == "hash" else config.data.validation
     model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
-    show = f"python INFER.py {model} --jsonl < conversations.jsonl    # the reward of each {{{{\"messages\": [...]}}}}" if config.rl.method == "reward" else f'echo "..." | python INFER.py {model}'
+    show = f"python INFER.py {model} --jsonl < conversations.jsonl    # the reward of each {{{{\"messages\": [...]}}}}, or {{{{\"text\": ...}}}} without a chat template" if config.rl.method == "reward" else f'echo "..." | python INFER.py {model}'
     return TRAIN.run_stage("rl", config, prepare, show)
 
 

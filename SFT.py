@@ -489,6 +489,8 @@ def finish_model(config, model: MODEL.LanguageModel, rate: float | None, optim: 
 def need_model(config) -> None:
     if not config.model.name:
         raise UserError("model.preset: fine-tuning starts from a trained model; name one with --model, or make one with TRAIN.py")
+    if config.training.objective == "mlm":
+        raise UserError("training.objective: mlm belongs to pretraining; leave it out")
     folder = MODEL.resolve_folder(config.model.name)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise UserError(f"model.name: {folder} holds an adapter; name its base with --model, and go on from it with --adapter {folder}")

@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -272,9 +273,13 @@ def start_processes(training: TrainingSection, device_name: str, out: Path):
         log_with = None if training.report_to == "none" else training.report_to
         # Left to itself, accelerate joins CPU processes without wrapping the model: each would learn alone.
         cpu = MODEL.choose_device(device_name).type == "cpu" or None
-        accelerator = Accelerator(mixed_precision="no", cpu=cpu, log_with=log_with, project_dir=out)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a tracker that is missing, which is said below
+            accelerator = Accelerator(mixed_precision="no", cpu=cpu, log_with=log_with, project_dir=out)
     except (ImportError, ValueError) as error:
         raise UserError(f"training.report_to: {training.report_to} cannot be used ({error})") from None
+    if log_with and not accelerator.log_with:
+        raise UserError(f"training.report_to: {log_with} needs `pip install {log_with}`")
     if device_name not in ("auto", "cpu") and not several:
         return accelerator, MODEL.choose_device(device_name)
     return accelerator, accelerator.device
@@ -334,6 +339,8 @@ def fit(model: nn.Module, stream, loss_fn: Callable, training: TrainingSection, 
         trainer.start(resume)
         if overwrite:
             clear_run(trainer.out)
+        if not trainer.steps:
+            trainer.log_measures(trainer.before)
         while not trainer.finished():
             trainer.step()
             trainer.after_step()
@@ -555,15 +562,21 @@ class Trainer:
         if not measures:
             return measures
         name, value = next(iter(measures.items()))
-        better = self.best is None or (value < self.best[0] if lower_is_better(name) else value > self.best[0])
+        # Among models that are equally good by the first measure (all pairs in order, say), the loss decides.
+        good = (-value if lower_is_better(name) else round(value, 6), -measures.get("loss", 0.0))
+        better = self.best is None or good > self.best[0]
         self.since_best = 0 if better else self.since_best + 1
         if better:
-            self.best = (value, self.steps)
+            self.best = (good, self.steps)
             if self.training.load_best_model_at_end:
                 self.checkpoint()
-        self.log.write({"step": self.steps, **{f"eval_{k}": v for k, v in measures.items()}})
+        self.log_measures(measures)
         self.log.tell(f"step {self.steps}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in measures.items()))
         return measures
+
+    def log_measures(self, measures: dict) -> None:
+        if measures:
+            self.log.write({"step": self.steps, **{f"eval_{k}": v for k, v in measures.items()}})
 
     # -- checkpoints
 

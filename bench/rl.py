@@ -251,7 +251,7 @@ def ours_beside(method: str, options) -> tuple[float, list[float], list[str]]:
     with contextlib.redirect_stderr(io.StringIO()):
         RL.main(["--config", str(ROOT / "config.yaml"), "--model", options.model, "--out", str(out), "--overwrite", "--rl.method", method, *PLAIN])
     RL.Pairs.finish = finish
-    losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()[:STEPS]]
+    losses = [record["loss"] for record in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in record]
     return json.loads((out / "result.json").read_text())["seconds"], losses, order
 
 

@@ -86,7 +86,7 @@ def ours(folder: str, talks, half: bool, packing: bool) -> tuple[float, list[flo
     TRAIN.Log.show = TRAIN.Log.plot = TRAIN.Trainer.checkpoint = lambda *_: None
     with tempfile.TemporaryDirectory() as out:
         result = TRAIN.fit(model, stream, TRAIN.token_loss, training, out, lambda model, folder: None, mixed=mixed, device=torch.device(DEVICE))
-        return result.seconds, [json.loads(line)["loss"] for line in Path(out, "log.jsonl").read_text().splitlines()]
+        return result.seconds, [record["loss"] for record in map(json.loads, Path(out, "log.jsonl").read_text().splitlines()) if "loss" in record]
 
 
 def peer(folder: str):

@@ -498,6 +498,8 @@ def fails(completions, **kwargs):
     return [len(c) if "x" not in c else 1 / 0 for c in completions]
 def short(completions, **kwargs):
     return [1.0]
+async def later(completions, **kwargs):
+    return [len(c) for c in completions]
 '''
 
 
@@ -514,6 +516,14 @@ def test_own_functions_are_called_as_trl_calls_them(tmp_path):
     talk = RL.Sample(RL.Prompt("file:7", ASKED, [1], {"worth": 1}), 0, [3], "stop", "abc", None)
     judges(tmp_path, "letters")([talk])
     assert talk.reward == 3
+
+
+def test_an_async_function_is_awaited_and_someone_has_to_judge(tmp_path):
+    both = [sample("abc", worth=2), sample("xy", worth=3)]
+    judges(tmp_path, "later")(both)
+    assert [one.reward for one in both] == [3, 2]
+    with pytest.raises(UserError, match="file:7: none of rl.reward_funcs .sometimes. judged the text 'xy'"):
+        judges(tmp_path, "sometimes")(both)
 
 
 @pytest.mark.parametrize("name, message", [("nan", "file:9: .*nan gave nan for the text 'xy'"), ("fails", "fails failed on file:9, text 'xy' .ZeroDivisionError.*own.py:11"),
@@ -837,6 +847,22 @@ def test_another_reference_can_be_named(world, tmp_path):
     assert abs(first["loss"] - math.log(2)) > 1e-3 and next(record for record in log_of(tmp_path / "grpo") if "kl" in record)["kl"] > 1e-3
 
 
+def test_an_adapter_can_be_the_reference(world, tmp_path):
+    RL.main([*flags_of(world, "dpo"), "--lora.r", "2", "--max-steps", "2", "--out", str(tmp_path / "adapter")])
+    RL.main([*flags_of(world, "dpo"), "--max-steps", "1", "--rl.ref_model", str(tmp_path / "adapter"), "--out", str(tmp_path / "run")])
+    first = next(record for record in log_of(tmp_path / "run") if "loss" in record)
+    assert first["loss"] != pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_among_equally_good_models_the_loss_decides(world, tmp_path, monkeypatch):
+    values = iter([(0.5, 3.0), (1.0, 2.0), (1.00000001, 1.0), (1.0, 1.5), (1.0, 1.6), (1.0, 1.0)])
+    monkeypatch.setattr(RL, "held_out_pairs", lambda *_: lambda model: dict(zip(("accuracy", "loss"), next(values), strict=True)))
+    flags = [*flags_of(world, "reward"), "--max-steps", "8", "--training.eval_steps", "2", "--training.load_best_model_at_end", "true", "--out", str(tmp_path / "run")]
+    RL.main(flags)
+    best, final = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("ckpt-step-000004", "."))
+    assert all(torch.equal(best[name], final[name]) for name in best)
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -853,6 +879,14 @@ def test_what_cannot_be_compared_is_left_out_and_named(world, tmp_path, capsys):
         assert f"left out 1 {why} (the first: {data}:{line})" in said
     with pytest.raises(UserError, match="no pair is left to train on; left out 1 whose two sides are the same"):
         RL.main([*flags, "--data", str(write(tmp_path / "bad.jsonl", bad)), "--out", str(tmp_path / "none")])
+    twice = write(tmp_path / "twice.jsonl", good + good[:2] + [{"chosen": [*ASKED, *FOX], "rejected": [{"role": "user", "content": "Who?"}, *OWL]}])
+    RL.main([*flags, "--data", str(twice), "--out", str(tmp_path / "twice")])
+    said = capsys.readouterr().err
+    assert f"left out 2 that stand twice (the first: {twice}:9)" in said and f"left out 1 without a prompt that both sides answer (the first: {twice}:11)" in said
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for key in ("--data", "--data.validation"):
+        with pytest.raises(UserError, match=f"data.{'train' if key == '--data' else 'validation'}: no record in {tmp_path}/empty.jsonl"):
+            RL.main([*flags, key, str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "none")])
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": long, "answer": "x"}])
     with pytest.raises(UserError, match=f"no prompt is left; left out 1 whose prompt and 6 tokens .* exceed training.max_length 128 .the first: {prompts}:1"):
         RL.main([*flags_of(world, "grpo"), "--data", str(prompts), "--data.validation", "none", "--max-steps", "1", "--out", str(tmp_path / "none")])
@@ -871,6 +905,8 @@ def test_what_cannot_be_compared_is_left_out_and_named(world, tmp_path, capsys):
     (["--rl.method", "dpo", "--lora.r", "2", "--lora.lora_dropout", "0.1"], "lora.lora_dropout: dropout is off here"),
     (["--rl.method", "grpo", "--rl.temperature", "0"], "rl.temperature: 0.0 must be 0.001 or above"),
     (["--rl.method", "gppo"], "'gppo' is not one of"),
+    (["--rl.method", "dpo", "--training.objective", "mlm"], "training.objective: mlm belongs to pretraining"),
+    (["--rl.method", "dpo", "--training.report_to", "wandb"], "training.report_to: wandb needs `pip install wandb`"),
 ])
 def test_settings_that_cannot_work_are_one_line(flags, message, world, tmp_path):
     method = flags[1] if flags[1] != "gppo" else "grpo"
@@ -994,7 +1030,7 @@ def test_the_best_model_of_a_run_with_rollouts_is_kept(world, tmp_path, monkeypa
     flags = [*flags_of(world, "ppo"), "--max-steps", "10", "--training.eval_steps", "3", "--training.load_best_model_at_end", "true", "--out", str(tmp_path / "run")]
     RL.main(flags)
     told = [(record["step"], record["eval_reward"]) for record in log_of(tmp_path / "run") if "eval_reward" in record]
-    assert told == [(3, 0.9), (6, 0.8), (9, 0.7), (10, 0.6)]
+    assert told == [(0, 0.1), (3, 0.9), (6, 0.8), (9, 0.7), (10, 0.6)]
     best, final = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("ckpt-step-000003", "."))
     assert all(torch.equal(best[name], final[name]) for name in best)
 
