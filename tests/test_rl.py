@@ -810,6 +810,17 @@ def test_a_run_goes_on_in_its_folder_without_writing_texts_twice(world, tmp_path
     assert (tmp_path / "run" / "rollouts.jsonl").read_text() == before and before.count("\n") == 32
 
 
+def test_inside_a_rollout_a_run_goes_on_however_a_step_is_cut(world, tmp_path):
+    flags = [*flags_of(world, "ppo"), "--max-steps", "8"]
+    RL.main([*flags, "--training.save_steps", "3", "--training.save_total_limit", "9", "--out", str(tmp_path / "whole")])
+    cut = [*flags, "--batch-size", "4", "--grad-accum", "2", "--resume", str(tmp_path / "whole" / "ckpt-step-000003")]
+    RL.main([*cut, "--out", str(tmp_path / "cut")])
+    whole, other = ([record["loss"] for record in log_of(tmp_path / name) if "loss" in record and record["step"] > 3] for name in ("whole", "cut"))
+    assert len(whole) == 5 and other == pytest.approx(whole, abs=1e-5)
+    with pytest.raises(UserError, match="inside a rollout of which 40 texts are left, which do not fill whole optimizer steps of 16"):
+        RL.main([*cut, "--grad-accum", "4", "--out", str(tmp_path / "wide")])
+
+
 def test_ppo_learns_from_a_reward_model(world, tmp_path, capsys, monkeypatch):
     RL.main([*flags_of(world, "reward"), "--max-steps", "12", "--out", str(tmp_path / "reward")])
     talk = {"messages": [{"role": "user", "content": "What is red?"}, {"role": "assistant", "content": "fox fox"}], "n": 7}
