@@ -673,9 +673,10 @@ def preference_loss(settings: RLSection) -> Callable:
         ahead = beta * (gains.detach() - batch["baseline"])
         right = torch.where(ahead.abs() < 1e-6, 0.5, ((ahead > 0) == wanted).float())
         rewards = beta * gains.detach()
-        chosen, rejected = ((rewards * (real & side)).sum() / totals[name] for name, side in (("desirable", wanted), ("undesirable", ~wanted)))
-        metrics = {"rewards/accuracies": (right * real).sum() / totals["pairs"], "rewards/margins": chosen - rejected, "rewards/chosen": chosen,
-                   "rewards/rejected": rejected, "kl": batch["baseline"] * real.sum() / totals["pairs"], "loss": loss.detach()}
+        metrics = {"rewards/accuracies": (right * real).sum() / totals["pairs"], "kl": batch["baseline"] * real.sum() / totals["pairs"], "loss": loss.detach()}
+        if totals["desirable"] < totals["pairs"] > totals["undesirable"]:  # a step with one sort alone has no margin
+            chosen, rejected = ((rewards * (real & side)).sum() / totals[name] for name, side in (("desirable", wanted), ("undesirable", ~wanted)))
+            metrics |= {"rewards/margins": chosen - rejected, "rewards/chosen": chosen, "rewards/rejected": rejected}
         return loss + balance / totals["micro_batches"], metrics
 
     return loss_of_singles if method == "kto" else loss_of_pairs
@@ -1508,7 +1509,9 @@ def main(argv: list[str] | None = None) -> TRAIN.Result:
         config.data.train = [f"{name}.jsonl"]
         config.data.validation = f"{name}_test.jsonl" if config.data.validation == "hash" else config.data.validation
     model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
-    show = f"python INFER.py {model} --jsonl < conversations.jsonl    # the reward of each {{{{\"messages\": [...]}}}}, or {{{{\"text\": ...}}}} without a chat template" if config.rl.method == "reward" else f'echo "..." | python INFER.py {model}'
+    show = f'echo "..." | python INFER.py {model}'
+    if config.rl.method == "reward":
+        show = f'python INFER.py {model} --jsonl < conversations.jsonl    # the reward of each {{{{"messages": [...]}}}}, or {{{{"text": ...}}}} without a chat template'
     return TRAIN.run_stage("rl", config, prepare, show)
 
 

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -835,7 +836,7 @@ class Log:
     def __init__(self, out: Path, main: bool, accelerator=None):
         self.out, self.main, self.accelerator = out, main, accelerator
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.counts: Counter = Counter()
         self.norm = self.rate = 0.0
         self.clock, self.clock_tokens = time.perf_counter(), 0
         self.line = False  # a progress line stands on the terminal
@@ -843,15 +844,15 @@ class Log:
     def add(self, metrics: dict[str, Tensor], norm: float, rate: float) -> None:
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
+            self.counts[name] += 1
         self.norm, self.rate = norm, rate
 
     def means(self, device) -> dict[str, float]:
-        """Means over the steps since the last call, summed over processes."""
+        """Means over the steps since the last call that have such a metric, summed over processes."""
         names = sorted(self.sums)
         sums = all_sum([float(self.sums[name]) for name in names], device)
-        means = {name: value / max(self.count, 1) for name, value in zip(names, sums, strict=True)}
-        self.sums, self.count = {}, 0
+        means = {name: value / self.counts[name] for name, value in zip(names, sums, strict=True)}
+        self.sums, self.counts = {}, Counter()
         return {**means, "grad_norm": self.norm, "learning_rate": self.rate}
 
     def tokens_per_second(self, tokens: int) -> float:

@@ -442,6 +442,8 @@ def test_ktos_baseline_is_the_mean_gain_on_texts_of_others(model_folder, tokeniz
         both = [sum(float(MODEL.token_logprobs(model, tensor([one.ids]))[0, t - 1]) for t in range(one.start, len(one.ids))) for model in (policy, start)]
         total += both[0] - both[1]
     assert float(batch["baseline"]) == pytest.approx(max(total / 6, 0.0), abs=1e-4)
+    _, metrics = RL.preference_loss(stream.settings)(policy, batch, {"pairs": 6, "desirable": 6, "undesirable": 1, "micro_batches": 1})
+    assert "rewards/accuracies" in metrics and "rewards/margins" not in metrics  # all are wanted, there is nothing between
 
 
 def test_the_reference_changes_places_with_the_policy(model_folder):
