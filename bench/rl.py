@@ -162,7 +162,7 @@ def rows(options) -> list[dict]:
 
 def table(found: list[dict]) -> str:
     """Means over the seeds, their spread, and the gain in standard errors (of 500 answers, or of the seeds where they spread more)."""
-    lines = ["| method | measure | start | end (each seed) | gain | 2 standard errors | KL | seconds |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| method | measure | start | end (each seed) | gain | 2 standard errors | KL | seconds (first seed) |", "|---|---|---|---|---|---|---|---|"]
     for method in RUNS:
         own = sorted((row for row in found if row["method"] == method), key=lambda row: row["seed"])
         for name in own[0]["after"] if own else ():
@@ -173,9 +173,9 @@ def table(found: list[dict]) -> str:
             chance = math.sqrt(start * (1 - start) / 500 + end * (1 - end) / 500 / len(own)) if share else 0.0
             text = "{:.1%}" if share else "{:.2f}"
             each = ", ".join(text.format(x) for x in ends)
-            kl = [row["kl"] for row in own if row["kl"] is not None]
+            kl = [row["kl"] for row in own if row["kl"] is not None and method != "kto"]  # there it is the loss's baseline
             lines.append(f"| {method} | {name} | {text.format(start)} | {text.format(end)} ({each}) | {text.format(end - start)} | {text.format(2 * max(chance, spread))} | "
-                         f"{f'{sum(kl) / len(kl):.1f}' if kl else ''} | {sum(row['seconds'] for row in own) / len(own):.0f} |")
+                         f"{f'{sum(kl) / len(kl):.1f}' if kl else ''} | {own[0]['seconds']} |")
     return "\n".join(lines)
 
 
