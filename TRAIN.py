@@ -367,6 +367,7 @@ class Trainer:
         self.elapsed_before = 0.0  # seconds of earlier parts of this run
         self.before, self.best = {}, None
         self.since_best = 0
+        self.measured: tuple[int, dict] | None = None  # the last validation, and its step
         self.stop_signal = 0
         self.last_saved: Path | None = None
         self.log = Log(out, self.main, accelerator)
@@ -390,13 +391,25 @@ class Trainer:
         if state:
             self._restore(state)
             self.last_saved = resume
-            self.log.rewind(self.steps)
+            self._rewind()
         self.total_steps = self._total_steps()
+        if self.total_steps is not None and self.steps > self.total_steps:
+            self.log.tell(f"the checkpoint stands at step {self.steps}, beyond the {self.total_steps} that are asked for: nothing is trained")
         self.flops = self._flops_per_token()
         self.started = time.perf_counter()
         if not self.before:
             self.before = self._evaluate()
         self.model.train()
+
+    def _rewind(self) -> None:
+        """What was logged and saved beyond the checkpoint belongs to a course that is left."""
+        if not self.main:
+            return
+        self.log.rewind(self.steps)
+        for path in checkpoints(self.out):
+            if step_of(path) > self.steps:
+                self.log.tell(f"{path} is removed: the run goes on from step {self.steps}")
+                remove(path)
 
     def _wrap(self) -> nn.Module:
         if self.training.torch_compile:
@@ -559,7 +572,10 @@ class Trainer:
         return measures
 
     def _validate(self) -> dict:
+        if self.measured and self.measured[0] == self.steps:
+            return self.measured[1]
         measures = self._evaluate()
+        self.measured = (self.steps, measures)
         if not measures:
             return measures
         name, value = next(iter(measures.items()))
@@ -569,9 +585,9 @@ class Trainer:
         self.since_best = 0 if better else self.since_best + 1
         if better:
             self.best = (good, self.steps)
-            if self.training.load_best_model_at_end:
-                self.checkpoint()
         self.log_measures(measures)
+        if better and self.training.load_best_model_at_end:
+            self.checkpoint()
         self.log.tell(f"step {self.steps}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in measures.items()))
         return measures
 
@@ -624,7 +640,7 @@ class Trainer:
             torch.distributed.all_gather_object(everyone, random)
         elapsed = all_sum([self.elapsed() if self.main else 0.0], self.device)[0]
         state = {"step": self.steps, "tokens": self.tokens, "elapsed": elapsed, "before": self.before, "best": self.best,
-                 "since_best": self.since_best, "skipped": self.skipped, "loss_scale": [self.loss_scale.scale, self.loss_scale.good],
+                 "measured": self.measured, "log": self.log.state(self.device), "since_best": self.since_best, "skipped": self.skipped, "loss_scale": [self.loss_scale.scale, self.loss_scale.good],
                  "random": everyone, "stream": self.stream.state_dict(),
                  "optimizers": [map_tensors(gathered, optimizer.state_dict()) for optimizer in self.optimizers]}
         # What is trained and not in the product folder as it stands: adapters, a foreign model's heads, a critic.
@@ -639,6 +655,12 @@ class Trainer:
         self.steps, self.tokens, self.elapsed_before = state["step"], state["tokens"], state["elapsed"]
         self.before, self.since_best, self.skipped = state["before"], state["since_best"], state["skipped"]
         self.best = tuple(state["best"]) if state["best"] else None
+        self.measured = state["measured"]
+        if self.main:
+            self.log.sums, self.log.counts = state["log"]["sums"], Counter(state["log"]["counts"])
+        else:
+            self.log.counts = Counter(state["log"]["counts"])
+            self.log.sums = dict.fromkeys(self.log.counts, 0.0)
         self.loss_scale.scale, self.loss_scale.good = state["loss_scale"]
         if len(state["optimizers"]) != len(self.optimizers):
             raise UserError("--resume: the checkpoint was made with another training.optim")
@@ -708,11 +730,16 @@ class Trainer:
         """The last validation, the last checkpoint, and the product in `out` itself."""
         if self.skipped and self.skipped == self.steps:
             self._end_unsound("all steps")
+        if self.log.counts:  # an early end
+            self._write_log()
         after = self._validate()
         self.checkpoint()
         if self.training.load_best_model_at_end and self.best and self.best[1] != self.steps:
             best = self.out / f"ckpt-step-{self.best[1]:06d}"
-            after = self._return_to(best) if best.exists() else after
+            if best.exists():
+                after = self._return_to(best)
+            else:
+                self.log.tell(f"the best model's checkpoint, {best}, is gone; the last model is kept")
         self.save(self.model, self.out)
         result = Result(self.before, after, self.steps, round(self.elapsed(), 2), peak_memory(self.device))
         if self.main:
@@ -769,9 +796,13 @@ def map_tensors(function: Callable, tree):
     return [map_tensors(function, value) for value in tree] if isinstance(tree, (list, tuple)) else tree
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def checkpoints(out: Path) -> list[Path]:
     """Whole checkpoints, oldest first; a half-written one has another name."""
-    return sorted((p for p in out.glob("ckpt-step-*") if p.is_dir()), key=lambda p: int(p.name.rpartition("-")[2]))
+    return sorted((p for p in out.glob("ckpt-step-*") if p.is_dir()), key=step_of)
 
 
 def remove(checkpoint: Path) -> None:
@@ -847,11 +878,15 @@ class Log:
             self.counts[name] += 1
         self.norm, self.rate = norm, rate
 
+    def state(self, device) -> dict:
+        """What no line of the log has told yet."""
+        names = sorted(self.sums)
+        return {"sums": dict(zip(names, all_sum([float(self.sums[name]) for name in names], device), strict=True)), "counts": dict(self.counts)}
+
     def means(self, device) -> dict[str, float]:
         """Means over the steps since the last call that have such a metric, summed over processes."""
-        names = sorted(self.sums)
-        sums = all_sum([float(self.sums[name]) for name in names], device)
-        means = {name: value / self.counts[name] for name, value in zip(names, sums, strict=True)}
+        state = self.state(device)
+        means = {name: value / state["counts"][name] for name, value in state["sums"].items()}
         self.sums, self.counts = {}, Counter()
         return {**means, "grad_norm": self.norm, "learning_rate": self.rate}
 
@@ -916,7 +951,7 @@ class Log:
             return
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot(*zip(*train, strict=True), color="#1f5fa8", linewidth=1.5, label="training")
+        axes.plot(*zip(*train, strict=True), "-" if len(train) > 1 else "o", color="#1f5fa8", linewidth=1.5, label="training")
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o-", color="#d1495b", markersize=4, label="held out")
             axes.annotate(f"{held_out[-1][1]:.3f}", held_out[-1], textcoords="offset points", xytext=(-4, 8), ha="right", color="#d1495b")
@@ -956,9 +991,11 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
             shutil.rmtree(scratch, ignore_errors=True)
         found = find_checkpoint(out, resume)
         used = [name for name in RUN_FILES if (out / name).exists()] + checkpoints(out)
-        if resume and found is None and (out / "result.json").exists():
-            raise UserError(f"--resume: {out} holds a finished run and no checkpoint to go on from; --overwrite replaces it, --out chooses another folder")
+        if found and found.resolve().parent != out.resolve() and used:
+            raise UserError(f"output.dir: {out} holds a run, of which {found} is no checkpoint; choose another --out")
         if resume and found is None and used:
+            if kept := [name for name in used if name not in TRACES]:
+                raise UserError(f"--resume: {out} holds {kept[0]} and no checkpoint to go on from; --overwrite replaces what is there, --out chooses another folder")
             say(f"{out} holds no checkpoint yet; the run begins afresh")
         if used and resume is None and not overwrite:
             raise UserError(f"output.dir: {out} holds a run; --resume auto continues it, --overwrite replaces it, --out chooses another folder")
@@ -966,7 +1003,8 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
         yield found
 
 
-RUN_FILES = ("log.jsonl", "loss.png", "confusion.png", "rollouts.jsonl", "rollouts.png", "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors",
+TRACES = ("log.jsonl", "loss.png", "confusion.png", "rollouts.jsonl", "rollouts.png")  # all that a run leaves before its first checkpoint
+RUN_FILES = (*TRACES, "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors",
              "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 

@@ -838,12 +838,45 @@ def test_resume_auto_where_no_checkpoint_stands(tmp_path, text_file, capsys):
     [saved] = TRAIN.checkpoints(tmp_path / "out")
     first = losses(tmp_path / "out")
     shutil.rmtree(saved)
-    with pytest.raises(UserError, match="holds a finished run and no checkpoint to go on from; --overwrite replaces it"):
+    with pytest.raises(UserError, match="holds result.json and no checkpoint to go on from; --overwrite replaces what is there"):
         train(tmp_path, "--resume", "auto")
-    (tmp_path / "out" / "result.json").unlink()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    for path in (tmp_path / "out").iterdir():
+        if path.name not in ("log.jsonl", "loss.png"):
+            path.unlink()
     train(tmp_path, "--resume", "auto")
     assert "holds no checkpoint yet; the run begins afresh" in capsys.readouterr().err
     assert losses(tmp_path / "out") == first
+
+
+def test_resume_replaces_no_folder_that_is_not_its_own(tmp_path, text_file, trained):
+    """A downloaded model stays whatever is asked, and so does another run."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copy(trained.out / name, folder)
+    with pytest.raises(UserError, match="holds config.json and no checkpoint"):
+        train(tmp_path, "--resume", "auto", "--out", folder)
+    assert (folder / "model.safetensors").read_bytes() == (trained.out / "model.safetensors").read_bytes()
+    train(tmp_path)
+    [other] = TRAIN.checkpoints(trained.out)[-1:]
+    with pytest.raises(UserError, match=f"out holds a run, of which {other} is no checkpoint; choose another --out"):
+        train(tmp_path, "--resume", other)
+
+
+def test_from_an_older_checkpoint_the_newer_ones_go(tmp_path, text_file):
+    options = ["--training.save_steps", 2, "--training.save_total_limit", 9, "--training.logging_steps", 3, "--training.eval_steps", 2]
+    train(tmp_path, *options, "--max-steps", 9)
+    log = read_log(tmp_path / "out")
+    assert [r["step"] for r in log if "eval_loss" in r] == [0, 2, 4, 6, 8, 9] and [r["step"] for r in log if "loss" in r] == [3, 6, 9]
+    train(tmp_path, *options, "--max-steps", 9, "--resume", "auto")  # nothing is left to do, nor to say
+    assert read_log(tmp_path / "out") == log
+    train(tmp_path, *options, "--max-steps", 9, "--resume", tmp_path / "out" / "ckpt-step-000004")
+    again = read_log(tmp_path / "out")
+    assert [(r["step"], r.get("loss"), r.get("eval_loss")) for r in again] == [(r["step"], r.get("loss"), r.get("eval_loss")) for r in log]
+    train(tmp_path, *options, "--max-steps", 5, "--training.lr_scheduler_type", "constant", "--resume", tmp_path / "out" / "ckpt-step-000004")
+    assert checkpoint_names(tmp_path / "out") == ["ckpt-step-000002", "ckpt-step-000004", "ckpt-step-000005"]
+    assert [r["step"] for r in read_log(tmp_path / "out") if "loss" in r] == [3, 5]
 
 
 def test_a_used_folder_is_refused_or_replaced(tmp_path, text_file):
