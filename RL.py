@@ -399,7 +399,7 @@ def split(config, read: Callable, left: LeftOut) -> tuple[list, list]:
     def fresh(key: str) -> list[tuple[str, dict]]:
         found = []
         for where, record in read_groups(config, key, read):
-            text = json.dumps(record, sort_keys=True)
+            text = json.dumps(record, sort_keys=True, default=str)
             if data.deduplicate and text in seen:
                 left.add("that stand twice", where)
             else:
@@ -415,7 +415,7 @@ def split(config, read: Callable, left: LeftOut) -> tuple[list, list]:
         return found, fresh("data.validation")
     first = {"none": len(found), "tail": len(found) * (1 - data.validation_fraction)}.get(data.validation)
     # hash decides by the prompt: an answer that is held out should not be known from its question's other answers.
-    held = [number >= first if first is not None else TOKENIZER.is_held_out(json.dumps(record["prompt"], sort_keys=True), data.validation_fraction)
+    held = [number >= first if first is not None else TOKENIZER.is_held_out(json.dumps(record["prompt"], sort_keys=True, default=str), data.validation_fraction)
             for number, (_, record) in enumerate(found)]
     return [one for one, on in zip(found, held, strict=True) if not on], [one for one, on in zip(found, held, strict=True) if on]
 
@@ -893,6 +893,14 @@ def flat(rows: list[list[int]]) -> tuple[np.ndarray, list[list[tuple[int, int]]]
     return np.concatenate([*map(np.array, rows), [0]]).astype(np.int64), [[(int(end) - len(row), int(end))] for row, end in zip(rows, ends, strict=True)]
 
 
+def is_number(value) -> bool:
+    """Finite, of Python, numpy or torch."""
+    try:
+        return not isinstance(value, (str, bytes)) and math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+
+
 class Judges:
     """All that rewards a text, weighted and added up."""
 
@@ -937,12 +945,13 @@ class Judges:
                 line = traceback.extract_tb(error.__traceback__)[-1]
                 raise UserError(f"rl.reward_funcs: {name} failed on {self.blame(function, samples)} ({type(error).__name__}: {MODEL.first_line(error)}, "
                                 f"{Path(line.filename).name}:{line.lineno})") from error
-            if not hasattr(given, "__len__"):
+            given = given.tolist() if hasattr(given, "tolist") else given
+            if not isinstance(given, (list, tuple)):
                 raise UserError(f"rl.reward_funcs: {name} gave {type(given).__name__}; a list with a number for each text is needed")
             if len(given) != len(samples):
                 raise UserError(f"rl.reward_funcs: {name} gave {len(given)} rewards for {len(samples)} texts")
             for sample, value in zip(samples, given, strict=True):
-                if value is not None and not (isinstance(value, (int, float, np.number, np.bool_, Tensor)) and math.isfinite(value)):
+                if value is not None and not is_number(value):
                     raise UserError(f"{sample.where}: {name} gave {value!r} for the text {sample.text[:80]!r}; a finite number is needed")
                 sample.rewards.append(None if value is None else float(value))
         for sample in samples:
@@ -1231,12 +1240,15 @@ class Rollouts:
                           "tokens": one.length, "finish_reason": one.finish}
                 if one.reference is not None:
                     record["kl"] = round(float(kl_estimate(one.old, one.reference).sum()), 4)
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 
     def state_dict(self) -> dict:
         left = len(self.queue) * self.training.batch_size * self.run.world_size
         return {"drawn": self.drawn, "rollout": self.rollout, "beta": self.beta, "watch": dict(self.watch.state), "sums": {k: list(v) for k, v in self.sums.items()},
-                "left": left, "samples": [{**vars(one), "columns": {}} for one in self.samples] if left else []}
+                "left": left, "samples": [{**vars(one), "columns": {}, "asked": ""} for one in self.samples] if left else [], "prompts": self.fingerprint()}
+
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(str([prompt.ids for prompt in self.prompts]).encode(), digest_size=8).hexdigest()
 
     def load_state_dict(self, state: dict) -> None:
         if "drawn" not in state:
@@ -1245,6 +1257,8 @@ class Rollouts:
         self.sums, self.samples = {k: list(v) for k, v in state["sums"].items()}, [Sample.restored(one) for one in state["samples"]]
         if state["left"] % self.per_step:
             raise UserError(f"--resume: the checkpoint stands inside a rollout of which {state['left']} texts are left, which do not fill whole optimizer steps of {self.per_step}")
+        if state["prompts"] != self.fingerprint() and self.run.rank == 0:
+            say("the prompts are not those of the checkpoint, so this is no exact continuation")
         batches = self.minibatches()
         self.queue = batches[len(batches) - state["left"] // (self.training.batch_size * self.run.world_size) :]
         if self.run.rank == 0:  # what was written after the checkpoint will be written again
@@ -1475,6 +1489,8 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
             if not record["prompt"]:
                 left.add("that ask nothing", where)
                 continue
+            if given := {"prompts", "completions", "completion_ids"} & record.keys():
+                raise UserError(f"{where}: the key '{min(given)}' is what reward functions are given; call it otherwise, or rename it by rl.columns")
             ids = prompt_ids(tokenizer, record["prompt"])
             if len(ids) > room:
                 left.add(f"whose prompt and {settings.max_completion_length} tokens (rl.max_completion_length) exceed training.max_length {config.training.max_length}", where)

@@ -544,6 +544,8 @@ def _read_table(path: Path, suffix: str) -> Iterator[tuple[str, dict]]:
         rows = csv.DictReader(file, **options)
         try:
             for row in rows:
+                if None in row:
+                    raise UserError(f"{path}:{rows.line_num}: {len(row) - 1 + len(row[None])} cells, but the first line names {len(rows.fieldnames)}")
                 yield f"{path}:{rows.line_num}", {k: v for k, v in row.items() if v is not None}
         except UnicodeDecodeError:
             raise UserError(f"{path}:{_undecodable_line(path)}: not UTF-8") from None
@@ -763,16 +765,22 @@ def preference(record: dict, where: str, system: str | None = None) -> dict:
         raise UserError(f"{where}: keys {', '.join(map(str, list(record)[:6])) or 'none'} are neither prompt + chosen + rejected nor prompt + completion + label; "
                         "name yours in rl.columns, as in {chosen: my_column, rejected: another}")
     sides = {key: _side(record[key], "assistant", f"{where}: {key}") for key in (("completion",) if single else ("chosen", "rejected"))}
+    if all(isinstance(side, list) and side[0]["role"] != "assistant" for side in sides.values()):
+        record = {key: value for key, value in record.items() if key not in TALK_KEYS}  # the sides tell the conversation
     prompt, sides = _apart(_prompt_of(record, where), sides, where)
-    prompt = _with_system(prompt, record.get("system") or system)
+    prompt = _with_system(prompt, _system_of(record, where) or system)
     if isinstance(prompt, list) or any(isinstance(side, list) for side in sides.values()):
         prompt, sides = as_messages(prompt) if prompt else "", {key: as_messages(side, "assistant") if side else "" for key, side in sides.items()}
     if not single:
-        margin = 0.0 if record.get("margin") is None else record["margin"]
-        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        margin = record.get("margin")
+        try:
+            number = 0.0 if margin in (None, "") else float(margin)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number) or isinstance(margin, bool):
             raise UserError(f"{where}: margin {margin!r} must be a number")
-        return {"prompt": prompt, **sides, "margin": float(margin)}
-    label = {"true": True, "1": True, "false": False, "0": False}.get(str(record["label"]).strip().lower())  # a table's cell is text
+        return {"prompt": prompt, **sides, "margin": number}
+    label = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(str(record["label"]).strip().lower())  # a table's cell is text
     if label is None:
         raise UserError(f"{where}: label {record['label']!r} must be true (a completion to learn) or false")
     return {"prompt": prompt, **sides, "label": label}
@@ -792,15 +800,17 @@ def read_prompts(paths: list[Path], columns: dict | None = None, system: str | N
             if record.get("prompt") is None and isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
                 rest["completion"], prompt = prompt[-1]["content"], prompt[:-1]
             _check_asks(prompt, where)
-            yield where, {**rest, "prompt": _with_system(prompt, record.get("system") or system)}
+            yield where, {**rest, "prompt": _with_system(prompt, _system_of(record, where) or system)}
 
 
-HH_TURN = re.compile(r"\n\n(Human|Assistant):\s*")
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 TALK_KEYS = ("messages", "conversations")
 
 
 def _side(said, role: str, where: str) -> str | list[dict]:
     """What is asked (role user) or answered (assistant): a text, or messages; "" where nothing is said."""
+    if isinstance(said, str) and re.match(r"\s*\[\s*\{\s*\"(role|from|content|value)\"", said):  # a table's cell
+        said = _parsed(said, where)
     if isinstance(said, str):
         parts = HH_TURN.split(said)
         if len(parts) < 3 or parts[0].strip():
@@ -808,6 +818,8 @@ def _side(said, role: str, where: str) -> str | list[dict]:
         said = [{"role": name, "content": text.strip()} for name, text in zip(parts[1::2], parts[2::2], strict=True)]
         if role == "user" and said[-1] == {"role": "Assistant", "content": ""}:
             said.pop()  # the prompt's last words open the answer
+        if not all(turn["content"] for turn in said):
+            return ""  # a conversation with a gap
     said = [said] if isinstance(said, dict) else [] if said is None else said
     if not isinstance(said, list):
         raise UserError(f"{where}: text or a list of messages is expected, not {type(said).__name__}")
@@ -823,13 +835,24 @@ def _prompt_of(record: dict, where: str) -> str | list[dict] | None:
     for key in ("prompt", "instruction", "question", *TALK_KEYS):
         if record.get(key) is not None:
             prompt = _side(record[key], "user", f"{where}: {key}")
-            return f"{prompt}\n\n{record['input']}" if key == "instruction" and record.get("input") else prompt
+            if key != "instruction" or not record.get("input"):
+                return prompt
+            if not isinstance(prompt, str) or not isinstance(record["input"], str):
+                raise UserError(f"{where}: instruction and input are joined, so both have to be texts")
+            return f"{prompt}\n\n{record['input']}"
     return None
 
 
 def _check_asks(prompt: str | list[dict], where: str) -> None:
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+    if prompt and isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise UserError(f"{where}: the prompt ends with what the assistant says, so nothing is left to answer")
+
+
+def _system_of(record: dict, where: str) -> str | None:
+    system = record.get("system")
+    if system is not None and not isinstance(system, str):
+        raise UserError(f"{where}: system is {type(system).__name__}, text is expected")
+    return system
 
 
 def _with_system(prompt: str | list[dict], system: str | None) -> str | list[dict]:
@@ -843,6 +866,8 @@ def _apart(prompt: str | list[dict] | None, sides: dict, where: str) -> tuple[st
     whole = [isinstance(said, list) and said[0]["role"] != "assistant" for said in sides.values() if said]
     if prompt is not None and not any(whole):
         _check_asks(prompt, where)
+        if prompt and isinstance(prompt, str) and len(sides) == 2 and all(isinstance(said, str) and said.startswith(prompt) for said in sides.values()):
+            sides = {key: said[len(prompt) :] for key, said in sides.items()}  # both repeat it
         return prompt, sides
     if any(whole) and not all(whole):
         raise UserError(f"{where}: one side is a whole conversation, the other only an answer")
@@ -850,10 +875,19 @@ def _apart(prompt: str | list[dict] | None, sides: dict, where: str) -> tuple[st
         raise UserError(f"{where}: no prompt; name it in rl.columns, as in {{prompt: my_column}}")
     common, sides = _common_prompt(sides, where)
     asked = as_messages(prompt) if prompt else []
-    told, begun = ([(turn["role"], turn["content"].strip()) for turn in turns if turn["role"] != "system"] for turns in (asked, as_messages(common)))
-    if common and told != begun[: len(told)]:
-        raise UserError(f"{where}: the prompt says {told[0][1][:60]!r}, but the conversations begin with {begun[0][1][:60]!r}; leave the prompt out, or let them agree")
+    told, begun = ([_turn(turn)[:2] for turn in turns if turn["role"] != "system"] for turns in (asked, as_messages(common)))
+    if common and not begun:
+        raise UserError(f"{where}: the conversations hold a system message and an answer, but no question; put the first into the key 'system'")
+    for i, turn in enumerate(told if common else ()):
+        if begun[i : i + 1] != [turn]:
+            other = f"where the conversations say {begun[i][1][:60]!r}" if i < len(begun) else f"but the conversations share {len(begun)} turns before they part"
+            raise UserError(f"{where}: turn {i + 1} of the prompt says {turn[1][:60]!r}, {other}; leave the prompt out, or let them agree")
     return _with_system(common, next((turn["content"] for turn in asked if turn["role"] == "system"), None)), sides
+
+
+def _turn(turn: dict) -> tuple:
+    """What of a turn tells it from others."""
+    return turn["role"], turn["content"].strip(), turn.get("tool_calls")
 
 
 def _common_prompt(sides: dict, where: str) -> tuple[str | list[dict], dict]:
@@ -862,7 +896,8 @@ def _common_prompt(sides: dict, where: str) -> tuple[str | list[dict], dict]:
     first, last = said[0], said[-1]
     if not first or not last or type(first) is not type(last):
         return "", sides
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    key = _turn if isinstance(first, list) else str
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if key(a) != key(b)), min(len(first), len(last)))
     if isinstance(first, list):
         same = min(same, len(first) - 1, len(last) - 1)  # the last turn is the answer, even where both give the same
         if any(turn["role"] != "assistant" for one in said for turn in one[same:][:1]):

@@ -1,5 +1,6 @@
 """Preferences, rewards and rollouts: every estimator against a slow one, and runs from end to end."""
 
+import datetime
 import io
 import json
 import math
@@ -235,6 +236,13 @@ PAIRS = {
     "shared": ({"conversations": [{"from": "human", "value": "What is red?"}], "chosen": {"from": "gpt", "value": "The fox."}, "rejected": {"from": "gpt", "value": "The owl."}}, ASKED, FOX, OWL),
     "hh with a prompt": ({"prompt": "\n\nHuman: What is red?\n\nAssistant:", "chosen": "The fox.", "rejected": "The owl."}, ASKED, FOX, OWL),
     "two questions": ({"chosen": ASKED + FOX, "rejected": [{"role": "user", "content": "Who?"}, *OWL]}, "", ASKED + FOX, [{"role": "user", "content": "Who?"}, *OWL]),
+    "the prompt in both texts": ({"prompt": "What is red? ", "chosen": "What is red? The fox.", "rejected": "What is red? The owl."}, "What is red? ", "The fox.", "The owl."),
+    "cells": ({"prompt": "What is red?", "chosen": json.dumps(FOX), "rejected": json.dumps(OWL), "margin": "0"}, ASKED, FOX, OWL),
+    "messages beside": ({"messages": ASKED + FOX, "chosen": ASKED + FOX, "rejected": ASKED + OWL}, ASKED, FOX, OWL),
+    "ids and blanks": ({"chosen": [{"role": "user", "content": "What is red?", "id": 1}, *FOX], "rejected": [{"role": "user", "content": "What is red?\n", "id": 2}, *OWL]},
+                       [{"role": "user", "content": "What is red?", "id": 1}], FOX, OWL),
+    "hh with a gap": ({"chosen": "\n\nHuman: What?\n\nAssistant: x\n\nHuman: Who?\n\nAssistant: \n\nHuman: Why?\n\nAssistant: c",
+                       "rejected": "\n\nHuman: What?\n\nAssistant: The owl."}, "", "", [{"role": "user", "content": "What?"}, *OWL]),
     "null": ({"prompt": "What is red?", "chosen": "The fox.", "rejected": None, "margin": None}, "What is red?", "The fox.", ""),
     "common words": ({"chosen": "What is red? The fox.", "rejected": "What is red? The owl."}, "What is red? The ", "fox.", "owl."),
 }
@@ -262,7 +270,11 @@ BAD_PAIRS = {
     "no prompt": ({"chosen": "yes", "rejected": "no"}, "no common beginning"),
     "label": ({"prompt": "a", "completion": "b", "label": "good"}, "label 'good' must be true"),
     "margin": ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}, "margin 'big' must be a number"),
-    "contradiction": ({"prompt": "Why?", "chosen": ASKED + FOX, "rejected": ASKED + OWL}, "the prompt says 'Why.', but the conversations begin with 'What is red.'"),
+    "contradiction": ({"prompt": "Why?", "chosen": ASKED + FOX, "rejected": ASKED + OWL}, "turn 1 of the prompt says 'Why.', where the conversations say 'What is red.'"),
+    "longer": ({"prompt": ASKED + FOX + ASKED, "chosen": ASKED + FOX + ASKED + FOX, "rejected": ASKED + OWL + ASKED + OWL}, "turn 2 of the prompt says 'The fox.', but the conversations share 1 turns"),
+    "a system alone": ({"prompt": "What is red?", "chosen": SYSTEM + FOX, "rejected": SYSTEM + OWL}, "but no question; put the first into the key 'system'"),
+    "a system of numbers": ({"prompt": "a", "system": 3, "chosen": "b", "rejected": "c"}, "system is int, text is expected"),
+    "two kinds": ({"instruction": ASKED, "input": "red", "chosen": "b", "rejected": "c"}, "instruction and input are joined"),
     "half": ({"prompt": "What is red?", "chosen": ASKED + FOX, "rejected": "The owl."}, "one side is a whole conversation, the other only an answer"),
     "a question last": ({"prompt": "a", "chosen": ASKED, "rejected": FOX}, "chosen: ends with what the user says"),
     "answered": ({"prompt": ASKED + FOX, "chosen": FOX, "rejected": OWL}, "the prompt ends with what the assistant says"),
@@ -535,6 +547,23 @@ def test_functions_that_fail_are_named_with_their_record(name, message, tmp_path
     both[1].where = "file:9"
     with pytest.raises(UserError, match=message):
         judges(tmp_path, name)(both)
+
+
+def test_rewards_are_numbers(tmp_path):
+    (tmp_path / "odd.py").write_text("""
+import torch
+def grid(completions, **_): return torch.zeros(len(completions), 2)
+def huge(completions, **_): return [10 ** 400] * len(completions)
+def one(completions, **_): return torch.tensor(1.0)
+def table(completions, **_): return {0: 1.0, 1: 2.0}
+def tensors(completions, **_): return torch.ones(len(completions))
+""")
+    for name, message in (("grid", "file:7: grid gave .0.0, 0.0. for the text 'a'"), ("huge", "file:7: huge gave 1000"), ("one", "one gave float; a list"), ("table", "table gave dict")):
+        with pytest.raises(UserError, match=message):
+            RL.Judges(RL.RLSection(method="grpo", reward_funcs=[f"{tmp_path}/odd.py:{name}"]), None, "cpu")([sample("a"), sample("b")])
+    both = [sample("a"), sample("b")]
+    RL.Judges(RL.RLSection(method="grpo", reward_funcs=[f"{tmp_path}/odd.py:tensors"]), None, "cpu")(both)
+    assert [one.reward for one in both] == [1, 1]
 
 
 @pytest.mark.parametrize("name, message", [("exakt", "'exakt' is none of exact_answer"), ("none.py:f", "there is no file 'none.py'"), ("regex:(", "regex:\\("),
@@ -865,6 +894,24 @@ def test_an_adapter_can_be_the_reference(world, tmp_path):
     RL.main([*flags_of(world, "dpo"), "--max-steps", "1", "--rl.ref_model", str(tmp_path / "adapter"), "--out", str(tmp_path / "run")])
     first = next(record for record in log_of(tmp_path / "run") if "loss" in record)
     assert first["loss"] != pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_columns_may_hold_what_json_cannot(world, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    day = datetime.datetime(2020, 1, 2)
+    rows = [{"prompt": [{"role": "user", "content": f"Say {i}", "at": day}], "answer": "fox", "day": day, "raw": b"x"} for i in range(8)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "judge.py").write_text("def late(completions, day, raw, **_): return [float(d.year + len(r)) for d, r in zip(day, raw)]\n")
+    flags = [*flags_of(world, "grpo"), "--data", str(tmp_path / "rows.parquet"), "--data.validation", "none", "--rl.reward_funcs", f"{tmp_path}/judge.py:late", "--batch-size", "8",
+             "--training.save_steps", "1", "--training.save_total_limit", "9", "--out", str(tmp_path / "run")]
+    RL.main([*flags, "--max-steps", "2"])
+    assert json.loads((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()[0])["reward"] == 2021
+    RL.main([*flags, "--max-steps", "2", "--resume", str(tmp_path / "run" / "ckpt-step-000001")])
+    bad = write(tmp_path / "bad.jsonl", [{"prompt": "a", "completions": "b"}])
+    with pytest.raises(UserError, match="bad.jsonl:1: the key 'completions' is what reward functions are given"):
+        RL.main([*flags, "--data", str(bad), "--max-steps", "2", "--out", str(tmp_path / "bad")])
 
 
 def test_among_equally_good_models_the_loss_decides(world, tmp_path, monkeypatch):
