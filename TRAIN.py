@@ -652,6 +652,8 @@ class Trainer:
         return state
 
     def _restore(self, state: dict) -> None:
+        if "measured" not in state:
+            raise UserError("--resume: the checkpoint was made by an earlier version; --model on its folder goes on from its weights")
         self.steps, self.tokens, self.elapsed_before = state["step"], state["tokens"], state["elapsed"]
         self.before, self.since_best, self.skipped = state["before"], state["since_best"], state["skipped"]
         self.best = tuple(state["best"]) if state["best"] else None

@@ -864,6 +864,15 @@ def test_resume_replaces_no_folder_that_is_not_its_own(tmp_path, text_file, trai
         train(tmp_path, "--resume", other)
 
 
+def test_a_state_of_an_earlier_version_is_one_line(tmp_path, text_file):
+    train(tmp_path)
+    [folder] = TRAIN.checkpoints(tmp_path / "out")
+    state = TRAIN.load_state(folder)
+    torch.save({key: value for key, value in state.items() if key != "measured"}, folder / TRAIN.STATE_FILE)
+    with pytest.raises(UserError, match="made by an earlier version; --model on its folder"):
+        train(tmp_path, "--resume", "auto")
+
+
 def test_from_an_older_checkpoint_the_newer_ones_go(tmp_path, text_file):
     options = ["--training.save_steps", 2, "--training.save_total_limit", 9, "--training.logging_steps", 3, "--training.eval_steps", 2]
     train(tmp_path, *options, "--max-steps", 9)
