@@ -336,11 +336,11 @@ class Side(NamedTuple):
     """A prompt with one text after it: ids, and 1 for each that is learnt. Of a text with several turns these are the assistant's."""
 
     ids: list[int]
-    said: list[int]
+    mask: list[int]
 
     @property
     def start(self) -> int:
-        return self.said.index(1)
+        return self.mask.index(1)
 
 
 def prompt_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
@@ -427,9 +427,10 @@ def make_chat(tokenizer, records: list[tuple[str, dict]]) -> None:
 
 
 class LeftOut:
-    """Why records were left out, how many, and where the first of them stands."""
+    """Why records were left out, how many, and where the first of them stands; how many were cut."""
 
     def __init__(self):
+        self.cut = 0
         self.counts: Counter = Counter()
         self.first: dict[str, str] = {}
 
@@ -457,8 +458,8 @@ def read_items(config, tokenizer, records: list[tuple[str, dict]], left: LeftOut
             left.add(f"whose prompt fills training.max_length {length}", where)
             continue
         if any(len(one.ids) > length for one in sides):
-            left.counts["cut"] += 1
-        sides = [Side(one.ids[:length], one.said[:length]) for one in sides]
+            left.cut += 1
+        sides = [Side(one.ids[:length], one.mask[:length]) for one in sides]
         same = pair and sides[0].ids == sides[1].ids
         if config.rl.method == "reward":
             sides = [whole(one) for one in sides]
@@ -473,14 +474,14 @@ def read_items(config, tokenizer, records: list[tuple[str, dict]], left: LeftOut
 
 def whole(one: Side) -> Side:
     """A row's last id is a target alone; where a reward is read off the last token, another one has to follow it."""
-    return Side([*one.ids, one.ids[-1]], [*one.said, 1])
+    return Side([*one.ids, one.ids[-1]], [*one.mask, 1])
 
 
 def examples(items: list[Item]) -> TOKENIZER.Examples:
     """Item after item, the sides of each beside each other; a text's tokens are the targets."""
     sides = [one for item in items for one in item.sides]
     sizes = np.array([len(one.ids) for one in sides], np.int64)
-    weights = np.concatenate([one.said for one in sides]).astype(np.float32)
+    weights = np.concatenate([one.mask for one in sides]).astype(np.float32)
     return TOKENIZER.Examples(np.concatenate([np.array(one.ids, np.int64) for one in sides]), weights, np.cumsum(sizes) - sizes, sizes - 1, len(items[0].sides))
 
 
@@ -492,8 +493,8 @@ def mismatched(items: list[Item], seed: int, length: int) -> list[Item]:
         others = (items[circle[(place + k) % len(items)]] for k in range(1, len(items)))
         other = next((one for one in others if one.prompt != items[i].prompt), items[i])
         (own,), (text,) = items[i].sides, other.sides
-        ids, said = [*own.ids[: own.start], *text.ids[text.start :]], [*own.said[: own.start], *text.said[text.start :]]
-        found[i] = items[i]._replace(sides=[Side(ids[:length], said[:length])])
+        ids, mask = [*own.ids[: own.start], *text.ids[text.start :]], [*own.mask[: own.start], *text.mask[text.start :]]
+        found[i] = items[i]._replace(sides=[Side(ids[:length], mask[:length])])
     return found
 
 
@@ -836,7 +837,7 @@ def own_function(name: str) -> Callable[[list[Sample]], list]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # it is the user's code: anything may come
         raise UserError(f"rl.reward_funcs: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
     function = getattr(module, wanted, None)
     if not callable(function):
@@ -1448,8 +1449,7 @@ def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAI
     if len(items) < (2 if settings.method == "kto" else 1):
         raise UserError(f"data.train: no {'texts are' if settings.method == 'kto' else 'pair is'} left to train on{left.text()}")
     if MODEL.process_rank() == 0:
-        cut = f"; {left.counts.pop('cut'):,} cut at training.max_length" if left.counts["cut"] else ""
-        left.counts.pop("cut", None)
+        cut = f"; {left.cut:,} cut at training.max_length" if left.cut else ""
         say(f"{len(items):,} {'texts' if settings.method == 'kto' else 'pairs'}, {len(kept):,} held out{cut}{left.text()}")
     stream = Pairs(items, kept, settings, config.training, frozen)
     loss = reward_model_loss(settings) if settings.method == "reward" else preference_loss(settings)

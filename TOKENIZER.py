@@ -765,7 +765,7 @@ def preference(record: dict, where: str, system: str | None = None) -> dict:
         raise UserError(f"{where}: keys {', '.join(map(str, list(record)[:6])) or 'none'} are neither prompt + chosen + rejected nor prompt + completion + label; "
                         "name yours in rl.columns, as in {chosen: my_column, rejected: another}")
     sides = {key: _side(record[key], "assistant", f"{where}: {key}") for key in (("completion",) if single else ("chosen", "rejected"))}
-    if all(isinstance(side, list) and side[0]["role"] != "assistant" for side in sides.values()):
+    if all(map(_is_conversation, sides.values())):
         record = {key: value for key, value in record.items() if key not in TALK_KEYS}  # the sides tell the conversation
     prompt, sides = _apart(_prompt_of(record, where), sides, where)
     prompt = _with_system(prompt, _system_of(record, where) or system)
@@ -861,9 +861,14 @@ def _with_system(prompt: str | list[dict], system: str | None) -> str | list[dic
     return [{"role": "system", "content": system}, *as_messages(prompt)]
 
 
+def _is_conversation(said: str | list[dict]) -> bool:
+    """Whether an answer holds what was asked, too."""
+    return isinstance(said, list) and said[0]["role"] != "assistant"
+
+
 def _apart(prompt: str | list[dict] | None, sides: dict, where: str) -> tuple[str | list[dict], dict]:
     """Prompt and answers, where sides are whole conversations too; the prompt is "" where they answer different ones."""
-    whole = [isinstance(said, list) and said[0]["role"] != "assistant" for said in sides.values() if said]
+    whole = [_is_conversation(said) for said in sides.values() if said]
     if prompt is not None and not any(whole):
         _check_asks(prompt, where)
         if prompt and isinstance(prompt, str) and len(sides) == 2 and all(isinstance(said, str) and said.startswith(prompt) for said in sides.values()):

@@ -332,8 +332,9 @@ def fit(model: nn.Module, stream, loss_fn: Callable, training: TrainingSection, 
     step over micro-batches and processes. So 16 rows, 4 x 4 accumulated and 2 processes x 8 give one and the same
     gradient; a mean per micro-batch would weigh tokens in short batches more.
     stream: start(run), next(), state_dict(), load_state_dict(), steps_per_epoch, optionally metrics().
-    save(model, folder) writes the product; evaluate(model) -> {measure: value}, the first of which decides what is best. `resume` is a checkpoint folder; `overwrite` removes an earlier run from `out`
-    once the new one has been measured for the first time.
+    save(model, folder) writes the product; evaluate(model) -> {measure: value}, the first of which decides what is best.
+    `resume` is a checkpoint folder; `overwrite` removes an earlier run from `out` once the new one has been measured for
+    the first time.
     """
     trainer = Trainer(model, stream, loss_fn, training, Path(out), save, evaluate, stage, mixed, accelerator, device)
     with trainer.signals():
@@ -640,7 +641,8 @@ class Trainer:
             torch.distributed.all_gather_object(everyone, random)
         elapsed = all_sum([self.elapsed() if self.main else 0.0], self.device)[0]
         state = {"step": self.steps, "tokens": self.tokens, "elapsed": elapsed, "before": self.before, "best": self.best,
-                 "measured": self.measured, "log": self.log.state(self.device), "since_best": self.since_best, "skipped": self.skipped, "loss_scale": [self.loss_scale.scale, self.loss_scale.good],
+                 "measured": self.measured, "log": self.log.state(self.device), "since_best": self.since_best, "skipped": self.skipped,
+                 "loss_scale": [self.loss_scale.scale, self.loss_scale.good],
                  "random": everyone, "stream": self.stream.state_dict(),
                  "optimizers": [map_tensors(gathered, optimizer.state_dict()) for optimizer in self.optimizers]}
         # What is trained and not in the product folder as it stands: adapters, a foreign model's heads, a critic.
@@ -658,11 +660,8 @@ class Trainer:
         self.before, self.since_best, self.skipped = state["before"], state["since_best"], state["skipped"]
         self.best = tuple(state["best"]) if state["best"] else None
         self.measured = state["measured"]
-        if self.main:
-            self.log.sums, self.log.counts = state["log"]["sums"], Counter(state["log"]["counts"])
-        else:
-            self.log.counts = Counter(state["log"]["counts"])
-            self.log.sums = dict.fromkeys(self.log.counts, 0.0)
+        self.log.counts = Counter(state["log"]["counts"])
+        self.log.sums = {name: value if self.main else 0.0 for name, value in state["log"]["sums"].items()}  # they are of all processes
         self.loss_scale.scale, self.loss_scale.good = state["loss_scale"]
         if len(state["optimizers"]) != len(self.optimizers):
             raise UserError("--resume: the checkpoint was made with another training.optim")

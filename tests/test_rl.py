@@ -314,13 +314,13 @@ def test_what_is_compared_is_what_is_served(chat, prompt, said):
 
 def test_of_several_turns_the_assistants_are_learnt(chat):
     one = RL.side(chat, ASKED, FOX + ASKED + OWL, "here")
-    said = "".join(chat.decode([i]) if on else "~" for i, on in zip(one.ids, one.said, strict=True))
+    said = "".join(chat.decode([i]) if on else "~" for i, on in zip(one.ids, one.mask, strict=True))
     assert [part for part in said.split("~") if part] == ["The fox.<|im_end|>", "The owl.<|im_end|>"]
     assert one.ids[: one.start] == RL.prompt_ids(chat, ASKED)
     [other] = RL.mismatched([RL.Item("a", [one], ASKED), RL.Item("b", [RL.side(chat, "Who?", "An owl.", "")], "Who?")], 0, 128)[1].sides
-    assert sum(other.said) == sum(one.said) and other.ids[other.start :] == one.ids[one.start :]
+    assert sum(other.mask) == sum(one.mask) and other.ids[other.start :] == one.ids[one.start :]
     own = RL.examples([RL.Item("a", [one], ASKED)])
-    assert own.weights.tolist() == one.said
+    assert own.weights.tolist() == one.mask
 
 
 def test_answers_are_numbers_too():
@@ -574,6 +574,9 @@ def test_unknown_rewards_are_one_line(name, message, tmp_path):
     (tmp_path / "own.py").write_text(FUNCTIONS)
     with pytest.raises(UserError, match="has no function 'other'; it has letters"):
         RL.Judges.find(f"{tmp_path}/own.py:other", None, "cpu")
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(UserError, match="ends.py cannot be imported .SystemExit: 0"):
+        RL.Judges.find(f"{tmp_path}/ends.py:f", None, "cpu")
 
 
 def test_an_answer_that_is_missing_names_its_record():
