@@ -344,6 +344,7 @@ _TINY = dict(tie_word_embeddings=True, vocab_size=4096, max_position_embeddings=
 _TINY_MLA = dict(_TINY, kv_lora_rank=48, q_lora_rank=64, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=24, moe_intermediate_size=96,
                  mlp_only_layers=[0], rope_scaling=None, router_bias_update_speed=5e-3)
 PRESETS = {
+    "llama-225k": _size(_TINY, 64, 3, 4, 192),
     "llama-1m": _size(_TINY, 128, 4, 4, 344),
     "llama-2m": _size(_TINY, 192, 5, 6, 512, num_key_value_heads=3),
     "llama-14m": _size(_LLAMA2, 384, 6, 6, 1024, vocab_size=4096),
@@ -2156,7 +2157,7 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     if model.config.tie_word_embeddings:
         state.pop(model.tied_name, None)
     product = tuple(head for head in model.heads if head != "value")  # a critic is a tool of training
-    state = {name: tensor for name, tensor in state.items() if not is_critic(name) or not product}
+    state = {name: tensor for name, tensor in state.items() if not is_tool(name) or not product}
     raw = config_to_hub(model.config, product or model.heads)
     kind = raw["model_type"]
     raw["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
@@ -2304,7 +2305,8 @@ def dequantized(folder: Path, raw: dict) -> typing.Iterator[tuple[Path, str, Ten
             yield path, name, tensor
 
 
-OPTIONAL = ("lm_head.", "score.", "value_head.")  # heads: a file may lack them or hold one that is not asked for
+TOOLS = ("value_head.", "projections.")  # what training alone needs: a critic, the way from a student's hidden states to a teacher's
+OPTIONAL = ("lm_head.", "score.", *TOOLS)  # heads: a file may lack them or hold one that is not asked for
 
 
 def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed: int = 0, packer: Callable | None = None) -> None:
@@ -2715,9 +2717,9 @@ def adapter_from_hub(kind: str, config, state: dict[str, Tensor]) -> tuple:
     return config, own
 
 
-def is_critic(name: str) -> bool:
-    """Whether a tensor belongs to the head that training alone needs."""
-    return name.startswith("value_head.")
+def is_tool(name: str) -> bool:
+    """Whether a tensor belongs to what training alone needs."""
+    return name.startswith(TOOLS)
 
 
 def tensor_is_trained(name: str) -> bool:
@@ -2794,7 +2796,7 @@ def narrow_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
     """Hold frozen matrices in the type that autocast multiplies them in: the same products bit for bit, half the
     memory, and nothing to convert at each use. Whatever is used in another way stays as it is: embeddings, norms, and
     what DoRA takes lengths of or experts' adapters are added to."""
-    if model.adapter.use_dora or model.adapter.target_parameters:
+    if model.adapter and (model.adapter.use_dora or model.adapter.target_parameters):
         return
     embedding = model.get_input_embeddings().weight
     own = isinstance(model, Transformer)  # a foreign model may multiply in float32 on purpose, where it has no adapter

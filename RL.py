@@ -987,7 +987,7 @@ class Reference:
     @staticmethod
     def learnt(policy: nn.Module) -> dict[str, Tensor]:
         """What training changes of the policy: trained weights, and the bias by which routers choose."""
-        weights = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad and not MODEL.is_critic(name)}
+        weights = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad and not MODEL.is_tool(name)}
         return weights | {name: bias for name, bias in policy.named_buffers() if name.endswith("e_score_correction_bias")}
 
     @contextlib.contextmanager
@@ -1047,6 +1047,8 @@ class Rollouts:
     Each process answers its own prompts; then all know all texts, so that advantages and minibatches do not depend on how
     many processes there are."""
 
+    section = "rl"  # where its settings stand
+
     def __init__(self, prompts: list[Prompt], tokenizer, judges: Judges, settings: RLSection, training: TRAIN.TrainingSection, reference: Reference | None, out: Path):
         self.prompts, self.tokenizer, self.judges, self.settings, self.reference, self.out = prompts, tokenizer, judges, settings, reference, out
         self.training = training
@@ -1064,7 +1066,7 @@ class Rollouts:
         if settings.rollout_size % self.per_step:
             factors = f"training.batch_size {self.training.batch_size}" + (f" x grad_accum {run.grad_accum}" if run.grad_accum > 1 else "")
             factors += f" x {run.world_size} processes" if run.world_size > 1 else ""
-            raise UserError(f"rl.rollout_size: {settings.rollout_size} texts do not fill whole optimizer steps of {factors} = {self.per_step}")
+            raise UserError(f"{self.section}.rollout_size: {settings.rollout_size} texts do not fill whole optimizer steps of {factors} = {self.per_step}")
         self.count = settings.rollout_size // settings.num_generations  # prompts of a rollout
         self.steps_per_rollout = settings.rollout_size // self.per_step * settings.num_iterations
         self.steps_per_epoch = -(-len(self.prompts) // self.count) * self.steps_per_rollout
@@ -1110,15 +1112,19 @@ class Rollouts:
             found += [{name: column[i, one.start - 1 : len(one.ids) - 1] for name, column in columns.items()} for i, one in enumerate(group)]
         return found
 
+    def draw(self, **changes) -> list[Sample]:
+        """This process's texts for the next prompts."""
+        numbers = range(self.drawn, self.drawn + self.count)
+        own = [(number, self.prompt(number)) for number in numbers[self.run.rank :: self.run.world_size]]
+        return self.write(self.run.model, own, self.sampling(**changes), self.rollout)
+
     def roll_out(self) -> None:
         """One rollout, known to all processes: texts, rewards, log-probabilities, advantages."""
         run, settings, model = self.run, self.settings, self.run.model
-        numbers = range(self.drawn, self.drawn + self.count)
-        own = [(number, self.prompt(number)) for number in numbers[run.rank :: run.world_size]]
         was_training, clock = model.training, time.perf_counter()
         model.eval()
         with run.autocast():
-            samples = self.write(model, own, self.sampling(), self.rollout)
+            samples = self.draw()
             for one in samples:
                 one.reward -= settings.missing_eos_penalty * (one.finish == "length")
             spent = {"time/rollout": -clock + (clock := time.perf_counter())}
@@ -1142,6 +1148,9 @@ class Rollouts:
             say(f"rollout {self.rollout + 1}: no prompt's texts differ in their rewards, so nothing can be learnt of them")
         if settings.kl_target:
             self.beta = adapted_beta(self.beta, metrics["kl"], settings.kl_target, settings.rollout_size, settings.kl_horizon)
+        self.hand_out(metrics)
+
+    def hand_out(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self.sums.setdefault(name, []).append(value)
         self.drawn, self.rollout = self.drawn + self.count, self.rollout + 1
@@ -1235,13 +1244,14 @@ class Rollouts:
             return
         with open(self.out / "rollouts.jsonl", "a" if self.rollout else "w", encoding="utf-8") as file:
             for one in self.samples:
-                advantage = float(one.advantages.mean())
-                record = {"rollout": self.rollout + 1, "prompt": one.asked, "completion": one.text, "reward": one.reward,
-                          "rewards": dict(zip(self.judges.names, one.rewards, strict=True)), "advantage": round(advantage, 4),
+                record = {"rollout": self.rollout + 1, "prompt": one.asked, "completion": one.text, **self.verdict(one),
                           "tokens": one.length, "finish_reason": one.finish}
-                if one.reference is not None:
-                    record["kl"] = round(float(kl_estimate(one.old, one.reference).sum()), 4)
                 file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+
+    def verdict(self, one: Sample) -> dict:
+        """What the transcript tells of a text beside itself."""
+        found = {"reward": one.reward, "rewards": dict(zip(self.judges.names, one.rewards, strict=True)), "advantage": round(float(one.advantages.mean()), 4)}
+        return found | ({} if one.reference is None else {"kl": round(float(kl_estimate(one.old, one.reference).sum()), 4)})
 
     def state_dict(self) -> dict:
         left = len(self.queue) * self.training.batch_size * self.run.world_size

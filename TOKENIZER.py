@@ -786,16 +786,16 @@ def preference(record: dict, where: str, system: str | None = None) -> dict:
     return {"prompt": prompt, **sides, "label": label}
 
 
-def read_prompts(paths: list[Path], columns: dict | None = None, system: str | None = None) -> Iterator[tuple[str, dict]]:
+def read_prompts(paths: list[Path], columns: dict | None = None, system: str | None = None, key: str = "rl.columns") -> Iterator[tuple[str, dict]]:
     """(file:line, {prompt, and every other key of the record}): what is asked, and what judges of answers may need. Of a
     conversation that ends with an answer, that answer is the key `completion`."""
     for path in paths:
         for where, record in read_records(path):
-            record = _renamed(record, columns, where, "rl.columns")
+            record = _renamed(record, columns, where, key)
             prompt = _prompt_of(record, where) if isinstance(record, dict) else None
             if prompt is None:
                 keys = ", ".join(map(str, list(record)[:6])) if isinstance(record, dict) else type(record).__name__
-                raise UserError(f"{where}: no prompt among {keys or 'no keys'}; name it in rl.columns, as in {{prompt: my_column}}")
+                raise UserError(f"{where}: no prompt among {keys or 'no keys'}; name it in {key}, as in {{prompt: my_column}}")
             rest = {key: value for key, value in record.items() if key not in ("prompt", *TALK_KEYS)}
             if record.get("prompt") is None and isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
                 rest["completion"], prompt = prompt[-1]["content"], prompt[:-1]
@@ -1335,6 +1335,7 @@ class TokenStream:
     """
 
     joined = False  # the rows of a batch end to end in one row, without padding, for kernels that take them so
+    fixed = False  # rows are cut once, whatever the seed, and only change their order: what was computed of one stays true
 
     def __init__(self, blocks, batch_size: int, length: int, packing: bool = True, weights=None, blocks_known: bool = True):
         self.blocks, self.batch_size, self.length, self.packing, self.weights = blocks, batch_size, length, packing, weights
@@ -1361,9 +1362,9 @@ class TokenStream:
     def _open_block(self, spans: list[Spans]) -> None:
         seed = [self.run.seed, self.epoch, self.block]
         if self.weights is None:
-            rows = WholeRows if isinstance(spans[0], Examples) else Rows
-            self.parts = [rows(_pooled(spans), self.length, self.packing, seed)]
+            self.parts = [self.cut(spans, [0] if self.fixed else seed)]
             self._count = self.parts[0].count
+            self.numbers = np.random.default_rng([*seed, 2]).permutation(self._count) if self.fixed else np.arange(self._count)
         else:
             self.sources = spans
             sizes = [Rows(s, self.length, self.packing, None).count for s in spans]
@@ -1375,11 +1376,15 @@ class TokenStream:
                 self.turn[self.choice == s] = np.arange((self.choice == s).sum())
             self.sizes, self.laps = sizes, {}
 
+    def cut(self, spans: list[Spans], seed: list[int]) -> Rows | WholeRows:
+        kind = WholeRows if isinstance(spans[0], Examples) else Rows
+        return kind(_pooled(spans), self.length, self.packing, seed)
+
     def _row(self, i: int):
         if i >= self._count:
             return []
         if self.weights is None:
-            return self.parts[0].row(i)
+            return self.parts[0].row(int(self.numbers[i]))
         source = int(self.choice[i])
         lap, place = divmod(int(self.turn[i]), self.sizes[source])
         if (source, lap) not in self.laps:  # a small source is drawn again, in another order
@@ -1401,6 +1406,8 @@ class TokenStream:
                 if self.joined:
                     rows = [list(itertools.chain(*rows))]
                 batch = collate(self._spans().ids, rows, self.width, getattr(self._spans(), "weights", None))
+                if self.fixed:
+                    batch["rows"] = torch.tensor([self.numbers[i] if i < self._count else -1 for i in range(first, first + size)])
                 self.queue.append({**batch, "place": (self.epoch, self.block, first)})
             self.next_row += self.per_step
         return self.queue.pop(0)

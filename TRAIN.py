@@ -648,7 +648,7 @@ class Trainer:
         # What is trained and not in the product folder as it stands: adapters, a foreign model's heads, a critic.
         trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
         if is_whole(self.model):
-            trained = {name for name in trained if MODEL.is_critic(name)}
+            trained = {name for name in trained if MODEL.is_tool(name)}
         if trained:
             state["module"] = {k: gathered(v) for k, v in self.model.state_dict().items() if k in trained}
         return state

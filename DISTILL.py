@@ -1,0 +1,1065 @@
+"""DISTILL.py: a small student learns from a large teacher.
+
+A text says which word came next; a teacher says how likely every word was. Read in this order: settings, the losses
+(each a short function with its paper), how a teacher is asked (in memory, from a cache on the disk, through another
+tokenizer, layer by layer), the student's own texts as a stream, answers written by the teacher, and the command line.
+
+    python DISTILL.py --config config.yaml                                    # out -> out/distill, a quarter of the size
+    python DISTILL.py --teacher out/sft --out out/small-chat                  # a teacher that talks: conversations
+    python DISTILL.py --teacher out/sft --model out/small-chat --lmbda 0.5 --out out/on-policy   # half of the steps on its own texts
+    python DISTILL.py --cache --cache-dir out/told && python DISTILL.py --cache-dir out/told --out out/from-cache
+    python DISTILL.py --generate --teacher out/sft --data data/prompts.jsonl --out out/answers.jsonl   # for SFT.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import INFER
+import MODEL
+import RL
+import SFT
+import TOKENIZER
+import TRAIN
+from MODEL import Action, UserError, knob, load_config, run_main, say
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+METHODS = ("logits", "hidden", "universal")
+
+
+@dataclass
+class DistillSection:
+    teacher: str = knob("./out", "who teaches: a folder (of a model or of an adapter) or a hub name")
+    teacher_dtype: str = knob("auto", "type of the teacher's weights; auto is the one they are stored in, where the device does it well", ("auto", *MODEL.DTYPES))
+    teacher_quantization: str = knob("none", "packed form of the teacher's matrices", MODEL.QUANTIZATIONS)
+    method: str = knob("logits", "what the teacher tells: the probabilities of each token, its hidden states as well, or the probabilities over another tokenizer's vocabulary", METHODS)
+    task: str = knob("auto", "what is read: text as TRAIN.py does, or conversations as SFT.py does; auto is chat for records and a teacher with a chat template", ("auto", "text", "chat"))
+    alpha: float = knob(0.1, "share of the data's own cross-entropy; 0 learns from the teacher alone, 1 asks no teacher")
+    beta: float = knob(0.0, "which divergence: 0 is KL(teacher || student), 1 KL(student || teacher), between them Jensen-Shannon's")
+    temperature: float = knob(1.0, "both distributions are flattened by this before they are compared (Hinton 2015)")
+    lmbda: float = knob(0.0, "share of the steps that learn on texts that the student writes itself (on-policy)")
+    hidden_weight: float = knob(1.0, "hidden: weight of the mean squared error of hidden states")
+    cosine_weight: float = knob(1.0, "hidden: weight of one minus the cosine between them")
+    layer_map: dict | None = knob(None, "hidden: {student layer: teacher layer}, 0 being the embeddings; null spreads the student's over the teacher's")
+    init_layers: list | None = knob(None, "the student is the teacher with these of its layers alone, as in [0, 2]; null builds or loads what `model` names")
+    cache_dir: str | None = knob(None, "folder of a teacher's cached probabilities (--cache writes it), read in place of the teacher")
+    cache_top_k: int = knob(64, "cached for each token: the k likeliest, and how likely all others are together")
+    cache_dtype: str = knob("float16", "type of the cached numbers", ("float16", "float32"))
+    train_on_prompt: bool = knob(False, "chat: learn what the user says as well")
+    columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, completion: another}")
+    system: str | None = knob(None, "system message of conversations that have none")
+    eval_answers: int = knob(200, "chat: held-out questions with a known answer that are answered in a validation; 0 is off")
+    max_completion_length: int = knob(64, "tokens of an answer at most")
+    sampling_temperature: float | None = knob(None, "of texts that are written; null is 1, and 0 for --generate with one answer a prompt")
+    top_k: int = knob(0, "sampling: only the k likeliest tokens; 0 is off")
+    top_p: float = knob(1.0, "sampling: only the likeliest tokens that hold this probability together")
+    rollout_size: int = knob(256, "lmbda: texts written at once, over all processes; whole optimizer steps")
+    rollout_batch_size: int = knob(256, "texts generated together on one device")
+    num_generations: int = knob(1, "--generate: answers to each prompt")
+    reward_funcs: list = knob([], "--generate: judges as in rl.reward_funcs, by which the best answer alone is kept")
+    reward_weights: list | None = knob(None, "one factor for each of them; null is 1")
+    model: dict = knob({"preset": "llama-225k"}, "stage block over `model`: the student")
+    data: dict = knob({}, "stage block over `data`; unless files are named, conversations are data/chat.jsonl")
+    training: dict = knob({}, "stage block over `training`")
+    lora: dict = knob({}, "stage block over `lora`")
+    output: dict = knob({"dir": "./out/distill"}, "stage block over `output`")
+
+    def __post_init__(self):
+        limits = {"alpha": (0, 1), "beta": (0, 1), "lmbda": (0, 1), "temperature": (1e-3, math.inf), "hidden_weight": (0, math.inf), "cosine_weight": (0, math.inf),
+                  "cache_top_k": (1, math.inf), "eval_answers": (0, math.inf), "max_completion_length": (1, math.inf), "sampling_temperature": (0, math.inf),
+                  "top_k": (0, math.inf), "top_p": (1e-9, 1), "rollout_size": (1, math.inf), "rollout_batch_size": (1, math.inf), "num_generations": (1, math.inf)}
+        for key, (low, high) in limits.items():
+            value = getattr(self, key)
+            if value is not None and not (low <= value <= high and math.isfinite(value)):
+                raise UserError(f"distill.{key}: {value} must be {f'{low:g} or above' if high == math.inf else f'between {low:g} and {high:g}'}")
+        for key in ("hidden_weight", "cosine_weight", "layer_map") if self.method != "hidden" else ():
+            self._unused(key, "without distill.method hidden")
+        for key in ("beta",) if self.method == "universal" else ():
+            self._unused(key, "with distill.method universal, which compares sorted probabilities")
+        if self.method != "logits" and self.cache_dir:
+            raise UserError(f"distill.cache_dir: a cache holds probabilities over the student's own vocabulary; distill.method {self.method} needs the teacher itself")
+        if self.lmbda and self.cache_dir:
+            raise UserError("distill.lmbda: a cache knows nothing of what the student writes; leave out distill.cache_dir")
+        if self.lmbda and self.method == "universal":
+            raise UserError("distill.lmbda: the student's own texts are compared token by token; distill.method universal cannot do that")
+        if self.alpha == 1 and (self.lmbda or self.method == "universal"):
+            raise UserError(f"distill.alpha: 1 asks no teacher, and {'distill.lmbda' if self.lmbda else 'distill.method universal'} needs one; choose a smaller one")
+        if self.method == "hidden" and not (self.hidden_weight or self.cosine_weight):
+            raise UserError("distill.hidden_weight and distill.cosine_weight: one of them must be above 0 for distill.method hidden")
+        if self.reward_weights is not None:
+            self.reward_weights = [MODEL.convert(weight, float, "distill.reward_weights") for weight in self.reward_weights]
+            if len(self.reward_weights) != len(self.reward_funcs):
+                raise UserError(f"distill.reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} distill.reward_funcs; one for each is expected")
+
+    def _unused(self, key: str, why: str) -> None:
+        if getattr(self, key) != MODEL.default_of(self.__dataclass_fields__[key]):
+            raise UserError(f"distill.{key}: has no effect {why}; leave it out")
+
+    @property
+    def asks_teacher(self) -> bool:
+        return self.alpha < 1 or self.method == "hidden"
+
+
+# ------------------------------------------------------------------------------------------------------ losses
+
+
+def divergence(student: Tensor, teacher: Tensor, beta: float = 0.0) -> Tensor:
+    """Log-probabilities (..., V) of both -> (...) nats, 0 where they agree.
+
+    beta 0: KL(teacher || student), which makes the student cover all that the teacher thinks possible. 1: KL(student ||
+    teacher), which keeps it away from what the teacher thinks impossible. Between them the generalised Jensen-Shannon
+    divergence (Agarwal 2024, GKD, eq. 1): beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
+    Near its ends that goes to 0, not to a KL, of which it then is beta or 1 - beta times as much.
+    """
+    teacher = teacher.clamp(min=-100)  # e^-100 is never: a masked word of the teacher's would be infinitely wrong
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return (p.exp() * (p - q)).sum(-1)
+
+    if beta == 0:
+        return kl(teacher, student)
+    if beta == 1:
+        return kl(student, teacher)
+    mean = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return beta * kl(teacher, mean) + (1 - beta) * kl(student, mean)
+
+
+def distill_loss(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.0, temperature: float = 1.0) -> Tensor:
+    """Logits (..., V) of both -> losses (...): T^2 times the divergence of softmax(logits / T).
+
+    A high temperature shows how the teacher ranks what it thinks unlikely. Gradients shrink with 1 / T^2, which the factor undoes
+    (Hinton 2015, section 2), so that `alpha` means the same at every temperature.
+
+    student [0, 0], teacher [2, 0], beta 0, T 1: 0.88 log(0.88 / 0.5) + 0.12 log(0.12 / 0.5) = 0.327
+    """
+    student, teacher = ((logits.float() / temperature).log_softmax(-1) for logits in (student_logits, teacher_logits))
+    return temperature**2 * divergence(student, teacher, beta)
+
+
+def top_k_loss(student_logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor, beta: float = 0.0, temperature: float = 1.0) -> Tensor:
+    """`distill_loss` from a cache: student logits (N, V); the teacher's likeliest ids (N, k), their log-probabilities at
+    that temperature, and the log of what all others have together (N,) -> (N,).
+
+    The others are one word to both sides. A divergence never grows when words are merged, so this is a lower bound: the
+    forward KL lacks tail mass x KL(teacher's tail || student's tail), which is small where the tail is.
+    """
+    logits = student_logits.float() / temperature
+    student = logits.gather(1, ids) - logits.logsumexp(1, keepdim=True)  # (N, k)
+    if ids.shape[1] < logits.shape[1]:
+        rest = logits.scatter(1, ids, -math.inf).logsumexp(1, keepdim=True) - logits.logsumexp(1, keepdim=True)
+        student, logprobs = torch.cat((student, rest), 1), torch.cat((logprobs, tail[:, None]), 1)  # (N, k + 1)
+    return temperature**2 * divergence(student, logprobs.log_softmax(1), beta)  # what rounding took from their sum is put back
+
+
+def universal_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Logits (N, V) and (N, W) over different vocabularies -> (N,): sum |p_(i) - q_(i)| of the probabilities in falling
+    order, the shorter list filled up with zeros (Boizard 2024, eq. 5: the Wasserstein distance where every two words are
+    equally far apart). It tells how sure the teacher is and between how many words, not which."""
+    student, teacher = ((logits.float() / temperature).softmax(-1).sort(-1, descending=True).values for logits in (student_logits, teacher_logits))
+    width = max(student.shape[-1], teacher.shape[-1])
+    student, teacher = (F.pad(p, (0, width - p.shape[-1])) for p in (student, teacher))
+    return (student - teacher).abs().sum(-1)
+
+
+def hidden_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (..., C) -> mean squared errors (...) (Jiao 2020, TinyBERT, eq. 8), one minus cosines (...) (Sanh 2019, DistilBERT, section 3)."""
+    student, teacher = student.float(), teacher.float()
+    return ((student - teacher) ** 2).mean(-1), 1 - F.cosine_similarity(student, teacher, dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------- asking a teacher
+
+
+class Teacher(NamedTuple):
+    """A frozen model with its tokenizer, or what is known of one whose words are in a cache."""
+
+    name: str
+    model: MODEL.LanguageModel | None
+    tokenizer: object
+    parameters: int
+    context: int
+    causal: bool
+
+
+def load_teacher(config, device, asked: bool = True) -> Teacher:
+    """`asked`: whether it will have to answer; else its settings are enough."""
+    settings, name = config.distill, config.distill.teacher
+    form = None if settings.teacher_quantization == "none" else settings.teacher_quantization
+    dtype = settings.teacher_dtype if settings.teacher_dtype == "auto" else MODEL.supported_dtype(settings.teacher_dtype, device)
+    model, tokenizer = RL.second_model(name, "distill.teacher", dtype=dtype, device=device, attn_implementation=config.model.attn_implementation, quantization=form)
+    if "lm" not in model.heads:
+        raise UserError(f"distill.teacher: {name} gives words no probability, it has a head for labels or rewards")
+    return Teacher(name, model if asked else None, tokenizer, MODEL.count_parameters(model)[0], model.config.max_position_embeddings, model.config.causal)
+
+
+def hold(teacher: MODEL.LanguageModel, mixed: str) -> None:
+    """Keep float32 matrices in the type that they will be multiplied in."""
+    if mixed != "no" and teacher.dtype == torch.float32:
+        MODEL.narrow_frozen(teacher, MODEL.AUTOCAST[mixed])
+
+
+@torch.no_grad()
+def states_of(teacher: MODEL.LanguageModel, batch: dict, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """(last hidden states (B, T, C), those before each layer if `keep`). Its logits are left to `head_logits`, row by row."""
+    hidden, states, _ = teacher.backbone(batch["input_ids"], batch.get("positions"), None, batch.get("segment_ids"), None, keep)
+    return hidden, [*states, hidden]
+
+
+class InMemory:
+    """The teacher reads the batch that the student reads."""
+
+    def __init__(self, teacher: Teacher, settings: DistillSection):
+        self.model, self.settings = teacher.model, settings
+
+    def __call__(self, batch: dict) -> tuple[Callable | None, list[Tensor]]:
+        """(`reduce` for the student's forward, the teacher's hidden states)."""
+        settings = self.settings
+        hidden, states = states_of(self.model, batch, settings.method == "hidden")
+        hidden = hidden.flatten(0, 1)  # (B*T, C)
+
+        def reduce(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
+            with torch.no_grad():
+                expected = self.model.head_logits(hidden[rows])
+            size = min(logits.shape[1], expected.shape[1])  # one of them may be padded to a rounder number
+            return {"divergence": distill_loss(logits[:, :size], expected[:, :size], settings.beta, settings.temperature)}
+
+        return reduce, states
+
+
+# ------------------------------------------------------------------------------------------------- cached teacher
+
+CACHE_VERSION = 1
+CACHE_BLOCK = 64  # batches between two notes of how far the cache is written
+
+
+def data_mark(cut) -> str:
+    """Names what rows hold: ids, weights, and where each row begins and ends."""
+    digest, spans = hashlib.blake2b(digest_size=16), cut.spans
+    for start in range(0, len(spans.ids), 2**24):
+        digest.update(np.ascontiguousarray(spans.ids[start : start + 2**24]).astype("<i8").tobytes())
+    for array in (getattr(spans, "weights", np.zeros(0)), spans.starts, spans.lengths):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update(json.dumps([cut.count, *(map(int, np.concatenate([cut.row(i) for i in {0, cut.count // 2, cut.count - 1}]).flatten()))]).encode())
+    return digest.hexdigest()
+
+
+def teacher_mark(name: str, settings: DistillSection) -> str | None:
+    """Names a teacher's weights, by the sizes of its files and 64 samples of each; None where they are not here."""
+    try:
+        folder = MODEL.resolve_folder(name, "distill.teacher")
+    except UserError:
+        return None
+    digest = hashlib.blake2b(f"{settings.teacher_dtype} {settings.teacher_quantization}".encode(), digest_size=16)
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for place in range(0, size, max(size // 64, 2**16)):
+                file.seek(place)
+                digest.update(file.read(2**16))
+    return digest.hexdigest()
+
+
+def trained_of(cut, number: int) -> int:
+    """How many targets a row has."""
+    weights = getattr(cut.spans, "weights", None)
+    return sum(stop - start if weights is None else int(np.count_nonzero(weights[start + 1 : stop + 1])) for start, stop in cut.row(number))
+
+
+class Cache:
+    """What a teacher says of every target of fixed rows, on the disk: the k likeliest ids and their log-probabilities, and the log
+    of what is left for all others. Entries follow the rows; `ids.bin`, `logprobs.bin` and `tail.bin` are plain little-endian arrays."""
+
+    def __init__(self, folder: Path, facts: dict, mode: str = "r"):
+        self.folder, self.facts = folder, facts
+        n, k = facts["tokens"], facts["top_k"]
+        shapes = {"ids": (facts["ids"], (n, k)), "logprobs": (facts["logprobs"], (n, k)), "tail": ("float32", (n,))}
+        self.arrays = {}
+        for name, (dtype, shape) in shapes.items():
+            path, size = folder / f"{name}.bin", math.prod(shape) * np.dtype(dtype).itemsize
+            if mode == "r+" and not path.exists():
+                with open(path, "wb") as file:
+                    file.truncate(size)
+            if not path.exists() or path.stat().st_size != size:
+                there = f"{path.stat().st_size:,} bytes" if path.exists() else "nothing"
+                raise UserError(f"distill.cache_dir: {path} holds {there}, {size:,} are expected: it was cut short; write it anew with --cache --overwrite")
+            self.arrays[name] = np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode, shape=shape)
+
+    @classmethod
+    def open(cls, folder: Path) -> Cache:
+        if not (folder / "cache.json").exists():
+            unfinished = "; what was begun there is unfinished" if (folder / "cache.part.json").exists() else ""
+            raise UserError(f"distill.cache_dir: {folder} holds no cache{unfinished}; `DISTILL.py --cache --cache-dir {folder}` writes one")
+        facts = MODEL.read_json(folder / "cache.json")
+        if facts.get("version") != CACHE_VERSION:
+            raise UserError(f"distill.cache_dir: {folder / 'cache.json'} is of version {facts.get('version')}, this program reads {CACHE_VERSION}; write it anew with --cache")
+        return cls(folder, facts)
+
+    def check(self, cut, settings: DistillSection, length: int) -> None:
+        """Whether it was made from these rows, by this teacher, for these settings."""
+        mark = teacher_mark(settings.teacher, settings)
+        if mark is None and MODEL.process_rank() == 0:
+            say(f"distill.teacher: {settings.teacher} is not here; the cache tells that it was made by {self.facts['teacher']}")
+        if mark not in (None, self.facts["teacher_mark"]):
+            raise UserError(f"distill.cache_dir: {self.folder} was made by another teacher ({self.facts['teacher']}) than distill.teacher {settings.teacher} is now; write it anew with --cache --overwrite")
+        if self.facts["temperature"] != settings.temperature:
+            raise UserError(f"distill.temperature: {settings.temperature:g}, but {self.folder} was made for {self.facts['temperature']:g}; the unlikely words' share is known for that one alone")
+        if self.facts["max_length"] != length:
+            raise UserError(f"training.max_length: rows have {length} tokens, those of {self.folder} {self.facts['max_length']}")
+        if self.facts["data_mark"] != data_mark(cut):
+            raise UserError(f"distill.cache_dir: {self.folder} was made from other data (data.train, data.validation, data.packing or the tokenizer changed); write it anew with --cache --overwrite")
+
+    def write(self, first: int, ids: Tensor, logprobs: Tensor, tail: Tensor) -> None:
+        there = slice(first, first + len(ids))
+        limit = -6e4 if self.facts["logprobs"] == "float16" else -1e30
+        self.arrays["ids"][there], self.arrays["logprobs"][there], self.arrays["tail"][there] = ids, logprobs.clamp(min=limit), tail
+
+    def read(self, pieces: list[slice]) -> dict[str, Tensor]:
+        """Entries of several places, one after another."""
+        names = {"ids": np.int64, "logprobs": np.float32, "tail": np.float32}
+        return {f"cached_{name}": torch.from_numpy(np.concatenate([np.asarray(self.arrays[name][piece], dtype) for piece in pieces] or [self.arrays[name][:0].astype(dtype)]))
+                for name, dtype in names.items()}
+
+
+class Told:
+    """A stream of rows, each with what the cache holds of it."""
+
+    def __init__(self, rows: TOKENIZER.TokenStream, cache: Cache, settings: DistillSection):
+        self.rows, self.cache, self.settings = rows, cache, settings
+        self.state_dict, self.load_state_dict = rows.state_dict, rows.load_state_dict
+
+    def start(self, run) -> None:
+        self.rows.start(run)
+        self.steps_per_epoch, cut = self.rows.steps_per_epoch, self.rows.parts[0]
+        self.cache.check(cut, self.settings, self.rows.length)
+        self.starts = np.cumsum([0, *(trained_of(cut, i) for i in range(cut.count))])
+
+    def __next__(self) -> dict:
+        batch = next(self.rows)
+        numbers = [int(i) for i in batch["rows"] if i >= 0]
+        return {**batch, **self.cache.read([slice(self.starts[i], self.starts[i + 1]) for i in numbers])}
+
+
+class FromCache:
+    """The teacher's words of this batch, as the cache holds them."""
+
+    def __init__(self, settings: DistillSection):
+        self.settings = settings
+
+    def __call__(self, batch: dict) -> tuple[Callable, list]:
+        trained = (batch["targets"] != -100).flatten()
+        entry = trained.cumsum(0) - 1  # (B*T,) which entry belongs to a place
+
+        def reduce(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
+            own = entry[rows]
+            told = (batch[f"cached_{name}"][own] for name in ("ids", "logprobs", "tail"))
+            return {"divergence": top_k_loss(logits, *told, self.settings.beta, self.settings.temperature)}
+
+        return reduce, []
+
+
+@torch.no_grad()
+def write_cache(config) -> None:
+    """The teacher reads all rows once. A kill costs what was written since the last note; several processes share the rows."""
+    settings, training = config.distill, config.training
+    if not settings.cache_dir:
+        raise UserError("--cache: name the folder to write with --cache-dir")
+    folder = Path(settings.cache_dir)
+    accelerator, device = TRAIN.start_processes(training, config.model.device, folder)
+    teacher = load_teacher(config, device)
+    say(f"{teacher.name}: {teacher.parameters:,} parameters") if MODEL.process_rank() == 0 else None
+    TRAIN.fit_length(config, teacher.context)
+    rows, _, _ = read_rows(config, teacher.tokenizer, teacher, task_of(config, teacher))
+    if not isinstance(rows, TOKENIZER.TokenStream) or not rows.fixed:
+        raise UserError("--cache: rows must be the same in every epoch; data.streaming, data.weights and masked language modelling change them")
+    rows.start(SimpleNamespace(seed=0, grad_accum=1, world_size=1, rank=0))
+    cut, size = rows.parts[0], training.batch_size
+    starts = np.cumsum([0, *(trained_of(cut, i) for i in range(cut.count))])
+    vocabulary = teacher.model.config.vocab_size
+    facts = {"version": CACHE_VERSION, "teacher": teacher.name, "teacher_mark": teacher_mark(teacher.name, settings), "data_mark": data_mark(cut),
+             "tokens": int(starts[-1]), "rows": cut.count, "max_length": training.max_length, "temperature": settings.temperature, "vocab_size": vocabulary,
+             "top_k": min(settings.cache_top_k, vocabulary), "ids": "uint16" if vocabulary <= 2**16 else "uint32", "logprobs": settings.cache_dtype,
+             "tokenizer": TOKENIZER.fingerprint(teacher.tokenizer), "parameters": teacher.parameters, "context": teacher.context, "causal": teacher.causal}
+    with TRAIN.run_folder(folder, "auto", True):
+        done = begin_cache(folder, facts, bool(config.actions.overwrite), teacher.tokenizer)
+        cache = Cache(folder, facts, "r+")
+        mixed = TRAIN.precision(training, config.model.dtype, device)
+        hold(teacher.model, mixed)
+        run = TRAIN.Run(teacher.model, training, device, mixed)
+        bar = Progress(cut.count, done, "rows")
+        while done < cut.count:
+            stop = min(done + CACHE_BLOCK * size * run.world_size, cut.count)
+            for first in range(done + run.rank * size, stop, run.world_size * size):
+                numbers = range(first, min(first + size, stop))
+                batch = TOKENIZER.collate(cut.spans.ids, [cut.row(i) for i in numbers], weights=getattr(cut.spans, "weights", None))
+                with run.autocast():
+                    cache.write(int(starts[first]), *likeliest(teacher.model, on_device(batch, device), facts["top_k"], settings.temperature))
+                bar.show(numbers[-1] + 1)
+            for array in cache.arrays.values():
+                array.flush()
+            TRAIN.barrier()
+            done = stop
+            if run.rank == 0:
+                MODEL.write_text(folder / "cache.part.json", json.dumps({**facts, "done": done}))
+        bar.close()
+        if run.rank == 0:
+            MODEL.write_text(folder / "cache.json", json.dumps(facts, indent=1) + "\n")
+            (folder / "cache.part.json").unlink(missing_ok=True)
+            bytes_each = sum((folder / f"{name}.bin").stat().st_size for name in cache.arrays) / max(facts["tokens"], 1)
+            say(f"{folder}: {facts['tokens']:,} tokens of {cut.count:,} rows, {bytes_each:.0f} bytes each; train with --cache-dir {folder}")
+
+
+def begin_cache(folder: Path, facts: dict, overwrite: bool, tokenizer) -> int:
+    """Rows that are written already; clears what stands in the way if it may."""
+    if MODEL.process_rank() == 0:
+        part, whole = folder / "cache.part.json", folder / "cache.json"
+        if whole.exists() and not overwrite:
+            raise UserError(f"distill.cache_dir: {folder} holds a whole cache; --overwrite replaces it, or train with it")
+        known = MODEL.read_json(part) if part.exists() and not overwrite else None
+        if known and {**known, "done": 0} != {**facts, "done": 0}:
+            other = next(key for key in facts if known.get(key) != facts[key])
+            raise UserError(f"distill.cache_dir: {folder} was begun with another {other}; --overwrite begins anew")
+        if not known:
+            for path in (whole, part, *(folder / f"{name}.bin" for name in ("ids", "logprobs", "tail"))):
+                path.unlink(missing_ok=True)
+            TOKENIZER.save(tokenizer, folder)
+            MODEL.write_text(part, json.dumps({**facts, "done": 0}))
+        elif known["done"]:
+            say(f"{folder}: going on from row {known['done']:,} of {facts['rows']:,}")
+    TRAIN.barrier()
+    done = MODEL.read_json(folder / "cache.part.json")["done"]
+    if MODEL.process_rank() == 0:
+        Cache(folder, facts, "r+")  # makes the files, in which each process then writes its own part
+    TRAIN.barrier()
+    return done
+
+
+def likeliest(teacher: MODEL.LanguageModel, batch: dict, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids (N, k), log-probabilities (N, k), log of the rest's probability (N,)) at the N targets of a batch."""
+    hidden, _ = states_of(teacher, batch)
+    hidden = hidden[batch["targets"] != -100]  # (N, C)
+    found = []
+    for part in hidden.split(max(1, 2**25 // teacher.config.vocab_size)):
+        logprobs = (teacher.head_logits(part).float() / temperature).log_softmax(-1)
+        top, ids = logprobs.topk(k, -1)
+        rest = logprobs.scatter(1, ids, -math.inf).logsumexp(1)
+        found.append((ids.cpu(), top.cpu(), rest.cpu()))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+class Progress:
+    """A line on stderr that tells how far long work is."""
+
+    def __init__(self, total: int, done: int, what: str):
+        self.total, self.first, self.what = total, done, what
+        self.clock = self.told = time.perf_counter()
+
+    def show(self, done: int) -> None:
+        now = time.perf_counter()
+        tty = sys.stderr.isatty()
+        if MODEL.process_rank() or (now - self.told < (0.2 if tty else 5) and done < self.total):
+            return
+        self.told, speed = now, (done - self.first) / max(now - self.clock, 1e-9)
+        line = f"[{'#' * int(20 * done / self.total):<20}] {done:,}/{self.total:,} {self.what} | {speed:,.1f} {self.what}/s | {(self.total - done) / max(speed, 1e-9):.0f} s left"
+        print("\r\x1b[K" + line if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if sys.stderr.isatty() and not MODEL.process_rank():
+            print(file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- another tokenizer
+
+
+def spell(tokenizer, ids: list[int]) -> tuple[str, dict[int, int]]:
+    """(the text of ids, {characters: tokens that spell them}): after how many tokens a text of that length is whole.
+
+    Tokens "Hel", "lo", "!" -> ("Hello!", {0: 0, 3: 1, 5: 2, 6: 3}); half a character is not counted."""
+    pieces, detokenizer = "", INFER.Detokenizer(tokenizer)
+    places = {0: 0}
+    for count, token in enumerate(ids, 1):
+        piece = detokenizer.push(int(token))
+        pieces += piece
+        if piece:
+            places.setdefault(len(pieces), count)
+    return pieces + detokenizer.flush(), places
+
+
+def align(own: tuple[str, dict[int, int]], other: tuple[str, dict[int, int]]) -> list[tuple[int, int]]:
+    """(tokens of the one, tokens of the other) after which both have read the same characters."""
+    same = len(os.path.commonprefix([own[0], other[0]]))
+    return [(count, other[1][place]) for place, count in own[1].items() if place <= same and place in other[1]]
+
+
+def runs_of(mask: list) -> list[tuple[int, int]]:
+    """[0, 1, 1, 0, 1] -> [(1, 3), (4, 5)]"""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(mask) != 0, [0]]).astype(int)))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+class BothTokenizers:
+    """A stream of rows, each beside the same text in the teacher's ids, and the places where both have read the same characters:
+    there both predict what follows, and only there they are compared."""
+
+    def __init__(self, rows: TOKENIZER.TokenStream, tokenizer, teacher: Teacher, talks: list | None, settings):
+        self.rows, self.tokenizer, self.teacher, self.talks, self.settings = rows, tokenizer, teacher, talks, settings
+        self.state_dict, self.load_state_dict = rows.state_dict, rows.load_state_dict
+        self.known: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # start of a piece -> (the teacher's ids, places (n, 2))
+
+    def start(self, run) -> None:
+        self.rows.start(run)
+        self.steps_per_epoch = self.rows.steps_per_epoch
+
+    def told(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        if start not in self.known:
+            ids = self.rows.parts[0].spans.ids[start : stop + 1].tolist()
+            theirs, places = self.conversation(start, ids) if self.talks else self.text(ids)
+            room = self.teacher.context
+            self.known[start] = (np.array(theirs[: room + 1], np.int64), np.array([(i, j) for i, j in places if i < len(ids) - 1 and j < min(len(theirs) - 1, room)], np.int64).reshape(-1, 2))
+        return self.known[start]
+
+    def text(self, ids: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        special, tokenizer = set(self.tokenizer.all_special_ids), self.teacher.tokenizer
+        first = int(ids[0] in special)  # else the piece begins inside of a text
+        own = spell(self.tokenizer, ids[first:])
+        theirs = tokenizer(own[0], add_special_tokens=False).input_ids
+        end = [] if ids[-1] not in special else [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else TOKENIZER.begin_id(tokenizer)]
+        pairs = align(own, spell(tokenizer, theirs))
+        return [TOKENIZER.begin_id(tokenizer), *theirs, *end], [(i + first - 1, j) for i, j in pairs if i + first > 0]
+
+    def conversation(self, start: int, ids: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        talk = self.talks[int(np.searchsorted(self.rows.parts[0].spans.starts, start))]
+        other = SFT.Talk(talk.where, talk.record, self.teacher.tokenizer, self.settings)
+        pairs = []
+        for (a, b), (c, d) in zip(runs_of(talk.weights), runs_of(other.weights), strict=False):
+            a, c = max(a, 1), max(c, 1)
+            pairs += [(a - 1 + i, c - 1 + j) for i, j in align(spell(self.tokenizer, ids[a:b]), spell(self.teacher.tokenizer, other.ids[c:d]))]
+        return other.ids, pairs
+
+    def __next__(self) -> dict:
+        batch = next(self.rows)
+        cut = self.rows.parts[0]
+        told = [[(stop - start, *self.told(start, stop)) for start, stop in cut.row(int(i))] if i >= 0 else [] for i in batch["rows"]]
+        pieces = [ids for row in told for _, ids, _ in row]
+        ends = iter(np.cumsum([len(ids) for ids in pieces]).tolist())
+        spans = [[(end - len(ids), end - 1) for _, ids, _ in row for end in [next(ends)]] for row in told]
+        theirs = TOKENIZER.collate(np.concatenate([*pieces, [0]]).astype(np.int64), spans)
+        width, places = theirs["input_ids"].shape[1], torch.full(batch["input_ids"].shape, -1)
+        for r, row in enumerate(told):
+            at = there = 0
+            for length, ids, pairs in row:
+                places[r, at + pairs[:, 0]] = torch.from_numpy(r * width + there + pairs[:, 1])
+                at, there = at + length, there + len(ids) - 1
+        places[batch["targets"] == -100] = -1
+        batch |= {f"teacher_{name}": value for name, value in theirs.items() if name in ("input_ids", "positions", "segment_ids")}
+        return {**batch, "places": places, "counts": {**batch["counts"], "aligned": int((places >= 0).sum())}}
+
+
+class ThroughText:
+    """The teacher reads the same text in its own tokens."""
+
+    def __init__(self, teacher: Teacher, settings: DistillSection):
+        self.model, self.settings = teacher.model, settings
+
+    def __call__(self, batch: dict) -> tuple[Callable, list]:
+        hidden, _ = states_of(self.model, {name.removeprefix("teacher_"): value for name, value in batch.items() if name.startswith("teacher_")})
+        hidden, places = hidden.flatten(0, 1), batch["places"].flatten()
+
+        def reduce(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
+            there = (places[rows] >= 0).nonzero()[:, 0]
+            with torch.no_grad():
+                expected = self.model.head_logits(hidden[places[rows][there]])
+            losses = universal_loss(logits[there], expected, self.settings.temperature)
+            return {"divergence": losses.new_zeros(len(rows)).index_copy(0, there, losses)}
+
+        return reduce, []
+
+
+# -------------------------------------------------------------------------------------------------- hidden states
+
+
+def spread_layers(student: int, teacher: int) -> dict[int, int]:
+    """Which of the teacher's states each of the student's learns from: 2 layers of 6 -> {0: 0, 1: 3, 2: 6} (Jiao 2020, section 4.1)."""
+    return {i: round(i * teacher / student) for i in range(student + 1)}
+
+
+def read_layer_map(given: dict | None, student: int, teacher: int) -> dict[int, int]:
+    if given is None:
+        return spread_layers(student, teacher)
+    for key, value in given.items():
+        for layer, count, whose in ((key, student, "student"), (value, teacher, "teacher")):
+            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= count:
+                raise UserError(f"distill.layer_map: {key}: {value}: the {whose} has layers 0 (its embeddings) to {count}, {layer!r} is none of them")
+    if not given:
+        raise UserError("distill.layer_map: no layer is named, as in {0: 0, 3: 6}")
+    return dict(given)
+
+
+def add_projections(student: MODEL.LanguageModel, width: int, layers: list[int], seed: int) -> None:
+    """Let the student's forward return the mapped hidden states alone, in the teacher's width: where widths differ, through a matrix
+    for each that is learnt beside the student and thrown away (Jiao 2020, eq. 8)."""
+    own = student.config.hidden_size
+    if own != width:
+        student.projections = nn.ModuleDict({str(layer): nn.Linear(own, width, bias=False) for layer in layers})
+        generator = torch.Generator().manual_seed(seed)
+        for matrix in student.projections.values():
+            nn.init.normal_(matrix.weight, std=own**-0.5, generator=generator)
+
+    def project(module: nn.Module, _, out: MODEL.Output) -> MODEL.Output:
+        if out.hidden_states is None:
+            return out
+        states = [out.hidden_states[layer] for layer in layers]
+        if own != width:
+            states = [module.projections[str(layer)](state) for layer, state in zip(layers, states, strict=True)]
+        return out._replace(hidden_states=tuple(states))
+
+    student.register_forward_hook(project)
+
+
+def student_of(teacher: Teacher, layers: list, head_seed: int, attn_implementation: str) -> MODEL.Transformer:
+    """The teacher with some of its layers: the same embeddings, head and norms (Sanh 2019, section 3)."""
+    source = teacher.model
+    if not isinstance(source, MODEL.Transformer) or source.adapter or source.quantization != "none":
+        raise UserError("distill.init_layers: layers are taken from a whole, unpacked model of a family known here (merge an adapter first; distill.teacher_quantization none)")
+    count = source.config.num_hidden_layers
+    if not layers or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < count for i in layers):
+        raise UserError(f"distill.init_layers: {layers} must name layers of the teacher, 0 to {count - 1}")
+    c = source.config
+    config = dataclasses.replace(c, num_hidden_layers=len(layers), layer_types=[c.layer_types[i] for i in layers] if c.layer_types else c.layer_types,
+                                 mlp_only_layers=[new for new, old in enumerate(layers) if old in c.mlp_only_layers] if c.mlp_only_layers else c.mlp_only_layers)
+    student = MODEL.build(config, "lm", head_seed, attn_implementation=attn_implementation)
+    weights = source.state_dict()
+
+    def origin(name: str) -> str:
+        before, found, rest = name.partition("layers.")
+        number, _, tail = rest.partition(".")
+        return f"{before}{found}{layers[int(number)]}.{tail}" if found else name
+
+    student.load_state_dict({name: weights[origin(name)].float().cpu() for name in student.state_dict()})
+    return student
+
+
+# ---------------------------------------------------------------------------------------- the student's own texts
+
+
+class StudentTexts(RL.Rollouts):
+    """The student answers prompts as RL's policies do; here the teacher alone will judge, token by token."""
+
+    section = "distill"
+
+    def roll_out(self) -> None:
+        run, clock = self.run, time.perf_counter()
+        with torch.no_grad(), run.autocast():
+            self.samples = RL.gather(self.draw(logprobs=False))
+        lengths = [one.length for one in self.samples]
+        self.write_transcripts()
+        self.hand_out({"completions/mean_length": sum(lengths) / len(lengths), "time/rollout": time.perf_counter() - clock,
+                       "completions/clipped_ratio": sum(one.finish == "length" for one in self.samples) / len(lengths)})
+
+    def verdict(self, one: RL.Sample) -> dict:
+        return {}
+
+    def __next__(self) -> dict:
+        return {**super().__next__(), "sampled": True}
+
+
+class Mixed:
+    """Steps on the data and steps on the student's own texts in turn: of every n steps, lmbda n are on its texts."""
+
+    def __init__(self, data, texts: StudentTexts, lmbda: float):
+        self.data, self.texts, self.lmbda, self.drawn = data, texts, lmbda, 0
+        self.metrics = texts.metrics
+
+    def start(self, run) -> None:
+        self.run = run
+        self.data.start(run)
+        self.texts.start(run)
+        per_epoch = self.data.steps_per_epoch
+        self.steps_per_epoch = self.texts.steps_per_epoch if self.lmbda == 1 else per_epoch and math.ceil(per_epoch / (1 - self.lmbda))
+
+    def __next__(self) -> dict:
+        step = self.drawn // self.run.grad_accum
+        self.drawn += 1
+        own = math.floor((step + 1) * self.lmbda + 1e-9) > math.floor(step * self.lmbda + 1e-9)
+        return next(self.texts if own else self.data)
+
+    def state_dict(self) -> dict:
+        return {"mixed": self.drawn // self.run.grad_accum, "data": self.data.state_dict(), "texts": self.texts.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        if "mixed" not in state:
+            raise UserError("--resume: the checkpoint was made with distill.lmbda 0")
+        self.drawn = state["mixed"] * self.run.grad_accum
+        self.data.load_state_dict(state["data"])
+        self.texts.load_state_dict(state["texts"])
+
+
+def student_texts(config, tokenizer, talks: list[SFT.Talk], out: Path) -> StudentTexts:
+    """The prompts are the conversations up to their last answers."""
+    settings, length = config.distill, config.training.max_length
+    room, left, prompts = length - settings.max_completion_length, RL.LeftOut(), []
+    if room < 1:
+        raise UserError(f"distill.max_completion_length: {settings.max_completion_length} leaves no room for a prompt in training.max_length {length}")
+    for talk in talks:
+        messages = talk.record.get("messages") or []
+        asked = messages[: max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)]
+        if not asked:
+            left.add("that ask nothing", talk.where)
+            continue
+        ids = TOKENIZER.render_chat(tokenizer, asked, talk.record.get("tools"), add_generation_prompt=True)[0]
+        if len(ids) > room:
+            left.add(f"whose prompt and {settings.max_completion_length} tokens (distill.max_completion_length) exceed training.max_length {length}", talk.where)
+        else:
+            prompts.append(RL.Prompt(talk.where, asked, ids, {}))
+    if not prompts:
+        raise UserError(f"data.train: no prompt is left for distill.lmbda{left.text()}")
+    if MODEL.process_rank() == 0:
+        say(f"{len(prompts):,} prompts for the student's own texts{left.text()}")
+    rollouts = RL.RLSection(method="rloo")  # what RL's rollouts ask for and distillation has no word for stays as it is
+    given = {key: getattr(settings, key) for key in ("max_completion_length", "top_k", "top_p", "rollout_size", "rollout_batch_size")}
+    temperature = 1.0 if settings.sampling_temperature is None else settings.sampling_temperature
+    rollouts = SimpleNamespace(**{**vars(rollouts), **given, "temperature": temperature, "num_generations": 1, "num_iterations": 1})
+    return StudentTexts(prompts, tokenizer, lambda samples: None, rollouts, config.training, None, out)
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def on_device(batch: dict, device) -> dict:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def distillation(ask: Callable | None, settings: DistillSection, layers: dict[int, int]) -> Callable:
+    """loss_fn for `fit`: alpha cross-entropy + (1 - alpha) divergence, and what hidden states differ by. On texts that the student
+    wrote itself there is nothing to imitate but the teacher: they count their divergence alone."""
+
+    def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+        reduce, states = ask(batch) if ask else (None, [])
+        out = model(batch["input_ids"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), targets=batch["targets"],
+                    reduce=reduce, want=("hidden_states",) if layers else ())
+        weights = batch["weights"] if "weights" in batch else (batch["targets"] != -100).float()  # (B, T)
+        alpha = 0.0 if batch.get("sampled") else settings.alpha
+
+        def share(values: Tensor, of: str = "tokens") -> Tensor:
+            return (values * weights).sum() / totals[of]
+
+        nats = -share(out.logprobs)
+        loss, metrics = alpha * nats if alpha else 0.0, {} if batch.get("sampled") else {"nll": nats.detach()}
+        if reduce and alpha < 1:
+            told = share(out.reduced["divergence"], "aligned" if "places" in batch else "tokens")
+            loss, metrics = loss + (1 - alpha) * told, {**metrics, "divergence_on_policy" if batch.get("sampled") else "divergence": told.detach()}
+        if layers:
+            pairs = [hidden_losses(own, states[layer]) for own, layer in zip(out.hidden_states, layers.values(), strict=True)]
+            squared, cosine = (share(sum(values) / len(pairs)) for values in zip(*pairs, strict=True))
+            loss = loss + settings.hidden_weight * squared + settings.cosine_weight * cosine
+            metrics |= {"hidden_mse": squared.detach(), "hidden_cosine": cosine.detach()}
+        return loss + out.aux_loss / totals["micro_batches"], {**metrics, "loss": loss.detach()}
+
+    return loss_fn
+
+
+def task_of(config, teacher: Teacher) -> str:
+    """What is read: conversations where the teacher can read them and the files may hold some."""
+    settings, data = config.distill, config.data
+    texts = (".txt", ".md", ".text", ".bin")
+    usual = data.train == TOKENIZER.DataSection().train
+    task = settings.task
+    if task == "auto":
+        plain = not usual and any(TOKENIZER.suffix_of(Path(name)) in texts for name in data.train)
+        task = "chat" if teacher.tokenizer.chat_template and teacher.causal and not plain else "text"
+    if task == "chat" and not teacher.tokenizer.chat_template:
+        raise UserError(f"distill.task: {teacher.name} has no chat template, so it has never read a conversation; fine-tune it with SFT.py first, or take text")
+    if task == "chat" and usual:
+        data.train, data.validation = ["data/chat.jsonl"], "data/chat_test.jsonl" if data.validation == "hash" else data.validation
+    if task == "text" and settings.lmbda:
+        raise UserError(f"distill.lmbda: the student's own texts are answers to conversations; {'the teacher has no chat template' if not teacher.tokenizer.chat_template else 'distill.task is text'}")
+    return task
+
+
+def as_sft(config) -> SimpleNamespace:
+    """The settings as SFT's readers and measures know them."""
+    s = config.distill
+    section = SFT.SFTSection(columns=s.columns, system=s.system, train_on_prompt=s.train_on_prompt, eval_answers=s.eval_answers, answer_tokens=s.max_completion_length)
+    return SimpleNamespace(**{**vars(config), "sft": section})
+
+
+def read_rows(config, tokenizer, teacher: Teacher, task: str) -> tuple[object, Callable | None, list | None]:
+    """(stream, evaluate, conversations) of the data, in rows that stay as they are cut."""
+    if task == "text":
+        for key in ("train_on_prompt", "columns", "system"):
+            config.distill._unused(key, "on text, which holds no conversations")
+        stream, evaluate = TRAIN.prepare_data(config, tokenizer, masked=not teacher.causal)
+        if isinstance(stream, TOKENIZER.TokenStream):
+            stream.fixed = stream.weights is None and stream.known
+        return stream, TRAIN.with_samples(evaluate, tokenizer, config.training), None
+    own = as_sft(config)
+    talks, kept = SFT.read_talks(own, tokenizer)
+    stream, batches = SFT.in_batches(own, talks, kept)
+    stream.fixed = True
+    evaluate = SFT.with_answers(TRAIN.held_out_loss(batches, None) if batches else None, kept, tokenizer, own)
+    return stream, evaluate, talks
+
+
+def choose_tokenizer(config, checkpoint: Path | None, teacher: Teacher):
+    """The student's tokenizer: its own, or the teacher's where that holds all of the student's tokens."""
+    settings, name = config.distill, config.tokenizer.name or (TOKENIZER.folder_of(config.actions.adapter, config.model.name) if config.model.name else None)
+    if settings.method == "universal" and not name and not checkpoint:
+        raise UserError("distill.method: universal is for a student with a tokenizer of its own; name one with --tokenizer.name, or a trained student with --model")
+    own = TOKENIZER.load(checkpoint or name) if checkpoint or name else teacher.tokenizer
+    if settings.method == "universal":
+        return own
+    theirs, vocabulary = teacher.tokenizer.get_vocab(), own.get_vocab()
+    if foreign := [token for token, i in vocabulary.items() if theirs.get(token) != i]:
+        raise UserError(f"distill.teacher: {teacher.name} has another vocabulary than the student ({len(theirs):,} tokens, the student's {len(vocabulary):,}, of which "
+                        f"{len(foreign):,} are not the teacher's, such as {foreign[0]!r}); --distill.method universal compares across tokenizers")
+    return teacher.tokenizer if len(theirs) > len(vocabulary) or not own.chat_template else own
+
+
+def make_student(config, tokenizer, teacher: Teacher, device) -> MODEL.LanguageModel:
+    settings, training, section, adapter = config.distill, config.training, config.model, config.actions.adapter
+    asked = training.learning_rate, training.optim
+    if settings.init_layers is not None:
+        if section.name or section.preset != DistillSection().model["preset"] or MODEL.overrides(section):
+            raise UserError("distill.init_layers: the student is the teacher with fewer layers; leave out --model, model.preset and its knobs")
+        source = teacher if teacher.model else load_teacher(config, "cpu")
+        model = student_of(source, settings.init_layers, training.seed, section.attn_implementation)
+        MODEL.grow_vocabulary(model, len(tokenizer))
+        TRAIN.fit_length(config, model.config.max_position_embeddings)
+    else:
+        if section.name:
+            SFT.need_model(config)
+        model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r))
+    if section.name or settings.init_layers is not None:
+        SFT.finish_model(config, model, *asked)
+    elif adapter or config.lora.r:
+        raise UserError("lora.r: adapters learn on trained weights; name the student with --model")
+    if model.config.causal != teacher.causal:
+        raise UserError(f"distill.teacher: {teacher.name} is {'a causal model' if teacher.causal else 'an encoder'}, the student is not; they do not predict the same")
+    return model
+
+
+def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
+    settings, training, out = config.distill, config.training, Path(config.output.dir)
+    cache = Cache.open(Path(settings.cache_dir)) if settings.cache_dir else None
+    if cache:
+        f = cache.facts
+        teacher = Teacher(f["teacher"], None, TOKENIZER.load(cache.folder), f["parameters"], f["context"], f["causal"])
+    else:
+        teacher = load_teacher(config, device, settings.asks_teacher or settings.init_layers is not None)
+    task, tokenizer = task_of(config, teacher), choose_tokenizer(config, checkpoint, teacher)
+    if task == "chat":
+        TOKENIZER.ensure_chat(tokenizer)
+    model = make_student(config, tokenizer, teacher, device)
+    if settings.method != "universal":
+        TRAIN.fit_length(config, teacher.context)
+    size = MODEL.count_parameters(model)[0]
+    if MODEL.process_rank() == 0:
+        share = f"{teacher.parameters / size:.1f} times the student's" if size else ""
+        say(f"teacher {teacher.name}: {teacher.parameters:,} parameters, {share}" + (" (from the cache)" if cache else "" if settings.asks_teacher else " (not asked, as distill.alpha is 1)"))
+        if teacher.parameters < size and settings.asks_teacher:
+            say(f"warning: the teacher is smaller than the student ({teacher.parameters:,} and {size:,} parameters); did you mean it the other way round?")
+    if config.training.objective != "auto" or not model.config.causal:
+        TRAIN.objective(training, model, tokenizer)
+    stream, evaluate, talks = read_rows(config, tokenizer, teacher, task)
+    if talks is not None:
+        TOKENIZER.end_with_turns(model, tokenizer)
+    layers = read_layer_map(settings.layer_map, model.config.num_hidden_layers, teacher.model.config.num_hidden_layers) if settings.method == "hidden" else {}
+    if layers:
+        add_projections(model, teacher.model.config.hidden_size, list(layers), training.seed)
+    ask = None
+    if cache:
+        if not getattr(stream, "fixed", False):
+            raise UserError("distill.cache_dir: rows must be the same in every epoch; data.streaming, data.weights and masked language modelling change them")
+        stream, ask = Told(stream, cache, settings), FromCache(settings) if settings.asks_teacher else None
+    elif settings.method == "universal":
+        if not getattr(stream, "fixed", False):
+            raise UserError("distill.method: universal needs rows that stay the same; leave out data.streaming and data.weights")
+        stream, ask = BothTokenizers(stream, tokenizer, teacher, talks, as_sft(config).sft), ThroughText(teacher, settings)
+    elif settings.asks_teacher:
+        ask = InMemory(teacher, settings)
+    if ask and teacher.model:
+        hold(teacher.model, TRAIN.precision(training, config.model.dtype, device))
+    if settings.lmbda:
+        stream = Mixed(stream, student_texts(config, tokenizer, talks, out), settings.lmbda)
+    return TRAIN.Stage(model, tokenizer, stream, distillation(ask, settings, layers), evaluate, TRAIN.save_product)
+
+
+# ------------------------------------------------------------------------------------------ answers of the teacher
+
+
+def write_answers(config) -> None:
+    """The teacher answers prompts, and its answers become records that SFT.py reads (Kim and Rush 2016). What is written stands in
+    FILE.part until all is; a run that was cut off goes on there."""
+    settings, actions, out = config.distill, config.actions, Path(config.output.dir)
+    if out.suffix != ".jsonl":
+        raise UserError(f"--out: '{out}' must be a file name that ends in .jsonl")
+    if out.exists() and not actions.overwrite:
+        raise UserError(f"--out: {out} exists; --overwrite replaces it")
+    if settings.reward_funcs and settings.num_generations < 2:
+        raise UserError("distill.reward_funcs: choose between answers; set distill.num_generations to 2 or more")
+    accelerator, device = TRAIN.start_processes(config.training, config.model.device, out.parent)
+    teacher = load_teacher(config, device)
+    if not teacher.causal:
+        raise UserError(f"distill.teacher: {teacher.name} is an encoder, which answers nobody")
+    tokenizer, model, seed = teacher.tokenizer, teacher.model, config.training.seed
+    TOKENIZER.end_with_turns(model, tokenizer)
+    asked = read_asked(config, teacher)
+    judges = RL.Judges(settings, tokenizer, device) if settings.reward_funcs else None
+    temperature = settings.sampling_temperature if settings.sampling_temperature is not None else float(settings.num_generations > 1)
+    sampling = INFER.Sampling(settings.max_completion_length, temperature, settings.top_k, settings.top_p, seed=seed, n=settings.num_generations)
+    made_by = {"teacher": teacher_mark(teacher.name, settings), "sampling": dataclasses.asdict(sampling), "judges": [settings.reward_funcs, settings.reward_weights],
+               "prompts": hashlib.blake2b(repr([prompt.ids for prompt in asked]).encode(), digest_size=16).hexdigest()}
+    first = MODEL.process_rank() == 0
+    part = out.with_name(f"{out.name}.part")
+    known = TRAIN.one_after_another(begin_answers, part, made_by, bool(actions.overwrite))
+    MODEL.configure_for_hardware(model, device, quiet=True) if device.type == "cuda" else None
+    size, bar = settings.rollout_batch_size, Progress(len(asked), len(known), "prompts")
+    per_block = max(1, size // settings.num_generations) * TRAIN.world_size()
+    left = [number for number in range(len(asked)) if number not in known]
+    for start in range(0, len(left), per_block):
+        numbers = left[start : start + per_block][MODEL.process_rank() :: TRAIN.world_size()]
+        answers = INFER.generate(model, [asked[i].ids for i in numbers], sampling, tokenizer, batch_size=size, first=numbers)
+        samples = RL.gather([RL.Sample(asked[i], i, one.ids, one.finish_reason, one.text, None) for i, given in zip(numbers, answers, strict=True) for one in given])
+        if first:
+            if judges:
+                judges(samples)
+            by_prompt: dict[int, list[RL.Sample]] = {i: [] for i in left[start : start + per_block]}
+            for one in samples:
+                by_prompt[one.number].append(one)
+            lines = [{"number": i, "records": chosen_answers(asked[i], given, bool(judges), bool(tokenizer.chat_template))} for i, given in by_prompt.items()]
+            with open(part, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
+                file.flush()
+                os.fsync(file.fileno())
+            known |= {line["number"]: line["records"] for line in lines}
+        bar.show(min(len(asked), len(asked) - len(left) + start + per_block))
+    bar.close()
+    if first:
+        records = [record for _, found in sorted(known.items()) for record in found]
+        if not records:
+            raise UserError(f"--generate: no answer ended within distill.max_completion_length {settings.max_completion_length} tokens; raise it ({part} holds what was tried)")
+        MODEL.write_text(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        part.unlink()
+        silent = sum(not found for found in known.values())
+        rewards = [record["reward"] for record in records if "reward" in record]
+        judged = f", mean reward {sum(rewards) / len(rewards):.3f}" if rewards else ""
+        say(f"{out}: {len(records):,} answers to {len(asked):,} prompts{judged}" + (f"; {silent:,} prompts have none that ended within {settings.max_completion_length} tokens" if silent else ""))
+    TRAIN.barrier()
+
+
+def read_asked(config, teacher: Teacher) -> list[RL.Prompt]:
+    """Prompts that leave the teacher room to answer."""
+    settings, left, found, seen = config.distill, RL.LeftOut(), [], set()
+    room = teacher.context - settings.max_completion_length
+    if room < 1:
+        raise UserError(f"distill.max_completion_length: {settings.max_completion_length} leaves no room for a prompt in the teacher's {teacher.context} tokens")
+    for group in TOKENIZER.expand_paths(config.data.train):
+        for where, record in TOKENIZER.read_prompts(group, settings.columns, settings.system, "distill.columns"):
+            if isinstance(record["prompt"], list):
+                RL.make_chat(teacher.tokenizer, [(where, record)]) if teacher.tokenizer.chat_template else no_template(where, teacher)
+            key = json.dumps(record["prompt"], sort_keys=True)
+            if not record["prompt"]:
+                left.add("that ask nothing", where)
+            elif config.data.deduplicate and key in seen:
+                left.add("that stand twice", where)
+            else:
+                ids = RL.prompt_ids(teacher.tokenizer, record["prompt"])
+                if len(ids) > room:
+                    left.add(f"whose prompt and {settings.max_completion_length} tokens (distill.max_completion_length) exceed the teacher's {teacher.context}", where)
+                else:
+                    found.append(RL.Prompt(where, record["prompt"], ids, {key: value for key, value in record.items() if key not in ("prompt", "completion")}))
+            seen.add(key)
+    if not found:
+        raise UserError(f"data.train: no prompt is left{left.text()}")
+    if MODEL.process_rank() == 0:
+        say(f"{len(found):,} prompts for {teacher.name}{left.text()}")
+    return found
+
+
+def no_template(where: str, teacher: Teacher) -> None:
+    raise UserError(f"{where}: a conversation, but {teacher.name} has no chat template; give it prompts that are texts, or fine-tune it with SFT.py first")
+
+
+def begin_answers(part: Path, made_by: dict, overwrite: bool) -> dict[int, list]:
+    """{prompt: its records} that an earlier run has written; begins the file where there is none."""
+    lines = TRAIN.json_lines(part) if part.exists() and not overwrite else []
+    if lines and lines[0] != json.loads(json.dumps(made_by)):
+        raise UserError(f"--out: {part} was begun with other prompts, another teacher or other settings; --overwrite begins anew")
+    if lines and MODEL.process_rank() == 0:
+        say(f"{part}: going on after {len(lines) - 1:,} prompts")
+    MODEL.write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines or [made_by]))  # without a line that was cut short
+    return {line["number"]: line["records"] for line in lines[1:]}
+
+
+def chosen_answers(prompt: RL.Prompt, given: list[RL.Sample], judged: bool, chat: bool) -> list[dict]:
+    """The records of one prompt: the answers that came to an end; where there are judges the best of them."""
+    ended, texts = [one for one in given if one.finish != "length" and one.text.strip()], set()
+    if judged and ended:
+        ended = [max(ended, key=lambda one: one.reward)]
+    records = []
+    for one in ended:
+        if one.text in texts:
+            continue
+        texts.add(one.text)
+        if chat:
+            record = {"messages": [*TOKENIZER.as_messages(prompt.asked), {"role": "assistant", "content": one.text}]}
+        else:
+            record = {"prompt": prompt.asked, "completion": one.text}
+        records.append({**prompt.columns, **record, **({"reward": one.reward} if judged else {})})
+    return records
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+ACTIONS = {**TRAIN.ACTIONS, "adapter": SFT.ACTIONS["adapter"],
+           "cache": Action("write what the teacher says of --data into --cache-dir, and train nothing"),
+           "generate": Action("let the teacher answer the prompts of --data into the JSON lines file --out, and train nothing")}
+SECTIONS = {**TRAIN.SECTIONS, "lora": SFT.LoraSection, "distill": DistillSection}
+FOR_ANSWERS = ("num_generations", "reward_funcs", "reward_weights")
+FOR_TEXTS = ("sampling_temperature", "top_k", "top_p", "rollout_batch_size")
+FOR_CACHE = ("cache_top_k", "cache_dtype")
+
+
+def check_actions(config) -> None:
+    """Settings that mean nothing to what is done are told, not swallowed."""
+    settings, actions = config.distill, config.actions
+    if actions.cache and actions.generate:
+        raise UserError("--cache and --generate: both train nothing and stand alone; keep one")
+    if (actions.cache or actions.generate) and (actions.resume or actions.adapter):
+        raise UserError(f"--{'cache' if actions.cache else 'generate'}: goes on by itself where it was cut off, and trains nothing; leave out --resume and --adapter")
+    for keys, on, why in ((FOR_ANSWERS, actions.generate, "without --generate"), (FOR_TEXTS, actions.generate or settings.lmbda, "without --generate or distill.lmbda"),
+                          (("rollout_size",), settings.lmbda, "without distill.lmbda"), (FOR_CACHE, actions.cache, "without --cache: a cache tells what it holds")):
+        for key in keys if not on else ():
+            settings._unused(key, why)
+
+
+def main(argv: list[str] | None = None) -> TRAIN.Result | None:
+    config = load_config(argv, SECTIONS, "distill", ACTIONS, __doc__)
+    check_actions(config)
+    if config.actions.generate:
+        return write_answers(config)
+    if config.actions.cache:
+        return write_cache(config)
+    model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
+    return TRAIN.run_stage("distill", config, prepare, f'echo "..." | python INFER.py {model}')
+
+
+if __name__ == "__main__":
+    run_main(main)
