@@ -120,37 +120,77 @@ class DistillSection:
 # ------------------------------------------------------------------------------------------------------ losses
 
 
-def divergence(student: Tensor, teacher: Tensor, beta: float = 0.0) -> Tensor:
-    """Log-probabilities (..., V) of both -> (...) nats, 0 where they agree.
+class Divergence(torch.autograd.Function):
+    """Logits (..., V) of student and teacher -> divergences (...) in nats. The gradient is known in closed form, so of a batch's
+    float32 distributions none is kept for backward, only the gradient itself in the logits' own type."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Tensor:
+        s, t = ((logits.float() / temperature if temperature != 1 else logits.float()).log_softmax(-1) for logits in (student, teacher))
+        t = t.clamp_(min=-100)  # e^-100 is never: a word that the teacher masks would be infinitely wrong
+        if beta == 0:
+            p = t.exp()
+            losses = t.sub_(s).mul_(p).sum(-1)  # KL(teacher || student)
+            gradient = s.exp_().sub_(p)
+        else:
+            q, mean = s.exp(), t  # KL(student || mean), which the teacher itself is at beta 1
+            losses = 0.0
+            if beta < 1:
+                mean = torch.logaddexp(t + math.log(beta), s + math.log1p(-beta))
+                losses = beta * (t.exp() * (t - mean)).sum(-1)
+            ahead = s.sub_(mean)
+            reverse = (q * ahead).sum(-1, keepdim=True)
+            weight = 1 - beta if beta < 1 else 1.0
+            losses = losses + weight * reverse.squeeze(-1)
+            gradient = ahead.sub_(reverse).mul_(q).mul_(weight)
+        ctx.save_for_backward(gradient.div_(temperature).to(student.dtype))
+        return losses
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.unsqueeze(-1).to(gradient.dtype), None, None, None
+
+
+def distill_loss(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.0, temperature: float = 1.0) -> Tensor:
+    """Logits (..., V) of both -> losses (...): T^2 times the divergence of the distributions softmax(logits / T).
 
     beta 0: KL(teacher || student), which makes the student cover all that the teacher thinks possible. 1: KL(student ||
     teacher), which keeps it away from what the teacher thinks impossible. Between them the generalised Jensen-Shannon
     divergence (Agarwal 2024, GKD, eq. 1): beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
     Near its ends that goes to 0, not to a KL, of which it then is beta or 1 - beta times as much.
-    """
-    teacher = teacher.clamp(min=-100)  # e^-100 is never: a masked word of the teacher's would be infinitely wrong
-
-    def kl(p: Tensor, q: Tensor) -> Tensor:
-        return (p.exp() * (p - q)).sum(-1)
-
-    if beta == 0:
-        return kl(teacher, student)
-    if beta == 1:
-        return kl(student, teacher)
-    mean = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-    return beta * kl(teacher, mean) + (1 - beta) * kl(student, mean)
-
-
-def distill_loss(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.0, temperature: float = 1.0) -> Tensor:
-    """Logits (..., V) of both -> losses (...): T^2 times the divergence of softmax(logits / T).
 
     A high temperature shows how the teacher ranks what it thinks unlikely. Gradients shrink with 1 / T^2, which the factor undoes
-    (Hinton 2015, section 2), so that `alpha` means the same at every temperature.
+    (Hinton 2015, section 2), so that `alpha` means the same at every temperature. No gradient goes to the teacher.
 
     student [0, 0], teacher [2, 0], beta 0, T 1: 0.88 log(0.88 / 0.5) + 0.12 log(0.12 / 0.5) = 0.327
     """
-    student, teacher = ((logits.float() / temperature).log_softmax(-1) for logits in (student_logits, teacher_logits))
-    return temperature**2 * divergence(student, teacher, beta)
+    return temperature**2 * Divergence.apply(student_logits, teacher_logits, beta, temperature)
+
+
+class Buckets(torch.autograd.Function):
+    """Logits (N, V) and the ids of k words (N, k) -> log-probabilities (N, k + 1) of these, and of all others together, at a
+    temperature. One pass over the vocabulary each way: with z = softmax's input and g the gradient that comes back, word j of the
+    k gets g_j - p_j sum(g), each other one its share of the others' p_j / p_rest in g_rest - p_rest sum(g)."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+        scaled = logits.float() / temperature if temperature != 1 else logits.float()
+        weights = (scaled - scaled.amax(1, keepdim=True)).exp_()  # (N, V)
+        top = weights.gather(1, ids)
+        rest = weights.scatter_(1, ids, 0.0).sum(1, keepdim=True).clamp_(min=1e-38)  # summed, not 1 - top: tails may be tiny
+        total = top.sum(1, keepdim=True) + rest
+        ctx.save_for_backward(weights.to(logits.dtype), ids, top / total, rest / total, total)
+        ctx.temperature = temperature
+        return (torch.cat((top.clamp(min=1e-38), rest), 1) / total).log()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        weights, ids, top, rest, total = ctx.saved_tensors
+        whole = upstream.sum(1, keepdim=True)
+        gradient = weights * ((upstream[:, -1:] / rest - whole) / (total * ctx.temperature)).to(weights.dtype)
+        gradient.scatter_(1, ids, ((upstream[:, :-1] - top * whole) / ctx.temperature).to(weights.dtype))
+        return gradient, None, None
 
 
 def top_k_loss(student_logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor, beta: float = 0.0, temperature: float = 1.0) -> Tensor:
@@ -160,12 +200,10 @@ def top_k_loss(student_logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tens
     The others are one word to both sides. A divergence never grows when words are merged, so this is a lower bound: the
     forward KL lacks tail mass x KL(teacher's tail || student's tail), which is small where the tail is.
     """
-    logits = student_logits.float() / temperature
-    student = logits.gather(1, ids) - logits.logsumexp(1, keepdim=True)  # (N, k)
-    if ids.shape[1] < logits.shape[1]:
-        rest = logits.scatter(1, ids, -math.inf).logsumexp(1, keepdim=True) - logits.logsumexp(1, keepdim=True)
-        student, logprobs = torch.cat((student, rest), 1), torch.cat((logprobs, tail[:, None]), 1)  # (N, k + 1)
-    return temperature**2 * divergence(student, logprobs.log_softmax(1), beta)  # what rounding took from their sum is put back
+    student, teacher = Buckets.apply(student_logits, ids, temperature), torch.cat((logprobs, tail[:, None]), 1)  # (N, k + 1)
+    if ids.shape[1] == student_logits.shape[1]:
+        student, teacher = student[:, :-1], logprobs
+    return temperature**2 * Divergence.apply(student, teacher, beta, 1.0)  # the softmax there puts back what rounding took
 
 
 def universal_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
