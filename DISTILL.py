@@ -435,7 +435,7 @@ def write_cache(config) -> None:
              "tokens": int(starts[-1]), "rows": cut.count, "max_length": training.max_length, "temperature": settings.temperature, "vocab_size": vocabulary,
              "top_k": min(settings.cache_top_k, vocabulary), "ids": "uint16" if vocabulary <= 2**16 else "uint32", "logprobs": settings.cache_dtype,
              "tokenizer": TOKENIZER.fingerprint(teacher.tokenizer), "parameters": teacher.parameters, "context": teacher.context, "causal": teacher.causal}
-    with TRAIN.run_folder(folder, "auto", True):
+    with TRAIN.run_folder(folder, None, overwrite=True):  # for its lock; what stands there is judged below
         done = begin_cache(folder, facts, bool(config.actions.overwrite), teacher.tokenizer)
         cache = Cache(folder, facts, "r+")
         mixed = TRAIN.precision(training, config.model.dtype, device)

@@ -175,13 +175,14 @@ def main(folder: Path) -> None:
 
 
 def run_all(runs: dict[str, list[list[str]]]) -> None:
+    import DISTILL
     import RL
     import SFT
 
     TRAIN.Log.plot = SFT.Confusion.plot = RL.plot_rollouts = lambda *_: None
     for name, lists in runs.items():
         for argv in lists:
-            {"SFT": SFT, "RL": RL}[name].main(argv)
+            {"SFT": SFT, "RL": RL, "DISTILL": DISTILL}[name].main(argv)
     torch.distributed.destroy_process_group()
 
 

@@ -1,0 +1,738 @@
+"""Teacher to student: every loss against a slow one, caches against the teacher itself, and runs from end to end."""
+
+import json
+import math
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ROOT, TINY, kills, launch, make_text
+from safetensors.torch import load_file
+
+import DISTILL
+import INFER
+import MODEL
+import RL
+import SFT
+import TOKENIZER
+import TRAIN
+from MODEL import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+G = torch.Generator().manual_seed(0)
+
+
+def draw(*shape, spread=3.0) -> torch.Tensor:
+    return (torch.randn(*shape, generator=G, dtype=torch.float64) * spread).float()
+
+
+def slow_divergence(student, teacher, beta: float, temperature: float = 1.0) -> torch.Tensor:
+    """Word by word in float64: T^2 (beta KL(teacher || m) + (1 - beta) KL(student || m)), at its ends KL(teacher || student), KL(student || teacher)."""
+    losses = []
+    for s, t in zip(student.double() / temperature, teacher.double() / temperature, strict=True):
+        q, p = torch.exp(s) / torch.exp(s).sum(), torch.exp(t) / torch.exp(t).sum()
+        if beta == 0:
+            losses.append(sum(p[i] * torch.log(p[i] / q[i]) for i in range(len(p))))
+        elif beta == 1:
+            losses.append(sum(q[i] * torch.log(q[i] / p[i]) for i in range(len(p))))
+        else:
+            m = [beta * p[i] + (1 - beta) * q[i] for i in range(len(p))]
+            losses.append(sum(beta * p[i] * torch.log(p[i] / m[i]) + (1 - beta) * q[i] * torch.log(q[i] / m[i]) for i in range(len(p))))
+    return temperature**2 * torch.stack(losses)
+
+
+def same(fast, slow, inputs: torch.Tensor, tolerance=1e-5) -> None:
+    """Equal values, and equal gradients of a weighted sum."""
+    torch.testing.assert_close(fast.double(), slow.double(), atol=tolerance, rtol=1e-5)
+    weights = torch.rand(fast.shape, generator=G)
+    one, other = (torch.autograd.grad((losses * weights).sum(), inputs)[0] for losses in (fast, slow))
+    assert one.abs().sum() > 0
+    torch.testing.assert_close(one, other, atol=tolerance, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ losses
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_distill_loss_is_the_published_formula(beta, temperature):
+    student, teacher = draw(6, 11).requires_grad_(), draw(6, 11)
+    same(DISTILL.distill_loss(student, teacher, beta, temperature), slow_divergence(student, teacher, beta, temperature), student)
+
+
+def test_distill_loss_in_numbers():
+    assert float(DISTILL.distill_loss(torch.tensor([0.0, 0.0]), torch.tensor([2.0, 0.0]))) == pytest.approx(0.327, abs=1e-3)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_a_student_like_its_teacher_has_nothing_to_learn(beta):
+    logits = draw(5, 2, 40).requires_grad_()
+    losses = DISTILL.distill_loss(logits, logits.detach().clone(), beta, 2.0)
+    losses.sum().backward()
+    assert losses.shape == (5, 2) and losses.abs().max() < 1e-6 and logits.grad.abs().max() < 1e-6
+
+
+def test_a_teacher_that_masks_words_gives_finite_losses():
+    teacher = draw(3, 8)
+    teacher[:, 2] = -math.inf
+    for beta in (0.0, 0.5, 1.0):
+        student = draw(3, 8).requires_grad_()
+        losses = DISTILL.distill_loss(student, teacher, beta)
+        losses.sum().backward()
+        assert losses.isfinite().all() and student.grad.isfinite().all()
+
+
+def told_of(teacher: torch.Tensor, k: int, temperature: float) -> tuple:
+    logprobs = (teacher / temperature).log_softmax(-1)
+    top, ids = logprobs.topk(k, -1)
+    return ids, top, (1 - top.double().exp().sum(1)).clamp(min=0).log().float()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_top_k_loss_is_the_divergence_with_all_others_as_one_word(beta, temperature):
+    student, teacher = draw(7, 30).requires_grad_(), draw(7, 30)
+    ids, top, tail = told_of(teacher, 6, temperature)
+    merged = []
+    for n in range(7):
+        q = (student[n].double() / temperature).softmax(0)
+        rest = sum(q[i] for i in range(30) if i not in ids[n])
+        merged.append(torch.cat((q[ids[n]], rest[None])).log())
+    slow = temperature**2 * slow_divergence(torch.stack(merged), torch.cat((top, tail[:, None]), 1), beta)
+    fast = DISTILL.top_k_loss(student, ids, top, tail, beta, temperature)
+    same(fast, slow, student)
+    assert (fast <= DISTILL.distill_loss(student, teacher, beta, temperature) + 1e-5).all()
+    if beta == 0:  # what it lacks is stated exactly
+        p, q = ((logits.detach().double() / temperature).softmax(-1).scatter(1, ids, 0) for logits in (teacher, student))
+        p_tail, q_tail = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+        lacking = temperature**2 * p.sum(1) * torch.where(p > 0, p_tail * (p_tail / q_tail).log(), 0).sum(1)
+        torch.testing.assert_close((fast + lacking).float(), DISTILL.distill_loss(student, teacher, 0.0, temperature), atol=1e-5, rtol=1e-4)
+
+
+def test_the_top_k_loss_of_all_words_is_the_whole_one():
+    student, teacher = draw(7, 30).requires_grad_(), draw(7, 30)
+    for beta in (0.0, 0.5, 1.0):
+        same(DISTILL.top_k_loss(student, *told_of(teacher, 30, 1.0), beta), DISTILL.distill_loss(student, teacher, beta), student)
+
+
+def test_a_tail_that_the_student_has_forgotten_still_has_a_gradient():
+    student = torch.tensor([[30.0, 28.0, 0.0, -1.0]], requires_grad=True)
+    ids, top, tail = told_of(torch.tensor([[1.0, 0.5, 0.4, 0.0]]), 2, 1.0)
+    same(DISTILL.top_k_loss(student, ids, top, tail),
+         slow_divergence(torch.cat((student[:, :2], student[:, 2:].logsumexp(1, keepdim=True)), 1), torch.cat((top, tail[:, None]), 1), 0.0), student)
+
+
+def test_universal_loss_compares_sorted_probabilities():
+    student, teacher = draw(5, 9).requires_grad_(), draw(5, 14)
+    slow = []
+    for s, t in zip(student, teacher, strict=True):
+        own, theirs = (sorted((p for p in logits.double().div(2).softmax(0)), key=float, reverse=True) for logits in (s, t))
+        slow.append(sum(abs((own[i] if i < 9 else 0) - theirs[i]) for i in range(14)))
+    same(DISTILL.universal_loss(student, teacher, 2.0), torch.stack(slow).float(), student)
+    assert DISTILL.universal_loss(student, torch.cat((student.flip(1), torch.full((5, 4), -math.inf)), 1)).abs().max() < 1e-6
+
+
+def test_hidden_losses():
+    student, teacher = draw(4, 6).requires_grad_(), draw(4, 6)
+    squared, cosine = DISTILL.hidden_losses(student, teacher)
+    same(squared, torch.stack([sum((a - b) ** 2 for a, b in zip(s, t, strict=True)) / 6 for s, t in zip(student, teacher, strict=True)]), student)
+    slow = [1 - (s * t).sum() / (s.square().sum().sqrt() * t.square().sum().sqrt()) for s, t in zip(student, teacher, strict=True)]
+    same(cosine, torch.stack(slow), student)
+
+
+def test_layers_are_spread_and_named():
+    assert DISTILL.spread_layers(2, 6) == {0: 0, 1: 3, 2: 6} and DISTILL.spread_layers(3, 4) == {0: 0, 1: 1, 2: 3, 3: 4}
+    assert DISTILL.read_layer_map({0: 0, 2: 6}, 2, 6) == {0: 0, 2: 6}
+    for given, words in (({3: 1}, "the student has layers 0 (its embeddings) to 2, 3 is none"), ({1: 7}, "the teacher has layers 0 (its embeddings) to 6, 7 is none"),
+                         ({"a": 1}, "'a' is none"), ({}, "no layer is named")):
+        with pytest.raises(UserError, match="distill.layer_map") as error:
+            DISTILL.read_layer_map(given, 2, 6)
+        assert words in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------- worlds
+
+
+def make_model(folder: Path, tokenizer, seed: int, **knobs) -> Path:
+    config = MODEL.ModelConfig(**{**TINY, "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.2, **knobs})
+    MODEL.save(MODEL.build(config, seed=seed), folder)
+    TOKENIZER.save(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, tokenizer):
+    """Folders: teacher (texts), talker (with a chat template), other (another tokenizer); files: text.txt, talks.jsonl, prompts.jsonl."""
+    folder = tmp_path_factory.mktemp("distill")
+    make_model(folder / "teacher", tokenizer, 1, hidden_size=48, num_hidden_layers=3)
+    chat = TOKENIZER.train(make_text(400), 330, "bpe")
+    TOKENIZER.ensure_chat(chat)
+    make_model(folder / "talker", chat, 2, hidden_size=48, num_hidden_layers=3, eos_token_id=[TOKENIZER.end_of_turn(chat), chat.eos_token_id, *range(40, 60)])
+    make_model(folder / "learner", chat, 6)
+    other = TOKENIZER.train(make_text(300, seed=9), 290, "unigram")
+    TOKENIZER.ensure_chat(other)
+    make_model(folder / "other", other, 3, hidden_size=48)
+    (folder / "text.txt").write_text("\n".join(make_text(150, seed=3)) + "\n")
+    lines = make_text(160, seed=5)
+    talks = [{"messages": [{"role": "user", "content": a[:24]}, {"role": "assistant", "content": b}]} for a, b in zip(lines[:80], lines[80:], strict=True)]
+    (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": line[:30], "answer": "fox"}) + "\n" for line in lines[:40]))
+    return folder
+
+
+STUDENT = "--model.preset llama-1m --model.hidden_size 32 --model.num_hidden_layers 2 --model.num_attention_heads 4 --model.intermediate_size 48 --model.max_position_embeddings 128".split()
+QUICK = "--model.device cpu --batch-size 4 --max-length 48 --training.logging_steps 1 --training.sample_tokens 0 --training.mixed_precision no --eval-answers 0".split()
+
+
+def flags_of(world, name: str, folder) -> list[str]:
+    """A short run of each kind."""
+    trained = [*QUICK, "--teacher", world / "teacher", "--data", world / "text.txt", "--data.dir", folder / "ids"]
+    adapted = [*QUICK, "--teacher", world / "talker", "--data", world / "talks.jsonl", "--model", world / "learner"]
+    text, talks = [*STUDENT, *trained], [*STUDENT, *adapted[:-2]]
+    texts = ["--lmbda", "0.5", "--rollout-size", "8", "--max-completion-length", "8"]
+    return [str(flag) for flag in {
+        "text": text, "talks": talks, "jsd": [*talks, "--beta", "0.5", "--temperature", "2", "--alpha", "0.3"], "hidden": [*text, "--method", "hidden"],
+        "hidden-talks": [*talks, "--method", "hidden", "--alpha", "1", "--layer-map", "{2: 3}"],
+        "on-policy": [*talks, *texts], "on-policy-alone": [*talks, *texts, "--lmbda", "1", "--beta", "1", "--alpha", "0"],
+        "cache": [*text, "--cache-dir", world / "told"], "cache-talks": [*talks, "--cache-dir", world / "told-talks"],
+        "universal": [*text, "--teacher", world / "other", "--method", "universal", "--tokenizer.name", world / "teacher"],
+        "universal-talks": [*talks, "--teacher", world / "other", "--method", "universal", "--tokenizer.name", world / "teacher"],
+        "layers": [*trained, "--init-layers", "[0, 2]"], "lora": [*adapted, "--lora.r", "4", "--alpha", "0.5"],
+    }[name]]
+
+
+KINDS = ("text", "talks", "jsd", "hidden", "hidden-talks", "on-policy", "on-policy-alone", "cache", "cache-talks", "universal", "universal-talks", "layers", "lora")
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def losses_of(folder, key="loss") -> list[float]:
+    return [record[key] for record in log_of(folder) if key in record]
+
+
+def need_cache(world, name: str, folder) -> None:
+    for kind in ("cache", "cache-talks") if name.startswith("cache") else ():
+        flags = flags_of(world, kind, folder)
+        if not (Path(flags[-1]) / "cache.json").exists():
+            DISTILL.main(["--cache", *flags, "--cache-top-k", "9999"])
+
+
+# --------------------------------------------------------------------------------------------- one step by hand
+
+
+def first_batch(monkeypatch, argv: list[str]) -> tuple:
+    """(stage, the first batch, its totals) of a run that is not run."""
+    kept = {}
+
+    def fit(model, stream, loss, training, *_, **more):
+        model.eval()
+        stream.start(TRAIN.Run(model, training, torch.device("cpu"), "no"))
+        batch = next(stream)
+        kept.update(model=model, batch=batch, loss=loss, totals={**batch["counts"], "micro_batches": 1})
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TRAIN, "fit", fit)
+        with pytest.raises(KeyboardInterrupt):
+            DISTILL.main(argv)
+    return kept["model"], kept["batch"], kept["loss"], kept["totals"]
+
+
+def by_hand(folder, batch: dict, prefix: str = "") -> torch.Tensor:
+    """A folder's logits (B, T, V) by transformers, each segment alone."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids, segments = batch[f"{prefix}input_ids"], batch.get(f"{prefix}segment_ids")
+    segments = torch.zeros_like(ids) if segments is None else segments
+    out = None
+    for r in range(len(ids)):
+        for s in range(int(segments[r].max()) + 1):
+            there = segments[r] == s
+            with torch.no_grad():
+                logits = model(ids[r, there][None]).logits[0]
+            out = torch.zeros(*ids.shape, logits.shape[-1]) if out is None else out
+            out[r, there] = logits
+    return out
+
+
+@pytest.mark.parametrize("name", ["text", "jsd"])
+def test_a_steps_loss_is_what_transformers_logits_make_of_it(name, world, tmp_path, monkeypatch):
+    """alpha cross-entropy + (1 - alpha) divergence over the trained tokens alone, and its gradient."""
+    flags = [*flags_of(world, name, tmp_path), "--data.packing", "false", "--out", str(tmp_path / "run")]
+    model, batch, loss_fn, totals = first_batch(monkeypatch, flags)
+    if name == "jsd":  # each conversation counts as much as its record says
+        batch["weights"] = batch["weights"] * (1 + torch.arange(len(batch["weights"]))[:, None] % 2)
+        totals = {**totals, "tokens": float(batch["weights"].sum())}
+    loss, metrics = loss_fn(model, batch, totals)
+    loss.backward()
+    own = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    beta, temperature, alpha = (0.0, 1.0, 0.1) if name == "text" else (0.5, 2.0, 0.3)
+    student = model(batch["input_ids"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids")).logits
+    teacher, mask = by_hand(world / ("teacher" if name == "text" else "talker"), batch), batch["targets"] != -100
+    weights = batch["weights"][mask] if "weights" in batch else torch.ones(int(mask.sum()))
+    assert 0 < mask.sum() < mask.numel() and len(weights.unique()) == (2 if name == "jsd" else 1)
+    told = (slow_divergence(student[mask], teacher[mask], beta, temperature) * weights).sum() / weights.sum()
+    nll = (torch.nn.functional.cross_entropy(student[mask], batch["targets"][mask], reduction="none") * weights).sum() / weights.sum()
+    slow = alpha * nll + (1 - alpha) * told
+    assert float(loss) == pytest.approx(float(slow), abs=1e-5) and float(metrics["divergence"]) == pytest.approx(float(told), abs=1e-5)
+    slow.backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(own[name], weight.grad.float(), atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_hidden_states_are_those_of_transformers(world, tmp_path, monkeypatch):
+    flags = [*flags_of(world, "hidden", tmp_path), "--data.packing", "false", "--alpha", "1", "--layer-map", "{0: 0, 1: 3}", "--cosine-weight", "0.5", "--out", str(tmp_path / "run")]
+    model, batch, loss_fn, totals = first_batch(monkeypatch, flags)
+    loss, metrics = loss_fn(model, batch, totals)
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(world / "teacher", dtype=torch.float32, output_hidden_states=True).eval()
+    squared = cosine = 0.0
+    real = batch["positions"] >= 0
+    for r in range(len(real)):
+        ids = batch["input_ids"][r, real[r]][None]
+        with torch.no_grad():
+            theirs, own = teacher(ids).hidden_states, model.backbone(ids, None, None, None, None, True)
+        for layer, other in ((0, 0), (1, 3)):
+            mine = own[1][layer][0] @ model.projections[str(layer)].weight.T
+            squared += float(((mine - theirs[other][0]) ** 2).mean(1).sum()) / 2 / totals["tokens"]
+            cosine += float((1 - torch.nn.functional.cosine_similarity(mine, theirs[other][0])).sum()) / 2 / totals["tokens"]
+    assert float(metrics["hidden_mse"]) == pytest.approx(squared, abs=1e-4) and float(metrics["hidden_cosine"]) == pytest.approx(cosine, abs=1e-4)
+    assert float(loss) == pytest.approx(float(metrics["nll"]) + squared + 0.5 * cosine, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["universal", "universal-talks"])
+def test_two_tokenizers_are_compared_where_both_have_read_the_same(name, world, tmp_path, monkeypatch):
+    model, batch, loss_fn, totals = first_batch(monkeypatch, [*flags_of(world, name, tmp_path), "--out", str(tmp_path / "run")])
+    own, other = TOKENIZER.load(world / "teacher"), TOKENIZER.load(world / "other")
+    TOKENIZER.ensure_chat(own)
+    places, width = batch["places"], batch["teacher_input_ids"].shape[1]
+    assert totals["aligned"] == int((places >= 0).sum()) > totals["tokens"] / 4
+    student = model(batch["input_ids"], positions=batch.get("positions"), segment_ids=batch["segment_ids"]).logits
+    teacher, told = by_hand(world / "other", batch, "teacher_"), []
+    segments, theirs = batch["segment_ids"], batch["teacher_segment_ids"]
+    for r, t in (places >= 0).nonzero().tolist():
+        row, place = divmod(int(places[r, t]), width)
+        assert row == r and theirs[row, place] == segments[r, t]
+        texts = []
+        for tokenizer, ids, there, at in ((own, batch["input_ids"], segments, t), (other, batch["teacher_input_ids"], theirs, place)):
+            start = int((there[r] == segments[r, t]).nonzero()[0])
+            texts.append(tokenizer.decode(ids[r, start : at + 1], skip_special_tokens=True).rpartition("assistant")[2].strip())  # templates differ
+        assert texts[0] == texts[1], (texts, r, t)
+        told.append(DISTILL.universal_loss(student[r, t], teacher[row, place]))
+    loss, metrics = loss_fn(model, batch, totals)
+    assert float(metrics["divergence"]) == pytest.approx(float(torch.stack(told).mean()), abs=1e-5)
+    assert float(loss) == pytest.approx(0.1 * float(metrics["nll"]) + 0.9 * float(metrics["divergence"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("text", ["Hello, the red fox!", "naïve 🦊 fox — ½", "  two  spaces\n\nand lines\t", ""])
+def test_boundaries_are_those_of_the_tokenizers_own_offsets(text, world):
+    for name in ("teacher", "other"):
+        tokenizer = TOKENIZER.load(world / name)
+        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spelt, places = DISTILL.spell(tokenizer, out.input_ids)
+        if name == "other" and spelt != text:  # it does not know all characters, and counts the text that it knows
+            continue
+        ends = [end for _, end in out.offset_mapping]
+        whole = {end: i + 1 for i, end in enumerate(ends) if i + 1 == len(ends) or out.offset_mapping[i + 1][0] >= end}
+        assert places == {0: 0, **whole}
+
+
+def test_texts_that_differ_are_compared_up_to_there():
+    assert DISTILL.align(("abcd", {0: 0, 2: 1, 3: 2, 4: 3}), ("abxd", {0: 0, 1: 1, 2: 2, 4: 3})) == [(0, 0), (1, 2)]
+
+
+# ------------------------------------------------------------------------------------------------- cached teacher
+
+
+def test_training_from_a_whole_cache_is_training_beside_the_teacher(world, tmp_path):
+    """Full vocabulary in float32: the same losses to 1e-6, on texts and on conversations; a part of it is near."""
+    for kind in ("text", "talks"):
+        flags = [*flags_of(world, kind, tmp_path), "--max-steps", "12", "--training.optim", "adamw", "--learning-rate", "1e-4"]
+        DISTILL.main([*flags, "--out", str(tmp_path / kind)])
+        found = {}
+        for name, more in (("whole", ["--cache-top-k", "9999", "--cache-dtype", "float32"]), ("some", ["--cache-top-k", "64"])):
+            told = ["--cache-dir", str(tmp_path / f"{kind}-{name}-told")]
+            DISTILL.main(["--cache", *flags, *told, *more])
+            DISTILL.main([*flags, *told, "--out", str(tmp_path / f"{kind}-{name}"), "--seed", "0"])
+            found[name] = losses_of(tmp_path / f"{kind}-{name}")
+        online = losses_of(tmp_path / kind)
+        assert found["whole"] == pytest.approx(online, abs=1e-6) and len(online) == 12
+        assert all(0.9 * one < part < one for one, part in zip(online, found["some"], strict=True))  # a lower bound, near where tails are thin
+        facts = json.loads((tmp_path / f"{kind}-some-told" / "cache.json").read_text())
+        size = sum(path.stat().st_size for path in (tmp_path / f"{kind}-some-told").glob("*.bin"))
+        assert size / facts["tokens"] == 64 * (2 + 2) + 4 <= 300
+
+
+def test_a_large_vocabulary_takes_wider_ids(tmp_path):
+    facts = {"tokens": 10, "top_k": 64, "ids": "uint32", "logprobs": "float16"}
+    cache = DISTILL.Cache(tmp_path, facts, "r+")
+    ids = torch.arange(640).view(10, 64) + 70_000
+    cache.write(0, ids, -torch.rand(10, 64), -torch.rand(10))
+    assert torch.equal(DISTILL.Cache(tmp_path, facts).read([slice(0, 4), slice(4, 10)])["cached_ids"], ids)
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.bin")) / 10 <= 420
+
+
+def test_a_cache_holds_for_every_seed_and_epoch(world, tmp_path):
+    """Rows keep their cuts, and what was told of them stays with them."""
+    need_cache(world, "cache", tmp_path)
+    flags = flags_of(world, "cache", tmp_path)
+    for seed in ("0", "7"):
+        DISTILL.main([*flags, "--epochs", "2", "--seed", seed, "--out", str(tmp_path / f"told{seed}")])
+        DISTILL.main([*flags_of(world, "text", tmp_path), "--epochs", "2", "--seed", seed, "--out", str(tmp_path / f"asked{seed}")])
+        assert losses_of(tmp_path / f"told{seed}", "divergence") == pytest.approx(losses_of(tmp_path / f"asked{seed}", "divergence"), rel=0.01)
+    assert losses_of(tmp_path / "told0")[1:] != losses_of(tmp_path / "told7")[1:]
+
+
+def test_a_killed_cache_goes_on(world, tmp_path):
+    """kill -9 while it is written: what stands is kept, and the end is the same to the last byte."""
+    lines = make_text(6000, seed=4)
+    (tmp_path / "text.txt").write_text("\n".join(lines) + "\n")
+    flags = [str(word) for word in [*QUICK, "--batch-size", "2", "--teacher", world / "teacher", "--data", tmp_path / "text.txt", "--data.dir", tmp_path / "ids", "--cache"]]
+    DISTILL.main([*flags, "--cache-dir", str(tmp_path / "whole")])
+    random_delay, kept = random.Random(2), []
+    for _ in range(3):
+        process = launch(ROOT, ROOT / "DISTILL.py", *flags, "--cache-dir", tmp_path / "killed")
+        part = tmp_path / "killed" / "cache.part.json"
+        before = json.loads(part.read_text())["done"] if part.exists() else 0
+        while process.poll() is None and (not part.exists() or json.loads(part.read_text())["done"] <= before):
+            time.sleep(0.002)
+        time.sleep(random_delay.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        if not part.exists():
+            break
+        kept.append(json.loads(part.read_text())["done"])
+        with pytest.raises(UserError, match="holds no cache; what was begun there is unfinished"):
+            DISTILL.Cache.open(tmp_path / "killed")
+    assert kept and kept == sorted(set(kept)) and kept[0] > 0
+    if not (tmp_path / "killed" / "cache.json").exists():
+        DISTILL.main([*flags, "--cache-dir", str(tmp_path / "killed")])
+    for name in ("ids.bin", "logprobs.bin", "tail.bin", "cache.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_cache_that_does_not_fit_is_refused(world, tmp_path):
+    need_cache(world, "cache", tmp_path)
+    flags = [*flags_of(world, "cache", tmp_path), "--max-steps", "2", "--out", str(tmp_path / "run")]
+    (tmp_path / "other.txt").write_text("\n".join(make_text(150, seed=8)) + "\n")
+    cases = {("--data", tmp_path / "other.txt"): "was made from other data", ("--data.packing", "false"): "was made from other data",
+             ("--teacher", world / "talker"): "was made by another teacher", ("--temperature", "2"): "distill.temperature: 2, but .* was made for 1",
+             ("--max-length", "32"): "rows have 32 tokens, those of .* 48", ("--cache-dir", tmp_path / "none"): "holds no cache; `DISTILL.py --cache"}
+    for more, words in cases.items():
+        with pytest.raises(UserError, match=words):
+            DISTILL.main([*flags, *map(str, more)])
+    with pytest.raises(UserError, match="holds a whole cache; --overwrite replaces it"):
+        DISTILL.main(["--cache", *flags[:-2]])
+    for name in ("ids", "tail"):
+        path = world / "told" / f"{name}.bin"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-3])
+        with pytest.raises(UserError, match=rf"{name}.bin holds {len(whole) - 3:,} bytes, {len(whole):,} are expected: it was cut short"):
+            DISTILL.main(flags)
+        path.write_bytes(whole)
+    DISTILL.main(flags)
+
+
+def test_a_cache_needs_no_teacher(world, tmp_path, capsys, monkeypatch):
+    need_cache(world, "cache-talks", tmp_path)
+    flags = [*flags_of(world, "cache-talks", tmp_path), "--teacher", str(tmp_path / "gone"), "--max-steps", "2", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(RL, "second_model", None)
+    DISTILL.main(flags)
+    assert f"{tmp_path / 'gone'} is not here; the cache tells that it was made by {world / 'talker'}" in capsys.readouterr().err
+    assert TOKENIZER.load(tmp_path / "run").chat_template
+
+
+# ------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_method_learns_and_resumes_to_the_last_bit(name, world, tmp_path):
+    need_cache(world, name, tmp_path)
+    steps = 10
+    flags = [*flags_of(world, name, tmp_path), "--max-steps", str(steps), "--training.save_steps", "5", "--training.save_total_limit", "9"]
+    result = DISTILL.main([*flags, "--out", str(tmp_path / "whole")])
+    saved = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert saved["stage"] == "distill" and saved["measure"] == "loss" and saved["after"] == result.after
+    losses = losses_of(tmp_path / "whole")
+    assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
+    if name != "on-policy-alone":
+        assert saved["after"]["loss"] < saved["before"]["loss"]
+    again = DISTILL.main([*flags, "--out", str(tmp_path / "again"), "--resume", str(tmp_path / "whole" / "ckpt-step-000005")])
+    assert again.after == result.after
+    other = losses_of(tmp_path / "again")
+    assert len(losses) == steps and losses[5:] == other[-5:]
+    if name == "lora":
+        MODEL.load(str(world / "learner"), adapter=tmp_path / "whole")
+        return
+    assert not any("projections" in key for key in load_file(tmp_path / "whole" / "model.safetensors"))
+    theirs, own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval(), MODEL.load(tmp_path / "whole")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(own(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_half_of_the_steps_are_on_own_texts(world, tmp_path):
+    flags = [*flags_of(world, "on-policy", tmp_path), "--max-steps", "8", "--out", str(tmp_path / "run")]
+    DISTILL.main(flags)
+    log = [record for record in log_of(tmp_path / "run") if "loss" in record]
+    assert [("divergence_on_policy" in record, "nll" in record) for record in log] == [(False, True), (True, False)] * 4
+    texts = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    assert len(texts) == 16 and set(texts[0]) == {"rollout", "prompt", "completion", "tokens", "finish_reason"}
+    assert any("completions/mean_length" in record for record in log)
+
+
+def test_own_texts_are_judged_by_the_teacher_token_by_token(world, tmp_path, monkeypatch):
+    flags = [*flags_of(world, "on-policy-alone", tmp_path), "--beta", "0.5", "--out", str(tmp_path / "run")]
+    model, batch, loss_fn, totals = first_batch(monkeypatch, flags)
+    mask = batch["targets"] != -100
+    real = batch["positions"] >= 0
+    assert batch["sampled"] and mask.any() and (mask <= real).all() and mask.sum() < real.sum()
+    loss, metrics = loss_fn(model, batch, totals)
+    teacher = by_hand(world / "talker", {**batch, "segment_ids": torch.where(real, 0, -1)})
+    student = model(batch["input_ids"], positions=batch["positions"]).logits
+    slow = slow_divergence(student[mask], teacher[mask], 0.5).mean()
+    assert float(loss) == pytest.approx(float(slow), abs=1e-5) == float(metrics["divergence_on_policy"])
+
+
+def test_the_student_starts_as_some_of_the_teachers_layers(world, tmp_path):
+    DISTILL.main([*flags_of(world, "layers", tmp_path), "--max-steps", "1", "--learning-rate", "1e-12", "--training.weight_decay", "0", "--out", str(tmp_path / "run")])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(world / "teacher", dtype=torch.float32).eval()
+    theirs.model.layers = torch.nn.ModuleList([theirs.model.layers[i] for i in (0, 2)])
+    for i, layer in enumerate(theirs.model.layers):
+        layer.self_attn.layer_idx = i
+    theirs.config.num_hidden_layers = 2
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(MODEL.load(tmp_path / "run")(ids).logits, theirs(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+    for given, words in (("[0, 3]", r"\[0, 3\] must name layers of the teacher, 0 to 2"), ("[]", "must name layers")):
+        with pytest.raises(UserError, match=words):
+            DISTILL.main([*flags_of(world, "layers", tmp_path), "--init-layers", given, "--out", str(tmp_path / "no")])
+    with pytest.raises(UserError, match="the student is the teacher with fewer layers; leave out --model"):
+        DISTILL.main([*flags_of(world, "text", tmp_path), "--init-layers", "[0]", "--out", str(tmp_path / "no")])
+
+
+def test_killed_at_any_moment_a_run_goes_on(world, tmp_path):
+    """kill -9 at random moments, on the student's texts as on the data; it ends as an undisturbed run."""
+    times = int(os.environ.get("KILLS", 2))
+    flags = [*flags_of(world, "on-policy", tmp_path), "--training.save_steps", "2", "--max-steps", str(12 * times)]
+    DISTILL.main([*flags, "--out", str(tmp_path / "whole")])
+    again = [*flags, "--out", str(tmp_path / "killed"), "--resume", "auto"]
+    assert len(list(kills(times, ROOT / "DISTILL.py", *again))) == times
+    assert DISTILL.main(again).steps == 12 * times
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert set(whole) == set(killed) and all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert (tmp_path / "whole" / "rollouts.jsonl").read_text() == (tmp_path / "killed" / "rollouts.jsonl").read_text()
+
+
+def test_two_processes_learn_as_one(world, tmp_path):
+    """Two processes of 2 rows are one that adds up twice 2; they write the same cache and the same answers."""
+    names = ("text", "hidden", "on-policy", "cache", "universal-talks", "text-sharded")
+    need_cache(world, "cache", tmp_path)
+    sharded = {"text-sharded": ["--training.fsdp", "true"]}
+    runs = {name: [*flags_of(world, name.removesuffix("-sharded"), tmp_path), *sharded.get(name, []), "--batch-size", "2", "--max-steps", "4", "--out", str(tmp_path / name)] for name in names}
+    cache = ["--cache", "--cache-top-k", "9999", *flags_of(world, "text", tmp_path), "--batch-size", "3", "--cache-dir", str(tmp_path / "told")]
+    answers = ["--generate", "--model.device", "cpu", "--teacher", str(world / "talker"), "--data", str(world / "prompts.jsonl"), "--num-generations", "3", "--reward-funcs", "regex:fox",
+               "length:9", "--max-completion-length", "40"]
+    written = [*answers, "--rollout-batch-size", "9", "--out", str(tmp_path / "two.jsonl")]
+    (tmp_path / "runs.json").write_text(json.dumps({"DISTILL": [*runs.values(), cache, written]}))
+    process = launch(ROOT, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "two_ranks.py", tmp_path / "runs.json")
+    _, talk = process.communicate(timeout=280)
+    assert process.returncode == 0, talk
+    for name, argv in runs.items():
+        one = tmp_path / f"{name}-one"
+        DISTILL.main([*argv, "--training.fsdp", "false", "--grad-accum", "2", "--out", str(one)])
+        for key in ("loss", "divergence", "grad_norm", "hidden_mse", "divergence_on_policy"):
+            assert losses_of(tmp_path / name, key) == pytest.approx(losses_of(one, key), abs=1e-5), (name, key)
+        assert len(losses_of(one)) == 4
+        results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path / name, one)]
+        assert results[0]["after"] == pytest.approx(results[1]["after"], abs=1e-4), name
+    facts, known = (json.loads((folder / "cache.json").read_text()) for folder in (tmp_path / "told", world / "told"))
+    assert facts == known
+    two, one = DISTILL.Cache.open(tmp_path / "told"), DISTILL.Cache.open(world / "told")
+    assert np.allclose(two.arrays["tail"], one.arrays["tail"], atol=1e-4) and (two.arrays["ids"][:, 0] == one.arrays["ids"][:, 0]).mean() > 0.999
+    DISTILL.main([*answers, "--out", str(tmp_path / "one.jsonl")])
+    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+
+
+# ------------------------------------------------------------------------------------------------- sorts of teachers
+
+
+@pytest.mark.parametrize("more", [["--teacher-quantization", "nf4"], ["--teacher-quantization", "int8"], ["--teacher-dtype", "bfloat16"], ["--training.mixed_precision", "bf16"]])
+def test_teachers_in_few_bits(more, world, tmp_path):
+    DISTILL.main([*flags_of(world, "text", tmp_path), "--max-steps", "2", "--out", str(tmp_path / "exact"), "--alpha", "0"])
+    DISTILL.main([*flags_of(world, "text", tmp_path), *more, "--max-steps", "2", "--out", str(tmp_path / "rough"), "--alpha", "0"])
+    exact, rough = losses_of(tmp_path / "exact", "divergence"), losses_of(tmp_path / "rough", "divergence")
+    assert rough != exact and rough == pytest.approx(exact, rel=0.3)
+
+
+def test_an_architecture_of_transformers_teaches(world, tmp_path, tokenizer):
+    """GPT-NeoX with a vocabulary padded to a rounder number; and one with an adapter on it."""
+    config = transformers.GPTNeoXConfig(vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=128,
+                                        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.2)
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
+    TOKENIZER.save(tokenizer, tmp_path / "neox")
+    DISTILL.main([*flags_of(world, "text", tmp_path), "--teacher", str(tmp_path / "neox"), "--method", "hidden", "--max-steps", "4", "--out", str(tmp_path / "run")])
+    assert losses_of(tmp_path / "run")[-1] < losses_of(tmp_path / "run")[0]
+    DISTILL.main([*flags_of(world, "lora", tmp_path), "--max-steps", "6", "--learning-rate", "1e-2", "--out", str(tmp_path / "adapter")])
+    DISTILL.main([*flags_of(world, "talks", tmp_path), "--max-steps", "2", "--alpha", "0", "--out", str(tmp_path / "plain")])
+    DISTILL.main([*flags_of(world, "talks", tmp_path), "--teacher", str(tmp_path / "adapter"), "--max-steps", "2", "--alpha", "0", "--out", str(tmp_path / "adapted")])
+    assert losses_of(tmp_path / "plain") != losses_of(tmp_path / "adapted")
+
+
+def test_an_encoder_teaches_an_encoder(world, tmp_path, capsys):
+    tokenizer = TOKENIZER.train(make_text(300), 300, "bpe")
+    bert = ["--model.preset", "bert-2m", "--model.hidden_size", "32", "--model.num_hidden_layers", "2", "--model.num_attention_heads", "4", "--model.intermediate_size", "48"]
+    MODEL.save(MODEL.build(MODEL.preset_config("bert-2m", vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+                                               initializer_range=0.2), seed=1), tmp_path / "bert")
+    TOKENIZER.save(tokenizer, tmp_path / "bert")
+    flags = [str(word) for word in [*bert, *QUICK, "--teacher", tmp_path / "bert", "--data", world / "text.txt", "--data.dir", tmp_path / "ids", "--max-steps", "6", "--out", tmp_path / "run"]]
+    DISTILL.main([*flags, "--method", "hidden"])
+    losses = losses_of(tmp_path / "run")
+    assert losses[-1] < losses[0] and "nll" in log_of(tmp_path / "run")[1]
+    with pytest.raises(UserError, match="is an encoder, the student is not"):
+        DISTILL.main([*flags, *STUDENT, "--out", str(tmp_path / "no")])
+    with pytest.raises(UserError, match="rows must be the same in every epoch"):
+        DISTILL.main([*flags, "--cache", "--cache-dir", str(tmp_path / "told")])
+
+
+def test_a_student_grows_into_its_teachers_template(world, tmp_path):
+    """Pretrained without a chat template, then taught by one that has it."""
+    make_model(tmp_path / "plain", TOKENIZER.train(make_text(400), 330, "bpe"), 5)
+    flags = flags_of(world, "lora", tmp_path)[:-4]
+    DISTILL.main([*flags, "--model", str(tmp_path / "plain"), "--max-steps", "2", "--out", str(tmp_path / "run")])
+    tokenizer, model = TOKENIZER.load(tmp_path / "run"), MODEL.load(tmp_path / "run")
+    assert tokenizer.chat_template and model.config.vocab_size >= len(tokenizer) and TOKENIZER.end_of_turn(tokenizer) in model.config.eos_ids
+
+
+# ---------------------------------------------------------------------------------------------- answers of a teacher
+
+
+def generate(world, out, *more) -> list[dict]:
+    DISTILL.main([str(word) for word in ["--generate", "--model.device", "cpu", "--teacher", world / "talker", "--data", world / "prompts.jsonl", "--max-completion-length", "40", "--out", out, *more]])
+    return [json.loads(line) for line in Path(out).read_text().splitlines()]
+
+
+def test_answers_are_the_same_in_one_batch_or_many(world, tmp_path):
+    one = generate(world, tmp_path / "one.jsonl", "--rollout-batch-size", "1")
+    many = generate(world, tmp_path / "many.jsonl", "--rollout-batch-size", "64")
+    assert one == many and len(one) > 5
+    model, tokenizer = MODEL.load(world / "talker"), TOKENIZER.load(world / "talker")
+    for record in one[:4]:
+        ids = TOKENIZER.render_chat(tokenizer, record["messages"][:-1], add_generation_prompt=True)[0]
+        [[said]] = INFER.generate(model, [ids], INFER.Sampling(40, 0), tokenizer, use_cache=False)
+        assert record["messages"][-1] == {"role": "assistant", "content": said.text} and record["answer"] == "fox"
+    config = MODEL.load_config(["--data", str(tmp_path / "one.jsonl"), "--data.validation", "none"], SFT.SECTIONS, "sft", SFT.ACTIONS)
+    assert len(SFT.read_talks(config, tokenizer)[0]) == len(one)
+
+
+def test_the_best_answer_is_kept(world, tmp_path):
+    more = ["--num-generations", "4", "--seed", "3"]
+    every = generate(world, tmp_path / "all.jsonl", *more)
+    best = generate(world, tmp_path / "best.jsonl", *more, "--reward-funcs", "length:4", "regex:fox", "--reward-weights", "1", "0.5")
+    by_prompt: dict[str, list[str]] = {}
+    for record in every:
+        by_prompt.setdefault(record["messages"][0]["content"], []).append(record["messages"][1]["content"])
+    assert max(map(len, by_prompt.values())) > 1 and [record["messages"][0]["content"] for record in best] == list(by_prompt)
+    for record in best:
+        assert record["messages"][1]["content"] in by_prompt[record["messages"][0]["content"]] and 0 <= record["reward"] <= 1.5
+
+
+def test_killed_answers_go_on(world, tmp_path):
+    lines = make_text(1500, seed=11)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": line[:40]}) + "\n" for line in lines))
+    flags = [str(word) for word in ["--generate", "--model.device", "cpu", "--teacher", world / "talker", "--data", tmp_path / "prompts.jsonl", "--max-completion-length", "40", "--rollout-batch-size", "32"]]
+    process = launch(ROOT, ROOT / "DISTILL.py", *flags, "--out", tmp_path / "killed.jsonl")
+    part = tmp_path / "killed.jsonl.part"
+    while process.poll() is None and (not part.exists() or part.read_text().count("\n") < 100):
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and part.exists() and not (tmp_path / "killed.jsonl").exists()
+    with open(part, "a") as file:
+        file.write('{"number": 7, "rec')  # a line that was cut short
+    before = part.read_text().count("\n") - 1
+    with pytest.raises(UserError, match="was begun with other prompts, another teacher or other settings"):
+        DISTILL.main([*flags, "--seed", "1", "--out", str(tmp_path / "killed.jsonl")])
+    asked = []
+    usual = INFER.generate
+    INFER.generate = lambda model, prompts, *rest, **more: asked.extend(prompts) or usual(model, prompts, *rest, **more)
+    try:
+        DISTILL.main([*flags, "--out", str(tmp_path / "killed.jsonl")])
+    finally:
+        INFER.generate = usual
+    DISTILL.main([*flags, "--out", str(tmp_path / "whole.jsonl")])
+    assert 0 < len(asked) <= 1500 - before and not part.exists()
+    assert (tmp_path / "killed.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_texts_are_continued_where_there_is_no_template(world, tmp_path):
+    records = generate(world, tmp_path / "out.jsonl", "--teacher", world / "teacher", "--max-completion-length", "90")
+    assert records and set(records[0]) == {"prompt", "completion", "answer"}
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "Hi"}]}) + "\n")
+    with pytest.raises(UserError, match=r"talks.jsonl:1: a conversation, but .*teacher has no chat template"):
+        generate(world, tmp_path / "no.jsonl", "--teacher", world / "teacher", "--data", tmp_path / "talks.jsonl")
+
+
+def test_prompts_that_do_not_fit_are_told(world, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "fox " * 200}) + "\n" + json.dumps({"prompt": "The red"}) + "\n")
+    generate(world, tmp_path / "out.jsonl", "--data", tmp_path / "long.jsonl", "--num-generations", "20")
+    assert f"left out 1 whose prompt and 40 tokens (distill.max_completion_length) exceed the teacher's 128 (the first: {tmp_path / 'long.jsonl'}:1)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="leaves no room for a prompt in the teacher's 128 tokens"):
+        generate(world, tmp_path / "no.jsonl", "--max-completion-length", "128")
+
+
+# ------------------------------------------------------------------------------------------------------ mistakes
+
+
+def test_mistakes_are_one_line(world, tmp_path):
+    text, talks = flags_of(world, "text", tmp_path), flags_of(world, "talks", tmp_path)
+    out = ["--out", str(tmp_path / "run"), "--max-steps", "1"]
+    cases = [
+        ([*text, "--tokenizer.name", world / "other"], "has another vocabulary than the student .*--distill.method universal"),
+        ([*text, "--teacher", tmp_path / "none"], "distill.teacher"),
+        ([*text, "--method", "universal"], "name one with --tokenizer.name"),
+        ([*text, "--method", "hidden", "--layer-map", "{9: 1}"], "distill.layer_map: 9: 1: the student has layers 0 .* to 2"),
+        ([*text, "--layer-map", "{1: 1}"], "distill.layer_map: has no effect without distill.method hidden"),
+        ([*text, "--lmbda", "0.5"], "the teacher has no chat template"),
+        ([*text, "--task", "chat"], "has no chat template, so it has never read a conversation"),
+        ([*text, "--alpha", "1.5"], "distill.alpha: 1.5 must be between 0 and 1"),
+        ([*text, "--temperature", "0"], "distill.temperature: 0.0 must be 0.001 or above"),
+        ([*text, "--lora.r", "4"], "adapters learn on trained weights"),
+        ([*text, "--cache"], "name the folder to write with --cache-dir"),
+        ([*text, "--cache-top-k", "5"], "distill.cache_top_k: has no effect without --cache"),
+        ([*text, "--num-generations", "5"], "distill.num_generations: has no effect without --generate"),
+        ([*text, "--top-p", "0.5"], "distill.top_p: has no effect without --generate or distill.lmbda"),
+        ([*text, "--train-on-prompt", "true"], "distill.train_on_prompt: has no effect on text"),
+        ([*talks, "--lmbda", "0.5", "--max-completion-length", "8", "--rollout-size", "6"], "distill.rollout_size: 6 texts do not fill whole optimizer steps"),
+        ([*talks, "--lmbda", "0.5", "--max-completion-length", "48"], "leaves no room for a prompt in training.max_length 48"),
+        ([*talks, "--lmbda", "0.5", "--alpha", "1"], "distill.alpha: 1 asks no teacher"),
+        ([*talks, "--method", "universal", "--cache-dir", "x"], "needs the teacher itself"),
+        (["--generate", "--teacher", world / "talker", "--data", world / "prompts.jsonl", "--out", tmp_path / "x.txt"], "must be a file name that ends in .jsonl"),
+        (["--generate", "--teacher", world / "talker", "--data", world / "prompts.jsonl", "--out", tmp_path / "x.jsonl", "--reward-funcs", "length:5"], "choose between answers"),
+        (["--generate", "--cache", *text], "both train nothing and stand alone"),
+    ]
+    for argv, words in cases:
+        argv = [*map(str, argv)]
+        with pytest.raises(UserError, match=words) as error:
+            DISTILL.main(argv if "--generate" in argv else [*argv, *out])
+            print("no error:", argv)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_small_teacher_is_warned_of(world, tmp_path, capsys):
+    DISTILL.main([*flags_of(world, "text", tmp_path), "--model.hidden_size", "96", "--max-steps", "1", "--out", str(tmp_path / "run")])
+    assert "warning: the teacher is smaller than the student" in capsys.readouterr().err
+
+
+def test_rows_are_as_long_as_the_teacher_reads(world, tmp_path, capsys, tokenizer):
+    make_model(tmp_path / "short", tokenizer, 4, max_position_embeddings=24)
+    DISTILL.main([*flags_of(world, "text", tmp_path), "--teacher", str(tmp_path / "short"), "--max-steps", "1", "--out", str(tmp_path / "run")])
+    assert "training.max_length 48 exceeds the model's context: rows have 24 tokens" in capsys.readouterr().err
