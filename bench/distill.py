@@ -1,0 +1,258 @@
+"""What DISTILL.py's students learn, and what a cached teacher saves in time and memory.
+
+    python bench/distill.py                          # gains: three seeds of each row; rows go to out/bench/distill.jsonl, and what is there is not run again
+    python bench/distill.py --rows text-alone text-logits --seeds 0
+    python bench/distill.py --table                  # the rows as a table
+    python bench/distill.py cache                    # seconds a step alone, beside the teacher and from a cache; losses and memory
+    python bench/distill.py stories --teacher FOLDER --data FILE   # a real model and real text: the student alone and taught
+    python bench/distill.py trl                      # on-policy and off-policy steps beside TRL's GKDTrainer
+
+Loss: nats per held-out token (of conversations: of the answers). Answered: of the 990 questions of data/chat_test.jsonl, those whose greedy answer is word
+for word the right one; text models read the question and go on. All students have 225,000 parameters, their teachers (out, out/sft) four times as many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+import INFER
+import MODEL
+import TOKENIZER
+
+CHAT = ["--teacher", "out/sft", "--max-steps", "400"]
+AFTER = ["--teacher", "out/sft", "--model", "{out}/chat-logits-{seed}", "--alpha", "0", "--batch-size", "16", "--learning-rate", "1e-3", "--training.optim", "adamw"]
+RUNS = {  # row -> flags of DISTILL.py; {start}: what it starts from
+    "text-alone": ["--alpha", "1"],
+    "text-logits": [],
+    "text-hidden": ["--method", "hidden"],
+    "chat-alone": [*CHAT, "--alpha", "1"],
+    "chat-logits": [*CHAT],
+    "chat-hidden": [*CHAT, "--method", "hidden"],
+    "off-policy": [*AFTER, "--max-steps", "200", "--data", "{out}/answers.jsonl", "--data.validation", "data/chat_test.jsonl"],
+    "on-policy": [*AFTER, "--max-steps", "200", "--lmbda", "1", "--max-completion-length", "32", "--rollout-size", "64"],
+    "off-policy-equal-time": [*AFTER, "--max-minutes", "{minutes}", "--data", "{out}/answers.jsonl", "--data.validation", "data/chat_test.jsonl"],
+}
+NEEDS = {"off-policy": "chat-logits", "on-policy": "chat-logits", "off-policy-equal-time": "on-policy"}
+
+
+def questions() -> list[dict]:
+    return [json.loads(line) for line in (ROOT / "data/chat_test.jsonl").read_text().splitlines()]
+
+
+def answered(folder: str) -> float:
+    """The share of the questions that are answered word for word."""
+    model, tokenizer, asked = MODEL.load(folder), TOKENIZER.load(folder), questions()
+    chat = bool(tokenizer.chat_template)
+    prompts = [TOKENIZER.render_chat(tokenizer, one["messages"][:1], add_generation_prompt=True)[0] if chat else TOKENIZER.encode_prompt(tokenizer, one["messages"][0]["content"]) for one in asked]
+    said = [one.text for [one] in INFER.generate(model, prompts, INFER.Sampling(48, 0), tokenizer, batch_size=256)]
+    expected = [one["messages"][1]["content"].strip() for one in asked]
+    return sum(text.strip() == right if chat else text.strip().startswith(right) for text, right in zip(said, expected, strict=True)) / len(asked)
+
+
+def distill(flags: list[str], options, check: bool = True) -> None:
+    command = [sys.executable, str(ROOT / "DISTILL.py"), "--config", str(ROOT / "config.yaml"), *map(str, flags), *options.flags]
+    subprocess.run(command, check=check, cwd=ROOT, stderr=None if options.loud else subprocess.DEVNULL)
+
+
+def result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def run(name: str, seed: int, options) -> dict:
+    """One row, and those that it builds on; an interrupted run goes on from its newest checkpoint."""
+    home = Path(options.out).resolve()
+    out = home / f"{name}-{seed}"
+    if name in NEEDS and not (home / f"{NEEDS[name]}-{seed}" / "result.json").exists():
+        save(run(NEEDS[name], seed, options), options)
+    if "off-policy" in name and not (home / "answers.jsonl").exists():
+        distill(["--generate", "--teacher", "out/sft", "--data", "data/chat.jsonl", "--out", home / "answers.jsonl"], options)
+    minutes = result(home / f"on-policy-{seed}")["seconds"] / 60 if "{minutes}" in RUNS[name] else 0
+    flags = [flag.format(out=home, seed=seed, minutes=minutes) for flag in RUNS[name]]
+    if not (out / "result.json").exists():
+        distill([*flags, "--out", out, "--seed", seed, "--resume", "auto", "--training.sample_tokens", 0], options)
+    found = result(out)
+    return {"row": name, "seed": seed, "loss": found["after"]["loss"], "answered": answered(str(out)), "steps": found["steps"], "seconds": round(found["seconds"])}
+
+
+def save(row: dict, options) -> None:
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    if not any((known["row"], known["seed"]) == (row["row"], row["seed"]) for known in rows(options)):
+        with open(Path(options.out) / "distill.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def rows(options) -> list[dict]:
+    path = Path(options.out) / "distill.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+BESIDE = {"text-logits": "text-alone", "text-hidden": "text-alone", "chat-logits": "chat-alone", "chat-hidden": "chat-alone",
+          "on-policy": "off-policy", "off-policy-equal-time": "on-policy"}
+
+
+def two_errors(own: list[float], other: list[float], share: bool) -> float:
+    """Two standard errors of a difference of means: of the seeds, and for shares of the 990 answers where those spread more."""
+    def variance(values: list[float]) -> float:
+        mean = sum(values) / len(values)
+        seeds = sum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1) / len(values)
+        return max(seeds, mean * (1 - mean) / 990 / len(values)) if share else seeds
+    return 2 * math.sqrt(variance(own) + variance(other))
+
+
+def table(found: list[dict]) -> str:
+    lines = ["| student | loss (each seed) | beside | answered (each seed) | beside | steps | seconds |", "|---|---|---|---|---|---|---|"]
+    for name in RUNS:
+        own = sorted((row for row in found if row["row"] == name), key=lambda row: row["seed"])
+        if not own:
+            continue
+        cells = []
+        for measure, text in (("loss", "{:.4f}"), ("answered", "{:.1%}")):
+            values = [row[measure] for row in own]
+            cells.append(f"{text.format(sum(values) / len(values))} ({', '.join(map(text.format, values))})")
+            other = [row[measure] for row in found if row["row"] == BESIDE.get(name) and row["seed"] in {one["seed"] for one in own}]
+            gain = sum(values) / len(values) - sum(other) / len(other) if other else 0
+            cells.append(f"{text.replace(':', ':+').format(gain)} ± {text.format(two_errors(values, other, measure == 'answered'))}" if other else "")
+        steps = sorted({row["steps"] for row in own})
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {'-'.join(str(n) for n in {steps[0], steps[-1]})} | {own[0]['seconds']} |")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------- time and memory
+
+SHAPES = {  # (student, teacher): the shipped ones, and larger ones with 4,096 words, where products of matrices take the time
+    "225k": ([], None),
+    "3m": (["--model.preset", "llama-14m", "--model.hidden_size", "192", "--model.num_hidden_layers", "5", "--model.intermediate_size", "512"],
+           dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6)),
+}
+WATCH = """
+import sys, threading, time
+sys.path.insert(0, {root!r})
+peak = 0
+def watch():
+    global peak
+    while True:
+        with open("/proc/self/status") as file:
+            peak = max(peak, *(int(line.split()[1]) for line in file if line.startswith("RssAnon")))
+        time.sleep(0.002)
+import DISTILL, json
+threading.Thread(target=watch, daemon=True).start()
+result = DISTILL.main(sys.argv[1:])
+print(json.dumps(dict(anonymous=peak * 1024)))
+"""
+
+
+def timed(flags: list[str], options) -> dict:
+    """Seconds a step (the median of the log's speeds), the losses, and the most memory that belonged to the process alone."""
+    out = Path(options.out) / "cache-run"
+    command = [sys.executable, "-c", WATCH.format(root=str(ROOT)), "--config", str(ROOT / "config.yaml"), *map(str, flags), "--out", str(out), "--overwrite",
+               "--training.logging_steps", "1", "--training.sample_tokens", "0", *options.flags]
+    done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=None if options.loud else subprocess.DEVNULL, text=True)
+    log = [record for record in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "tokens_per_second" in record]
+    return {"speed": statistics.median(record["tokens_per_second"] for record in log[3:]), "anonymous": json.loads(done.stdout)["anonymous"],
+            "loss": result(out)["after"]["loss"]}
+
+
+def time_cache(options) -> None:
+    """Alternated rounds, medians."""
+    for name in options.shapes:
+        student, shape = SHAPES[name]
+        teacher, told = ROOT / "out", Path(options.out).resolve() / f"told-{name}"
+        data = []
+        if shape:  # fresh weights take as long as trained ones
+            data = ["--data.dir", Path(options.out).resolve() / f"ids-{name}"]
+            tokenizer = TOKENIZER.train((ROOT / "data/train.txt").read_text().splitlines() + (ROOT / "data/train.jsonl").read_text().splitlines(), 4096)
+            teacher = Path(options.out).resolve() / f"teacher-{name}"
+            MODEL.save(MODEL.build(MODEL.preset_config("llama-14m", **{**shape, "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id})), teacher)
+            TOKENIZER.save(tokenizer, teacher)
+        flags = [*student, "--teacher", teacher, *data]
+        if not (told / "cache.json").exists():
+            distill(["--cache", *flags, "--cache-dir", told], options)
+        kinds = {"alone": ["--alpha", "1"], "teacher in memory": [], "from the cache": ["--cache-dir", told]}
+        few = ["--max-steps", options.steps, "--training.eval_batches", "2", "--training.save_steps", "0"]
+        found: dict[str, list[dict]] = {kind: [] for kind in kinds}
+        for _ in range(options.rounds):
+            for kind, more in kinds.items():
+                found[kind].append(timed([*flags, *few, *more], options))
+        middle = {kind: {key: statistics.median(one[key] for one in values) for key in values[0]} for kind, values in found.items()}
+        for kind, one in middle.items():
+            print(f"{name} {kind}: {one['speed']:,.0f} tokens/s ({one['speed'] / middle['teacher in memory']['speed']:.2f}x), anonymous memory {one['anonymous'] / 2**20:,.0f} MiB "
+                  f"({one['anonymous'] / middle['alone']['anonymous'] - 1:+.1%}), loss {one['loss']:.4f}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ a real teacher
+
+
+def stories(options) -> None:
+    """A student of a third of the teacher's size, alone, by probabilities, and by hidden states too. The teacher was trained on normal
+    case; the texts' sentences begin with a capital here, as do the names that stand in the middle of one."""
+    home = Path(options.out).resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    text = home / "stories.jsonl"
+    if not text.exists():
+        records = [json.loads(line) for line in Path(options.data).read_text().splitlines()]
+        text.write_text("".join(json.dumps({"text": with_capitals(record["text"])}) + "\n" for record in records))
+    student = ["--model.preset", "llama-225k", "--model.hidden_size", "40", "--model.num_hidden_layers", "3", "--model.num_attention_heads", "4", "--model.intermediate_size", "112",
+               "--model.max_position_embeddings", "512"]
+    common = ["--teacher", Path(options.teacher).resolve(), "--data", text, "--data.dir", home / "stories", *student, "--max-steps", options.steps, "--training.sample_tokens", "0"]
+    for name, more in {"alone": ["--alpha", "1"], "logits": [], "hidden": ["--method", "hidden"]}.items():
+        found = []
+        for seed in options.seeds:
+            out = home / f"stories-{name}-{seed}"
+            if not (out / "result.json").exists():
+                distill([*common, *more, "--seed", seed, "--out", out, "--resume", "auto"], options)
+            found.append(result(out)["after"]["loss"])
+        error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0
+        print(f"{name}: held-out loss {statistics.mean(found):.4f} ({', '.join(f'{x:.4f}' for x in found)}), 2 standard errors {2 * error:.4f}", flush=True)
+
+
+def with_capitals(text: str) -> str:
+    """"one day, lily saw tom. i am here." -> "One day, Lily saw Tom. I am here.": sentences, `i`, and the usual names of these stories."""
+    import re
+
+    text = re.sub(r"\bi\b", "I", re.sub(r"(^|[.!?]\s+[\"']?|\n\s*[\"']?|[\"'](?=\w))([a-z])", lambda m: m[1] + m[2].upper(), text.strip()))
+    return re.sub(r"\b(" + "|".join(NAMES) + r")\b", lambda m: m[0].capitalize(), text)
+
+
+NAMES = ("lily tim timmy tom sara sarah ben anna mia max jack lucy sam amy bob sue jane john mary billy jimmy joe emma jill mark kitty spot benny lila tommy bobby "
+         "daisy molly polly ella susie peter jim david sally lola leo lena mike nick zoe nina alice jenny johnny charlie buddy rex fluffy").split()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("gains", "cache", "stories"), default="gains")
+    parser.add_argument("--rows", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", default=str(ROOT / "out/bench/distill"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--teacher", help="stories: the folder of a trained model")
+    parser.add_argument("--data", help="stories: a JSON lines file of texts")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--loud", action="store_true", help="show what DISTILL.py says")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to DISTILL.py")
+    options = parser.parse_args()
+    if options.what != "gains":
+        return {"cache": time_cache, "stories": stories}[options.what](options)
+    for seed in () if options.table else options.seeds:
+        for name in options.rows:
+            if (name, seed) not in {(row["row"], row["seed"]) for row in rows(options)}:
+                save(run(name, seed, options), options)
+    print(table(rows(options)))
+
+
+if __name__ == "__main__":
+    main()
