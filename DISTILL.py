@@ -237,14 +237,19 @@ class Teacher(NamedTuple):
 
 
 def load_teacher(config, device, asked: bool = True) -> Teacher:
-    """`asked`: whether it will have to answer; else its settings are enough."""
+    """`asked`: whether it will have to answer; else its tokenizer and its settings are enough."""
     settings, name = config.distill, config.distill.teacher
+    if not asked:
+        base, tokenizer = RL.base_and_tokenizer(name, "distill.teacher")
+        folder = MODEL.resolve_folder(base or name, "distill.teacher")
+        causal = MODEL.is_foreign(MODEL.read_json(folder / "config.json")) or MODEL.read_config(folder).causal
+        return Teacher(name, None, tokenizer, 0, MODEL.context_length(base or name, {}), causal)
     form = None if settings.teacher_quantization == "none" else settings.teacher_quantization
     dtype = settings.teacher_dtype if settings.teacher_dtype == "auto" else MODEL.supported_dtype(settings.teacher_dtype, device)
     model, tokenizer = RL.second_model(name, "distill.teacher", dtype=dtype, device=device, attn_implementation=config.model.attn_implementation, quantization=form)
     if "lm" not in model.heads:
         raise UserError(f"distill.teacher: {name} gives words no probability, it has a head for labels or rewards")
-    return Teacher(name, model if asked else None, tokenizer, MODEL.count_parameters(model)[0], model.config.max_position_embeddings, model.config.causal)
+    return Teacher(name, model, tokenizer, MODEL.count_parameters(model)[0], model.config.max_position_embeddings, model.config.causal)
 
 
 def hold(teacher: MODEL.LanguageModel, mixed: str) -> None:
@@ -298,13 +303,13 @@ def data_mark(cut) -> str:
     return digest.hexdigest()
 
 
-def teacher_mark(name: str, settings: DistillSection) -> str | None:
+def teacher_mark(name: str) -> str | None:
     """Names a teacher's weights, by the sizes of its files and 64 samples of each; None where they are not here."""
     try:
         folder = MODEL.resolve_folder(name, "distill.teacher")
     except UserError:
         return None
-    digest = hashlib.blake2b(f"{settings.teacher_dtype} {settings.teacher_quantization}".encode(), digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("*.bin")]):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
@@ -352,7 +357,7 @@ class Cache:
 
     def check(self, cut, settings: DistillSection, length: int) -> None:
         """Whether it was made from these rows, by this teacher, for these settings."""
-        mark = teacher_mark(settings.teacher, settings)
+        mark = teacher_mark(settings.teacher)
         if mark is None and MODEL.process_rank() == 0:
             say(f"distill.teacher: {settings.teacher} is not here; the cache tells that it was made by {self.facts['teacher']}")
         if mark not in (None, self.facts["teacher_mark"]):
@@ -431,7 +436,8 @@ def write_cache(config) -> None:
     cut, size = rows.parts[0], training.batch_size
     starts = np.cumsum([0, *(trained_of(cut, i) for i in range(cut.count))])
     vocabulary = teacher.model.config.vocab_size
-    facts = {"version": CACHE_VERSION, "teacher": teacher.name, "teacher_mark": teacher_mark(teacher.name, settings), "data_mark": data_mark(cut),
+    facts = {"version": CACHE_VERSION, "teacher": teacher.name, "teacher_mark": teacher_mark(teacher.name),
+             "teacher_dtype": settings.teacher_dtype, "teacher_quantization": settings.teacher_quantization, "data_mark": data_mark(cut),
              "tokens": int(starts[-1]), "rows": cut.count, "max_length": training.max_length, "temperature": settings.temperature, "vocab_size": vocabulary,
              "top_k": min(settings.cache_top_k, vocabulary), "ids": "uint16" if vocabulary <= 2**16 else "uint32", "logprobs": settings.cache_dtype,
              "tokenizer": TOKENIZER.fingerprint(teacher.tokenizer), "parameters": teacher.parameters, "context": teacher.context, "causal": teacher.causal}
@@ -848,7 +854,7 @@ def read_rows(config, tokenizer, teacher: Teacher, task: str) -> tuple[object, C
             stream.fixed = stream.weights is None and stream.known
         return stream, TRAIN.with_samples(evaluate, tokenizer, config.training), None
     own = as_sft(config)
-    talks, kept = SFT.read_talks(own, tokenizer)
+    talks, kept = SFT.read_talks(own, tokenizer, "distill.columns")
     stream, batches = SFT.in_batches(own, talks, kept)
     stream.fixed = True
     evaluate = SFT.with_answers(TRAIN.held_out_loss(batches, None) if batches else None, kept, tokenizer, own)
@@ -893,6 +899,14 @@ def make_student(config, tokenizer, teacher: Teacher, device) -> MODEL.LanguageM
     return model
 
 
+def introduce(teacher: Teacher, size: int, settings: DistillSection) -> None:
+    if not settings.asks_teacher:
+        return say(f"teacher {teacher.name}: lends its tokenizer and is not asked, as distill.alpha is 1")
+    say(f"teacher {teacher.name}{' (from the cache)' if settings.cache_dir else ''}: {teacher.parameters:,} parameters, {teacher.parameters / size:.1f} times the student's")
+    if teacher.parameters < size:
+        say("warning: the teacher is smaller than the student; did you mean it the other way round?")
+
+
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
     settings, training, out = config.distill, config.training, Path(config.output.dir)
     cache = Cache.open(Path(settings.cache_dir)) if settings.cache_dir else None
@@ -907,12 +921,8 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     model = make_student(config, tokenizer, teacher, device)
     if settings.method != "universal":
         TRAIN.fit_length(config, teacher.context)
-    size = MODEL.count_parameters(model)[0]
     if MODEL.process_rank() == 0:
-        share = f"{teacher.parameters / size:.1f} times the student's" if size else ""
-        say(f"teacher {teacher.name}: {teacher.parameters:,} parameters, {share}" + (" (from the cache)" if cache else "" if settings.asks_teacher else " (not asked, as distill.alpha is 1)"))
-        if teacher.parameters < size and settings.asks_teacher:
-            say(f"warning: the teacher is smaller than the student ({teacher.parameters:,} and {size:,} parameters); did you mean it the other way round?")
+        introduce(teacher, MODEL.count_parameters(model)[0], settings)
     if config.training.objective != "auto" or not model.config.causal:
         TRAIN.objective(training, model, tokenizer)
     stream, evaluate, talks = read_rows(config, tokenizer, teacher, task)
@@ -962,7 +972,7 @@ def write_answers(config) -> None:
     judges = RL.Judges(settings, tokenizer, device) if settings.reward_funcs else None
     temperature = settings.sampling_temperature if settings.sampling_temperature is not None else float(settings.num_generations > 1)
     sampling = INFER.Sampling(settings.max_completion_length, temperature, settings.top_k, settings.top_p, seed=seed, n=settings.num_generations)
-    made_by = {"teacher": teacher_mark(teacher.name, settings), "sampling": dataclasses.asdict(sampling), "judges": [settings.reward_funcs, settings.reward_weights],
+    made_by = {"teacher": [teacher_mark(teacher.name), settings.teacher_dtype, settings.teacher_quantization], "sampling": dataclasses.asdict(sampling), "judges": [settings.reward_funcs, settings.reward_weights],
                "prompts": hashlib.blake2b(repr([prompt.ids for prompt in asked]).encode(), digest_size=16).hexdigest()}
     first = MODEL.process_rank() == 0
     part = out.with_name(f"{out.name}.part")
@@ -1073,19 +1083,22 @@ SECTIONS = {**TRAIN.SECTIONS, "lora": SFT.LoraSection, "distill": DistillSection
 FOR_ANSWERS = ("num_generations", "reward_funcs", "reward_weights")
 FOR_TEXTS = ("sampling_temperature", "top_k", "top_p", "rollout_batch_size")
 FOR_CACHE = ("cache_top_k", "cache_dtype")
+FOR_TRAINING = ("method", "task", "alpha", "beta", "temperature", "lmbda", "hidden_weight", "cosine_weight", "layer_map", "init_layers", "cache_dir", "train_on_prompt", "eval_answers", "rollout_size")
 
 
 def check_actions(config) -> None:
     """Settings that mean nothing to what is done are told, not swallowed."""
-    settings, actions = config.distill, config.actions
+    settings, actions, usual = config.distill, config.actions, DistillSection()
     if actions.cache and actions.generate:
         raise UserError("--cache and --generate: both train nothing and stand alone; keep one")
     if (actions.cache or actions.generate) and (actions.resume or actions.adapter):
         raise UserError(f"--{'cache' if actions.cache else 'generate'}: goes on by itself where it was cut off, and trains nothing; leave out --resume and --adapter")
-    for keys, on, why in ((FOR_ANSWERS, actions.generate, "without --generate"), (FOR_TEXTS, actions.generate or settings.lmbda, "without --generate or distill.lmbda"),
-                          (("rollout_size",), settings.lmbda, "without distill.lmbda"), (FOR_CACHE, actions.cache, "without --cache: a cache tells what it holds")):
-        for key in keys if not on else ():
-            settings._unused(key, why)
+    for keys, off, why in ((FOR_ANSWERS, not actions.generate, "without --generate"), (FOR_TEXTS, not actions.generate and not settings.lmbda, "without --generate or distill.lmbda"),
+                           (("rollout_size",), not settings.lmbda and not actions.generate, "without distill.lmbda"), (FOR_CACHE, not actions.cache, "without --cache"),
+                           (FOR_TRAINING, actions.generate, "on --generate"), (("alpha", "beta", "lmbda", "init_layers"), actions.cache, "on --cache")):
+        idle = [f"distill.{key}" for key in keys if off and getattr(settings, key) != getattr(usual, key)]
+        if idle and int(os.environ.get("RANK", 0)) == 0:
+            say(f"{', '.join(idle)}: no effect {why}")
 
 
 def main(argv: list[str] | None = None) -> TRAIN.Result | None:

@@ -854,14 +854,20 @@ def own_function(name: str) -> Callable[[list[Sample]], list]:
     return judge
 
 
-def second_model(name: str, key: str, **options) -> tuple:
-    """(model, tokenizer) of a folder, of an adapter with its base, that stays as it is beside the one that is trained."""
+def base_and_tokenizer(name: str, key: str) -> tuple:
+    """(the model that an adapter's folder stands on, or None where it holds a whole one, its tokenizer)."""
     folder = MODEL.resolve_folder(name, key)
     if not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
         raise UserError(f"{key}: {name} holds no model")
     base = MODEL.adapter_config(folder).base_model_name_or_path if (folder / "adapter_config.json").exists() else None
+    return base, TOKENIZER.load(TOKENIZER.folder_of(name, base) if base else name)
+
+
+def second_model(name: str, key: str, **options) -> tuple:
+    """(model, tokenizer) of a folder, of an adapter with its base, that stays as it is beside the one that is trained."""
+    base, tokenizer = base_and_tokenizer(name, key)
     model = MODEL.load(base or name, adapter=name if base else None, **options)
-    return model.requires_grad_(False), TOKENIZER.load(TOKENIZER.folder_of(name, base) if base else name)
+    return model.requires_grad_(False), tokenizer
 
 
 def reward_model(name: str, tokenizer, device) -> Callable[[list[Sample]], list[float]]:

@@ -706,9 +706,6 @@ def test_mistakes_are_one_line(world, tmp_path):
         ([*text, "--temperature", "0"], "distill.temperature: 0.0 must be 0.001 or above"),
         ([*text, "--lora.r", "4"], "adapters learn on trained weights"),
         ([*text, "--cache"], "name the folder to write with --cache-dir"),
-        ([*text, "--cache-top-k", "5"], "distill.cache_top_k: has no effect without --cache"),
-        ([*text, "--num-generations", "5"], "distill.num_generations: has no effect without --generate"),
-        ([*text, "--top-p", "0.5"], "distill.top_p: has no effect without --generate or distill.lmbda"),
         ([*text, "--train-on-prompt", "true"], "distill.train_on_prompt: has no effect on text"),
         ([*talks, "--lmbda", "0.5", "--max-completion-length", "8", "--rollout-size", "6"], "distill.rollout_size: 6 texts do not fill whole optimizer steps"),
         ([*talks, "--lmbda", "0.5", "--max-completion-length", "48"], "leaves no room for a prompt in training.max_length 48"),
@@ -725,6 +722,17 @@ def test_mistakes_are_one_line(world, tmp_path):
             print("no error:", argv)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_settings_without_effect_are_told(world, tmp_path, capsys):
+    flags = [*flags_of(world, "text", tmp_path), "--cache-top-k", "5", "--num-generations", "5", "--top-p", "0.5", "--rollout-size", "8"]
+    DISTILL.main([*flags, "--alpha", "1", "--max-steps", "1", "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    for words in ("distill.num_generations: no effect without --generate\n", "distill.top_p: no effect without --generate or distill.lmbda", "distill.rollout_size: no effect without",
+                  "distill.cache_top_k: no effect without --cache", "lends its tokenizer and is not asked, as distill.alpha is 1"):
+        assert words in said
+    generate(world, tmp_path / "out.jsonl", "--alpha", "0.5", "--num-generations", "2")
+    assert "distill.alpha: no effect on --generate" in capsys.readouterr().err
 
 
 def test_a_small_teacher_is_warned_of(world, tmp_path, capsys):
