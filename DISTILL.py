@@ -252,6 +252,11 @@ def load_teacher(config, device, asked: bool = True) -> Teacher:
     return Teacher(name, model, tokenizer, MODEL.count_parameters(model)[0], model.config.max_position_embeddings, model.config.causal)
 
 
+def words_of(teacher: Teacher) -> int:
+    """Logits may be padded to a rounder number than there are words: those mean nothing."""
+    return min(len(teacher.tokenizer), teacher.model.config.vocab_size)
+
+
 def hold(teacher: MODEL.LanguageModel, mixed: str) -> None:
     """Keep float32 matrices in the type that they will be multiplied in."""
     if mixed != "no" and teacher.dtype == torch.float32:
@@ -269,7 +274,7 @@ class InMemory:
     """The teacher reads the batch that the student reads."""
 
     def __init__(self, teacher: Teacher, settings: DistillSection):
-        self.model, self.settings = teacher.model, settings
+        self.model, self.words, self.settings = teacher.model, words_of(teacher), settings
 
     def __call__(self, batch: dict) -> tuple[Callable | None, list[Tensor]]:
         """(`reduce` for the student's forward, the teacher's hidden states)."""
@@ -279,9 +284,8 @@ class InMemory:
 
         def reduce(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
             with torch.no_grad():
-                expected = self.model.head_logits(hidden[rows])
-            size = min(logits.shape[1], expected.shape[1])  # one of them may be padded to a rounder number
-            return {"divergence": distill_loss(logits[:, :size], expected[:, :size], settings.beta, settings.temperature)}
+                expected = self.model.head_logits(hidden[rows])[:, : self.words]
+            return {"divergence": distill_loss(logits[:, : self.words], expected, settings.beta, settings.temperature)}
 
         return reduce, states
 
@@ -403,8 +407,8 @@ class Told:
 class FromCache:
     """The teacher's words of this batch, as the cache holds them."""
 
-    def __init__(self, settings: DistillSection):
-        self.settings = settings
+    def __init__(self, words: int, settings: DistillSection):
+        self.words, self.settings = words, settings
 
     def __call__(self, batch: dict) -> tuple[Callable, list]:
         trained = (batch["targets"] != -100).flatten()
@@ -413,7 +417,7 @@ class FromCache:
         def reduce(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
             own = entry[rows]
             told = (batch[f"cached_{name}"][own] for name in ("ids", "logprobs", "tail"))
-            return {"divergence": top_k_loss(logits, *told, self.settings.beta, self.settings.temperature)}
+            return {"divergence": top_k_loss(logits[:, : self.words], *told, self.settings.beta, self.settings.temperature)}
 
         return reduce, []
 
@@ -435,7 +439,7 @@ def write_cache(config) -> None:
     rows.start(SimpleNamespace(seed=0, grad_accum=1, world_size=1, rank=0))
     cut, size = rows.parts[0], training.batch_size
     starts = np.cumsum([0, *(trained_of(cut, i) for i in range(cut.count))])
-    vocabulary = teacher.model.config.vocab_size
+    vocabulary = words_of(teacher)
     facts = {"version": CACHE_VERSION, "teacher": teacher.name, "teacher_mark": teacher_mark(teacher.name),
              "teacher_dtype": settings.teacher_dtype, "teacher_quantization": settings.teacher_quantization, "data_mark": data_mark(cut),
              "tokens": int(starts[-1]), "rows": cut.count, "max_length": training.max_length, "temperature": settings.temperature, "vocab_size": vocabulary,
@@ -454,7 +458,7 @@ def write_cache(config) -> None:
                 numbers = range(first, min(first + size, stop))
                 batch = TOKENIZER.collate(cut.spans.ids, [cut.row(i) for i in numbers], weights=getattr(cut.spans, "weights", None))
                 with run.autocast():
-                    cache.write(int(starts[first]), *likeliest(teacher.model, on_device(batch, device), facts["top_k"], settings.temperature))
+                    cache.write(int(starts[first]), *likeliest(teacher.model, on_device(batch, device), facts, settings.temperature))
                 bar.show(numbers[-1] + 1)
             for array in cache.arrays.values():
                 array.flush()
@@ -495,14 +499,14 @@ def begin_cache(folder: Path, facts: dict, overwrite: bool, tokenizer) -> int:
     return done
 
 
-def likeliest(teacher: MODEL.LanguageModel, batch: dict, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def likeliest(teacher: MODEL.LanguageModel, batch: dict, facts: dict, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """(ids (N, k), log-probabilities (N, k), log of the rest's probability (N,)) at the N targets of a batch."""
     hidden, _ = states_of(teacher, batch)
     hidden = hidden[batch["targets"] != -100]  # (N, C)
     found = []
     for part in hidden.split(max(1, 2**25 // teacher.config.vocab_size)):
-        logprobs = (teacher.head_logits(part).float() / temperature).log_softmax(-1)
-        top, ids = logprobs.topk(k, -1)
+        logprobs = (teacher.head_logits(part)[:, : facts["vocab_size"]].float() / temperature).log_softmax(-1)
+        top, ids = logprobs.topk(facts["top_k"], -1)
         rest = logprobs.scatter(1, ids, -math.inf).logsumexp(1)
         found.append((ids.cpu(), top.cpu(), rest.cpu()))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
@@ -620,7 +624,7 @@ class ThroughText:
     """The teacher reads the same text in its own tokens."""
 
     def __init__(self, teacher: Teacher, settings: DistillSection):
-        self.model, self.settings = teacher.model, settings
+        self.model, self.words, self.settings = teacher.model, words_of(teacher), settings
 
     def __call__(self, batch: dict) -> tuple[Callable, list]:
         hidden, _ = states_of(self.model, {name.removeprefix("teacher_"): value for name, value in batch.items() if name.startswith("teacher_")})
@@ -629,7 +633,7 @@ class ThroughText:
         def reduce(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
             there = (places[rows] >= 0).nonzero()[:, 0]
             with torch.no_grad():
-                expected = self.model.head_logits(hidden[places[rows][there]])
+                expected = self.model.head_logits(hidden[places[rows][there]])[:, : self.words]
             losses = universal_loss(logits[there], expected, self.settings.temperature)
             return {"divergence": losses.new_zeros(len(rows)).index_copy(0, there, losses)}
 
@@ -935,7 +939,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     if cache:
         if not getattr(stream, "fixed", False):
             raise UserError("distill.cache_dir: rows must be the same in every epoch; data.streaming, data.weights and masked language modelling change them")
-        stream, ask = Told(stream, cache, settings), FromCache(settings) if settings.asks_teacher else None
+        stream, ask = Told(stream, cache, settings), FromCache(cache.facts["vocab_size"], settings) if settings.asks_teacher else None
     elif settings.method == "universal":
         if not getattr(stream, "fixed", False):
             raise UserError("distill.method: universal needs rows that stay the same; leave out data.streaming and data.weights")

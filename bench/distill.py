@@ -14,18 +14,23 @@ for word the right one; text models read the question and go on. All students ha
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+
+import torch
 
 import INFER
 import MODEL
@@ -230,12 +235,87 @@ NAMES = ("lily tim timmy tom sara sarah ben anna mia max jack lucy sam amy bob s
          "daisy molly polly ella susie peter jim david sally lola leo lena mike nick zoe nina alice jenny johnny charlie buddy rex fluffy").split()
 
 
+# ------------------------------------------------------------------------------------------------- beside TRL
+
+STEPS, ROWS = 10, 32
+# The shipped template's turns without the line break after the last one, which TRL would learn as well.
+TURNS = ("{{ bos_token }}{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + ('' if loop.last and message.role == 'assistant' else '\\n') }}"
+         "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}")
+PLAIN = ["--training.optim", "adamw", "--training.lr_scheduler_type", "constant", "--training.warmup_steps", "0", "--training.weight_decay", "0", "--training.adam_beta2", "0.999",
+         "--training.mixed_precision", "no", "--learning-rate", "1e-3", "--batch-size", str(ROWS), "--max-steps", str(STEPS), "--data.validation", "none", "--data.packing", "false",
+         "--training.logging_steps", "1", "--training.eval_steps", "0", "--training.save_steps", "0", "--training.sample_tokens", "0", "--eval-answers", "0", "--alpha", "0"]
+
+
+def ours_beside(kind: list[str], student: Path, data: Path, options) -> tuple[float, list[float], list[int]]:
+    """(seconds of training, losses, the lines of the records in the order in which they were learnt)."""
+    import DISTILL
+
+    out, order, usual = Path(options.out) / "beside", [], TOKENIZER.TokenStream.__next__
+
+    def noted(stream) -> dict:
+        batch, cut = usual(stream), stream.parts[0]
+        order.extend(cut.members[int(cut.order[int(i)])][0] for i in batch["rows"])
+        return batch
+
+    TOKENIZER.TokenStream.__next__ = noted
+    with contextlib.redirect_stderr(io.StringIO()):
+        DISTILL.main(["--config", str(ROOT / "config.yaml"), "--teacher", options.model, "--model", str(student), "--data", str(data), "--out", str(out), "--overwrite", *PLAIN, *kind])
+    TOKENIZER.TokenStream.__next__ = usual
+    losses = [record["loss"] for record in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in record]
+    return result(out)["seconds"], losses, order
+
+
+def theirs_beside(lmbda: float, student: Path, records: list[dict], options) -> tuple[float, list[float]]:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer.chat_template = TURNS
+    model, teacher = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (student, options.model))
+    settings = GKDConfig(output_dir=str(Path(options.out) / "trl"), per_device_train_batch_size=ROWS, max_steps=STEPS, learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.0,
+                         adam_beta2=0.999, optim="adamw_torch_fused", logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
+                         disable_tqdm=True, lmbda=lmbda, beta=0.0, temperature=1.0, max_new_tokens=32, max_length=256, max_grad_norm=1.0)
+    sequential = type("Sequential", (GKDTrainer,), {"_get_train_sampler": lambda self, *_: torch.utils.data.SequentialSampler(self.train_dataset)})
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        trainer = sequential(model, teacher, settings, train_dataset=Dataset.from_list([{"messages": one["messages"]} for one in records]), processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        clock = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - clock
+    return seconds, [record["loss"] for record in trainer.state.log_history if "loss" in record]
+
+
+def time_beside_trl(options) -> None:
+    """Single questions with their answers, alternated rounds, medians."""
+    home = Path(options.out).resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    records = [record for line in (ROOT / "data/chat.jsonl").read_text().splitlines() if len((record := json.loads(line))["messages"]) == 2]
+    records = [record for record in records if len(record["messages"][1]["content"]) < 200][: 4 * STEPS * ROWS]
+    data, student, config = home / "single.jsonl", home / "fresh", MODEL.load(options.model).config
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    knobs = {"vocab_size": config.vocab_size, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    MODEL.save(MODEL.build(MODEL.preset_config("llama-225k", **knobs)), student)
+    TOKENIZER.save(TOKENIZER.load(options.model), student)
+    for name, lmbda, kind in (("off-policy", 0.0, []), ("on-policy", 1.0, ["--lmbda", "1", "--max-completion-length", "32", "--rollout-size", str(ROWS), "--rollout-batch-size", str(ROWS)])):
+        times: dict[str, list[float]] = {"here": [], "TRL": []}
+        for _ in range(options.rounds):
+            seconds, losses, order = ours_beside(kind, student, data, options)
+            times["here"].append(seconds)
+            seconds, their_losses = theirs_beside(lmbda, student, [records[i] for i in order] or records, options)
+            times["TRL"].append(seconds)
+        here, there = (statistics.median(values) for values in times.values())
+        apart = f"; losses differ by {max(abs(a - b) for a, b in zip(losses, their_losses, strict=True)):.1g} at most" if not lmbda else ""
+        print(f"{name}, {STEPS} steps of {ROWS}: {here:.1f} s here, {there:.1f} s with TRL, {there / here:.2f}x{apart}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("gains", "cache", "stories"), default="gains")
+    parser.add_argument("what", nargs="?", choices=("gains", "cache", "stories", "trl"), default="gains")
     parser.add_argument("--rows", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", default=str(ROOT / "out/bench/distill"))
+    parser.add_argument("--model", default=str(ROOT / "out/sft"), help="trl: the teacher")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
@@ -246,7 +326,7 @@ def main() -> None:
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to DISTILL.py")
     options = parser.parse_args()
     if options.what != "gains":
-        return {"cache": time_cache, "stories": stories}[options.what](options)
+        return {"cache": time_cache, "stories": stories, "trl": time_beside_trl}[options.what](options)
     for seed in () if options.table else options.seeds:
         for name in options.rows:
             if (name, seed) not in {(row["row"], row["seed"]) for row in rows(options)}:

@@ -580,6 +580,12 @@ def test_an_architecture_of_transformers_teaches(world, tmp_path, tokenizer):
     TOKENIZER.save(tokenizer, tmp_path / "neox")
     DISTILL.main([*flags_of(world, "text", tmp_path), "--teacher", str(tmp_path / "neox"), "--method", "hidden", "--max-steps", "4", "--out", str(tmp_path / "run")])
     assert losses_of(tmp_path / "run")[-1] < losses_of(tmp_path / "run")[0]
+    told = [*flags_of(world, "text", tmp_path), "--teacher", str(tmp_path / "neox"), "--cache-dir", str(tmp_path / "told")]
+    DISTILL.main(["--cache", *told, "--cache-top-k", "999", "--cache-dtype", "float32"])  # of padding nothing is told
+    assert json.loads((tmp_path / "told" / "cache.json").read_text())["top_k"] == len(tokenizer) < 384
+    for name, more in (("told-run", ["--cache-dir", str(tmp_path / "told")]), ("asked-run", ["--cache-dir", "null"])):
+        DISTILL.main([*told, *more, "--max-steps", "2", "--out", str(tmp_path / name)])
+    assert losses_of(tmp_path / "told-run") == pytest.approx(losses_of(tmp_path / "asked-run"), abs=1e-5)
     DISTILL.main([*flags_of(world, "lora", tmp_path), "--max-steps", "6", "--learning-rate", "1e-2", "--out", str(tmp_path / "adapter")])
     DISTILL.main([*flags_of(world, "talks", tmp_path), "--max-steps", "2", "--alpha", "0", "--out", str(tmp_path / "plain")])
     DISTILL.main([*flags_of(world, "talks", tmp_path), "--teacher", str(tmp_path / "adapter"), "--max-steps", "2", "--alpha", "0", "--out", str(tmp_path / "adapted")])
