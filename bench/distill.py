@@ -37,7 +37,7 @@ import MODEL
 import TOKENIZER
 
 CHAT = ["--teacher", "out/sft", "--max-steps", "400"]
-AFTER = ["--teacher", "out/sft", "--model", "{out}/chat-logits-{seed}", "--alpha", "0", "--batch-size", "16", "--learning-rate", "1e-3", "--training.optim", "adamw"]
+AFTER = ["--teacher", "out/sft", "--model", "{out}/chat-hidden-{seed}", "--alpha", "0", "--batch-size", "16", "--learning-rate", "1e-3", "--training.optim", "adamw"]
 RUNS = {  # row -> flags of DISTILL.py; {start}: what it starts from
     "text-alone": ["--alpha", "1"],
     "text-logits": [],
@@ -49,7 +49,7 @@ RUNS = {  # row -> flags of DISTILL.py; {start}: what it starts from
     "on-policy": [*AFTER, "--max-steps", "200", "--lmbda", "1", "--max-completion-length", "32", "--rollout-size", "64"],
     "off-policy-equal-time": [*AFTER, "--max-minutes", "{minutes}", "--data", "{out}/answers.jsonl", "--data.validation", "data/chat_test.jsonl"],
 }
-NEEDS = {"off-policy": "chat-logits", "on-policy": "chat-logits", "off-policy-equal-time": "on-policy"}
+NEEDS = {"off-policy": "chat-hidden", "on-policy": "chat-hidden", "off-policy-equal-time": "on-policy"}
 
 
 def questions() -> list[dict]:
