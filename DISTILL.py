@@ -293,6 +293,7 @@ class InMemory:
 # ------------------------------------------------------------------------------------------------- cached teacher
 
 CACHE_VERSION = 1
+MOVING_ROWS = "rows must be the same in every epoch; data.streaming, data.weights and masked language modelling change them"
 CACHE_BLOCK = 64  # batches between two notes of how far the cache is written
 
 
@@ -422,56 +423,62 @@ class FromCache:
         return reduce, []
 
 
-@torch.no_grad()
 def write_cache(config) -> None:
     """The teacher reads all rows once. A kill costs what was written since the last note; several processes share the rows."""
     settings, training = config.distill, config.training
     if not settings.cache_dir:
         raise UserError("--cache: name the folder to write with --cache-dir")
     folder = Path(settings.cache_dir)
-    accelerator, device = TRAIN.start_processes(training, config.model.device, folder)
+    _, device = TRAIN.start_processes(training, config.model.device, folder)
     teacher = load_teacher(config, device)
-    say(f"{teacher.name}: {teacher.parameters:,} parameters") if MODEL.process_rank() == 0 else None
     TRAIN.fit_length(config, teacher.context)
     rows, _, _ = read_rows(config, teacher.tokenizer, teacher, task_of(config, teacher))
-    if not isinstance(rows, TOKENIZER.TokenStream) or not rows.fixed:
-        raise UserError("--cache: rows must be the same in every epoch; data.streaming, data.weights and masked language modelling change them")
+    if not getattr(rows, "fixed", False):
+        raise UserError(f"--cache: {MOVING_ROWS}")
     rows.start(SimpleNamespace(seed=0, grad_accum=1, world_size=1, rank=0))
-    cut, size = rows.parts[0], training.batch_size
-    starts = np.cumsum([0, *(trained_of(cut, i) for i in range(cut.count))])
-    vocabulary = words_of(teacher)
-    facts = {"version": CACHE_VERSION, "teacher": teacher.name, "teacher_mark": teacher_mark(teacher.name),
-             "teacher_dtype": settings.teacher_dtype, "teacher_quantization": settings.teacher_quantization, "data_mark": data_mark(cut),
-             "tokens": int(starts[-1]), "rows": cut.count, "max_length": training.max_length, "temperature": settings.temperature, "vocab_size": vocabulary,
-             "top_k": min(settings.cache_top_k, vocabulary), "ids": "uint16" if vocabulary <= 2**16 else "uint32", "logprobs": settings.cache_dtype,
-             "tokenizer": TOKENIZER.fingerprint(teacher.tokenizer), "parameters": teacher.parameters, "context": teacher.context, "causal": teacher.causal}
-    with TRAIN.run_folder(folder, None, overwrite=True):  # for its lock; what stands there is judged below
+    facts = cache_facts(settings, training, teacher, rows.parts[0])
+    with TRAIN.run_folder(folder, None, overwrite=True):  # for its lock; what stands there is judged here
         done = begin_cache(folder, facts, bool(config.actions.overwrite), teacher.tokenizer)
-        cache = Cache(folder, facts, "r+")
         mixed = TRAIN.precision(training, config.model.dtype, device)
         hold(teacher.model, mixed)
-        run = TRAIN.Run(teacher.model, training, device, mixed)
-        bar = Progress(cut.count, done, "rows")
-        while done < cut.count:
-            stop = min(done + CACHE_BLOCK * size * run.world_size, cut.count)
-            for first in range(done + run.rank * size, stop, run.world_size * size):
-                numbers = range(first, min(first + size, stop))
-                batch = TOKENIZER.collate(cut.spans.ids, [cut.row(i) for i in numbers], weights=getattr(cut.spans, "weights", None))
-                with run.autocast():
-                    cache.write(int(starts[first]), *likeliest(teacher.model, on_device(batch, device), facts, settings.temperature))
-                bar.show(numbers[-1] + 1)
-            for array in cache.arrays.values():
-                array.flush()
-            TRAIN.barrier()
-            done = stop
-            if run.rank == 0:
-                MODEL.write_text(folder / "cache.part.json", json.dumps({**facts, "done": done}))
-        bar.close()
-        if run.rank == 0:
+        fill_cache(Cache(folder, facts, "r+"), rows.parts[0], teacher.model, TRAIN.Run(teacher.model, training, device, mixed), training.batch_size, done)
+        if MODEL.process_rank() == 0:
             MODEL.write_text(folder / "cache.json", json.dumps(facts, indent=1) + "\n")
             (folder / "cache.part.json").unlink(missing_ok=True)
-            bytes_each = sum((folder / f"{name}.bin").stat().st_size for name in cache.arrays) / max(facts["tokens"], 1)
-            say(f"{folder}: {facts['tokens']:,} tokens of {cut.count:,} rows, {bytes_each:.0f} bytes each; train with --cache-dir {folder}")
+            size = sum((folder / f"{name}.bin").stat().st_size for name in ("ids", "logprobs", "tail"))
+            say(f"{folder}: {facts['tokens']:,} tokens of {facts['rows']:,} rows, {size / max(facts['tokens'], 1):.0f} bytes each; train with --cache-dir {folder}")
+
+
+def cache_facts(settings: DistillSection, training, teacher: Teacher, cut) -> dict:
+    """All that decides what a cache holds, and what training has to know of a teacher that is not there."""
+    words = words_of(teacher)
+    return {"version": CACHE_VERSION, "teacher": teacher.name, "teacher_mark": teacher_mark(teacher.name), "teacher_dtype": settings.teacher_dtype,
+            "teacher_quantization": settings.teacher_quantization, "parameters": teacher.parameters, "context": teacher.context, "causal": teacher.causal,
+            "tokenizer": TOKENIZER.fingerprint(teacher.tokenizer), "vocab_size": words, "data_mark": data_mark(cut), "rows": cut.count,
+            "tokens": sum(trained_of(cut, i) for i in range(cut.count)), "max_length": training.max_length, "temperature": settings.temperature,
+            "top_k": min(settings.cache_top_k, words), "ids": "uint16" if words <= 2**16 else "uint32", "logprobs": settings.cache_dtype}
+
+
+@torch.no_grad()
+def fill_cache(cache: Cache, cut, teacher: MODEL.LanguageModel, run: TRAIN.Run, size: int, done: int) -> None:
+    """Blocks of batches, each noted when it is on the disk."""
+    starts = np.cumsum([0, *(trained_of(cut, i) for i in range(cut.count))])
+    bar = Progress(cut.count, done, "rows")
+    while done < cut.count:
+        stop = min(done + CACHE_BLOCK * size * run.world_size, cut.count)
+        for first in range(done + run.rank * size, stop, run.world_size * size):
+            numbers = range(first, min(first + size, stop))
+            batch = TOKENIZER.collate(cut.spans.ids, [cut.row(i) for i in numbers], weights=getattr(cut.spans, "weights", None))
+            with run.autocast():
+                cache.write(int(starts[first]), *likeliest(teacher, on_device(batch, run.device), cache.facts))
+            bar.show(numbers[-1] + 1)
+        for array in cache.arrays.values():
+            array.flush()
+        TRAIN.barrier()
+        done = stop
+        if run.rank == 0:
+            MODEL.write_text(cache.folder / "cache.part.json", json.dumps({**cache.facts, "done": done}))
+    bar.close()
 
 
 def begin_cache(folder: Path, facts: dict, overwrite: bool, tokenizer) -> int:
@@ -499,13 +506,13 @@ def begin_cache(folder: Path, facts: dict, overwrite: bool, tokenizer) -> int:
     return done
 
 
-def likeliest(teacher: MODEL.LanguageModel, batch: dict, facts: dict, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def likeliest(teacher: MODEL.LanguageModel, batch: dict, facts: dict) -> tuple[Tensor, Tensor, Tensor]:
     """(ids (N, k), log-probabilities (N, k), log of the rest's probability (N,)) at the N targets of a batch."""
     hidden, _ = states_of(teacher, batch)
     hidden = hidden[batch["targets"] != -100]  # (N, C)
     found = []
     for part in hidden.split(max(1, 2**25 // teacher.config.vocab_size)):
-        logprobs = (teacher.head_logits(part)[:, : facts["vocab_size"]].float() / temperature).log_softmax(-1)
+        logprobs = (teacher.head_logits(part)[:, : facts["vocab_size"]].float() / facts["temperature"]).log_softmax(-1)
         top, ids = logprobs.topk(facts["top_k"], -1)
         rest = logprobs.scatter(1, ids, -math.inf).logsumexp(1)
         found.append((ids.cpu(), top.cpu(), rest.cpu()))
@@ -938,11 +945,11 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     ask = None
     if cache:
         if not getattr(stream, "fixed", False):
-            raise UserError("distill.cache_dir: rows must be the same in every epoch; data.streaming, data.weights and masked language modelling change them")
+            raise UserError(f"distill.cache_dir: {MOVING_ROWS}")
         stream, ask = Told(stream, cache, settings), FromCache(cache.facts["vocab_size"], settings) if settings.asks_teacher else None
     elif settings.method == "universal":
         if not getattr(stream, "fixed", False):
-            raise UserError("distill.method: universal needs rows that stay the same; leave out data.streaming and data.weights")
+            raise UserError(f"distill.method: universal: {MOVING_ROWS}")
         stream, ask = BothTokenizers(stream, tokenizer, teacher, talks, as_sft(config).sft), ThroughText(teacher, settings)
     elif settings.asks_teacher:
         ask = InMemory(teacher, settings)
@@ -959,61 +966,67 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
 def write_answers(config) -> None:
     """The teacher answers prompts, and its answers become records that SFT.py reads (Kim and Rush 2016). What is written stands in
     FILE.part until all is; a run that was cut off goes on there."""
-    settings, actions, out = config.distill, config.actions, Path(config.output.dir)
+    settings, overwrite, out = config.distill, bool(config.actions.overwrite), Path(config.output.dir)
     if out.suffix != ".jsonl":
         raise UserError(f"--out: '{out}' must be a file name that ends in .jsonl")
-    if out.exists() and not actions.overwrite:
+    if out.exists() and not overwrite:
         raise UserError(f"--out: {out} exists; --overwrite replaces it")
     if settings.reward_funcs and settings.num_generations < 2:
         raise UserError("distill.reward_funcs: choose between answers; set distill.num_generations to 2 or more")
-    accelerator, device = TRAIN.start_processes(config.training, config.model.device, out.parent)
+    _, device = TRAIN.start_processes(config.training, config.model.device, out.parent)
     teacher = load_teacher(config, device)
     if not teacher.causal:
         raise UserError(f"distill.teacher: {teacher.name} is an encoder, which answers nobody")
-    tokenizer, model, seed = teacher.tokenizer, teacher.model, config.training.seed
-    TOKENIZER.end_with_turns(model, tokenizer)
+    TOKENIZER.end_with_turns(teacher.model, teacher.tokenizer)
     asked = read_asked(config, teacher)
-    judges = RL.Judges(settings, tokenizer, device) if settings.reward_funcs else None
+    judges = RL.Judges(settings, teacher.tokenizer, device) if settings.reward_funcs else None
     temperature = settings.sampling_temperature if settings.sampling_temperature is not None else float(settings.num_generations > 1)
-    sampling = INFER.Sampling(settings.max_completion_length, temperature, settings.top_k, settings.top_p, seed=seed, n=settings.num_generations)
-    made_by = {"teacher": [teacher_mark(teacher.name), settings.teacher_dtype, settings.teacher_quantization], "sampling": dataclasses.asdict(sampling), "judges": [settings.reward_funcs, settings.reward_weights],
+    sampling = INFER.Sampling(settings.max_completion_length, temperature, settings.top_k, settings.top_p, seed=config.training.seed, n=settings.num_generations)
+    made_by = {"teacher": [teacher_mark(teacher.name), settings.teacher_dtype, settings.teacher_quantization], "sampling": dataclasses.asdict(sampling),
+               "judges": [settings.reward_funcs, settings.reward_weights],
                "prompts": hashlib.blake2b(repr([prompt.ids for prompt in asked]).encode(), digest_size=16).hexdigest()}
-    first = MODEL.process_rank() == 0
     part = out.with_name(f"{out.name}.part")
-    known = TRAIN.one_after_another(begin_answers, part, made_by, bool(actions.overwrite))
-    MODEL.configure_for_hardware(model, device, quiet=True) if device.type == "cuda" else None
-    size, bar = settings.rollout_batch_size, Progress(len(asked), len(known), "prompts")
-    per_block = max(1, size // settings.num_generations) * TRAIN.world_size()
-    left = [number for number in range(len(asked)) if number not in known]
-    for start in range(0, len(left), per_block):
-        numbers = left[start : start + per_block][MODEL.process_rank() :: TRAIN.world_size()]
-        answers = INFER.generate(model, [asked[i].ids for i in numbers], sampling, tokenizer, batch_size=size, first=numbers)
-        samples = RL.gather([RL.Sample(asked[i], i, one.ids, one.finish_reason, one.text, None) for i, given in zip(numbers, answers, strict=True) for one in given])
-        if first:
+    known = TRAIN.one_after_another(begin_answers, part, made_by, overwrite)
+    answer_all(teacher, asked, known, sampling, judges, settings.rollout_batch_size, part)
+    if MODEL.process_rank() == 0:
+        finish_answers(known, part, out, settings.max_completion_length)
+    TRAIN.barrier()
+
+
+def answer_all(teacher: Teacher, asked: list[RL.Prompt], known: dict[int, list], sampling: INFER.Sampling, judges: RL.Judges | None, size: int, part: Path) -> None:
+    """Answers the prompts that are not `known` yet, block by block; the first process judges them and adds them to `known` and to the file."""
+    left, bar = [number for number in range(len(asked)) if number not in known], Progress(len(asked), len(known), "prompts")
+    block = max(1, size // sampling.n) * TRAIN.world_size()
+    for start in range(0, len(left), block):
+        group = left[start : start + block]
+        own = group[MODEL.process_rank() :: TRAIN.world_size()]
+        answers = INFER.generate(teacher.model, [asked[i].ids for i in own], sampling, teacher.tokenizer, batch_size=size, first=own)
+        samples = RL.gather([RL.Sample(asked[i], i, one.ids, one.finish_reason, one.text, None) for i, given in zip(own, answers, strict=True) for one in given])
+        if MODEL.process_rank() == 0:
             if judges:
                 judges(samples)
-            by_prompt: dict[int, list[RL.Sample]] = {i: [] for i in left[start : start + per_block]}
+            by_prompt: dict[int, list[RL.Sample]] = {i: [] for i in group}
             for one in samples:
                 by_prompt[one.number].append(one)
-            lines = [{"number": i, "records": chosen_answers(asked[i], given, bool(judges), bool(tokenizer.chat_template))} for i, given in by_prompt.items()]
+            found = {i: chosen_answers(asked[i], given, bool(judges), bool(teacher.tokenizer.chat_template)) for i, given in by_prompt.items()}
             with open(part, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
+                file.write("".join(json.dumps({"number": i, "records": records}, ensure_ascii=False, default=str) + "\n" for i, records in found.items()))
                 file.flush()
                 os.fsync(file.fileno())
-            known |= {line["number"]: line["records"] for line in lines}
-        bar.show(min(len(asked), len(asked) - len(left) + start + per_block))
+            known |= found
+        bar.show(len(asked) - len(left) + min(start + block, len(left)))
     bar.close()
-    if first:
-        records = [record for _, found in sorted(known.items()) for record in found]
-        if not records:
-            raise UserError(f"--generate: no answer ended within distill.max_completion_length {settings.max_completion_length} tokens; raise it ({part} holds what was tried)")
-        MODEL.write_text(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-        part.unlink()
-        silent = sum(not found for found in known.values())
-        rewards = [record["reward"] for record in records if "reward" in record]
-        judged = f", mean reward {sum(rewards) / len(rewards):.3f}" if rewards else ""
-        say(f"{out}: {len(records):,} answers to {len(asked):,} prompts{judged}" + (f"; {silent:,} prompts have none that ended within {settings.max_completion_length} tokens" if silent else ""))
-    TRAIN.barrier()
+
+
+def finish_answers(known: dict[int, list], part: Path, out: Path, length: int) -> None:
+    records = [record for _, found in sorted(known.items()) for record in found]
+    if not records:
+        raise UserError(f"--generate: no answer ended within distill.max_completion_length {length} tokens; raise it ({part} holds what was tried)")
+    MODEL.write_text(out, "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records))
+    part.unlink()
+    silent, rewards = sum(not found for found in known.values()), [record["reward"] for record in records if "reward" in record]
+    say(f"{out}: {len(records):,} answers to {len(known):,} prompts" + (f", mean reward {sum(rewards) / len(rewards):.3f}" if rewards else "")
+        + (f"; {silent:,} prompts have none that ended within {length} tokens" if silent else ""))
 
 
 def read_asked(config, teacher: Teacher) -> list[RL.Prompt]:
