@@ -13,11 +13,13 @@ tokenizer, layer by layer), the student's own texts as a stream, answers written
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -51,7 +53,7 @@ class DistillSection:
     teacher_quantization: str = knob("none", "packed form of the teacher's matrices", MODEL.QUANTIZATIONS)
     method: str = knob("logits", "what the teacher tells: the probabilities of each token, its hidden states as well, or the probabilities over another tokenizer's vocabulary", METHODS)
     task: str = knob("auto", "what is read: text as TRAIN.py does, or conversations as SFT.py does; auto is chat for records and a teacher with a chat template", ("auto", "text", "chat"))
-    alpha: float = knob(0.1, "share of the data's own cross-entropy; 0 learns from the teacher alone, 1 asks no teacher")
+    alpha: float = knob(0.1, "share of the data's own cross-entropy; 0 learns from the teacher alone, 1 from the data alone (and, with hidden, from hidden states)")
     beta: float = knob(0.0, "which divergence: 0 is KL(teacher || student), 1 KL(student || teacher), between them Jensen-Shannon's")
     temperature: float = knob(1.0, "both distributions are flattened by this before they are compared (Hinton 2015)")
     lmbda: float = knob(0.0, "share of the steps that learn on texts that the student writes itself (on-policy)")
@@ -143,13 +145,17 @@ class Divergence(torch.autograd.Function):
             weight = 1 - beta if beta < 1 else 1.0
             losses = losses + weight * reverse.squeeze(-1)
             gradient = ahead.sub_(reverse).mul_(q).mul_(weight)
-        ctx.save_for_backward(gradient.div_(temperature).to(student.dtype))
+        ctx.dtype, scale = student.dtype, torch.ones_like(losses).unsqueeze(-1)
+        if student.dtype == torch.float16:  # of a short range: kept in units of each row's largest number
+            scale = gradient.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
+            gradient.div_(scale)
+        ctx.save_for_backward(gradient.to(student.dtype), scale / temperature)
         return losses
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream.unsqueeze(-1).to(gradient.dtype), None, None, None
+        gradient, scale = ctx.saved_tensors
+        return (gradient.float() * (scale * upstream.unsqueeze(-1))).to(ctx.dtype), None, None, None
 
 
 def distill_loss(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.0, temperature: float = 1.0) -> Tensor:
@@ -170,8 +176,8 @@ def distill_loss(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0
 
 class Buckets(torch.autograd.Function):
     """Logits (N, V) and the ids of k words (N, k) -> log-probabilities (N, k + 1) of these, and of all others together, at a
-    temperature. One pass over the vocabulary each way: with z = softmax's input and g the gradient that comes back, word j of the
-    k gets g_j - p_j sum(g), each other one its share of the others' p_j / p_rest in g_rest - p_rest sum(g)."""
+    temperature. With g the gradient that comes back, word j of the k gets g_j - p_j sum(g), and each other word its share
+    p_i / p_rest of g_rest - p_rest sum(g)."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -179,18 +185,17 @@ class Buckets(torch.autograd.Function):
         weights = (scaled - scaled.amax(1, keepdim=True)).exp_()  # (N, V)
         top = weights.gather(1, ids)
         rest = weights.scatter_(1, ids, 0.0).sum(1, keepdim=True).clamp_(min=1e-38)  # summed, not 1 - top: tails may be tiny
-        total = top.sum(1, keepdim=True) + rest
-        ctx.save_for_backward(weights.to(logits.dtype), ids, top / total, rest / total, total)
+        found = torch.cat((top.clamp(min=1e-38), rest), 1) / (top.sum(1, keepdim=True) + rest)  # (N, k + 1)
+        ctx.save_for_backward(weights.div_(rest).to(logits.dtype), ids, found)
         ctx.temperature = temperature
-        return (torch.cat((top.clamp(min=1e-38), rest), 1) / total).log()
+        return found.log()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        weights, ids, top, rest, total = ctx.saved_tensors
-        whole = upstream.sum(1, keepdim=True)
-        gradient = weights * ((upstream[:, -1:] / rest - whole) / (total * ctx.temperature)).to(weights.dtype)
-        gradient.scatter_(1, ids, ((upstream[:, :-1] - top * whole) / ctx.temperature).to(weights.dtype))
-        return gradient, None, None
+        shares, ids, found = ctx.saved_tensors
+        bucket = (upstream - found * upstream.sum(1, keepdim=True)) / ctx.temperature  # (N, k + 1)
+        gradient = (shares.float() * bucket[:, -1:]).scatter_(1, ids, bucket[:, :-1])
+        return gradient.to(shares.dtype), None, None
 
 
 def top_k_loss(student_logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor, beta: float = 0.0, temperature: float = 1.0) -> Tensor:
@@ -265,7 +270,7 @@ def hold(teacher: MODEL.LanguageModel, mixed: str) -> None:
 
 @torch.no_grad()
 def states_of(teacher: MODEL.LanguageModel, batch: dict, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """(last hidden states (B, T, C), those before each layer if `keep`). Its logits are left to `head_logits`, row by row."""
+    """(last hidden states (B, T, C), all of them in Hugging Face's order if `keep`). Logits are left to `head_logits`, row by row."""
     hidden, states, _ = teacher.backbone(batch["input_ids"], batch.get("positions"), None, batch.get("segment_ids"), None, keep)
     return hidden, [*states, hidden]
 
@@ -276,7 +281,7 @@ class InMemory:
     def __init__(self, teacher: Teacher, settings: DistillSection):
         self.model, self.words, self.settings = teacher.model, words_of(teacher), settings
 
-    def __call__(self, batch: dict) -> tuple[Callable | None, list[Tensor]]:
+    def __call__(self, batch: dict) -> tuple[Callable, list[Tensor]]:
         """(`reduce` for the student's forward, the teacher's hidden states)."""
         settings = self.settings
         hidden, states = states_of(self.model, batch, settings.method == "hidden")
@@ -315,7 +320,9 @@ def teacher_mark(name: str) -> str | None:
     except UserError:
         return None
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("*.bin")]):
+    if (folder / "adapter_config.json").exists():
+        digest.update(str(teacher_mark(MODEL.adapter_config(folder).base_model_name_or_path)).encode())
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("pytorch_model*.bin")]):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
@@ -323,6 +330,29 @@ def teacher_mark(name: str) -> str | None:
                 file.seek(place)
                 digest.update(file.read(2**16))
     return digest.hexdigest()
+
+
+def make_room(path: Path, size: int) -> None:
+    """A file of this size whose blocks exist: writing to a memory map on a full disk would kill the process without a word."""
+    with open(path, "wb") as file, room_for(path, f"{size:,} bytes are needed for the cache"):
+        if hasattr(os, "posix_fallocate") and size:
+            os.posix_fallocate(file.fileno(), 0, size)
+        file.truncate(size)
+
+
+@contextlib.contextmanager
+def room_for(path: Path, what: str):
+    try:
+        yield
+    except OSError as error:
+        if not TRAIN.is_disk_full(error, path.parent):
+            raise
+        raise UserError(f"{path}: the disk is full; {what}") from None
+
+
+def row_starts(cut) -> np.ndarray:
+    """How many targets stand before each row."""
+    return np.cumsum([0, *(trained_of(cut, i) for i in range(cut.count))])
 
 
 def trained_of(cut, number: int) -> int:
@@ -335,16 +365,15 @@ class Cache:
     """What a teacher says of every target of fixed rows, on the disk: the k likeliest ids and their log-probabilities, and the log
     of what is left for all others. Entries follow the rows; `ids.bin`, `logprobs.bin` and `tail.bin` are plain little-endian arrays."""
 
-    def __init__(self, folder: Path, facts: dict, mode: str = "r"):
+    def __init__(self, folder: Path, facts: dict, mode: str = "r", fresh: bool = False):
         self.folder, self.facts = folder, facts
         n, k = facts["tokens"], facts["top_k"]
         shapes = {"ids": (facts["ids"], (n, k)), "logprobs": (facts["logprobs"], (n, k)), "tail": ("float32", (n,))}
         self.arrays = {}
         for name, (dtype, shape) in shapes.items():
             path, size = folder / f"{name}.bin", math.prod(shape) * np.dtype(dtype).itemsize
-            if mode == "r+" and not path.exists():
-                with open(path, "wb") as file:
-                    file.truncate(size)
+            if fresh:
+                make_room(path, size)
             if not path.exists() or path.stat().st_size != size:
                 there = f"{path.stat().st_size:,} bytes" if path.exists() else "nothing"
                 raise UserError(f"distill.cache_dir: {path} holds {there}, {size:,} are expected: it was cut short; write it anew with --cache --overwrite")
@@ -397,7 +426,7 @@ class Told:
         self.rows.start(run)
         self.steps_per_epoch, cut = self.rows.steps_per_epoch, self.rows.parts[0]
         self.cache.check(cut, self.settings, self.rows.length)
-        self.starts = np.cumsum([0, *(trained_of(cut, i) for i in range(cut.count))])
+        self.starts = row_starts(cut)
 
     def __next__(self) -> dict:
         batch = next(self.rows)
@@ -429,6 +458,9 @@ def write_cache(config) -> None:
     if not settings.cache_dir:
         raise UserError("--cache: name the folder to write with --cache-dir")
     folder = Path(settings.cache_dir)
+    TRAIN.check_apart(folder, teacher=settings.teacher)
+    if (folder / "config.json").exists() or TRAIN.checkpoints(folder):
+        raise UserError(f"distill.cache_dir: {folder} holds a model; a cache needs a folder of its own")
     _, device = TRAIN.start_processes(training, config.model.device, folder)
     teacher = load_teacher(config, device)
     TRAIN.fit_length(config, teacher.context)
@@ -436,10 +468,10 @@ def write_cache(config) -> None:
     if not getattr(rows, "fixed", False):
         raise UserError(f"--cache: {MOVING_ROWS}")
     rows.start(SimpleNamespace(seed=0, grad_accum=1, world_size=1, rank=0))
-    facts = cache_facts(settings, training, teacher, rows.parts[0])
+    mixed = TRAIN.precision(training, config.model.dtype, device)
+    facts = {**cache_facts(settings, training, teacher, rows.parts[0]), "mixed_precision": mixed}
     with TRAIN.run_folder(folder, None, overwrite=True):  # for its lock; what stands there is judged here
         done = begin_cache(folder, facts, bool(config.actions.overwrite), teacher.tokenizer)
-        mixed = TRAIN.precision(training, config.model.dtype, device)
         hold(teacher.model, mixed)
         fill_cache(Cache(folder, facts, "r+"), rows.parts[0], teacher.model, TRAIN.Run(teacher.model, training, device, mixed), training.batch_size, done)
         if MODEL.process_rank() == 0:
@@ -455,14 +487,14 @@ def cache_facts(settings: DistillSection, training, teacher: Teacher, cut) -> di
     return {"version": CACHE_VERSION, "teacher": teacher.name, "teacher_mark": teacher_mark(teacher.name), "teacher_dtype": settings.teacher_dtype,
             "teacher_quantization": settings.teacher_quantization, "parameters": teacher.parameters, "context": teacher.context, "causal": teacher.causal,
             "tokenizer": TOKENIZER.fingerprint(teacher.tokenizer), "vocab_size": words, "data_mark": data_mark(cut), "rows": cut.count,
-            "tokens": sum(trained_of(cut, i) for i in range(cut.count)), "max_length": training.max_length, "temperature": settings.temperature,
+            "tokens": int(row_starts(cut)[-1]), "max_length": training.max_length, "temperature": settings.temperature,
             "top_k": min(settings.cache_top_k, words), "ids": "uint16" if words <= 2**16 else "uint32", "logprobs": settings.cache_dtype}
 
 
 @torch.no_grad()
 def fill_cache(cache: Cache, cut, teacher: MODEL.LanguageModel, run: TRAIN.Run, size: int, done: int) -> None:
     """Blocks of batches, each noted when it is on the disk."""
-    starts = np.cumsum([0, *(trained_of(cut, i) for i in range(cut.count))])
+    starts = row_starts(cut)
     bar = Progress(cut.count, done, "rows")
     while done < cut.count:
         stop = min(done + CACHE_BLOCK * size * run.world_size, cut.count)
@@ -481,6 +513,9 @@ def fill_cache(cache: Cache, cut, teacher: MODEL.LanguageModel, run: TRAIN.Run, 
     bar.close()
 
 
+BEGUN = {"data_mark": "other data", "teacher_mark": "another teacher", "tokenizer": "another tokenizer"}
+
+
 def begin_cache(folder: Path, facts: dict, overwrite: bool, tokenizer) -> int:
     """Rows that are written already; clears what stands in the way if it may."""
     if MODEL.process_rank() == 0:
@@ -488,22 +523,19 @@ def begin_cache(folder: Path, facts: dict, overwrite: bool, tokenizer) -> int:
         if whole.exists() and not overwrite:
             raise UserError(f"distill.cache_dir: {folder} holds a whole cache; --overwrite replaces it, or train with it")
         known = MODEL.read_json(part) if part.exists() and not overwrite else None
-        if known and {**known, "done": 0} != {**facts, "done": 0}:
-            other = next(key for key in facts if known.get(key) != facts[key])
-            raise UserError(f"distill.cache_dir: {folder} was begun with another {other}; --overwrite begins anew")
+        if known and (other := [key for key in facts if key != "teacher" and known.get(key) != facts[key]]):
+            raise UserError(f"distill.cache_dir: {folder} was begun with {' and '.join(BEGUN.get(key, f'another {key}') for key in other[:2])}; --overwrite begins anew")
         if not known:
-            for path in (whole, part, *(folder / f"{name}.bin" for name in ("ids", "logprobs", "tail"))):
+            for path in (whole, part):
                 path.unlink(missing_ok=True)
-            TOKENIZER.save(tokenizer, folder)
-            MODEL.write_text(part, json.dumps({**facts, "done": 0}))
+            with room_for(part, "nothing was written"):
+                TOKENIZER.save(tokenizer, folder)
+                Cache(folder, facts, "r+", fresh=True)
+                MODEL.write_text(part, json.dumps({**facts, "done": 0}))
         elif known["done"]:
             say(f"{folder}: going on from row {known['done']:,} of {facts['rows']:,}")
     TRAIN.barrier()
-    done = MODEL.read_json(folder / "cache.part.json")["done"]
-    if MODEL.process_rank() == 0:
-        Cache(folder, facts, "r+")  # makes the files, in which each process then writes its own part
-    TRAIN.barrier()
-    return done
+    return MODEL.read_json(folder / "cache.part.json")["done"]
 
 
 def likeliest(teacher: MODEL.LanguageModel, batch: dict, facts: dict) -> tuple[Tensor, Tensor, Tensor]:
@@ -573,8 +605,8 @@ class BothTokenizers:
     """A stream of rows, each beside the same text in the teacher's ids, and the places where both have read the same characters:
     there both predict what follows, and only there they are compared."""
 
-    def __init__(self, rows: TOKENIZER.TokenStream, tokenizer, teacher: Teacher, talks: list | None, settings):
-        self.rows, self.tokenizer, self.teacher, self.talks, self.settings = rows, tokenizer, teacher, talks, settings
+    def __init__(self, rows: TOKENIZER.TokenStream, tokenizer, teacher: Teacher, talks: list | None):
+        self.rows, self.tokenizer, self.teacher, self.talks = rows, tokenizer, teacher, talks
         self.state_dict, self.load_state_dict = rows.state_dict, rows.load_state_dict
         self.known: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # start of a piece -> (the teacher's ids, places (n, 2))
 
@@ -601,9 +633,9 @@ class BothTokenizers:
 
     def conversation(self, start: int, ids: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         talk = self.talks[int(np.searchsorted(self.rows.parts[0].spans.starts, start))]
-        other = SFT.Talk(talk.where, talk.record, self.teacher.tokenizer, self.settings)
-        pairs = []
-        for (a, b), (c, d) in zip(runs_of(talk.weights), runs_of(other.weights), strict=False):
+        own, other = (SFT.Talk(talk.where, talk.record, tokenizer, SFT.SFTSection()) for tokenizer in (self.tokenizer, self.teacher.tokenizer))
+        pairs = []  # answer by answer: what templates put around them differs
+        for (a, b), (c, d) in zip(runs_of(own.weights), runs_of(other.weights), strict=False):
             a, c = max(a, 1), max(c, 1)
             pairs += [(a - 1 + i, c - 1 + j) for i, j in align(spell(self.tokenizer, ids[a:b]), spell(self.teacher.tokenizer, other.ids[c:d]))]
         return other.ids, pairs
@@ -624,7 +656,8 @@ class BothTokenizers:
                 at, there = at + length, there + len(ids) - 1
         places[batch["targets"] == -100] = -1
         batch |= {f"teacher_{name}": value for name, value in theirs.items() if name in ("input_ids", "positions", "segment_ids")}
-        return {**batch, "places": places, "counts": {**batch["counts"], "aligned": int((places >= 0).sum())}}
+        aligned = batch["weights"][places >= 0].sum() if "weights" in batch else (places >= 0).sum()
+        return {**batch, "places": places, "counts": {**batch["counts"], "aligned": float(aligned)}}
 
 
 class ThroughText:
@@ -688,6 +721,12 @@ def add_projections(student: MODEL.LanguageModel, width: int, layers: list[int],
     student.register_forward_hook(project)
 
 
+def need_states(name: str | None, model: MODEL.LanguageModel, key: str) -> None:
+    """Some of transformers' architectures show no states of packed rows, or none before their own output head."""
+    if isinstance(model, MODEL.ForeignModel) and not (model._can("masks") and model._can("head")):
+        raise UserError(f"{key}: {name} ({model.config.model_type}) does not show its hidden states; take --distill.method logits")
+
+
 def student_of(teacher: Teacher, layers: list, head_seed: int, attn_implementation: str) -> MODEL.Transformer:
     """The teacher with some of its layers: the same embeddings, head and norms (Sanh 2019, section 3)."""
     source = teacher.model
@@ -747,7 +786,7 @@ class Mixed:
         self.data.start(run)
         self.texts.start(run)
         per_epoch = self.data.steps_per_epoch
-        self.steps_per_epoch = self.texts.steps_per_epoch if self.lmbda == 1 else per_epoch and math.ceil(per_epoch / (1 - self.lmbda))
+        self.steps_per_epoch = self.texts.steps_per_epoch if self.lmbda == 1 else per_epoch and math.ceil(per_epoch / (1 - self.lmbda) - 1e-9)
 
     def __next__(self) -> dict:
         step = self.drawn // self.run.grad_accum
@@ -807,6 +846,7 @@ def distillation(ask: Callable | None, settings: DistillSection, layers: dict[in
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
         reduce, states = ask(batch) if ask else (None, [])
+        reduce = reduce if settings.alpha < 1 else None
         out = model(batch["input_ids"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), targets=batch["targets"],
                     reduce=reduce, want=("hidden_states",) if layers else ())
         weights = batch["weights"] if "weights" in batch else (batch["targets"] != -100).float()  # (B, T)
@@ -817,7 +857,7 @@ def distillation(ask: Callable | None, settings: DistillSection, layers: dict[in
 
         nats = -share(out.logprobs)
         loss, metrics = alpha * nats if alpha else 0.0, {} if batch.get("sampled") else {"nll": nats.detach()}
-        if reduce and alpha < 1:
+        if reduce:
             told = share(out.reduced["divergence"], "aligned" if "places" in batch else "tokens")
             loss, metrics = loss + (1 - alpha) * told, {**metrics, "divergence_on_policy" if batch.get("sampled") else "divergence": told.detach()}
         if layers:
@@ -837,7 +877,7 @@ def task_of(config, teacher: Teacher) -> str:
     usual = data.train == TOKENIZER.DataSection().train
     task = settings.task
     if task == "auto":
-        plain = not usual and any(TOKENIZER.suffix_of(Path(name)) in texts for name in data.train)
+        plain = not usual and any(TOKENIZER.suffix_of(path) in texts for group in TOKENIZER.expand_paths(data.train) for path in group)
         task = "chat" if teacher.tokenizer.chat_template and teacher.causal and not plain else "text"
     if task == "chat" and not teacher.tokenizer.chat_template:
         raise UserError(f"distill.task: {teacher.name} has no chat template, so it has never read a conversation; fine-tune it with SFT.py first, or take text")
@@ -846,6 +886,15 @@ def task_of(config, teacher: Teacher) -> str:
     if task == "text" and settings.lmbda:
         raise UserError(f"distill.lmbda: the student's own texts are answers to conversations; {'the teacher has no chat template' if not teacher.tokenizer.chat_template else 'distill.task is text'}")
     return task
+
+
+@contextlib.contextmanager
+def under_own_names():
+    """What SFT's and RL's parts say of their settings, said of the same ones here."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"\b(rl|sft)\.(columns|system|reward_funcs|reward_weights)\b", r"distill.\2", str(error))) from None
 
 
 def as_sft(config) -> SimpleNamespace:
@@ -865,7 +914,8 @@ def read_rows(config, tokenizer, teacher: Teacher, task: str) -> tuple[object, C
             stream.fixed = stream.weights is None and stream.known
         return stream, TRAIN.with_samples(evaluate, tokenizer, config.training), None
     own = as_sft(config)
-    talks, kept = SFT.read_talks(own, tokenizer, "distill.columns")
+    with under_own_names():
+        talks, kept = SFT.read_talks(own, tokenizer)
     stream, batches = SFT.in_batches(own, talks, kept)
     stream.fixed = True
     evaluate = SFT.with_answers(TRAIN.held_out_loss(batches, None) if batches else None, kept, tokenizer, own)
@@ -891,6 +941,8 @@ def make_student(config, tokenizer, teacher: Teacher, device) -> MODEL.LanguageM
     settings, training, section, adapter = config.distill, config.training, config.model, config.actions.adapter
     asked = training.learning_rate, training.optim
     if settings.init_layers is not None:
+        if adapter or config.lora.r:
+            raise UserError("lora.r: the student of distill.init_layers is on no disk yet, where an adapter could find it again; train it as a whole first")
         if section.name or section.preset != DistillSection().model["preset"] or MODEL.overrides(section):
             raise UserError("distill.init_layers: the student is the teacher with fewer layers; leave out --model, model.preset and its knobs")
         source = teacher if teacher.model else load_teacher(config, "cpu")
@@ -920,6 +972,7 @@ def introduce(teacher: Teacher, size: int, settings: DistillSection) -> None:
 
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
     settings, training, out = config.distill, config.training, Path(config.output.dir)
+    TRAIN.check_apart(out, teacher=settings.teacher, cache_dir=settings.cache_dir)
     cache = Cache.open(Path(settings.cache_dir)) if settings.cache_dir else None
     if cache:
         f = cache.facts
@@ -939,6 +992,9 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     stream, evaluate, talks = read_rows(config, tokenizer, teacher, task)
     if talks is not None:
         TOKENIZER.end_with_turns(model, tokenizer)
+    if settings.method == "hidden":
+        need_states(teacher.name, teacher.model, "distill.teacher")
+        need_states(config.model.name, model, "model.name")
     layers = read_layer_map(settings.layer_map, model.config.num_hidden_layers, teacher.model.config.num_hidden_layers) if settings.method == "hidden" else {}
     if layers:
         add_projections(model, teacher.model.config.hidden_size, list(layers), training.seed)
@@ -950,7 +1006,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     elif settings.method == "universal":
         if not getattr(stream, "fixed", False):
             raise UserError(f"distill.method: universal: {MOVING_ROWS}")
-        stream, ask = BothTokenizers(stream, tokenizer, teacher, talks, as_sft(config).sft), ThroughText(teacher, settings)
+        stream, ask = BothTokenizers(stream, tokenizer, teacher, talks), ThroughText(teacher, settings)
     elif settings.asks_teacher:
         ask = InMemory(teacher, settings)
     if ask and teacher.model:
@@ -971,6 +1027,8 @@ def write_answers(config) -> None:
         raise UserError(f"--out: '{out}' must be a file name that ends in .jsonl")
     if out.exists() and not overwrite:
         raise UserError(f"--out: {out} exists; --overwrite replaces it")
+    if config.data.train == TOKENIZER.DataSection().train:
+        raise UserError("--generate: name the prompts with --data, as in --data data/prompts.jsonl")
     if settings.reward_funcs and settings.num_generations < 2:
         raise UserError("distill.reward_funcs: choose between answers; set distill.num_generations to 2 or more")
     _, device = TRAIN.start_processes(config.training, config.model.device, out.parent)
@@ -978,8 +1036,9 @@ def write_answers(config) -> None:
     if not teacher.causal:
         raise UserError(f"distill.teacher: {teacher.name} is an encoder, which answers nobody")
     TOKENIZER.end_with_turns(teacher.model, teacher.tokenizer)
-    asked = read_asked(config, teacher)
-    judges = RL.Judges(settings, teacher.tokenizer, device) if settings.reward_funcs else None
+    with under_own_names():
+        asked = read_asked(config, teacher)
+        judges = RL.Judges(settings, teacher.tokenizer, device) if settings.reward_funcs else None
     temperature = settings.sampling_temperature if settings.sampling_temperature is not None else float(settings.num_generations > 1)
     sampling = INFER.Sampling(settings.max_completion_length, temperature, settings.top_k, settings.top_p, seed=config.training.seed, n=settings.num_generations)
     made_by = {"teacher": [teacher_mark(teacher.name), settings.teacher_dtype, settings.teacher_quantization], "sampling": dataclasses.asdict(sampling),
@@ -987,7 +1046,8 @@ def write_answers(config) -> None:
                "prompts": hashlib.blake2b(repr([prompt.ids for prompt in asked]).encode(), digest_size=16).hexdigest()}
     part = out.with_name(f"{out.name}.part")
     known = TRAIN.one_after_another(begin_answers, part, made_by, overwrite)
-    answer_all(teacher, asked, known, sampling, judges, settings.rollout_batch_size, part)
+    with under_own_names(), room_for(part, "what was answered stays there, and the same command goes on"):
+        answer_all(teacher, asked, known, sampling, judges, settings.rollout_batch_size, part)
     if MODEL.process_rank() == 0:
         finish_answers(known, part, out, settings.max_completion_length)
     TRAIN.barrier()
@@ -1023,7 +1083,7 @@ def finish_answers(known: dict[int, list], part: Path, out: Path, length: int) -
     if not records:
         raise UserError(f"--generate: no answer ended within distill.max_completion_length {length} tokens; raise it ({part} holds what was tried)")
     MODEL.write_text(out, "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records))
-    part.unlink()
+    part.unlink(missing_ok=True)
     silent, rewards = sum(not found for found in known.values()), [record["reward"] for record in records if "reward" in record]
     say(f"{out}: {len(records):,} answers to {len(known):,} prompts" + (f", mean reward {sum(rewards) / len(rewards):.3f}" if rewards else "")
         + (f"; {silent:,} prompts have none that ended within {length} tokens" if silent else ""))
@@ -1036,9 +1096,13 @@ def read_asked(config, teacher: Teacher) -> list[RL.Prompt]:
     if room < 1:
         raise UserError(f"distill.max_completion_length: {settings.max_completion_length} leaves no room for a prompt in the teacher's {teacher.context} tokens")
     for group in TOKENIZER.expand_paths(config.data.train):
-        for where, record in TOKENIZER.read_prompts(group, settings.columns, settings.system, "distill.columns"):
+        for where, record in TOKENIZER.read_prompts(group, settings.columns, settings.system):
             if isinstance(record["prompt"], list):
                 RL.make_chat(teacher.tokenizer, [(where, record)]) if teacher.tokenizer.chat_template else no_template(where, teacher)
+            if record.get("tools"):
+                raise UserError(f"{where}: tools, which --generate does not show to the teacher; leave them out")
+            if given := {"prompts", "completions", "completion_ids", "messages", "conversations"} & record.keys():
+                raise UserError(f"{where}: the key '{min(given)}' has a meaning of its own here; rename it by distill.columns")
             key = json.dumps(record["prompt"], sort_keys=True)
             if not record["prompt"]:
                 left.add("that ask nothing", where)
@@ -1049,7 +1113,7 @@ def read_asked(config, teacher: Teacher) -> list[RL.Prompt]:
                 if len(ids) > room:
                     left.add(f"whose prompt and {settings.max_completion_length} tokens (distill.max_completion_length) exceed the teacher's {teacher.context}", where)
                 else:
-                    found.append(RL.Prompt(where, record["prompt"], ids, {key: value for key, value in record.items() if key not in ("prompt", "completion")}))
+                    found.append(RL.Prompt(where, record["prompt"], ids, {key: value for key, value in record.items() if key not in ("prompt", "completion", "system")}))
             seen.add(key)
     if not found:
         raise UserError(f"data.train: no prompt is left{left.text()}")
@@ -1110,9 +1174,13 @@ def check_actions(config) -> None:
         raise UserError("--cache and --generate: both train nothing and stand alone; keep one")
     if (actions.cache or actions.generate) and (actions.resume or actions.adapter):
         raise UserError(f"--{'cache' if actions.cache else 'generate'}: goes on by itself where it was cut off, and trains nothing; leave out --resume and --adapter")
-    for keys, off, why in ((FOR_ANSWERS, not actions.generate, "without --generate"), (FOR_TEXTS, not actions.generate and not settings.lmbda, "without --generate or distill.lmbda"),
+    training, cached = not (actions.cache or actions.generate), bool(settings.cache_dir)
+    told = ("beta", "temperature", "teacher_dtype", "teacher_quantization", "cache_dir")
+    for keys, off, why in ((told, training and not settings.asks_teacher, "with distill.alpha 1"), (told[2:4], training and cached, "with distill.cache_dir"),
+                           (("beta", "temperature"), training and settings.asks_teacher and settings.alpha == 1, "with distill.alpha 1"),
+                           (("alpha",), training and settings.lmbda == 1, "with distill.lmbda 1: own texts count the teacher's judgement alone"), (FOR_ANSWERS, not actions.generate, "without --generate"), (FOR_TEXTS, not actions.generate and not settings.lmbda, "without --generate or distill.lmbda"),
                            (("rollout_size",), not settings.lmbda and not actions.generate, "without distill.lmbda"), (FOR_CACHE, not actions.cache, "without --cache"),
-                           (FOR_TRAINING, actions.generate, "on --generate"), (("alpha", "beta", "lmbda", "init_layers"), actions.cache, "on --cache")):
+                           (FOR_TRAINING, actions.generate, "on --generate"), (("alpha", "beta", "init_layers", "eval_answers"), actions.cache, "on --cache")):
         idle = [f"distill.{key}" for key in keys if off and getattr(settings, key) != getattr(usual, key)]
         if idle and int(os.environ.get("RANK", 0)) == 0:
             say(f"{', '.join(idle)}: no effect {why}")

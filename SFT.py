@@ -203,10 +203,10 @@ def collect(config, read: Callable[[list[Path]], Iterator[tuple]], make: Callabl
     return found, kept, f"{len(kept):,} held out" + "".join(f", {n:,} {why}" for why, n in counts.items())
 
 
-def read_talks(config, tokenizer, key: str = "sft.columns") -> tuple[list[Talk], list[Talk]]:
-    """(to train on, held out). `key` is where foreign names are mapped."""
+def read_talks(config, tokenizer) -> tuple[list[Talk], list[Talk]]:
+    """(to train on, held out)."""
     settings = config.sft
-    read = partial(TOKENIZER.read_conversations, columns=settings.columns, system=settings.system, key=key)
+    read = partial(TOKENIZER.read_conversations, columns=settings.columns, system=settings.system)
     train, kept, rest = collect(config, read, partial(Talk, tokenizer=tokenizer, settings=settings), "conversation")
     if MODEL.process_rank() == 0:
         tokens, learnt = (sum(map(len, (t.ids for t in train))), sum(sum(w > 0 for w in t.weights) for t in train))

@@ -593,7 +593,7 @@ LAYOUTS = {  # name -> the keys that tell it
 }
 
 
-def layout_of(record: dict, where: str, key: str = "sft.columns") -> str:
+def layout_of(record: dict, where: str) -> str:
     """Which of the known layouts a record has, told by its keys."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: an object is expected, not {type(record).__name__}")
@@ -601,7 +601,7 @@ def layout_of(record: dict, where: str, key: str = "sft.columns") -> str:
         if all(record.get(key) is not None for key in keys):
             return name
     known = "; ".join(" + ".join(keys) for keys in LAYOUTS.values())
-    raise UserError(f"{where}: keys {', '.join(map(str, list(record)[:6])) or 'none'} are none of {known}; name yours in {key}, "
+    raise UserError(f"{where}: keys {', '.join(map(str, list(record)[:6])) or 'none'} are none of {known}; name yours in sft.columns, "
                     "as in {prompt: my_column, completion: another}")
 
 
@@ -725,13 +725,13 @@ def read_labelled(paths: list[Path], columns: dict | None = None) -> Iterator[tu
             yield where, record[text], str(value).strip()
 
 
-def read_conversations(paths: list[Path], columns: dict | None = None, system: str | None = None, key: str = "sft.columns") -> Iterator[tuple[str, dict]]:
+def read_conversations(paths: list[Path], columns: dict | None = None, system: str | None = None) -> Iterator[tuple[str, dict]]:
     """(file:line, conversation) of all files. `columns` maps our keys to foreign names: {prompt: my_column}."""
     for path in paths:
         first = None
         for where, record in read_records(path):
-            record = _renamed(record, columns, where, key)
-            layout = layout_of(record, where, key)
+            record = _renamed(record, columns, where)
+            layout = layout_of(record, where)
             first = first or (layout, where)
             if layout != first[0]:
                 raise UserError(f"{where}: {layout}, but {first[1]} is {first[0]}; one file holds one layout")
@@ -786,16 +786,16 @@ def preference(record: dict, where: str, system: str | None = None) -> dict:
     return {"prompt": prompt, **sides, "label": label}
 
 
-def read_prompts(paths: list[Path], columns: dict | None = None, system: str | None = None, key: str = "rl.columns") -> Iterator[tuple[str, dict]]:
+def read_prompts(paths: list[Path], columns: dict | None = None, system: str | None = None) -> Iterator[tuple[str, dict]]:
     """(file:line, {prompt, and every other key of the record}): what is asked, and what judges of answers may need. Of a
     conversation that ends with an answer, that answer is the key `completion`."""
     for path in paths:
         for where, record in read_records(path):
-            record = _renamed(record, columns, where, key)
+            record = _renamed(record, columns, where, "rl.columns")
             prompt = _prompt_of(record, where) if isinstance(record, dict) else None
             if prompt is None:
                 keys = ", ".join(map(str, list(record)[:6])) if isinstance(record, dict) else type(record).__name__
-                raise UserError(f"{where}: no prompt among {keys or 'no keys'}; name it in {key}, as in {{prompt: my_column}}")
+                raise UserError(f"{where}: no prompt among {keys or 'no keys'}; name it in rl.columns, as in {{prompt: my_column}}")
             rest = {key: value for key, value in record.items() if key not in ("prompt", *TALK_KEYS)}
             if record.get("prompt") is None and isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
                 rest["completion"], prompt = prompt[-1]["content"], prompt[:-1]

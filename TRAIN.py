@@ -675,7 +675,10 @@ class Trainer:
                 raise UserError(f"--resume: the checkpoint's optimizer does not fit ({error})") from None
             for group in optimizer.param_groups:
                 group["peak_lr"] = self.training.learning_rate * group.get("rate", 1.0)
-        self.stream.load_state_dict(state["stream"])
+        try:
+            self.stream.load_state_dict(state["stream"])
+        except KeyError:
+            raise UserError("--resume: the checkpoint was made by another method, whose place in the data means nothing to this one") from None
         if len(state["random"]) == world_size():
             random = state["random"][self.run.rank]
             torch.set_rng_state(random["cpu"])
@@ -1024,7 +1027,7 @@ def check_apart(out: Path, **sources: str | None) -> None:
     for key, name in sources.items():
         folder = Path(name or "").resolve()
         if name and (folder == out.resolve() or (folder.parent == out.resolve() and folder.name.startswith("ckpt-step-"))):
-            raise UserError(f"output.dir: {out} holds what the run starts from (--{key} {name}); choose another --out")
+            raise UserError(f"output.dir: {out} holds what the run starts from (--{key.replace('_', '-')} {name}); choose another --out")
 
 
 def find_checkpoint(out: Path, resume: str | None) -> Path | None:

@@ -1,9 +1,11 @@
 """Teacher to student: every loss against a slow one, caches against the teacher itself, and runs from end to end."""
 
+import datetime
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -126,6 +128,26 @@ def test_a_tail_that_the_student_has_forgotten_still_has_a_gradient():
     ids, top, tail = told_of(torch.tensor([[1.0, 0.5, 0.4, 0.0]]), 2, 1.0)
     same(DISTILL.top_k_loss(student, ids, top, tail),
          slow_divergence(torch.cat((student[:, :2], student[:, 2:].logsumexp(1, keepdim=True)), 1), torch.cat((top, tail[:, None]), 1), 0.0), student)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_gradients_in_sixteen_bits_are_those_of_float32(dtype, tolerance, scale):
+    """Under a loss scale too, and where a student has forgotten words or nearly equals its teacher."""
+    teacher = draw(4, 300, spread=2.0)
+    student = torch.cat((teacher[:1] + 1e-3 * draw(1, 300), 5 * teacher[1:3], draw(1, 300))).to(dtype)
+    student[2] = -8.0
+    student[2, 7] = 12.0  # all others are forgotten
+    told = told_of(teacher, 20, 2.0)
+    for loss in (lambda s: DISTILL.distill_loss(s, teacher, 0.0, 2.0), lambda s: DISTILL.distill_loss(s, teacher, 0.5, 2.0), lambda s: DISTILL.distill_loss(s, teacher, 1.0, 2.0),
+                 lambda s: DISTILL.top_k_loss(s, *told, 0.0, 2.0)):
+        exact, rough = student.float().requires_grad_(), student.clone().requires_grad_()
+        (loss(exact).sum() * 1e-4 * scale).backward()
+        (loss(rough).sum() * 1e-4 * scale).backward()
+        assert rough.grad.isfinite().all() and rough.grad.dtype == dtype
+        largest = exact.grad.abs().amax(1, keepdim=True)
+        if scale > 1:  # which float16 needs, as everywhere
+            assert ((rough.grad.float() - exact.grad).abs() / largest).max() < tolerance
 
 
 def test_universal_loss_compares_sorted_probabilities():
@@ -331,6 +353,18 @@ def test_two_tokenizers_are_compared_where_both_have_read_the_same(name, world, 
     assert float(loss) == pytest.approx(0.1 * float(metrics["nll"]) + 0.9 * float(metrics["divergence"]), abs=1e-5)
 
 
+def test_across_tokenizers_a_records_weight_is_a_share(world, tmp_path, monkeypatch):
+    """A factor on all records changes nothing; prompts that are learnt take no part in the comparison."""
+    records = [json.loads(line) for line in (world / "talks.jsonl").read_text().splitlines()]
+    (tmp_path / "light.jsonl").write_text("".join(json.dumps({**record, "weight": 0.25}) + "\n" for record in records))
+    flags, found = [*flags_of(world, "universal-talks", tmp_path), "--data.validation", "none", "--out", str(tmp_path / "run")], []
+    for more in ([], ["--data", str(tmp_path / "light.jsonl"), "--data.validation", "none"], ["--train-on-prompt", "true"]):
+        model, batch, loss_fn, totals = first_batch(monkeypatch, [*flags, *more])
+        found.append((loss_fn(model, batch, totals)[1], int((batch["places"] >= 0).sum()), int((batch["targets"] != -100).sum())))
+    assert {name: float(value) for name, value in found[0][0].items()} == pytest.approx({name: float(value) for name, value in found[1][0].items()}, abs=1e-5)
+    assert found[2][1] == found[0][1] and found[2][2] > found[0][2]
+
+
 @pytest.mark.parametrize("text", ["Hello, the red fox!", "naïve 🦊 fox — ½", "  two  spaces\n\nand lines\t", ""])
 def test_boundaries_are_those_of_the_tokenizers_own_offsets(text, world):
     for name in ("teacher", "other"):
@@ -372,7 +406,7 @@ def test_training_from_a_whole_cache_is_training_beside_the_teacher(world, tmp_p
 
 def test_a_large_vocabulary_takes_wider_ids(tmp_path):
     facts = {"tokens": 10, "top_k": 64, "ids": "uint32", "logprobs": "float16"}
-    cache = DISTILL.Cache(tmp_path, facts, "r+")
+    cache = DISTILL.Cache(tmp_path, facts, "r+", fresh=True)
     ids = torch.arange(640).view(10, 64) + 70_000
     cache.write(0, ids, -torch.rand(10, 64), -torch.rand(10))
     assert torch.equal(DISTILL.Cache(tmp_path, facts).read([slice(0, 4), slice(4, 10)])["cached_ids"], ids)
@@ -412,6 +446,15 @@ def test_a_killed_cache_goes_on(world, tmp_path):
         with pytest.raises(UserError, match="holds no cache; what was begun there is unfinished"):
             DISTILL.Cache.open(tmp_path / "killed")
     assert kept and kept == sorted(set(kept)) and kept[0] > 0
+    if not (tmp_path / "killed" / "cache.json").exists():
+        for more, words in ((["--training.mixed_precision", "bf16"], "begun with another mixed_precision"), (["--cache-top-k", "9"], "begun with another top_k"),
+                            (["--teacher", str(world / "talker"), "--task", "text"], "begun with ")):
+            with pytest.raises(UserError, match=words):
+                DISTILL.main([*flags, "--cache-dir", str(tmp_path / "killed"), *more])
+        (tmp_path / "killed" / "tail.bin").rename(tmp_path / "tail")
+        with pytest.raises(UserError, match="tail.bin holds nothing, .* are expected"):
+            DISTILL.main([*flags, "--cache-dir", str(tmp_path / "killed")])
+        (tmp_path / "tail").rename(tmp_path / "killed" / "tail.bin")
     if not (tmp_path / "killed" / "cache.json").exists():
         DISTILL.main([*flags, "--cache-dir", str(tmp_path / "killed")])
     for name in ("ids.bin", "logprobs.bin", "tail.bin", "cache.json"):
@@ -476,6 +519,16 @@ def test_every_method_learns_and_resumes_to_the_last_bit(name, world, tmp_path):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(own(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_checkpoint_of_another_method_is_refused(world, tmp_path):
+    flags = [*flags_of(world, "on-policy", tmp_path), "--max-steps", "2", "--out", str(tmp_path / "mixed")]
+    DISTILL.main(flags)
+    DISTILL.main([*flags_of(world, "talks", tmp_path), "--max-steps", "2", "--out", str(tmp_path / "plain")])
+    with pytest.raises(UserError, match="was made by another method"):
+        DISTILL.main([*flags, "--lmbda", "0", "--resume", "auto"])
+    with pytest.raises(UserError, match="was made with distill.lmbda 0"):
+        DISTILL.main([*flags_of(world, "on-policy", tmp_path), "--max-steps", "2", "--out", str(tmp_path / "plain"), "--resume", "auto"])
 
 
 def test_half_of_the_steps_are_on_own_texts(world, tmp_path):
@@ -608,6 +661,60 @@ def test_an_encoder_teaches_an_encoder(world, tmp_path, capsys):
         DISTILL.main([*flags, "--cache", "--cache-dir", str(tmp_path / "told")])
 
 
+def test_what_a_run_starts_from_is_never_where_it_writes(world, tmp_path):
+    need_cache(world, "cache", tmp_path)
+    text = [*flags_of(world, "text", tmp_path), "--max-steps", "1", "--overwrite"]
+    before = (world / "teacher" / "config.json").read_bytes()
+    for more, words in ((["--out", world / "teacher"], "holds what the run starts from .--teacher"),
+                        (["--cache-dir", world / "told", "--out", world / "told"], "holds what the run starts from .--cache-dir"),
+                        (["--cache", "--cache-dir", world / "teacher"], "holds what the run starts from .--teacher"), (["--cache", "--cache-dir", world / "other"], "holds a model")):
+        with pytest.raises(UserError, match=words):
+            DISTILL.main([*text, *map(str, more)])
+    assert (world / "teacher" / "config.json").read_bytes() == before and DISTILL.Cache.open(world / "told")
+
+
+def test_a_full_disk_is_one_line(world, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"ids.bin: the disk is full; [\d,]+ bytes are needed for the cache"):
+        DISTILL.main([*flags_of(world, "text", tmp_path), "--cache", "--cache-dir", str(tmp_path / "told")])
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="out.jsonl.part: the disk is full; what was answered stays there"):
+        with monkeypatch.context() as patch:
+            patch.setattr(DISTILL, "begin_answers", lambda part, *_: {})
+            generate(world, tmp_path / "out.jsonl")
+
+
+def test_architectures_that_show_no_states_are_told(world, tmp_path, tokenizer):
+    config = transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    TOKENIZER.save(tokenizer, tmp_path / "bloom")
+    flags = [*flags_of(world, "text", tmp_path), "--teacher", str(tmp_path / "bloom"), "--max-steps", "1", "--out", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="distill.teacher: .*bloom .bloom. does not show its hidden states; take --distill.method logits"):
+        DISTILL.main([*flags, "--method", "hidden"])
+    DISTILL.main(flags)
+
+
+def test_an_adapters_mark_is_its_bases_too(world, tmp_path):
+    shutil.copytree(world / "learner", tmp_path / "base")
+    flags = [*flags_of(world, "lora", tmp_path), "--model", str(tmp_path / "base"), "--max-steps", "1", "--out", str(tmp_path / "adapter")]
+    DISTILL.main(flags)
+    before = DISTILL.teacher_mark(str(tmp_path / "adapter"))
+    assert before == DISTILL.teacher_mark(str(tmp_path / "adapter"))
+    make_model(tmp_path / "base", TOKENIZER.load(world / "learner"), 77)
+    assert DISTILL.teacher_mark(str(tmp_path / "adapter")) != before
+
+
+def test_an_epoch_has_its_number_of_steps():
+    """Whatever lmbda is in binary."""
+    for share, steps in ((0.8, 500), (0.9, 1000), (0.5, 200), (0.3, 143)):
+        mixed = DISTILL.Mixed(type("", (), {"start": lambda self, run: None, "steps_per_epoch": 100})(), type("", (), {"start": lambda self, run: None, "metrics": None})(), share)
+        mixed.start(None)
+        assert mixed.steps_per_epoch == steps
+
+
 def test_a_student_grows_into_its_teachers_template(world, tmp_path):
     """Pretrained without a chat template, then taught by one that has it."""
     make_model(tmp_path / "plain", TOKENIZER.train(make_text(400), 330, "bpe"), 5)
@@ -686,6 +793,20 @@ def test_texts_are_continued_where_there_is_no_template(world, tmp_path):
         generate(world, tmp_path / "no.jsonl", "--teacher", world / "teacher", "--data", tmp_path / "talks.jsonl")
 
 
+def test_answers_are_records_that_sft_reads(world, tmp_path):
+    """System turns once, whatever a table's cells were, and keys that mean something else are told."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"prompt": ["The red fox", "One old owl"], "system": ["Be brief.", "Be kind."], "when": [datetime.datetime(2026, 1, 1)] * 2})
+    parquet.write_table(table, tmp_path / "asked.parquet")
+    found = generate(world, tmp_path / "out.jsonl", "--data", tmp_path / "asked.parquet", "--num-generations", "30", "--max-completion-length", "60")
+    assert found and all([m["role"] for m in record["messages"]] == ["system", "user", "assistant"] and set(record) == {"messages", "when"} for record in found)
+    assert len(list(TOKENIZER.read_conversations([tmp_path / "out.jsonl"]))) == len(found)
+    for key, value in (("tools", [{}]), ("completions", 1)):
+        (tmp_path / "odd.jsonl").write_text(json.dumps({"prompt": "Hi", key: value}) + "\n")
+        with pytest.raises(UserError, match=rf"odd.jsonl:1: .*{key}"):
+            generate(world, tmp_path / "no.jsonl", "--data", tmp_path / "odd.jsonl")
+
+
 def test_prompts_that_do_not_fit_are_told(world, tmp_path, capsys):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "fox " * 200}) + "\n" + json.dumps({"prompt": "The red"}) + "\n")
     generate(world, tmp_path / "out.jsonl", "--data", tmp_path / "long.jsonl", "--num-generations", "20")
@@ -711,6 +832,11 @@ def test_mistakes_are_one_line(world, tmp_path):
         ([*text, "--alpha", "1.5"], "distill.alpha: 1.5 must be between 0 and 1"),
         ([*text, "--temperature", "0"], "distill.temperature: 0.0 must be 0.001 or above"),
         ([*text, "--lora.r", "4"], "adapters learn on trained weights"),
+        (["--generate", "--teacher", world / "talker", "--out", tmp_path / "x.jsonl"], "name the prompts with --data"),
+        (["--generate", "--teacher", world / "talker", "--data", world / "prompts.jsonl", "--out", tmp_path / "x.jsonl", "--num-generations", "2", "--reward-funcs", "nosuch"],
+         "^distill.reward_funcs: 'nosuch' is none of"),
+        ([*talks, "--columns", "{messages: nosuch}"], "distill.columns names 'nosuch'"),
+        ([*flags_of(world, "layers", tmp_path), "--lora.r", "4"], "lora.r: the student of distill.init_layers is on no disk"),
         ([*text, "--cache"], "name the folder to write with --cache-dir"),
         ([*text, "--train-on-prompt", "true"], "distill.train_on_prompt: has no effect on text"),
         ([*talks, "--lmbda", "0.5", "--max-completion-length", "8", "--rollout-size", "6"], "distill.rollout_size: 6 texts do not fill whole optimizer steps"),
