@@ -41,6 +41,7 @@ AFTER = ["--teacher", "out/sft", "--model", "{out}/chat-hidden-{seed}", "--alpha
 RUNS = {  # row -> flags of DISTILL.py; {start}: what it starts from
     "text-alone": ["--alpha", "1"],
     "text-logits": [],
+    "text-cache": ["--cache-dir", "{out}/told"],
     "text-hidden": ["--method", "hidden"],
     "chat-alone": [*CHAT, "--alpha", "1"],
     "chat-logits": [*CHAT],
@@ -83,6 +84,8 @@ def run(name: str, seed: int, options) -> dict:
         save(run(NEEDS[name], seed, options), options)
     if "off-policy" in name and not (home / "answers.jsonl").exists():
         distill(["--generate", "--teacher", "out/sft", "--data", "data/chat.jsonl", "--out", home / "answers.jsonl"], options)
+    if name == "text-cache" and not (home / "told" / "cache.json").exists():
+        distill(["--cache", "--cache-dir", home / "told"], options)
     minutes = result(home / f"on-policy-{seed}")["seconds"] / 60 if "{minutes}" in RUNS[name] else 0
     flags = [flag.format(out=home, seed=seed, minutes=minutes) for flag in RUNS[name]]
     if not (out / "result.json").exists():
@@ -104,7 +107,7 @@ def rows(options) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-BESIDE = {"text-logits": "text-alone", "text-hidden": "text-alone", "chat-logits": "chat-alone", "chat-hidden": "chat-alone",
+BESIDE = {"text-logits": "text-alone", "text-cache": "text-logits", "text-hidden": "text-alone", "chat-logits": "chat-alone", "chat-hidden": "chat-alone",
           "on-policy": "off-policy", "off-policy-equal-time": "on-policy"}
 
 
@@ -139,7 +142,7 @@ def table(found: list[dict]) -> str:
 
 SHAPES = {  # (student, teacher): the shipped ones, and larger ones with 4,096 words, where products of matrices take the time
     "225k": ([], None),
-    "3m": (["--model.preset", "llama-14m", "--model.hidden_size", "192", "--model.num_hidden_layers", "5", "--model.intermediate_size", "512"],
+    "3m": (["--model.preset", "llama-14m", "--model.hidden_size", "192", "--model.num_hidden_layers", "4", "--model.intermediate_size", "512"],
            dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6)),
 }
 WATCH = """
@@ -177,7 +180,10 @@ def time_cache(options) -> None:
         teacher, told = ROOT / "out", Path(options.out).resolve() / f"told-{name}"
         data = []
         if shape:  # fresh weights take as long as trained ones
-            data = ["--data.dir", Path(options.out).resolve() / f"ids-{name}"]
+            text = Path(options.out).resolve() / "some.txt"  # few rows: the cache of all would take long to write
+            text.parent.mkdir(parents=True, exist_ok=True)
+            text.write_text("".join(f"{line}\n" for line in (ROOT / "data/train.txt").read_text().splitlines()[:1000]))
+            data = ["--data", text, "--data.dir", Path(options.out).resolve() / f"ids-{name}"]
             tokenizer = TOKENIZER.train((ROOT / "data/train.txt").read_text().splitlines() + (ROOT / "data/train.jsonl").read_text().splitlines(), 4096)
             teacher = Path(options.out).resolve() / f"teacher-{name}"
             MODEL.save(MODEL.build(MODEL.preset_config("llama-14m", **{**shape, "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id})), teacher)
