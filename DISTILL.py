@@ -77,6 +77,7 @@ class DistillSection:
     num_generations: int = knob(1, "--generate: answers to each prompt")
     reward_funcs: list = knob([], "--generate: judges as in rl.reward_funcs, by which the best answer alone is kept")
     reward_weights: list | None = knob(None, "one factor for each of them; null is 1")
+    reward_threshold: float | None = knob(None, "--generate: answers with a smaller reward are left out")
     model: dict = knob({"preset": "llama-225k"}, "stage block over `model`: the student")
     data: dict = knob({}, "stage block over `data`; unless files are named, conversations are data/chat.jsonl")
     training: dict = knob({}, "stage block over `training`")
@@ -250,7 +251,10 @@ def load_teacher(config, device, asked: bool = True) -> Teacher:
         causal = MODEL.is_foreign(MODEL.read_json(folder / "config.json")) or MODEL.read_config(folder).causal
         return Teacher(name, None, tokenizer, 0, MODEL.context_length(base or name, {}), causal)
     form = None if settings.teacher_quantization == "none" else settings.teacher_quantization
-    dtype = settings.teacher_dtype if settings.teacher_dtype == "auto" else MODEL.supported_dtype(settings.teacher_dtype, device)
+    dtype = settings.teacher_dtype
+    if dtype == "float16" and str(device) == "cpu":
+        say("distill.teacher_dtype: float16 on a CPU is slow; the teacher computes in float32")
+        dtype = "float32"
     model, tokenizer = RL.second_model(name, "distill.teacher", dtype=dtype, device=device, attn_implementation=config.model.attn_implementation, quantization=form)
     if "lm" not in model.heads:
         raise UserError(f"distill.teacher: {name} gives words no probability, it has a head for labels or rewards")
@@ -299,7 +303,7 @@ class InMemory:
 
 CACHE_VERSION = 1
 MOVING_ROWS = "rows must be the same in every epoch; data.streaming, data.weights and masked language modelling change them"
-CACHE_BLOCK = 64  # batches between two notes of how far the cache is written
+CACHE_BLOCK = 16  # batches between two notes of how far the cache is written
 
 
 def data_mark(cut) -> str:
@@ -338,6 +342,22 @@ def make_room(path: Path, size: int) -> None:
         if hasattr(os, "posix_fallocate") and size:
             os.posix_fallocate(file.fileno(), 0, size)
         file.truncate(size)
+
+
+@contextlib.contextmanager
+def alone_at(lock: Path, key: str):
+    """The first process holds the lock for all."""
+    with TRAIN.locked(lock, key) if MODEL.process_rank() == 0 else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def on_interrupt(what: str):
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"stopped. {what}")
+        raise
 
 
 @contextlib.contextmanager
@@ -395,7 +415,9 @@ class Cache:
         if mark is None and MODEL.process_rank() == 0:
             say(f"distill.teacher: {settings.teacher} is not here; the cache tells that it was made by {self.facts['teacher']}")
         if mark not in (None, self.facts["teacher_mark"]):
-            raise UserError(f"distill.cache_dir: {self.folder} was made by another teacher ({self.facts['teacher']}) than distill.teacher {settings.teacher} is now; write it anew with --cache --overwrite")
+            known = self.facts["teacher"]
+            how = f"an earlier {known}, whose weights have changed" if known == settings.teacher else f"the teacher {known}, not by distill.teacher {settings.teacher}: say --teacher {known}"
+            raise UserError(f"distill.cache_dir: {self.folder} was made by {how}; or write it anew with --cache --overwrite")
         if self.facts["temperature"] != settings.temperature:
             raise UserError(f"distill.temperature: {settings.temperature:g}, but {self.folder} was made for {self.facts['temperature']:g}; the unlikely words' share is known for that one alone")
         if self.facts["max_length"] != length:
@@ -415,6 +437,9 @@ class Cache:
                 for name, dtype in names.items()}
 
 
+BARE_RUN = SimpleNamespace(seed=0, grad_accum=1, world_size=1, rank=0)  # enough to cut rows
+
+
 class Told:
     """A stream of rows, each with what the cache holds of it."""
 
@@ -422,11 +447,13 @@ class Told:
         self.rows, self.cache, self.settings = rows, cache, settings
         self.state_dict, self.load_state_dict = rows.state_dict, rows.load_state_dict
 
+    def check(self) -> None:
+        self.rows.start(BARE_RUN)
+        self.cache.check(self.rows.parts[0], self.settings, self.rows.length)
+
     def start(self, run) -> None:
         self.rows.start(run)
-        self.steps_per_epoch, cut = self.rows.steps_per_epoch, self.rows.parts[0]
-        self.cache.check(cut, self.settings, self.rows.length)
-        self.starts = row_starts(cut)
+        self.steps_per_epoch, self.starts = self.rows.steps_per_epoch, row_starts(self.rows.parts[0])
 
     def __next__(self) -> dict:
         batch = next(self.rows)
@@ -463,14 +490,14 @@ def write_cache(config) -> None:
         raise UserError(f"distill.cache_dir: {folder} holds a model; a cache needs a folder of its own")
     _, device = TRAIN.start_processes(training, config.model.device, folder)
     teacher = load_teacher(config, device)
-    TRAIN.fit_length(config, teacher.context)
+    TRAIN.fit_length(config, teacher.context, "the teacher's")
     rows, _, _ = read_rows(config, teacher.tokenizer, teacher, task_of(config, teacher))
     if not getattr(rows, "fixed", False):
         raise UserError(f"--cache: {MOVING_ROWS}")
-    rows.start(SimpleNamespace(seed=0, grad_accum=1, world_size=1, rank=0))
+    rows.start(BARE_RUN)
     mixed = TRAIN.precision(training, config.model.dtype, device)
     facts = {**cache_facts(settings, training, teacher, rows.parts[0]), "mixed_precision": mixed}
-    with TRAIN.run_folder(folder, None, overwrite=True):  # for its lock; what stands there is judged here
+    with alone_at(folder / ".lock", "distill.cache_dir"), on_interrupt(f"{folder}: what was noted stays there, and the same command goes on"):
         done = begin_cache(folder, facts, bool(config.actions.overwrite), teacher.tokenizer)
         hold(teacher.model, mixed)
         fill_cache(Cache(folder, facts, "r+"), rows.parts[0], teacher.model, TRAIN.Run(teacher.model, training, device, mixed), training.batch_size, done)
@@ -478,7 +505,7 @@ def write_cache(config) -> None:
             MODEL.write_text(folder / "cache.json", json.dumps(facts, indent=1) + "\n")
             (folder / "cache.part.json").unlink(missing_ok=True)
             size = sum((folder / f"{name}.bin").stat().st_size for name in ("ids", "logprobs", "tail"))
-            say(f"{folder}: {facts['tokens']:,} tokens of {facts['rows']:,} rows, {size / max(facts['tokens'], 1):.0f} bytes each; train with --cache-dir {folder}")
+            say(f"{folder}: {facts['tokens']:,} tokens of {facts['rows']:,} rows, {size / max(facts['tokens'], 1):.0f} bytes each (the {facts['top_k']} likeliest of {facts['vocab_size']:,}); train with --cache-dir {folder}")
 
 
 def cache_facts(settings: DistillSection, training, teacher: Teacher, cut) -> dict:
@@ -884,7 +911,8 @@ def task_of(config, teacher: Teacher) -> str:
     if task == "chat" and usual:
         data.train, data.validation = ["data/chat.jsonl"], "data/chat_test.jsonl" if data.validation == "hash" else data.validation
     if task == "text" and settings.lmbda:
-        raise UserError(f"distill.lmbda: the student's own texts are answers to conversations; {'the teacher has no chat template' if not teacher.tokenizer.chat_template else 'distill.task is text'}")
+        why = "the teacher is an encoder" if not teacher.causal else "distill.task is text" if teacher.tokenizer.chat_template else "the teacher has no chat template"
+        raise UserError(f"distill.lmbda: the student's own texts are answers to conversations; {why}")
     return task
 
 
@@ -907,8 +935,7 @@ def as_sft(config) -> SimpleNamespace:
 def read_rows(config, tokenizer, teacher: Teacher, task: str) -> tuple[object, Callable | None, list | None]:
     """(stream, evaluate, conversations) of the data, in rows that stay as they are cut."""
     if task == "text":
-        for key in ("train_on_prompt", "columns", "system"):
-            config.distill._unused(key, "on text, which holds no conversations")
+        tell_idle(config.distill, ("train_on_prompt", "columns", "system", "eval_answers", "max_completion_length"), "on text, which holds no conversations")
         stream, evaluate = TRAIN.prepare_data(config, tokenizer, masked=not teacher.causal)
         if isinstance(stream, TOKENIZER.TokenStream):
             stream.fixed = stream.weights is None and stream.known
@@ -931,15 +958,17 @@ def choose_tokenizer(config, checkpoint: Path | None, teacher: Teacher):
     if settings.method == "universal":
         return own
     theirs, vocabulary = teacher.tokenizer.get_vocab(), own.get_vocab()
-    if foreign := [token for token, i in vocabulary.items() if theirs.get(token) != i]:
+    if foreign := sorted((i, token) for token, i in vocabulary.items() if theirs.get(token) != i):
         raise UserError(f"distill.teacher: {teacher.name} has another vocabulary than the student ({len(theirs):,} tokens, the student's {len(vocabulary):,}, of which "
-                        f"{len(foreign):,} are not the teacher's, such as {foreign[0]!r}); --distill.method universal compares across tokenizers")
+                        f"{len(foreign):,} have another number there or none, such as {foreign[0][1]!r}); --distill.method universal compares across tokenizers")
     return teacher.tokenizer if len(theirs) > len(vocabulary) or not own.chat_template else own
 
 
 def make_student(config, tokenizer, teacher: Teacher, device) -> MODEL.LanguageModel:
     settings, training, section, adapter = config.distill, config.training, config.model, config.actions.adapter
     asked = training.learning_rate, training.optim
+    if section.labels or section.num_labels:
+        raise UserError("model.labels: belong to SFT.py's sft.task classify; leave model.labels and model.num_labels out")
     if settings.init_layers is not None:
         if adapter or config.lora.r:
             raise UserError("lora.r: the student of distill.init_layers is on no disk yet, where an adapter could find it again; train it as a whole first")
@@ -952,11 +981,11 @@ def make_student(config, tokenizer, teacher: Teacher, device) -> MODEL.LanguageM
     else:
         if section.name:
             SFT.need_model(config)
-        model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r))
+        model = TRAIN.prepare_model(config, tokenizer, grow=bool(section.name), adapter=bool(adapter or config.lora.r))
     if section.name or settings.init_layers is not None:
         SFT.finish_model(config, model, *asked)
     elif adapter or config.lora.r:
-        raise UserError("lora.r: adapters learn on trained weights; name the student with --model")
+        raise UserError(f"{'--adapter' if adapter else 'lora.r'}: adapters learn on trained weights; name the student with --model")
     if model.config.causal != teacher.causal:
         raise UserError(f"distill.teacher: {teacher.name} is {'a causal model' if teacher.causal else 'an encoder'}, the student is not; they do not predict the same")
     return model
@@ -984,7 +1013,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
         TOKENIZER.ensure_chat(tokenizer)
     model = make_student(config, tokenizer, teacher, device)
     if settings.method != "universal":
-        TRAIN.fit_length(config, teacher.context)
+        TRAIN.fit_length(config, teacher.context, "the teacher's")
     if MODEL.process_rank() == 0:
         introduce(teacher, MODEL.count_parameters(model)[0], settings)
     if config.training.objective != "auto" or not model.config.causal:
@@ -1002,7 +1031,9 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     if cache:
         if not getattr(stream, "fixed", False):
             raise UserError(f"distill.cache_dir: {MOVING_ROWS}")
-        stream, ask = Told(stream, cache, settings), FromCache(cache.facts["vocab_size"], settings) if settings.asks_teacher else None
+        stream = Told(stream, cache, settings)
+        stream.check()
+        ask = FromCache(cache.facts["vocab_size"], settings) if settings.asks_teacher else None
     elif settings.method == "universal":
         if not getattr(stream, "fixed", False):
             raise UserError(f"distill.method: universal: {MOVING_ROWS}")
@@ -1029,33 +1060,51 @@ def write_answers(config) -> None:
         raise UserError(f"--out: {out} exists; --overwrite replaces it")
     if config.data.train == TOKENIZER.DataSection().train:
         raise UserError("--generate: name the prompts with --data, as in --data data/prompts.jsonl")
-    if settings.reward_funcs and settings.num_generations < 2:
-        raise UserError("distill.reward_funcs: choose between answers; set distill.num_generations to 2 or more")
+    if settings.reward_funcs and settings.num_generations < 2 and settings.reward_threshold is None:
+        raise UserError("distill.reward_funcs: choose between answers; set distill.num_generations to 2 or more, or distill.reward_threshold")
+    if settings.reward_threshold is not None and not settings.reward_funcs:
+        raise UserError("distill.reward_threshold: nothing judges; name distill.reward_funcs")
+    if settings.num_generations > 1 and settings.sampling_temperature == 0:
+        raise UserError("distill.sampling_temperature: 0 gives the same answer each time; raise it, or ask for one (distill.num_generations 1)")
     _, device = TRAIN.start_processes(config.training, config.model.device, out.parent)
-    teacher = load_teacher(config, device)
-    if not teacher.causal:
-        raise UserError(f"distill.teacher: {teacher.name} is an encoder, which answers nobody")
-    TOKENIZER.end_with_turns(teacher.model, teacher.tokenizer)
-    with under_own_names():
-        asked = read_asked(config, teacher)
-        judges = RL.Judges(settings, teacher.tokenizer, device) if settings.reward_funcs else None
-    temperature = settings.sampling_temperature if settings.sampling_temperature is not None else float(settings.num_generations > 1)
-    sampling = INFER.Sampling(settings.max_completion_length, temperature, settings.top_k, settings.top_p, seed=config.training.seed, n=settings.num_generations)
-    made_by = {"teacher": [teacher_mark(teacher.name), settings.teacher_dtype, settings.teacher_quantization], "sampling": dataclasses.asdict(sampling),
-               "judges": [settings.reward_funcs, settings.reward_weights],
-               "prompts": hashlib.blake2b(repr([prompt.ids for prompt in asked]).encode(), digest_size=16).hexdigest()}
     part = out.with_name(f"{out.name}.part")
-    known = TRAIN.one_after_another(begin_answers, part, made_by, overwrite)
-    with under_own_names(), room_for(part, "what was answered stays there, and the same command goes on"):
-        answer_all(teacher, asked, known, sampling, judges, settings.rollout_batch_size, part)
+    with alone_at(out.with_name(f".{out.name}.lock"), "--out"), on_interrupt(f"{part} holds what was answered, and the same command goes on"), under_own_names():
+        judges = RL.Judges(settings, RL.base_and_tokenizer(settings.teacher, "distill.teacher")[1], device) if settings.reward_funcs else None
+        teacher = load_teacher(config, device)
+        if not teacher.causal:
+            raise UserError(f"distill.teacher: {teacher.name} is an encoder, which answers nobody")
+        TOKENIZER.end_with_turns(teacher.model, teacher.tokenizer)
+        asked, sampling = read_asked(config, teacher), sampling_of(settings, config.training.seed)
+        known = TRAIN.one_after_another(begin_answers, part, made_by(settings, sampling, asked), overwrite)
+        with room_for(part, "what was answered stays there, and the same command goes on"):
+            answer_all(teacher, asked, known, sampling, judges, settings, part)
+        if MODEL.process_rank() == 0:
+            finish_answers(known, part, out, settings)
+        TRAIN.barrier()
     if MODEL.process_rank() == 0:
-        finish_answers(known, part, out, settings.max_completion_length)
-    TRAIN.barrier()
+        out.with_name(f".{out.name}.lock").unlink(missing_ok=True)
 
 
-def answer_all(teacher: Teacher, asked: list[RL.Prompt], known: dict[int, list], sampling: INFER.Sampling, judges: RL.Judges | None, size: int, part: Path) -> None:
+def sampling_of(settings: DistillSection, seed: int) -> INFER.Sampling:
+    temperature = settings.sampling_temperature if settings.sampling_temperature is not None else float(settings.num_generations > 1)
+    return INFER.Sampling(settings.max_completion_length, temperature, settings.top_k, settings.top_p, seed=seed, n=settings.num_generations)
+
+
+def made_by(settings: DistillSection, sampling: INFER.Sampling, asked: list[RL.Prompt]) -> dict:
+    """All that decides a file of answers: teacher, sampling, judges as they are now, prompts."""
+    def mark(judge: str) -> str | None:
+        path = Path(judge.rpartition(":")[0])
+        return teacher_mark(judge) if Path(judge).is_dir() else hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if path.is_file() else None
+
+    return {"teacher": [teacher_mark(settings.teacher), settings.teacher_dtype, settings.teacher_quantization], "sampling": dataclasses.asdict(sampling),
+            "judges": [[judge, mark(judge)] for judge in settings.reward_funcs] + [settings.reward_weights, settings.reward_threshold],
+            "prompts": hashlib.blake2b(repr([prompt.ids for prompt in asked]).encode(), digest_size=16).hexdigest()}
+
+
+def answer_all(teacher: Teacher, asked: list[RL.Prompt], known: dict[int, list], sampling: INFER.Sampling, judges: RL.Judges | None, settings: DistillSection, part: Path) -> None:
     """Answers the prompts that are not `known` yet, block by block; the first process judges them and adds them to `known` and to the file."""
     left, bar = [number for number in range(len(asked)) if number not in known], Progress(len(asked), len(known), "prompts")
+    size = settings.rollout_batch_size
     block = max(1, size // sampling.n) * TRAIN.world_size()
     for start in range(0, len(left), block):
         group = left[start : start + block]
@@ -1068,7 +1117,7 @@ def answer_all(teacher: Teacher, asked: list[RL.Prompt], known: dict[int, list],
             by_prompt: dict[int, list[RL.Sample]] = {i: [] for i in group}
             for one in samples:
                 by_prompt[one.number].append(one)
-            found = {i: chosen_answers(asked[i], given, bool(judges), bool(teacher.tokenizer.chat_template)) for i, given in by_prompt.items()}
+            found = {i: chosen_answers(asked[i], given, settings, bool(teacher.tokenizer.chat_template)) for i, given in by_prompt.items()}
             with open(part, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps({"number": i, "records": records}, ensure_ascii=False, default=str) + "\n" for i, records in found.items()))
                 file.flush()
@@ -1078,15 +1127,17 @@ def answer_all(teacher: Teacher, asked: list[RL.Prompt], known: dict[int, list],
     bar.close()
 
 
-def finish_answers(known: dict[int, list], part: Path, out: Path, length: int) -> None:
-    records = [record for _, found in sorted(known.items()) for record in found]
+def finish_answers(known: dict[int, list], part: Path, out: Path, settings: DistillSection) -> None:
+    records, length = [record for _, found in sorted(known.items()) for record in found], settings.max_completion_length
+    good = "" if settings.reward_threshold is None else f" with a reward of {settings.reward_threshold:g} or more"
     if not records:
-        raise UserError(f"--generate: no answer ended within distill.max_completion_length {length} tokens; raise it ({part} holds what was tried)")
+        part.unlink(missing_ok=True)
+        raise UserError(f"--generate: no answer{good} ended within distill.max_completion_length {length} tokens; raise it" + (", or lower distill.reward_threshold" if good else ""))
     MODEL.write_text(out, "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records))
     part.unlink(missing_ok=True)
-    silent, rewards = sum(not found for found in known.values()), [record["reward"] for record in records if "reward" in record]
+    silent, rewards = sum(not found for found in known.values()), [record["reward"] for record in records] if settings.reward_funcs else []
     say(f"{out}: {len(records):,} answers to {len(known):,} prompts" + (f", mean reward {sum(rewards) / len(rewards):.3f}" if rewards else "")
-        + (f"; {silent:,} prompts have none that ended within {length} tokens" if silent else ""))
+        + (f"; {silent:,} prompts have none{good} that ended within {length} tokens" if silent else ""))
 
 
 def read_asked(config, teacher: Teacher) -> list[RL.Prompt]:
@@ -1129,6 +1180,7 @@ def no_template(where: str, teacher: Teacher) -> None:
 def begin_answers(part: Path, made_by: dict, overwrite: bool) -> dict[int, list]:
     """{prompt: its records} that an earlier run has written; begins the file where there is none."""
     lines = TRAIN.json_lines(part) if part.exists() and not overwrite else []
+    lines = lines if len(lines) > 1 else []  # nothing was answered yet
     if lines and lines[0] != json.loads(json.dumps(made_by)):
         raise UserError(f"--out: {part} was begun with other prompts, another teacher or other settings; --overwrite begins anew")
     if lines and MODEL.process_rank() == 0:
@@ -1137,11 +1189,12 @@ def begin_answers(part: Path, made_by: dict, overwrite: bool) -> dict[int, list]
     return {line["number"]: line["records"] for line in lines[1:]}
 
 
-def chosen_answers(prompt: RL.Prompt, given: list[RL.Sample], judged: bool, chat: bool) -> list[dict]:
-    """The records of one prompt: the answers that came to an end; where there are judges the best of them."""
+def chosen_answers(prompt: RL.Prompt, given: list[RL.Sample], settings: DistillSection, chat: bool) -> list[dict]:
+    """The records of one prompt: the answers that came to an end, each text once; where there are judges the best of them, if it is good enough."""
+    judged, low = bool(settings.reward_funcs), -math.inf if settings.reward_threshold is None else settings.reward_threshold
     ended, texts = [one for one in given if one.finish != "length" and one.text.strip()], set()
-    if judged and ended:
-        ended = [max(ended, key=lambda one: one.reward)]
+    if judged:
+        ended = [one for one in sorted(ended, key=lambda one: -one.reward)[:1] if one.reward >= low]
     records = []
     for one in ended:
         if one.text in texts:
@@ -1161,7 +1214,7 @@ ACTIONS = {**TRAIN.ACTIONS, "adapter": SFT.ACTIONS["adapter"],
            "cache": Action("write what the teacher says of --data into --cache-dir, and train nothing"),
            "generate": Action("let the teacher answer the prompts of --data into the JSON lines file --out, and train nothing")}
 SECTIONS = {**TRAIN.SECTIONS, "lora": SFT.LoraSection, "distill": DistillSection}
-FOR_ANSWERS = ("num_generations", "reward_funcs", "reward_weights")
+FOR_ANSWERS = ("num_generations", "reward_funcs", "reward_weights", "reward_threshold")
 FOR_TEXTS = ("sampling_temperature", "top_k", "top_p", "rollout_batch_size")
 FOR_CACHE = ("cache_top_k", "cache_dtype")
 FOR_TRAINING = ("method", "task", "alpha", "beta", "temperature", "lmbda", "hidden_weight", "cosine_weight", "layer_map", "init_layers", "cache_dir", "train_on_prompt", "eval_answers", "rollout_size")
@@ -1169,7 +1222,7 @@ FOR_TRAINING = ("method", "task", "alpha", "beta", "temperature", "lmbda", "hidd
 
 def check_actions(config) -> None:
     """Settings that mean nothing to what is done are told, not swallowed."""
-    settings, actions, usual = config.distill, config.actions, DistillSection()
+    settings, actions = config.distill, config.actions
     if actions.cache and actions.generate:
         raise UserError("--cache and --generate: both train nothing and stand alone; keep one")
     if (actions.cache or actions.generate) and (actions.resume or actions.adapter):
@@ -1181,9 +1234,15 @@ def check_actions(config) -> None:
                            (("alpha",), training and settings.lmbda == 1, "with distill.lmbda 1: own texts count the teacher's judgement alone"), (FOR_ANSWERS, not actions.generate, "without --generate"), (FOR_TEXTS, not actions.generate and not settings.lmbda, "without --generate or distill.lmbda"),
                            (("rollout_size",), not settings.lmbda and not actions.generate, "without distill.lmbda"), (FOR_CACHE, not actions.cache, "without --cache"),
                            (FOR_TRAINING, actions.generate, "on --generate"), (("alpha", "beta", "init_layers", "eval_answers"), actions.cache, "on --cache")):
-        idle = [f"distill.{key}" for key in keys if off and getattr(settings, key) != getattr(usual, key)]
-        if idle and int(os.environ.get("RANK", 0)) == 0:
-            say(f"{', '.join(idle)}: no effect {why}")
+        tell_idle(settings, keys if off else (), why)
+    if config.model.name and (actions.cache or actions.generate) and int(os.environ.get("RANK", 0)) == 0:
+        say(f"model.name: no effect on --{'cache' if actions.cache else 'generate'}: the teacher is distill.teacher, {settings.teacher}")
+
+
+def tell_idle(settings: DistillSection, keys: tuple, why: str) -> None:
+    idle = [f"distill.{key}" for key in keys if getattr(settings, key) != MODEL.default_of(settings.__dataclass_fields__[key])]
+    if idle and int(os.environ.get("RANK", 0)) == 0:
+        say(f"{', '.join(idle)}: no effect {why}")
 
 
 def main(argv: list[str] | None = None) -> TRAIN.Result | None:

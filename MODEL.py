@@ -3265,8 +3265,8 @@ def _read_flags(argv, sections, own, actions, shorts):
                 value = "true"
             elif alone and name in actions and actions[name].bare is not None:
                 value = actions[name].bare
-            elif i == len(argv):
-                raise UserError(f"--{name}: a value is missing")
+            elif i == len(argv) or (alone and not known):
+                raise UserError(f"--{name}: a value is missing" + ("" if i == len(argv) else f" (one that begins with -- is given as --{name}=VALUE)"))
             else:
                 value, i = argv[i], i + 1
         listed = kind is list or (isinstance(kind, types.UnionType) and list in typing.get_args(kind))

@@ -50,7 +50,7 @@ class TrainingSection:
     max_length: int = knob(256, "tokens of one row")
     objective: str = knob("auto", "causal predicts the next token, mlm hidden ones (BERT); auto is mlm for an encoder", ("auto", "causal", "mlm"))
     mlm_probability: float = knob(0.15, "mlm: share of the tokens that are predicted")
-    learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for trained ones; in SFT 3e-3 * (128 / width)^2, in RL a tenth of that or (kto, dpo and its kind) a thirtieth; ten times as much for adapters")
+    learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for trained ones; in SFT 3e-3 * (128 / width)^2, in RL a tenth of that or (kto, dpo and its kind) a thirtieth, in DISTILL as in SFT; ten times as much for adapters")
     optim: str = knob("auto", "Muon (AdamW on all but matrices), AdamW, its 8-bit form; auto is muon for fresh weights, adamw for trained; in SFT muon up to width 256",
                       ("auto", "muon", "adamw", "adamw_8bit"))
     weight_decay: float = knob(0.1, "decoupled weight decay on matrices")
@@ -944,7 +944,8 @@ class Log:
     def plot(self) -> None:
         """loss.png: training and held-out loss over the steps."""
         records = json_lines(self.out / "log.jsonl") if self.main else []
-        train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+        key = "nll" if any("nll" in r for r in records) else "loss"  # what is held out is measured by: of a sum of losses that part
+        train = [(r["step"], r[key]) for r in records if key in r]
         held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
         if not train:
             return
@@ -971,18 +972,13 @@ class Log:
 
 
 @contextlib.contextmanager
-def run_folder(out: Path, resume: str | None, overwrite: bool):
-    """Claim an output folder: nothing in it is overwritten unasked, and two runs never share it. Yields the
-    checkpoint to resume from, or None."""
-    if MODEL.process_rank() != 0:
-        barrier()
-        yield find_checkpoint(out, resume)
-        return
+def locked(path: Path, key: str):
+    """Nobody else writes here meanwhile; `key` named the place."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
-    except (OSError, FileExistsError) as error:
-        raise UserError(f"output.dir: {out} cannot be written ({error.strerror})") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "w")
+    except OSError as error:
+        raise UserError(f"{key}: {path.parent} cannot be written ({error.strerror})") from None
     with lock:
         if os.name == "posix":
             import fcntl
@@ -990,7 +986,19 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it, even after kill -9
             except BlockingIOError:
-                raise UserError(f"output.dir: another run is writing to {out}; choose another --out") from None
+                raise UserError(f"{key}: another run is writing to {path.parent}; choose another place") from None
+        yield
+
+
+@contextlib.contextmanager
+def run_folder(out: Path, resume: str | None, overwrite: bool):
+    """Claim an output folder: nothing in it is overwritten unasked, and two runs never share it. Yields the
+    checkpoint to resume from, or None."""
+    if MODEL.process_rank() != 0:
+        barrier()
+        yield find_checkpoint(out, resume)
+        return
+    with locked(out / ".lock", "output.dir"):
         for scratch in out.glob(".tmp-*"):
             shutil.rmtree(scratch, ignore_errors=True)
         found = find_checkpoint(out, resume)
@@ -1179,10 +1187,10 @@ def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, 
     return model
 
 
-def fit_length(config, context: int) -> None:
+def fit_length(config, context: int, whose: str = "the model's") -> None:
     if config.training.max_length > context:
         if MODEL.process_rank() == 0:
-            say(f"training.max_length {config.training.max_length} exceeds the model's context: rows have {context} tokens")
+            say(f"training.max_length {config.training.max_length} exceeds {whose} context: rows have {context} tokens")
         config.training.max_length = context
 
 

@@ -466,7 +466,7 @@ def test_a_cache_that_does_not_fit_is_refused(world, tmp_path):
     flags = [*flags_of(world, "cache", tmp_path), "--max-steps", "2", "--out", str(tmp_path / "run")]
     (tmp_path / "other.txt").write_text("\n".join(make_text(150, seed=8)) + "\n")
     cases = {("--data", tmp_path / "other.txt"): "was made from other data", ("--data.packing", "false"): "was made from other data",
-             ("--teacher", world / "talker"): "was made by another teacher", ("--temperature", "2"): "distill.temperature: 2, but .* was made for 1",
+             ("--teacher", world / "talker"): "was made by the teacher .*teacher, not by distill.teacher .*talker: say --teacher", ("--temperature", "2"): "distill.temperature: 2, but .* was made for 1",
              ("--max-length", "32"): "rows have 32 tokens, those of .* 48", ("--cache-dir", tmp_path / "none"): "holds no cache; `DISTILL.py --cache"}
     for more, words in cases.items():
         with pytest.raises(UserError, match=words):
@@ -755,6 +755,37 @@ def test_the_best_answer_is_kept(world, tmp_path):
     assert max(map(len, by_prompt.values())) > 1 and [record["messages"][0]["content"] for record in best] == list(by_prompt)
     for record in best:
         assert record["messages"][1]["content"] in by_prompt[record["messages"][0]["content"]] and 0 <= record["reward"] <= 1.5
+    good = generate(world, tmp_path / "good.jsonl", *more, "--reward-funcs", "length:4", "regex:fox", "--reward-weights", "1", "0.5", "--reward-threshold", "1")
+    assert good == [record for record in best if record["reward"] >= 1] and 0 < len(good) < len(best)
+
+
+def test_judges_are_those_that_began(world, tmp_path):
+    """A judge that was rewritten in the middle is another one; a file in which nothing was answered stands in nobody's way."""
+    judge = tmp_path / "judge.py"
+    judge.write_text("def f(completions, **_):\n    return [1.0 for _ in completions]\n")
+    flags = ["--num-generations", "2", "--rollout-batch-size", "2", "--reward-funcs", f"{judge}:f"]
+    usual = RL.Judges.__call__
+    calls = []
+
+    def stop(self, samples):
+        calls.append(len(samples))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        usual(self, samples)
+
+    RL.Judges.__call__ = stop
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            generate(world, tmp_path / "out.jsonl", *flags)
+    finally:
+        RL.Judges.__call__ = usual
+    judge.write_text("def f(completions, **_):\n    return [-5.0 for _ in completions]\n")
+    with pytest.raises(UserError, match="begun with other prompts, another teacher or other settings"):
+        generate(world, tmp_path / "out.jsonl", *flags)
+    assert {record["reward"] for record in generate(world, tmp_path / "out.jsonl", *flags, "--overwrite")} == {-5.0}
+    with pytest.raises(UserError, match="no answer ended within distill.max_completion_length 1 tokens; raise it"):
+        generate(world, tmp_path / "short.jsonl", "--max-completion-length", "1")
+    assert generate(world, tmp_path / "short.jsonl") and not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*.lock"))
 
 
 def test_killed_answers_go_on(world, tmp_path):
@@ -838,7 +869,13 @@ def test_mistakes_are_one_line(world, tmp_path):
         ([*talks, "--columns", "{messages: nosuch}"], "distill.columns names 'nosuch'"),
         ([*flags_of(world, "layers", tmp_path), "--lora.r", "4"], "lora.r: the student of distill.init_layers is on no disk"),
         ([*text, "--cache"], "name the folder to write with --cache-dir"),
-        ([*text, "--train-on-prompt", "true"], "distill.train_on_prompt: has no effect on text"),
+        ([*text, "--model.vocab_size", "99"], "model.vocab_size: 99 is smaller than the tokenizer's"),
+        ([*text, "--model.num_labels", "3"], "model.labels: belong to SFT.py"),
+        ([*text, "--teacher", "--alpha", "0"], "--teacher: a value is missing"),
+        ([*text, "--adapter", "nowhere"], "--adapter: adapters learn on trained weights"),
+        (["--generate", "--teacher", world / "talker", "--data", world / "prompts.jsonl", "--out", tmp_path / "x.jsonl", "--reward-threshold", "1"], "nothing judges"),
+        (["--generate", "--teacher", world / "talker", "--data", world / "prompts.jsonl", "--out", tmp_path / "x.jsonl", "--num-generations", "2", "--sampling-temperature", "0"], "the same answer each time"),
+        (["--generate", "--teacher", world / "talker", "--data", world / "prompts.jsonl", "--out", "/proc/x.jsonl"], "--out: /proc cannot be written"),
         ([*talks, "--lmbda", "0.5", "--max-completion-length", "8", "--rollout-size", "6"], "distill.rollout_size: 6 texts do not fill whole optimizer steps"),
         ([*talks, "--lmbda", "0.5", "--max-completion-length", "48"], "leaves no room for a prompt in training.max_length 48"),
         ([*talks, "--lmbda", "0.5", "--alpha", "1"], "distill.alpha: 1 asks no teacher"),
@@ -857,10 +894,10 @@ def test_mistakes_are_one_line(world, tmp_path):
 
 
 def test_settings_without_effect_are_told(world, tmp_path, capsys):
-    flags = [*flags_of(world, "text", tmp_path), "--cache-top-k", "5", "--num-generations", "5", "--top-p", "0.5", "--rollout-size", "8"]
+    flags = [*flags_of(world, "text", tmp_path), "--cache-top-k", "5", "--num-generations", "5", "--top-p", "0.5", "--rollout-size", "8", "--train-on-prompt", "true"]
     DISTILL.main([*flags, "--alpha", "1", "--max-steps", "1", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
-    for words in ("distill.num_generations: no effect without --generate\n", "distill.top_p: no effect without --generate or distill.lmbda", "distill.rollout_size: no effect without",
+    for words in ("distill.train_on_prompt, distill.eval_answers: no effect on text", "distill.num_generations: no effect without --generate\n", "distill.top_p: no effect without --generate or distill.lmbda", "distill.rollout_size: no effect without",
                   "distill.cache_top_k: no effect without --cache", "lends its tokenizer and is not asked, as distill.alpha is 1"):
         assert words in said
     generate(world, tmp_path / "out.jsonl", "--alpha", "0.5", "--num-generations", "2")
@@ -875,4 +912,4 @@ def test_a_small_teacher_is_warned_of(world, tmp_path, capsys):
 def test_rows_are_as_long_as_the_teacher_reads(world, tmp_path, capsys, tokenizer):
     make_model(tmp_path / "short", tokenizer, 4, max_position_embeddings=24)
     DISTILL.main([*flags_of(world, "text", tmp_path), "--teacher", str(tmp_path / "short"), "--max-steps", "1", "--out", str(tmp_path / "run")])
-    assert "training.max_length 48 exceeds the model's context: rows have 24 tokens" in capsys.readouterr().err
+    assert "training.max_length 48 exceeds the teacher's context: rows have 24 tokens" in capsys.readouterr().err
