@@ -37,7 +37,8 @@ import MODEL
 import TOKENIZER
 
 CHAT = ["--teacher", "out/sft", "--max-steps", "400"]
-AFTER = ["--teacher", "out/sft", "--model", "{out}/chat-hidden-{seed}", "--alpha", "0", "--batch-size", "16", "--learning-rate", "1e-3", "--training.optim", "adamw"]
+AFTER = ["--teacher", "out/sft", "--model", "{out}/chat-hidden-{seed}", "--alpha", "0", "--batch-size", "64", "--data.packing", "false", "--learning-rate", "1e-3",
+         "--training.optim", "adamw"]  # 64 texts a step, whoever wrote them
 RUNS = {  # row -> flags of DISTILL.py; {start}: what it starts from
     "text-alone": ["--alpha", "1"],
     "text-logits": [],
@@ -47,7 +48,7 @@ RUNS = {  # row -> flags of DISTILL.py; {start}: what it starts from
     "chat-logits": [*CHAT],
     "chat-hidden": [*CHAT, "--method", "hidden"],
     "off-policy": [*AFTER, "--max-steps", "200", "--data", "{out}/answers.jsonl", "--data.validation", "data/chat_test.jsonl"],
-    "on-policy": [*AFTER, "--max-steps", "200", "--lmbda", "1", "--max-completion-length", "32", "--rollout-size", "64"],
+    "on-policy": [*AFTER, "--max-steps", "200", "--lmbda", "1", "--max-completion-length", "32"],
     "off-policy-equal-time": [*AFTER, "--max-minutes", "{minutes}", "--data", "{out}/answers.jsonl", "--data.validation", "data/chat_test.jsonl"],
 }
 NEEDS = {"off-policy": "chat-hidden", "on-policy": "chat-hidden", "off-policy-equal-time": "on-policy"}
