@@ -5,7 +5,7 @@ A text says which word came next; a teacher says how likely every word was. Read
 tokenizer, layer by layer), the student's own texts as a stream, answers written by the teacher, and the command line.
 
     python DISTILL.py --config config.yaml                                    # out -> out/distill, a quarter of the size
-    python DISTILL.py --teacher out/sft --out out/small-chat                  # a teacher that talks: conversations
+    python DISTILL.py --teacher out/sft --method hidden --out out/small-chat  # conversations; its hidden states as well
     python DISTILL.py --teacher out/sft --model out/small-chat --lmbda 0.5 --out out/on-policy   # half of the steps on its own texts
     python DISTILL.py --cache --cache-dir out/told && python DISTILL.py --cache-dir out/told --out out/from-cache
     python DISTILL.py --generate --teacher out/sft --data data/prompts.jsonl --out out/answers.jsonl   # for SFT.py
