@@ -1364,7 +1364,7 @@ class TokenStream:
         if self.weights is None:
             self.parts = [self.cut(spans, [0] if self.fixed else seed)]
             self._count = self.parts[0].count
-            self.numbers = np.random.default_rng([*seed, 2]).permutation(self._count) if self.fixed else np.arange(self._count)
+            self.shuffled = np.random.default_rng([*seed, 2]).permutation(self._count) if self.fixed else np.arange(self._count)
         else:
             self.sources = spans
             sizes = [Rows(s, self.length, self.packing, None).count for s in spans]
@@ -1384,7 +1384,7 @@ class TokenStream:
         if i >= self._count:
             return []
         if self.weights is None:
-            return self.parts[0].row(int(self.numbers[i]))
+            return self.parts[0].row(int(self.shuffled[i]))
         source = int(self.choice[i])
         lap, place = divmod(int(self.turn[i]), self.sizes[source])
         if (source, lap) not in self.laps:  # a small source is drawn again, in another order
@@ -1407,7 +1407,7 @@ class TokenStream:
                     rows = [list(itertools.chain(*rows))]
                 batch = collate(self._spans().ids, rows, self.width, getattr(self._spans(), "weights", None))
                 if self.fixed:
-                    batch["rows"] = torch.tensor([self.numbers[i] if i < self._count else -1 for i in range(first, first + size)])
+                    batch["rows"] = torch.tensor([self.shuffled[i] if i < self._count else -1 for i in range(first, first + size)])
                 self.queue.append({**batch, "place": (self.epoch, self.block, first)})
             self.next_row += self.per_step
         return self.queue.pop(0)
