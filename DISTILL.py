@@ -1214,29 +1214,34 @@ ACTIONS = {**TRAIN.ACTIONS, "adapter": SFT.ACTIONS["adapter"],
            "cache": Action("write what the teacher says of --data into --cache-dir, and train nothing"),
            "generate": Action("let the teacher answer the prompts of --data into the JSON lines file --out, and train nothing")}
 SECTIONS = {**TRAIN.SECTIONS, "lora": SFT.LoraSection, "distill": DistillSection}
-FOR_ANSWERS = ("num_generations", "reward_funcs", "reward_weights", "reward_threshold")
-FOR_TEXTS = ("sampling_temperature", "top_k", "top_p", "rollout_batch_size")
-FOR_CACHE = ("cache_top_k", "cache_dtype")
-FOR_TRAINING = ("method", "task", "alpha", "beta", "temperature", "lmbda", "hidden_weight", "cosine_weight", "layer_map", "init_layers", "cache_dir", "train_on_prompt", "eval_answers", "rollout_size")
+TRAINED = ("method", "task", "alpha", "beta", "temperature", "lmbda", "hidden_weight", "cosine_weight", "layer_map", "init_layers", "cache_dir", "train_on_prompt", "eval_answers", "rollout_size")
+IDLE = [  # settings, when they mean nothing, and why: they are told of, not swallowed
+    (("beta", "temperature"), lambda s, what: what == "train" and s.alpha == 1, "with distill.alpha 1"),
+    (("teacher_dtype", "teacher_quantization", "cache_dir"), lambda s, what: what == "train" and not s.asks_teacher, "with distill.alpha 1"),
+    (("teacher_dtype", "teacher_quantization"), lambda s, what: what == "train" and s.cache_dir and s.asks_teacher, "with distill.cache_dir"),
+    (("alpha",), lambda s, what: what == "train" and s.lmbda == 1, "with distill.lmbda 1: own texts count the teacher's judgement alone"),
+    (("num_generations", "reward_funcs", "reward_weights", "reward_threshold"), lambda s, what: what != "generate", "without --generate"),
+    (("sampling_temperature", "top_k", "top_p", "rollout_batch_size"), lambda s, what: what != "generate" and not s.lmbda, "without --generate or distill.lmbda"),
+    (("rollout_size",), lambda s, what: what != "generate" and not s.lmbda, "without distill.lmbda"),
+    (("cache_top_k", "cache_dtype"), lambda s, what: what != "cache", "without --cache"),
+    (("alpha", "beta", "init_layers", "eval_answers"), lambda s, what: what == "cache", "on --cache"),
+    (TRAINED, lambda s, what: what == "generate", "on --generate"),
+]
 
 
-def check_actions(config) -> None:
-    """Settings that mean nothing to what is done are told, not swallowed."""
+def check_actions(config) -> str:
+    """Which of train, cache and generate is asked for, when the settings allow it."""
     settings, actions = config.distill, config.actions
     if actions.cache and actions.generate:
         raise UserError("--cache and --generate: both train nothing and stand alone; keep one")
-    if (actions.cache or actions.generate) and (actions.resume or actions.adapter):
-        raise UserError(f"--{'cache' if actions.cache else 'generate'}: goes on by itself where it was cut off, and trains nothing; leave out --resume and --adapter")
-    training, cached = not (actions.cache or actions.generate), bool(settings.cache_dir)
-    told = ("beta", "temperature", "teacher_dtype", "teacher_quantization", "cache_dir")
-    for keys, off, why in ((told, training and not settings.asks_teacher, "with distill.alpha 1"), (told[2:4], training and cached, "with distill.cache_dir"),
-                           (("beta", "temperature"), training and settings.asks_teacher and settings.alpha == 1, "with distill.alpha 1"),
-                           (("alpha",), training and settings.lmbda == 1, "with distill.lmbda 1: own texts count the teacher's judgement alone"), (FOR_ANSWERS, not actions.generate, "without --generate"), (FOR_TEXTS, not actions.generate and not settings.lmbda, "without --generate or distill.lmbda"),
-                           (("rollout_size",), not settings.lmbda and not actions.generate, "without distill.lmbda"), (FOR_CACHE, not actions.cache, "without --cache"),
-                           (FOR_TRAINING, actions.generate, "on --generate"), (("alpha", "beta", "init_layers", "eval_answers"), actions.cache, "on --cache")):
-        tell_idle(settings, keys if off else (), why)
-    if config.model.name and (actions.cache or actions.generate) and int(os.environ.get("RANK", 0)) == 0:
-        say(f"model.name: no effect on --{'cache' if actions.cache else 'generate'}: the teacher is distill.teacher, {settings.teacher}")
+    what = "cache" if actions.cache else "generate" if actions.generate else "train"
+    if what != "train" and (actions.resume or actions.adapter):
+        raise UserError(f"--{what}: goes on by itself where it was cut off, and trains nothing; leave out --resume and --adapter")
+    for keys, idle, why in IDLE:
+        tell_idle(settings, keys if idle(settings, what) else (), why)
+    if config.model.name and what != "train" and int(os.environ.get("RANK", 0)) == 0:
+        say(f"model.name: no effect on --{what}: the teacher is distill.teacher, {settings.teacher}")
+    return what
 
 
 def tell_idle(settings: DistillSection, keys: tuple, why: str) -> None:
@@ -1247,11 +1252,9 @@ def tell_idle(settings: DistillSection, keys: tuple, why: str) -> None:
 
 def main(argv: list[str] | None = None) -> TRAIN.Result | None:
     config = load_config(argv, SECTIONS, "distill", ACTIONS, __doc__)
-    check_actions(config)
-    if config.actions.generate:
-        return write_answers(config)
-    if config.actions.cache:
-        return write_cache(config)
+    what = check_actions(config)
+    if what != "train":
+        return {"cache": write_cache, "generate": write_answers}[what](config)
     model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
     return TRAIN.run_stage("distill", config, prepare, f'echo "..." | python INFER.py {model}')
 
