@@ -176,40 +176,48 @@ def distill_loss(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0
 
 
 class Buckets(torch.autograd.Function):
-    """Logits (N, V) and the ids of k words (N, k) -> log-probabilities (N, k + 1) of these, and of all others together, at a
-    temperature. With g the gradient that comes back, word j of the k gets g_j - p_j sum(g), and each other word its share
+    """Logits (N, V), the ids of k words (N, k) and of one (N,) -> log-probabilities (N, k + 1) of the k, and of all others together, at a
+    temperature; and of the one (N,), so that cross-entropy takes no pass of its own. With g the gradient that comes back, word j of the k gets g_j - p_j sum(g), and each other word its share
     p_i / p_rest of g_rest - p_rest sum(g)."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    def forward(ctx, logits: Tensor, ids: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         scaled = logits.float() / temperature if temperature != 1 else logits.float()
-        weights = (scaled - scaled.amax(1, keepdim=True)).exp_()  # (N, V)
+        weights = scaled - scaled.amax(1, keepdim=True)  # (N, V)
+        chosen = weights.gather(1, targets[:, None])
+        weights = weights.exp_()
         top = weights.gather(1, ids)
         rest = weights.scatter_(1, ids, 0.0).sum(1, keepdim=True).clamp_(min=1e-38)  # summed, not 1 - top: tails may be tiny
-        found = torch.cat((top.clamp(min=1e-38), rest), 1) / (top.sum(1, keepdim=True) + rest)  # (N, k + 1)
-        ctx.save_for_backward(weights.div_(rest).to(logits.dtype), ids, found)
+        total = top.sum(1, keepdim=True) + rest
+        found = torch.cat((top.clamp(min=1e-38), rest), 1) / total  # (N, k + 1)
+        ctx.save_for_backward(weights.div_(rest).to(logits.dtype), ids, targets[:, None], found)
         ctx.temperature = temperature
-        return found.log()
+        return found.log(), (chosen - total.log()).squeeze(1)
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
-        shares, ids, found = ctx.saved_tensors
-        bucket = (upstream - found * upstream.sum(1, keepdim=True)) / ctx.temperature  # (N, k + 1)
-        gradient = (shares.float() * bucket[:, -1:]).scatter_(1, ids, bucket[:, :-1])
-        return gradient.to(shares.dtype), None, None
+    def backward(ctx, upstream: Tensor, upstream_chosen: Tensor):
+        shares, ids, targets, found = ctx.saved_tensors
+        chosen = upstream_chosen[:, None]
+        bucket = (upstream - found * (upstream.sum(1, keepdim=True) + chosen)) / ctx.temperature  # (N, k + 1)
+        gradient = (shares.float() * bucket[:, -1:]).scatter_(1, ids, bucket[:, :-1]).scatter_add_(1, targets, chosen / ctx.temperature)
+        return gradient.to(shares.dtype), None, None, None
 
 
-def top_k_loss(student_logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor, beta: float = 0.0, temperature: float = 1.0) -> Tensor:
+def top_k_loss(student_logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor, beta: float = 0.0, temperature: float = 1.0,
+               targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """`distill_loss` from a cache: student logits (N, V); the teacher's likeliest ids (N, k), their log-probabilities at
-    that temperature, and the log of what all others have together (N,) -> (N,).
+    that temperature, and the log of what all others have together (N,) -> (N,). With `targets` (N,) also the student's
+    log-probabilities of these.
 
     The others are one word to both sides. A divergence never grows when words are merged, so this is a lower bound: the
     forward KL lacks tail mass x KL(teacher's tail || student's tail), which is small where the tail is.
     """
-    student, teacher = Buckets.apply(student_logits, ids, temperature), torch.cat((logprobs, tail[:, None]), 1)  # (N, k + 1)
+    student, chosen = Buckets.apply(student_logits, ids, ids[:, 0] if targets is None else targets, temperature)
+    teacher = torch.cat((logprobs, tail[:, None]), 1)  # (N, k + 1)
     if ids.shape[1] == student_logits.shape[1]:
         student, teacher = student[:, :-1], logprobs
-    return temperature**2 * Divergence.apply(student, teacher, beta, 1.0)  # the softmax there puts back what rounding took
+    losses = temperature**2 * Divergence.apply(student, teacher, beta, 1.0)  # the softmax there puts back what rounding took
+    return losses if targets is None else (losses, chosen)
 
 
 def universal_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -474,7 +482,10 @@ class FromCache:
         def reduce(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
             own = entry[rows]
             told = (batch[f"cached_{name}"][own] for name in ("ids", "logprobs", "tail"))
-            return {"divergence": top_k_loss(logits[:, : self.words], *told, self.settings.beta, self.settings.temperature)}
+            beta, temperature = self.settings.beta, self.settings.temperature
+            if temperature != 1 or self.words != logits.shape[1]:  # else the data's words are of the same distribution
+                return {"divergence": top_k_loss(logits[:, : self.words], *told, beta, temperature)}
+            return dict(zip(("divergence", "logprobs"), top_k_loss(logits, *told, beta, 1.0, batch["targets"].flatten()[rows]), strict=True))
 
         return reduce, []
 

@@ -1362,7 +1362,7 @@ class LanguageModel(nn.Module):
         logprobs      (B, T) float32      log-probability of targets[b, t] given everything up to t, at `temperature`;
                                           exactly 0, without gradient, where the target is -100 or the position -1
         reduced       {name: (B, T)}      reduce(logits (N, V), rows (N,)) -> {name: (N,)} over the trained places;
-                                          rows index the flattened B*T
+                                          rows index the flattened B*T; `logprobs` among them are taken as they are
         entropy       (B, T) float32      with want=("entropy",), of the same distribution
         hidden_states tuple of (B, T, C)  want=("hidden_states",): embeddings, each layer, the last one after the norm
         values, scores (B, T), (B, T, L)  want=("values", "scores"): heads at every position
@@ -1435,7 +1435,7 @@ class LanguageModel(nn.Module):
     def _chunk(self, hidden, targets, rows, temperature, reduce, entropy: bool) -> dict[str, Tensor]:
         logits = self.head_logits(hidden)  # (N, V)
         results = dict(reduce(logits, rows)) if reduce is not None else {}
-        if targets is not None:
+        if targets is not None and (entropy or "logprobs" not in results):
             results.update(log_softmax_at(logits, targets, temperature, entropy))
         return results
 

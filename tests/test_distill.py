@@ -123,6 +123,20 @@ def test_the_top_k_loss_of_all_words_is_the_whole_one():
         same(DISTILL.top_k_loss(student, *told_of(teacher, 30, 1.0), beta), DISTILL.distill_loss(student, teacher, beta), student)
 
 
+def test_the_data_words_come_with_it():
+    """Words of the k, words of the tail, and one that has all but vanished: cross-entropy and its gradient, beside the divergence's."""
+    student, teacher = draw(6, 30).requires_grad_(), draw(6, 30)
+    ids, top, tail = told_of(teacher, 5, 1.0)
+    targets = torch.stack([ids[0, 0], ids[1, 3], *(teacher[n].argmin() for n in range(2, 6))])
+    with torch.no_grad():
+        student[5, targets[5]] = -200.0
+    _, chosen = DISTILL.top_k_loss(student, ids, top, tail, 0.0, 1.0, targets)
+    same(chosen, -torch.nn.functional.cross_entropy(student, targets, reduction="none"), student)
+    losses, chosen = DISTILL.top_k_loss(student, ids, top, tail, 0.0, 1.0, targets)
+    both, apart = losses - 3 * chosen, DISTILL.top_k_loss(student, ids, top, tail) + 3 * torch.nn.functional.cross_entropy(student, targets, reduction="none")
+    same(both, apart, student)
+
+
 def test_a_tail_that_the_student_has_forgotten_still_has_a_gradient():
     student = torch.tensor([[30.0, 28.0, 0.0, -1.0]], requires_grad=True)
     ids, top, tail = told_of(torch.tensor([[1.0, 0.5, 0.4, 0.0]]), 2, 1.0)
