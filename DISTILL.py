@@ -43,15 +43,13 @@ from MODEL import Action, UserError, knob, load_config, run_main, say
 
 # ---------------------------------------------------------------------------------------------------- settings
 
-METHODS = ("logits", "hidden", "universal")
-
-
 @dataclass
 class DistillSection:
     teacher: str = knob("./out", "who teaches: a folder (of a model or of an adapter) or a hub name")
     teacher_dtype: str = knob("auto", "type of the teacher's weights; auto is the one they are stored in, where the device does it well", ("auto", *MODEL.DTYPES))
     teacher_quantization: str = knob("none", "packed form of the teacher's matrices", MODEL.QUANTIZATIONS)
-    method: str = knob("logits", "what the teacher tells: the probabilities of each token, its hidden states as well, or the probabilities over another tokenizer's vocabulary", METHODS)
+    method: str = knob("logits", "what the teacher tells: the probabilities of each token, its hidden states as well, or the probabilities over another tokenizer's vocabulary",
+                      ("logits", "hidden", "universal"))
     task: str = knob("auto", "what is read: text as TRAIN.py does, or conversations as SFT.py does; auto is chat for records and a teacher with a chat template", ("auto", "text", "chat"))
     alpha: float = knob(0.1, "share of the data's own cross-entropy; 0 learns from the teacher alone, 1 from the data alone (and, with hidden, from hidden states)")
     beta: float = knob(0.0, "which divergence: 0 is KL(teacher || student), 1 KL(student || teacher), between them Jensen-Shannon's")
@@ -176,9 +174,9 @@ def distill_loss(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0
 
 
 class Buckets(torch.autograd.Function):
-    """Logits (N, V), the ids of k words (N, k) and of one (N,) -> log-probabilities (N, k + 1) of the k, and of all others together, at a
-    temperature; and of the one (N,), so that cross-entropy takes no pass of its own. With g the gradient that comes back, word j of the k gets g_j - p_j sum(g), and each other word its share
-    p_i / p_rest of g_rest - p_rest sum(g)."""
+    """Logits (N, V), the ids of k words (N, k) and of one (N,) -> log-probabilities (N, k + 1) of the k, and of all others
+    together, at a temperature; and of the one (N,), so that cross-entropy takes no pass of its own. With g the gradient that
+    comes back, word j of the k gets g_j - p_j sum(g), and each other word its share p_i / p_rest of g_rest - p_rest sum(g)."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, ids: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -540,7 +538,7 @@ def fill_cache(cache: Cache, cut, teacher: MODEL.LanguageModel, run: TRAIN.Run, 
             numbers = range(first, min(first + size, stop))
             batch = TOKENIZER.collate(cut.spans.ids, [cut.row(i) for i in numbers], weights=getattr(cut.spans, "weights", None))
             with run.autocast():
-                cache.write(int(starts[first]), *likeliest(teacher, on_device(batch, run.device), cache.facts))
+                cache.write(int(starts[first]), *likeliest(teacher, TRAIN.on_device(batch, run.device), cache.facts))
             bar.show(numbers[-1] + 1)
         for array in cache.arrays.values():
             array.flush()
@@ -593,21 +591,16 @@ class Progress:
     """A line on stderr that tells how far long work is."""
 
     def __init__(self, total: int, done: int, what: str):
-        self.total, self.first, self.what = total, done, what
+        self.total, self.first, self.what, self.line = total, done, what, TRAIN.StatusLine()
         self.clock = self.told = time.perf_counter()
+        self.close = self.line.close
 
     def show(self, done: int) -> None:
         now = time.perf_counter()
-        tty = sys.stderr.isatty()
-        if MODEL.process_rank() or (now - self.told < (0.2 if tty else 5) and done < self.total):
+        if MODEL.process_rank() or (now - self.told < (0.2 if sys.stderr.isatty() else 5) and done < self.total):
             return
         self.told, speed = now, (done - self.first) / max(now - self.clock, 1e-9)
-        line = f"[{'#' * int(20 * done / self.total):<20}] {done:,}/{self.total:,} {self.what} | {speed:,.1f} {self.what}/s | {(self.total - done) / max(speed, 1e-9):.0f} s left"
-        print("\r\x1b[K" + line if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if sys.stderr.isatty() and not MODEL.process_rank():
-            print(file=sys.stderr, flush=True)
+        self.line.show(f"[{'#' * int(20 * done / self.total):<20}] {done:,}/{self.total:,} {self.what} | {speed:,.1f} {self.what}/s | {(self.total - done) / max(speed, 1e-9):.0f} s left")
 
 
 # ---------------------------------------------------------------------------------------------- another tokenizer
@@ -761,7 +754,7 @@ def add_projections(student: MODEL.LanguageModel, width: int, layers: list[int],
 
 def need_states(name: str | None, model: MODEL.LanguageModel, key: str) -> None:
     """Some of transformers' architectures show no states of packed rows, or none before their own output head."""
-    if isinstance(model, MODEL.ForeignModel) and not (model._can("masks") and model._can("head")):
+    if not model.shows_states:
         raise UserError(f"{key}: {name} ({model.config.model_type}) does not show its hidden states; take --distill.method logits")
 
 
@@ -843,12 +836,14 @@ class Mixed:
         self.texts.load_state_dict(state["texts"])
 
 
+ANSWER_LENGTH = "distill.max_completion_length"
+
+
 def student_texts(config, tokenizer, talks: list[SFT.Talk], out: Path) -> StudentTexts:
     """The prompts are the conversations up to their last answers."""
     settings, length = config.distill, config.training.max_length
-    room, left, prompts = length - settings.max_completion_length, RL.LeftOut(), []
-    if room < 1:
-        raise UserError(f"distill.max_completion_length: {settings.max_completion_length} leaves no room for a prompt in training.max_length {length}")
+    room, left, prompts = RL.Room(ANSWER_LENGTH, settings.max_completion_length, length, "training.max_length"), RL.LeftOut(), []
+    room.check()
     for talk in talks:
         messages = talk.record.get("messages") or []
         asked = messages[: max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)]
@@ -856,9 +851,7 @@ def student_texts(config, tokenizer, talks: list[SFT.Talk], out: Path) -> Studen
             left.add("that ask nothing", talk.where)
             continue
         ids = TOKENIZER.render_chat(tokenizer, asked, talk.record.get("tools"), add_generation_prompt=True)[0]
-        if len(ids) > room:
-            left.add(f"whose prompt and {settings.max_completion_length} tokens (distill.max_completion_length) exceed training.max_length {length}", talk.where)
-        else:
+        if room.fits(ids, talk.where, left):
             prompts.append(RL.Prompt(talk.where, asked, ids, {}))
     if not prompts:
         raise UserError(f"data.train: no prompt is left for distill.lmbda{left.text()}")
@@ -872,10 +865,6 @@ def student_texts(config, tokenizer, talks: list[SFT.Talk], out: Path) -> Studen
 
 
 # ------------------------------------------------------------------------------------------------------- training
-
-
-def on_device(batch: dict, device) -> dict:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def distillation(ask: Callable | None, settings: DistillSection, layers: dict[int, int]) -> Callable:
@@ -1154,9 +1143,8 @@ def finish_answers(known: dict[int, list], part: Path, out: Path, settings: Dist
 def read_asked(config, teacher: Teacher) -> list[RL.Prompt]:
     """Prompts that leave the teacher room to answer."""
     settings, left, found, seen = config.distill, RL.LeftOut(), [], set()
-    room = teacher.context - settings.max_completion_length
-    if room < 1:
-        raise UserError(f"distill.max_completion_length: {settings.max_completion_length} leaves no room for a prompt in the teacher's {teacher.context} tokens")
+    room = RL.Room(ANSWER_LENGTH, settings.max_completion_length, teacher.context, "the teacher's context of")
+    room.check()
     for group in TOKENIZER.expand_paths(config.data.train):
         for where, record in TOKENIZER.read_prompts(group, settings.columns, settings.system):
             if isinstance(record["prompt"], list):
@@ -1172,9 +1160,7 @@ def read_asked(config, teacher: Teacher) -> list[RL.Prompt]:
                 left.add("that stand twice", where)
             else:
                 ids = RL.prompt_ids(teacher.tokenizer, record["prompt"])
-                if len(ids) > room:
-                    left.add(f"whose prompt and {settings.max_completion_length} tokens (distill.max_completion_length) exceed the teacher's {teacher.context}", where)
-                else:
+                if room.fits(ids, where, left):
                     found.append(RL.Prompt(where, record["prompt"], ids, {key: value for key, value in record.items() if key not in ("prompt", "completion", "system")}))
             seen.add(key)
     if not found:

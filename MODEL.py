@@ -1301,6 +1301,7 @@ class LanguageModel(nn.Module):
 
     heads: tuple = ("lm",)
     caches = True  # whether `new_cache` and forward's `cache` work
+    shows_states = True  # whether forward gives hidden states of packed rows, the last of which its output head reads
 
     def __init__(self):
         super().__init__()
@@ -1607,6 +1608,10 @@ class ForeignModel(LanguageModel):
     @property
     def caches(self) -> bool:
         return self._can("cache")
+
+    @property
+    def shows_states(self) -> bool:
+        return self._can("masks") and self._can("head")
 
     def tie_weights(self) -> None:
         self.inner.tie_weights()

@@ -442,6 +442,25 @@ class LeftOut:
         return "".join(f"; left out {n:,} {why} (the first: {self.first[why]})" for why, n in self.counts.items())
 
 
+class Room(NamedTuple):
+    """How many tokens a prompt may have, so that an answer of the length that `key` names fits into a whole."""
+
+    key: str
+    answer: int
+    whole: int
+    name: str  # of the whole
+
+    def check(self) -> None:
+        if self.answer >= self.whole:
+            raise UserError(f"{self.key}: {self.answer} leaves no room for a prompt in {self.name} {self.whole}")
+
+    def fits(self, ids: list[int], where: str, left: LeftOut) -> bool:
+        fits = len(ids) <= self.whole - self.answer
+        if not fits:
+            left.add(f"whose prompt and {self.answer} tokens ({self.key}) exceed {self.name} {self.whole}", where)
+        return fits
+
+
 def read_items(config, tokenizer, records: list[tuple[str, dict]], left: LeftOut) -> list[Item]:
     """Items of records; what cannot be compared is left out and counted."""
     length, items = config.training.max_length, []
@@ -630,7 +649,7 @@ def make_batch(items: list[Item], numbers, device="cpu") -> dict:
     spans = examples([items[i] for i in numbers] or items[:1])
     rows = TOKENIZER.WholeRows(spans, 1, False, None)
     batch = TOKENIZER.collate(spans.ids, [rows.row(i) for i in range(len(numbers))] or [[]], weights=spans.weights)
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return TRAIN.on_device(batch, device)
 
 
 def preference_loss(settings: RLSection) -> Callable:
@@ -723,7 +742,7 @@ def held_out_pairs(stream: Pairs, loss_fn: Callable, limit: int) -> Callable:
         totals["micro_batches"] = len(batches) * TRAIN.world_size()
         sums: dict[str, float] = defaultdict(float)
         for batch in batches:
-            batch = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            batch = TRAIN.on_device(batch, model.device)
             for name, value in loss_fn(model, batch, totals)[1].items():
                 sums[name] += float(value)
         return dict(zip(sums, TRAIN.all_sum(list(sums.values()), model.device), strict=True))
@@ -1495,9 +1514,8 @@ def with_answers(evaluate: Callable | None, prompts: list, tokenizer, config) ->
 
 def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges) -> TRAIN.Stage:
     settings, out = config.rl, Path(config.output.dir)
-    room = config.training.max_length - settings.max_completion_length
-    if room < 1:
-        raise UserError(f"rl.max_completion_length: {settings.max_completion_length} leaves no room for a prompt in training.max_length {config.training.max_length}")
+    room = Room("rl.max_completion_length", settings.max_completion_length, config.training.max_length, "training.max_length")
+    room.check()
 
     def prompts(found: list[tuple[str, dict]]) -> list[Prompt]:
         made = []
@@ -1508,9 +1526,7 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
             if given := {"prompts", "completions", "completion_ids"} & record.keys():
                 raise UserError(f"{where}: the key '{min(given)}' is what reward functions are given; call it otherwise, or rename it by rl.columns")
             ids = prompt_ids(tokenizer, record["prompt"])
-            if len(ids) > room:
-                left.add(f"whose prompt and {settings.max_completion_length} tokens (rl.max_completion_length) exceed training.max_length {config.training.max_length}", where)
-            else:
+            if room.fits(ids, where, left):
                 made.append(Prompt(where, record["prompt"], ids, {key: value for key, value in record.items() if key != "prompt"}))
         return made
 

@@ -360,7 +360,7 @@ class Confusion:
         size = len(self.labels)
         sums = torch.zeros(size * size + 1, dtype=torch.float64)
         for batch in TRAIN.own_share(self.batches):
-            batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            batch = TRAIN.on_device(batch, model.device)
             scores, labels, *_ = label_scores(model, {"weights": batch["targets"], **batch}, self.causal)
             sums[:-1] += torch.bincount(size * labels + scores.argmax(-1), minlength=size * size).cpu()
             sums[-1] += float(F.cross_entropy(scores, labels, reduction="sum"))

@@ -241,6 +241,10 @@ class Run:
         return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
 
 
+def on_device(batch: dict, device) -> dict:
+    return {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
 class LossScale:
     """Keeps float16 gradients above zero: the loss is multiplied by `scale`, which halves on overflow and doubles
     after 2000 good steps (Micikevicius 2018, section 3.2). 1 for every other type."""
@@ -461,7 +465,7 @@ class Trainer:
         totals = self._totals(batches)
         metrics: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
-            batch = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            batch = on_device(batch, self.device)
             with self._sync_gradients(last=i == len(batches) - 1):
                 with run.autocast():
                     loss, shares = self.loss_fn(self.wrapped, batch, totals)
@@ -865,6 +869,24 @@ def rewind(path: Path, keep: Callable[[dict], bool]) -> None:
     MODEL.write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in json_lines(path) if keep(record)))
 
 
+class StatusLine:
+    """How far long work is, on stderr: on a terminal each line takes the place of the one before."""
+
+    stands = False
+
+    def show(self, line: str) -> None:
+        if sys.stderr.isatty():
+            print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
+            self.stands = True
+        else:
+            say(line)
+
+    def close(self) -> None:
+        if self.stands:
+            print(file=sys.stderr, flush=True)
+            self.stands = False
+
+
 class Log:
     """log.jsonl, the progress line, the plot and the trackers of one run. Only the first process writes."""
 
@@ -874,7 +896,7 @@ class Log:
         self.counts: Counter = Counter()
         self.norm = self.rate = 0.0
         self.clock, self.clock_tokens = time.perf_counter(), 0
-        self.line = False  # a progress line stands on the terminal
+        self.line = StatusLine()
 
     def add(self, metrics: dict[str, Tensor], norm: float, rate: float) -> None:
         for name, value in metrics.items():
@@ -925,11 +947,7 @@ class Log:
         reward = f" | reward {record['reward']:.3f}" if "reward" in record else ""
         line = (f"[{bar:<20}] step {record['step']}{f'/{total}' if total else ''} | loss {record.get('loss', math.nan):.4f}{reward} | "
                 f"{record['tokens_per_second']:,.0f} tok/s{machine} | {memory / 2**30:.1f} GiB | {left:.0f} s left")
-        if sys.stderr.isatty():
-            print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
-            self.line = True
-        else:
-            say(line)
+        self.line.show(line)
 
     def tell(self, text: str) -> None:
         if self.main:
@@ -937,9 +955,7 @@ class Log:
             say(text)
 
     def close(self) -> None:
-        if self.line:
-            print(file=sys.stderr, flush=True)
-            self.line = False
+        self.line.close()
 
     def plot(self) -> None:
         """loss.png: training and held-out loss over the steps."""

@@ -31,6 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 import torch
+from rl import PLAIN, STEPS, TURNS, rows, save
 
 import INFER
 import MODEL
@@ -82,7 +83,7 @@ def run(name: str, seed: int, options) -> dict:
     home = Path(options.out).resolve()
     out = home / f"{name}-{seed}"
     if name in NEEDS and not (home / f"{NEEDS[name]}-{seed}" / "result.json").exists():
-        save(run(NEEDS[name], seed, options), options)
+        save(run(NEEDS[name], seed, options), options.rows)
     if "off-policy" in name and not (home / "answers.jsonl").exists():
         distill(["--generate", "--teacher", "out/sft", "--data", "data/chat.jsonl", "--out", home / "answers.jsonl"], options)
     if name == "text-cache" and not (home / "told" / "cache.json").exists():
@@ -93,19 +94,6 @@ def run(name: str, seed: int, options) -> dict:
         distill([*flags, "--out", out, "--seed", seed, "--resume", "auto", "--training.sample_tokens", 0], options)
     found = result(out)
     return {"row": name, "seed": seed, "loss": found["after"]["loss"], "answered": answered(str(out)), "steps": found["steps"], "seconds": round(found["seconds"])}
-
-
-def save(row: dict, options) -> None:
-    Path(options.out).mkdir(parents=True, exist_ok=True)
-    if not any((known["row"], known["seed"]) == (row["row"], row["seed"]) for known in rows(options)):
-        with open(Path(options.out) / "distill.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-
-
-def rows(options) -> list[dict]:
-    path = Path(options.out) / "distill.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 BESIDE = {"text-logits": "text-alone", "text-cache": "text-logits", "text-hidden": "text-alone", "chat-logits": "chat-alone", "chat-hidden": "chat-alone",
@@ -244,13 +232,8 @@ NAMES = ("lily tim timmy tom sara sarah ben anna mia max jack lucy sam amy bob s
 
 # ------------------------------------------------------------------------------------------------- beside TRL
 
-STEPS, ROWS = 10, 32
-# The shipped template's turns without the line break after the last one, which TRL would learn as well.
-TURNS = ("{{ bos_token }}{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + ('' if loop.last and message.role == 'assistant' else '\\n') }}"
-         "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}")
-PLAIN = ["--training.optim", "adamw", "--training.lr_scheduler_type", "constant", "--training.warmup_steps", "0", "--training.weight_decay", "0", "--training.adam_beta2", "0.999",
-         "--training.mixed_precision", "no", "--learning-rate", "1e-3", "--batch-size", str(ROWS), "--max-steps", str(STEPS), "--data.validation", "none", "--data.packing", "false",
-         "--training.logging_steps", "1", "--training.eval_steps", "0", "--training.save_steps", "0", "--training.sample_tokens", "0", "--eval-answers", "0", "--alpha", "0"]
+ROWS = 32
+ALIKE = ["--learning-rate", "1e-3", "--batch-size", str(ROWS), "--data.packing", "false", "--eval-answers", "0", "--alpha", "0", *PLAIN]
 
 
 def ours_beside(kind: list[str], student: Path, data: Path, options) -> tuple[float, list[float], list[int]]:
@@ -266,7 +249,7 @@ def ours_beside(kind: list[str], student: Path, data: Path, options) -> tuple[fl
 
     TOKENIZER.TokenStream.__next__ = noted
     with contextlib.redirect_stderr(io.StringIO()):
-        DISTILL.main(["--config", str(ROOT / "config.yaml"), "--teacher", options.model, "--model", str(student), "--data", str(data), "--out", str(out), "--overwrite", *PLAIN, *kind])
+        DISTILL.main(["--config", str(ROOT / "config.yaml"), "--teacher", options.model, "--model", str(student), "--data", str(data), "--out", str(out), "--overwrite", *ALIKE, *kind])
     TOKENIZER.TokenStream.__next__ = usual
     losses = [record["loss"] for record in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in record]
     return result(out)["seconds"], losses, order
@@ -332,13 +315,14 @@ def main() -> None:
     parser.add_argument("--loud", action="store_true", help="show what DISTILL.py says")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to DISTILL.py")
     options = parser.parse_args()
+    options.rows = Path(options.out) / "distill.jsonl"
     if options.what != "gains":
         return {"cache": time_cache, "stories": stories, "trl": time_beside_trl}[options.what](options)
     for seed in () if options.table else options.seeds:
         for name in options.rows:
-            if (name, seed) not in {(row["row"], row["seed"]) for row in rows(options)}:
-                save(run(name, seed, options), options)
-    print(table(rows(options)))
+            if (name, seed) not in {(row["row"], row["seed"]) for row in rows(options.rows)}:
+                save(run(name, seed, options), options.rows)
+    print(table(rows(options.rows)))
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def run(method: str, seed: int, options) -> dict:
     out = Path(options.out) / f"{method}-{seed}"
     reward = str(Path(options.out) / f"reward-{seed}")
     if method == "ppo-reward-model" and not (Path(reward) / "result.json").exists():
-        save(run("reward", seed, options), options)
+        save(run("reward", seed, options), options.rows)
     flags = [flag.format(reward=reward) for flag in RUNS[method][0]]
     command = [sys.executable, str(ROOT / "RL.py"), "--config", str(ROOT / "config.yaml"), "--model", options.model, "--out", str(out), "--seed", str(seed), *flags, *options.flags]
     clock = time.perf_counter()
@@ -148,15 +148,14 @@ def run(method: str, seed: int, options) -> dict:
     return {"method": method, "seed": seed, "before": before, "after": measure(method, str(out), options.model, reward, seed), "kl": kl, "seconds": round(seconds)}
 
 
-def save(row: dict, options) -> None:
-    Path(options.out).mkdir(parents=True, exist_ok=True)
-    with open(Path(options.out) / "rl.jsonl", "a") as file:
+def save(row: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
 
 
-def rows(options) -> list[dict]:
-    path = Path(options.out) / "rl.jsonl"
+def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -235,7 +234,7 @@ STEPS = 10
 TURNS = ("{{ bos_token }}{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + ('' if loop.last and message.role == 'assistant' else '\\n') }}"
          "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}")
 PLAIN = ["--training.optim", "adamw", "--training.lr_scheduler_type", "constant", "--training.warmup_steps", "0", "--training.weight_decay", "0", "--training.adam_beta2", "0.999",
-         "--training.mixed_precision", "no", "--learning-rate", "1e-4", "--batch-size", "64", "--max-steps", str(STEPS), "--data.validation", "none",
+         "--training.mixed_precision", "no", "--max-steps", str(STEPS), "--data.validation", "none",
          "--training.logging_steps", "1", "--training.eval_steps", "0", "--training.save_steps", "0", "--training.sample_tokens", "0"]
 
 
@@ -249,7 +248,7 @@ def ours_beside(method: str, options) -> tuple[float, list[float], list[str]]:
 
     RL.Pairs.finish = noted
     with contextlib.redirect_stderr(io.StringIO()):
-        RL.main(["--config", str(ROOT / "config.yaml"), "--model", options.model, "--out", str(out), "--overwrite", "--rl.method", method, *PLAIN])
+        RL.main(["--config", str(ROOT / "config.yaml"), "--model", options.model, "--out", str(out), "--overwrite", "--rl.method", method, "--learning-rate", "1e-4", "--batch-size", "64", *PLAIN])
     RL.Pairs.finish = finish
     losses = [record["loss"] for record in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in record]
     return json.loads((out / "result.json").read_text())["seconds"], losses, order
@@ -313,14 +312,15 @@ def main() -> None:
     parser.add_argument("--loud", action="store_true", help="show what RL.py says")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to RL.py")
     options = parser.parse_args()
+    options.rows = Path(options.out) / "rl.jsonl"
     if options.what != "gains":
         return {"rollouts": time_rollouts, "time": time_step, "trl": time_beside_trl}[options.what](options)
-    known = {(row["method"], row["seed"]) for row in rows(options)}
+    known = {(row["method"], row["seed"]) for row in rows(options.rows)}
     for method in () if options.table else (RUNS if options.method == "all" else [options.method]):
         for seed in options.seeds:
-            if (method, seed) not in known and (method, seed) not in {(row["method"], row["seed"]) for row in rows(options)}:
-                save(run(method, seed, options), options)
-    print(table(rows(options)))
+            if (method, seed) not in known and (method, seed) not in {(row["method"], row["seed"]) for row in rows(options.rows)}:
+                save(run(method, seed, options), options.rows)
+    print(table(rows(options.rows)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Shared by all tests: offline, few threads' noise, tiny models and data made on the spot."""
 
+import json
 import os
 import random
 import signal
@@ -36,6 +37,14 @@ def launch(folder, *words) -> subprocess.Popen:
     """python with these words, in this folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def two_processes(folder: Path, runs: dict[str, list[list[str]]]) -> None:
+    """Two processes run scripts, each with its lists of arguments one after another."""
+    (folder / "runs.json").write_text(json.dumps(runs))
+    process = launch(ROOT, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "two_ranks.py", folder / "runs.json")
+    _, talk = process.communicate(timeout=280)
+    assert process.returncode == 0, talk
 
 
 def wait_for_steps(process: subprocess.Popen, count: int = 1) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY, kills, launch, make_text
+from conftest import ROOT, TINY, kills, launch, make_text, two_processes
 from safetensors.torch import load_file
 
 import DISTILL
@@ -608,10 +608,7 @@ def test_two_processes_learn_as_one(world, tmp_path):
     answers = ["--generate", "--model.device", "cpu", "--teacher", str(world / "talker"), "--data", str(world / "prompts.jsonl"), "--num-generations", "3", "--reward-funcs", "regex:fox",
                "length:9", "--max-completion-length", "40"]
     written = [*answers, "--rollout-batch-size", "9", "--out", str(tmp_path / "two.jsonl")]
-    (tmp_path / "runs.json").write_text(json.dumps({"DISTILL": [*runs.values(), cache, written]}))
-    process = launch(ROOT, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "two_ranks.py", tmp_path / "runs.json")
-    _, talk = process.communicate(timeout=280)
-    assert process.returncode == 0, talk
+    two_processes(tmp_path, {"DISTILL": [*runs.values(), cache, written]})
     for name, argv in runs.items():
         one = tmp_path / f"{name}-one"
         DISTILL.main([*argv, "--training.fsdp", "false", "--grad-accum", "2", "--out", str(one)])
@@ -855,8 +852,8 @@ def test_answers_are_records_that_sft_reads(world, tmp_path):
 def test_prompts_that_do_not_fit_are_told(world, tmp_path, capsys):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "fox " * 200}) + "\n" + json.dumps({"prompt": "The red"}) + "\n")
     generate(world, tmp_path / "out.jsonl", "--data", tmp_path / "long.jsonl", "--num-generations", "20")
-    assert f"left out 1 whose prompt and 40 tokens (distill.max_completion_length) exceed the teacher's 128 (the first: {tmp_path / 'long.jsonl'}:1)" in capsys.readouterr().err
-    with pytest.raises(UserError, match="leaves no room for a prompt in the teacher's 128 tokens"):
+    assert f"left out 1 whose prompt and 40 tokens (distill.max_completion_length) exceed the teacher's context of 128 (the first: {tmp_path / 'long.jsonl'}:1)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="leaves no room for a prompt in the teacher's context of 128"):
         generate(world, tmp_path / "no.jsonl", "--max-completion-length", "128")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, kills, launch, make_text
+from conftest import ROOT, kills, launch, make_text, two_processes
 from safetensors.torch import load_file
 from torch import tensor
 
@@ -1034,10 +1034,7 @@ def test_two_processes_learn_as_one(world, tmp_path):
     kinds = {name: flags_of(world, name.partition("-")[0]) for name in ("dpo", "kto", "reward", "grpo", "ppo", "grpo-sharded", "ppo-lora", "rloo-sharded-lora")}
     more = {"grpo-sharded": ["--training.fsdp", "true"], "ppo-lora": ["--lora.r", "4"], "rloo-sharded-lora": ["--training.fsdp", "true", "--lora.r", "4"]}
     runs = {name: [*flags, *more.get(name, []), "--batch-size", "4", "--max-steps", "4", "--out", str(tmp_path / name)] for name, flags in kinds.items()}
-    (tmp_path / "runs.json").write_text(json.dumps({"RL": list(runs.values())}))
-    process = launch(ROOT, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "two_ranks.py", tmp_path / "runs.json")
-    _, talk = process.communicate(timeout=280)
-    assert process.returncode == 0, talk
+    two_processes(tmp_path, {"RL": list(runs.values())})
     for name, argv in runs.items():
         one = tmp_path / f"{name}-one"
         RL.main([*argv, "--training.fsdp", "false", "--grad-accum", "2", "--out", str(one)])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, kills, launch
+from conftest import ROOT, kills, launch, two_processes
 from safetensors.torch import load_file
 
 import INFER
@@ -1067,10 +1067,7 @@ def test_two_processes_fine_tune_as_one(flags, label_flags, tmp_path):
     kinds = {"full": flags, "lora": [*flags, "--lora.r", "4"], "sharded": [*flags, "--lora.r", "4", "--training.fsdp", "true"],
              "labels": [*label_flags, "--batch-size", "4"], "label-lora": [*label_flags, "--batch-size", "4", "--lora.r", "4"]}
     runs = {name: [*kind, *some, "--out", str(tmp_path / name)] for name, kind in kinds.items()}
-    (tmp_path / "runs.json").write_text(json.dumps({"SFT": list(runs.values())}))
-    process = launch(ROOT, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "two_ranks.py", tmp_path / "runs.json")
-    _, talk = process.communicate(timeout=240)
-    assert process.returncode == 0, talk
+    two_processes(tmp_path, {"SFT": list(runs.values())})
     for name, argv in runs.items():
         one = tmp_path / f"{name}-one"
         SFT.main([*argv, "--training.fsdp", "false", "--grad-accum", "2", "--out", str(one)])
