@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -281,7 +280,7 @@ def hold(teacher: MODEL.LanguageModel, mixed: str) -> None:
 @torch.no_grad()
 def states_of(teacher: MODEL.LanguageModel, batch: dict, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
     """(last hidden states (B, T, C), all of them in Hugging Face's order if `keep`). Logits are left to `head_logits`, row by row."""
-    hidden, states, _ = teacher.backbone(batch["input_ids"], batch.get("positions"), None, batch.get("segment_ids"), None, keep)
+    hidden, states, _ = teacher.backbone(batch["input_ids"], batch["positions"], None, batch["segment_ids"], None, keep)
     return hidden, [*states, hidden]
 
 
@@ -312,12 +311,19 @@ MOVING_ROWS = "rows must be the same in every epoch; data.streaming, data.weight
 CACHE_BLOCK = 16  # batches between two notes of how far the cache is written
 
 
+def cut_once(rows, config, key: str) -> None:
+    """Let rows be the same in every epoch, or say that they cannot be."""
+    if not isinstance(rows, TOKENIZER.TokenStream) or config.data.weights or config.data.streaming:
+        raise UserError(f"{key}: {MOVING_ROWS}")
+    rows.make_plan = TOKENIZER.cut_once(rows.make_plan)
+
+
 def data_mark(cut) -> str:
     """Names what rows hold: ids, weights, and where each row begins and ends."""
     digest, spans = hashlib.blake2b(digest_size=16), cut.spans
     for start in range(0, len(spans.ids), 2**24):
         digest.update(np.ascontiguousarray(spans.ids[start : start + 2**24]).astype("<i8").tobytes())
-    for array in (getattr(spans, "weights", np.zeros(0)), spans.starts, spans.lengths):
+    for array in (np.zeros(0) if spans.weights is None else spans.weights, spans.starts, spans.lengths):
         digest.update(np.ascontiguousarray(array).tobytes())
     digest.update(json.dumps([cut.count, *(map(int, np.concatenate([cut.row(i) for i in {0, cut.count // 2, cut.count - 1}]).flatten()))]).encode())
     return digest.hexdigest()
@@ -383,7 +389,7 @@ def row_starts(cut) -> np.ndarray:
 
 def trained_of(cut, number: int) -> int:
     """How many targets a row has."""
-    weights = getattr(cut.spans, "weights", None)
+    weights = cut.spans.weights
     return sum(stop - start if weights is None else int(np.count_nonzero(weights[start + 1 : stop + 1])) for start, stop in cut.row(number))
 
 
@@ -446,6 +452,12 @@ class Cache:
 BARE_RUN = SimpleNamespace(seed=0, grad_accum=1, world_size=1, rank=0)  # enough to cut rows
 
 
+def numbers_of(rows: TOKENIZER.TokenStream, batch: dict) -> list[int]:
+    """Which rows of the plan, as it was cut, a batch holds."""
+    first = batch["place"][2]
+    return rows.plan.order[first : min(first + rows.batch_size, rows.plan.count)].tolist()
+
+
 class Told:
     """A stream of rows, each with what the cache holds of it."""
 
@@ -455,16 +467,15 @@ class Told:
 
     def check(self) -> None:
         self.rows.start(BARE_RUN)
-        self.cache.check(self.rows.parts[0], self.settings, self.rows.length)
+        self.cache.check(self.rows.plan.plan, self.settings, self.rows.length)
 
     def start(self, run) -> None:
         self.rows.start(run)
-        self.steps_per_epoch, self.starts = self.rows.steps_per_epoch, row_starts(self.rows.parts[0])
+        self.steps_per_epoch, self.starts = self.rows.steps_per_epoch, row_starts(self.rows.plan.plan)
 
     def __next__(self) -> dict:
         batch = next(self.rows)
-        numbers = [int(i) for i in batch["rows"] if i >= 0]
-        return {**batch, **self.cache.read([slice(self.starts[i], self.starts[i + 1]) for i in numbers])}
+        return {**batch, **self.cache.read([slice(self.starts[i], self.starts[i + 1]) for i in numbers_of(self.rows, batch)])}
 
 
 class FromCache:
@@ -501,15 +512,14 @@ def write_cache(config) -> None:
     teacher = load_teacher(config, device)
     TRAIN.fit_length(config, teacher.context, "the teacher's")
     rows, _, _ = read_rows(config, teacher.tokenizer, teacher, task_of(config, teacher))
-    if not getattr(rows, "fixed", False):
-        raise UserError(f"--cache: {MOVING_ROWS}")
+    cut_once(rows, config, "--cache")
     rows.start(BARE_RUN)
     mixed = TRAIN.precision(training, config.model.dtype, device)
-    facts = {**cache_facts(settings, training, teacher, rows.parts[0]), "mixed_precision": mixed}
+    facts = {**cache_facts(settings, training, teacher, rows.plan.plan), "mixed_precision": mixed}
     with alone_at(folder / ".lock", "distill.cache_dir"), on_interrupt(f"{folder}: what was noted stays there, and the same command goes on"):
         done = begin_cache(folder, facts, bool(config.actions.overwrite), teacher.tokenizer)
         hold(teacher.model, mixed)
-        fill_cache(Cache(folder, facts, "r+"), rows.parts[0], teacher.model, TRAIN.Run(teacher.model, training, device, mixed), training.batch_size, done)
+        fill_cache(Cache(folder, facts, "r+"), rows.plan.plan, teacher.model, TRAIN.Run(teacher.model, training, device, mixed), training.batch_size, done)
         if MODEL.process_rank() == 0:
             MODEL.write_text(folder / "cache.json", json.dumps(facts, indent=1) + "\n")
             (folder / "cache.part.json").unlink(missing_ok=True)
@@ -536,7 +546,7 @@ def fill_cache(cache: Cache, cut, teacher: MODEL.LanguageModel, run: TRAIN.Run, 
         stop = min(done + CACHE_BLOCK * size * run.world_size, cut.count)
         for first in range(done + run.rank * size, stop, run.world_size * size):
             numbers = range(first, min(first + size, stop))
-            batch = TOKENIZER.collate(cut.spans.ids, [cut.row(i) for i in numbers], weights=getattr(cut.spans, "weights", None))
+            batch = TOKENIZER.collate(cut.spans, [cut.row(i) for i in numbers])
             with run.autocast():
                 cache.write(int(starts[first]), *likeliest(teacher, TRAIN.on_device(batch, run.device), cache.facts))
             bar.show(numbers[-1] + 1)
@@ -626,18 +636,12 @@ def align(own: tuple[str, dict[int, int]], other: tuple[str, dict[int, int]]) ->
     return [(count, other[1][place]) for place, count in own[1].items() if place <= same and place in other[1]]
 
 
-def runs_of(mask: list) -> list[tuple[int, int]]:
-    """[0, 1, 1, 0, 1] -> [(1, 3), (4, 5)]"""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(mask) != 0, [0]]).astype(int)))
-    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
-
-
 class BothTokenizers:
     """A stream of rows, each beside the same text in the teacher's ids, and the places where both have read the same characters:
     there both predict what follows, and only there they are compared."""
 
-    def __init__(self, rows: TOKENIZER.TokenStream, tokenizer, teacher: Teacher, talks: list | None):
-        self.rows, self.tokenizer, self.teacher, self.talks = rows, tokenizer, teacher, talks
+    def __init__(self, rows: TOKENIZER.TokenStream, tokenizer, teacher: Teacher, samples: list | None):
+        self.rows, self.tokenizer, self.teacher, self.samples = rows, tokenizer, teacher, samples
         self.state_dict, self.load_state_dict = rows.state_dict, rows.load_state_dict
         self.known: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # start of a piece -> (the teacher's ids, places (n, 2))
 
@@ -647,8 +651,8 @@ class BothTokenizers:
 
     def told(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         if start not in self.known:
-            ids = self.rows.parts[0].spans.ids[start : stop + 1].tolist()
-            theirs, places = self.conversation(start, ids) if self.talks else self.text(ids)
+            ids = self.rows.plan.spans.ids[start : stop + 1].tolist()
+            theirs, places = self.conversation(start, ids) if self.samples else self.text(ids)
             room = self.teacher.context
             self.known[start] = (np.array(theirs[: room + 1], np.int64), np.array([(i, j) for i, j in places if i < len(ids) - 1 and j < min(len(theirs) - 1, room)], np.int64).reshape(-1, 2))
         return self.known[start]
@@ -663,22 +667,24 @@ class BothTokenizers:
         return [TOKENIZER.begin_id(tokenizer), *theirs, *end], [(i + first - 1, j) for i, j in pairs if i + first > 0]
 
     def conversation(self, start: int, ids: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        talk = self.talks[int(np.searchsorted(self.rows.parts[0].spans.starts, start))]
-        own, other = (SFT.Talk(talk.where, talk.record, tokenizer, SFT.SFTSection()) for tokenizer in (self.tokenizer, self.teacher.tokenizer))
-        pairs = []  # answer by answer: what templates put around them differs
-        for (a, b), (c, d) in zip(runs_of(own.weights), runs_of(other.weights), strict=False):
+        sample = self.samples[int(np.searchsorted(self.rows.plan.spans.starts, start))]
+        other, pairs = SFT.Sample(sample.where, sample.record, self.teacher.tokenizer, SFT.SFTSection()), []
+        if "text" in sample.record:
+            return self.text(ids)
+        for (_, a, b), (_, c, d) in zip(sample.turns, other.turns, strict=True):  # turn by turn: what templates put around them differs
             a, c = max(a, 1), max(c, 1)
             pairs += [(a - 1 + i, c - 1 + j) for i, j in align(spell(self.tokenizer, ids[a:b]), spell(self.teacher.tokenizer, other.ids[c:d]))]
         return other.ids, pairs
 
     def __next__(self) -> dict:
         batch = next(self.rows)
-        cut = self.rows.parts[0]
-        told = [[(stop - start, *self.told(start, stop)) for start, stop in cut.row(int(i))] if i >= 0 else [] for i in batch["rows"]]
+        numbers, cut = numbers_of(self.rows, batch), self.rows.plan.plan
+        told = [[(stop - start, *self.told(start, stop)) for start, stop in cut.row(i)] for i in numbers]
+        told += [[]] * (len(batch["input_ids"]) - len(told))  # padding
         pieces = [ids for row in told for _, ids, _ in row]
         ends = iter(np.cumsum([len(ids) for ids in pieces]).tolist())
         spans = [[(end - len(ids), end - 1) for _, ids, _ in row for end in [next(ends)]] for row in told]
-        theirs = TOKENIZER.collate(np.concatenate([*pieces, [0]]).astype(np.int64), spans)
+        theirs = TOKENIZER.collate(SimpleNamespace(ids=np.concatenate([*pieces, [0]]).astype(np.int64), weights=None), spans)
         width, places = theirs["input_ids"].shape[1], torch.full(batch["input_ids"].shape, -1)
         for r, row in enumerate(told):
             at = there = 0
@@ -687,7 +693,7 @@ class BothTokenizers:
                 at, there = at + length, there + len(ids) - 1
         places[batch["targets"] == -100] = -1
         batch |= {f"teacher_{name}": value for name, value in theirs.items() if name in ("input_ids", "positions", "segment_ids")}
-        aligned = batch["weights"][places >= 0].sum() if "weights" in batch else (places >= 0).sum()
+        aligned = (places >= 0).sum() if batch["weights"] is None else batch["weights"][places >= 0].sum()
         return {**batch, "places": places, "counts": {**batch["counts"], "aligned": float(aligned)}}
 
 
@@ -839,20 +845,20 @@ class Mixed:
 ANSWER_LENGTH = "distill.max_completion_length"
 
 
-def student_texts(config, tokenizer, talks: list[SFT.Talk], out: Path) -> StudentTexts:
+def student_texts(config, tokenizer, samples: list[SFT.Sample], out: Path) -> StudentTexts:
     """The prompts are the conversations up to their last answers."""
     settings, length = config.distill, config.training.max_length
-    room, left, prompts = RL.Room(ANSWER_LENGTH, settings.max_completion_length, length, "training.max_length"), RL.LeftOut(), []
+    room, left, prompts = RL.Room(ANSWER_LENGTH, settings.max_completion_length, length, "training.max_length"), TOKENIZER.LeftOut(), []
     room.check()
-    for talk in talks:
-        messages = talk.record.get("messages") or []
+    for sample in samples:
+        messages = sample.record.get("messages") or []
         asked = messages[: max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)]
         if not asked:
-            left.add("that ask nothing", talk.where)
+            left.add("without a prompt", sample.where)
             continue
-        ids = TOKENIZER.render_chat(tokenizer, asked, talk.record.get("tools"), add_generation_prompt=True)[0]
-        if room.fits(ids, talk.where, left):
-            prompts.append(RL.Prompt(talk.where, asked, ids, {}))
+        ids = RL.prompt_ids(tokenizer, asked, sample.record.get("tools"))
+        if room.fits(ids, sample.where, left):
+            prompts.append(RL.Prompt(sample.where, asked, ids, {}))
     if not prompts:
         raise UserError(f"data.train: no prompt is left for distill.lmbda{left.text()}")
     if MODEL.process_rank() == 0:
@@ -874,9 +880,10 @@ def distillation(ask: Callable | None, settings: DistillSection, layers: dict[in
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
         reduce, states = ask(batch) if ask else (None, [])
         reduce = reduce if settings.alpha < 1 else None
-        out = model(batch["input_ids"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), targets=batch["targets"],
+        out = model(batch["input_ids"], positions=batch["positions"], segment_ids=batch.get("segment_ids"), targets=batch["targets"],
                     reduce=reduce, want=("hidden_states",) if layers else ())
-        weights = batch["weights"] if "weights" in batch else (batch["targets"] != -100).float()  # (B, T)
+        weights = batch.get("weights")
+        weights = (batch["targets"] != -100).float() if weights is None else weights  # (B, T)
         alpha = 0.0 if batch.get("sampled") else settings.alpha
 
         def share(values: Tensor, of: str = "tokens") -> Tensor:
@@ -916,19 +923,11 @@ def task_of(config, teacher: Teacher) -> str:
     return task
 
 
-@contextlib.contextmanager
-def under_own_names():
-    """What SFT's and RL's parts say of their settings, said of the same ones here."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(re.sub(r"\b(rl|sft)\.(columns|system|reward_funcs|reward_weights)\b", r"distill.\2", str(error))) from None
-
-
 def as_sft(config) -> SimpleNamespace:
     """The settings as SFT's readers and measures know them."""
     s = config.distill
     section = SFT.SFTSection(columns=s.columns, system=s.system, train_on_prompt=s.train_on_prompt, eval_answers=s.eval_answers, answer_tokens=s.max_completion_length)
+    section.section = "distill"
     return SimpleNamespace(**{**vars(config), "sft": section})
 
 
@@ -937,16 +936,12 @@ def read_rows(config, tokenizer, teacher: Teacher, task: str) -> tuple[object, C
     if task == "text":
         tell_idle(config.distill, ("train_on_prompt", "columns", "system", "eval_answers", "max_completion_length"), "on text, which holds no conversations")
         stream, evaluate = TRAIN.prepare_data(config, tokenizer, masked=not teacher.causal)
-        if isinstance(stream, TOKENIZER.TokenStream):
-            stream.fixed = stream.weights is None and stream.known
         return stream, TRAIN.with_samples(evaluate, tokenizer, config.training), None
     own = as_sft(config)
-    with under_own_names():
-        talks, kept = SFT.read_talks(own, tokenizer)
-    stream, batches = SFT.in_batches(own, talks, kept)
-    stream.fixed = True
+    samples, kept = SFT.read_conversations(own, tokenizer)
+    stream, batches = SFT.in_batches(own, samples, kept)
     evaluate = SFT.with_answers(TRAIN.held_out_loss(batches, None) if batches else None, kept, tokenizer, own)
-    return stream, evaluate, talks
+    return stream, evaluate, samples
 
 
 def choose_tokenizer(config, checkpoint: Path | None, teacher: Teacher):
@@ -976,7 +971,7 @@ def make_student(config, tokenizer, teacher: Teacher, device) -> MODEL.LanguageM
             raise UserError("distill.init_layers: the student is the teacher with fewer layers; leave out --model, model.preset and its knobs")
         source = teacher if teacher.model else load_teacher(config, "cpu")
         model = student_of(source, settings.init_layers, training.seed, section.attn_implementation)
-        MODEL.grow_vocabulary(model, len(tokenizer))
+        MODEL.grow_vocabulary(model, TOKENIZER.vocab_size(tokenizer))
         TRAIN.fit_length(config, model.config.max_position_embeddings)
     else:
         if section.name:
@@ -1018,8 +1013,8 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
         introduce(teacher, MODEL.count_parameters(model)[0], settings)
     if config.training.objective != "auto" or not model.config.causal:
         TRAIN.objective(training, model, tokenizer)
-    stream, evaluate, talks = read_rows(config, tokenizer, teacher, task)
-    if talks is not None:
+    stream, evaluate, samples = read_rows(config, tokenizer, teacher, task)
+    if samples is not None:
         TOKENIZER.end_with_turns(model, tokenizer)
     if settings.method == "hidden":
         need_states(teacher.name, teacher.model, "distill.teacher")
@@ -1029,21 +1024,19 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
         add_projections(model, teacher.model.config.hidden_size, list(layers), training.seed)
     ask = None
     if cache:
-        if not getattr(stream, "fixed", False):
-            raise UserError(f"distill.cache_dir: {MOVING_ROWS}")
+        cut_once(stream, config, "distill.cache_dir")
         stream = Told(stream, cache, settings)
         stream.check()
         ask = FromCache(cache.facts["vocab_size"], settings) if settings.asks_teacher else None
     elif settings.method == "universal":
-        if not getattr(stream, "fixed", False):
-            raise UserError(f"distill.method: universal: {MOVING_ROWS}")
-        stream, ask = BothTokenizers(stream, tokenizer, teacher, talks), ThroughText(teacher, settings)
+        cut_once(stream, config, "distill.method: universal")
+        stream, ask = BothTokenizers(stream, tokenizer, teacher, samples), ThroughText(teacher, settings)
     elif settings.asks_teacher:
         ask = InMemory(teacher, settings)
     if ask and teacher.model:
         hold(teacher.model, TRAIN.precision(training, config.model.dtype, device))
     if settings.lmbda:
-        stream = Mixed(stream, student_texts(config, tokenizer, talks, out), settings.lmbda)
+        stream = Mixed(stream, student_texts(config, tokenizer, samples, out), settings.lmbda)
     return TRAIN.Stage(model, tokenizer, stream, distillation(ask, settings, layers), evaluate, TRAIN.save_product)
 
 
@@ -1068,8 +1061,8 @@ def write_answers(config) -> None:
         raise UserError("distill.sampling_temperature: 0 gives the same answer each time; raise it, or ask for one (distill.num_generations 1)")
     _, device = TRAIN.start_processes(config.training, config.model.device, out.parent)
     part = out.with_name(f"{out.name}.part")
-    with alone_at(out.with_name(f".{out.name}.lock"), "--out"), on_interrupt(f"{part} holds what was answered, and the same command goes on"), under_own_names():
-        judges = RL.Judges(settings, RL.base_and_tokenizer(settings.teacher, "distill.teacher")[1], device) if settings.reward_funcs else None
+    with alone_at(out.with_name(f".{out.name}.lock"), "--out"), on_interrupt(f"{part} holds what was answered, and the same command goes on"):
+        judges = RL.Judges(settings, RL.base_and_tokenizer(settings.teacher, "distill.teacher")[1], device, "distill") if settings.reward_funcs else None
         teacher = load_teacher(config, device)
         if not teacher.causal:
             raise UserError(f"distill.teacher: {teacher.name} is an encoder, which answers nobody")
@@ -1142,27 +1135,23 @@ def finish_answers(known: dict[int, list], part: Path, out: Path, settings: Dist
 
 def read_asked(config, teacher: Teacher) -> list[RL.Prompt]:
     """Prompts that leave the teacher room to answer."""
-    settings, left, found, seen = config.distill, RL.LeftOut(), [], set()
+    settings, left, found, seen = config.distill, TOKENIZER.LeftOut(), [], set()
     room = RL.Room(ANSWER_LENGTH, settings.max_completion_length, teacher.context, "the teacher's context of")
     room.check()
-    for group in TOKENIZER.expand_paths(config.data.train):
-        for where, record in TOKENIZER.read_prompts(group, settings.columns, settings.system):
-            if isinstance(record["prompt"], list):
-                RL.make_chat(teacher.tokenizer, [(where, record)]) if teacher.tokenizer.chat_template else no_template(where, teacher)
-            if record.get("tools"):
-                raise UserError(f"{where}: tools, which --generate does not show to the teacher; leave them out")
-            if given := {"prompts", "completions", "completion_ids", "messages", "conversations"} & record.keys():
-                raise UserError(f"{where}: the key '{min(given)}' has a meaning of its own here; rename it by distill.columns")
-            key = json.dumps(record["prompt"], sort_keys=True)
-            if not record["prompt"]:
-                left.add("that ask nothing", where)
-            elif config.data.deduplicate and key in seen:
-                left.add("that stand twice", where)
-            else:
-                ids = RL.prompt_ids(teacher.tokenizer, record["prompt"])
-                if room.fits(ids, where, left):
-                    found.append(RL.Prompt(where, record["prompt"], ids, {key: value for key, value in record.items() if key not in ("prompt", "completion", "system")}))
-            seen.add(key)
+    form = TOKENIZER.Form(RL.prompt_record, "distill", settings.columns, settings.system)
+    for where, record in TOKENIZER.read_split(dataclasses.replace(config.data, validation="none"), form, left, "prompt")[0]:
+        if isinstance(record["prompt"], list):
+            RL.make_chat(teacher.tokenizer, [(where, record)]) if teacher.tokenizer.chat_template else no_template(where, teacher)
+        if given := {"prompts", "completions", "completion_ids", "messages", "conversations"} & record.keys():
+            raise UserError(f"{where}: the key '{min(given)}' has a meaning of its own here; rename it by distill.columns")
+        key = TOKENIZER.prompt_key(record)
+        if config.data.deduplicate and key in seen:
+            left.add("duplicates", where)
+            continue
+        seen.add(key)
+        ids = RL.prompt_ids(teacher.tokenizer, record["prompt"], record.get("tools"))
+        if room.fits(ids, where, left):
+            found.append(RL.Prompt(where, record["prompt"], ids, {key: value for key, value in record.items() if key not in ("prompt", "completion", "system")}))
     if not found:
         raise UserError(f"data.train: no prompt is left{left.text()}")
     if MODEL.process_rank() == 0:

@@ -403,10 +403,8 @@ def score_ids(model, ids: list[int], top: int = 0) -> Scored:
 
 
 def score_prompt(tokenizer, text: str) -> list[int]:
-    """Ids of a text to be scored whole: a beginning goes in front, so that its first token counts too."""
-    ids = TOKENIZER.encode_prompt(tokenizer, text) if text else []
-    begin = TOKENIZER.begin_id(tokenizer)
-    return ids if ids[:1] == [begin] else [begin, *ids]
+    """Ids of a text to be scored whole, as training reads it: a beginning goes in front, so that its first token counts too."""
+    return TOKENIZER.encode_text(tokenizer, text)[:-1]
 
 
 def score(model, tokenizer, texts: Iterable[str], top: int = 0, each: Callable | None = None) -> dict:
@@ -473,7 +471,7 @@ class Session:
             messages = asked["messages"]
             if self.settings.system and messages[0].get("role") != "system":
                 messages = [{"role": "system", "content": self.settings.system}, *messages]
-            ids, _ = TOKENIZER.render_chat(self.tokenizer, messages, asked.get("tools"), add_generation_prompt=True)
+            ids = TOKENIZER.render_chat(self.tokenizer, messages, asked.get("tools"), add_generation_prompt=True).ids
         else:
             ids = TOKENIZER.encode_prompt(self.tokenizer, prompt)
         context = self.model.config.max_position_embeddings
@@ -563,10 +561,7 @@ def run_jsonl(session: Session) -> None:
 
 
 def _record(line: str, where: str, base: Sampling):
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    record = TOKENIZER.parse_json(line, where)
     prompt = record.get("messages", record.get("prompt")) if isinstance(record, dict) else None
     if not isinstance(prompt, (str, list)) or prompt == []:
         raise UserError(f"{where}: an object with 'prompt' or 'messages' is expected")
@@ -574,10 +569,8 @@ def _record(line: str, where: str, base: Sampling):
     stop = record.get("stop")
     if stop is not None and not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):
         raise UserError(f"{where}: stop: {stop!r} is no text or list of texts")
-    if isinstance(prompt, list) and not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt):
-        raise UserError(f"{where}: messages: objects with 'role' and 'content' are expected")
-    if isinstance(prompt, list) and record.get("tools"):
-        prompt = {"messages": prompt, "tools": record["tools"]}
+    if isinstance(prompt, list):
+        prompt = {"messages": TOKENIZER.messages_of(prompt, where), **TOKENIZER.extras_of({"tools": record.get("tools")}, where)}
     own = {key: MODEL.convert(record[key], kinds[key], f"{where}: {key}") for key in SAMPLING_KEYS if key in record and key != "stop"}
     own.update({"stop": stop} if "stop" in record else {})
     try:
@@ -606,13 +599,16 @@ def run_terminal(session: Session) -> None:
             messages.append({"role": "assistant", "content": reply})
 
 
-def run_score(session: Session, path: str, lines: bool, top: int, logits_path: str | None) -> None:
+def run_score(session: Session, data: TOKENIZER.DataSection, path: str, lines: bool, top: int, logits_path: str | None) -> None:
     """Measures of a whole file as JSON, or with --logprobs one JSON line for each text."""
     if path == "-":
         texts = (line.rstrip("\r\n") for line in read_stdin() if line.strip()) if lines else iter(["".join(read_stdin())])
     else:
         [files] = TOKENIZER.expand_paths([path], "--score")
-        texts = _whole_texts(files, "line" if lines else "file")
+        if not lines and TOKENIZER.suffix_of(files[0]) not in TOKENIZER.RECORDS and data.text_unit != "file":
+            unit, hint = ("line", " (--lines does so here)") if data.text_unit == "line" else ("paragraph", "")
+            say(f"--score: {path} is scored as one text; training reads each {unit} as a text of its own{hint}")
+        texts = (text for file in files for text in TOKENIZER.read_documents(file, "line" if lines else "file", data.text_field))
     words = session.tokenizer.convert_ids_to_tokens
 
     def each(text: str, scored, own: dict) -> None:
@@ -631,16 +627,6 @@ def run_score(session: Session, path: str, lines: bool, top: int, logits_path: s
         raise UserError(f"--score: {path} holds no text")
     if not session.settings.logprobs:
         print(json.dumps(total))
-
-
-def _whole_texts(files: list[Path], unit: str) -> Iterator[str]:
-    parts: list[str] = []
-    for path in files:
-        for text, last in TOKENIZER.read_pieces(path, unit):
-            parts.append(text)
-            if last:
-                yield "".join(parts)
-                parts = []
 
 
 @torch.no_grad()
@@ -686,7 +672,7 @@ def main(argv: list[str] | None = None) -> None:
     elif not session.model.config.causal:
         run_fill(session, actions, prompt)
     elif actions.score is not None:
-        run_score(session, actions.score, actions.lines, actions.top_logprobs or 0, actions.logits)
+        run_score(session, config.data, actions.score, actions.lines, actions.top_logprobs or 0, actions.logits)
     elif actions.jsonl:
         run_jsonl(session)
     elif actions.lines:
@@ -717,7 +703,7 @@ def check_flags(actions, logprobs: bool) -> None:
 def fill(model, tokenizer, text: str, where: str = "prompt") -> str:
     """An encoder's answer: the text with each mask token replaced by the likeliest piece, which brings its own space along."""
     text = text.replace(f" {tokenizer.mask_token}", tokenizer.mask_token)
-    ids = torch.tensor([TOKENIZER.encode_prompt(tokenizer, text)], device=model.device)  # (1, T)
+    ids = torch.tensor([tokenizer(text).input_ids], device=model.device)  # (1, T)
     hidden = ids == tokenizer.mask_token_id
     if not hidden.any():
         raise UserError(f"{where}: this model is an encoder: it fills in {tokenizer.mask_token}, and the text holds none")
@@ -746,21 +732,42 @@ def run_fill(session: Session, actions, prompt: str | None) -> None:
 
 
 @torch.no_grad()
+def scores_of(model, rows: list[list[int]]) -> torch.Tensor:
+    """The classification head's outputs (B, L) for each row of ids: at a decoder's last token, which has seen the whole text, or
+    an encoder's first."""
+    shape = len(rows), max(map(len, rows))
+    inputs, positions = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+    for row, ids in enumerate(rows):
+        inputs[row, : len(ids)], positions[row, : len(ids)] = torch.tensor(ids), torch.arange(len(ids))
+    scores = model(inputs.to(model.device), positions=positions.to(model.device), want=("scores",)).scores.float().cpu()  # (B, T, L)
+    return scores[torch.arange(len(rows)), positions.argmax(1) if model.config.causal else 0]  # (B, L)
+
+
+def completion_text(tokenizer, prompt: list[int], ids: list[int]) -> str:
+    """The text of a completion, read behind its prompt: some tokenizers drop the blank before a first word."""
+    before = tokenizer.decode(prompt[-6:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    whole = tokenizer.decode([*prompt[-6:], *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return whole[len(before) :]
+
+
+def answered_ids(tokenizer, messages: list[dict]) -> list[int]:
+    """A conversation up to the end of the assistant's last turn, as a generation leaves it."""
+    ids, turns = TOKENIZER.render_chat(tokenizer, messages)
+    if not turns:
+        raise UserError("no assistant message, so there is nothing to judge")
+    return ids[: turns[-1].stop]
+
+
 def classify(model, tokenizer, texts: list[str | list[dict]]) -> list[list[float]]:
     """Probabilities of the labels for each text, or for the last answer of each conversation, in the order of `model.config.labels`;
     the bare score of a model with one output."""
     context = model.config.max_position_embeddings
-    ids = [TOKENIZER.encode_prompt(tokenizer, text) if isinstance(text, str) else TOKENIZER.last_turns(tokenizer, text)[0] for text in texts]
+    ids = [tokenizer(text).input_ids if isinstance(text, str) else answered_ids(tokenizer, text) for text in texts]
     if longer := sum(len(own) > context for own in ids):
-        say(f"{longer} text{'s' * (longer > 1)} of more than {context} tokens, the model's context: read up to there")
-        ids = [tokenizer(text, truncation=True, max_length=context).input_ids if isinstance(text, str) else own[:context] for text, own in zip(texts, ids, strict=True)]
-    shape = len(ids), max(map(len, ids))
-    inputs, positions = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
-    for row, own in enumerate(ids):
-        inputs[row, : len(own)], positions[row, : len(own)] = torch.tensor(own), torch.arange(len(own))
-    scores = model(inputs.to(model.device), positions=positions.to(model.device), want=("scores",)).scores.cpu()  # (B, T, L)
-    place = positions.argmax(1) if model.config.causal else torch.zeros(len(ids), dtype=torch.long)  # the last token has seen all
-    chosen = scores[torch.arange(len(ids)), place]  # (B, L)
+        say(f"{longer} text{'s' * (longer > 1)} of more than {context} tokens, the model's context: truncated")
+        ids = [tokenizer(text, truncation=True, max_length=context).input_ids if isinstance(text, str) else own[:context]
+               for text, own in zip(texts, ids, strict=True)]
+    chosen = scores_of(model, ids)
     return (chosen.softmax(-1) if chosen.shape[1] > 1 else chosen).tolist()
 
 
@@ -777,14 +784,11 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
             if actions.jsonl:
                 if not line.strip():
                     continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"stdin:{number}: not valid JSON ({error.msg} at column {error.colno})") from None
+                record = TOKENIZER.parse_json(line, f"stdin:{number}")
                 if isinstance(record, dict) and isinstance(record.get("messages"), list):
                     if not session.tokenizer.chat_template:
                         raise UserError(f"stdin:{number}: messages need a chat template, which this tokenizer lacks; give a 'text'")
-                    yield record, TOKENIZER.conversation(record, f"stdin:{number}")["messages"]
+                    yield record, TOKENIZER.messages_of(record["messages"], f"stdin:{number}")
                     continue
                 line = record.get("text", record.get("prompt")) if isinstance(record, dict) else None
                 if not isinstance(line, str) or not line.strip():

@@ -332,114 +332,63 @@ def adapted_beta(beta: float, kl: float, target: float, texts: int, horizon: int
 # ------------------------------------------------------------------------------------------- preference pairs
 
 
-class Side(NamedTuple):
-    """A prompt with one text after it: ids, and 1 for each that is learnt. Of a text with several turns these are the assistant's."""
+class Example(NamedTuple):
+    """A prompt followed by a completion: ids, and 1 for those that the assistant writes in the completion."""
 
     ids: list[int]
-    mask: list[int]
+    weights: list[int]
 
     @property
     def start(self) -> int:
-        return self.mask.index(1)
+        return self.weights.index(1)
 
 
-def prompt_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
+def prompt_ids(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
     """As `INFER` serves it: in the chat template where there is one."""
     if tokenizer.chat_template:
-        return TOKENIZER.render_chat(tokenizer, TOKENIZER.as_messages(prompt), add_generation_prompt=True)[0]
+        return TOKENIZER.render_chat(tokenizer, TOKENIZER.as_messages(prompt), tools, add_generation_prompt=True).ids
     return TOKENIZER.encode_prompt(tokenizer, prompt)
 
 
-def side(tokenizer, prompt: str | list[dict], said: str | list[dict], where: str) -> Side:
-    """Prompt and text as one conversation up to the end of its last turn, or without a chat template end to end as they stand."""
+def example(tokenizer, prompt: str | list[dict], completion: str | list[dict], tools: list | None, where: str) -> Example:
+    """The prompt as it is served, and the completion up to the end of its last turn; without a chat template one text."""
     if not tokenizer.chat_template:
-        ids = TOKENIZER.encode_prompt(tokenizer, prompt)
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return joined(ids, [*tokenizer(said, add_special_tokens=False).input_ids, *end])
-    turns = TOKENIZER.as_messages(said, "assistant")
+        served, ids = TOKENIZER.encode_pair(tokenizer, prompt, completion)
+        ids += [] if tokenizer.eos_token_id is None or ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+        return Example([*served, *ids], [0] * len(served) + [1] * len(ids))
+    asked = TOKENIZER.as_messages(prompt)
     try:
-        one = Side(*TOKENIZER.last_turns(tokenizer, [*TOKENIZER.as_messages(prompt), *turns], sum(turn["role"] == "assistant" for turn in turns)))
+        served = prompt_ids(tokenizer, prompt, tools)
+        ids, turns = TOKENIZER.render_chat(tokenizer, [*asked, *TOKENIZER.as_messages(completion, "assistant")], tools)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    served = prompt_ids(tokenizer, prompt)
-    if one.ids[: len(served)] == served or len(turns) > 1:
-        return one
-    # The template opens an answer in another way than it keeps one (with a thought, say): what is served decides.
-    opened = tokenizer.decode(served[len(os.path.commonprefix([one.ids, served])) :]).strip()
-    end = TOKENIZER.end_of_turn(tokenizer)
-    text = tokenizer(turns[-1]["content"].removeprefix(opened), add_special_tokens=False).input_ids
-    return joined(served, [*text, *([] if end is None else [end])])
+    turns = [turn for turn in turns if turn.message >= len(asked)]
+    first, last = turns[0].start, turns[-1].stop
+    weights = [0] * last
+    for turn in turns:
+        weights[turn.start : turn.stop] = [1] * (turn.stop - turn.start)
+    return Example([*served, *ids[first:last]], [0] * len(served) + weights[first:])
 
 
-def joined(asked: list[int], text: list[int]) -> Side:
-    return Side([*asked, *text], [0] * len(asked) + [1] * len(text))
-
-
-class Item(NamedTuple):
-    """Texts that are learnt together: a pair (chosen, rejected), or one text that is wanted or not."""
+class Pair(NamedTuple):
+    """Two completions of a prompt (chosen, rejected), or one that is desirable or not."""
 
     where: str
-    sides: list[Side]
+    examples: list[Example]
     prompt: str | list[dict]
+    tools: list | None = None
     margin: float = 0.0
     label: bool = True
 
 
-def read_groups(config, key: str, read: Callable) -> Iterator[tuple[str, dict]]:
-    data = config.data
-    names = data.train if key == "data.train" else [data.validation]
-    for group in TOKENIZER.expand_paths(names, key):
-        yield from read(group, columns=config.rl.columns, system=config.rl.system)
-
-
-def split(config, read: Callable, left: LeftOut) -> tuple[list, list]:
-    """(file:line, record) to train on and held out, each record once."""
-    data, seen = config.data, set()
-
-    def fresh(key: str) -> list[tuple[str, dict]]:
-        found = []
-        for where, record in read_groups(config, key, read):
-            text = json.dumps(record, sort_keys=True, default=str)
-            if data.deduplicate and text in seen:
-                left.add("that stand twice", where)
-            else:
-                found.append((where, record))
-            seen.add(text)
-        if not found:
-            raise UserError(f"{key}: no record in {' '.join(data.train) if key == 'data.train' else data.validation}{left.text()}")
-        return found
-
-    SFT.say_unused(data)
-    found = fresh("data.train")
-    if data.validation not in ("hash", "tail", "none"):
-        return found, fresh("data.validation")
-    first = {"none": len(found), "tail": len(found) * (1 - data.validation_fraction)}.get(data.validation)
-    # hash decides by the prompt: an answer that is held out should not be known from its question's other answers.
-    held = [number >= first if first is not None else TOKENIZER.is_held_out(json.dumps(record["prompt"], sort_keys=True, default=str), data.validation_fraction)
-            for number, (_, record) in enumerate(found)]
-    return [one for one, on in zip(found, held, strict=True) if not on], [one for one, on in zip(found, held, strict=True) if on]
+def form_of(settings: RLSection, expand: Callable) -> TOKENIZER.Form:
+    return TOKENIZER.Form(expand, "rl", settings.columns, settings.system)
 
 
 def make_chat(tokenizer, records: list[tuple[str, dict]]) -> None:
     """Conversations need a chat template; texts are joined as they stand where there is none."""
     if any(isinstance(record["prompt"], list) for _, record in records):
         TOKENIZER.ensure_chat(tokenizer)
-
-
-class LeftOut:
-    """Why records were left out, how many, and where the first of them stands; how many were cut."""
-
-    def __init__(self):
-        self.cut = 0
-        self.counts: Counter = Counter()
-        self.first: dict[str, str] = {}
-
-    def add(self, why: str, where: str) -> None:
-        self.counts[why] += 1
-        self.first.setdefault(why, where)
-
-    def text(self) -> str:
-        return "".join(f"; left out {n:,} {why} (the first: {self.first[why]})" for why, n in self.counts.items())
 
 
 class Room(NamedTuple):
@@ -454,110 +403,108 @@ class Room(NamedTuple):
         if self.answer >= self.whole:
             raise UserError(f"{self.key}: {self.answer} leaves no room for a prompt in {self.name} {self.whole}")
 
-    def fits(self, ids: list[int], where: str, left: LeftOut) -> bool:
+    def fits(self, ids: list[int], where: str, left: TOKENIZER.LeftOut) -> bool:
         fits = len(ids) <= self.whole - self.answer
         if not fits:
             left.add(f"whose prompt and {self.answer} tokens ({self.key}) exceed {self.name} {self.whole}", where)
         return fits
 
 
-def read_items(config, tokenizer, records: list[tuple[str, dict]], left: LeftOut) -> list[Item]:
-    """Items of records; what cannot be compared is left out and counted."""
-    length, items = config.training.max_length, []
+def read_pairs(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZER.LeftOut) -> list[Pair]:
+    """Pairs of records; what cannot be compared is left out and counted."""
+    length, method, pairs = config.training.max_length, config.rl.method, []
     for where, record in records:
-        pair = "chosen" in record
-        if not pair and config.rl.method != "kto":
-            raise UserError(f"{where}: single texts with a label; rl.method kto learns from those, {config.rl.method} needs chosen and rejected")
-        texts = [record["chosen"], record["rejected"]] if pair else [record["completion"]]
-        if not record["prompt"] or not all(texts):
-            left.add("with an empty side" if not all(texts) else "without a prompt that both sides answer", where)
-            continue
-        sides = [side(tokenizer, record["prompt"], text, where) for text in texts]
-        if any(one.start >= length for one in sides):
+        both, tools = "chosen" in record, record.get("tools")
+        if not both and method != "kto":
+            raise UserError(f"{where}: single completions with a label are for rl.method kto; {method} needs chosen and rejected")
+        completions = [record["chosen"], record["rejected"]] if both else [record["completion"]]
+        examples = [example(tokenizer, record["prompt"], completion, tools, where) for completion in completions]
+        if any(one.start >= length for one in examples):
             left.add(f"whose prompt fills training.max_length {length}", where)
             continue
-        if any(len(one.ids) > length for one in sides):
-            left.cut += 1
-        sides = [Side(one.ids[:length], one.mask[:length]) for one in sides]
-        same = pair and sides[0].ids == sides[1].ids
-        if config.rl.method == "reward":
-            sides = [whole(one) for one in sides]
-        if same:
-            left.add("whose two sides are the same", where)
-        elif pair and config.rl.method == "kto":
-            items += [Item(where, [one], record["prompt"], 0.0, label) for one, label in zip(sides, (True, False), strict=True)]
+        left.truncated += any(len(one.ids) > length for one in examples)
+        examples = [Example(one.ids[:length], one.weights[:length]) for one in examples]
+        if both and examples[0].ids == examples[1].ids:
+            left.add("whose completions are the same", where)
+            continue
+        if method == "reward":
+            examples = [followed(one) for one in examples]
+        if both and method == "kto":
+            pairs += [Pair(where, [one], record["prompt"], tools, 0.0, label) for one, label in zip(examples, (True, False), strict=True)]
         else:
-            items.append(Item(where, sides, record["prompt"], record.get("margin", 0.0), record.get("label", True)))
-    return items
+            pairs.append(Pair(where, examples, record["prompt"], tools, record.get("margin", 0.0), record.get("label", True)))
+    return pairs
 
 
-def whole(one: Side) -> Side:
-    """A row's last id is a target alone; where a reward is read off the last token, another one has to follow it."""
-    return Side([*one.ids, one.ids[-1]], [*one.mask, 1])
+def followed(one: Example) -> Example:
+    """A row's last id is only a target; where a reward is read off the last token, another one has to follow it."""
+    return Example([*one.ids, one.ids[-1]], [*one.weights, 1])
 
 
-def examples(items: list[Item]) -> TOKENIZER.Examples:
-    """Item after item, the sides of each beside each other; a text's tokens are the targets."""
-    sides = [one for item in items for one in item.sides]
-    sizes = np.array([len(one.ids) for one in sides], np.int64)
-    weights = np.concatenate([one.mask for one in sides]).astype(np.float32)
-    return TOKENIZER.Examples(np.concatenate([np.array(one.ids, np.int64) for one in sides]), weights, np.cumsum(sizes) - sizes, sizes - 1, len(items[0].sides))
-
-
-def mismatched(items: list[Item], seed: int, length: int) -> list[Item]:
-    """Each prompt with the text of another one, for KTO's KL: the items in a random circle, each taking its neighbour's text."""
-    circle = np.random.default_rng([seed, 4]).permutation(len(items))
-    found: list = [None] * len(items)
+def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
+    """Each prompt with the completion of another one, for KTO's KL: the pairs in a random circle, each taking its neighbor's."""
+    circle = np.random.default_rng([seed, 4]).permutation(len(pairs))
+    found: list = [None] * len(pairs)
     for place, i in enumerate(circle):
-        others = (items[circle[(place + k) % len(items)]] for k in range(1, len(items)))
-        other = next((one for one in others if one.prompt != items[i].prompt), items[i])
-        (own,), (text,) = items[i].sides, other.sides
-        ids, mask = [*own.ids[: own.start], *text.ids[text.start :]], [*own.mask[: own.start], *text.mask[text.start :]]
-        found[i] = items[i]._replace(sides=[Side(ids[:length], mask[:length])])
+        others = (pairs[circle[(place + k) % len(pairs)]] for k in range(1, len(pairs)))
+        other = next((pair for pair in others if pair.prompt != pairs[i].prompt), pairs[i])
+        (prompt,), (text,) = pairs[i].examples, other.examples
+        ids, weights = [*prompt.ids[: prompt.start], *text.ids[text.start :]], [*prompt.weights[: prompt.start], *text.weights[text.start :]]
+        found[i] = pairs[i]._replace(examples=[Example(ids[:length], weights[:length])])
     return found
 
 
-def by_segment(values: Tensor, segments: Tensor | None, count: int) -> Tensor:
-    """Sums over each segment of rows: (B, T), segment numbers (B, T) or None for one a row -> (B, count)."""
-    if segments is None:
-        return values.sum(1, keepdim=True)
-    return torch.stack([(values * (segments == s)).sum(1) for s in range(count)], 1)
+def make_batch(pairs: list[Pair], width: int | None = None, rows: int = 1) -> dict:
+    """Each example in a row of its own, the two of a pair one after the other; rows of padding up to `rows`."""
+    examples = TOKENIZER.Examples.of([one for pair in pairs for one in pair.examples] or [Example([0], [0])])
+    pieces = [[(int(start), int(start + size))] for start, size in zip(examples.starts, examples.lengths, strict=True)]
+    batch = TOKENIZER.collate(examples, pieces + [[]] * (rows - len(pieces)), width)
+    return {**batch, "segment_ids": None}  # a row holds one example
 
 
 def text_logps(model, batch: dict, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities of the texts (B, count), their tokens (B, count), the router's loss)."""
-    segments = batch.get("segment_ids")
-    out = model(batch["input_ids"], positions=batch.get("positions"), segment_ids=segments, targets=batch["targets"])
-    return by_segment(out.logprobs, segments, count), by_segment((batch["targets"] != -100).float(), segments, count), out.aux_loss
+    """(log-probabilities of the completions (B, count), their tokens (B, count), the router's loss)."""
+    out = model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"])
+    return out.logprobs.sum(1).view(-1, count), (batch["targets"] != -100).float().sum(1).view(-1, count), out.aux_loss
+
+
+class Order:
+    """The plan of pairs: their numbers in a random order."""
+
+    def __init__(self, count: int, seed: list[int]):
+        self.count, self.order = count, np.random.default_rng(seed).permutation(count)
 
 
 class Pairs(TOKENIZER.TokenStream):
-    """Endless batches of items, a row each, their sides as segments; the reference's log-probabilities stand beside them.
+    """Endless batches of pairs with the reference's log-probabilities beside them.
 
     These are computed once, before the first step, when the policy still is the reference (or by `frozen`, if one is named)."""
 
-    def __init__(self, items: list[Item], held: list[Item], settings: RLSection, training: TRAIN.TrainingSection, frozen=None):
-        super().__init__(lambda epoch: [[self.spans]], training.batch_size, len(items[0].sides) * training.max_length, packing=False)
-        self.items, self.held, self.spans = items, held, examples(items)
+    def __init__(self, pairs: list[Pair], held: list[Pair], settings: RLSection, training: TRAIN.TrainingSection, frozen=None):
+        super().__init__(lambda epoch: [pairs], lambda sources, seed: Order(len(sources), seed), training.batch_size, training.max_length)
+        self.pairs, self.held, self.count = pairs, held, len(pairs[0].examples)
         self.settings, self.training, self.frozen = settings, training, frozen
         self.needed = settings.method in ("dpo", "kto")
-        self.sets = {"train": items, "held": held}
+        self.sets = {"train": pairs, "held": held}
         if settings.method == "kto":
             self.sets |= {f"{name} mismatched": mismatched(own, training.seed, training.max_length) for name, own in self.sets.items() if own}
         self.reference: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def sums(self, model, items: list[Item]) -> Tensor:
-        """Log-probabilities (items, sides) by the whole of all processes."""
-        size, count = self.training.batch_size, len(items[0].sides)
-        total = torch.zeros(len(items), count, dtype=torch.float64)
-        groups = [range(start, min(start + size, len(items))) for start in range(0, len(items), size)]
-        own = groups[MODEL.process_rank() :: TRAIN.world_size()]
-        for group in own + [range(0)] * (-(-len(groups) // TRAIN.world_size()) - len(own)):
-            batch = make_batch(items, group, model.device)
-            logps = text_logps(model, batch, count)[0]
-            total[group.start : group.stop] = logps[: len(group)].double().cpu()
+    def sums(self, model, pairs: list[Pair]) -> Tensor:
+        """Log-probabilities (pairs, completions) of all processes' shares."""
+        total = torch.zeros(len(pairs), self.count, dtype=torch.float64)
+        for group in self.own_groups(range(len(pairs))):
+            batch = TRAIN.on_device(make_batch([pairs[i] for i in group], rows=self.count), model.device)
+            total[group.start : group.start + len(group)] = text_logps(model, batch, self.count)[0][: len(group)].double().cpu()
         return torch.tensor(TRAIN.all_sum(total.flatten().tolist(), model.device)).view(total.shape).float()
+
+    def own_groups(self, numbers) -> list:
+        """This process's batches of numbers, as many as every other's."""
+        size = self.training.batch_size
+        groups = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+        own = groups[MODEL.process_rank() :: TRAIN.world_size()]
+        return own + [numbers[:0]] * (-(-len(groups) // TRAIN.world_size()) - len(own))
 
     def ask_reference(self, model) -> None:
         if not self.needed or self.reference:
@@ -568,33 +515,35 @@ class Pairs(TOKENIZER.TokenStream):
         model.train(was_training)
         self.frozen = None
 
-    def finish(self, batch: dict, name: str, numbers: list[int]) -> dict:
-        """What the loss needs beside the ids, of the items that the rows hold (-1 is padding)."""
-        items, rows = self.sets[name], torch.tensor(numbers)
-        own = [items[i] if i >= 0 else items[0] for i in numbers]
-        real, label = rows >= 0, torch.tensor([item.label for item in own])
-        batch = {**batch, "real": real, "label": label, "margin": torch.tensor([item.margin for item in own])}
+    def batch_of(self, name: str, numbers: list[int], width: int | None = None) -> dict:
+        """These pairs as `make_batch` gives them, with what the loss needs beside: real (B,), label, margin, reference (B, count)."""
+        pairs, fill = [self.sets[name][i] for i in numbers], self.batch_size if width else 1
+        batch = make_batch(pairs, width, fill * self.count)
+        rows = torch.tensor([*numbers, *[-1] * (fill - len(numbers))])
+        real, pairs = rows >= 0, pairs + [self.sets[name][0]] * (len(rows) - len(pairs))
+        label = torch.tensor([pair.label for pair in pairs])
+        batch |= {"rows": rows, "real": real, "label": label, "margin": torch.tensor([pair.margin for pair in pairs])}
         counts = {**batch["counts"], "pairs": int(real.sum())}
         if self.settings.method == "orpo":
-            counts["chosen"] = int((batch["targets"] != -100)[batch["segment_ids"] == 0].sum())
+            counts["chosen"] = int((batch["targets"][::2] != -100).sum())
         if self.settings.method == "kto":
             counts |= {"desirable": int((real & label).sum()), "undesirable": int((real & ~label).sum())}
         if self.needed:
             batch["reference"] = self.reference[name][rows]
         return {**batch, "counts": counts}
 
+    def make(self, numbers: range) -> dict:
+        return self.batch_of("train", [int(self.plan.order[i]) for i in numbers], self.width)
+
     def __next__(self) -> dict:
         self.ask_reference(self.run.model)
         begins = not self.queue
         batch = super().__next__()
-        part, first = self.parts[0], batch["place"][2]
-        if begins and self.settings.method == "kto":
-            self.baseline = self.measure_baseline("train", [self.numbers(part, one["place"][2]) for one in (batch, *self.queue)])
-        batch = self.finish(batch, "train", self.numbers(part, first))
-        return {**batch, "baseline": self.baseline} if self.settings.method == "kto" else batch
-
-    def numbers(self, part, first: int) -> list[int]:
-        return [part.members[part.order[i]][0] // self.spans.group if i < part.count else -1 for i in range(first, first + self.batch_size)]
+        if self.settings.method != "kto":
+            return batch
+        if begins:
+            self.baseline = self.measure_baseline("train", [[int(i) for i in one["rows"] if i >= 0] for one in (batch, *self.queue)])
+        return {**batch, "baseline": self.baseline}
 
     @torch.no_grad()
     def measure_baseline(self, name: str, groups: list[list[int]]) -> Tensor:
@@ -605,9 +554,9 @@ class Pairs(TOKENIZER.TokenStream):
         model.eval()
         with self.run.autocast():
             for numbers in groups:
-                real = [i for i in numbers if i >= 0]
-                logps = text_logps(model, make_batch(self.sets[name], real, model.device), 1)[0][: len(real), 0].cpu()
-                gain, count = gain + float((logps - self.reference[name][real, 0]).sum()), count + len(real)
+                batch = TRAIN.on_device(make_batch([self.sets[name][i] for i in numbers]), model.device)
+                logps = text_logps(model, batch, 1)[0][: len(numbers), 0].cpu()
+                gain, count = gain + float((logps - self.reference[name][numbers, 0]).sum()), count + len(numbers)
         model.train(was_training)
         gain, count = TRAIN.all_sum([gain, count], self.run.device)
         return torch.tensor(max(gain / max(count, 1), 0.0))
@@ -617,39 +566,28 @@ class Pairs(TOKENIZER.TokenStream):
         size, chosen = self.training.batch_size, np.arange(len(self.held))
         if len(chosen) > limit * size:
             chosen = np.linspace(0, len(self.held) - 1, limit * size).astype(int)
-        groups = [chosen[i : i + size].tolist() for i in range(0, len(chosen), size)]
-        own = groups[MODEL.process_rank() :: TRAIN.world_size()]
-        own += [[]] * (-(-len(groups) // TRAIN.world_size()) - len(own))
+        own = self.own_groups(chosen.tolist())
         baseline = self.measure_baseline("held", own) if self.settings.method == "kto" else None
         for numbers in own:
-            batch = self.finish(make_batch(self.held, numbers), "held", numbers or [-1])
-            yield {**batch, "baseline": baseline} if baseline is not None else batch
+            yield {**self.batch_of("held", numbers), "baseline": baseline}
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "reference": self.reference, "items": self.fingerprint()}
+        return {**super().state_dict(), "reference": self.reference, "pairs": self.fingerprint()}
 
     def fingerprint(self) -> str:
         """Of all ids: log-probabilities of a reference belong to the very texts."""
         digest = hashlib.blake2b(digest_size=8)
-        for own in (self.items, self.held):
-            digest.update(examples(own).ids.tobytes() if own else b"")
+        for one in (one for pair in (*self.pairs, *self.held) for one in pair.examples):
+            digest.update(np.array(one.ids).tobytes())
         return digest.hexdigest()
 
     def load_state_dict(self, state: dict) -> None:
-        if "items" not in state:
+        if "pairs" not in state:
             raise UserError("--resume: the checkpoint was made with another rl.method")
-        if state["items"] != self.fingerprint():
+        if state["pairs"] != self.fingerprint():
             raise UserError("--resume: the pairs are not those that the checkpoint was made with (data.train, data.validation or training.max_length changed)")
         super().load_state_dict(state)
         self.reference, self.frozen = state["reference"], None if state["reference"] else self.frozen
-
-
-def make_batch(items: list[Item], numbers, device="cpu") -> dict:
-    """The items of these numbers, a row each; a row of padding where there are none."""
-    spans = examples([items[i] for i in numbers] or items[:1])
-    rows = TOKENIZER.WholeRows(spans, 1, False, None)
-    batch = TOKENIZER.collate(spans.ids, [rows.row(i) for i in range(len(numbers))] or [[]], weights=spans.weights)
-    return TRAIN.on_device(batch, device)
 
 
 def preference_loss(settings: RLSection) -> Callable:
@@ -713,11 +651,10 @@ def reward_model_loss(settings: RLSection) -> Callable:
     """loss_fn for `fit`: the reward of a text is the score head's output at its last token."""
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        segments, real = batch["segment_ids"], batch["real"]
-        out = model(batch["input_ids"], positions=batch["positions"], segment_ids=segments, want=("scores",))
-        places = torch.arange(segments.shape[1], device=segments.device)
-        last = torch.stack([((segments == s) * places).argmax(1) for s in range(2)], 1)  # (B, 2)
-        rewards = out.scores[..., 0].gather(1, last)  # (B, 2)
+        real, width = batch["real"], batch["input_ids"].shape[1]
+        out = model(batch["input_ids"], positions=batch["positions"], want=("scores",))
+        last = torch.full((len(out.scores),), width - 1) if batch["positions"] is None else batch["positions"].argmax(1)  # (2B,)
+        rewards = out.scores[..., 0].gather(1, last.to(out.scores.device)[:, None]).view(-1, 2)  # (B, 2)
 
         def share(values: Tensor) -> Tensor:
             return torch.where(real, values, 0.0).sum() / totals["pairs"]
@@ -738,7 +675,7 @@ def held_out_pairs(stream: Pairs, loss_fn: Callable, limit: int) -> Callable:
         stream.ask_reference(model)
         batches = list(stream.held_out(limit))
         names = sorted(batches[0]["counts"])
-        totals = dict(zip(names, (max(n, 1) for n in TRAIN.all_sum([sum(b["counts"][name] for b in batches) for name in names], model.device)), strict=True))
+        totals = dict(zip(names, (n or 1 for n in TRAIN.all_sum([sum(b["counts"][name] for b in batches) for name in names], model.device)), strict=True))
         totals["micro_batches"] = len(batches) * TRAIN.world_size()
         sums: dict[str, float] = defaultdict(float)
         for batch in batches:
@@ -824,7 +761,7 @@ def shortness(limit: float, sample: Sample) -> float:
     return min(max(2 - sample.length / limit, 0.0), 1.0)
 
 
-def builtin(name: str) -> Callable[[Sample], float] | None:
+def builtin(name: str, key: str) -> Callable[[Sample], float] | None:
     """The reward of one text by a name such as length:60; None for what is none of these."""
     kind, colon, argument = name.partition(":")
     try:
@@ -838,7 +775,7 @@ def builtin(name: str) -> Callable[[Sample], float] | None:
         if kind == "length" and colon and float(argument) > 0:
             return partial(shortness, float(argument))
     except (re.error, ValueError) as error:
-        raise UserError(f"rl.reward_funcs: {name}: {error}") from None
+        raise UserError(f"{key}: {name}: {error}") from None
     return None
 
 
@@ -846,22 +783,22 @@ def judge_each(function: Callable[[Sample], float], samples: list[Sample]) -> li
     return [function(sample) for sample in samples]
 
 
-def own_function(name: str) -> Callable[[list[Sample]], list]:
+def own_function(name: str, key: str) -> Callable[[list[Sample]], list]:
     """`file.py:function`, called as TRL calls it: f(prompts=, completions=, completion_ids=, each other key of the records=) -> a
     number for each, None where it does not judge. Prompts and completions of conversations are lists of messages."""
     path, _, wanted = name.rpartition(":")
     if not Path(path).is_file():
-        raise UserError(f"rl.reward_funcs: {name}: there is no file '{path}'")
+        raise UserError(f"{key}: {name}: there is no file '{path}'")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # it is the user's code: anything may come
-        raise UserError(f"rl.reward_funcs: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
+        raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
     function = getattr(module, wanted, None)
     if not callable(function):
         known = ", ".join(key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__)
-        raise UserError(f"rl.reward_funcs: {path} has no function '{wanted}'; it has {known or 'none'}")
+        raise UserError(f"{key}: {path} has no function '{wanted}'; it has {known or 'none'}")
 
     def judge(samples: list[Sample]) -> list:
         keys = {key: None for sample in samples for key in sample.columns}
@@ -889,34 +826,23 @@ def second_model(name: str, key: str, **options) -> tuple:
     return model.requires_grad_(False), tokenizer
 
 
-def reward_model(name: str, tokenizer, device) -> Callable[[list[Sample]], list[float]]:
+def reward_model(name: str, tokenizer, device, key: str) -> Callable[[list[Sample]], list[float]]:
     """A folder's reward model: the score after a text's last token."""
-    model, own = second_model(name, "rl.reward_funcs", device=device)
+    model, own = second_model(name, key, device=device)
     if "score" not in model.heads or model.config.num_labels != 1:
-        raise UserError(f"rl.reward_funcs: {name} gives no single score; train a reward model with --rl.method reward")
+        raise UserError(f"{key}: {name} gives no single score; train a reward model with --rl.method reward")
     if own.get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"rl.reward_funcs: {name} was made with another tokenizer ({len(own):,} tokens, the policy's has {len(tokenizer):,}); "
+        raise UserError(f"{key}: {name} was made with another tokenizer ({len(own):,} tokens, the policy's has {len(tokenizer):,}); "
                         "it has to read the policy's own ids: train it from the same model")
 
-    @torch.no_grad()
     def judge(samples: list[Sample]) -> list[float]:
         found: list[float] = []
+        room = model.config.max_position_embeddings
         for start in range(0, len(samples), 64):
-            group = samples[start : start + 64]
-            room = model.config.max_position_embeddings
-            batch = TOKENIZER.collate(*flat([one.ids[-room:] for one in group]))
-            positions = batch.get("positions", torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]))
-            scores = model(batch["input_ids"].to(device), positions=positions.to(device), want=("scores",)).scores[..., 0].float().cpu()
-            found += scores.gather(1, positions.argmax(1, keepdim=True))[:, 0].tolist()
+            found += INFER.scores_of(model, [one.ids[-room:] for one in samples[start : start + 64]])[:, 0].tolist()
         return found
 
     return judge
-
-
-def flat(rows: list[list[int]]) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
-    """Rows of ids -> all ids, and where each row stands. collate shifts by one and looks one id further."""
-    ends = np.cumsum([len(row) for row in rows])
-    return np.concatenate([*map(np.array, rows), [0]]).astype(np.int64), [[(int(end) - len(row), int(end))] for row, end in zip(rows, ends, strict=True)]
 
 
 def is_number(value) -> bool:
@@ -930,16 +856,17 @@ def is_number(value) -> bool:
 class Judges:
     """All that rewards a text, weighted and added up."""
 
-    def __init__(self, settings: RLSection, tokenizer, device):
+    def __init__(self, settings: RLSection, tokenizer, device, section: str = "rl"):
+        self.key = f"{section}.reward_funcs"
         self.names = list(settings.reward_funcs)
         self.weights = settings.reward_weights or [1.0] * len(self.names)
         if not self.names:
-            raise UserError("rl.reward_funcs: nothing judges; name at least one")
+            raise UserError(f"{self.key}: no reward function given; name at least one")
         if twice := [name for name, count in Counter(self.names).items() if count > 1]:
-            raise UserError(f"rl.reward_funcs: {twice[0]} stands twice; give it a weight in rl.reward_weights")
+            raise UserError(f"{self.key}: {twice[0]} is listed twice; give it a weight in reward_weights")
         if not all(map(math.isfinite, self.weights)):
-            raise UserError(f"rl.reward_weights: {self.weights} must be finite numbers")
-        self.functions = [self.find(name, tokenizer, device) for name in self.names]
+            raise UserError(f"{section}.reward_weights: {self.weights} must be finite numbers")
+        self.functions = [self.find(name, tokenizer, device, self.key) for name in self.names]
         short = [self.short(name) for name in self.names]
         self.names = short if len(set(short)) == len(short) else self.names
 
@@ -949,14 +876,14 @@ class Judges:
         return name.rpartition(":")[2] if re.search(r"\.py:\w+$", name) else Path(name).name if Path(name).is_dir() else name
 
     @staticmethod
-    def find(name: str, tokenizer, device) -> Callable[[list[Sample]], list]:
-        if function := builtin(name):
+    def find(name: str, tokenizer, device, key: str) -> Callable[[list[Sample]], list]:
+        if function := builtin(name, key):
             return partial(judge_each, function)
         if re.search(r"\.py:\w+$", name):
-            return own_function(name)
+            return own_function(name, key)
         if Path(name).is_dir() or ("/" in name and ":" not in name):
-            return reward_model(name, tokenizer, device)
-        raise UserError(f"rl.reward_funcs: '{name}' is none of exact_answer, number_after:MARKER, format:REGEX, regex:REGEX, length:TOKENS, "
+            return reward_model(name, tokenizer, device, key)
+        raise UserError(f"{key}: '{name}' is none of exact_answer, number_after:MARKER, format:REGEX, regex:REGEX, length:TOKENS, "
                         "file.py:function, or the folder of a reward model")
 
     def __call__(self, samples: list[Sample]) -> None:
@@ -969,20 +896,20 @@ class Judges:
                 raise
             except (Exception, SystemExit) as error:
                 line = traceback.extract_tb(error.__traceback__)[-1]
-                raise UserError(f"rl.reward_funcs: {name} failed on {self.blame(function, samples)} ({type(error).__name__}: {MODEL.first_line(error)}, "
+                raise UserError(f"{self.key}: {name} failed on {self.blame(function, samples)} ({type(error).__name__}: {MODEL.first_line(error)}, "
                                 f"{Path(line.filename).name}:{line.lineno})") from error
             given = given.tolist() if hasattr(given, "tolist") else given
             if not isinstance(given, (list, tuple)):
-                raise UserError(f"rl.reward_funcs: {name} gave {type(given).__name__}; a list with a number for each text is needed")
+                raise UserError(f"{self.key}: {name} returned {type(given).__name__}; expected a list with one number per completion")
             if len(given) != len(samples):
-                raise UserError(f"rl.reward_funcs: {name} gave {len(given)} rewards for {len(samples)} texts")
+                raise UserError(f"{self.key}: {name} returned {len(given)} rewards for {len(samples)} completions")
             for sample, value in zip(samples, given, strict=True):
                 if value is not None and not is_number(value):
                     raise UserError(f"{sample.where}: {name} gave {value!r} for the text {sample.text[:80]!r}; a finite number is needed")
                 sample.rewards.append(None if value is None else float(value))
         for sample in samples:
             if all(value is None for value in sample.rewards):
-                raise UserError(f"{sample.where}: none of rl.reward_funcs ({', '.join(self.names)}) judged the text {sample.text[:80]!r}")
+                raise UserError(f"{sample.where}: none of {self.key} ({', '.join(self.names)}) judged the text {sample.text[:80]!r}")
             sample.reward = math.fsum(weight * value for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None)
 
     @staticmethod
@@ -1118,7 +1045,8 @@ class Rollouts:
         samples = []
         for (number, prompt), completions in zip(numbered, answers, strict=True):
             for one in completions:
-                text = self.tokenizer.decode(one.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                asked = prompt.ids if isinstance(prompt.asked, str) and not self.tokenizer.chat_template else []
+                text = INFER.completion_text(self.tokenizer, asked, one.ids)
                 samples.append(Sample(prompt, number, one.ids, one.finish_reason, text, one.logprobs))
         self.judges(samples)
         return samples
@@ -1400,6 +1328,101 @@ def plot_rollouts(out: Path) -> None:
         figure.savefig(scratch / "rollouts.png", dpi=120)
 
 
+# ------------------------------------------------------------------------------------------------------ records
+
+
+def prompt_record(record: dict, where: str, form: TOKENIZER.Form) -> dict:
+    """The form of on-policy stages: {"prompt", and every other key of the record for reward functions}. Of a conversation that ends
+    with an answer, that answer is the key `completion`."""
+    prompt = TOKENIZER.prompt_of(record, where, form.system)
+    if prompt is None:
+        raise UserError(f"{where}: no prompt among {TOKENIZER.keys_of(record)}; set {form.section}.columns, as in {{prompt: my_column}}")
+    rest = {key: value for key, value in record.items() if key not in ("prompt", *TOKENIZER.CHAT_KEYS)}
+    if not prompt:
+        raise TOKENIZER.Unusable("without a prompt")
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        if any(TOKENIZER.is_given(record, key) for key in TOKENIZER.PROMPT_KEYS):
+            raise UserError(f"{where}: the prompt ends with the assistant's message, so nothing is left to answer")
+        rest["completion"], prompt = prompt[-1]["content"], prompt[:-1]
+    return {**rest, **TOKENIZER.extras_of(record, where), "prompt": prompt}
+
+
+def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
+    """The form of preference methods: {"prompt", "chosen", "rejected", "margin"} or {"prompt", "completion", "label"}, and `tools`.
+
+    Texts stay texts, conversations lists of messages. A prompt that is not given, or that the completions repeat, is what both
+    begin with.
+
+    {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: No"} -> prompt: the user says Hi
+    """
+    single = "completion" in record and "label" in record and record.get("chosen") is None
+    keys = ("completion",) if single else ("chosen", "rejected")
+    if not all(key in record for key in keys):
+        raise UserError(f"{where}: keys {TOKENIZER.keys_of(record)} are neither prompt + chosen + rejected nor prompt + completion + label; "
+                        f"set {form.section}.columns, as in {{chosen: my_column, rejected: another}}")
+    answers = [TOKENIZER.words_of(record[key], "assistant", f"{where}: {key}") for key in keys]
+    if not all(answers):
+        raise TOKENIZER.Unusable("with an empty completion")
+    whole = [isinstance(answer, list) and answer[0]["role"] != "assistant" for answer in answers]
+    if any(whole) and not all(whole):
+        raise UserError(f"{where}: one completion is a whole conversation, the other only an answer")
+    if all(whole):  # they hold the prompt
+        system = (TOKENIZER.as_messages(TOKENIZER.prompt_of(record, where) or "")[0] if TOKENIZER.is_given(record, "prompt") else {}) | {}
+        prompt, answers = shared_prompt(answers, where, form)
+        own = record["system"] if TOKENIZER.is_given(record, "system") else system["content"] if system.get("role") == "system" else form.system
+        if own and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": own}, *prompt]
+    else:
+        prompt = TOKENIZER.prompt_of({key: value for key, value in record.items() if key not in TOKENIZER.CHAT_KEYS or not TOKENIZER.is_given(record, "chosen")}, where, form.system)
+        if prompt is None:
+            prompt, answers = shared_prompt(answers, where, form)
+        elif isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+            raise UserError(f"{where}: the prompt ends with the assistant's message, so nothing is left to answer")
+        elif prompt and isinstance(prompt, str) and not single and all(isinstance(a, str) and a.startswith(prompt) for a in answers):
+            answers = [answer[len(prompt) :] for answer in answers]  # both repeat it
+            if not all(answers):
+                raise TOKENIZER.Unusable("with an empty completion")
+    if not prompt:
+        raise TOKENIZER.Unusable("without a prompt")
+    if isinstance(prompt, list) or any(isinstance(answer, list) for answer in answers):
+        prompt, answers = TOKENIZER.as_messages(prompt), [TOKENIZER.as_messages(answer, "assistant") for answer in answers]
+    found = {"prompt": prompt, **dict(zip(keys, answers, strict=True)), **TOKENIZER.extras_of({"tools": record.get("tools")}, where)}
+    if not single:
+        return {**found, "margin": TOKENIZER.number_of(record, "margin", where) if TOKENIZER.is_given(record, "margin") else 0.0}
+    label = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(str(record["label"]).strip().lower())
+    if label is None:
+        raise UserError(f"{where}: label {record['label']!r} must be true (a desirable completion) or false")
+    return {**found, "label": label}
+
+
+def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str | list[dict], list]:
+    """What two completions begin with, up to their last difference, and the rest of each.
+
+    "Q: blue?\\nA: lake", "Q: blue?\\nA: hill" -> "Q: blue?\\nA:", [" lake", " hill"]; the blank belongs to the answer
+    """
+    if len({type(answer) for answer in answers}) > 1:
+        raise TOKENIZER.Unusable("whose completions answer different prompts")
+    first, last = answers[0], answers[-1]
+    if isinstance(first, list):
+        turns = [[(turn["role"], turn["content"].strip(), turn.get("tool_calls")) for turn in answer] for answer in answers]
+        same = min(len(os.path.commonprefix(turns)), len(first) - 1, len(last) - 1)  # the last turn is the answer, even if both give the same
+        prompt = first[:same]
+        if any(answer[same]["role"] != "assistant" for answer in answers):
+            raise TOKENIZER.Unusable("whose completions answer different prompts")
+        if not any(turn["role"] != "system" for turn in prompt):
+            raise UserError(f"{where}: the conversations hold a system message and an answer, but no question; put the first into the key 'system'")
+        return prompt, [answer[same:] for answer in answers]
+    same = len(os.path.commonprefix(answers)) if len(answers) > 1 else 0
+    while same and not (first[same : same + 1].isspace() and last[same : same + 1].isspace()):
+        same -= 1  # whole words
+    while same and first[same - 1].isspace() and first[same : same + 1] == " ":
+        same -= 1
+    if not first[:same].strip():
+        raise UserError(f"{where}: no prompt, and chosen and rejected have no common beginning; set {form.section}.columns, as in {{prompt: my_column}}"
+                        if len(answers) > 1 else f"{where}: no prompt; set {form.section}.columns, as in {{prompt: my_column}}")
+    return first[:same], [answer[same:] for answer in answers]
+
+
 # ------------------------------------------------------------------------------------------------- command line
 
 RATES = {**dict.fromkeys((*ON_POLICY, "reward"), 0.1), **dict.fromkeys(("dpo", "kto", "orpo", "simpo"), 1 / 30)}  # of fine-tuning's learning rate
@@ -1451,9 +1474,10 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     SFT.check_new_head(config) if settings.method == "reward" else None
     TRAIN.fit_length(config, MODEL.context_length(name, MODEL.overrides(config.model)))
     tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
-    read = TOKENIZER.read_prompts if settings.method in ON_POLICY else TOKENIZER.read_preferences
-    left = LeftOut()
-    records, held = split(config, read, left)
+    left = TOKENIZER.LeftOut()
+    SFT.say_unused(config.data)
+    expand, kind = (prompt_record, "prompt") if settings.method in ON_POLICY else (preference, "pair")
+    records, held = TOKENIZER.read_split(config.data, form_of(settings, expand), left, kind)
     make_chat(tokenizer, records + held)
     judges = Judges(settings, tokenizer, device) if settings.method in ON_POLICY else None
     asked = training.learning_rate, training.optim
@@ -1480,32 +1504,33 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
 
 def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAIN.Stage:
     settings = config.rl
-    items, kept = (read_items(config, tokenizer, own, left) for own in (records, held))
-    if len(items) < (2 if settings.method == "kto" else 1):
-        raise UserError(f"data.train: no {'texts are' if settings.method == 'kto' else 'pair is'} left to train on{left.text()}")
+    pairs, kept = (read_pairs(config, tokenizer, own, left) for own in (records, held))
+    if len(pairs) < (2 if settings.method == "kto" else 1):
+        raise UserError(f"data.train: no {'completions are' if settings.method == 'kto' else 'pair is'} left to train on{left.text()}")
     if MODEL.process_rank() == 0:
-        cut = f"; {left.cut:,} cut at training.max_length" if left.cut else ""
-        say(f"{len(items):,} {'texts' if settings.method == 'kto' else 'pairs'}, {len(kept):,} held out{cut}{left.text()}")
-    stream = Pairs(items, kept, settings, config.training, frozen)
+        cut = f"; {left.truncated:,} truncated at training.max_length" if left.truncated else ""
+        say(f"{len(pairs):,} {'completions' if settings.method == 'kto' else 'pairs'}, {len(kept):,} held out{cut}{left.text()}")
+    stream = Pairs(pairs, kept, settings, config.training, frozen)
     loss = reward_model_loss(settings) if settings.method == "reward" else preference_loss(settings)
     evaluate = held_out_pairs(stream, loss, config.training.eval_batches) if kept else None
     if settings.method != "reward":
-        evaluate = with_answers(evaluate, [item.prompt for item in kept], tokenizer, config)
+        evaluate = with_answers(evaluate, kept, tokenizer, config)
     return TRAIN.Stage(model, tokenizer, stream, loss, evaluate, TRAIN.save_product)
 
 
-def with_answers(evaluate: Callable | None, prompts: list, tokenizer, config) -> Callable | None:
+def with_answers(evaluate: Callable | None, pairs: list[Pair], tokenizer, config) -> Callable | None:
     """The same validation, followed by answers to a few held-out prompts."""
     if evaluate is None or not config.training.sample_tokens:
         return evaluate
-    shown = prompts[:: max(1, len(prompts) // 3)][:3]
+    shown = pairs[:: max(1, len(pairs) // 3)][:3]
 
     def evaluate_and_show(model) -> dict:
         measures, room = evaluate(model), model.config.max_position_embeddings - 1
-        answers = INFER.generate(model, [prompt_ids(tokenizer, prompt)[-room:] for prompt in shown], INFER.Sampling(config.training.sample_tokens, 0.7, seed=0), tokenizer)
+        prompts = [prompt_ids(tokenizer, pair.prompt, pair.tools)[-room:] for pair in shown]
+        answers = INFER.generate(model, prompts, INFER.Sampling(config.training.sample_tokens, 0.7, seed=0), tokenizer)
         if MODEL.process_rank() == 0:
-            for prompt, [answer] in zip(shown, answers, strict=True):
-                text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            for pair, [answer] in zip(shown, answers, strict=True):
+                text = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"]
                 say(f"  | {text}\n  |   {answer.text}".replace("\n", "\n  | "))
         return measures
 
@@ -1520,12 +1545,9 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
     def prompts(found: list[tuple[str, dict]]) -> list[Prompt]:
         made = []
         for where, record in found:
-            if not record["prompt"]:
-                left.add("that ask nothing", where)
-                continue
             if given := {"prompts", "completions", "completion_ids"} & record.keys():
                 raise UserError(f"{where}: the key '{min(given)}' is what reward functions are given; call it otherwise, or rename it by rl.columns")
-            ids = prompt_ids(tokenizer, record["prompt"])
+            ids = prompt_ids(tokenizer, record["prompt"], record.get("tools"))
             if room.fits(ids, where, left):
                 made.append(Prompt(where, record["prompt"], ids, {key: value for key, value in record.items() if key != "prompt"}))
         return made

@@ -1,12 +1,12 @@
-"""SFT.py: a pretrained model learns to follow instructions, or to tell labels apart.
+"""SFT.py: supervised fine-tuning: a pretrained model learns to follow instructions, or to classify texts.
 
-Conversations become ids with a weight each: 1 on what the assistant says, 0 on what it is told. Nothing else is new;
+Conversations become ids with a weight each: 1 on the assistant's turns, 0 on everything else. Nothing else is new;
 the batches, the loss and the loop are those of pretraining. A labelled text has one target, its label.
 
     python SFT.py --config config.yaml                                # out -> out/sft, on the shipped conversations
     python SFT.py --model gpt2 --data alpaca_data.json --out out/alpaca
     python SFT.py --sft.task classify --data data/notes.tsv --out out/notes   # labels in place of answers
-    python SFT.py --data mine.jsonl --dry-run                         # what is trained on, in colour, and how long it is
+    python SFT.py --data mine.jsonl --dry-run                         # preview which tokens are trained on, and the lengths
     python SFT.py --convert --data questions.csv --out mine.jsonl     # any known layout -> messages
 """
 
@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -66,7 +66,6 @@ class SFTSection:
     train_on_prompt: bool = knob(False, "learn what the user says as well")
     last_turn_only: bool = knob(False, "learn the last answer of a conversation only")
     too_long: str = knob("cut", "what happens to conversations beyond max_length", ("cut", "drop"))
-    padding_free: bool = knob(False, "without packing: a batch's conversations end to end in one row, not padded (for flash-attn)")
     neftune_noise_alpha: float = knob(0.0, "noise on the embeddings while training (Jain 2023); 5 is usual, 0 is off")
     eval_answers: int = knob(200, "held-out questions with a known answer that are answered in a validation; 0 is off")
     answer_tokens: int = knob(64, "length of those answers")
@@ -76,6 +75,7 @@ class SFTSection:
     training: dict = knob({"epochs": 6, "batch_size": 8}, "stage block over `training`")
     lora: dict = knob({}, "stage block over `lora`")
     output: dict = knob({"dir": "./out/sft"}, "stage block over `output`")
+    section = "sft"  # whose settings errors name; DISTILL.py reads conversations under its own
 
     def __post_init__(self):
         if self.train_on_prompt and self.last_turn_only:
@@ -94,44 +94,26 @@ class SFTSection:
 # -------------------------------------------------------------------------------------------------------- data
 
 
-class Talk:
-    """One conversation as ids, each with its weight as a target, and what it was made from."""
+class Sample:
+    """One conversation as ids, each with its weight as a target, and the record that it was made from."""
 
     def __init__(self, where: str, record: dict, tokenizer, settings: SFTSection):
         self.where, self.record = where, record
-        if "text" in record:
-            begin = TOKENIZER.begin_id(tokenizer)
-            end = begin if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-            self.ids = [begin, *tokenizer(record["text"], add_special_tokens=False).input_ids, end]
-            mask = [1] * len(self.ids)
-        else:
-            try:
-                self.ids, mask = TOKENIZER.render_chat(tokenizer, record["messages"], record.get("tools"))
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            if not any(mask):
-                raise UserError(f"{where}: the chat template shows nothing of what the assistant says; --dry-run on another file shows how it should look")
-            mask = self._by_message(mask)
-            if settings.train_on_prompt:
-                mask = [1] * len(mask)
-            elif settings.last_turn_only:
-                last = len(mask) - mask[::-1].index(1)
-                first = max((i + 1 for i in range(last) if not mask[i]), default=0)
-                mask = [int(on and i >= first) for i, on in enumerate(mask)]
         weight = record.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise UserError(f"{where}: weight {weight!r} must be a number, 0 or above")
-        self.weights = [weight * on for on in mask]
-
-    def _by_message(self, mask: list[int]) -> list[int]:
-        """Answers that are marked `"weight": 0` (the OpenAI API's way) are read and not learnt."""
-        said = [message for message in self.record["messages"] if message["role"] == "assistant"]
-        if all(message.get("weight", 1) == 1 for message in said):
-            return mask
-        turn = np.cumsum(np.diff(mask, prepend=0) == 1) - 1  # which answer a token belongs to
-        if turn[-1] + 1 != len(said) or any(message.get("weight", 1) not in (0, 1) for message in said):
-            raise UserError(f"{self.where}: a message's weight is 0 or 1, and each answer with one stands by itself")
-        return [int(on and said[turn[i]].get("weight", 1)) for i, on in enumerate(mask)]
+        if "text" in record:
+            self.ids, self.turns = TOKENIZER.encode_text(tokenizer, record["text"]), []
+            self.weights = [weight] * len(self.ids)
+            return
+        try:
+            self.ids, self.turns = TOKENIZER.render_chat(tokenizer, record["messages"], record.get("tools"))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        self.weights = [weight * settings.train_on_prompt] * len(self.ids)
+        for turn in self.turns[-1:] if settings.last_turn_only else self.turns:
+            own = record["messages"][turn.message].get("weight", 1)  # 0: context only (the OpenAI API's way)
+            if own not in (0, 1):
+                raise UserError(f"{where}: message {turn.message + 1}: weight {own!r} must be 0 or 1")
+            self.weights[turn.start : turn.stop] = [weight * own] * (turn.stop - turn.start)
 
     def cut(self, length: int) -> bool:
         """Leave `length` (input, target) pairs; whether there were more."""
@@ -146,9 +128,9 @@ class Talk:
 class Labelled:
     """One text as ids that end with the number of its label, which is the only target."""
 
-    def __init__(self, where: str, text: str, label: str, tokenizer):
-        self.where, self.record, self.tokenizer = where, {"text": text, "label": label}, tokenizer
-        self.text_ids = TOKENIZER.encode_prompt(tokenizer, text)
+    def __init__(self, where: str, record: dict, tokenizer):
+        self.where, self.record, self.tokenizer = where, record, tokenizer
+        self.text_ids = tokenizer(record["text"]).input_ids or [TOKENIZER.begin_id(tokenizer)]
         self.ids: list[int] = []
         self.weights: list[float] = []
 
@@ -166,122 +148,111 @@ class Labelled:
         self.ids, self.weights = [*self.text_ids, labels[label]], [0.0] * len(self.text_ids) + [weights[label]]
 
 
-def collect(config, read: Callable[[list[Path]], Iterator[tuple]], make: Callable, what: str) -> tuple[list, list, str]:
-    """(to train on, held out, what was left out, for the reader): make(file:line, ...) of all that `read` finds, duplicates
-    left out, long ones cut or dropped."""
-    data, settings, counts = config.data, config.sft, Counter()
+def read_samples(config, form: TOKENIZER.Form, make: Callable, kind: str) -> tuple[list, list, str]:
+    """(to train on, held out, a note on the rest): make(file:line, record) of all records; long ones cut or dropped."""
+    settings, left = config.sft, TOKENIZER.LeftOut()
 
-    def items(names: list[str], key: str) -> Iterator:
-        seen: set[str] = set()
-        for where, *record in itertools.chain(*(read(group) for group in TOKENIZER.expand_paths(names, key))):
-            text = json.dumps(record, sort_keys=True)
-            if data.deduplicate and text in seen:
-                counts["duplicates"] += 1
-                continue
-            seen.add(text)
-            item = make(where, *record)
-            if item.cut(config.training.max_length):
-                counts["cut" if settings.too_long == "cut" else "dropped as too long"] += 1
+    def samples(records: list[tuple[str, dict]]) -> list:
+        found = []
+        for where, record in records:
+            sample = make(where, record)
+            if sample.cut(config.training.max_length):
                 if settings.too_long == "drop":
+                    left.add("too long for training.max_length", where)
                     continue
-            if item.teaches():
-                yield item
-            else:
-                counts["without anything to learn"] += 1
+                left.truncated += 1
+            found.append(sample) if sample.teaches() else left.add("without a target", where)
+        return found
 
-    say_unused(data)
-    found, kept = list(items(data.train, "data.train")), []
-    if data.validation in ("hash", "tail", "none"):
-        first = {"none": len(found), "tail": len(found) * (1 - data.validation_fraction)}.get(data.validation)
-        held = [number >= first if first is not None else TOKENIZER.is_held_out(json.dumps(item.record, sort_keys=True), data.validation_fraction)
-                for number, item in enumerate(found)]
-        found, kept = ([item for item, on in zip(found, held, strict=True) if on is side] for side in (False, True))
-    else:
-        kept = list(items([data.validation], "data.validation"))
-    if not found:
-        raise UserError(f"data.train: no {what} is left to train on ({', '.join(f'{n} {why}' for why, n in counts.items()) or 'the files are empty'})")
-    return found, kept, f"{len(kept):,} held out" + "".join(f", {n:,} {why}" for why, n in counts.items())
+    say_unused(config.data)
+    train, held_out = map(samples, TOKENIZER.read_split(config.data, form, left, kind))
+    if not train:
+        raise UserError(f"data.train: no {kind} is left to train on{left.text()}")
+    return train, held_out, f"{len(held_out):,} held out" + (f"; {left.truncated:,} truncated" if left.truncated else "") + left.text()
 
 
-def read_talks(config, tokenizer) -> tuple[list[Talk], list[Talk]]:
+def read_conversations(config, tokenizer) -> tuple[list[Sample], list[Sample]]:
     """(to train on, held out)."""
     settings = config.sft
-    read = partial(TOKENIZER.read_conversations, columns=settings.columns, system=settings.system)
-    train, kept, rest = collect(config, read, partial(Talk, tokenizer=tokenizer, settings=settings), "conversation")
+    form = TOKENIZER.Form(conversation, settings.section, settings.columns, settings.system)
+    train, held_out, rest = read_samples(config, form, partial(Sample, tokenizer=tokenizer, settings=settings), "conversation")
     if MODEL.process_rank() == 0:
-        tokens, learnt = (sum(map(len, (t.ids for t in train))), sum(sum(w > 0 for w in t.weights) for t in train))
-        say(f"{len(train):,} conversations, {tokens:,} tokens, {learnt:,} of them learnt; {rest}")
-    return train, kept
+        tokens, targets = sum(len(sample.ids) for sample in train), sum(sum(w > 0 for w in sample.weights) for sample in train)
+        say(f"{len(train):,} conversations, {tokens:,} tokens, {targets:,} trained on; {rest}")
+    return train, held_out
 
 
 def read_labelled(config, tokenizer, known: list[str] | None) -> tuple[list[Labelled], list[Labelled], list[str]]:
     """(to train on, held out, labels): the `known` ones of a model that has some, else those of the training data."""
     settings = config.sft
-    read, make = partial(TOKENIZER.read_labelled, columns=settings.columns), partial(Labelled, tokenizer=tokenizer)
-    train, kept, rest = collect(config, read, make, "text")
+    form = TOKENIZER.Form(labelled, settings.section, settings.columns)
+    train, held_out, rest = read_samples(config, form, partial(Labelled, tokenizer=tokenizer), "text")
     shares = Counter(item.record["label"] for item in train)
     labels = known or sorted(shares, key=lambda name: (len(name), name) if name.isdigit() else (0, name))
     if len(shares) < 2 or len(shares) > max(2, len(train) // 2):
-        raise UserError(f"{train[0].where}: the training data has {len(shares)} different label{'s' * (len(shares) > 1)} in {len(train):,} texts; "
-                        "name the right columns in sft.columns, as in {text: my_column, label: another}")
-    for item in (*train, *kept):
+        raise UserError(f"{train[0].where}: the training data has {len(shares)} different label{'s' * (len(shares) > 1)} in {len(train):,} "
+                        "texts; set the right columns in sft.columns, as in {text: my_column, label: another}")
+    by_hash = config.data.validation in ("hash", "tail")
+    for item in (*train, *held_out):
         if item.record["label"] not in labels:
             raise UserError(f"{item.where}: label '{item.record['label']}' is none of {', '.join(labels)}, " + (
-                f"which {config.model.name} tells apart; start from the model that it was made from" if known else
+                f"the labels of {config.model.name}; start from the model that it was made from" if known else
+                f"the labels of the training data: data.validation {config.data.validation} holds out all texts that have it" if by_hash else
                 "the labels of the training data; add such texts there, or leave it out"))
+    weights = class_weights(settings, labels, shares, len(train))
+    numbers = {name: i for i, name in enumerate(labels)}
+    for items, factors in ((train, weights), (held_out, dict.fromkeys(labels, 1.0))):
+        for item in items:
+            item.number(numbers, factors)
+    if MODEL.process_rank() == 0:
+        say(f"{len(train):,} texts to train on ({', '.join(f'{shares[name]:,} {name}' for name in labels)}); {rest}")
+    return train, held_out, labels
+
+
+def class_weights(settings: SFTSection, labels: list[str], shares: Counter, count: int) -> dict[str, float]:
+    """{label: weight}, 1 on average over the training data, so that steps keep their size."""
     weights = dict.fromkeys(labels, 1.0)
     if settings.class_weights == "balanced":
-        weights = {name: len(train) / (len(shares) * shares[name]) if shares[name] else 0.0 for name in labels}
+        weights = {name: count / (len(shares) * shares[name]) if shares[name] else 0.0 for name in labels}
     elif isinstance(settings.class_weights, dict):
         for name, weight in settings.class_weights.items():
             if str(name) not in weights or isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
                 raise UserError(f"sft.class_weights: {name}: {weight} does not give one of {', '.join(labels)} a weight of 0 or more")
             weights[str(name)] = float(weight)
-    mean = sum(weights[item.record["label"]] for item in train) / len(train)  # 1 on average, so that steps keep their size
+    mean = sum(weights[name] * n for name, n in shares.items()) / count
     if not mean:
-        raise UserError(f"sft.class_weights: no label of the training data ({', '.join(shares)}) counts anything")
-    weights = {name: weight / mean for name, weight in weights.items()}
-    numbers = {name: i for i, name in enumerate(labels)}
-    for items, worth in ((train, weights), (kept, dict.fromkeys(labels, 1.0))):
-        for item in items:
-            item.number(numbers, worth)
-    if MODEL.process_rank() == 0:
-        parts = ", ".join(f"{shares[name]:,} {name}" for name in labels)
-        say(f"{len(train):,} texts to learn from ({parts}); {rest}")
-    return train, kept, labels
-
-
-def examples(talks: list[Talk]) -> TOKENIZER.Examples:
-    sizes = np.array([len(talk.ids) for talk in talks], np.int64)
-    ids = np.concatenate([np.array(talk.ids, np.int64) for talk in talks])
-    weights = np.concatenate([np.array(talk.weights, np.float32) for talk in talks])
-    return TOKENIZER.Examples(ids, weights, np.cumsum(sizes) - sizes, sizes - 1)
+        raise UserError(f"sft.class_weights: all labels of the training data ({', '.join(shares)}) have weight 0")
+    return {name: weight / mean for name, weight in weights.items()}
 
 
 def say_unused(data: TOKENIZER.DataSection) -> None:
-    """One line on settings of `data` that are pretraining's alone."""
-    usual = TOKENIZER.DataSection()
+    """One line on settings of `data` that only pretraining uses."""
+    default = TOKENIZER.DataSection()
     unused = [f"data.{key}" for key in ("weights", "streaming", "text_unit", "text_field", "min_chars", "normalize", "remove_control")
-              if getattr(data, key) != getattr(usual, key)]
+              if getattr(data, key) != getattr(default, key)]
     if unused and MODEL.process_rank() == 0:
-        say(f"{', '.join(unused)}: for pretraining alone, records are read as they are")
+        say(f"{', '.join(unused)}: only for pretraining; records are read unchanged")
 
 
-def in_batches(config, train: list, kept: list) -> tuple[TOKENIZER.TokenStream, list[dict]]:
+def in_batches(config, train: list, held_out: list) -> tuple[TOKENIZER.TokenStream, list[dict]]:
     """(the endless stream to train on, the batches of what is held out)."""
-    training, packing, spans = config.training, config.data.packing, examples(train)
-    stream = TOKENIZER.TokenStream(lambda epoch: [[spans]], training.batch_size, training.max_length, packing)
-    stream.joined = config.sft.padding_free
-    return stream, TOKENIZER.fixed_batches(examples(kept), training.batch_size, training.max_length, packing, training.eval_batches) if kept else []
+    training, packing, examples = config.training, config.data.packing, TOKENIZER.Examples.of(train)
+
+    def plan(sources: list, seed: list[int] | None) -> TOKENIZER.WholeRows:
+        return TOKENIZER.WholeRows(*sources, training.max_length, packing, seed)
+
+    stream = TOKENIZER.TokenStream(lambda epoch: [[examples]], plan, training.batch_size, training.max_length)
+    held_out = plan([TOKENIZER.Examples.of(held_out)], None) if held_out else None
+    return stream, TOKENIZER.fixed_batches(held_out, training.batch_size, training.eval_batches) if held_out else []
 
 
 # -------------------------------------------------------------------------------------------------- evaluation
 
 
-def question_of(talk: Talk) -> tuple[list[dict], str] | None:
+def question_of(sample: Sample) -> tuple[list[dict], str] | None:
     """(the conversation up to its last answer, that answer), of a record whose answer can be checked."""
-    messages = talk.record.get("messages") or []
-    if "answer" not in talk.record or messages[-1]["role"] != "assistant":
+    messages = sample.record.get("messages") or []
+    if "answer" not in sample.record or messages[-1]["role"] != "assistant":
         return None
     return messages[:-1], messages[-1]["content"]
 
@@ -291,11 +262,12 @@ def same_answer(given: str, expected: str) -> bool:
     return " ".join(given.split()).lower() == " ".join(expected.split()).lower()
 
 
-def with_answers(evaluate: Callable | None, talks: list[Talk], tokenizer, config) -> Callable | None:
+def with_answers(evaluate: Callable | None, samples: list[Sample], tokenizer, config) -> Callable | None:
     """The held-out loss, preceded by the share of held-out questions that are answered word for word; a few are shown."""
-    asked = [(talk.record, *question) for talk in talks if (question := question_of(talk))]
+    asked = [(sample.record, *question) for sample in samples if (question := question_of(sample))]
     asked = [asked[i] for i in np.linspace(0, len(asked) - 1, min(len(asked), config.sft.eval_answers)).astype(int)]  # from all of them
-    shown = asked[:: max(1, len(asked) // 3)][:3] or [(t.record, t.record["messages"][:-1], "") for t in talks if "messages" in t.record][:3]
+    shown = asked[:: max(1, len(asked) // 3)][:3] or [
+        (sample.record, sample.record["messages"][:-1], "") for sample in samples if "messages" in sample.record][:3]
     greedy = INFER.Sampling(config.sft.answer_tokens, temperature=0)
 
     def answers(model, questions) -> list[str]:
@@ -331,9 +303,9 @@ def label_scores(model, batch: dict, causal: bool) -> tuple[Tensor, Tensor, Tens
     last = (targets != -100).nonzero()[:, 0]  # (N,)
     places = last
     if not causal:
-        position = batch["positions"].flatten()[last] if "positions" in batch else last % batch["targets"].shape[1]
+        position = last % batch["targets"].shape[1] if batch["positions"] is None else batch["positions"].flatten()[last]
         places = last - position
-    out = model(batch["input_ids"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), want=("scores",))
+    out = model(batch["input_ids"], positions=batch["positions"], segment_ids=batch["segment_ids"], want=("scores",))
     return out.scores.flatten(0, 1)[places], targets[last], batch["weights"].flatten()[last], out.aux_loss
 
 
@@ -343,7 +315,7 @@ def label_loss(causal: bool) -> Callable:
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
         scores, labels, weights, balance = label_scores(model, batch, causal)
         loss = (F.cross_entropy(scores, labels, reduction="none") * weights).sum() / totals["tokens"]
-        right = ((scores.argmax(-1) == labels) * weights).sum() / totals["tokens"]
+        right = (scores.argmax(-1) == labels).sum() / totals["targets"]  # unweighted: an accuracy
         return loss + balance / totals["micro_batches"], {"loss": loss.detach(), "accuracy": right.detach()}
 
     return loss_fn
@@ -361,7 +333,7 @@ class Confusion:
         sums = torch.zeros(size * size + 1, dtype=torch.float64)
         for batch in TRAIN.own_share(self.batches):
             batch = TRAIN.on_device(batch, model.device)
-            scores, labels, *_ = label_scores(model, {"weights": batch["targets"], **batch}, self.causal)
+            scores, labels, *_ = label_scores(model, batch, self.causal)
             sums[:-1] += torch.bincount(size * labels + scores.argmax(-1), minlength=size * size).cpu()
             sums[-1] += float(F.cross_entropy(scores, labels, reduction="sum"))
         *counts, nats = TRAIN.all_sum(sums.tolist(), model.device)
@@ -371,10 +343,10 @@ class Confusion:
         return {"accuracy": float(np.trace(self.counts) / self.counts.sum()), "f1": self.f1(), "loss": nats / self.counts.sum()}
 
     def f1(self) -> float:
-        """2 TP / (2 TP + FP + FN): of two labels the rarer one's, which is the one looked for; else the mean over all."""
-        right, wrong = np.diag(self.counts), self.counts.sum(0) + self.counts.sum(1)
-        each = np.divide(2 * right, wrong, out=np.zeros(len(right)), where=wrong > 0)
-        return float(each[self.counts.sum(1).argmin()] if len(each) == 2 else each.mean())
+        """2 TP / (2 TP + FP + FN): of two labels the rarer one's, which is the one looked for; else the mean over those that occur."""
+        right, total = np.diag(self.counts), self.counts.sum(0) + self.counts.sum(1)
+        each = np.divide(2 * right, total, out=np.zeros(len(right)), where=total > 0)
+        return float(each[self.counts.sum(1).argmin()] if len(each) == 2 else each[total > 0].mean())
 
     def table(self) -> str:
         names = [label if len(label) <= 14 else label[:13] + "…" for label in self.labels]
@@ -390,8 +362,8 @@ class Confusion:
         axes.imshow(self.counts / self.counts.sum(1, keepdims=True).clip(min=1), cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(self.counts) if len(self.labels) <= 30 else ():
             axes.text(column, row, f"{count:,}", ha="center", va="center", color="white" if count > self.counts[row].sum() / 2 else "black")
-        axes.set_xticks(range(len(self.labels)), self.labels, rotation=30, ha="right")
-        axes.set_yticks(range(len(self.labels)), self.labels)
+        axes.set_xticks(range(len(self.labels)), self.labels, rotation=30, ha="right", parse_math=False)  # a $ is a letter
+        axes.set_yticks(range(len(self.labels)), self.labels, parse_math=False)
         with MODEL.staged(path.parent) as scratch:
             figure.savefig(scratch / path.name, dpi=120)
 
@@ -501,8 +473,6 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     need_model(config)
     if config.sft.task == "chat" and (config.model.labels or config.model.num_labels):
         raise UserError("model.labels: belong to sft.task classify; leave model.labels and model.num_labels out")
-    if config.sft.padding_free and config.data.packing:
-        raise UserError("sft.padding_free: packed rows have no padding; set data.packing false, or leave it out")
     if config.sft.task == "classify":
         return prepare_labels(config, checkpoint, device)
     tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, config.model.name))
@@ -513,62 +483,105 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
         raise UserError(f"model.name: {config.model.name} is an encoder, which answers nobody; conversations need a causal model")
     finish_model(config, model, *asked, config.sft.neftune_noise_alpha)
     TOKENIZER.end_with_turns(model, tokenizer)
-    talks, kept = read_talks(config, tokenizer)
-    stream, batches = in_batches(config, talks, kept)
+    train, kept = read_conversations(config, tokenizer)
+    stream, batches = in_batches(config, train, kept)
     evaluate = TRAIN.held_out_loss(batches, None) if batches else None
     return TRAIN.Stage(model, tokenizer, stream, TRAIN.token_loss, with_answers(evaluate, kept, tokenizer, config), TRAIN.save_product)
+
+
+# ------------------------------------------------------------------------------------------------------ records
+
+
+def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
+    """SFT's form: {"messages": [...]} or, for plain text, {"text"}, with `tools`, `weight` and `answer` where the record has them."""
+    keys = next((keys for keys in TOKENIZER.LAYOUTS if all(TOKENIZER.is_given(record, key) for key in keys)), None)
+    extras = TOKENIZER.extras_of(record, where)
+    if keys is None:
+        if isinstance(record.get("text"), str):
+            raise TOKENIZER.Unusable("without text")
+        known = "; ".join(" + ".join(keys) for keys in TOKENIZER.LAYOUTS)
+        raise UserError(f"{where}: keys {TOKENIZER.keys_of(record)} are none of {known}; set {form.section}.columns, as in {{prompt: my_column, completion: another}}")
+    if keys == ("text",):
+        return {"text": TOKENIZER.text_of(record, "text", where), **extras, **{key: record[key] for key in record if str(key).lower() in TOKENIZER.LABEL_KEYS}}
+    whole = record if keys[0] not in TOKENIZER.CHAT_KEYS else {key: value for key, value in record.items() if key not in TOKENIZER.PROMPT_KEYS}
+    messages = TOKENIZER.as_messages(TOKENIZER.prompt_of(whole, where, form.system))
+    if keys[0] not in TOKENIZER.CHAT_KEYS:
+        messages = [*messages, *TOKENIZER.as_messages(TOKENIZER.words_of(record[keys[1]], "assistant", f"{where}: {keys[1]}"), "assistant")]
+    elif TOKENIZER.is_given(record, "answer"):
+        extras["answer"] = record["answer"]
+    if not any(turn["role"] == "assistant" for turn in messages):
+        raise UserError(f"{where}: no assistant message, so there is nothing to learn")
+    return {"messages": messages, **extras}
+
+
+def labelled(record: dict, where: str, form: TOKENIZER.Form) -> dict:
+    """A classifier's form: {"text", "label"}. The keys are found by their names in any case, the text also by being the only other."""
+    lower = {str(key).lower(): key for key in record}
+    label = next((lower[key] for key in TOKENIZER.LABEL_KEYS if key in lower), None)
+    rest = [key for key in record if key != label]
+    text = next((lower[key] for key in TOKENIZER.TEXT_KEYS if key in lower), rest[0] if len(rest) == 1 else None)
+    if label is None or text is None:
+        raise UserError(f"{where}: which of the keys {TOKENIZER.keys_of(record)} is the {'label' if label is None else 'text'}? Set {form.section}.columns, as in "
+                        "{text: my_column, label: another}")
+    value = record[label]
+    if isinstance(value, (list, dict)) or value is None or not str(value).strip():
+        raise UserError(f"{where}: '{label}' is {value!r}, one label is expected")
+    if not str(value).strip().isprintable():
+        raise UserError(f"{where}: '{label}' is {value!r}, a label is one line of text")
+    if not TOKENIZER.text_of(record, text, where).strip():
+        raise UserError(f"{where}: '{text}' is empty")
+    return {"text": record[text], "label": str(value).strip()}
 
 
 # --------------------------------------------------------------------------------------------- looking, converting
 
 
 def dry_run(config) -> None:
-    """The first records as the model will read them, what is learnt in green, and how long they all are."""
+    """The first records as the model reads them, the tokens that are trained on in green, and the distribution of lengths."""
     need_model(config)
     TRAIN.fit_length(config, MODEL.context_length(config.model.name, MODEL.overrides(config.model)))
     tokenizer = TOKENIZER.load(config.tokenizer.name or config.model.name)
     if config.sft.task == "classify":
-        talks, _, _ = read_labelled(config, tokenizer, None)
+        samples, _, _ = read_labelled(config, tokenizer, None)
     else:
         TOKENIZER.ensure_chat(tokenizer)
-        talks, _ = read_talks(config, tokenizer)
-    for talk in talks[:3]:
-        print(f"--- {talk.where}")
-        if isinstance(talk, Labelled):
-            print(f"{tokenizer.decode(talk.text_ids)} \033[32m{talk.record['label']}\033[0m")
+        samples, _ = read_conversations(config, tokenizer)
+    for sample in samples[:3]:
+        print(f"--- {sample.where}")
+        if isinstance(sample, Labelled):
+            print(f"{tokenizer.decode(sample.text_ids)} \033[32m{sample.record['label']}\033[0m")
             continue
         pieces: list[tuple[bool, list[int]]] = []
-        for i, weight in zip(talk.ids, talk.weights, strict=True):
+        for i, weight in zip(sample.ids, sample.weights, strict=True):
             if not pieces or pieces[-1][0] != (weight > 0):
                 pieces.append((weight > 0, []))
             pieces[-1][1].append(i)
         print("".join(f"\033[32m{tokenizer.decode(ids)}\033[0m" if on else tokenizer.decode(ids) for on, ids in pieces))
-    lengths = np.array([len(talk.ids) for talk in talks])
+    lengths = np.array([len(sample.ids) for sample in samples])
     counts, edges = np.histogram(lengths, bins=min(12, int(lengths.max() - lengths.min()) + 1))
     what = "text" if config.sft.task == "classify" else "conversation"
-    print(f"--- tokens a {what}: median {int(np.median(lengths))}, longest {lengths.max()}, max_length {config.training.max_length}")
+    print(f"--- tokens per {what}: median {int(np.median(lengths))}, longest {lengths.max()}, max_length {config.training.max_length}")
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         print(f"{int(np.ceil(low)):6}-{int(high):<6} {'#' * round(50 * count / counts.max())} {count:,}")
 
 
 def convert(config) -> None:
-    """Records of any known layout -> one JSON object with `messages` a line."""
-    counts: Counter = Counter()
-    lines = []
-    for group in TOKENIZER.expand_paths(config.data.train):
-        for path in group:
-            for where, record in TOKENIZER.read_conversations([path], config.sft.columns, config.sft.system):
-                if "text" in record and not counts[path] and any(str(key).lower() in TOKENIZER.LABEL_KEYS for key in next(TOKENIZER.read_records(path))[1]):
-                    raise UserError(f"{where}: a labelled text is no conversation; --sft.task classify reads the file as it is")
-                lines.append(json.dumps(record, ensure_ascii=False))
-                counts[path] += 1
+    """Records of any known layout -> one JSON object with `messages` per line."""
+    counts, lines, left = Counter(), [], TOKENIZER.LeftOut()
+    form = TOKENIZER.Form(conversation, "sft", config.sft.columns, config.sft.system)
+    for path in itertools.chain.from_iterable(TOKENIZER.data_files(config.data)[0]):
+        for where, record in form.read(path, left):
+            if "text" in record and any(key.lower() in TOKENIZER.LABEL_KEYS for key in record):
+                raise UserError(f"{where}: a labelled text is no conversation; --sft.task classify reads the file as it is")
+            lines.append(json.dumps(record, ensure_ascii=False))
+            counts[path] += 1
     out = Path(config.output.dir)
     if out.suffix != ".jsonl":
         raise UserError(f"--out: '{out}' must be a file name that ends in .jsonl")
     if out.exists() and not config.actions.overwrite:
         raise UserError(f"--out: {out} exists; --overwrite replaces it")
     MODEL.write_text(out, "".join(line + "\n" for line in lines))
-    say(f"{out}: {len(lines):,} records (" + ", ".join(f"{n:,} from {path}" for path, n in counts.items()) + ")")
+    say(f"{out}: {len(lines):,} records (" + ", ".join(f"{n:,} from {path}" for path, n in counts.items()) + ")" + left.text())
 
 
 def merge(config) -> None:

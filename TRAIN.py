@@ -479,7 +479,7 @@ class Trainer:
     def _totals(self, batches: list[dict]) -> dict[str, float]:
         names = sorted(batches[0]["counts"])
         sums = all_sum([sum(batch["counts"][name] for batch in batches) for name in names], self.device)
-        totals = {name: max(value, 1) for name, value in zip(names, sums, strict=True)}
+        totals = {name: value or 1 for name, value in zip(names, sums, strict=True)}  # a step without targets has a loss of 0
         return {**totals, "micro_batches": len(batches) * self.run.world_size}
 
     @contextlib.contextmanager
@@ -1069,8 +1069,8 @@ def find_checkpoint(out: Path, resume: str | None) -> Path | None:
 
 def token_loss(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
     """Cross-entropy of each target token in nats, averaged over the (weighted) targets of the whole step."""
-    out = model(batch["input_ids"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"), targets=batch["targets"])
-    logprobs = out.logprobs * batch["weights"] if "weights" in batch else out.logprobs
+    out = model(batch["input_ids"], positions=batch["positions"], segment_ids=batch["segment_ids"], targets=batch["targets"])
+    logprobs = out.logprobs if batch["weights"] is None else out.logprobs * batch["weights"]
     loss = -logprobs.sum() / totals["tokens"]
     return loss + out.aux_loss / totals["micro_batches"], {"loss": loss.detach()}
 
@@ -1080,7 +1080,7 @@ def mask_tokens(batch: dict, tokenizer, keys: list[tuple], probability: float) -
     80% of those are hidden behind the mask token, 10% replaced by a random one, 10% left as they are, so that every
     token has to be understood. Row i draws from its own generator keyed by keys[i]."""
     ids = batch["input_ids"]
-    real = batch["positions"] >= 0 if "positions" in batch else torch.ones_like(ids, dtype=torch.bool)
+    real = torch.ones_like(ids, dtype=torch.bool) if batch["positions"] is None else batch["positions"] >= 0
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
     draws = torch.from_numpy(np.stack([np.random.default_rng(key).random((3, ids.shape[1])) for key in keys], 1))  # (3, B, T)
     chosen = real & ~special & (draws[0] < probability)
@@ -1121,7 +1121,7 @@ def objective(training: TrainingSection, model, tokenizer) -> str:
 
 
 EMPTY = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full((1, 1), -100), "positions": torch.full((1, 1), -1),
-         "segment_ids": torch.full((1, 1), -1), "counts": {"tokens": 0}}
+         "segment_ids": torch.full((1, 1), -1), "weights": None, "counts": {"tokens": 0}}
 
 
 def own_share(batches: list[dict]) -> list[dict]:
@@ -1135,9 +1135,9 @@ def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callabl
     def evaluate(model) -> dict:
         nats = tokens = 0.0
         for batch in own_share(batches):
-            inputs = {k: v.to(model.device) for k, v in batch.items() if k != "counts"}
-            weights = inputs.pop("weights", 1.0)
-            nats -= float((model(**inputs).logprobs.double() * weights).sum())
+            inputs = on_device({name: batch[name] for name in ("input_ids", "targets", "positions", "segment_ids", "weights")}, model.device)
+            weights = inputs.pop("weights")
+            nats -= float((model(**inputs).logprobs.double() * (1.0 if weights is None else weights)).sum())
             tokens += batch["counts"]["tokens"]
         nats, tokens = all_sum([nats, tokens], model.device)
         measures = {"loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700))}
@@ -1182,9 +1182,8 @@ def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, 
         model = MODEL.load(section.name, "float32", device, section.attn_implementation, head if head != "lm" else None,
                            config.training.seed, MODEL.overrides(section), quantization=section.quantization)
     else:
-        begin = TOKENIZER.begin_id(tokenizer)
-        ends = begin if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        knobs = {"vocab_size": len(tokenizer), "bos_token_id": begin, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+        knobs = {"vocab_size": TOKENIZER.vocab_size(tokenizer), "bos_token_id": TOKENIZER.begin_id(tokenizer),
+                 "eos_token_id": TOKENIZER.end_id(tokenizer), "pad_token_id": tokenizer.pad_token_id}
         knobs |= MODEL.overrides(section)
         model = MODEL.build(MODEL.preset_config(section.preset, **knobs), head, config.training.seed,
                             attn_implementation=section.attn_implementation)
@@ -1195,9 +1194,9 @@ def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, 
             if not 0 <= i < model.config.vocab_size:
                 raise UserError(f"model.{name}: {i} is no id of a vocabulary of {model.config.vocab_size}")
     if grow:
-        MODEL.grow_vocabulary(model, len(tokenizer))
-    if model.config.vocab_size < len(tokenizer):
-        raise UserError(f"model.vocab_size: {model.config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} ids")
+        MODEL.grow_vocabulary(model, TOKENIZER.vocab_size(tokenizer))
+    if model.config.vocab_size < (size := TOKENIZER.vocab_size(tokenizer)):
+        raise UserError(f"model.vocab_size: {model.config.vocab_size} is smaller than the tokenizer's {size} ids")
     resolve_defaults(config.training, model, fresh=not section.name)
     fit_length(config, model.config.max_position_embeddings)
     return model
@@ -1217,23 +1216,23 @@ def prepare_data(config, tokenizer, masked: bool = False):
     def hide(stream):
         return MaskedStream(stream, tokenizer, training.mlm_probability) if masked else stream
 
-    options = (data, training.batch_size, training.max_length)
-    if data.streaming:
-        stream, held_out = TOKENIZER.text_stream(data, tokenizer, *options[1:]), None
-        if data.validation not in ("hash", "tail", "none"):
-            raise UserError("data.validation: a file of its own needs data.streaming false")
-        return hide(stream), held_out
     first = MODEL.process_rank() == 0
-    files = one_after_another(TOKENIZER.token_files, data, tokenizer)  # the first process writes them, the others map them
-    if "train" not in files:
-        raise UserError("data.train: no text is left to train on (empty files, or everything was dropped or held out)")
-    stream = hide(TOKENIZER.file_stream(files["train"], *options))
-    if first:
-        TOKENIZER.warn_short_lines(data, files["train"], training.max_length)
-        if len(files["train"].ids) <= training.max_length:
-            say(f"the data has {len(files['train'].ids)} tokens, less than one row of {training.max_length}: training on what there is")
-    held_out = files.get("val")
-    batches = TOKENIZER.fixed_batches(held_out, training.batch_size, training.max_length, data.packing, training.eval_batches) if held_out else []
+    if data.streaming:
+        stream = hide(TOKENIZER.text_stream(data, tokenizer, training.batch_size, training.max_length))
+        size = training.eval_batches * training.batch_size * training.max_length * 4  # characters
+        held_out = None if data.validation == "none" else TOKENIZER.held_out_tokens(data, tokenizer, size)
+    else:
+        files = one_after_another(TOKENIZER.token_files, data, tokenizer)  # the first process writes them, the others map them
+        if "train" not in files:
+            raise UserError("data.train: no text is left to train on (empty files, or everything was dropped or held out)")
+        stream, held_out = hide(TOKENIZER.file_stream(files["train"], data, training.batch_size, training.max_length)), files.get("val")
+        if first:
+            TOKENIZER.warn_short_lines(data, files["train"], training.max_length)
+            if len(files["train"].ids) <= training.max_length:
+                say(f"the data has {len(files['train'].ids)} tokens, less than one row of {training.max_length}: training on what there is")
+    spans = TOKENIZER.Spans(held_out) if held_out else None
+    rows = TOKENIZER.Rows(spans, training.max_length, data.packing, None) if spans else None
+    batches = TOKENIZER.fixed_batches(rows, training.batch_size, training.eval_batches) if rows else []
     if masked:
         batches = [mask_tokens(batch, tokenizer, [(training.seed, 3, b, i) for i in range(len(batch["input_ids"]))], training.mlm_probability)
                    for b, batch in enumerate(batches)]
@@ -1241,7 +1240,7 @@ def prepare_data(config, tokenizer, masked: bool = False):
         if data.validation != "none" and first:
             say("too little data to hold some out: training without validation")
         return stream, None
-    per_token = held_out.bytes / TOKENIZER.Spans(held_out).pairs if held_out.bytes and not masked else None
+    per_token = held_out.bytes / spans.pairs if held_out.bytes and not masked else None
     return stream, held_out_loss(batches, per_token)
 
 

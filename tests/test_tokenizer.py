@@ -55,7 +55,8 @@ def byte_level(**options):
 
 
 def plain_ids(tokenizer, texts):
-    """The library itself, one text after the other."""
+    """The library itself, one text after the other; special tokens spelled out are plain text."""
+    tokenizer.backend_tokenizer.encode_special_tokens = True
     return [tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
 
@@ -132,10 +133,16 @@ def test_special_tokens_are_reserved(kind):
         assert name not in tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize(("kind", "size"), [("bpe", 261), ("wordpiece", 6), ("unigram", 6), ("char", 6)])
+@pytest.mark.parametrize(("kind", "size"), [("bpe", 261), ("char", 6)])
 def test_vocab_size_too_small(kind, size):
     with pytest.raises(UserError, match=rf"tokenizer.vocab_size: {size} is too small.*{size + 1}"):
         TOKENIZER.train(make_text(5), size, kind)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "sentencepiece"])
+def test_other_kinds_are_not_trained(kind):
+    with pytest.raises(UserError, match=f"tokenizer.kind: '{kind}' is not one of bpe, char, byte"):
+        TOKENIZER.train(make_text(5), 300, kind)
 
 
 def test_load_refuses_what_is_no_tokenizer(tmp_path):
@@ -224,6 +231,13 @@ def metaspace_bpe(texts):
     return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<unk>")
 
 
+def word_pieces(texts):
+    raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    raw.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=330, special_tokens=["[UNK]"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", bos_token="[UNK]")
+
+
 NOT_BY_WORDS = {
     "metaspace": metaspace_bpe,
     "prefix_space": lambda texts: byte_bpe(texts, pre_tokenizers.ByteLevel(add_prefix_space=True)),
@@ -234,8 +248,7 @@ NOT_BY_WORDS = {
     "across_words": lambda texts: byte_bpe(texts, byte_level(use_regex=False)),
     "space_behind": lambda texts: byte_bpe(texts, pre_tokenizers.Sequence(
         [pre_tokenizers.Split(" ", "merged_with_previous"), byte_level(use_regex=False)])),
-    "wordpiece": lambda texts: TOKENIZER.train(texts, 330, "wordpiece"),
-    "unigram": lambda texts: TOKENIZER.train(texts, 330, "unigram"),
+    "wordpiece": lambda texts: word_pieces(texts),
     "char": lambda texts: TOKENIZER.train(texts, 330, "char"),
 }
 
@@ -276,15 +289,7 @@ def write_format(path, texts, field="text"):
 
 
 def read(path, unit="line", field="text"):
-    """Whole documents, pieces joined."""
-    documents, parts = [], []
-    for text, last in TOKENIZER.read_pieces(path, unit, field):
-        parts.append(text)
-        if last:
-            documents.append("".join(parts))
-            parts = []
-    assert not parts, "a document was never closed"
-    return documents
+    return list(TOKENIZER.read_documents(path, unit, field))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.tsv.gz"])
@@ -329,49 +334,44 @@ LONG = {
 
 
 @pytest.mark.parametrize("unit", LONG)
-def test_long_documents_come_in_pieces_unchanged(unit, monkeypatch, tmp_path):
+def test_long_documents_are_cut_at_line_ends(unit, monkeypatch, tmp_path):
     (tmp_path / "a.txt").write_text(LONG[unit])
     whole = read(tmp_path / "a.txt", unit)
     assert whole == {"line": LONG[unit].split("\n"), "blank_line": LONG[unit].split("\n\n"), "file": [LONG[unit]]}[unit]
-    monkeypatch.setattr(TOKENIZER, "PIECE", 50)
-    pieces = list(TOKENIZER.read_pieces(tmp_path / "a.txt", unit))
-    assert len(pieces) > 2 * len(whole) - 1, "nothing was cut"
-    assert read(tmp_path / "a.txt", unit) == whole
+    monkeypatch.setattr(TOKENIZER, "LONGEST", 150)
+    cut = read(tmp_path / "a.txt", unit)
+    assert len(cut) > len(whole) and max(map(len, cut)) <= 150
+    if unit == "file":
+        assert "".join(cut) == LONG[unit] and all(text.endswith("\n") for text in cut[:-1])
+    elif unit == "blank_line":
+        assert {line for text in cut for line in text.split("\n")} == set(LONG[unit].split("\n")) - {""}
+    else:
+        assert "".join(cut) == LONG[unit].replace("\n", "")
 
 
 def test_a_carriage_return_at_a_cut_stays(monkeypatch, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abcd\refgh\n")
-    monkeypatch.setattr(TOKENIZER, "PIECE", 5)
-    assert read(tmp_path / "a.txt", "line") == ["abcd\refgh"]
+    monkeypatch.setattr(TOKENIZER, "LONGEST", 7)
+    assert "".join(read(tmp_path / "a.txt", "file")) == "abcd\refgh\n"
 
 
 def test_long_jsonl_and_csv_lines(monkeypatch, tmp_path):
-    monkeypatch.setattr(TOKENIZER, "PIECE", 20)
+    monkeypatch.setattr(TOKENIZER, "LONGEST", 20)
     for name in ("a.jsonl", "a.csv"):
-        assert read(write_format(tmp_path / name, DOCUMENTS)) == DOCUMENTS
+        assert "".join(read(write_format(tmp_path / name, DOCUMENTS))) == "".join(DOCUMENTS)
 
 
 @pytest.mark.parametrize("kind", TOKENIZER.KINDS)
 @pytest.mark.parametrize("unit", LONG)
-def test_pieces_are_tokenized_like_the_whole(unit, kind, monkeypatch, tmp_path):
-    (tmp_path / "a.txt").write_text(LONG[unit])
+def test_documents_are_tokenized_whole(unit, kind, tmp_path):
+    (tmp_path / "a.txt").write_text(LONG[unit] * 40)
     tokenizer = TOKENIZER.train(make_text(50), 330, kind)
     expected = []
     for document in read(tmp_path / "a.txt", unit):
         expected += [tokenizer.eos_token_id, *plain_ids(tokenizer, [document])[0]]
-    monkeypatch.setattr(TOKENIZER, "PIECE", 50)
-    data = section(tmp_path / "a.txt", text_unit=unit, validation="none", dir=str(tmp_path / "bin"))
+    data = section(tmp_path / "a.txt", text_unit=unit, validation="none", deduplicate=False, dir=str(tmp_path / "bin"))
     got = TOKENIZER.token_files(data, tokenizer)["train"].ids.tolist()
     assert got == [*expected, tokenizer.eos_token_id]
-
-
-def test_accents_meet_across_a_cut(monkeypatch, tmp_path):
-    """A letter and its accent are one character after normalisation, wherever a long line is cut."""
-    text = "cafe\u0301 " * 30
-    (tmp_path / "a.txt").write_text(text)
-    monkeypatch.setattr(TOKENIZER, "PIECE", 16)
-    pieces = TOKENIZER.documents(section("x"), [tmp_path / "a.txt"], Counter())
-    assert "".join(text for _, text, _ in pieces) == "caf\u00e9 " * 30
 
 
 def test_paths_files_folders_and_globs(tmp_path):
@@ -384,7 +384,7 @@ def test_paths_files_folders_and_globs(tmp_path):
     groups = TOKENIZER.expand_paths([str(tmp_path / "b"), str(tmp_path / "c?.txt"), str(tmp_path / "c1.txt")])
     names = [[str(p.relative_to(tmp_path)) for p in group] for group in groups]
     assert names == [["b/1.txt", "b/3.csv.gz", "b/4.parquet", "b/deep/2.jsonl"], ["c1.txt", "c2.txt"], ["c1.txt"]]
-    texts = [t for _, t, _ in TOKENIZER.documents(section("x"), groups[0] + groups[1], Counter())]
+    texts = [t for _, t in TOKENIZER.documents(section("x"), groups[0] + groups[1], Counter())]
     assert texts == [f"in {name}" for name in sum(names[:2], [])]
 
 
@@ -421,7 +421,7 @@ BAD = {
     "field.jsonl": (b'{"text": "a"}\n{"body": "b", "id": 1}\n', "field.jsonl:2: no key 'text'.*body, id.*data.text_field"),
     "number.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "number.jsonl:2: 'text' is int"),
     "null.jsonl": (b'{"text": null}\n', "null.jsonl:1: 'text' is NoneType"),
-    "list.jsonl": (b'["a"]\n', "list.jsonl:1: an object with 'text'.*list"),
+    "list.jsonl": (b'["a"]\n', "list.jsonl: record 1: an object with 'text'.*str"),
     "list.json": (b'{"text": 3}', "list.json.*'text' is int"),
     "field.csv": (b"title,body\na,b\n", "field.csv:2: no key 'text'.*title, body"),
     "short.csv": (b"id,text\n1,a\n2\n", "short.csv:3: no key 'text'"),
@@ -524,19 +524,19 @@ def test_bad_settings(settings, message):
 def clean_documents(path, **settings):
     counts = Counter()
     data = section(path, **settings)
-    return [text for _, text, _ in TOKENIZER.documents(data, [path], counts)], counts
+    return [text for _, text in TOKENIZER.documents(data, [path], counts)], counts
 
 
 def test_cleaning_counts(tmp_path):
     path = write_format(tmp_path / "a.jsonl", ["cafe\u0301", "a\x07b\tc\nd", "same", "same", "same ", "xy", "", "\ufb01ne", "\x85 next"])
     texts, counts = clean_documents(path, min_chars=3)
     assert texts == ["caf\u00e9", "ab\tc\nd", "same", "same ", "\ufb01ne", " next"]
-    assert counts["normalised"] == 1 and counts["with control characters"] == 2
+    assert counts["normalized"] == 1 and counts["with control characters"] == 2
     assert counts["duplicates"] == 1 and counts["too short"] == 2
     assert counts["documents"] == 6 and counts["bytes"] == sum(len(t.encode()) for t in texts)
     assert clean_documents(path, normalize="NFKC")[0][-2] == "fine"
     kept, counts = clean_documents(path, normalize="none", remove_control=False, deduplicate=False, min_chars=0)
-    assert kept == read(path) and not set(counts) & {"normalised", "duplicates", "too short", "with control characters"}
+    assert kept == read(path) and not set(counts) & {"normalized", "duplicates", "too short", "with control characters"}
 
 
 def test_duplicates_after_cleaning_and_across_files(tmp_path):
@@ -544,7 +544,7 @@ def test_duplicates_after_cleaning_and_across_files(tmp_path):
     one = write_format(tmp_path / "a.jsonl", ["caf\u00e9", "cafe\u0301", "b"])
     two = write_format(tmp_path / "b.csv", ["b", "c"])
     counts = Counter()
-    texts = [t for _, t, _ in TOKENIZER.documents(section("x"), [one, two], counts)]
+    texts = [t for _, t in TOKENIZER.documents(section("x"), [one, two], counts)]
     assert texts == ["caf\u00e9", "b", "c"] and counts["duplicates"] == 2
 
 
@@ -582,33 +582,21 @@ def test_seen_finds_exact_repeats():
 
 
 def split_of(path, **settings):
-    data = section(path, **settings)
     parts = {"train": [], "val": []}
-    for part, text, last in TOKENIZER.documents(data, [path], Counter(), TOKENIZER._splitter(data, [path])):
-        parts[part].append((text, last))
+    for part, text in TOKENIZER.documents(section(path, **settings), [path], Counter()):
+        parts[part].append(text)
     return parts
 
 
 def test_hash_split_belongs_to_the_document(tmp_path):
     texts = [f"{i}: {text}" for i, text in enumerate(make_text(600))]
     parts = split_of(write_format(tmp_path / "a.jsonl", texts), validation_fraction=0.2)
-    held = {text for text, _ in parts["val"]}
+    held = set(parts["val"])
     assert len(parts["train"]) + len(held) == 600 and abs(len(held) / 600 - 0.2) < 4 * math.sqrt(0.2 * 0.8 / 600)
     again = split_of(write_format(tmp_path / "b.csv", texts[::-1][:300] + ["new one"]), validation_fraction=0.2)
-    assert {t for t, _ in again["val"]} - {"new one"} == held & set(texts[::-1][:300])
+    assert set(again["val"]) - {"new one"} == held & set(texts[::-1][:300])
     more = split_of(tmp_path / "a.jsonl", validation_fraction=0.4)
-    assert held < {t for t, _ in more["val"]}
-
-
-def test_hash_split_keeps_a_long_document_together(monkeypatch, tmp_path):
-    (tmp_path / "a.txt").write_text("\n\n".join("\n".join(make_text(6, seed=i)) for i in range(30)))
-    whole = split_of(tmp_path / "a.txt", text_unit="blank_line", validation_fraction=0.3)
-    monkeypatch.setattr(TOKENIZER, "PIECE", 60)
-    cut = split_of(tmp_path / "a.txt", text_unit="blank_line", validation_fraction=0.3)
-    assert sum(last for _, last in cut["val"]) + sum(last for _, last in cut["train"]) == 30
-    assert 0 < sum(last for _, last in cut["val"]) < 30 and len(cut["train"]) > len(whole["train"])
-    for part in cut.values():
-        assert all(text.count("\n\n") == 0 for text, _ in part)
+    assert held < set(more["val"])
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.3])
@@ -616,31 +604,106 @@ def test_tail_split_of_documents(fraction, tmp_path):
     texts = [f"{i}: {text}" for i, text in enumerate(make_text(50))]
     parts = split_of(write_format(tmp_path / "a.jsonl", texts), validation="tail", validation_fraction=fraction)
     cut = 50 - max(1, round(50 * fraction))
-    assert [t for t, _ in parts["train"]] == texts[:cut] and [t for t, _ in parts["val"]] == texts[cut:]
+    assert parts["train"] == texts[:cut] and parts["val"] == texts[cut:]
 
 
-@pytest.mark.parametrize("piece", [None, 40, 333])
-def test_tail_split_of_one_document(piece, monkeypatch, tmp_path):
+@pytest.mark.parametrize("validation", ["hash", "tail"])
+@pytest.mark.parametrize("longest", [None, 40, 333])
+def test_the_tail_of_one_book_is_held_out(longest, validation, monkeypatch, tmp_path):
     text = "\n".join(make_text(40))
     (tmp_path / "a.txt").write_text(text)
-    if piece:
-        monkeypatch.setattr(TOKENIZER, "PIECE", piece)
-    parts = split_of(tmp_path / "a.txt", text_unit="file", validation="tail", validation_fraction=0.1)
-    assert "".join(t for t, _ in parts["train"]) == text[: int(len(text) * 0.9)]
-    assert "".join(t for t, _ in parts["val"]) == text[int(len(text) * 0.9) :]
-    assert parts["train"][-1][1] and parts["val"][-1][1]
-    assert sum(last for _, last in parts["train"] + parts["val"]) == 2
+    if longest:
+        monkeypatch.setattr(TOKENIZER, "LONGEST", longest)
+    parts = split_of(tmp_path / "a.txt", text_unit="file", validation=validation, validation_fraction=0.1, deduplicate=False)
+    assert "".join(parts["train"]) + "".join(parts["val"]) == text
+    size = len("".join(parts["val"]))
+    assert 0.1 * len(text) - 1 <= size <= 0.1 * len(text) + max(map(len, text.split("\n")))
+    assert "".join(parts["train"]).endswith("\n") or longest == 40  # at a line end, where there is one
 
 
-def test_tail_split_closes_a_part_that_ends_with_a_piece(monkeypatch, tmp_path):
-    text = "".join(f"line {i:03d}\n" for i in range(40))  # 9 characters each
-    (tmp_path / "a.txt").write_text(text)
-    monkeypatch.setattr(TOKENIZER, "PIECE", 30)
-    sizes = [len(t) for t, _ in TOKENIZER.read_pieces(tmp_path / "a.txt", "file")]
-    fraction = 1 - sum(sizes[:7]) / len(text)
-    assert int(len(text) * (1 - fraction)) == sum(sizes[:7]), "the cut must fall between two pieces"
-    parts = split_of(tmp_path / "a.txt", text_unit="file", validation="tail", validation_fraction=fraction)
-    assert parts["train"][-1][1] and parts["val"][-1][1]
+def test_a_file_is_read_once_and_not_trained_on_if_it_is_held_out(tmp_path):
+    for name in ("a.txt", "part/b.txt", "val.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"in {name}\n")
+    data = section(tmp_path, validation=str(tmp_path / "val.txt"))
+    assert [[path.name for path in group] for group in TOKENIZER.data_files(data)[0]] == [["a.txt", "b.txt"]]
+    data = section(tmp_path / "part", tmp_path, validation="tail")
+    assert [[path.name for path in group] for group in TOKENIZER.data_files(data)[0]] == [["b.txt"], ["a.txt", "val.txt"]]
+    with pytest.raises(UserError, match="data.train: all files of .*val.txt' belong to data.validation"):
+        TOKENIZER.data_files(section(tmp_path / "val.txt", validation=str(tmp_path / "val.txt")))
+
+
+def test_folders_without_hidden_files_outputs_and_loops(tmp_path):
+    for name in ("a.txt", ".git/b.txt", ".hidden.txt", "run/config.json", "run/log.jsonl", "train_ids.json", "sub/c.txt"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("{}\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/d.txt").write_text("linked\n")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "data/sub/link")
+    os.symlink(tmp_path / "data", tmp_path / "elsewhere/back")
+    [files] = TOKENIZER.expand_paths([str(tmp_path / "data")])
+    assert [path.name for path in files] == ["a.txt", "c.txt", "d.txt"]
+    os.symlink(tmp_path / "nothing", tmp_path / "data/sub/e.txt")
+    with pytest.raises(UserError, match="e.txt is a link to a file that does not exist"):
+        TOKENIZER.expand_paths([str(tmp_path / "data/sub/*.txt")])
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_json_is_read_whatever_its_name_ends_in(name, tmp_path):
+    records = [{"text": "one"}, {"text": "two"}]
+    for content in ("\n".join(map(json.dumps, records)), json.dumps(records), json.dumps(records, indent=1), json.dumps(records[:1])):
+        (tmp_path / name).write_text(content)
+        assert read(tmp_path / name) == ["one", "two"][: content.count("text")]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ('{"text": "a", "n": %s}' % ("7" * 5000), "a.jsonl:1: JSON that cannot be read"),
+    ('{"text": %s}' % ("[" * 100_000), "a.jsonl:1: JSON that cannot be read"),
+])
+def test_json_that_python_refuses_is_one_line(content, message, tmp_path):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ('text,n\nx,1\n"open,2\nz,3\n', "a.csv:[23]: cannot be read"), ('text,n\nx,1\n"closed" and more,2\n', "a.csv:3: cannot be read"),
+    ("text,n,text\na,1,b\n", "a.csv:1: two columns have the name 'text'"),
+])
+def test_tables_that_would_be_read_wrongly_are_refused(content, message, tmp_path):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "a.csv")
+
+
+def test_special_tokens_in_texts_are_plain_text(tmp_path, tokenizer):
+    """A line that spells an end is no end: nothing may teach that an end follows a beginning at once."""
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo<|im_end|>\n")
+    data = section(tmp_path / "a.txt", validation="none", dir=str(tmp_path / "bin"))
+    ids = TOKENIZER.token_files(data, tokenizer)["train"].ids.tolist()
+    assert ids.count(tokenizer.eos_token_id) == 4 and tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
+    assert tokenizer.decode(ids[1:-1], skip_special_tokens=True) == "one<|endoftext|>two<|im_end|>"
+    assert all(a != b for a, b in zip(ids, ids[1:]) if a == tokenizer.eos_token_id)
+
+
+def test_saved_padding_and_truncation_are_ignored_and_not_written(tmp_path, tokenizer):
+    raw = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+                                  bos_token=TOKENIZER.END, eos_token=TOKENIZER.END, pad_token=TOKENIZER.PAD)
+    raw.backend_tokenizer.enable_truncation(4)
+    raw.backend_tokenizer.enable_padding(length=9)
+    raw.save_pretrained(tmp_path / "a")
+    texts = ["a red fox ran over the hills and far away", "fox"]
+    assert [ids.tolist() for ids in TOKENIZER.Encoder(TOKENIZER.load(tmp_path / "a"))(texts)] == plain_ids(tokenizer, texts)
+    raw(texts, truncation=True, max_length=3)
+    TOKENIZER.save(raw, tmp_path / "b")
+    saved = json.loads((tmp_path / "b/tokenizer.json").read_text())
+    assert saved["truncation"] is None and saved["padding"] is None
+
+
+def test_words_without_spaces_are_not_kept(tokenizer):
+    encoder = TOKENIZER.Encoder(tokenizer)
+    encoder(["\u4f60\u597d" * 400 + str(i) for i in range(20)] + ["the red fox"])
+    assert set(encoder.words) == {"the", " red", " fox"}
 
 
 def test_validation_file_of_its_own(tmp_path, tokenizer):
@@ -677,13 +740,13 @@ def test_prepare_writes_ids_and_facts(shared, tmp_path, tokenizer):
     files = TOKENIZER.token_files(data, tokenizer)
     split = [split_of(path, validation_fraction=0.2) for path in paths]
     for part in ("train", "val"):
-        documents = [text for parts in split for text, _ in parts[part]]
+        documents = [text for parts in split for text in parts[part]]
         facts = json.loads((tmp_path / f"bin/{part}_ids.json").read_text())
         raw = np.fromfile(tmp_path / f"bin/{part}_ids.bin", "<u2")
         assert raw.tolist() == files[part].ids.tolist() == expected_ids(documents, tokenizer)
         assert facts["tokens"] == len(raw) and facts["documents"] == len(documents) and facts["dtype"] == "uint16"
         assert facts["bytes"] == files[part].bytes == sum(len(t.encode()) for t in documents)
-        first = len(expected_ids([text for text, _ in split[0][part]], tokenizer))
+        first = len(expected_ids(split[0][part], tokenizer))
         assert facts["sources"] == [[0, first], [first, len(raw)]]
     assert (files["train"].begin, files["train"].end) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
@@ -758,6 +821,12 @@ def test_a_bin_without_json_is_uint16(tmp_path, tokenizer):
     assert len(TOKENIZER.token_files(section(tmp_path / "train.bin", validation=str(other)), tokenizer)["val"].ids) == 7
 
 
+def test_a_bare_bin_of_32_bits_is_read_as_such(tmp_path, tokenizer):
+    ids = np.random.default_rng(0).integers(0, len(tokenizer), 99)
+    write_bin(tmp_path / "a.bin", ids, "<u4")
+    assert TOKENIZER.open_tokens(tmp_path / "a.bin", tokenizer).ids.tolist() == ids.tolist()
+
+
 def test_bad_bins_are_refused(tmp_path, tokenizer, text_file):
     def refused(path, message):
         with pytest.raises(UserError, match=f"{re.escape(path.name)}: .*{message}"):
@@ -772,7 +841,8 @@ def test_bad_bins_are_refused(tmp_path, tokenizer, text_file):
     refused(write_bin(tmp_path / "other.bin", [1, 2, 3], facts=made), "another tokenizer")
     (tmp_path / "missing.bin").unlink(missing_ok=True)
     refused(tmp_path / "missing.bin", "no such file")
-    with pytest.raises(UserError, match="data.train: a .bin file stands alone"):
+    refused(write_bin(tmp_path / "llmc.bin", [20240520, 1, 9, 4], "<i4"), "a header")
+    with pytest.raises(UserError, match="data.train: a .bin file has to be the only path"):
         TOKENIZER.token_files(section(tmp_path / "beyond.bin", text_file), tokenizer)
 
 
@@ -876,19 +946,24 @@ def test_one_long_document_is_cut_elsewhere_in_each_epoch():
 
 
 def test_collate_by_hand():
-    ids = np.array([0, 5, 6, 7, 0, 8, 9, 0], np.uint16)
-    batch = TOKENIZER.collate(ids, [[(0, 3), (4, 6)], [(4, 7)], []])
+    spans = SimpleNamespace(ids=np.array([0, 5, 6, 7, 0, 8, 9, 0], np.uint16), weights=None)
+    batch = TOKENIZER.collate(spans, [[(0, 3), (4, 6)], [(4, 7)], []])
     assert batch["input_ids"].tolist() == [[0, 5, 6, 0, 8], [0, 8, 9, 0, 0], [0] * 5]
     assert batch["targets"].tolist() == [[5, 6, 7, 8, 9], [8, 9, 0, -100, -100], [-100] * 5]
     assert batch["positions"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, -1, -1], [-1] * 5]
     segments = batch["segment_ids"].tolist()
     assert segments[0][:3] == [segments[0][0]] * 3 and segments[0][3:] == [segments[0][3]] * 2 and segments[0][0] != segments[0][3]
     assert batch["counts"] == {"tokens": 8}
-    wide = TOKENIZER.collate(ids, [[(0, 3)]], width=6)
+    wide = TOKENIZER.collate(spans, [[(0, 3)]], width=6)
     assert wide["input_ids"].shape == (1, 6) and wide["counts"]["tokens"] == 3
-    full = TOKENIZER.collate(ids, [[(0, 3)], [(4, 7)]])
-    assert set(full) == {"input_ids", "targets", "counts"}  # plain causal rows
-    assert TOKENIZER.collate(ids, [[], []])["targets"].tolist() == [[-100], [-100]]
+    full = TOKENIZER.collate(spans, [[(0, 3)], [(4, 7)]])
+    assert full["positions"] is full["segment_ids"] is full["weights"] is None  # plain causal rows
+    assert set(full) == set(batch) == set(wide)
+    spans.weights = np.array([0, 0, 0.5, 0, 0, 2, 1, 0], np.float32)
+    weighted = TOKENIZER.collate(spans, [[(0, 3), (4, 6)]])
+    assert weighted["targets"].tolist() == [[-100, 6, -100, 8, 9]] and weighted["weights"].tolist() == [[0, 0.5, 0, 2, 1]]
+    assert weighted["counts"] == {"tokens": 3.5, "targets": 3, "read": 5} and set(weighted) == set(batch)
+    assert TOKENIZER.collate(spans, [[], []])["targets"].tolist() == [[-100], [-100]]
 
 
 # ----------------------------------------------------------------------------------------------------- streams
@@ -936,8 +1011,9 @@ def test_ranks_and_micro_batches_share_one_step(world_size, grad_accum, batch_si
     for _ in range(2 * reference.steps_per_epoch + 1):  # across two epochs
         [whole] = take(reference, 1)
         shares = [take(stream, grad_accum) for stream in ranks]
-        joined = [row for micro in range(grad_accum) for share in shares for row in share[micro]]
-        assert len(whole) == len(joined) == per_step and sorted(joined) == sorted(whole)
+        joined = [row for micro in range(grad_accum) for share in shares for row in share[micro] if row]
+        whole = [row for row in whole if row]
+        assert len(whole) <= per_step and sorted(joined) == sorted(whole)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -949,11 +1025,10 @@ def test_an_epoch_is_every_pair_once_and_its_last_step_is_filled(packing, batch_
     orders = []
     for _ in range(2):
         rows = [row for batch in take(stream, 2 * stream.steps_per_epoch) for row in batch]
-        assert len(rows) == stream.steps_per_epoch * 2 * batch_size
         assert Counter(pair for row in rows for pair in row) == pairs
         real = [row for row in rows if row]
         assert rows[: len(real)] == real, "padding only at the end"
-        assert len(rows) - len(real) < 2 * batch_size
+        assert len(rows) - len(real) < 2  # rows that nobody needs are not computed
         orders.append(real)
     assert orders[0] != orders[1]
     assert orders[0] == [row for batch in take(started(make_stream(1, packing=packing)), len(orders[0])) for row in batch]
@@ -1038,7 +1113,7 @@ def test_text_stream_gives_each_training_document_once(validation, shared, tmp_p
     texts = [f"{i} {text}" for i, text in enumerate(make_text(90))]
     path = write_format(tmp_path / "a.jsonl", texts)
     settings = {"validation": validation, "validation_fraction": 0.2}
-    expected = texts if validation == "none" else [text for text, _ in split_of(path, **settings)["train"]]
+    expected = texts if validation == "none" else split_of(path, **settings)["train"]
     assert validation == "none" or 0 < len(expected) < 90
     stream = started(TOKENIZER.text_stream(section(path, packing=False, **settings), tokenizer, 3, 500, buffer_bytes=1200))
     orders = []
@@ -1066,12 +1141,13 @@ def test_text_stream_refuses_weights_and_nothing(tmp_path, tokenizer):
 @pytest.mark.parametrize("packing", [True, False])
 def test_fixed_batches_are_the_same_every_time(packing):
     tokens = random_file()
-    first, second = ([rows_in(b) for b in TOKENIZER.fixed_batches(tokens, 3, 16, packing)] for _ in range(2))
+    plan = TOKENIZER.Rows(TOKENIZER.Spans(tokens), 16, packing, None)
+    first, second = ([rows_in(b) for b in TOKENIZER.fixed_batches(plan, 3)] for _ in range(2))
     assert first == second
     pairs = Counter((int(tokens.ids[i]), int(tokens.ids[i + 1])) for i in pair_places(tokens))
     assert Counter(pair for batch in first for row in batch for pair in row) == pairs
     every = [row for batch in first for row in batch]
-    few = [row for batch in TOKENIZER.fixed_batches(tokens, 3, 16, packing, limit=2) for row in rows_in(batch)]
+    few = [row for batch in TOKENIZER.fixed_batches(plan, 3, limit=2) for row in rows_in(batch)]
     assert len(few) == 6 and few[0] == every[0] and few[-1] == every[-1]
     places = [every.index(row) for row in few]
     assert places == sorted(set(places))
@@ -1097,6 +1173,15 @@ def with_template(tokenizer, template):
     return copy
 
 
+def ids_and_mask(tokenizer, messages, tools=None):
+    ids, turns = TOKENIZER.render_chat(tokenizer, messages, tools)
+    mask = [0] * len(ids)
+    for turn in turns:
+        assert messages[turn.message]["role"] == "assistant"
+        mask[turn.start : turn.stop] = [1] * (turn.stop - turn.start)
+    return ids, mask
+
+
 def chat_by_hand(tokenizer, messages):
     """ChatML put together from its parts; the assistant's words and end of turn are marked, the newline after it is not."""
     start, end = (tokenizer.convert_tokens_to_ids(token) for token in TOKENIZER.CHAT_TOKENS)
@@ -1114,7 +1199,7 @@ def chat_by_hand(tokenizer, messages):
 def test_render_chat_by_hand(template, count, tokenizer):
     tokenizer = with_template(tokenizer, template)
     messages = CONVERSATION[:count]
-    ids, mask = TOKENIZER.render_chat(tokenizer, messages)
+    ids, mask = ids_and_mask(tokenizer, messages)
     assert (ids, mask) == chat_by_hand(tokenizer, messages)
     assert ids == list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
 
@@ -1122,15 +1207,15 @@ def test_render_chat_by_hand(template, count, tokenizer):
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 def test_render_chat_asks_for_an_answer(template, tokenizer):
     tokenizer = with_template(tokenizer, template)
-    ids, mask = TOKENIZER.render_chat(tokenizer, CONVERSATION[:4], add_generation_prompt=True)
+    ids, turns = TOKENIZER.render_chat(tokenizer, CONVERSATION[:4], add_generation_prompt=True)
     assert ids == chat_by_hand(tokenizer, CONVERSATION[:4])[0] + tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
     assert ids == list(tokenizer.apply_chat_template(CONVERSATION[:4], add_generation_prompt=True, return_dict=True)["input_ids"])
-    assert sum(mask) == sum(chat_by_hand(tokenizer, CONVERSATION[:4])[1])
+    assert not turns
 
 
 def test_training_and_serving_see_the_same_ids(tokenizer):
     tokenizer = with_template(tokenizer, PLAIN)
-    ids, mask = TOKENIZER.render_chat(tokenizer, CONVERSATION)
+    ids, mask = ids_and_mask(tokenizer, CONVERSATION)
     served, _ = TOKENIZER.render_chat(tokenizer, CONVERSATION[:4], add_generation_prompt=True)
     assert ids[: len(served)] == served and mask[len(served)] == 1 and mask[len(served) - 1] == 0
 
@@ -1147,7 +1232,7 @@ def test_template_survives_saving(tokenizer, tmp_path):
     TOKENIZER.save(with_template(tokenizer, MARKED), tmp_path)
     assert (tmp_path / "chat_template.jinja").exists()
     loaded = TOKENIZER.load(tmp_path)
-    assert TOKENIZER.render_chat(loaded, CONVERSATION) == chat_by_hand(tokenizer, CONVERSATION)
+    assert ids_and_mask(loaded, CONVERSATION) == chat_by_hand(tokenizer, CONVERSATION)
 
 
 # ---------------------------------------------------------------------------------------------------- choosing
@@ -1181,7 +1266,7 @@ def test_choose_takes_a_named_tokenizer(trainings, text_file, tmp_path, tokenize
     for options in ((named, data), (unnamed, data, tmp_path / "named")):
         assert TOKENIZER.fingerprint(TOKENIZER.choose(*options)) == TOKENIZER.fingerprint(tokenizer)
     write_bin(tmp_path / "train_ids.bin", [0, 1])
-    with pytest.raises(UserError, match="train_ids.bin: ids without their tokenizer"):
+    with pytest.raises(UserError, match="train_ids.bin: token ids without their tokenizer"):
         TOKENIZER.choose(TOKENIZER.TokenizerSection(), section(tmp_path / "train_ids.bin"))
     shutil.copytree(tmp_path / "named", tmp_path / "tokenizer")
     found = TOKENIZER.choose(TOKENIZER.TokenizerSection(), section(tmp_path / "train_ids.bin"))
@@ -1191,7 +1276,7 @@ def test_choose_takes_a_named_tokenizer(trainings, text_file, tmp_path, tokenize
 def test_a_tokenizer_is_not_trained_on_held_out_text(tmp_path):
     path = write_format(tmp_path / "a.jsonl", [f"{i} {t}" for i, t in enumerate(make_text(60))])
     data = section(path, validation="tail", validation_fraction=0.5)
-    assert list(TOKENIZER.sample_texts(data)) == [text for text, _ in split_of(path, validation="tail", validation_fraction=0.5)["train"]]
+    assert list(TOKENIZER.sample_texts(data)) == split_of(path, validation="tail", validation_fraction=0.5)["train"]
     few = list(TOKENIZER.sample_texts(data, limit=200))
     assert 200 <= sum(map(len, few)) < 200 + len(few[-1])
 
