@@ -311,11 +311,14 @@ MOVING_ROWS = "rows must be the same in every epoch; data.streaming, data.weight
 CACHE_BLOCK = 16  # batches between two notes of how far the cache is written
 
 
-def cut_once(rows, config, key: str) -> None:
-    """Let rows be the same in every epoch, or say that they cannot be."""
-    if not isinstance(rows, TOKENIZER.TokenStream) or config.data.weights or config.data.streaming:
+def is_fixed(rows, config) -> bool:
+    """Whether rows are the same in every epoch, so that what the teacher said of one stays true."""
+    return isinstance(rows, TOKENIZER.TokenStream) and not (config.data.weights or config.data.streaming)
+
+
+def need_fixed(rows, config, key: str) -> None:
+    if not is_fixed(rows, config):
         raise UserError(f"{key}: {MOVING_ROWS}")
-    rows.make_plan = TOKENIZER.cut_once(rows.make_plan)
 
 
 def data_mark(cut) -> str:
@@ -512,7 +515,7 @@ def write_cache(config) -> None:
     teacher = load_teacher(config, device)
     TRAIN.fit_length(config, teacher.context, "the teacher's")
     rows, _, _ = read_rows(config, teacher.tokenizer, teacher, task_of(config, teacher))
-    cut_once(rows, config, "--cache")
+    need_fixed(rows, config, "--cache")
     rows.start(BARE_RUN)
     mixed = TRAIN.precision(training, config.model.dtype, device)
     facts = {**cache_facts(settings, training, teacher, rows.plan.plan), "mixed_precision": mixed}
@@ -880,10 +883,9 @@ def distillation(ask: Callable | None, settings: DistillSection, layers: dict[in
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
         reduce, states = ask(batch) if ask else (None, [])
         reduce = reduce if settings.alpha < 1 else None
-        out = model(batch["input_ids"], positions=batch["positions"], segment_ids=batch.get("segment_ids"), targets=batch["targets"],
+        out = model(batch["input_ids"], positions=batch["positions"], segment_ids=batch["segment_ids"], targets=batch["targets"],
                     reduce=reduce, want=("hidden_states",) if layers else ())
-        weights = batch.get("weights")
-        weights = (batch["targets"] != -100).float() if weights is None else weights  # (B, T)
+        weights = (batch["targets"] != -100).float() if batch["weights"] is None else batch["weights"]  # (B, T)
         alpha = 0.0 if batch.get("sampled") else settings.alpha
 
         def share(values: Tensor, of: str = "tokens") -> Tensor:
@@ -936,10 +938,13 @@ def read_rows(config, tokenizer, teacher: Teacher, task: str) -> tuple[object, C
     if task == "text":
         tell_idle(config.distill, ("train_on_prompt", "columns", "system", "eval_answers", "max_completion_length"), "on text, which holds no conversations")
         stream, evaluate = TRAIN.prepare_data(config, tokenizer, masked=not teacher.causal)
+        if is_fixed(stream, config):
+            stream.make_plan = TOKENIZER.cut_once(stream.make_plan)
         return stream, TRAIN.with_samples(evaluate, tokenizer, config.training), None
     own = as_sft(config)
     samples, kept = SFT.read_conversations(own, tokenizer)
     stream, batches = SFT.in_batches(own, samples, kept)
+    stream.make_plan = TOKENIZER.cut_once(stream.make_plan)
     evaluate = SFT.with_answers(TRAIN.held_out_loss(batches, None) if batches else None, kept, tokenizer, own)
     return stream, evaluate, samples
 
@@ -1024,12 +1029,12 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
         add_projections(model, teacher.model.config.hidden_size, list(layers), training.seed)
     ask = None
     if cache:
-        cut_once(stream, config, "distill.cache_dir")
+        need_fixed(stream, config, "distill.cache_dir")
         stream = Told(stream, cache, settings)
         stream.check()
         ask = FromCache(cache.facts["vocab_size"], settings) if settings.asks_teacher else None
     elif settings.method == "universal":
-        cut_once(stream, config, "distill.method: universal")
+        need_fixed(stream, config, "distill.method: universal")
         stream, ask = BothTokenizers(stream, tokenizer, teacher, samples), ThroughText(teacher, settings)
     elif settings.asks_teacher:
         ask = InMemory(teacher, settings)

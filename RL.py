@@ -18,6 +18,7 @@ import copy
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -761,7 +762,7 @@ def shortness(limit: float, sample: Sample) -> float:
     return min(max(2 - sample.length / limit, 0.0), 1.0)
 
 
-def builtin(name: str, key: str) -> Callable[[Sample], float] | None:
+def builtin(name: str, key: str = "rl.reward_funcs") -> Callable[[Sample], float] | None:
     """The reward of one text by a name such as length:60; None for what is none of these."""
     kind, colon, argument = name.partition(":")
     try:
@@ -783,7 +784,7 @@ def judge_each(function: Callable[[Sample], float], samples: list[Sample]) -> li
     return [function(sample) for sample in samples]
 
 
-def own_function(name: str, key: str) -> Callable[[list[Sample]], list]:
+def own_function(name: str, key: str = "rl.reward_funcs") -> Callable[[list[Sample]], list]:
     """`file.py:function`, called as TRL calls it: f(prompts=, completions=, completion_ids=, each other key of the records=) -> a
     number for each, None where it does not judge. Prompts and completions of conversations are lists of messages."""
     path, _, wanted = name.rpartition(":")
@@ -826,7 +827,7 @@ def second_model(name: str, key: str, **options) -> tuple:
     return model.requires_grad_(False), tokenizer
 
 
-def reward_model(name: str, tokenizer, device, key: str) -> Callable[[list[Sample]], list[float]]:
+def reward_model(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[[list[Sample]], list[float]]:
     """A folder's reward model: the score after a text's last token."""
     model, own = second_model(name, key, device=device)
     if "score" not in model.heads or model.config.num_labels != 1:
@@ -876,7 +877,7 @@ class Judges:
         return name.rpartition(":")[2] if re.search(r"\.py:\w+$", name) else Path(name).name if Path(name).is_dir() else name
 
     @staticmethod
-    def find(name: str, tokenizer, device, key: str) -> Callable[[list[Sample]], list]:
+    def find(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[[list[Sample]], list]:
         if function := builtin(name, key):
             return partial(judge_each, function)
         if re.search(r"\.py:\w+$", name):
@@ -1059,7 +1060,7 @@ class Rollouts:
         for start in range(0, rows, size):
             group = samples[start : start + size]
             inputs = text_batch(group, self.run.device)
-            out = model(**inputs, temperature=self.settings.temperature, want=want)
+            out = model(inputs["input_ids"], inputs["positions"], targets=inputs["targets"], temperature=self.settings.temperature, want=want)
             columns = {"logprobs": out.logprobs, "entropy": out.entropy, "values": out.values}
             columns = {name: column.float().cpu() for name, column in columns.items() if column is not None}
             found += [{name: column[i, one.start - 1 : len(one.ids) - 1] for name, column in columns.items()} for i, one in enumerate(group)]
@@ -1246,7 +1247,8 @@ def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
         n = len(one.ids) - 1
         ids[row, :n], positions[row, :n] = torch.tensor(one.ids[:-1]), torch.arange(n)
         targets[row, one.start - 1 : n] = torch.tensor(one.ids[one.start :])
-    return {"input_ids": ids.to(device), "targets": targets.to(device), "positions": positions.to(device)}
+    batch = {"input_ids": ids, "targets": targets, "positions": positions, "segment_ids": None, "weights": None}
+    return TRAIN.on_device(batch, device)
 
 
 def rollout_loss(settings: RLSection) -> Callable:
@@ -1367,13 +1369,18 @@ def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     if any(whole) and not all(whole):
         raise UserError(f"{where}: one completion is a whole conversation, the other only an answer")
     if all(whole):  # they hold the prompt
-        system = (TOKENIZER.as_messages(TOKENIZER.prompt_of(record, where) or "")[0] if TOKENIZER.is_given(record, "prompt") else {}) | {}
+        given = TOKENIZER.prompt_of({key: value for key, value in record.items() if key not in TOKENIZER.CHAT_KEYS}, where)
+        given = TOKENIZER.as_messages(given) if given else []
         prompt, answers = shared_prompt(answers, where, form)
-        own = record["system"] if TOKENIZER.is_given(record, "system") else system["content"] if system.get("role") == "system" else form.system
-        if own and prompt[0]["role"] != "system":
-            prompt = [{"role": "system", "content": own}, *prompt]
+        if any(one != other for one, other in itertools.zip_longest(spoken(given), spoken(prompt)) if one):
+            raise TOKENIZER.Unusable("whose prompt is not that of its completions")
+        if prompt[0]["role"] != "system":
+            systems = [turn["content"] for turn in given if turn["role"] == "system"]
+            systems += [record["system"]] if TOKENIZER.is_given(record, "system") else []
+            systems += [form.system] if form.system else []
+            prompt = [*({"role": "system", "content": words} for words in systems[:1]), *prompt]
     else:
-        prompt = TOKENIZER.prompt_of({key: value for key, value in record.items() if key not in TOKENIZER.CHAT_KEYS or not TOKENIZER.is_given(record, "chosen")}, where, form.system)
+        prompt = TOKENIZER.prompt_of(record, where, form.system)
         if prompt is None:
             prompt, answers = shared_prompt(answers, where, form)
         elif isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
@@ -1393,6 +1400,11 @@ def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     if label is None:
         raise UserError(f"{where}: label {record['label']!r} must be true (a desirable completion) or false")
     return {**found, "label": label}
+
+
+def spoken(turns: list[dict]) -> list[tuple]:
+    """What tells one conversation from another."""
+    return [(turn["role"], turn["content"].strip(), turn.get("tool_calls")) for turn in turns if turn["role"] != "system"]
 
 
 def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str | list[dict], list]:

@@ -1637,7 +1637,7 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
     groups, held_out = data_files(data)
     seen: set[str] = set()
 
-    def read(files: Iterable[Path]) -> list[tuple[str, dict]]:
+    def read(files: Iterable[Path], key: str) -> list[tuple[str, dict]]:
         found = []
         for where, record in itertools.chain.from_iterable(form.read(path, left) for path in files):
             text = json.dumps(record, sort_keys=True, default=str)
@@ -1646,25 +1646,26 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
             else:
                 found.append((where, record))
             seen.add(text)
+        if not found:
+            raise UserError(f"{key}: no {kind} in {' '.join(data.train) if key == 'data.train' else data.validation}{left.text()}")
         return found
 
-    records = read(itertools.chain.from_iterable(groups))
-    if data.validation in ("none", "hash", "tail"):
-        count = {"none": 0, "tail": round(len(records) * data.validation_fraction)}.get(data.validation)
-        last = {prompt_key(record) for _, record in records[len(records) - (count or 0) :]}
-        held = [prompt_key(record) in last if count is not None else is_held_out(prompt_key(record), data.validation_fraction)
-                for _, record in records]
-        train, kept = ([one for one, on in zip(records, held, strict=True) if on is side] for side in (False, True))
-        if kept and not train:
-            raise UserError(f"data.validation: {data.validation} holds out all {len(kept):,} {kind}s of data.train (the first: {kept[0][0]}), which "
-                            "have few different prompts; set --data.validation none, or name a file")
+    if held_out:  # read first, so that a record that stands in both is held out
+        kept = read(held_out, "data.validation")
+        prompts = {prompt_key(record) for _, record in kept}
+        records = read(itertools.chain.from_iterable(groups), "data.train")
+        train = [one for one in records if prompt_key(one[1]) not in prompts or left.add("with a prompt of data.validation", one[0])]
     else:
-        train, prompts = records, {prompt_key(record) for _, record in records}
-        kept = []
-        for where, record in read(held_out):
-            kept.append((where, record)) if prompt_key(record) not in prompts else left.add("held out with a prompt of data.train", where)
+        records = read(itertools.chain.from_iterable(groups), "data.train")
+        tail = {prompt_key(record) for _, record in records[len(records) - round(len(records) * data.validation_fraction) :]}
+        held = {"none": lambda key: False, "tail": tail.__contains__, "hash": lambda key: is_held_out(key, data.validation_fraction)}[data.validation]
+        sides: dict[bool, list] = {False: [], True: []}
+        for one in records:
+            sides[held(prompt_key(one[1]))].append(one)
+        train, kept = sides.values()
     if not train:
-        raise UserError(f"data.train: no {kind} in {' '.join(data.train)}{left.text()}")
+        raise UserError(f"data.validation: {data.validation} holds out the prompts of all {len(records):,} {kind}s of data.train (the first: "
+                        f"{records[0][0]}); set --data.validation none, or name another file")
     return train, kept
 
 

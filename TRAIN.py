@@ -1121,7 +1121,7 @@ def objective(training: TrainingSection, model, tokenizer) -> str:
 
 
 EMPTY = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full((1, 1), -100), "positions": torch.full((1, 1), -1),
-         "segment_ids": torch.full((1, 1), -1), "weights": None, "counts": {"tokens": 0}}
+         "segment_ids": torch.full((1, 1), -1), "weights": torch.zeros(1, 1), "counts": {"tokens": 0}}
 
 
 def own_share(batches: list[dict]) -> list[dict]:

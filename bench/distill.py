@@ -63,7 +63,7 @@ def answered(folder: str) -> float:
     """The share of the questions that are answered word for word."""
     model, tokenizer, asked = MODEL.load(folder), TOKENIZER.load(folder), questions()
     chat = bool(tokenizer.chat_template)
-    prompts = [TOKENIZER.render_chat(tokenizer, one["messages"][:1], add_generation_prompt=True)[0] if chat else TOKENIZER.encode_prompt(tokenizer, one["messages"][0]["content"]) for one in asked]
+    prompts = [TOKENIZER.render_chat(tokenizer, one["messages"][:1], add_generation_prompt=True).ids if chat else TOKENIZER.encode_prompt(tokenizer, one["messages"][0]["content"]) for one in asked]
     said = [one.text for [one] in INFER.generate(model, prompts, INFER.Sampling(48, 0), tokenizer, batch_size=256)]
     expected = [one["messages"][1]["content"].strip() for one in asked]
     return sum(text.strip() == right if chat else text.strip().startswith(right) for text, right in zip(said, expected, strict=True)) / len(asked)
@@ -243,8 +243,9 @@ def ours_beside(kind: list[str], student: Path, data: Path, options) -> tuple[fl
     out, order, usual = Path(options.out) / "beside", [], TOKENIZER.TokenStream.__next__
 
     def noted(stream) -> dict:
-        batch, cut = usual(stream), stream.parts[0]
-        order.extend(cut.members[int(cut.order[int(i)])][0] for i in batch["rows"])
+        batch = usual(stream)
+        plan, first = stream.plan, batch["place"][2]
+        order.extend(plan.members[int(plan.order[i])][0] for i in range(first, min(first + stream.batch_size, plan.count)))
         return batch
 
     TOKENIZER.TokenStream.__next__ = noted

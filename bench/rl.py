@@ -91,16 +91,16 @@ def introduced(model, tokenizer, seed: int) -> tuple[list[bool], list[str]]:
 def pairs(folder: str, start: str, kind: str) -> float:
     """Held-out pairs that are ordered rightly: by the scores of a reward model, or log-probabilities (minus the start's)."""
     tokenizer, config = TOKENIZER.load(folder), MODEL.SimpleNamespace(training=MODEL.SimpleNamespace(max_length=256), rl=RL.RLSection(method="dpo"))
-    read = list(TOKENIZER.read_preferences([ROOT / "data/preferences_test.jsonl"]))
-    items = RL.read_items(config, tokenizer, read, RL.LeftOut())
+    form, left = TOKENIZER.Form(RL.preference, "rl"), TOKENIZER.LeftOut()
+    read = RL.read_pairs(config, tokenizer, list(form.read(ROOT / "data/preferences_test.jsonl", left)), left)
     if kind == "reward":
         judge = RL.reward_model(folder, tokenizer, "cpu")
-        given = torch.tensor([judge([RL.Sample(RL.Prompt("", "", one.ids[: one.start], {}), 0, one.ids[one.start :], "stop", "", None) for one in item.sides])
-                              for item in items])
+        given = torch.tensor([judge([RL.Sample(RL.Prompt("", "", one.ids[: one.start], {}), 0, one.ids[one.start :], "stop", "", None) for one in pair.examples])
+                              for pair in read])
     else:
         def logps(name: str) -> torch.Tensor:
             model = MODEL.load(name)
-            batches = [RL.make_batch(items, range(i, min(i + 50, len(items)))) for i in range(0, len(items), 50)]
+            batches = [RL.make_batch(read[i : i + 50]) for i in range(0, len(read), 50)]
             sums, tokens = (torch.cat(part) for part in zip(*(RL.text_logps(model, batch, 2)[:2] for batch in batches), strict=True))
             return sums / tokens if kind in ("simpo", "orpo") else sums
 
@@ -240,16 +240,16 @@ PLAIN = ["--training.optim", "adamw", "--training.lr_scheduler_type", "constant"
 
 def ours_beside(method: str, options) -> tuple[float, list[float], list[str]]:
     """(seconds of training, losses, the records in the order in which they were learnt)."""
-    out, order, finish = Path(options.out) / f"beside-{method}", [], RL.Pairs.finish
+    out, order, make = Path(options.out) / f"beside-{method}", [], RL.Pairs.make
 
-    def noted(stream, batch, name, numbers):
-        order.extend(stream.items[i].where for i in numbers)
-        return finish(stream, batch, name, numbers)
+    def noted(stream, numbers):
+        order.extend(stream.pairs[int(stream.plan.order[i])].where for i in numbers)
+        return make(stream, numbers)
 
-    RL.Pairs.finish = noted
+    RL.Pairs.make = noted
     with contextlib.redirect_stderr(io.StringIO()):
         RL.main(["--config", str(ROOT / "config.yaml"), "--model", options.model, "--out", str(out), "--overwrite", "--rl.method", method, "--learning-rate", "1e-4", "--batch-size", "64", *PLAIN])
-    RL.Pairs.finish = finish
+    RL.Pairs.make = make
     losses = [record["loss"] for record in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in record]
     return json.loads((out / "result.json").read_text())["seconds"], losses, order
 

@@ -17,6 +17,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -62,21 +63,14 @@ class Batches:
         return {}
 
 
-def examples(talks) -> TOKENIZER.Examples:
-    sizes = np.array([len(ids) for ids, _ in talks])
-    weights = np.concatenate([np.array(mask, np.float32) for _, mask in talks])
-    return TOKENIZER.Examples(np.concatenate([np.array(ids) for ids, _ in talks]), weights, np.cumsum(sizes) - sizes, sizes - 1)
-
-
 def ours(folder: str, talks, half: bool, packing: bool) -> tuple[float, list[float]]:
     """(seconds, loss of each step) of one pass."""
     model = MODEL.load(f"{folder}/base", device=DEVICE)
     MODEL.load_adapter(model, f"{folder}/adapter", train=True)
     batches = []
     for i in range(0, len(talks), BATCH):  # the same conversations a step as the peers, in fewer rows where packed
-        spans = examples(talks[i : i + BATCH])
-        rows = TOKENIZER.WholeRows(spans, LENGTH, packing, None)
-        batches.append(TOKENIZER.collate(spans.ids, [rows.row(r) for r in range(rows.count)], weights=spans.weights))
+        examples = TOKENIZER.Examples.of([SimpleNamespace(ids=ids, weights=mask) for ids, mask in talks[i : i + BATCH]])
+        batches += TOKENIZER.fixed_batches(TOKENIZER.WholeRows(examples, LENGTH, packing, None), BATCH)
     stream = Batches(batches)
     training = TRAIN.TrainingSection(epochs=1.0, batch_size=BATCH, max_length=LENGTH, learning_rate=RATE, optim="adamw", weight_decay=0.0,
                                      adam_beta2=0.999, lr_scheduler_type="constant", warmup_steps=0, logging_steps=1, eval_steps=0, save_steps=0)

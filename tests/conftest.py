@@ -100,3 +100,24 @@ def text_file(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(make_text(200)) + "\n")
     return path
+
+
+def foreign_tokenizer(kind: str, texts: list[str], size: int = 330):
+    """A tokenizer of a kind that the program does not train: unigram (Kudo 2018, SentencePiece's) or wordpiece (BERT's)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [TOKENIZER.END, TOKENIZER.PAD, *TOKENIZER.CHAT_TOKENS, TOKENIZER.MASK, TOKENIZER.UNKNOWN]
+    options = dict(vocab_size=size, special_tokens=special, show_progress=False)
+    if kind == "unigram":
+        raw, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(unk_token=TOKENIZER.UNKNOWN, **options)
+        raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Digits(individual_digits=True)])
+        raw.decoder = decoders.Metaspace()
+    else:
+        raw, trainer = Tokenizer(models.WordPiece(unk_token=TOKENIZER.UNKNOWN)), trainers.WordPieceTrainer(**options)
+        raw.pre_tokenizer, raw.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    raw.train_from_iterator(texts, trainer)
+    raw.post_processor = processors.TemplateProcessing(single=f"{TOKENIZER.END} $A", pair=f"{TOKENIZER.END} $A $B",
+                                                       special_tokens=[(TOKENIZER.END, raw.token_to_id(TOKENIZER.END))])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=TOKENIZER.END, eos_token=TOKENIZER.END, pad_token=TOKENIZER.PAD,
+                                   mask_token=TOKENIZER.MASK, unk_token=TOKENIZER.UNKNOWN, clean_up_tokenization_spaces=False)

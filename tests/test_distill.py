@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY, kills, launch, make_text, two_processes
+from conftest import ROOT, TINY, foreign_tokenizer, kills, launch, make_text, two_processes
 from safetensors.torch import load_file
 
 import DISTILL
@@ -209,9 +209,9 @@ def world(tmp_path_factory, tokenizer):
     make_model(folder / "teacher", tokenizer, 1, hidden_size=48, num_hidden_layers=3)
     chat = TOKENIZER.train(make_text(400), 330, "bpe")
     TOKENIZER.ensure_chat(chat)
-    make_model(folder / "talker", chat, 2, hidden_size=48, num_hidden_layers=3, eos_token_id=[TOKENIZER.end_of_turn(chat), chat.eos_token_id, *range(40, 60)])
+    make_model(folder / "talker", chat, 2, hidden_size=48, num_hidden_layers=3, eos_token_id=[TOKENIZER.chat_ends(chat).stop[0], chat.eos_token_id, *range(40, 60)])
     make_model(folder / "learner", chat, 6)
-    other = TOKENIZER.train(make_text(300, seed=9), 290, "unigram")
+    other = foreign_tokenizer("unigram", make_text(300, seed=9), 290)
     TOKENIZER.ensure_chat(other)
     make_model(folder / "other", other, 3, hidden_size=48)
     (folder / "text.txt").write_text("\n".join(make_text(150, seed=3)) + "\n")
@@ -732,7 +732,7 @@ def test_a_student_grows_into_its_teachers_template(world, tmp_path):
     flags = flags_of(world, "lora", tmp_path)[:-4]
     DISTILL.main([*flags, "--model", str(tmp_path / "plain"), "--max-steps", "2", "--out", str(tmp_path / "run")])
     tokenizer, model = TOKENIZER.load(tmp_path / "run"), MODEL.load(tmp_path / "run")
-    assert tokenizer.chat_template and model.config.vocab_size >= len(tokenizer) and TOKENIZER.end_of_turn(tokenizer) in model.config.eos_ids
+    assert tokenizer.chat_template and model.config.vocab_size >= len(tokenizer) and TOKENIZER.chat_ends(tokenizer).stop[0] in model.config.eos_ids
 
 
 # ---------------------------------------------------------------------------------------------- answers of a teacher
@@ -749,11 +749,11 @@ def test_answers_are_the_same_in_one_batch_or_many(world, tmp_path):
     assert one == many and len(one) > 5
     model, tokenizer = MODEL.load(world / "talker"), TOKENIZER.load(world / "talker")
     for record in one[:4]:
-        ids = TOKENIZER.render_chat(tokenizer, record["messages"][:-1], add_generation_prompt=True)[0]
+        ids = TOKENIZER.render_chat(tokenizer, record["messages"][:-1], add_generation_prompt=True).ids
         [[said]] = INFER.generate(model, [ids], INFER.Sampling(40, 0), tokenizer, use_cache=False)
         assert record["messages"][-1] == {"role": "assistant", "content": said.text} and record["answer"] == "fox"
     config = MODEL.load_config(["--data", str(tmp_path / "one.jsonl"), "--data.validation", "none"], SFT.SECTIONS, "sft", SFT.ACTIONS)
-    assert len(SFT.read_talks(config, tokenizer)[0]) == len(one)
+    assert len(SFT.read_conversations(config, tokenizer)[0]) == len(one)
 
 
 def test_the_best_answer_is_kept(world, tmp_path):

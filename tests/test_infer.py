@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_text
+from conftest import ROOT, foreign_tokenizer, make_text
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -324,7 +324,8 @@ def test_random_bytes_come_as_decoded_whole():
 @pytest.mark.parametrize("kind", ["unigram", "wordpiece", "bpe", "char"])
 def test_spaces_between_words_stay(kind):
     """Metaspace drops a text's first space, WordPiece joins pieces: the prompt before them decides."""
-    tokenizer = TOKENIZER.train(make_text(200), 330, kind)
+    texts = make_text(200)
+    tokenizer = TOKENIZER.train(texts, 330, kind) if kind in TOKENIZER.KINDS else foreign_tokenizer(kind, texts)
     whole = tokenizer("The red fox ran over a hill and one owl saw it.", add_special_tokens=False).input_ids
     for cut in range(1, len(whole)):
         detokenizer = Detokenizer(tokenizer, whole[:cut])

@@ -235,34 +235,60 @@ PAIRS = {
     "parted early": ({"chosen": ASKED + FOX + ASKED + FOX, "rejected": ASKED + OWL + ASKED + OWL}, ASKED, FOX + ASKED + FOX, OWL + ASKED + OWL),
     "shared": ({"conversations": [{"from": "human", "value": "What is red?"}], "chosen": {"from": "gpt", "value": "The fox."}, "rejected": {"from": "gpt", "value": "The owl."}}, ASKED, FOX, OWL),
     "hh with a prompt": ({"prompt": "\n\nHuman: What is red?\n\nAssistant:", "chosen": "The fox.", "rejected": "The owl."}, ASKED, FOX, OWL),
-    "two questions": ({"chosen": ASKED + FOX, "rejected": [{"role": "user", "content": "Who?"}, *OWL]}, "", ASKED + FOX, [{"role": "user", "content": "Who?"}, *OWL]),
     "the prompt in both texts": ({"prompt": "What is red? ", "chosen": "What is red? The fox.", "rejected": "What is red? The owl."}, "What is red? ", "The fox.", "The owl."),
     "cells": ({"prompt": "What is red?", "chosen": json.dumps(FOX), "rejected": json.dumps(OWL), "margin": "0"}, ASKED, FOX, OWL),
     "messages beside": ({"messages": ASKED + FOX, "chosen": ASKED + FOX, "rejected": ASKED + OWL}, ASKED, FOX, OWL),
     "ids and blanks": ({"chosen": [{"role": "user", "content": "What is red?", "id": 1}, *FOX], "rejected": [{"role": "user", "content": "What is red?\n", "id": 2}, *OWL]},
                        [{"role": "user", "content": "What is red?", "id": 1}], FOX, OWL),
-    "hh with a gap": ({"chosen": "\n\nHuman: What?\n\nAssistant: x\n\nHuman: Who?\n\nAssistant: \n\nHuman: Why?\n\nAssistant: c",
-                       "rejected": "\n\nHuman: What?\n\nAssistant: The owl."}, "", "", [{"role": "user", "content": "What?"}, *OWL]),
-    "null": ({"prompt": "What is red?", "chosen": "The fox.", "rejected": None, "margin": None}, "What is red?", "The fox.", ""),
-    "common words": ({"chosen": "What is red? The fox.", "rejected": "What is red? The owl."}, "What is red? The ", "fox.", "owl."),
+    "common words": ({"chosen": "What is red? The fox.", "rejected": "What is red? The owl."}, "What is red? The", " fox.", " owl."),
+    "a common line": ({"chosen": "What is red?\nA: fox", "rejected": "What is red?\nA: owl"}, "What is red?\nA:", " fox", " owl"),
 }
+UNUSABLE = {
+    "two questions": ({"chosen": ASKED + FOX, "rejected": [{"role": "user", "content": "Who?"}, *OWL]}, "whose completions answer different prompts"),
+    "hh with a gap": ({"chosen": "\n\nHuman: What?\n\nAssistant: x\n\nHuman: Who?\n\nAssistant: \n\nHuman: Why?\n\nAssistant: c",
+                       "rejected": "\n\nHuman: What?\n\nAssistant: The owl."}, "with an empty turn"),
+    "null": ({"prompt": "What is red?", "chosen": "The fox.", "rejected": None, "margin": None}, "with an empty completion"),
+    "no answer": ({"prompt": "What is red?", "chosen": "What is red?", "rejected": "What is red?x"}, "with an empty completion"),
+    "no prompt": ({"prompt": " ", "chosen": "The fox.", "rejected": "The owl."}, "without a prompt"),
+    "contradiction": ({"prompt": "Why?", "chosen": ASKED + FOX, "rejected": ASKED + OWL}, "whose prompt is not that of its completions"),
+    "longer": ({"prompt": ASKED + FOX + ASKED, "chosen": ASKED + FOX + ASKED + FOX, "rejected": ASKED + OWL + ASKED + OWL},
+               "whose prompt is not that of its completions"),
+}
+FORM = TOKENIZER.Form(RL.preference, "rl")
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_layout_of_a_pair_is_read(name):
     record, prompt, chosen, rejected = PAIRS[name]
-    assert TOKENIZER.preference(record, "here") == {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": 0.0}
+    assert RL.preference(record, "here", FORM) == {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": 0.0}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_pairs_that_teach_nothing_are_left_out(name, tmp_path):
+    record, why = UNUSABLE[name]
+    good, left = PAIRS["texts"][0], TOKENIZER.LeftOut()
+    path = write(tmp_path / "a.jsonl", [good, record])
+    assert len(list(FORM.read(path, left))) == 1
+    assert left.text() == f"; left out 1 {why} (the first: {path}:2)"
+
+
+def test_tools_are_kept_in_every_form():
+    tools = [{"type": "function", "function": {"name": "rain", "parameters": {}}}]
+    for given in (tools, json.dumps(tools)):
+        assert RL.preference({**PAIRS["messages"][0], "tools": given}, "here", FORM)["tools"] == tools
+        assert RL.prompt_record({"prompt": ASKED, "tools": given}, "here", FORM)["tools"] == tools
+    assert "tools" not in RL.preference({**PAIRS["messages"][0], "tools": None}, "here", FORM)
 
 
 def test_single_texts_and_prompts_are_read(tmp_path):
     single = {"prompt": "What is red?", "completion": "The fox.", "label": 1}
-    assert TOKENIZER.preference(single, "here") == {"prompt": "What is red?", "completion": "The fox.", "label": True}
-    assert TOKENIZER.preference({"prompt": "What is red?", "completion": SYSTEM + ASKED + FOX, "label": "false"}, "here") == {"prompt": SYSTEM + ASKED, "completion": FOX, "label": False}
+    assert RL.preference(single, "here", FORM) == {"prompt": "What is red?", "completion": "The fox.", "label": True}
+    assert RL.preference({"prompt": "What is red?", "completion": SYSTEM + ASKED + FOX, "label": "false"}, "here", FORM) == {"prompt": SYSTEM + ASKED, "completion": FOX, "label": False}
     path = write(tmp_path / "prompts.jsonl", [{"messages": ASKED + FOX, "answer": "fox"}, {"question": "Why?", "answer": "so #### 4"}, {"prompt": "Go on", "n": 3}])
-    found = [record for _, record in TOKENIZER.read_prompts([path])]
+    found = [record for _, record in TOKENIZER.Form(RL.prompt_record, "rl").read(path, TOKENIZER.LeftOut())]
     assert found == [{"answer": "fox", "completion": "The fox.", "prompt": ASKED}, {"question": "Why?", "answer": "so #### 4", "prompt": "Why?"}, {"n": 3, "prompt": "Go on"}]
     path = write(tmp_path / "sums.jsonl", [{"context": "1 + 1 =", "continuation": " 2"}])
-    assert [record for _, record in TOKENIZER.read_prompts([path], {"prompt": "context", "answer": "continuation"})] == [{"prompt": "1 + 1 =", "answer": " 2"}]
+    assert [record for _, record in TOKENIZER.Form(RL.prompt_record, "rl", {"prompt": "context", "answer": "continuation"}).read(path, TOKENIZER.LeftOut())] == [{"prompt": "1 + 1 =", "answer": " 2"}]
 
 
 BAD_PAIRS = {
@@ -270,14 +296,12 @@ BAD_PAIRS = {
     "no prompt": ({"chosen": "yes", "rejected": "no"}, "no common beginning"),
     "label": ({"prompt": "a", "completion": "b", "label": "good"}, "label 'good' must be true"),
     "margin": ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}, "margin 'big' must be a number"),
-    "contradiction": ({"prompt": "Why?", "chosen": ASKED + FOX, "rejected": ASKED + OWL}, "turn 1 of the prompt says 'Why.', where the conversations say 'What is red.'"),
-    "longer": ({"prompt": ASKED + FOX + ASKED, "chosen": ASKED + FOX + ASKED + FOX, "rejected": ASKED + OWL + ASKED + OWL}, "turn 2 of the prompt says 'The fox.', but the conversations share 1 turns"),
     "a system alone": ({"prompt": "What is red?", "chosen": SYSTEM + FOX, "rejected": SYSTEM + OWL}, "but no question; put the first into the key 'system'"),
     "a system of numbers": ({"prompt": "a", "system": 3, "chosen": "b", "rejected": "c"}, "system is int, text is expected"),
     "two kinds": ({"instruction": ASKED, "input": "red", "chosen": "b", "rejected": "c"}, "instruction and input are joined"),
-    "half": ({"prompt": "What is red?", "chosen": ASKED + FOX, "rejected": "The owl."}, "one side is a whole conversation, the other only an answer"),
-    "a question last": ({"prompt": "a", "chosen": ASKED, "rejected": FOX}, "chosen: ends with what the user says"),
-    "answered": ({"prompt": ASKED + FOX, "chosen": FOX, "rejected": OWL}, "the prompt ends with what the assistant says"),
+    "half": ({"prompt": "What is red?", "chosen": ASKED + FOX, "rejected": "The owl."}, "one completion is a whole conversation, the other only an answer"),
+    "a question last": ({"prompt": "a", "chosen": ASKED, "rejected": FOX}, "chosen: ends with the user's message"),
+    "answered": ({"prompt": ASKED + FOX, "chosen": FOX, "rejected": OWL}, "the prompt ends with the assistant's message"),
     "kind": ({"prompt": "a", "chosen": 3, "rejected": "c"}, "chosen: text or a list of messages"),
 }
 
@@ -285,7 +309,7 @@ BAD_PAIRS = {
 @pytest.mark.parametrize("name", BAD_PAIRS)
 def test_bad_pairs_are_named(name):
     with pytest.raises(UserError, match=f"here.*{BAD_PAIRS[name][1]}".replace("+", r"\+")):
-        TOKENIZER.preference(BAD_PAIRS[name][0], "here")
+        RL.preference(BAD_PAIRS[name][0], "here", FORM)
 
 
 def write(path: Path, records: list[dict]) -> Path:
@@ -306,21 +330,21 @@ def chat(tokenizer):
 
 @pytest.mark.parametrize("prompt, said", [("What is red?", "The fox."), (ASKED + FOX + ASKED, OWL)])
 def test_what_is_compared_is_what_is_served(chat, prompt, said):
-    one = RL.side(chat, prompt, said, "here")
+    one = RL.example(chat, prompt, said, None, "here")
     assert one.ids[: one.start] == RL.prompt_ids(chat, prompt)
     text = said if isinstance(said, str) else said[0]["content"]
-    assert chat.decode(one.ids[one.start :]) == text + "<|im_end|>" and one.ids[-1] == TOKENIZER.end_of_turn(chat)
+    assert chat.decode(one.ids[one.start :]) == text + "<|im_end|>" and one.ids[-1] == TOKENIZER.chat_ends(chat).stop[0]
 
 
 def test_of_several_turns_the_assistants_are_learnt(chat):
-    one = RL.side(chat, ASKED, FOX + ASKED + OWL, "here")
-    said = "".join(chat.decode([i]) if on else "~" for i, on in zip(one.ids, one.mask, strict=True))
+    one = RL.example(chat, ASKED, FOX + ASKED + OWL, None, "here")
+    said = "".join(chat.decode([i]) if on else "~" for i, on in zip(one.ids, one.weights, strict=True))
     assert [part for part in said.split("~") if part] == ["The fox.<|im_end|>", "The owl.<|im_end|>"]
     assert one.ids[: one.start] == RL.prompt_ids(chat, ASKED)
-    [other] = RL.mismatched([RL.Item("a", [one], ASKED), RL.Item("b", [RL.side(chat, "Who?", "An owl.", "")], "Who?")], 0, 128)[1].sides
-    assert sum(other.mask) == sum(one.mask) and other.ids[other.start :] == one.ids[one.start :]
-    own = RL.examples([RL.Item("a", [one], ASKED)])
-    assert own.weights.tolist() == one.mask
+    [other] = RL.mismatched([RL.Pair("a", [one], ASKED), RL.Pair("b", [RL.example(chat, "Who?", "An owl.", None, "")], "Who?")], 0, 128)[1].examples
+    assert sum(other.weights) == sum(one.weights) and other.ids[other.start :] == one.ids[one.start :]
+    batch = RL.make_batch([RL.Pair("a", [one], ASKED)])
+    assert batch["weights"].tolist() == [one.weights[1:]]
 
 
 def test_answers_are_numbers_too():
@@ -333,23 +357,23 @@ def test_answers_are_numbers_too():
 
 
 def test_without_a_template_texts_stand_end_to_end(tokenizer):
-    one = RL.side(tokenizer, "the red", " fox ran", "here")
+    one = RL.example(tokenizer, "the red", " fox ran", None, "here")
     assert tokenizer.decode(one.ids[one.start : -1]) == " fox ran" and one.ids[-1] == tokenizer.eos_token_id
     assert one.ids[: one.start] == TOKENIZER.encode_prompt(tokenizer, "the red")
 
 
-def items(tokenizer, count: int = 10) -> list[RL.Item]:
+def some_pairs(tokenizer, count: int = 10) -> list[RL.Pair]:
     lines = make_text(3 * count, seed=4)
     texts = [(lines[i], lines[i + 1], lines[i + 2][: 5 + 3 * i]) for i in range(0, 3 * count, 3)]
-    return [RL.Item(f"line {i}", [RL.side(tokenizer, prompt, said, "") for said in sides], prompt, 0.1 * i) for i, (prompt, *sides) in enumerate(texts)]
+    return [RL.Pair(f"line {i}", [RL.example(tokenizer, prompt, said, None, "") for said in sides], prompt, None, 0.1 * i) for i, (prompt, *sides) in enumerate(texts)]
 
 
 def test_log_probabilities_of_pairs_are_those_of_transformers(model_folder, tokenizer):
     model, theirs = MODEL.load(model_folder), transformers.AutoModelForCausalLM.from_pretrained(model_folder)
-    own = items(tokenizer)
-    sums, tokens, _ = RL.text_logps(model, RL.make_batch(own, range(10)), 2)
+    own = some_pairs(tokenizer)
+    sums, tokens, _ = RL.text_logps(model, RL.make_batch(own), 2)
     for i, item in enumerate(own):
-        for s, side in enumerate(item.sides):
+        for s, side in enumerate(item.examples):
             logprobs = theirs(tensor([side.ids])).logits[0].log_softmax(-1)
             slow = sum(float(logprobs[t - 1, side.ids[t]]) for t in range(side.start, len(side.ids)))
             assert float(sums[i, s]) == pytest.approx(slow, abs=1e-4) and int(tokens[i, s]) == len(side.ids) - side.start
@@ -362,16 +386,16 @@ def test_rewards_stand_at_the_last_token(model_folder, tokenizer, tmp_path):
     TOKENIZER.save(tokenizer, tmp_path)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert theirs.config.num_labels == 1
-    own = items(tokenizer, 4)
-    batch = {**RL.make_batch([item._replace(sides=[RL.whole(one) for one in item.sides]) for item in own], range(4)), "real": torch.ones(4, dtype=torch.bool), "margin": tensor([item.margin for item in own])}
+    own = some_pairs(tokenizer, 4)
+    batch = {**RL.make_batch([item._replace(examples=[RL.followed(one) for one in item.examples]) for item in own]), "real": torch.ones(4, dtype=torch.bool), "margin": tensor([item.margin for item in own])}
     settings = RL.RLSection(method="reward", center_rewards_coefficient=0.05)
     loss, metrics = RL.reward_model_loss(settings)(model, batch, {"pairs": 4, "micro_batches": 1})
-    scores = [[float(theirs(tensor([side.ids])).logits) for side in item.sides] for item in own]
+    scores = [[float(theirs(tensor([side.ids])).logits) for side in item.examples] for item in own]
     slow = [-math.log(1 / (1 + math.exp(-(c - r - item.margin)))) + 0.05 * (c + r) ** 2 for (c, r), item in zip(scores, own, strict=True)]
     assert float(loss) == pytest.approx(sum(slow) / 4, abs=1e-5)
     assert float(metrics["accuracy"]) == pytest.approx(sum(c > r for c, r in scores) / 4)
-    judge = RL.reward_model(str(tmp_path), tokenizer, "cpu")
-    samples = [RL.Sample(RL.Prompt("", "", one.ids[: one.start], {}), 0, one.ids[one.start :], "stop", "", None) for item in own for one in item.sides]
+    judge = RL.reward_model(str(tmp_path), tokenizer, "cpu", "rl.reward_funcs")
+    samples = [RL.Sample(RL.Prompt("", "", one.ids[: one.start], {}), 0, one.ids[one.start :], "stop", "", None) for item in own for one in item.examples]
     assert judge(samples) == pytest.approx([x for pair in scores for x in pair], abs=1e-5)
 
 
@@ -394,9 +418,9 @@ def moved(model_folder, by: float = 0.05):
 @pytest.mark.parametrize("method", ["dpo", "simpo", "orpo", "kto", "reward"])
 def test_a_step_is_the_same_however_it_is_cut(method, model_folder, tokenizer):
     """8 rows, 2 x 4 and 4 x 2: one loss, one gradient, also with fewer items than the step has rows."""
-    own = items(tokenizer, 7)
+    own = some_pairs(tokenizer, 7)
     if method == "kto":
-        own = [item._replace(sides=item.sides[:1], label=i % 3 > 0) for i, item in enumerate(own)]
+        own = [item._replace(examples=item.examples[:1], label=i % 3 > 0) for i, item in enumerate(own)]
     found = []
     for size in (8, 4, 2):
         model = MODEL.load(model_folder, head="score", changes={"labels": ["reward"]}) if method == "reward" else MODEL.load(model_folder)
@@ -425,7 +449,7 @@ def test_a_step_is_the_same_however_it_is_cut(method, model_folder, tokenizer):
 
 def test_the_first_loss_of_dpo_is_log_two_and_the_reference_stays(model_folder, tokenizer):
     model = MODEL.load(model_folder)
-    own = items(tokenizer, 4)
+    own = some_pairs(tokenizer, 4)
     stream = stream_of(own, own[:2], "dpo", 4, 1, model)
     batch, loss_fn = next(stream), RL.preference_loss(stream.settings)
     loss, metrics = loss_fn(model, batch, {"pairs": 4, "micro_batches": 1})
@@ -433,13 +457,13 @@ def test_the_first_loss_of_dpo_is_log_two_and_the_reference_stays(model_folder, 
     state = stream.state_dict()
     other = stream_of(own, own[:2], "dpo", 4, 1, moved(model_folder))  # resumed: the policy is no longer the reference
     other.load_state_dict(state)
-    again = {tuple(row.tolist()): reference for row, reference in zip(batch["input_ids"], batch["reference"], strict=True)}
-    for row, reference in zip((later := next(other))["input_ids"], later["reference"], strict=True):
+    again = {tuple(row.tolist()): reference for row, reference in zip(batch["input_ids"][::2], batch["reference"], strict=True)}
+    for row, reference in zip((later := next(other))["input_ids"][::2], later["reference"], strict=True):
         assert torch.equal(again[tuple(row.tolist())], reference)
 
 
 def test_ktos_baseline_is_the_mean_gain_on_texts_of_others(model_folder, tokenizer):
-    own = [item._replace(sides=item.sides[:1]) for item in items(tokenizer, 6)]
+    own = [item._replace(examples=item.examples[:1]) for item in some_pairs(tokenizer, 6)]
     start = MODEL.load(model_folder)
     stream = stream_of(own, [], "kto", 6, 1, start)
     stream.ask_reference(start)
@@ -448,9 +472,9 @@ def test_ktos_baseline_is_the_mean_gain_on_texts_of_others(model_folder, tokeniz
     batch = next(stream)
     total = 0.0
     for item, other in zip(own, stream.sets["train mismatched"], strict=True):
-        [one], [mine] = other.sides, item.sides
+        [one], [mine] = other.examples, item.examples
         assert one.ids[: one.start] == mine.ids[: mine.start] and one.ids[one.start :] != mine.ids[mine.start :]
-        assert any(one.ids[one.start :] == third.sides[0].ids[third.sides[0].start :] for third in own)
+        assert any(one.ids[one.start :] == third.examples[0].ids[third.examples[0].start :] for third in own)
         both = [sum(float(MODEL.token_logprobs(model, tensor([one.ids]))[0, t - 1]) for t in range(one.start, len(one.ids))) for model in (policy, start)]
         total += both[0] - both[1]
     assert float(batch["baseline"]) == pytest.approx(max(total / 6, 0.0), abs=1e-4)
@@ -541,7 +565,7 @@ def test_an_async_function_is_awaited_and_someone_has_to_judge(tmp_path):
 
 
 @pytest.mark.parametrize("name, message", [("nan", "file:9: .*nan gave nan for the text 'xy'"), ("fails", "fails failed on file:9, text 'xy' .ZeroDivisionError.*own.py:11"),
-                                           ("short", "gave 1 rewards for 2 texts"), ("letters", "letters failed on file:7")])
+                                           ("short", "returned 1 rewards for 2 completions"), ("letters", "letters failed on file:7")])
 def test_functions_that_fail_are_named_with_their_record(name, message, tmp_path):
     both = [sample("abc"), sample("xy")]
     both[1].where = "file:9"
@@ -558,7 +582,7 @@ def one(completions, **_): return torch.tensor(1.0)
 def table(completions, **_): return {0: 1.0, 1: 2.0}
 def tensors(completions, **_): return torch.ones(len(completions))
 """)
-    for name, message in (("grid", "file:7: grid gave .0.0, 0.0. for the text 'a'"), ("huge", "file:7: huge gave 1000"), ("one", "one gave float; a list"), ("table", "table gave dict")):
+    for name, message in (("grid", "file:7: grid gave .0.0, 0.0. for the text 'a'"), ("huge", "file:7: huge gave 1000"), ("one", "one returned float; expected a list"), ("table", "table returned dict")):
         with pytest.raises(UserError, match=message):
             RL.Judges(RL.RLSection(method="grpo", reward_funcs=[f"{tmp_path}/odd.py:{name}"]), None, "cpu")([sample("a"), sample("b")])
     both = [sample("a"), sample("b")]
@@ -863,7 +887,7 @@ def test_ppo_learns_from_a_reward_model(world, tmp_path, capsys, monkeypatch):
     INFER.main(["--model", str(tmp_path / "reward"), "--jsonl"])
     served = json.loads(capsys.readouterr().out)
     tokenizer = TOKENIZER.load(str(tmp_path / "reward"))
-    judged = RL.side(tokenizer, "What is red?", "fox fox", "")
+    judged = RL.example(tokenizer, "What is red?", "fox fox", None, "")
     one = RL.Sample(RL.Prompt("", "", judged.ids[: judged.start], {}), 0, judged.ids[judged.start :], "stop", "", None)
     assert served["n"] == 7 and [served["reward"]] == pytest.approx(RL.reward_model(str(tmp_path / "reward"), tokenizer, "cpu")([one]), abs=1e-5)
     kept, usual = [], RL.Rollouts.write_transcripts
@@ -938,17 +962,17 @@ def test_what_cannot_be_compared_is_left_out_and_named(world, tmp_path, capsys):
     RL.main([*flags, "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
     assert "8 pairs" in said
-    for line, why in ((1, "whose two sides are the same"), (2, "with an empty side"), (3, "whose prompt fills training.max_length 128")):
+    for line, why in ((1, "whose completions are the same"), (2, "with an empty completion"), (3, "whose prompt fills training.max_length 128")):
         assert f"left out 1 {why} (the first: {data}:{line})" in said
-    with pytest.raises(UserError, match="no pair is left to train on; left out 1 whose two sides are the same"):
+    with pytest.raises(UserError, match="no pair is left to train on.*; left out 1 whose completions are the same"):
         RL.main([*flags, "--data", str(write(tmp_path / "bad.jsonl", bad)), "--out", str(tmp_path / "none")])
     twice = write(tmp_path / "twice.jsonl", good + good[:2] + [{"chosen": [*ASKED, *FOX], "rejected": [{"role": "user", "content": "Who?"}, *OWL]}])
     RL.main([*flags, "--data", str(twice), "--out", str(tmp_path / "twice")])
     said = capsys.readouterr().err
-    assert f"left out 2 that stand twice (the first: {twice}:9)" in said and f"left out 1 without a prompt that both sides answer (the first: {twice}:11)" in said
+    assert f"left out 2 duplicates (the first: {twice}:9)" in said and f"left out 1 whose completions answer different prompts (the first: {twice}:11)" in said
     (tmp_path / "empty.jsonl").write_text("\n")
     for key in ("--data", "--data.validation"):
-        with pytest.raises(UserError, match=f"data.{'train' if key == '--data' else 'validation'}: no record in {tmp_path}/empty.jsonl"):
+        with pytest.raises(UserError, match=f"data.{'train' if key == '--data' else 'validation'}: no pair in {tmp_path}/empty.jsonl"):
             RL.main([*flags, key, str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "none")])
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": long, "answer": "x"}])
     with pytest.raises(UserError, match=f"no prompt is left; left out 1 whose prompt and 6 tokens .* exceed training.max_length 128 .the first: {prompts}:1"):
@@ -1155,15 +1179,15 @@ def test_a_template_that_opens_a_thought_serves_what_is_learnt(tokenizer):
     TOKENIZER.ensure_chat(own)
     own.chat_template = THINKING
     for said in ("The fox.", "<think>\nwhy</think> The fox."):
-        one = RL.side(own, "What is red?", said, "here")
+        one = RL.example(own, "What is red?", said, None, "here")
         assert one.ids[: one.start] == RL.prompt_ids(own, "What is red?")
         assert own.decode(one.ids).replace(" ", "").endswith("<think>\n" + said.removeprefix("<think>\n").replace(" ", "") + "<|im_end|>") or "why" in said
     assert own.decode(one.ids).count("<think>") == 1
 
 
 def test_mismatched_texts_keep_to_the_length(tokenizer):
-    own = [item._replace(sides=item.sides[:1]) for item in items(tokenizer, 6)]
-    assert max(len(item.sides[0].ids) for item in RL.mismatched(own, 0, 20)) == 20
+    own = [item._replace(examples=item.examples[:1]) for item in some_pairs(tokenizer, 6)]
+    assert max(len(item.examples[0].ids) for item in RL.mismatched(own, 0, 20)) == 20
 
 
 def test_a_batch_of_padding_runs_in_models_that_know_no_masks(tmp_path):

@@ -32,6 +32,13 @@ LONG = [{"role": "system", "content": "Be brief."}, *ASKED, {"role": "user", "co
 
 # -------------------------------------------------------------------------------------------------- layouts
 
+CHAT = TOKENIZER.Form(SFT.conversation, "sft")
+
+
+def conversations(path, *options):
+    return [record for _, record in TOKENIZER.Form(SFT.conversation, "sft", *options).read(path, TOKENIZER.LeftOut())]
+
+
 LAYOUTS = {
     "messages": ({"messages": ASKED}, ASKED),
     "prompt and completion": ({"prompt": "What is red?", "completion": "The fox."}, ASKED),
@@ -55,7 +62,69 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_becomes_messages(name):
     record, expected = LAYOUTS[name]
-    assert TOKENIZER.conversation(record, "here")["messages"] == expected
+    assert SFT.conversation(record, "here", CHAT)["messages"] == expected
+
+
+def test_history_as_messages_and_cells_of_tables():
+    pairs = {"instruction": "And blue?", "output": "The sky.", "history": [["What is red?", "The fox."]]}
+    expected = SFT.conversation(pairs, "here", CHAT)
+    for history in (ASKED, json.dumps(ASKED), json.dumps(pairs["history"])):
+        assert SFT.conversation({**pairs, "history": history}, "here", CHAT) == expected
+    assert SFT.conversation({**pairs, "history": "", "weight": "", "tools": None}, "here", CHAT) == {"messages": expected["messages"][2:]}
+    cells = {"prompt": json.dumps(ASKED[:1]), "completion": json.dumps(ASKED[1:]), "weight": "0.5", "tools": json.dumps([TOOL])}
+    assert SFT.conversation(cells, "here", CHAT) == {"messages": ASKED, "weight": 0.5, "tools": [TOOL]}
+    with pytest.raises(UserError, match="here: history: messages, or .question, answer. pairs are expected"):
+        SFT.conversation({**pairs, "history": ["Hi", "Yo"]}, "here", CHAT)
+
+
+@pytest.mark.parametrize("calls", [
+    '[{"name": "rain", "arguments": {"day": 2}}]', {"name": "rain", "arguments": '{"day": 2}'},
+    [{"id": "1", "type": "function", "function": {"name": "rain", "arguments": {"day": 2}}}],
+])
+def test_tool_calls_in_any_spelling(calls):
+    [_, call] = SFT.conversation({"messages": [ASKED[0], {"role": "assistant", "tool_calls": calls}]}, "here", CHAT)["messages"]
+    assert call["tool_calls"][0]["function"] == CALL["tool_calls"][0]["function"]
+
+
+@pytest.mark.parametrize("arguments", ["", None, {}, "{}", ...])
+def test_calls_without_arguments(arguments):
+    function = {"name": "rain"} if arguments is ... else {"name": "rain", "arguments": arguments}
+    [_, call] = SFT.conversation({"messages": [ASKED[0], {"role": "assistant", "tool_calls": [{"function": function}]}]}, "here", CHAT)["messages"]
+    assert call["tool_calls"] == [{"type": "function", "function": {"name": "rain", "arguments": {}}}]
+
+
+def test_nulls_of_parquet_are_no_arguments(tmp_path):
+    """A table gives each call the arguments of all calls of the column, most of them null."""
+    other = {"type": "function", "function": {"name": "wind", "arguments": {"place": "here"}}}
+    rows = [{"messages": [ASKED[0], {**CALL, "tool_calls": [call]}]} for call in (CALL["tool_calls"][0], other)]
+    path = write(tmp_path / "a.parquet", rows)
+    assert [record["messages"][1]["tool_calls"] for record in conversations(path)] == [CALL["tool_calls"], [other]]
+
+
+def test_one_prompt_is_held_out_in_every_layout(tmp_path):
+    """Whatever a record's layout, its prompt decides on which side it falls, and a file of its own is cleared of known prompts."""
+    prompts = [f"What is {i}?" for i in range(60)]
+    rows = [{"prompt": prompt, "completion": answer} for prompt in prompts for answer in ("One.", "Two.")]
+    chats = [{"messages": [LONG[0], {"role": "user", "content": f" {prompt}"}, ASKED[1]]} for prompt in prompts]
+    sides = []
+    for records in (rows, chats):
+        data = TOKENIZER.DataSection(train=[str(write(tmp_path / "a.jsonl", records))], validation_fraction=0.3)
+        sides.append([{TOKENIZER.prompt_key(record) for _, record in side} for side in TOKENIZER.read_split(data, CHAT, TOKENIZER.LeftOut())])
+    assert sides[0] == sides[1] and not sides[0][0] & sides[0][1] and len(sides[0][1]) > 5
+    left = TOKENIZER.LeftOut()
+    held = write(tmp_path / "b.jsonl", [*rows[:5:2], {"prompt": "New?", "completion": "Yes."}])
+    train, kept = TOKENIZER.read_split(TOKENIZER.DataSection(train=[str(tmp_path / "a.jsonl")], validation=str(held)), CHAT, left)
+    assert len(train) == 57 and len(kept) == 4
+    assert "left out 3 with a prompt of data.validation (the first: " in left.text()
+    data = TOKENIZER.DataSection(train=[str(tmp_path / "a.jsonl")], validation="tail", validation_fraction=0.1)
+    assert [len(side) for side in TOKENIZER.read_split(data, CHAT, left)] == [54, 6]
+
+
+def test_all_held_out_is_said(tmp_path):
+    prompt = next(p for i in range(999) if TOKENIZER.is_held_out(TOKENIZER.prompt_key({"prompt": (p := f"What is {i}?")}), 0.05))
+    path = write(tmp_path / "a.jsonl", [{"prompt": prompt, "completion": f"{i}."} for i in range(9)])
+    with pytest.raises(UserError, match="data.validation: hash holds out the prompts of all 9 records of data.train"):
+        TOKENIZER.read_split(TOKENIZER.DataSection(train=[str(path)]), CHAT, TOKENIZER.LeftOut())
 
 
 def write(path, records):
@@ -79,17 +148,17 @@ def write(path, records):
 def test_every_file_holds_conversations(suffix, tmp_path):
     rows = [{"question": f"What is {i}?", "answer": f'It is "{i}",\nsaid the owl.', "source": "book"} for i in range(3)]
     path = write(tmp_path / f"data{suffix}", rows)
-    found = list(TOKENIZER.read_conversations([path]))
+    found = list(CHAT.read(path, TOKENIZER.LeftOut()))
     assert [record["messages"][1]["content"] for _, record in found] == [row["answer"] for row in rows]
     assert all(where.startswith(str(path)) for where, _ in found)
 
 
 def test_foreign_names_are_mapped(tmp_path):
     path = write(tmp_path / "a.csv", [{"q": "What is red?", "reply": "The fox."}])
-    [(_, record)] = TOKENIZER.read_conversations([path], {"prompt": "q", "completion": "reply"})
+    [record] = conversations(path, {"prompt": "q", "completion": "reply"})
     assert record["messages"] == ASKED
     with pytest.raises(UserError, match="sft.columns names 'nope', but the keys are q, reply"):
-        list(TOKENIZER.read_conversations([path], {"prompt": "nope"}))
+        conversations(path, {"prompt": "nope"})
 
 
 def test_convert_writes_messages(tmp_path, capsys):
@@ -99,24 +168,26 @@ def test_convert_writes_messages(tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["messages"] for line in lines] == [ASKED, ASKED, LAYOUTS["alpaca with everything"][1]]
     assert "3 records (2 from" in capsys.readouterr().err
-    assert [record for _, record in TOKENIZER.read_conversations([tmp_path / "out.jsonl"])] == lines
+    assert conversations(tmp_path / "out.jsonl") == lines
     with pytest.raises(UserError, match="must be a file name that ends in .jsonl"):
         SFT.main(["--convert", "--data", str(tmp_path / "a.csv"), "--out", str(tmp_path / "folder")])
 
 
 WRONG = {
-    "no assistant": ([{"messages": ASKED[:1]}], ":1: no assistant turn"),
-    "unknown role": ([{"messages": [*ASKED, {"role": "narrator", "content": "x"}]}], ":1: message 3: unknown role 'narrator'"),
-    "two systems": ([{"messages": [LONG[0], LONG[0], *ASKED]}], ":1: two system messages"),
-    "late system": ([{"messages": [*ASKED, LONG[0]]}], ":1: message 3 is the system's; it has to come first"),
-    "empty answer": ([{"messages": ASKED}, {"messages": [ASKED[0], {"role": "assistant", "content": " "}]}], ":2: message 2: the answer is empty"),
-    "empty output": ([{"instruction": "a", "output": ""}], ":1: message 2: the answer is empty"),
-    "mixed": ([{"messages": ASKED}, {"question": "a", "answer": "b"}], ":2: question and answer, but .*:1 is messages; one file holds one layout"),
+    "no assistant": ([{"messages": ASKED[:1]}], ":1: no assistant message"),
+    "unknown role": ([{"messages": [*ASKED, {"role": "narrator", "content": "x"}]}], ":1: messages: message 3: unknown role 'narrator'"),
+    "two systems": ([{"messages": [LONG[0], LONG[0], *ASKED]}], ":1: messages: two system messages"),
+    "late system": ([{"messages": [*ASKED, LONG[0]]}], ":1: messages: message 3 is the system's; it has to come first"),
+    "empty answer": ([{"messages": ASKED}, {"messages": [ASKED[0], {"role": "assistant", "content": " "}]}], ":2: messages: message 2: the answer is empty"),
+    "empty output": ([{"instruction": "a", "output": ""}], ":1: keys instruction, output are none of messages"),
+    "late history": ([{"instruction": "a", "output": "b", "history": [["c"]]}], ":1: history: messages, or .question, answer. pairs"),
+    "tools": ([{"messages": ASKED, "tools": "{}"}], ":1: tools is dict, a list is expected"),
+    "a call": ([{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [3]}]}], ":1: messages: message 2: a tool call is an object with a name"),
     "unknown keys": ([{"ask": "a", "say": "b"}], ":1: keys ask, say are none of messages; conversations; prompt"),
-    "content": ([{"messages": [{"role": "user", "content": 3}, ASKED[1]]}], ":1: message 1: content is int, text is expected"),
+    "content": ([{"messages": [{"role": "user", "content": 3}, ASKED[1]]}], ":1: messages: message 1: content is int, text is expected"),
     "arguments": ([{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}],
-                  ":1: message 2: a tool call's arguments: not valid JSON"),
-    "weight": ([{"messages": ASKED, "weight": -1}], ":1: weight -1 must be a number, 0 or above"),
+                  ":1: messages: message 2: a tool call's arguments: not valid JSON"),
+    "weight": ([{"messages": ASKED, "weight": -1}], ":1: weight -1 must be 0 or above"),
 }
 
 
@@ -130,7 +201,7 @@ def test_bad_records_are_named(name, tmp_path, tokenizer, model_folder):
     path = write(tmp_path / "bad.jsonl", records)
     chat = chat_tokenizer(tokenizer)
     with pytest.raises(UserError, match=f"bad.jsonl{message}"):
-        SFT.read_talks(settings(model_folder, "--data", path, "--data.validation", "none"), chat)
+        SFT.read_conversations(settings(model_folder, "--data", path, "--data.validation", "none"), chat)
 
 
 # ------------------------------------------------------------------------------------------- what is learnt
@@ -156,31 +227,29 @@ def chat_tokenizer(tokenizer, template=None):
 def test_the_ids_learnt_are_the_ids_served(template, tools, tokenizer, model_folder, tmp_path):
     """Each answer of a conversation, its end included, follows in training exactly what serving puts before it."""
     chat = chat_tokenizer(tokenizer, template)
-    ids, mask = TOKENIZER.render_chat(chat, LONG, tools)
+    ids, turns = TOKENIZER.render_chat(chat, LONG, tools)
     session = object.__new__(INFER.Session)
     session.tokenizer, session.chat, session.model = chat, True, MODEL.load(model_folder)
     session.model.config.max_position_embeddings = 4096
     session.settings = INFER.InferenceSection()
     said = [i for i, message in enumerate(LONG) if message["role"] == "assistant"]
-    starts = [i for i in range(len(mask)) if mask[i] and not mask[i - 1]]
-    assert len(starts) == len(said)
-    for place, start in zip(said, starts, strict=True):
-        stop = next((i for i in range(start, len(mask)) if not mask[i]), len(mask))
+    assert [turn.message for turn in turns] == said
+    for place, start, stop in turns:
         assert ids[:start] == session.prompt_ids({"messages": LONG[:place], "tools": tools}, INFER.Sampling(1))
         words = chat.decode(ids[start:stop])
         content = LONG[place]["content"] or '"rain"'
         assert words.endswith("<|im_end|>") and content in words and "<|im_start|>" not in words
         assert LONG[place]["content"] == "" or words == LONG[place]["content"] + "<|im_end|>"
-    assert TOKENIZER.end_of_turn(chat) == chat.convert_tokens_to_ids("<|im_end|>")
+    assert TOKENIZER.chat_ends(chat).stop == [chat.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_a_template_that_shows_no_answer_is_refused(tokenizer):
     chat = chat_tokenizer(tokenizer, "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
-    with pytest.raises(UserError, match="here:3: the chat template shows nothing of what the assistant says"):
-        SFT.Talk("here:3", {"messages": ASKED}, chat, SFT.SFTSection())
+    with pytest.raises(UserError, match="here:3: message 2: the chat template does not show the text of the assistant"):
+        SFT.Sample("here:3", {"messages": ASKED}, chat, SFT.SFTSection())
     refusing = chat_tokenizer(tokenizer, "{{ raise_exception('no tools here') }}")
     with pytest.raises(UserError, match="here:4: the chat template refuses this conversation .no tools here"):
-        SFT.Talk("here:4", {"messages": ASKED}, refusing, SFT.SFTSection())
+        SFT.Sample("here:4", {"messages": ASKED}, refusing, SFT.SFTSection())
 
 
 def test_tokens_that_are_missing_are_added(tokenizer):
@@ -188,9 +257,9 @@ def test_tokens_that_are_missing_are_added(tokenizer):
     plain = transformers.PreTrainedTokenizerFast(tokenizer_object=bare_backend(), eos_token="<|endoftext|>")
     before = len(plain)
     TOKENIZER.ensure_chat(plain)
-    assert len(plain) == before + 2 and TOKENIZER.end_of_turn(plain) == before + 1
-    ids, mask = TOKENIZER.render_chat(plain, ASKED)
-    assert plain.decode([i for i, on in zip(ids, mask, strict=True) if on]) == "The fox.<|im_end|>"
+    assert len(plain) == before + 2 and TOKENIZER.chat_ends(plain).stop == [before + 1]
+    ids, [turn] = TOKENIZER.render_chat(plain, ASKED)
+    assert plain.decode(ids[turn.start : turn.stop]) == "The fox.<|im_end|>"
 
 
 def bare_backend():
@@ -205,13 +274,13 @@ def bare_backend():
 
 def test_what_counts(tokenizer):
     chat = chat_tokenizer(tokenizer)
-    talk = SFT.Talk("x", {"messages": LONG}, chat, SFT.SFTSection())
-    last = SFT.Talk("x", {"messages": LONG}, chat, SFT.SFTSection(last_turn_only=True))
-    whole = SFT.Talk("x", {"messages": LONG, "weight": 0.5}, chat, SFT.SFTSection(train_on_prompt=True))
+    talk = SFT.Sample("x", {"messages": LONG}, chat, SFT.SFTSection())
+    last = SFT.Sample("x", {"messages": LONG}, chat, SFT.SFTSection(last_turn_only=True))
+    whole = SFT.Sample("x", {"messages": LONG, "weight": 0.5}, chat, SFT.SFTSection(train_on_prompt=True))
     assert chat.decode([i for i, w in zip(last.ids, last.weights) if w]) == "It rains.<|im_end|>"
     assert "The fox.<|im_end|>" in chat.decode([i for i, w in zip(talk.ids, talk.weights) if w]) and set(talk.weights) == {0.0, 1.0}
     assert set(whole.weights) == {0.5}
-    text = SFT.Talk("x", {"text": "The owl."}, chat, SFT.SFTSection())
+    text = SFT.Sample("x", {"text": "The owl."}, chat, SFT.SFTSection())
     assert chat.decode(text.ids) == "<|endoftext|>The owl.<|endoftext|>" and all(text.weights)
     with pytest.raises(UserError, match="exclude each other"):
         SFT.SFTSection(train_on_prompt=True, last_turn_only=True)
@@ -222,11 +291,12 @@ def test_long_conversations_are_cut_or_dropped_and_counted(choice, count, tmp_pa
     long = {"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "fox " * 90}]}
     hopeless = {"messages": [{"role": "user", "content": "fox " * 90}, {"role": "assistant", "content": "Yes."}]}
     path = write(tmp_path / "a.jsonl", [{"messages": ASKED}, long, {"messages": LONG[:3]}, {"messages": ASKED}, hopeless])
-    talks, _ = SFT.read_talks(settings(model_folder, "--data", path, "--data.validation", "none", "--max-length", 60, "--sft.too_long", choice),
+    talks, _ = SFT.read_conversations(settings(model_folder, "--data", path, "--data.validation", "none", "--max-length", 60, "--sft.too_long", choice),
                               chat_tokenizer(tokenizer))
     assert len(talks) == count and max(len(talk.ids) for talk in talks) <= 61
     said = capsys.readouterr().err
-    assert "1 duplicates" in said and ("2 cut, 1 duplicates, 1 without anything to learn" in said) == (choice == "cut") and ("2 dropped as too long" in said) == (choice == "drop")
+    assert "left out 1 duplicates" in said and ("2 truncated" in said and "1 without a target" in said) == (choice == "cut")
+    assert ("left out 2 too long for training.max_length" in said) == (choice == "drop")
 
 
 # -------------------------------------------------------------------------------------------------- batches
@@ -235,20 +305,19 @@ def test_long_conversations_are_cut_or_dropped_and_counted(choice, count, tmp_pa
 def some_talks(chat, count=23):
     generator = np.random.default_rng(3)
     words = "the red fox ran over a small hill and saw one old owl".split()
-    return [SFT.Talk("x", {"messages": [{"role": "user", "content": " ".join(generator.choice(words, generator.integers(1, 12)))},
+    return [SFT.Sample("x", {"messages": [{"role": "user", "content": " ".join(generator.choice(words, generator.integers(1, 12)))},
                                         {"role": "assistant", "content": " ".join(generator.choice(words, generator.integers(1, 9)))}],
                            "weight": float(generator.choice([0.5, 1.0, 2.0]))}, chat, SFT.SFTSection()) for _ in range(count)]
 
 
-def epoch_of(talks, packing, joined=False, batch_size=4):
-    spans = SFT.examples(talks)
-    stream = TOKENIZER.TokenStream(lambda epoch: [[spans]], batch_size, 80, packing)
-    stream.joined = joined
+def epoch_of(talks, packing, batch_size=4):
+    spans = TOKENIZER.Examples.of(talks)
+    stream = TOKENIZER.TokenStream(lambda epoch: [[spans]], lambda sources, seed: TOKENIZER.WholeRows(*sources, 80, packing, seed), batch_size, 80)
     stream.start(type("Run", (), dict(rank=0, world_size=1, seed=1, grad_accum=1))())
     return [next(stream) for _ in range(stream.steps_per_epoch)]
 
 
-def test_packed_padded_and_padding_free_batches_give_the_same_loss_and_gradients(tokenizer, model_folder):
+def test_packed_and_padded_batches_give_the_same_loss_and_gradients(tokenizer, model_folder):
     """And both equal the sum over conversations taken one by one."""
     chat, results = chat_tokenizer(tokenizer), []
     talks = some_talks(chat)
@@ -259,8 +328,8 @@ def test_packed_padded_and_padding_free_batches_give_the_same_loss_and_gradients
         loss.backward()
         return float(loss), torch.cat([w.grad.flatten() for w in model.parameters()])
 
-    for packing, joined in ((True, False), (False, False), (False, True)):
-        batches = epoch_of(talks, packing, joined)
+    for packing in (True, False):
+        batches = epoch_of(talks, packing)
         total = sum(batch["counts"]["tokens"] for batch in batches)
         results.append(collect(sum(TRAIN.token_loss(model, batch, {"tokens": total, "micro_batches": 1})[0] for batch in batches)))
         assert (len(batches) < 6) == packing
@@ -278,9 +347,9 @@ def test_packed_padded_and_padding_free_batches_give_the_same_loss_and_gradients
 
 def test_rows_are_full_and_hold_every_conversation_once(tokenizer):
     talks = some_talks(chat_tokenizer(tokenizer), 400)
-    rows = TOKENIZER.WholeRows(SFT.examples(talks), 256, True, [0])
+    rows = TOKENIZER.WholeRows(TOKENIZER.Examples.of(talks), 256, True, [0])
     pieces = [piece for i in range(rows.count) for piece in rows.row(i)]
-    spans = SFT.examples(talks)
+    spans = TOKENIZER.Examples.of(talks)
     assert sorted(pieces) == [(int(s), int(s + n)) for s, n in zip(spans.starts, spans.lengths)]
     filled = [sum(stop - start for start, stop in rows.row(i)) for i in range(rows.count)]
     assert max(filled) <= 256 and np.mean(filled) > 0.95 * 256
@@ -317,14 +386,14 @@ def test_a_grown_vocabulary_keeps_what_was_there(preset, tied, tmp_path):
 # ---------------------------------------------------------------------------------------------- whole programs
 
 
-def questions(count, answers=True):
+def questions(count, answers=True, verb="Say"):
     """Which of two words comes first: learnt in a few steps."""
     generator = np.random.default_rng(0)
     words = "red fox hill owl lake rain tree two".split()
     records = []
     for _ in range(count):
         a, b = generator.choice(words, 2, replace=False)
-        record = {"messages": [{"role": "user", "content": f"Say {a} {b}"}, {"role": "assistant", "content": str(a)}]}
+        record = {"messages": [{"role": "user", "content": f"{verb} {a} {b}"}, {"role": "assistant", "content": str(a)}]}
         records.append({**record, "answer": str(a)} if answers else record)
     return records
 
@@ -332,7 +401,7 @@ def questions(count, answers=True):
 @pytest.fixture()
 def flags(tmp_path, model_folder):
     write(tmp_path / "train.jsonl", questions(60))
-    write(tmp_path / "test.jsonl", questions(20)[5:])
+    write(tmp_path / "test.jsonl", questions(20, verb="Now say")[5:])
     return ["--model", str(model_folder), "--data", str(tmp_path / "train.jsonl"), "--data.validation", str(tmp_path / "test.jsonl"), "--data.deduplicate", "false",
             "--max-length", "64", "--batch-size", "4", "--learning-rate", "3e-3", "--training.optim", "adamw", "--training.warmup_steps", "2",
             "--training.lr_scheduler_type", "constant", "--training.eval_steps", "0", "--training.save_steps", "5", "--training.mixed_precision", "no",
@@ -362,7 +431,7 @@ def test_fine_tuning_learns_resumes_and_opens_elsewhere(flags, tmp_path, tokeniz
 def test_exact_match_counts_whole_answers(tmp_path, tokenizer, model_folder, flags):
     chat = chat_tokenizer(tokenizer)
     config = settings(model_folder, *flags[2:])
-    talks, kept = SFT.read_talks(config, chat)
+    talks, kept = SFT.read_conversations(config, chat)
     assert len(kept) == 15
     model = MODEL.load(model_folder)
     heard = []
@@ -378,7 +447,7 @@ def test_exact_match_counts_whole_answers(tmp_path, tokenizer, model_folder, fla
     finally:
         INFER.generate = original
     assert measures == {"exact_match": 7 / 15}
-    assert heard[0] == TOKENIZER.render_chat(chat, kept[0].record["messages"][:1], add_generation_prompt=True)[0]
+    assert heard[0] == TOKENIZER.render_chat(chat, kept[0].record["messages"][:1], add_generation_prompt=True).ids
 
 
 def test_held_out_files_belong_to_their_data():
@@ -389,7 +458,6 @@ def test_held_out_files_belong_to_their_data():
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (["--sft.padding_free", "true"], "sft.padding_free: packed rows have no padding"),
     (["--lora.loraplus_lr_ratio", "4"], "lora.loraplus_lr_ratio: needs an adapter"),
     (["--lora.r", "2", "--lora.target_modules", "[nope]"], "lora.target_modules: nope cannot get adapters"),
 ])
@@ -408,7 +476,7 @@ def test_an_encoder_is_not_taught_to_talk(flags, tmp_path, tokenizer):
 def test_dry_run_shows_what_is_learnt(flags, capsys):
     SFT.main([*flags, "--dry-run"])
     shown = capsys.readouterr().out
-    assert shown.count("\033[32m") == 3 and "<|im_start|>assistant\n\033[32m" in shown and "tokens a conversation: median" in shown
+    assert shown.count("\033[32m") == 3 and "<|im_start|>assistant\n\033[32m" in shown and "tokens per conversation: median" in shown
     assert shown.split("\033[32m")[1].startswith(questions(1)[0]["messages"][1]["content"] + "<|im_end|>\033[0m")
 
 
@@ -753,6 +821,13 @@ def sayings(count, seed=0):
         yield " ".join(str(text[i]) for i in generator.permutation(len(text))), label
 
 
+LABELS = TOKENIZER.Form(SFT.labelled, "sft")
+
+
+def texts_in(path):
+    return [record["text"] for _, record in LABELS.read(path, TOKENIZER.LeftOut())]
+
+
 LABELLED = {
     "the names of a table": ({"text": "Hello", "label": "yes"}, ("Hello", "yes")),
     "capitals": ({"Label": "ham", "SMS": "Hello"}, ("Hello", "ham")),
@@ -764,18 +839,18 @@ LABELLED = {
 @pytest.mark.parametrize("name", LABELLED)
 def test_labelled_texts_are_told_by_their_keys(name, tmp_path):
     record, expected = LABELLED[name]
-    [(where, *found)] = TOKENIZER.read_labelled([write(tmp_path / "a.jsonl", [record])])
-    assert tuple(found) == expected and where.endswith("a.jsonl:1")
+    [(where, found)] = LABELS.read(write(tmp_path / "a.jsonl", [record]), TOKENIZER.LeftOut())
+    assert (found["text"], found["label"]) == expected and where.endswith("a.jsonl:1")
 
 
 def test_quotes_of_a_tsv(tmp_path):
     """A file whose quotes do not enclose whole cells has none that mean anything."""
     (tmp_path / "a.tsv").write_text('label\ttext\nham\t"Happy day" I know\nspam\tcall "now\nham\tlast"\n')
-    assert [text for _, text, _ in TOKENIZER.read_labelled([tmp_path / "a.tsv"])] == ['"Happy day" I know', 'call "now', 'last"']
+    assert texts_in(tmp_path / "a.tsv") == ['"Happy day" I know', 'call "now', 'last"']
     (tmp_path / "c.tsv").write_text('label\ttext\nham\t"Hello\nspam\tbye"\n')
-    assert [text for _, text, _ in TOKENIZER.read_labelled([tmp_path / "c.tsv"])] == ['"Hello', 'bye"']
+    assert texts_in(tmp_path / "c.tsv") == ['"Hello', 'bye"']
     (tmp_path / "b.tsv").write_text('label\ttext\nham\t"two\nlines"\nspam\t"a ""b"""\n')
-    assert [text for _, text, _ in TOKENIZER.read_labelled([tmp_path / "b.tsv"])] == ["two\nlines", 'a "b"']
+    assert texts_in(tmp_path / "b.tsv") == ["two\nlines", 'a "b"']
 
 
 WRONG_LABELS = {
@@ -803,7 +878,7 @@ def test_labels_seen_only_in_validation_or_unknown_to_the_model_are_refused(tmp_
     config = settings(model_folder, "--sft.task", "classify", "--data", train, "--data.validation", held)
     with pytest.raises(UserError, match="held.jsonl:2: label 'c' is none of a, b, the labels of the training data"):
         SFT.read_labelled(config, tokenizer, None)
-    with pytest.raises(UserError, match="train.jsonl:1: label 'a' is none of x, b, which .* tells apart"):
+    with pytest.raises(UserError, match="train.jsonl:1: label 'a' is none of x, b, the labels of .*;"):
         SFT.read_labelled(config, tokenizer, ["x", "b"])
     with pytest.raises(UserError, match="sft.class_weights: c: 2 does not give one of a, b a weight"):
         SFT.read_labelled(settings(model_folder, "--sft.task", "classify", "--data", train, "--data.validation", "none", "--sft.class_weights", "{c: 2}"), tokenizer, None)
@@ -829,10 +904,10 @@ def test_label_probabilities_are_those_of_transformers(kind, tokenizer, tmp_path
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_label_loss_in_any_batch_is_the_weighted_cross_entropy(kind, tokenizer):
-    """Packed, padded and end to end, against texts one by one under torch's own class weights."""
+    """Packed and padded, against texts one by one under torch's own class weights."""
     model, labels = scorer(kind, tokenizer), {"fox": 0, "hill": 1, "owl": 2}
     weights = {"fox": 0.5, "hill": 1.0, "owl": 3.0}
-    texts = [SFT.Labelled("x", text, label, tokenizer) for text, label in sayings(13)]
+    texts = [SFT.Labelled("x", {"text": text, "label": label}, tokenizer) for text, label in sayings(13)]
     for text in texts:
         text.number(labels, weights)
     scores = []
@@ -844,11 +919,14 @@ def test_label_loss_in_any_batch_is_the_weighted_cross_entropy(kind, tokenizer):
     model.zero_grad()
     expected.backward()
     gradient = torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
-    for packing, joined in ((True, False), (False, False), (False, True)):
-        batches = epoch_of(texts, packing, joined)
-        total = {"tokens": sum(batch["counts"]["tokens"] for batch in batches), "micro_batches": 1}
+    for packing in (True, False):
+        batches = epoch_of(texts, packing)
+        total = {**{name: sum(batch["counts"][name] for batch in batches) for name in ("tokens", "targets")}, "micro_batches": 1}
         model.zero_grad()
-        loss = sum(SFT.label_loss(kind == "llama")(model, batch, total)[0] for batch in batches)
+        pieces = [SFT.label_loss(kind == "llama")(model, batch, total) for batch in batches]
+        loss = sum(piece for piece, _ in pieces)
+        right = sum(float(scores[i].argmax() == target[i]) if not scores[i].isnan().any() else 0 for i in range(len(scores)))
+        assert math.isclose(sum(float(metrics["accuracy"]) for _, metrics in pieces), right / len(scores), rel_tol=1e-6)  # unweighted
         loss.backward()
         torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None]), gradient, atol=1e-5, rtol=1e-4)
@@ -856,14 +934,14 @@ def test_label_loss_in_any_batch_is_the_weighted_cross_entropy(kind, tokenizer):
 
 def test_accuracy_f1_and_confusion_are_counted_right(tokenizer):
     model = scorer("llama", tokenizer, ["fox", "hill", "owl"])
-    texts = [SFT.Labelled("x", text, label, tokenizer) for text, label in sayings(40)]
+    texts = [SFT.Labelled("x", {"text": text, "label": label}, tokenizer) for text, label in sayings(40)]
     for text in texts:
         text.number({"fox": 0, "hill": 1, "owl": 2}, dict.fromkeys(("fox", "hill", "owl"), 1.0))
     names = np.array(["fox", "hill", "owl"])
     given = names[np.argmax(INFER.classify(model, tokenizer, [text.record["text"] for text in texts]), 1)]
     true = np.array([text.record["label"] for text in texts])
     with torch.no_grad():
-        confusion = SFT.Confusion(TOKENIZER.fixed_batches(SFT.examples(texts), 4, 80, True), list(names), True)
+        confusion = SFT.Confusion(TOKENIZER.fixed_batches(TOKENIZER.WholeRows(TOKENIZER.Examples.of(texts), 80, True, None), 4), list(names), True)
         measures = confusion(model)
     assert confusion.counts.tolist() == [[int(((true == a) & (given == b)).sum()) for b in names] for a in names]
     precision = [((true == name) & (given == name)).sum() / max((given == name).sum(), 1) for name in names]
@@ -873,6 +951,9 @@ def test_accuracy_f1_and_confusion_are_counted_right(tokenizer):
     two = SFT.Confusion([], ["ham", "spam"], True)
     two.counts = np.array([[90, 2], [3, 7]])
     assert math.isclose(two.f1(), 2 * 7 / (2 * 7 + 2 + 3))  # of the rarer label
+    absent = SFT.Confusion([], ["a", "b", "c", "d"], True)
+    absent.counts = np.array([[5, 1, 0, 0], [0, 4, 0, 0], [0, 0, 0, 0], [0, 2, 0, 3]])
+    assert math.isclose(absent.f1(), np.mean([10 / 11, 8 / 11, 6 / 8]))  # c occurs nowhere
 
 
 @pytest.fixture()
@@ -956,7 +1037,7 @@ def test_only_the_ratio_of_class_weights_counts(tmp_path, tokenizer, model_folde
 def test_dry_run_shows_texts_and_labels(label_flags, capsys):
     SFT.main([*label_flags, "--dry-run"])
     shown = capsys.readouterr().out
-    assert sum(f"{text} \033[32m{label}\033[0m" in shown for text, label in sayings(8)) == 3 and "tokens a text: median" in shown
+    assert sum(f"{text} \033[32m{label}\033[0m" in shown for text, label in sayings(8)) == 3 and "tokens per text: median" in shown
 
 
 def test_a_foreign_model_tells_labels_apart(label_flags, tmp_path, tokenizer):
@@ -1038,7 +1119,7 @@ def test_the_recipe_for_labels(tmp_path):
 
 def test_the_recipe_for_alpaca_with_adapters(tmp_path):
     gpt2_folder(tmp_path / "gpt2-xl")
-    write(tmp_path / "alpaca_data.json", [{"instruction": f"Say {label}.", "input": "", "output": text} for text, label in sayings(200)])
+    write(tmp_path / "alpaca_data.json", [{"instruction": f"Say {label} {number}.", "input": "", "output": text} for number, (text, label) in enumerate(sayings(200))])
     command(tmp_path, *"SFT.py --model gpt2-xl --data alpaca_data.json --lora.r 16".split())
     report = json.loads((tmp_path / "out" / "sft" / "result.json").read_text())
     assert report["after"]["loss"] < report["before"]["loss"]
@@ -1165,12 +1246,16 @@ def test_weights_of_messages_and_answers_that_come_first(tokenizer):
     chat = chat_tokenizer(tokenizer)
 
     def learnt(messages):
-        talk = SFT.Talk("x", {"messages": messages}, chat, SFT.SFTSection())
+        talk = SFT.Sample("x", {"messages": messages}, chat, SFT.SFTSection())
         return chat.decode([i for i, w in zip(talk.ids, talk.weights, strict=True) if w])
 
     assert learnt([ASKED[0], {**ASKED[1], "weight": 0}, ASKED[0], {"role": "assistant", "content": "It rains."}]) == "It rains.<|im_end|>"
     assert learnt([{"role": "assistant", "content": "Hello."}, *ASKED]) == "Hello.<|im_end|>The fox.<|im_end|>"
-    with pytest.raises(UserError, match="a message's weight is 0 or 1"):
+    last = SFT.Sample("x", {"messages": [*ASKED, ASKED[0], {**ASKED[1], "weight": 0}]}, chat, SFT.SFTSection(last_turn_only=True))
+    assert not last.teaches()
+    both = SFT.Sample("x", {"messages": [ASKED[0], {**ASKED[1], "weight": 0}, *ASKED]}, chat, SFT.SFTSection(train_on_prompt=True))
+    assert "The fox." not in chat.decode([i for i, w in zip(both.ids, both.weights, strict=True) if w][: -len(both.turns[1]) - 3])
+    with pytest.raises(UserError, match="message 2: weight 0.5 must be 0 or 1"):
         learnt([ASKED[0], {**ASKED[1], "weight": 0.5}])
 
 
