@@ -735,6 +735,8 @@ def run_fill(session: Session, actions, prompt: str | None) -> None:
 def scores_of(model, rows: list[list[int]]) -> torch.Tensor:
     """The classification head's outputs (B, L) for each row of ids: at a decoder's last token, which has seen the whole text, or
     an encoder's first."""
+    if model.config.causal:
+        rows = [TOKENIZER.without_padding(ids, model.config.pad_token_id) for ids in rows]
     shape = len(rows), max(map(len, rows))
     inputs, positions = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     for row, ids in enumerate(rows):

@@ -2590,6 +2590,18 @@ def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = 
                 raise UserError("lora.target_modules: with use_dora name q_proj, k_proj and v_proj together; a gpt2 folder keeps them as one product")
 
 
+def rows_to_train(model: LanguageModel, tokens: list[int]) -> list[int] | dict[str, list[int]] | None:
+    """peft's `trainable_token_indices` for tokens that the base never saw: their rows of the embedding, and of an output head
+    that has weights of its own, else the model could not say them."""
+    host = model.inner if isinstance(model, ForeignModel) else model
+    modules = [host.get_input_embeddings(), host.get_output_embeddings()]
+    tied = len(modules) < 2 or modules[1] is None or modules[1].weight is modules[0].weight
+    if not tokens or tied or getattr(model.config, "model_type", "") in RENAMED:
+        return tokens or None
+    names = {id(module): name.rpartition(".")[2] for name, module in host.named_modules()}
+    return {names[id(module)]: tokens for module in modules}
+
+
 def _check_targets(targets: list[str], tuned: tuple, names: list[str]) -> None:
     """Each name that was asked for (but a mixture's projections, which peft calls otherwise) has found a layer."""
     for target in targets:
@@ -2860,7 +2872,8 @@ def choose_device(name: str = "auto") -> torch.device:
 def matmul_flops(dtype: torch.dtype, device: str, size: int = 0) -> float:
     """Measured FLOP/s of a square matrix product: the peak that training and decoding are compared with."""
     size = size or (8192 if device.startswith("cuda") else 1024)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    random = torch.Generator(device).manual_seed(0)  # its own: dropout draws from the global one
+    a, b = (torch.randn(size, size, device=device, generator=random).to(dtype) for _ in range(2))
     best = math.inf
     for _ in range(4):
         start = time.perf_counter()

@@ -429,7 +429,7 @@ def read_pairs(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZ
             left.add("whose completions are the same", where)
             continue
         if method == "reward":
-            examples = [followed(one) for one in examples]
+            examples = [followed(one, tokenizer.pad_token_id) for one in examples]
         if both and method == "kto":
             pairs += [Pair(where, [one], record["prompt"], tools, 0.0, label) for one, label in zip(examples, (True, False), strict=True)]
         else:
@@ -437,9 +437,10 @@ def read_pairs(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZ
     return pairs
 
 
-def followed(one: Example) -> Example:
+def followed(one: Example, pad: int | None = None) -> Example:
     """A row's last id is only a target; where a reward is read off the last token, another one has to follow it."""
-    return Example([*one.ids, one.ids[-1]], [*one.weights, 1])
+    ids = TOKENIZER.without_padding(one.ids, pad)
+    return Example([*ids, ids[-1]], [*one.weights[: len(ids)], 1])
 
 
 def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:

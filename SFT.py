@@ -55,7 +55,8 @@ class LoraSection:
 
     def attach(self, model: MODEL.LanguageModel, base: str, tokens: list[int], seed: int) -> None:
         options = dict(r=self.r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout, use_dora=self.use_dora, use_rslora=self.use_rslora)
-        MODEL.attach_lora(model, base, self.target_modules, seed, trainable_token_indices=tokens or None, **options)
+        rows = MODEL.rows_to_train(model, tokens)
+        MODEL.attach_lora(model, base, self.target_modules, seed, trainable_token_indices=rows, **options)
 
 
 @dataclass
@@ -130,14 +131,16 @@ class Labelled:
 
     def __init__(self, where: str, record: dict, tokenizer):
         self.where, self.record, self.tokenizer = where, record, tokenizer
-        self.text_ids = tokenizer(record["text"]).input_ids or [TOKENIZER.begin_id(tokenizer)]
+        ids = tokenizer(record["text"]).input_ids or [TOKENIZER.begin_id(tokenizer)]
+        self.text_ids = TOKENIZER.without_padding(ids, tokenizer.pad_token_id)
         self.ids: list[int] = []
         self.weights: list[float] = []
 
     def cut(self, length: int) -> bool:
         longer = len(self.text_ids) > length
         if longer:  # by the tokenizer, which keeps an encoder's closing token
-            self.text_ids = self.tokenizer(self.record["text"], truncation=True, max_length=length).input_ids
+            ids = self.tokenizer(self.record["text"], truncation=True, max_length=length).input_ids
+            self.text_ids = TOKENIZER.without_padding(ids, self.tokenizer.pad_token_id)
         return longer
 
     def teaches(self) -> bool:

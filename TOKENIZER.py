@@ -177,6 +177,12 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     return encode_pair(tokenizer, text, "")[0]
 
 
+def without_padding(ids: list[int], pad: int | None) -> list[int]:
+    """Ids up to the last that is no padding, where transformers' classifiers read. It matters if a text's end is also its padding."""
+    last = next((i for i in range(len(ids) - 1, 0, -1) if ids[i] != pad), 0)
+    return ids[: last + 1]
+
+
 def fingerprint(tokenizer) -> str:
     """Identifies what a tokenizer does: two with the same fingerprint give the same ids."""
     return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest()

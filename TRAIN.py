@@ -1195,6 +1195,9 @@ def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, 
                 raise UserError(f"model.{name}: {i} is no id of a vocabulary of {model.config.vocab_size}")
     if grow:
         MODEL.grow_vocabulary(model, TOKENIZER.vocab_size(tokenizer))
+    if grow and adapter and section.name:  # rows may have been there to spare
+        known = TOKENIZER.load(config.tokenizer.name or section.name).get_vocab()
+        model.new_ids = sorted({*model.new_ids, *(i for token, i in tokenizer.get_vocab().items() if token not in known)})
     if model.config.vocab_size < (size := TOKENIZER.vocab_size(tokenizer)):
         raise UserError(f"model.vocab_size: {model.config.vocab_size} is smaller than the tokenizer's {size} ids")
     resolve_defaults(config.training, model, fresh=not section.name)
@@ -1252,12 +1255,18 @@ def save_product(config_text: str, tokenizer, model, folder: Path) -> None:
         MODEL.write_text(Path(folder) / "config.yaml", config_text)
 
 
+def saved_settings(folder: Path) -> dict:
+    import yaml
+
+    path = folder / "config.yaml"
+    return yaml.safe_load(path.read_text()) if path.exists() else {}
+
+
 def changed_keys(folder: Path, text: str) -> list[str]:
     """Settings that differ from those a checkpoint was made with."""
     import yaml
 
-    path = folder / "config.yaml"
-    old, new = yaml.safe_load(path.read_text()) if path.exists() else {}, yaml.safe_load(text)
+    old, new = saved_settings(folder), yaml.safe_load(text)
     return [f"{s}.{k}" for s in new for k in new[s] if s != "output" and s in old and old[s].get(k) != new[s][k]]
 
 
@@ -1290,11 +1299,13 @@ def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | 
     accelerator, device = start_processes(config.training, config.model.device, out)
     MODEL.choose_attention(config.model.attn_implementation, trains_on=device.type)  # what cannot work is said before any work
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
+        if checkpoint and config.training.mixed_precision == "auto":  # measured once: another day it could come out otherwise
+            config.training.mixed_precision = saved_settings(checkpoint).get("training", {}).get("mixed_precision", "auto")
+        mixed = config.training.mixed_precision = precision(config.training, config.model.dtype, device)
         stage = prepare(config, checkpoint, device)
         for key in ("load_best_model_at_end", "early_stopping_patience"):
             if stage.evaluate is None and getattr(config.training, key):
                 raise UserError(f"training.{key}: nothing is held out to judge by; set data.validation")
-        mixed = precision(config.training, config.model.dtype, device)
         if getattr(stage.model, "adapter", None) and mixed != "no":
             MODEL.narrow_frozen(stage.model, MODEL.AUTOCAST[mixed])
         text = MODEL.config_text(config)

@@ -313,7 +313,7 @@ def test_a_steps_loss_is_what_transformers_logits_make_of_it(name, world, tmp_pa
     beta, temperature, alpha = (0.0, 1.0, 0.1) if name == "text" else (0.5, 2.0, 0.3)
     student = model(batch["input_ids"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids")).logits
     teacher, mask = by_hand(world / ("teacher" if name == "text" else "talker"), batch), batch["targets"] != -100
-    weights = batch["weights"][mask] if "weights" in batch else torch.ones(int(mask.sum()))
+    weights = torch.ones(int(mask.sum())) if batch["weights"] is None else batch["weights"][mask]
     assert 0 < mask.sum() < mask.numel() and len(weights.unique()) == (2 if name == "jsd" else 1)
     told = (slow_divergence(student[mask], teacher[mask], beta, temperature) * weights).sum() / weights.sum()
     nll = (torch.nn.functional.cross_entropy(student[mask], batch["targets"][mask], reduction="none") * weights).sum() / weights.sum()
@@ -835,18 +835,25 @@ def test_texts_are_continued_where_there_is_no_template(world, tmp_path):
         generate(world, tmp_path / "no.jsonl", "--teacher", world / "teacher", "--data", tmp_path / "talks.jsonl")
 
 
-def test_answers_are_records_that_sft_reads(world, tmp_path):
+def test_answers_are_records_that_sft_reads(world, tmp_path, monkeypatch):
     """System turns once, whatever a table's cells were, and keys that mean something else are told."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"prompt": ["The red fox", "One old owl"], "system": ["Be brief.", "Be kind."], "when": [datetime.datetime(2026, 1, 1)] * 2})
     parquet.write_table(table, tmp_path / "asked.parquet")
     found = generate(world, tmp_path / "out.jsonl", "--data", tmp_path / "asked.parquet", "--num-generations", "30", "--max-completion-length", "60")
     assert found and all([m["role"] for m in record["messages"]] == ["system", "user", "assistant"] and set(record) == {"messages", "when"} for record in found)
-    assert len(list(TOKENIZER.read_conversations([tmp_path / "out.jsonl"]))) == len(found)
-    for key, value in (("tools", [{}]), ("completions", 1)):
-        (tmp_path / "odd.jsonl").write_text(json.dumps({"prompt": "Hi", key: value}) + "\n")
-        with pytest.raises(UserError, match=rf"odd.jsonl:1: .*{key}"):
-            generate(world, tmp_path / "no.jsonl", "--data", tmp_path / "odd.jsonl")
+    form = TOKENIZER.Form(SFT.conversation, "sft")
+    assert len(list(form.read(tmp_path / "out.jsonl", TOKENIZER.LeftOut()))) == len(found)
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"prompt": "Hi", "completions": 1}) + "\n")
+    with pytest.raises(UserError, match="odd.jsonl:1: .*completions"):
+        generate(world, tmp_path / "no.jsonl", "--data", tmp_path / "odd.jsonl")
+    tools = [{"name": "r"}]
+    (tmp_path / "tools.jsonl").write_text(json.dumps({"prompt": "Hi", "tools": tools}) + "\n")
+    asked, real = [], INFER.generate
+    monkeypatch.setattr(INFER, "generate", lambda model, prompts, *words, **more: asked.extend(prompts) or real(model, prompts, *words, **more))
+    generate(world, tmp_path / "tools-out.jsonl", "--data", tmp_path / "tools.jsonl", "--max-completion-length", "20", "--num-generations", "30")
+    tokenizer = TOKENIZER.load(world / "talker")
+    assert asked == [TOKENIZER.render_chat(tokenizer, [{"role": "user", "content": "Hi"}], tools, add_generation_prompt=True).ids]
 
 
 def test_prompts_that_do_not_fit_are_told(world, tmp_path, capsys):
