@@ -12,11 +12,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import make_text
+from conftest import ROOT, make_text
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import TOKENIZER
+from bench import templates
 from MODEL import UserError
 
 NASTY = [
@@ -1301,3 +1302,86 @@ def test_main_writes_everything(tmp_path, capsys):
     stamp = (out / "train_ids.bin").stat().st_mtime_ns
     TOKENIZER.main(command)
     assert (out / "train_ids.bin").stat().st_mtime_ns == stamp
+
+
+# ------------------------------------------------------------------------------------------------- many templates
+
+TEMPLATES = sorted((ROOT / "tests/templates").glob("*.jinja"))
+REFUSED = {("no_calls", "tool call"), *(("parts_only", kind) for kind in templates.conversations()),
+           *(("strict", kind) for kind in ("tool call", "system", "assistant first"))}
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("kind", templates.conversations())
+def test_exactly_the_assistants_turns_are_trained(path, kind):
+    """Six conversations in templates of every kind: bench/templates.py says what is checked."""
+    wrong, shown = templates.verdict(templates.tokenizer_of(path.read_text()), *templates.conversations()[kind])
+    assert not wrong, shown
+    assert shown.startswith("refused: ") == ((path.stem, kind) in REFUSED)
+
+
+@pytest.mark.parametrize("change", [lambda turn: turn._replace(start=turn.start - 2), lambda turn: turn._replace(start=turn.start + 1),
+                                    lambda turn: turn._replace(stop=turn.stop - 1), lambda turn: turn._replace(stop=turn.stop + 1)])
+def test_the_property_sees_a_token_too_many_or_too_few(change):
+    tokenizer = templates.tokenizer_of((ROOT / "tests/templates/chatml.jinja").read_text())
+    messages, tools = templates.conversations()["two turns"]
+    ids, turns = TOKENIZER.render_chat(tokenizer, messages, tools)
+    assert not templates.problems(tokenizer, messages, tools, ids, turns)
+    assert templates.problems(tokenizer, messages, tools, ids, [change(turns[0]), turns[1]])
+
+
+ENDS = {"chatml": ["<|im_end|>"], "reasoning": ["<|im_end|>"], "system_last": ["</s>"], "next_role": ["<|user|>", "<|observation|>"],
+        "channels": ["<|return|>", "<|call|>"], "headers": ["<|eot_id|>"], "wide_markers": ["<|im_end|>"], "end_at_last": ["<|end|>"],
+        "always_asks": ["<|over|>"], "no_end": [], "blank_prompt": ["</s>"], "strict": ["<end_of_turn>"], "response_opens": ["<turn|>", "<|tool_response>"]}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_generation_stops_where_turns_end(name, capsys):
+    tokenizer = templates.tokenizer_of((ROOT / f"tests/templates/{name}.jinja").read_text())
+    config = SimpleNamespace(eos_ids=[0], eos_token_id=0)
+    TOKENIZER.end_with_turns(SimpleNamespace(config=config), tokenizer)
+    assert config.eos_token_id == ([*map(tokenizer.convert_tokens_to_ids, ENDS[name]), 0] if ENDS[name] else 0)
+    assert ("no token that ends the assistant's turns" in capsys.readouterr().err) == (not ENDS[name])
+
+
+def test_a_turn_that_the_next_role_would_end_is_ended(tokenizer):
+    """Only the next role's marker ends a turn: a conversation's last one gets it as well."""
+    tokenizer = templates.tokenizer_of((ROOT / "tests/templates/next_role.jinja").read_text())
+    ids, [turn] = TOKENIZER.render_chat(tokenizer, CONVERSATION[1:3])
+    assert tokenizer.decode(ids[turn.start : turn.stop]) == "It ran\nover 2 hills.<|user|>" and turn.stop == len(ids)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    ids, [turn] = TOKENIZER.render_chat(tokenizer, [CONVERSATION[1], call])
+    assert tokenizer.decode(ids[turn.start : turn.stop]) == "<tool_call>f\n{}</tool_call><|observation|>"
+
+
+def test_a_prompt_that_ends_with_a_blank_leaves_it_to_the_answer():
+    tokenizer = templates.tokenizer_of((ROOT / "tests/templates/blank_prompt.jinja").read_text())
+    served = TOKENIZER.render_chat(tokenizer, CONVERSATION[1:2], add_generation_prompt=True).ids
+    assert tokenizer.decode(served).endswith("ASSISTANT:")
+    ids, [turn] = TOKENIZER.render_chat(tokenizer, CONVERSATION[1:3])
+    assert ids[: len(served)] == served
+
+
+def test_a_template_that_changes_texts_is_refused(tokenizer):
+    changing = with_template(tokenizer, "{% for m in messages %}{{ m.role + ': ' + (m.content | replace('e', '3')) + '<|im_end|>' }}{% endfor %}")
+    with pytest.raises(UserError, match="changes the texts of messages"):
+        TOKENIZER.render_chat(changing, CONVERSATION)
+
+
+def test_hub_datasets_are_read_as_streams(tmp_path, monkeypatch):
+    """A local folder in the hub's layout stands for the hub."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "owner" / "pairs"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        write_format(folder / f"{split}.jsonl", [f"{split} {i}" for i in range(3)])
+    [[source]] = TOKENIZER.expand_paths(["owner/pairs:test"])
+    assert list(TOKENIZER.read_documents(source)) == ["test 0", "test 1", "test 2"]
+    data = TOKENIZER.DataSection(train=["owner/pairs:train"], validation="owner/pairs:test", dir=str(tmp_path / "bin"))
+    files = TOKENIZER.token_files(data, TOKENIZER.train(make_text(20), 300))
+    assert set(files) == {"train", "val"}
+    with pytest.raises(UserError, match="owner/pairs:nosuch: neither a file here nor a dataset"):
+        list(TOKENIZER.read_documents(TOKENIZER.expand_paths(["owner/pairs:nosuch"])[0][0]))
+    with pytest.raises(UserError, match="data/gone.jsonl' does not exist"):
+        TOKENIZER.expand_paths(["data/gone.jsonl"])
