@@ -354,6 +354,16 @@ def render(tokenizer, messages: list[dict], tools: list | None, add_generation_p
         raise UserError(f"the chat template refuses this conversation ({first_line(error)})") from None
 
 
+@functools.lru_cache(2**12)
+def _render_json(tokenizer, template: str, messages: str, tools: str, add_generation_prompt: bool) -> str:
+    return render(tokenizer, json.loads(messages), json.loads(tools), add_generation_prompt)
+
+
+def render_marked(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool = False) -> str:
+    """The rendering of a conversation with marks. Conversations of one shape are the same then, so it is kept."""
+    return _render_json(tokenizer, str(tokenizer.chat_template), json.dumps(messages), json.dumps(tools), add_generation_prompt)
+
+
 MARKUP = re.compile(r"(<[^<>\s]+>|\[/?[A-Z_]+\])")  # templates look for such words in contents, so they are not marked
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -459,7 +469,7 @@ def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_genera
     if add_generation_prompt and not any(message.get("tool_calls") for message in messages):
         return real, []
     marks = Marks(messages)
-    marked = render(tokenizer, marks.messages, tools, add_generation_prompt)
+    marked = render_marked(tokenizer, marks.messages, tools, add_generation_prompt)
     if (i := marks.hidden(marked)) is not None:
         what = "tool calls" if messages[i].get("tool_calls") else "text"
         raise UserError(f"message {i + 1}: the chat template does not show the {what} of the assistant")
@@ -497,7 +507,7 @@ def prompt_part(tokenizer, marks: Marks, i: int, tools: list | None, gap: str) -
     prompt "...<|im_start|>assistant\\n<think>\\n", gap "...<|im_start|>assistant\\n" -> the whole gap; this answer has no reasoning
     """
     try:
-        prompt = render(tokenizer, marks.messages[:i], tools, add_generation_prompt=True) if i else ""
+        prompt = render_marked(tokenizer, marks.messages[:i], tools, add_generation_prompt=True) if i else ""
     except UserError:
         prompt = ""
     tail, opening = marks.pattern.split(prompt)[-1], chat_ends(tokenizer).opening
@@ -514,7 +524,7 @@ def prompt_part(tokenizer, marks: Marks, i: int, tools: list | None, gap: str) -
 
 def closing_part(tokenizer, marks: Marks, i: int, tools: list | None, rest: str) -> str:
     """What belongs to a turn after its last text, if no token ends it: what is rendered no matter who speaks next."""
-    alone = render(tokenizer, marks.messages[: i + 1], tools)
+    alone = render_marked(tokenizer, marks.messages[: i + 1], tools)
     return os.path.commonprefix([rest.rstrip(), marks.pattern.split(alone)[-1].rstrip()])
 
 

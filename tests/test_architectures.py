@@ -169,7 +169,7 @@ def test_another_routing_compiles_nothing_again(dtype):
 def test_the_balance_loss_reaches_the_training_loss():
     model = build(**MOE, router_aux_loss_coef=0.5).train()
     ids = ids_of(2, 12)
-    batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+    batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:], **dict.fromkeys(("positions", "segment_ids", "weights"))}
     loss, metrics = TRAIN.token_loss(model, batch, {"tokens": 22, "micro_batches": 4})
     aux = model(ids[:, :-1]).aux_loss
     assert float(aux) > 0

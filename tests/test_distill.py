@@ -835,7 +835,7 @@ def test_texts_are_continued_where_there_is_no_template(world, tmp_path):
         generate(world, tmp_path / "no.jsonl", "--teacher", world / "teacher", "--data", tmp_path / "talks.jsonl")
 
 
-def test_answers_are_records_that_sft_reads(world, tmp_path, monkeypatch):
+def test_answers_are_records_that_sft_reads(world, tmp_path):
     """System turns once, whatever a table's cells were, and keys that mean something else are told."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"prompt": ["The red fox", "One old owl"], "system": ["Be brief.", "Be kind."], "when": [datetime.datetime(2026, 1, 1)] * 2})
@@ -847,13 +847,12 @@ def test_answers_are_records_that_sft_reads(world, tmp_path, monkeypatch):
     (tmp_path / "odd.jsonl").write_text(json.dumps({"prompt": "Hi", "completions": 1}) + "\n")
     with pytest.raises(UserError, match="odd.jsonl:1: .*completions"):
         generate(world, tmp_path / "no.jsonl", "--data", tmp_path / "odd.jsonl")
-    tools = [{"name": "r"}]
+    tools, tokenizer = [{"type": "function", "function": {"name": "rain", "parameters": {}}}], TOKENIZER.load(world / "talker")
     (tmp_path / "tools.jsonl").write_text(json.dumps({"prompt": "Hi", "tools": tools}) + "\n")
-    asked, real = [], INFER.generate
-    monkeypatch.setattr(INFER, "generate", lambda model, prompts, *words, **more: asked.extend(prompts) or real(model, prompts, *words, **more))
-    generate(world, tmp_path / "tools-out.jsonl", "--data", tmp_path / "tools.jsonl", "--max-completion-length", "20", "--num-generations", "30")
-    tokenizer = TOKENIZER.load(world / "talker")
-    assert asked == [TOKENIZER.render_chat(tokenizer, [{"role": "user", "content": "Hi"}], tools, add_generation_prompt=True).ids]
+    config = MODEL.load_config(["--data", str(tmp_path / "tools.jsonl")], DISTILL.SECTIONS, "distill", DISTILL.ACTIONS)
+    [prompt] = DISTILL.read_asked(config, DISTILL.Teacher("teacher", None, tokenizer, 0, 4096, True))
+    assert prompt.ids == TOKENIZER.render_chat(tokenizer, [{"role": "user", "content": "Hi"}], tools, add_generation_prompt=True).ids
+    assert prompt.columns["tools"] == tools
 
 
 def test_prompts_that_do_not_fit_are_told(world, tmp_path, capsys):

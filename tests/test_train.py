@@ -982,10 +982,9 @@ def test_the_held_out_measures_by_hand(trained):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(trained.out).eval(), AutoTokenizer.from_pretrained(trained.out)
     data = TOKENIZER.DataSection([str(trained.folder / "text.txt")], dir=str(trained.folder / "ids"))
     held = TOKENIZER.token_files(data, tokenizer)["val"]
-    batches = TOKENIZER.fixed_batches(held, 4, 128, True)
+    batches = TOKENIZER.fixed_batches(TOKENIZER.Rows(TOKENIZER.Spans(held), 128, True, None), 4)
     measures = TRAIN.held_out_loss(batches, held.bytes / sum(b["counts"]["tokens"] for b in batches))(MODEL.load(str(trained.out)))
-    pieces = TOKENIZER.documents(data, [trained.folder / "text.txt"], TOKENIZER.Counter(), TOKENIZER.hash_split(0.05))
-    texts = [text for part, text, _ in pieces if part == "val"]
+    texts = [text for part, text in TOKENIZER.documents(data, [trained.folder / "text.txt"], TOKENIZER.Counter()) if part == "val"]
     nats = tokens = 0
     for text in texts:
         ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
@@ -1036,8 +1035,10 @@ def test_other_ways_of_reading(tmp_path, text_file):
         assert losses(tmp_path / name)[-1] < losses(tmp_path / name)[0]
     with pytest.raises(UserError, match="training.epochs: .*no known length"):
         train(tmp_path, "--data.streaming", "true", "--epochs", 1, "--out", tmp_path / "c")
-    with pytest.raises(UserError, match="a file of its own needs data.streaming false"):
-        train(tmp_path, "--data.streaming", "true", "--data.validation", text_file, "--out", tmp_path / "d")
+    (tmp_path / "held.txt").write_text("\n".join(make_text(60, seed=5)))
+    for name, validation in (("none", "none"), ("hash", "hash"), ("tail", "tail"), ("file", tmp_path / "held.txt")):
+        result = train(tmp_path, "--data.streaming", "true", "--max-steps", 4, "--data.validation", validation, "--out", tmp_path / name)
+        assert (result.after is None or "loss" not in result.after) == (name == "none"), name
 
 
 def test_a_streamed_run_resumes_exactly(tmp_path, text_file):

@@ -115,7 +115,7 @@ def read_log(out: Path) -> list[dict]:
 def held_out_batches() -> list[dict]:
     """Three: one process has a batch more than the other."""
     keys = ("input_ids", "targets", "positions", "counts")
-    return [{key: batch_of(rows_of_step(100 + i, 4))[key] for key in keys} for i in range(3)]
+    return [{**{key: batch_of(rows_of_step(100 + i, 4))[key] for key in keys}, "segment_ids": None, "weights": None} for i in range(3)]
 
 
 # ------------------------------------------------------------------------------------------- the two processes
