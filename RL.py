@@ -1373,7 +1373,7 @@ def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
         given = TOKENIZER.prompt_of({key: value for key, value in record.items() if key not in TOKENIZER.CHAT_KEYS}, where)
         given = TOKENIZER.as_messages(given) if given else []
         prompt, answers = shared_prompt(answers, where, form)
-        if any(one != other for one, other in itertools.zip_longest(spoken(given), spoken(prompt)) if one):
+        if any(one != other for one, other in itertools.zip_longest(TOKENIZER.spoken(given), TOKENIZER.spoken(prompt)) if one):
             raise TOKENIZER.Unusable("whose prompt is not that of its completions")
         if prompt[0]["role"] != "system":
             systems = [turn["content"] for turn in given if turn["role"] == "system"]
@@ -1401,11 +1401,6 @@ def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     if label is None:
         raise UserError(f"{where}: label {record['label']!r} must be true (a desirable completion) or false")
     return {**found, "label": label}
-
-
-def spoken(turns: list[dict]) -> list[tuple]:
-    """What tells one conversation from another."""
-    return [(turn["role"], turn["content"].strip(), turn.get("tool_calls")) for turn in turns if turn["role"] != "system"]
 
 
 def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str | list[dict], list]:

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from MODEL import Action, ModelSection, UserError, first_line, knob, load_config, read_json, resolve_folder, run_main, say, staged, sync
+from MODEL import ModelSection, UserError, first_line, knob, load_config, read_json, resolve_folder, run_main, say, staged, sync
 
 # ---------------------------------------------------------------------------------------------------- settings
 
@@ -51,7 +51,7 @@ class TokenizerSection:
 @dataclass
 class DataSection:
     train: list | str = knob(["data/train.txt", "data/train.jsonl"],
-                             "files, folders, globs (txt jsonl json csv tsv parquet, .gz), hub datasets (name:config:split) or one .bin")
+                             "files, folders, globs (txt jsonl json csv tsv parquet, .gz), hub datasets or one .bin")
     validation: str = knob("hash", "held-out set: hash (of each document or prompt), tail, none, or a file of its own")
     validation_fraction: float = knob(0.05, "fraction of the documents (hash, tail) that is held out")
     text_unit: str = knob("line", "what one document of a .txt is", ("line", "file", "blank_line"))
@@ -100,7 +100,7 @@ def train(texts: Iterable[str], vocab_size: int = 1024, kind: str = "bpe"):
     from transformers import PreTrainedTokenizerFast
 
     if kind not in KINDS:
-        raise UserError(f"tokenizer.kind: '{kind}' is not one of {', '.join(KINDS)}; load any other tokenizer with --tokenizer.name")
+        raise UserError(f"tokenizer.kind: '{kind}' is not one of {', '.join(KINDS)}; load others with --tokenizer.name")
     special = [END, PAD, *CHAT_TOKENS, MASK] + ([UNKNOWN] if kind == "char" else [])
     smallest = len(special) + {"bpe": 257, "byte": 256, "char": 1}[kind]
     if kind == "byte":
@@ -112,8 +112,8 @@ def train(texts: Iterable[str], vocab_size: int = 1024, kind: str = "bpe"):
     if kind == "bpe":
         raw = Tokenizer(models.BPE())
         raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), byte_level])
-        raw.train_from_iterator(texts, trainers.BpeTrainer(initial_alphabet=alphabet, vocab_size=vocab_size, special_tokens=special,
-                                                           show_progress=False))
+        options = dict(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+        raw.train_from_iterator(texts, trainers.BpeTrainer(initial_alphabet=alphabet, **options))
     elif kind == "byte":
         raw = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate([*special, *alphabet])}, merges=[]))
         raw.pre_tokenizer = byte_level
@@ -154,7 +154,8 @@ def vocab_size(tokenizer) -> int:
 
 def encode_text(tokenizer, text: str) -> list[int]:
     """A whole text as training reads it: begin, its tokens, end. A special token spelled out in the text is plain text."""
-    return [begin_id(tokenizer), *tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids, end_id(tokenizer)]
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    return [begin_id(tokenizer), *ids, end_id(tokenizer)]
 
 
 def encode_pair(tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
@@ -178,7 +179,7 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
 
 
 def without_padding(ids: list[int], pad: int | None) -> list[int]:
-    """Ids up to the last that is no padding, where transformers' classifiers read. It matters if a text's end is also its padding."""
+    """Ids up to the last that is no padding, where transformers' classifiers read: texts may end with what is also padding."""
     last = next((i for i in range(len(ids) - 1, 0, -1) if ids[i] != pad), 0)
     return ids[: last + 1]
 
@@ -329,22 +330,21 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
 
 
 def spellings(messages: list[dict]) -> Iterator[list[dict]]:
-    """A conversation as different templates want it: the content of tool calls empty or None, their arguments an object or JSON."""
+    """A conversation as different templates want it: tool calls with empty or no content, their arguments an object or JSON."""
     yield messages
     for content, as_text in ((None, False), ("", True), (None, True)) if any(m.get("tool_calls") for m in messages) else ():
         spelled = [dict(message) for message in messages]
-        for message in spelled:
-            if message.get("tool_calls"):
-                message["content"] = message.get("content") or content
-                message["tool_calls"] = [with_arguments(call, json.dumps if as_text else dict) for call in message["tool_calls"]]
+        for message in (message for message in spelled if message.get("tool_calls")):
+            message["content"] = message.get("content") or content
+            given = [call.get("function", call).get("arguments") or {} for call in message["tool_calls"]]
+            message["tool_calls"] = [with_function(call, arguments=json.dumps(own) if as_text else own)
+                                     for call, own in zip(message["tool_calls"], given, strict=True)]
         yield spelled
 
 
-def with_arguments(call: dict, change: Callable) -> dict:
-    """A copy of a tool call with its arguments changed."""
-    function = call.get("function", call)
-    function = {**function, "arguments": change(function.get("arguments") or {})}
-    return {**call, "function": function} if "function" in call else function
+def with_function(call: dict, **changes) -> dict:
+    """A copy of a tool call with its function changed."""
+    return {**call, "function": {**call["function"], **changes}} if "function" in call else {**call, **changes}
 
 
 def render(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool = False) -> str:
@@ -387,29 +387,22 @@ class Marks:
 
     def _message(self, i: int, message: dict) -> dict:
         count, marked = len(self.marks), dict(message)
-        for key in ("content", *REASONING):
-            if isinstance(message.get(key), str):
-                marked[key] = self._words(i, message[key], key != "content")
-        if message.get("tool_calls"):
-            marked["tool_calls"] = [self._call(i, call) for call in message["tool_calls"]]
-        if len(self.marks) == count and isinstance(message.get("content"), str) and message["content"].strip():
-            marked["content"] = self._mark(i, message["content"].strip())  # nothing but markup
+        for key in ("content", *REASONING, "tool_calls"):
+            if message.get(key):
+                marked[key] = self._inside(i, message[key], key)
+        if len(self.marks) == count and message.get("tool_calls"):  # no argument is a text: the name has to serve
+            names = [call.get("function", call)["name"] for call in message["tool_calls"]]
+            marked["tool_calls"] = [with_function(call, name=self._mark(i, name)) for call, name in zip(message["tool_calls"], names, strict=True)]
+        elif len(self.marks) == count and message.get("content"):  # nothing but markup
+            marked["content"] = self._mark(i, message["content"])
         return marked
 
-    def _call(self, i: int, call: dict) -> dict:
-        count = len(self.marks)
-        call = with_arguments(call, lambda arguments: self._inside(i, arguments))
-        if len(self.marks) == count:  # no argument is a text: the name has to serve
-            function = call.get("function", call)
-            function["name"] = self._mark(i, str(function.get("name")))
-        return call
-
-    def _inside(self, i: int, value):
+    def _inside(self, i: int, value, key: str):
         if isinstance(value, dict):
-            return {key: self._inside(i, inner) for key, inner in value.items()}
+            return {name: inner if name in ("type", "id", "name") and key != "arguments" else self._inside(i, inner, name) for name, inner in value.items()}
         if isinstance(value, list):
-            return [self._inside(i, inner) for inner in value]
-        return self._words(i, value) if isinstance(value, str) else value
+            return [self._inside(i, inner, key) for inner in value]
+        return self._words(i, value, key in REASONING) if isinstance(value, str) else value
 
     def _words(self, i: int, text: str, optional: bool = False) -> str:
         thought, parts, at = text.rfind("</think>"), [], 0
@@ -427,13 +420,12 @@ class Marks:
 
     def hidden(self, marked: str) -> int | None:
         """The first assistant message of which the rendering leaves out more than reasoning."""
-        shown, found = set(self.pattern.findall(marked)), {mark.message: 0 for mark in self.marks.values()}
-        for word, mark in self.marks.items():
-            if word in shown:
-                found[mark.message] += 1
-            elif not mark.optional:
-                found[mark.message] = -len(self.marks)
-        return next((i for i, message in enumerate(self.messages) if message["role"] == "assistant" and found.get(i, 0) <= 0), None)
+        shown = set(self.pattern.findall(marked))
+        for i in (i for i, message in enumerate(self.messages) if message["role"] == "assistant"):
+            own = {word: mark for word, mark in self.marks.items() if mark.message == i}
+            if not shown & own.keys() or any(word not in shown and not mark.optional for word, mark in own.items()):
+                return i
+        return None
 
     def places(self, marked: str, real: str) -> list[Place] | None:
         """Where the marks stand, if the two renderings are otherwise the same; None if the template changed a text."""
@@ -463,7 +455,7 @@ class Place(NamedTuple):
     real_stop: int
 
 
-def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool) -> tuple[str, list[tuple[int, int, int]]]:
+def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool) -> tuple[str, list[tuple]]:
     """The rendering, and for each assistant message (its index, start and stop of its turn in characters)."""
     real = render(tokenizer, messages, tools, add_generation_prompt)
     if add_generation_prompt and not any(message.get("tool_calls") for message in messages):
@@ -477,7 +469,7 @@ def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_genera
         return real, []
     places = marks.places(marked, real)
     if places is None:
-        raise UserError("the chat template changes the texts of messages, so the assistant's turns cannot be found in its rendering")
+        raise UserError("the chat template changes the texts of messages, so the assistant's turns cannot be found")
 
     def to_real(at: int) -> int:
         """A character of the template's own text: marked -> real."""
@@ -492,8 +484,8 @@ def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_genera
         after = places[own[-1] + 1].start if own[-1] + 1 < len(places) else len(marked)
         start = before + prompt_part(tokenizer, marks, i, tools, marked[before : places[own[0]].start])
         found = end.search(marked, last, after)
-        stop = found.end() if found else last + len(closing_part(tokenizer, marks, i, tools, marked[last:after]))
-        turns.append((i, to_real(start), to_real(stop)))
+        stop = found.end() if found else len(marked.rstrip()) if after == len(marked) else last
+        turns.append((i, to_real(start), to_real(max(stop, last))))
     return real, turns
 
 
@@ -504,7 +496,7 @@ def one_of(words: list[str]) -> re.Pattern:
 def prompt_part(tokenizer, marks: Marks, i: int, tools: list | None, gap: str) -> int:
     """How many characters before an answer belong to its prompt, as serving would render it.
 
-    prompt "...<|im_start|>assistant\\n<think>\\n", gap "...<|im_start|>assistant\\n" -> the whole gap; this answer has no reasoning
+    prompt "...<|im_start|>assistant\\n<think>\\n", gap "...<|im_start|>assistant\\n" -> the whole gap: an answer without reasoning
     """
     try:
         prompt = render_marked(tokenizer, marks.messages[:i], tools, add_generation_prompt=True) if i else ""
@@ -520,12 +512,6 @@ def prompt_part(tokenizer, marks: Marks, i: int, tools: list | None, gap: str) -
 
     stops = len(tail) if prompt and gap.startswith(tail) else overlap(tail, 1), overlap(opening, len(opening) / 2)
     return max((stop for stop in stops if stop is not None), default=len(gap))
-
-
-def closing_part(tokenizer, marks: Marks, i: int, tools: list | None, rest: str) -> str:
-    """What belongs to a turn after its last text, if no token ends it: what is rendered no matter who speaks next."""
-    alone = render_marked(tokenizer, marks.messages[: i + 1], tools)
-    return os.path.commonprefix([rest.rstrip(), marks.pattern.split(alone)[-1].rstrip()])
 
 
 class Ends(NamedTuple):
@@ -610,8 +596,8 @@ def end_with_turns(model, tokenizer) -> None:
         return
     ends = chat_ends(tokenizer)
     if not ends.tokens:
-        say("the chat template has no token that ends the assistant's turns: only the last turn of each conversation is trained to "
-            f"end (with {tokenizer.eos_token or 'nothing'}); set stop strings for generation, or another template")
+        say("the chat template has no token that ends the assistant's turns: only the last turn of each conversation is trained "
+            f"to end (with {tokenizer.eos_token or 'nothing'}); set stop strings for generation, or another template")
     if new := [i for i in ends.stop if i not in model.config.eos_ids]:
         model.config.eos_token_id = [*new, *model.config.eos_ids]
 
@@ -747,7 +733,8 @@ def prepare(data: DataSection, tokenizer) -> None:
             (scratch / f"{part}_ids.json").write_text(json.dumps(facts, indent=1))
         if not writers["train"].documents:
             refuse_empty(data, writers["val"].documents)
-    dropped = "".join(f"; {counts[key]:,} {key}" for key in ("too short", "duplicates", "normalized", "with control characters") if counts[key])
+    notes = ("too short", "duplicates", "normalized", "with control characters")
+    dropped = "".join(f"; {counts[key]:,} {key}" for key in notes if counts[key])
     say(f"{counts['documents']:,} documents, {counts['bytes'] / 1e6:.2f} MB -> {writers['train'].tokens:,} training tokens, "
         f"{writers['val'].tokens:,} held out{dropped}")
 
@@ -904,7 +891,8 @@ class Mixture:
         self.plan = functools.cache(lambda source, epoch: Rows(sources[source], length, packing, [*seed, source, epoch]))
         sizes = [Rows(spans, length, packing, None).count for spans in sources]
         self.count, self.sizes = sum(sizes), sizes
-        self.source = np.random.default_rng([*seed, 1]).choice(len(sources), self.count, p=np.array(weights, float) / sum(weights))
+        shares = np.array(weights, float) / sum(weights)
+        self.source = np.random.default_rng([*seed, 1]).choice(len(sources), self.count, p=shares)
         self.turn = np.zeros(self.count, np.int64)  # how often the row's source was drawn before
         for source in range(len(sources)):
             self.turn[self.source == source] = np.arange((self.source == source).sum())
@@ -957,23 +945,23 @@ def collate(spans, rows: list[list[tuple[int, int]]], width: int | None = None) 
     if weights is not None:
         targets[weights == 0] = -100
         counts = {"tokens": float(weights.sum()), "targets": int((weights != 0).sum()), "read": counts["tokens"]}
-    full = all(len(row) == 1 and row[0][1] - row[0][0] == width for row in rows)
-    arrays = {"input_ids": inputs, "targets": targets, "positions": None if full else positions, "segment_ids": None if full else segments,
-              "weights": weights}
+    if all(len(row) == 1 and row[0][1] - row[0][0] == width for row in rows):
+        positions = segments = None
+    arrays = dict(input_ids=inputs, targets=targets, positions=positions, segment_ids=segments, weights=weights)
     return {**{name: None if array is None else torch.from_numpy(array) for name, array in arrays.items()}, "counts": counts}
 
 
 class TokenStream:
     """Endless batches for `TRAIN.fit`; the order depends on (seed, epoch) alone.
 
-    One optimizer step takes the next batch_size * grad_accum * world_size rows, whichever process computes them; the last step of an
-    epoch has fewer. `blocks(epoch)` yields the sources that rows are drawn from: once for a token file; many times, made on
-    the fly, when streaming from text. `plan(sources, seed)` cuts them into rows. Beside `collate`'s keys a batch holds its `place`:
-    (epoch, block, number of its first row).
+    One optimizer step takes the next batch_size * grad_accum * world_size rows, whichever process computes them; the last
+    step of an epoch has fewer. `blocks(epoch)` yields the sources that rows are drawn from: once for a token file; many
+    times, made on the fly, when streaming from text (then an epoch's steps are not `counted`). `plan(sources, seed)` cuts them
+    into rows. Beside `collate`'s keys a batch holds its `place`: (epoch, block, number of its first row).
     """
 
-    def __init__(self, blocks: Callable[[int], Iterable[list]], plan: Callable, batch_size: int, length: int, blocks_known: bool = True):
-        self.blocks, self.make_plan, self.batch_size, self.length, self.blocks_known = blocks, plan, batch_size, length, blocks_known
+    def __init__(self, blocks: Callable, plan: Callable, batch_size: int, length: int, counted: bool = True):
+        self.blocks, self.make_plan, self.batch_size, self.length, self.counted = blocks, plan, batch_size, length, counted
         self.epoch = self.block = self.next_row = 0
         self.steps_per_epoch = None
 
@@ -983,7 +971,7 @@ class TokenStream:
         self.width = self.length if getattr(run, "static_shapes", False) else None
         self.queue: list[dict] = []
         self._open_epoch()
-        if self.blocks_known:
+        if self.counted:
             self.steps_per_epoch = -(-self.plan.count // self.per_step)
 
     def _open_epoch(self) -> None:
@@ -1036,13 +1024,17 @@ def cut_once(plan: Callable) -> Callable:
     return lambda sources, seed: Shuffled(plan(sources, [0]), seed)
 
 
+def rows_plan(data: DataSection, length: int) -> Callable:
+    return lambda sources, seed: Rows(*sources, length, data.packing, seed)
+
+
 def file_stream(tokens: TokenFile, data: DataSection, batch_size: int, length: int) -> TokenStream:
     """The training stream of a token file."""
     if Spans(tokens).pairs < 1:
         raise UserError("data.train: fewer than two tokens in all; there is nothing to predict")
     if not data.weights:
         spans = Spans(tokens)
-        return TokenStream(lambda epoch: [[spans]], lambda sources, seed: Rows(*sources, length, data.packing, seed), batch_size, length)
+        return TokenStream(lambda epoch: [[spans]], rows_plan(data, length), batch_size, length)
     # Where one id is both ends, a source begins with the end of the one before it.
     shared = tokens.begin == tokens.end
     sources = [Spans(tokens, start - (shared and start > 0 and stop > start), stop) for start, stop in tokens.sources]
@@ -1050,8 +1042,8 @@ def file_stream(tokens: TokenFile, data: DataSection, batch_size: int, length: i
         raise UserError(f"data.weights: {len(data.weights)} weights, but the token file has {len(sources)} sources")
     if not all(spans.pairs for spans in sources):
         raise UserError("data.weights: a source holds no text to train on")
-    return TokenStream(lambda epoch: [sources], lambda sources, seed: Mixture(sources, data.weights, length, data.packing, seed),
-                       batch_size, length)
+    plan = lambda sources, seed: Mixture(sources, data.weights, length, data.packing, seed)  # noqa: E731
+    return TokenStream(lambda epoch: [sources], plan, batch_size, length)
 
 
 def text_stream(data: DataSection, tokenizer, batch_size: int, length: int, buffer_bytes: int = 2**23) -> TokenStream:
@@ -1078,7 +1070,7 @@ def text_stream(data: DataSection, tokenizer, batch_size: int, length: int, buff
         elif not found:
             refuse_empty(data, held_out)
 
-    return TokenStream(blocks, lambda sources, seed: Rows(*sources, length, data.packing, seed), batch_size, length, blocks_known=False)
+    return TokenStream(blocks, rows_plan(data, length), batch_size, length, counted=False)
 
 
 def tokens_of(texts: list[str], tokenizer, encoder: Encoder) -> TokenFile:
@@ -1117,13 +1109,14 @@ def fixed_batches(plan, batch_size: int, limit: int | None = None) -> list[dict]
 def load(name: str | Path):
     """The tokenizer of a folder or hub name, as transformers makes it."""
     folder = resolve_folder(str(name))
-    if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any((folder / name).exists() for name in names):
         newest = max(folder.glob("ckpt-step-*"), default=None)
         hint = f"{newest} is the newest checkpoint of this unfinished run" if newest else "name one with --tokenizer.name"
         raise UserError(f"{folder}: no tokenizer here (tokenizer.json is missing); {hint}")
-    facts = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    generic = facts.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").exists()
-    if generic:  # what AutoTokenizer would find out in two seconds
+    facts = read_json(folder / names[1]) if (folder / names[1]).exists() else {}
+    generic = facts.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    if generic and (folder / names[0]).exists():  # what AutoTokenizer would find out in two seconds
         from transformers import PreTrainedTokenizerFast as Loader
     else:
         from transformers import AutoTokenizer as Loader
@@ -1132,7 +1125,7 @@ def load(name: str | Path):
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{folder}: the tokenizer cannot be read ({str(error).strip().splitlines()[0][:160]})") from None
     if not tokenizer.is_fast:
-        raise UserError(f"{folder}: {type(tokenizer).__name__} exists only in Python; a tokenizer with a tokenizer.json is needed")
+        raise UserError(f"{folder}: {type(tokenizer).__name__} exists only in Python; a tokenizer.json is needed")
     plain_settings(tokenizer)
     return tokenizer
 
@@ -1226,15 +1219,12 @@ def token_recipe(data: DataSection, tokenizer) -> dict:
 def fits(folder: Path, data: DataSection, tokenizer) -> bool:
     """Whether the .bin files in `folder` were made from this data by this tokenizer."""
     recipe = token_recipe(data, tokenizer)
-    for part in ("train", "val"):
-        path = folder / f"{part}_ids.bin"
-        if not path.exists() or not path.with_suffix(".json").exists():
-            return False
+    for path in (folder / "train_ids.bin", folder / "val_ids.bin"):
         try:
             facts = json.loads(path.with_suffix(".json").read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            size = path.stat().st_size // np.dtype(facts["dtype"]).itemsize
+        except (OSError, ValueError, KeyError, TypeError):
             return False
-        size = path.stat().st_size // np.dtype(facts.get("dtype", "uint16")).itemsize
         if facts.get("recipe") != recipe or facts.get("tokens") != size:
             return False
     return True
@@ -1261,7 +1251,7 @@ def open_tokens(path: Path, tokenizer) -> TokenFile:
         while len(part := np.fromfile(file, dtype, 2**22)):
             largest = max(largest, int(part.max()))
     if largest >= count:
-        raise UserError(f"{path}: holds id {largest}, but the tokenizer's largest is {count - 1}; it was made by another tokenizer")
+        raise UserError(f"{path}: holds id {largest}, the tokenizer's largest is {count - 1}; it was made by another tokenizer")
     begin, end = facts.get("begin", begin_id(tokenizer)), facts.get("end", end_id(tokenizer))
     return TokenFile(ids, facts.get("sources") or [[0, len(ids)]], facts.get("bytes"), begin, end)
 
@@ -1270,7 +1260,7 @@ def bare_dtype(path: Path, count: int) -> str:
     """The type of ids in a file that does not name it."""
     head = np.fromfile(path, "<u2", 4096)
     if len(head) > 1 and int(head[0]) + 2**16 * int(head[1]) in (20240520, 20240801):
-        raise UserError(f"{path}: begins with a header (llm.c's format), not with ids; cut it off (1024 bytes), or give the text itself")
+        raise UserError(f"{path}: begins with a header (llm.c's format), not with ids; cut off its 1024 bytes, or give the text")
     wide = len(head) > 3 and not head[1::2].any() and head[0::2].any()  # every second half is zero: 32-bit numbers
     return "uint32" if count > 2**16 or wide else "uint16"
 
@@ -1290,6 +1280,15 @@ class HubDataset(NamedTuple):
     config: str | None
     split: str
 
+    @classmethod
+    def named(cls, text: str) -> HubDataset | None:
+        """owner/name, name:split or name:config:split; None for what can only be a file."""
+        name, *rest = text.split(":")
+        known = Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+        if not known or len(rest) > 2 or suffix_of(Path(name)) in (*FORMATS, ".bin"):
+            return None
+        return cls(name, rest[0] if len(rest) > 1 else None, rest[-1] if rest else "train")
+
     def __str__(self) -> str:
         return ":".join(filter(None, self))
 
@@ -1304,13 +1303,12 @@ def expand_paths(names: list[str], key: str = "data.train") -> list[list[Path]]:
     """For each name (file, folder, glob, hub dataset) the files it means: ["data/*.txt"] -> [[data/a.txt, data/b.txt]]."""
     groups = []
     for name in names:
-        hub = re.fullmatch(r"([\w.-]+/[\w.-]+|[^:]+(?=:)):?(?:([\w.-]+):)?([\w.-]+)?", name)
         if Path(name).is_dir():
             files = files_in(Path(name))
         elif any(mark in name for mark in "*?[") and not Path(name).exists():
             files = sorted(path for path in map(Path, glob.glob(name, recursive=True)) if not path.is_dir())
-        elif hub and not Path(name).exists() and suffix_of(Path(hub[1])) not in (*FORMATS, ".bin") and (Path(hub[1]).is_dir() or "/" in hub[1]):
-            groups.append([HubDataset(hub[1], hub[2], hub[3] or "train")])
+        elif not Path(name).exists() and (dataset := HubDataset.named(name)):
+            groups.append([dataset])
             continue
         else:
             files = [Path(name)]
@@ -1339,8 +1337,8 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def data_files(data: DataSection) -> tuple[list[list[Path]], list[Path]]:
-    """(the files of each path of data.train, those of data.validation). A file is read once: not in two paths, and not in training
-    if it is held out."""
+    """(the files of each path of data.train, those of data.validation). A file is read once: not in two paths, and not in
+    training if it is held out."""
     held_out = [] if data.validation in ("hash", "tail", "none") else expand_paths([data.validation], "data.validation")[0]
     identity = lambda path: str(path) if isinstance(path, HubDataset) else os.path.realpath(path)  # noqa: E731
     known, groups = set(map(identity, held_out)), []
@@ -1362,17 +1360,20 @@ class Reading:
         return self
 
     def __exit__(self, kind, error, _) -> None:
-        at = f"{self.path}:{self.line}" if self.line else str(self.path)
+        place = f"{self.path}:{self.line}" if self.line else str(self.path)
         if isinstance(error, UnicodeDecodeError):
-            raise UserError(f"{self.path}:{undecodable_line(self.path)}: not UTF-8; convert it with `iconv -f LATIN1 -t UTF-8`") from None
-        if isinstance(error, PermissionError):
-            raise UserError(f"{self.path}: no permission to read") from None
-        if isinstance(error, IsADirectoryError):
-            raise UserError(f"{self.path}: a folder; a file is expected") from None
-        if isinstance(error, gzip.BadGzipFile) and not self.line:
-            raise UserError(f"{self.path}: not a gzip file, although its name ends in .gz") from None
-        if isinstance(error, (OSError, EOFError, zlib.error, csv.Error)):
-            raise UserError(f"{at}: cannot be read ({error})") from None
+            place, what = f"{self.path}:{undecodable_line(self.path)}", "not UTF-8; convert it with `iconv -f LATIN1 -t UTF-8`"
+        elif isinstance(error, PermissionError):
+            what = "no permission to read"
+        elif isinstance(error, IsADirectoryError):
+            what = "a folder; a file is expected"
+        elif isinstance(error, gzip.BadGzipFile) and not self.line:
+            what = "not a gzip file, although its name ends in .gz"
+        elif isinstance(error, (OSError, EOFError, zlib.error, csv.Error)):
+            what = f"cannot be read ({error})"
+        else:
+            return
+        raise UserError(f"{place}: {what}") from None
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
@@ -1510,7 +1511,8 @@ def read_table(path: Path, at: Reading) -> Iterator[tuple[str, dict]]:
             if (row := next(rows, None)) is None:
                 return
             if None in row:
-                raise UserError(f"{path}:{rows.line_num}: {len(row) - 1 + len(row[None])} cells, but the first line names {len(rows.fieldnames)}")
+                cells = len(row) - 1 + len(row[None])
+                raise UserError(f"{path}:{rows.line_num}: {cells} cells, but the first line names {len(rows.fieldnames)}")
             yield f"{path}:{rows.line_num}", {key: value for key, value in row.items() if value is not None}
 
 
@@ -1540,7 +1542,7 @@ def read_parquet(path: Path, field: str | None) -> Iterator[tuple[str, dict]]:
 
 
 def without_nulls(value):
-    """Tables give each nested object all keys of the column, empty ones as null: {"town": "Alder", "days": None} -> {"town": "Alder"}"""
+    """Tables give nested objects all keys of their column: {"town": "Alder", "days": None} -> {"town": "Alder"}"""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -1555,7 +1557,8 @@ def read_hub(source: HubDataset) -> Iterator[tuple[str, dict]]:
         for number, record in enumerate(datasets.load_dataset(source.name, source.config, split=source.split, streaming=True), 1):
             yield f"{source}: row {number}", {key: without_nulls(value) for key, value in record.items()}
     except Exception as error:  # the network, the hub, a wrong name, a broken file: the library raises many kinds
-        raise UserError(f"{source}: neither a file here nor a dataset that the hub gives ({type(error).__name__}: {first_line(error)[:160]})") from None
+        reason = f"{type(error).__name__}: {first_line(error)[:160]}"
+        raise UserError(f"{source}: neither a file here nor a dataset that the hub gives ({reason})") from None
 
 
 # -- cleaning
@@ -1596,10 +1599,13 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
          "observation": "tool", "function_response": "tool"}
 PROMPT_KEYS = ("prompt", "instruction", "question")
 CHAT_KEYS = ("messages", "conversations")
-LAYOUTS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"), ("text",))
+LAYOUTS = (*((key,) for key in CHAT_KEYS), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"), ("text",))
 LABEL_KEYS = ("label", "labels", "class", "category", "target", "sentiment", "intent")
 TEXT_KEYS = ("text", "sentence", "content", "message", "sms", "review", "document", "comment", "question", "prompt", "title")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+Record = tuple[str, dict]  # file:line, and what stands there
 
 
 class Unusable(Exception):
@@ -1647,13 +1653,13 @@ class Form(NamedTuple):
         return {**{k: v for k, v in record.items() if k not in columns.values()}, **{k: record[v] for k, v in columns.items()}}
 
 
-def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record") -> tuple[list[tuple[str, dict]], list[tuple[str, dict]]]:
+def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record") -> tuple[list[Record], list[Record]]:
     """(file:line, record) to train on, and held out, each record once. All records of a prompt fall on the same side, in every
     stage: a prompt that is held out here was not trained on there."""
     groups, held_out = data_files(data)
     seen: set[str] = set()
 
-    def read(files: Iterable[Path], key: str) -> list[tuple[str, dict]]:
+    def read(files: Iterable[Path], key: str) -> list[Record]:
         found = []
         for where, record in itertools.chain.from_iterable(form.read(path, left) for path in files):
             text = json.dumps(record, sort_keys=True, default=str)
@@ -1663,25 +1669,26 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
                 found.append((where, record))
             seen.add(text)
         if not found:
-            raise UserError(f"{key}: no {kind} in {' '.join(data.train) if key == 'data.train' else data.validation}{left.text()}")
+            names = " ".join(data.train) if key == "data.train" else data.validation
+            raise UserError(f"{key}: no {kind} in {names}{left.text()}")
         return found
 
     if held_out:  # read first, so that a record that stands in both is held out
         kept = read(held_out, "data.validation")
+    records = read(itertools.chain.from_iterable(groups), "data.train")
+    if held_out:
         prompts = {prompt_key(record) for _, record in kept}
-        records = read(itertools.chain.from_iterable(groups), "data.train")
-        train = [one for one in records if prompt_key(one[1]) not in prompts or left.add("with a prompt of data.validation", one[0])]
+        train = [one for one in records if prompt_key(one[1]) not in prompts]
+        for where, _ in (one for one in records if prompt_key(one[1]) in prompts):
+            left.add("with a prompt of data.validation", where)
     else:
-        records = read(itertools.chain.from_iterable(groups), "data.train")
         tail = {prompt_key(record) for _, record in records[len(records) - round(len(records) * data.validation_fraction) :]}
-        held = {"none": lambda key: False, "tail": tail.__contains__, "hash": lambda key: is_held_out(key, data.validation_fraction)}[data.validation]
-        sides: dict[bool, list] = {False: [], True: []}
-        for one in records:
-            sides[held(prompt_key(one[1]))].append(one)
-        train, kept = sides.values()
+        held = {"none": lambda key: False, "tail": lambda key: key in tail,
+                "hash": lambda key: is_held_out(key, data.validation_fraction)}[data.validation]
+        train, kept = ([one for one in records if held(prompt_key(one[1])) == side] for side in (False, True))
     if not train:
-        raise UserError(f"data.validation: {data.validation} holds out the prompts of all {len(records):,} {kind}s of data.train (the first: "
-                        f"{records[0][0]}); set --data.validation none, or name another file")
+        raise UserError(f"data.validation: {data.validation} holds out the prompts of all {len(records):,} {kind}s of data.train "
+                        f"(the first: {records[0][0]}); set --data.validation none, or name another file")
     return train, kept
 
 
@@ -1692,7 +1699,12 @@ def prompt_key(record: dict) -> str:
     turns = record["messages"] if "messages" in record else as_messages(record["prompt"])
     if "messages" in record:
         turns = turns[: max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)] or turns
-    return json.dumps([[turn["role"], turn["content"].strip(), turn.get("tool_calls")] for turn in turns if turn["role"] != "system"], sort_keys=True)
+    return json.dumps(spoken(turns), sort_keys=True)
+
+
+def spoken(turns: list[dict]) -> list[tuple]:
+    """What tells one conversation from another."""
+    return [(turn["role"], turn["content"].strip(), turn.get("tool_calls")) for turn in turns if turn["role"] != "system"]
 
 
 def as_messages(words: str | list[dict], role: str = "user") -> list[dict]:
@@ -1722,7 +1734,8 @@ def message_of(turn: dict, where: str) -> dict:
     if role is None:
         raise UserError(f"{where}: unknown role '{name}'; known are {', '.join(ROLES)}")
     content = turn.get("content", turn.get("value"))
-    more = {key: value for key, value in turn.items() if key not in ("role", "from", "content", "value", "tool_calls") and value is not None}
+    ours = ("role", "from", "content", "value", "tool_calls")
+    more = {key: value for key, value in turn.items() if key not in ours and value is not None}
     calls = turn.get("tool_calls")
     if name == "function_call":
         calls, content = content, ""
@@ -1785,7 +1798,8 @@ def words_of(value, role: str, where: str) -> str | list[dict]:
         raise UserError(f"{where}: text or a list of messages is expected, not {type(value).__name__}")
     value = parsed(value, where)
     value = [value] if isinstance(value, dict) else value
-    if not value or not (isinstance(value[-1], dict) and (value[-1].get("content", value[-1].get("value")) or value[-1].get("tool_calls"))):
+    last = value[-1] if value and isinstance(value[-1], dict) else {}
+    if not (last.get("content", last.get("value")) or last.get("tool_calls")):
         return ""
     turns = messages_of(value, where)
     if role == "assistant" and turns[-1]["role"] != "assistant":
@@ -1818,7 +1832,8 @@ def history_of(value, where: str) -> list[dict]:
     value = parsed(value, where)
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         return messages_of(value, where)
-    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair) for pair in value):
+    pairs = value if isinstance(value, list) else [None]
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(words, str) for words in pair) for pair in pairs):
         raise UserError(f"{where}: messages, or [question, answer] pairs are expected")
     return [{"role": role, "content": words} for pair in value for role, words in zip(("user", "assistant"), pair, strict=True)]
 
@@ -1862,8 +1877,7 @@ SECTIONS = {"model": ModelSection, "tokenizer": TokenizerSection, "data": DataSe
 
 
 def main(argv: list[str] | None = None) -> None:
-    actions: dict[str, Action] = {}
-    config = load_config(argv, SECTIONS, "tokenizer", actions, __doc__, {"out": "data.dir"})
+    config = load_config(argv, SECTIONS, "tokenizer", {}, __doc__, {"out": "data.dir"})
     tokenizer = choose(config.tokenizer, config.data, config.model.name)
     if not (config.tokenizer.name or config.model.name):
         say(f"tokenizer of {len(tokenizer):,} tokens in {Path(config.data.dir) / 'tokenizer'}")
