@@ -322,8 +322,8 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
     turns = [Turn(i, int(np.searchsorted(stops, start, "right")), int(np.searchsorted(starts, stop))) for i, start, stop in spans]
     ends, last = chat_ends(tokenizer), max(spans, default=(0, 0, 0))
     if last[2] >= len(text.rstrip()) > 0 and not text[: last[2]].endswith(tuple(ends.tokens)):  # nothing ends the last turn
-        end = ends.open_call if messages[last[0]].get("tool_calls") else ends.open_turn
-        if end is not None:
+        end = ends.tokens[-1 if messages[last[0]].get("tool_calls") else 0] if ends.tokens else tokenizer.eos_token
+        if end and (ends.open_end or not ends.tokens):
             ids.append(tokenizer.convert_tokens_to_ids(end))
             turns[-1] = turns[-1]._replace(stop=len(ids))
     return Conversation(ids, turns)
@@ -519,8 +519,7 @@ class Ends(NamedTuple):
 
     tokens: list[str]  # each ends a turn, or a tool call
     stop: list[int]  # ids at which generation stops
-    open_turn: str | None  # ends a conversation's last turn if the rendering leaves it open
-    open_call: str | None  # the same for a tool call
+    open_end: bool  # nothing but the next role's marker ends a turn, so a conversation's last one has no end
     opening: str  # what the template adds to ask for an answer
 
 
@@ -575,10 +574,7 @@ def _chat_ends(tokenizer, template: str, size: int) -> Ends:
     reasoning = rendering([chat[0], says("assistant", "zq1z", **dict.fromkeys(REASONING, "zq2z"))])
     inside = between(reasoning, "zq2z", "zq1z")  # these end parts of a turn: generation goes on
     stop = [tokenizer.convert_tokens_to_ids(token) for token in [*ends, *calls] if token not in inside]
-    if not ends:
-        return Ends([], [], tokenizer.eos_token, tokenizer.eos_token, asking.partition("zq0z")[2])
-    return Ends([*ends, *calls], stop, ends[0] if by_next_role else None, (calls or ends)[0] if by_next_role else None,
-                asking.partition("zq0z")[2])
+    return Ends([*ends, *calls], stop, by_next_role, asking.partition("zq0z")[2])
 
 
 def ensure_chat(tokenizer) -> None:
@@ -1207,7 +1203,7 @@ def data_recipe(data: DataSection) -> dict:
     """All settings and files that decide the text of a run."""
     recipe = {key: value for key, value in asdict(data).items() if key not in ("weights", "packing", "streaming", "dir")}
     groups, held_out = data_files(data)
-    stamps = [[str(path), *((path.stat().st_size, path.stat().st_mtime_ns) if isinstance(path, Path) else ())]
+    stamps = [[str(path), *((path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ())]
               for path in [*itertools.chain.from_iterable(groups), *held_out]]
     return {**recipe, "files": stamps}
 
@@ -1273,30 +1269,12 @@ LONGEST = 2**22  # characters of a document; a longer one is cut at a line end
 OUTPUTS = ("config.json", "tokenizer.json", "train_ids.json", "log.jsonl")  # a folder with one of these was written by a run
 
 
-class HubDataset(NamedTuple):
-    """A dataset of the Hugging Face hub (or a folder in its layout), read as a stream."""
-
-    name: str
-    config: str | None
-    split: str
-
-    @classmethod
-    def named(cls, text: str) -> HubDataset | None:
-        """owner/name, name:split or name:config:split; None for what can only be a file."""
-        name, *rest = text.split(":")
-        known = Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-        if not known or len(rest) > 2 or suffix_of(Path(name)) in (*FORMATS, ".bin"):
-            return None
-        return cls(name, rest[0] if len(rest) > 1 else None, rest[-1] if rest else "train")
-
-    def __str__(self) -> str:
-        return ":".join(filter(None, self))
-
-
-def suffix_of(path: Path | HubDataset) -> str:
-    if isinstance(path, HubDataset):
-        return ".hub"
-    return path.with_suffix("").suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
+def suffix_of(path: Path) -> str:
+    """.jsonl of a.jsonl and of a.jsonl.gz; .hub of a dataset of the Hugging Face hub, which only has a name: owner/name:split"""
+    suffix = path.with_suffix("").suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
+    name, *rest = str(path).split(":")
+    known = suffix in (*FORMATS, ".bin") or path.exists() or len(rest) > 2
+    return ".hub" if not known and (Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name)) else suffix
 
 
 def expand_paths(names: list[str], key: str = "data.train") -> list[list[Path]]:
@@ -1307,16 +1285,13 @@ def expand_paths(names: list[str], key: str = "data.train") -> list[list[Path]]:
             files = files_in(Path(name))
         elif any(mark in name for mark in "*?[") and not Path(name).exists():
             files = sorted(path for path in map(Path, glob.glob(name, recursive=True)) if not path.is_dir())
-        elif not Path(name).exists() and (dataset := HubDataset.named(name)):
-            groups.append([dataset])
-            continue
         else:
             files = [Path(name)]
-        if not files or not (files[0].exists() or files[0].is_symlink()):
-            raise UserError(f"{key}: '{name}' does not exist or holds no data file ({', '.join(FORMATS)})")
         for path in files:
-            if not path.exists():
+            if path.is_symlink() and not path.exists():
                 raise UserError(f"{key}: {path} is a link to a file that does not exist")
+        if not files or not files[0].exists() and suffix_of(files[0]) != ".hub":
+            raise UserError(f"{key}: '{name}' does not exist or holds no data file ({', '.join(FORMATS)})")
         groups.append(files)
     return groups
 
@@ -1340,20 +1315,19 @@ def data_files(data: DataSection) -> tuple[list[list[Path]], list[Path]]:
     """(the files of each path of data.train, those of data.validation). A file is read once: not in two paths, and not in
     training if it is held out."""
     held_out = [] if data.validation in ("hash", "tail", "none") else expand_paths([data.validation], "data.validation")[0]
-    identity = lambda path: str(path) if isinstance(path, HubDataset) else os.path.realpath(path)  # noqa: E731
-    known, groups = set(map(identity, held_out)), []
+    known, groups = set(map(os.path.realpath, held_out)), []
     for name, files in zip(data.train, expand_paths(data.train), strict=True):
-        groups.append([path for path in files if identity(path) not in known])
+        groups.append([path for path in files if os.path.realpath(path) not in known])
         if not groups[-1]:
             raise UserError(f"data.train: all files of '{name}' belong to data.validation or to an earlier path")
-        known |= set(map(identity, files))
+        known |= set(map(os.path.realpath, files))
     return groups, held_out
 
 
 class Reading:
     """Inside `with`, whatever is wrong with a file becomes one line that names the file and the place."""
 
-    def __init__(self, path: Path | HubDataset):
+    def __init__(self, path: Path):
         self.path, self.line = path, 0
 
     def __enter__(self) -> Reading:
@@ -1447,7 +1421,7 @@ def text_of(record, field: str, where: str) -> str:
     return record[field]
 
 
-def read_records(path: Path | HubDataset, field: str | None = None) -> Iterator[tuple[str, dict]]:
+def read_records(path: Path, field: str | None = None) -> Iterator[tuple[str, dict]]:
     """(file:line, record) of a file of records; of a parquet file only one column is read where `field` names it."""
     suffix = suffix_of(path)
     if suffix not in RECORDS:
@@ -1548,13 +1522,16 @@ def without_nulls(value):
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def read_hub(source: HubDataset) -> Iterator[tuple[str, dict]]:
+def read_hub(source: Path) -> Iterator[tuple[str, dict]]:
+    """A dataset of the hub, or a folder in its layout, as a stream: name, name:split or name:config:split."""
     try:
         import datasets
     except ImportError:
         raise UserError(f"{source}: hub datasets need `pip install datasets`") from None
+    name, *rest = str(source).split(":")
     try:
-        for number, record in enumerate(datasets.load_dataset(source.name, source.config, split=source.split, streaming=True), 1):
+        rows = datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train", streaming=True)
+        for number, record in enumerate(rows, 1):
             yield f"{source}: row {number}", {key: without_nulls(value) for key, value in record.items()}
     except Exception as error:  # the network, the hub, a wrong name, a broken file: the library raises many kinds
         reason = f"{type(error).__name__}: {first_line(error)[:160]}"
