@@ -111,10 +111,10 @@ class Sample:
             raise UserError(f"{where}: {error}") from None
         self.weights = [weight * settings.train_on_prompt] * len(self.ids)
         for turn in self.turns[-1:] if settings.last_turn_only else self.turns:
-            own = record["messages"][turn.message].get("weight", 1)  # 0: context only (the OpenAI API's way)
-            if own not in (0, 1):
-                raise UserError(f"{where}: message {turn.message + 1}: weight {own!r} must be 0 or 1")
-            self.weights[turn.start : turn.stop] = [weight * own] * (turn.stop - turn.start)
+            counted = record["messages"][turn.message].get("weight", 1)  # 0: context only (the OpenAI API's way)
+            if counted not in (0, 1):
+                raise UserError(f"{where}: message {turn.message + 1}: weight {counted!r} must be 0 or 1")
+            self.weights[turn.start : turn.stop] = [weight * counted] * (turn.stop - turn.start)
 
     def cut(self, length: int) -> bool:
         """Leave `length` (input, target) pairs; whether there were more."""
@@ -193,15 +193,16 @@ def read_labelled(config, tokenizer, known: list[str] | None) -> tuple[list[Labe
     shares = Counter(item.record["label"] for item in train)
     labels = known or sorted(shares, key=lambda name: (len(name), name) if name.isdigit() else (0, name))
     if len(shares) < 2 or len(shares) > max(2, len(train) // 2):
-        raise UserError(f"{train[0].where}: the training data has {len(shares)} different label{'s' * (len(shares) > 1)} in {len(train):,} "
-                        "texts; set the right columns in sft.columns, as in {text: my_column, label: another}")
-    by_hash = config.data.validation in ("hash", "tail")
+        count = f"{len(shares)} different label{'s' * (len(shares) > 1)} in {len(train):,} texts"
+        raise UserError(f"{train[0].where}: the training data has {count}; set the right columns in sft.columns, as in "
+                        "{text: my_column, label: another}")
     for item in (*train, *held_out):
         if item.record["label"] not in labels:
-            raise UserError(f"{item.where}: label '{item.record['label']}' is none of {', '.join(labels)}, " + (
-                f"the labels of {config.model.name}; start from the model that it was made from" if known else
-                f"the labels of the training data: data.validation {config.data.validation} holds out all texts that have it" if by_hash else
-                "the labels of the training data; add such texts there, or leave it out"))
+            reason = (f"the labels of {config.model.name}; start from the model that it was made from" if known else
+                      f"the labels of the training data: data.validation {config.data.validation} holds out all texts that have it"
+                      if config.data.validation in ("hash", "tail") else
+                      "the labels of the training data; add such texts there, or leave it out")
+            raise UserError(f"{item.where}: label '{item.record['label']}' is none of {', '.join(labels)}, {reason}")
     weights = class_weights(settings, labels, shares, len(train))
     numbers = {name: i for i, name in enumerate(labels)}
     for items, factors in ((train, weights), (held_out, dict.fromkeys(labels, 1.0))):
@@ -219,7 +220,8 @@ def class_weights(settings: SFTSection, labels: list[str], shares: Counter, coun
         weights = {name: count / (len(shares) * shares[name]) if shares[name] else 0.0 for name in labels}
     elif isinstance(settings.class_weights, dict):
         for name, weight in settings.class_weights.items():
-            if str(name) not in weights or isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight < math.inf
+            if str(name) not in weights or not number:
                 raise UserError(f"sft.class_weights: {name}: {weight} does not give one of {', '.join(labels)} a weight of 0 or more")
             weights[str(name)] = float(weight)
     mean = sum(weights[name] * n for name, n in shares.items()) / count
@@ -267,33 +269,35 @@ def same_answer(given: str, expected: str) -> bool:
 
 def with_answers(evaluate: Callable | None, samples: list[Sample], tokenizer, config) -> Callable | None:
     """The held-out loss, preceded by the share of held-out questions that are answered word for word; a few are shown."""
-    asked = [(sample.record, *question) for sample in samples if (question := question_of(sample))]
-    asked = [asked[i] for i in np.linspace(0, len(asked) - 1, min(len(asked), config.sft.eval_answers)).astype(int)]  # from all of them
-    shown = asked[:: max(1, len(asked) // 3)][:3] or [
+    questions = [(sample.record, *question) for sample in samples if (question := question_of(sample))]
+    chosen = np.linspace(0, len(questions) - 1, min(len(questions), config.sft.eval_answers)).astype(int)  # from all of them
+    questions = [questions[i] for i in chosen]
+    shown = questions[:: max(1, len(questions) // 3)][:3] or [
         (sample.record, sample.record["messages"][:-1], "") for sample in samples if "messages" in sample.record][:3]
     greedy = INFER.Sampling(config.sft.answer_tokens, temperature=0)
 
-    def answers(model, questions) -> list[str]:
-        prompts = [TOKENIZER.render_chat(tokenizer, messages, record.get("tools"), add_generation_prompt=True)[0] for record, messages, _ in questions]
+    def answers(model, given) -> list[str]:
         room = model.config.max_position_embeddings - 1
-        return [said.text for [said] in INFER.generate(model, [ids[-room:] for ids in prompts], greedy, tokenizer, batch_size=64)] if prompts else []
+        prompts = [TOKENIZER.render_chat(tokenizer, messages, record.get("tools"), add_generation_prompt=True).ids[-room:]
+                   for record, messages, _ in given]
+        return [answer.text for [answer] in INFER.generate(model, prompts, greedy, tokenizer, batch_size=64)] if prompts else []
 
     def evaluate_and_ask(model) -> dict:
         measures = {}
-        if asked:
-            apart = not config.training.fsdp and TRAIN.world_size() > 1  # sharded weights need everyone for each token
-            own = asked[MODEL.process_rank() :: TRAIN.world_size()] if apart else asked
-            right = sum(same_answer(said, expected) for said, (_, _, expected) in zip(answers(model, own), own, strict=True))
-            right = TRAIN.all_sum([float(right)], model.device)[0] if apart else right
-            measures["exact_match"] = right / len(asked)
+        if questions:
+            shared = not config.training.fsdp and TRAIN.world_size() > 1  # sharded weights need everyone for each token
+            part = questions[MODEL.process_rank() :: TRAIN.world_size()] if shared else questions
+            right = sum(same_answer(text, expected) for text, (_, _, expected) in zip(answers(model, part), part, strict=True))
+            right = TRAIN.all_sum([float(right)], model.device)[0] if shared else right
+            measures["exact_match"] = right / len(questions)
         if config.training.sample_tokens and shown:
-            said = answers(model, shown)
+            texts = answers(model, shown)
             if MODEL.process_rank() == 0:
-                for (_, messages, _), text in zip(shown, said, strict=True):
+                for (_, messages, _), text in zip(shown, texts, strict=True):
                     say(f"  | {messages[-1]['content']}\n  |   {text}".replace("\n", "\n  | ") if messages else f"  | {text}")
         return {**measures, **(evaluate(model) if evaluate else {})}
 
-    return evaluate_and_ask if asked or shown or evaluate else None
+    return evaluate_and_ask if questions or shown or evaluate else None
 
 
 # ---------------------------------------------------------------------------------------------- classification
@@ -503,13 +507,17 @@ def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
         if isinstance(record.get("text"), str):
             raise TOKENIZER.Unusable("without text")
         known = "; ".join(" + ".join(keys) for keys in TOKENIZER.LAYOUTS)
-        raise UserError(f"{where}: keys {TOKENIZER.keys_of(record)} are none of {known}; set {form.section}.columns, as in {{prompt: my_column, completion: another}}")
+        raise UserError(f"{where}: keys {TOKENIZER.keys_of(record)} are none of {known}; set {form.section}.columns, as in "
+                        "{prompt: my_column, completion: another}")
     if keys == ("text",):
-        return {"text": TOKENIZER.text_of(record, "text", where), **extras, **{key: record[key] for key in record if str(key).lower() in TOKENIZER.LABEL_KEYS}}
-    whole = record if keys[0] not in TOKENIZER.CHAT_KEYS else {key: value for key, value in record.items() if key not in TOKENIZER.PROMPT_KEYS}
+        labels = {key: record[key] for key in record if str(key).lower() in TOKENIZER.LABEL_KEYS}
+        return {"text": TOKENIZER.text_of(record, "text", where), **extras, **labels}
+    chat = keys[0] in TOKENIZER.CHAT_KEYS
+    whole = {key: value for key, value in record.items() if not (chat and key in TOKENIZER.PROMPT_KEYS)}
     messages = TOKENIZER.as_messages(TOKENIZER.prompt_of(whole, where, form.system))
-    if keys[0] not in TOKENIZER.CHAT_KEYS:
-        messages = [*messages, *TOKENIZER.as_messages(TOKENIZER.words_of(record[keys[1]], "assistant", f"{where}: {keys[1]}"), "assistant")]
+    if not chat:
+        answer = TOKENIZER.words_of(record[keys[1]], "assistant", f"{where}: {keys[1]}")
+        messages = [*messages, *TOKENIZER.as_messages(answer, "assistant")]
     elif TOKENIZER.is_given(record, "answer"):
         extras["answer"] = record["answer"]
     if not any(turn["role"] == "assistant" for turn in messages):
@@ -524,7 +532,8 @@ def labelled(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     rest = [key for key in record if key != label]
     text = next((lower[key] for key in TOKENIZER.TEXT_KEYS if key in lower), rest[0] if len(rest) == 1 else None)
     if label is None or text is None:
-        raise UserError(f"{where}: which of the keys {TOKENIZER.keys_of(record)} is the {'label' if label is None else 'text'}? Set {form.section}.columns, as in "
+        what = "label" if label is None else "text"
+        raise UserError(f"{where}: which of the keys {TOKENIZER.keys_of(record)} is the {what}? Set {form.section}.columns, as in "
                         "{text: my_column, label: another}")
     value = record[label]
     if isinstance(value, (list, dict)) or value is None or not str(value).strip():

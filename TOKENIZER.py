@@ -337,8 +337,8 @@ def spellings(messages: list[dict]) -> Iterator[list[dict]]:
         for message in (message for message in spelled if message.get("tool_calls")):
             message["content"] = message.get("content") or content
             given = [call.get("function", call).get("arguments") or {} for call in message["tool_calls"]]
-            message["tool_calls"] = [with_function(call, arguments=json.dumps(own) if as_text else own)
-                                     for call, own in zip(message["tool_calls"], given, strict=True)]
+            message["tool_calls"] = [with_function(call, arguments=json.dumps(value) if as_text else value)
+                                     for call, value in zip(message["tool_calls"], given, strict=True)]
         yield spelled
 
 
@@ -422,8 +422,8 @@ class Marks:
         """The first assistant message of which the rendering leaves out more than reasoning."""
         shown = set(self.pattern.findall(marked))
         for i in (i for i, message in enumerate(self.messages) if message["role"] == "assistant"):
-            own = {word: mark for word, mark in self.marks.items() if mark.message == i}
-            if not shown & own.keys() or any(word not in shown and not mark.optional for word, mark in own.items()):
+            words = {word: mark for word, mark in self.marks.items() if mark.message == i}
+            if not shown & words.keys() or any(word not in shown and not mark.optional for word, mark in words.items()):
                 return i
         return None
 
@@ -478,11 +478,11 @@ def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_genera
 
     end, turns = one_of(chat_ends(tokenizer).tokens), []
     for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-        own = [number for number, place in enumerate(places) if place.message == i]
-        before = places[own[0] - 1].stop if own[0] else 0
-        last = places[own[-1]].stop
-        after = places[own[-1] + 1].start if own[-1] + 1 < len(places) else len(marked)
-        start = before + prompt_part(tokenizer, marks, i, tools, marked[before : places[own[0]].start])
+        numbers = [number for number, place in enumerate(places) if place.message == i]
+        before = places[numbers[0] - 1].stop if numbers[0] else 0
+        last = places[numbers[-1]].stop
+        after = places[numbers[-1] + 1].start if numbers[-1] + 1 < len(places) else len(marked)
+        start = before + prompt_part(tokenizer, marks, i, tools, marked[before : places[numbers[0]].start])
         found = end.search(marked, last, after)
         stop = found.end() if found else len(marked.rstrip()) if after == len(marked) else last
         turns.append((i, to_real(start), to_real(max(stop, last))))
@@ -668,8 +668,8 @@ def framed(ids: Iterable[np.ndarray], begin: int, end: int, first: bool, dtype) 
     [5, 6], [7] with 1 and 2 -> 1 5 6 2 1 7 2; with 0 and 0 -> 0 5 6 0 7 0 (without the first 0 unless `first`)
     """
     parts = [np.array([begin], dtype)] if begin == end and first else []
-    for own in ids:
-        parts += [own, [end]] if begin == end else [[begin], own, [end]]
+    for document in ids:
+        parts += [document, [end]] if begin == end else [[begin], document, [end]]
     return np.concatenate([np.asarray(part, dtype) for part in parts] or [np.zeros(0, dtype)])
 
 
@@ -1655,14 +1655,14 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
     records = read(itertools.chain.from_iterable(groups), "data.train")
     if held_out:
         prompts = {prompt_key(record) for _, record in kept}
-        train = [one for one in records if prompt_key(one[1]) not in prompts]
-        for where, _ in (one for one in records if prompt_key(one[1]) in prompts):
+        train = [(where, record) for where, record in records if prompt_key(record) not in prompts]
+        for where, _ in ((where, record) for where, record in records if prompt_key(record) in prompts):
             left.add("with a prompt of data.validation", where)
     else:
         tail = {prompt_key(record) for _, record in records[len(records) - round(len(records) * data.validation_fraction) :]}
         held = {"none": lambda key: False, "tail": lambda key: key in tail,
                 "hash": lambda key: is_held_out(key, data.validation_fraction)}[data.validation]
-        train, kept = ([one for one in records if held(prompt_key(one[1])) == side] for side in (False, True))
+        train, kept = ([pair for pair in records if held(prompt_key(pair[1])) == part] for part in (False, True))
     if not train:
         raise UserError(f"data.validation: {data.validation} holds out the prompts of all {len(records):,} {kind}s of data.train "
                         f"(the first: {records[0][0]}); set --data.validation none, or name another file")
@@ -1796,12 +1796,12 @@ def prompt_of(record: dict, where: str, system: str | None = None) -> str | list
         prompt = f"{prompt}\n\n{record['input']}"
     if key in PROMPT_KEYS and is_given(record, "history") and prompt:
         prompt = [*history_of(record["history"], f"{where}: history"), *as_messages(prompt)]
-    own = record.get("system") if is_given(record, "system") else system
-    if not isinstance(own, (str, type(None))):
-        raise UserError(f"{where}: system is {type(own).__name__}, text is expected")
-    if not own or not prompt or isinstance(prompt, list) and prompt[0]["role"] == "system" and not is_given(record, "system"):
+    words = record.get("system") if is_given(record, "system") else system
+    if not isinstance(words, (str, type(None))):
+        raise UserError(f"{where}: system is {type(words).__name__}, text is expected")
+    if not words or not prompt or isinstance(prompt, list) and prompt[0]["role"] == "system" and not is_given(record, "system"):
         return prompt
-    return messages_of([{"role": "system", "content": own}, *as_messages(prompt)], f"{where}: {key}")
+    return messages_of([{"role": "system", "content": words}, *as_messages(prompt)], f"{where}: {key}")
 
 
 def history_of(value, where: str) -> list[dict]:

@@ -902,6 +902,25 @@ def test_label_probabilities_are_those_of_transformers(kind, tokenizer, tmp_path
     torch.testing.assert_close(torch.tensor(INFER.classify(loaded, tokenizer, texts)), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_labels_are_read_before_an_end_that_is_also_the_padding(tokenizer, tmp_path):
+    """Llama's kind: each text ends with </s>, which pads as well; transformers reads the token before it."""
+    from tokenizers import Tokenizer, processors
+
+    raw, end = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), tokenizer.eos_token
+    raw.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)])
+    own = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end, pad_token=end)
+    model = scorer("llama", own)
+    model.config.pad_token_id = own.pad_token_id
+    MODEL.save(model, tmp_path)
+    texts = [text for text, _ in sayings(6)]
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = theirs(**own(texts, return_tensors="pt", padding=True, return_token_type_ids=False)).logits.softmax(-1)
+    torch.testing.assert_close(torch.tensor(INFER.classify(model, own, texts)), expected, atol=1e-5, rtol=1e-4)
+    sample = SFT.Labelled("x", {"text": texts[0], "label": "a"}, own)
+    assert sample.text_ids[-1] != own.pad_token_id and own(texts[0]).input_ids == [*sample.text_ids, own.pad_token_id]
+
+
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_label_loss_in_any_batch_is_the_weighted_cross_entropy(kind, tokenizer):
     """Packed and padded, against texts one by one under torch's own class weights."""

@@ -163,6 +163,43 @@ def test_prompts_begin_like_texts(tokenizer):
         TOKENIZER.begin_id(PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer))
 
 
+def with_ends(tokenizer, single):
+    """A tokenizer that puts <|im_start|> and <|im_end|> around or in front of a text."""
+    from tokenizers import processors
+
+    raw = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=[(t, raw.token_to_id(t)) for t in TOKENIZER.CHAT_TOKENS])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|im_start|>", eos_token="<|im_end|>")
+
+
+@pytest.mark.parametrize("single", ["<|im_start|> $A <|im_end|>", "<|im_start|> $A", "$A <|im_end|>", "$A"])
+@pytest.mark.parametrize("brings", ["", "<|im_start|>"])
+def test_a_prompt_begins_once_and_has_no_end(single, brings, tokenizer):
+    own = with_ends(tokenizer, single)
+    begin, end = own.bos_token_id, own.eos_token_id
+    ids, completion = TOKENIZER.encode_pair(own, brings + "the red", " fox ran")
+    starts = single.startswith("<") or bool(brings)
+    assert ids.count(begin) == starts and ids[0] == begin or not starts
+    assert end not in ids + completion and own.decode([*ids, *completion]).endswith("the red fox ran")
+    assert TOKENIZER.encode_prompt(own, brings + "the red") == ids
+    assert TOKENIZER.encode_prompt(own, "") == [begin]
+
+
+def test_a_blank_at_the_end_of_a_prompt_belongs_to_the_completion(tokenizer):
+    whole = tokenizer("the red fox").input_ids
+    for cut in (3, 4, 7, 8):  # "the" " red", "the " "red", ...
+        prompt, completion = TOKENIZER.encode_pair(tokenizer, "the red fox"[:cut], "the red fox"[cut:])
+        assert prompt + completion == whole and tokenizer.decode(completion) == "the red fox"[cut - (cut in (4, 8)) :]
+    llama = metaspace_bpe(make_text(200))  # puts a blank in front of whatever it is given
+    prompt, completion = TOKENIZER.encode_pair(llama, "the red", " fox ran")
+    assert llama.decode([*prompt, *completion], skip_special_tokens=True) == "the red fox ran"
+
+
+def test_texts_end_before_their_padding():
+    assert TOKENIZER.without_padding([5, 6, 0, 7, 0, 0], 0) == [5, 6, 0, 7]
+    assert TOKENIZER.without_padding([5, 6], None) == [5, 6] and TOKENIZER.without_padding([0, 0], 0) == [0]
+
+
 # ----------------------------------------------------------------------------------------------------- encoder
 
 WORD_TOKENIZERS = {
