@@ -562,15 +562,18 @@ def run_jsonl(session: Session) -> None:
 
 def _record(line: str, where: str, base: Sampling):
     record = TOKENIZER.parse_json(line, where)
-    prompt = record.get("messages", record.get("prompt")) if isinstance(record, dict) else None
-    if not isinstance(prompt, (str, list)) or prompt == []:
+    keys = [key for key in ("prompt", "messages") if isinstance(record, dict) and record.get(key) is not None]
+    if len(keys) != 1 or not isinstance(record[keys[0]], (str, list)) or record[keys[0]] == []:
         raise UserError(f"{where}: an object with 'prompt' or 'messages' is expected")
+    prompt, extras = record[keys[0]], TOKENIZER.extras_of({"tools": record.get("tools")}, where)
+    if keys == ["messages"] or isinstance(prompt, list) or extras or TOKENIZER.is_given(record, "system") or TOKENIZER.is_given(record, "history"):
+        asked = {key: record[key] for key in ("system", "history") if key in record}
+        asked |= {"messages": TOKENIZER.messages_of(prompt, where)} if keys == ["messages"] or isinstance(prompt, list) else {"prompt": prompt}
+        prompt = {"messages": TOKENIZER.as_messages(TOKENIZER.prompt_of(asked, where)), **extras}
     kinds = MODEL.field_types(Sampling)
     stop = record.get("stop")
     if stop is not None and not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):
         raise UserError(f"{where}: stop: {stop!r} is no text or list of texts")
-    if isinstance(prompt, list):
-        prompt = {"messages": TOKENIZER.messages_of(prompt, where), **TOKENIZER.extras_of({"tools": record.get("tools")}, where)}
     own = {key: MODEL.convert(record[key], kinds[key], f"{where}: {key}") for key in SAMPLING_KEYS if key in record and key != "stop"}
     own.update({"stop": stop} if "stop" in record else {})
     try:

@@ -1363,7 +1363,8 @@ def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     if not all(key in record for key in keys):
         raise UserError(f"{where}: keys {TOKENIZER.keys_of(record)} are neither prompt + chosen + rejected nor prompt + completion + label; "
                         f"set {form.section}.columns, as in {{chosen: my_column, rejected: another}}")
-    answers = [TOKENIZER.words_of(record[key], "assistant", f"{where}: {key}") for key in keys]
+    alone = not any(TOKENIZER.is_given(record, key) for key in TOKENIZER.PROMPT_KEYS)  # completions hold their prompts
+    answers = [TOKENIZER.words_of(record[key], "assistant", f"{where}: {key}", alone) for key in keys]
     if not all(answers):
         raise TOKENIZER.Unusable("with an empty completion")
     whole = [isinstance(answer, list) and answer[0]["role"] != "assistant" for answer in answers]

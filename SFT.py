@@ -504,8 +504,8 @@ def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     keys = next((keys for keys in TOKENIZER.LAYOUTS if all(TOKENIZER.is_given(record, key) for key in keys)), None)
     extras = TOKENIZER.extras_of(record, where)
     if keys is None:
-        if isinstance(record.get("text"), str):
-            raise TOKENIZER.Unusable("without text")
+        if any(all(isinstance(record.get(key), str) for key in keys) for keys in TOKENIZER.LAYOUTS):
+            raise TOKENIZER.Unusable("with an empty text, prompt or answer")
         known = "; ".join(" + ".join(keys) for keys in TOKENIZER.LAYOUTS)
         raise UserError(f"{where}: keys {TOKENIZER.keys_of(record)} are none of {known}; set {form.section}.columns, as in "
                         "{prompt: my_column, completion: another}")
@@ -516,8 +516,10 @@ def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     whole = {key: value for key, value in record.items() if not (chat and key in TOKENIZER.PROMPT_KEYS)}
     messages = TOKENIZER.as_messages(TOKENIZER.prompt_of(whole, where, form.system))
     if not chat:
-        answer = TOKENIZER.words_of(record[keys[1]], "assistant", f"{where}: {keys[1]}")
-        messages = [*messages, *TOKENIZER.as_messages(answer, "assistant")]
+        answer = TOKENIZER.as_messages(TOKENIZER.words_of(record[keys[1]], "assistant", f"{where}: {keys[1]}", False), "assistant")
+        repeated = TOKENIZER.spoken(answer)[: len(TOKENIZER.spoken(messages))] == TOKENIZER.spoken(messages)
+        messages = [*(turn for turn in messages if turn["role"] == "system" or not repeated),
+                    *(turn for turn in answer if turn["role"] != "system" or not repeated)]
     elif TOKENIZER.is_given(record, "answer"):
         extras["answer"] = record["answer"]
     if not any(turn["role"] == "assistant" for turn in messages):

@@ -310,7 +310,7 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
         try:
             text, spans = locate_turns(tokenizer, spelling, tools, add_generation_prompt)
         except UserError as error:
-            problem = problem or error
+            problem = error if problem is None or "refuses" in str(problem) else problem  # that of the spelling that got furthest
         else:
             break
     else:
@@ -372,6 +372,7 @@ class Mark(NamedTuple):
     message: int
     text: str
     optional: bool  # reasoning, which templates may leave out
+    rest: str = ""  # markup that follows it in its own text
 
 
 class Marks:
@@ -386,36 +387,42 @@ class Marks:
         self.messages = [self._message(i, message) for i, message in enumerate(messages)]
 
     def _message(self, i: int, message: dict) -> dict:
-        count, marked = len(self.marks), dict(message)
-        for key in ("content", *REASONING, "tool_calls"):
-            if message.get(key):
-                marked[key] = self._inside(i, message[key], key)
-        if len(self.marks) == count and message.get("tool_calls"):  # no argument is a text: the name has to serve
-            names = [call.get("function", call)["name"] for call in message["tool_calls"]]
-            marked["tool_calls"] = [with_function(call, name=self._mark(i, name)) for call, name in zip(message["tool_calls"], names, strict=True)]
-        elif len(self.marks) == count and message.get("content"):  # nothing but markup
-            marked["content"] = self._mark(i, message["content"])
+        marked = dict(message)
+        for key in ("content", *REASONING):
+            if isinstance(message.get(key), str):
+                marked[key] = self._words(i, message[key], key in REASONING)
+        if message.get("tool_calls"):
+            count = len(self.marks)
+            marked["tool_calls"] = self._inside(i, message["tool_calls"])
+            if len(self.marks) == count:  # no argument is a text: the names have to serve
+                names = [call.get("function", call)["name"] for call in message["tool_calls"]]
+                marked["tool_calls"] = [with_function(call, name=self._mark(i, name)) for call, name in zip(marked["tool_calls"], names, strict=True)]
         return marked
 
-    def _inside(self, i: int, value, key: str):
+    def _inside(self, i: int, value, key: str = ""):
         if isinstance(value, dict):
-            return {name: inner if name in ("type", "id", "name") and key != "arguments" else self._inside(i, inner, name) for name, inner in value.items()}
+            return {name: inner if key != "arguments" and name in ("type", "id", "name") else self._inside(i, inner, name)
+                    for name, inner in value.items()}
         if isinstance(value, list):
             return [self._inside(i, inner, key) for inner in value]
-        return self._words(i, value, key in REASONING) if isinstance(value, str) else value
+        return self._words(i, value) if isinstance(value, str) else value
 
     def _words(self, i: int, text: str, optional: bool = False) -> str:
-        thought, parts, at = text.rfind("</think>"), [], 0
-        for part in MARKUP.split(text):
-            words = part.strip()
-            bare = not words or MARKUP.fullmatch(part)
-            parts.append(part if bare else part.replace(words, self._mark(i, words, optional or at < thought), 1))
-            at += len(part)
-        return "".join(parts)
+        thought, pieces, at = text.rfind("</think>"), MARKUP.split(text), 0
+        if not any(piece.strip() and not MARKUP.fullmatch(piece) for piece in pieces):
+            pieces = [text]  # nothing but markup
+        for number, piece in enumerate(pieces):
+            words, here = piece.strip(), at
+            at += len(piece)
+            if words and (len(pieces) == 1 or not MARKUP.fullmatch(piece)):
+                rest = text[here + piece.index(words) + len(words) :].rstrip()
+                mark = self._mark(i, words, optional or here < thought, rest)
+                pieces[number] = piece.replace(words, mark, 1)
+        return "".join(pieces)
 
-    def _mark(self, i: int, text: str, optional: bool = False) -> str:
+    def _mark(self, i: int, text: str, optional: bool = False, rest: str = "") -> str:
         word = f"{self.stem}{len(self.marks)}z"
-        self.marks[word] = Mark(i, text, optional)
+        self.marks[word] = Mark(i, text, optional, rest)
         return word
 
     def hidden(self, marked: str) -> int | None:
@@ -429,7 +436,7 @@ class Marks:
 
     def places(self, marked: str, real: str) -> list[Place] | None:
         """Where the marks stand, if the two renderings are otherwise the same; None if the template changed a text."""
-        places, seen, at, there = [], set(), 0, 0
+        places, at, there = [], 0, 0
         for found in self.pattern.finditer(marked):
             literal, mark = marked[at : found.start()], self.marks[found[0]]
             if not real.startswith(literal, there):
@@ -440,15 +447,24 @@ class Marks:
             if form is None:
                 return None
             at, there = found.end(), there + len(form)
-            if found[0] not in seen:  # a template may repeat a text: its first place counts
-                places.append(Place(mark.message, found.start(), at, there))
-            seen.add(found[0])
+            places.append(Place(found[0], mark.message, found.start(), at, there))
         return places if real[there:] == marked[at:] else None
+
+    def own_places(self, places: list[Place]) -> list[Place]:
+        """Of each mark the place in its message's turn: a template may repeat a text before it (a summary) or behind it."""
+        found, last = [], 0
+        for i in range(len(self.messages)):
+            names = dict.fromkeys(place.name for place in places if place.message == i)
+            chosen = [min((place for place in places if place.name == name), key=lambda place: (place.start < last, place.start)) for name in names]
+            last = max([last, *(place.stop for place in chosen)])
+            found += chosen
+        return sorted(found, key=lambda place: place.start)
 
 
 class Place(NamedTuple):
     """Where a mark stands in the marked rendering, and where the text that it stands for ends in the real one."""
 
+    name: str
     message: int
     start: int
     stop: int
@@ -473,19 +489,20 @@ def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_genera
 
     def to_real(at: int) -> int:
         """A character of the template's own text: marked -> real."""
-        before = next((place for place in reversed(places) if place.stop <= at), Place(-1, 0, 0, 0))
+        before = next((place for place in reversed(places) if place.stop <= at), Place("", -1, 0, 0, 0))
         return before.real_stop + at - before.stop
 
-    end, turns = one_of(chat_ends(tokenizer).tokens), []
+    end, turns, chosen = one_of(chat_ends(tokenizer).tokens), [], marks.own_places(places)
     for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-        numbers = [number for number, place in enumerate(places) if place.message == i]
-        before = places[numbers[0] - 1].stop if numbers[0] else 0
-        last = places[numbers[-1]].stop
-        after = places[numbers[-1] + 1].start if numbers[-1] + 1 < len(places) else len(marked)
-        start = before + prompt_part(tokenizer, marks, i, tools, marked[before : places[numbers[0]].start])
-        found = end.search(marked, last, after)
-        stop = found.end() if found else len(marked.rstrip()) if after == len(marked) else last
-        turns.append((i, to_real(start), to_real(max(stop, last))))
+        numbers = [number for number, place in enumerate(chosen) if place.message == i]
+        first, last = chosen[numbers[0]].start, chosen[numbers[-1]]
+        before = max((place.stop for place in places if place.stop <= first), default=0)
+        after = chosen[numbers[-1] + 1].start if numbers[-1] + 1 < len(chosen) else len(marked)
+        start = before + prompt_part(tokenizer, marks, i, tools, marked[before:first])
+        stop = last.stop + (len(rest) if marked.startswith(rest := marks.marks[last.name].rest, last.stop) else 0)
+        found = end.search(marked, stop, after)
+        stop = found.end() if found else max(stop, len(marked.rstrip())) if after == len(marked) else stop
+        turns.append((i, to_real(start), to_real(stop)))
     return real, turns
 
 
@@ -545,7 +562,7 @@ def _chat_ends(tokenizer, template: str, size: int) -> Ends:
 
     def between(text: str, first: str, last: str = "\0") -> list[str]:
         """The added tokens between two words."""
-        return added.findall(text.partition(first)[2].partition(last)[0])
+        return added.findall(text.partition(last)[0].rpartition(first)[2]) if first in text else []
 
     def says(role: str, words: str, **more) -> dict:
         return {"role": role, "content": words, **more}
@@ -1046,6 +1063,8 @@ def text_stream(data: DataSection, tokenizer, batch_size: int, length: int, buff
     """Batches straight from text: blocks of about 8 MB are read in order, tokenized, and shuffled within."""
     if data.weights:
         raise UserError("data.weights: needs data.streaming false")
+    if any(name.endswith(".bin") for name in data.train):
+        raise UserError("data.streaming: a token file is not streamed; leave it out, or name the text")
     encoder = Encoder(tokenizer)
     files = list(itertools.chain.from_iterable(data_files(data)[0]))
     split = splitter(data, files)
@@ -1187,6 +1206,8 @@ def token_files(data: DataSection, tokenizer) -> dict[str, TokenFile]:
         beside = path.with_name(path.name.replace("train", "val"))
         found = {"train": open_tokens(path, tokenizer)}
         if data.validation not in ("hash", "tail", "none"):
+            if not data.validation.endswith(".bin"):
+                raise UserError(f"data.validation: {data.validation} is no token file; beside a .bin it has to be one")
             found["val"] = open_tokens(Path(data.validation), tokenizer)
         elif data.validation != "none" and beside != path and beside.exists():
             found["val"] = open_tokens(beside, tokenizer)
@@ -1632,7 +1653,7 @@ class Form(NamedTuple):
 
 def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record") -> tuple[list[Record], list[Record]]:
     """(file:line, record) to train on, and held out, each record once. All records of a prompt fall on the same side, in every
-    stage: a prompt that is held out here was not trained on there."""
+    stage: a prompt that is held out here was not trained on there, nor in an earlier turn of a conversation."""
     groups, held_out = data_files(data)
     seen: set[str] = set()
 
@@ -1655,14 +1676,17 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
     records = read(itertools.chain.from_iterable(groups), "data.train")
     if held_out:
         prompts = {prompt_key(record) for _, record in kept}
-        train = [(where, record) for where, record in records if prompt_key(record) not in prompts]
-        for where, _ in ((where, record) for where, record in records if prompt_key(record) in prompts):
-            left.add("with a prompt of data.validation", where)
+        train = []
+        for where, record in records:
+            if prompts.isdisjoint(prompt_keys(record)):
+                train.append((where, record))
+            else:
+                left.add("with a prompt of data.validation", where)
     else:
         tail = {prompt_key(record) for _, record in records[len(records) - round(len(records) * data.validation_fraction) :]}
         held = {"none": lambda key: False, "tail": lambda key: key in tail,
                 "hash": lambda key: is_held_out(key, data.validation_fraction)}[data.validation]
-        train, kept = ([pair for pair in records if held(prompt_key(pair[1])) == part] for part in (False, True))
+        train, kept = ([pair for pair in records if any(map(held, prompt_keys(pair[1]))) == part] for part in (False, True))
     if not train:
         raise UserError(f"data.validation: {data.validation} holds out the prompts of all {len(records):,} {kind}s of data.train "
                         f"(the first: {records[0][0]}); set --data.validation none, or name another file")
@@ -1670,18 +1694,23 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
 
 
 def prompt_key(record: dict) -> str:
-    """What a record answers, in the same words whatever its layout: the turns before the last answer, without the system's."""
+    """What a record answers at last, in the same words whatever its layout."""
+    return prompt_keys(record)[-1]
+
+
+def prompt_keys(record: dict) -> list[str]:
+    """What each answer of a record answers: the turns before it, without the system's. A plain text stands for itself."""
     if "text" in record:
-        return record["text"]
-    turns = record["messages"] if "messages" in record else as_messages(record["prompt"])
-    if "messages" in record:
-        turns = turns[: max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)] or turns
-    return json.dumps(spoken(turns), sort_keys=True)
+        return [record["text"]]
+    turns = record["messages"] if "messages" in record else [*as_messages(record["prompt"]), {"role": "assistant", "content": ""}]
+    turns = [turn for turn in turns if turn["role"] != "system"]
+    return [json.dumps(spoken(turns[:i] or turns), sort_keys=True) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
 
 
 def spoken(turns: list[dict]) -> list[tuple]:
-    """What tells one conversation from another."""
-    return [(turn["role"], turn["content"].strip(), turn.get("tool_calls")) for turn in turns if turn["role"] != "system"]
+    """What tells one conversation from another: who says what, and calls without their ids."""
+    return [(turn["role"], turn["content"].strip(), [call["function"] for call in turn.get("tool_calls") or ()])
+            for turn in turns if turn["role"] != "system"]
 
 
 def as_messages(words: str | list[dict], role: str = "user") -> list[dict]:
@@ -1711,14 +1740,14 @@ def message_of(turn: dict, where: str) -> dict:
     if role is None:
         raise UserError(f"{where}: unknown role '{name}'; known are {', '.join(ROLES)}")
     content = turn.get("content", turn.get("value"))
-    ours = ("role", "from", "content", "value", "tool_calls")
+    ours = ("role", "from", "content", "value", "tool_calls", "function_call")
     more = {key: value for key, value in turn.items() if key not in ours and value is not None}
-    calls = turn.get("tool_calls")
+    calls = turn.get("tool_calls") or turn.get("function_call")
     if name == "function_call":
         calls, content = content, ""
     calls = parsed(calls, f"{where}: tool_calls") if calls else []
     calls = [call_of(call, where) for call in ([calls] if isinstance(calls, dict) else calls)]
-    if not isinstance(content, (str, list)) and not (content is None and calls):
+    if not isinstance(content, (str, list)) and not (content is None and (calls or role == "tool")):
         raise UserError(f"{where}: content is {type(content).__name__}, text is expected")
     if isinstance(content, list):  # the parts of the OpenAI API
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
@@ -1756,25 +1785,38 @@ def messages_of(value, where: str) -> list[dict]:
     return turns
 
 
-def words_of(value, role: str, where: str) -> str | list[dict]:
-    """What the user asks or the assistant answers: a text, or messages; "" if nothing is said.
+def chat_in(text: str) -> list[dict] | None:
+    """The messages that a table's cell holds as JSON; None for any other text."""
+    if not re.match(r"\s*\[\s*\{", text):
+        return None
+    try:
+        turns = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    known = all(isinstance(turn, dict) and str(turn.get("role", turn.get("from"))).lower() in ROLES
+                and {"content", "value", "tool_calls"} & turn.keys() for turn in turns)
+    return turns if known else None
 
-    A text can hold a conversation: JSON in a table's cell, or "\\n\\nHuman: Hi\\n\\nAssistant: Hello"."""
+
+def words_of(value, role: str, where: str, split: bool = True) -> str | list[dict]:
+    """What the user asks or the assistant answers: a text, or messages; "" if nothing is said. A text can hold a conversation:
+    as JSON, or (`split`) as in "\\n\\nHuman: Hi\\n\\nAssistant: Hello"."""
+    if isinstance(value, str) and (turns := chat_in(value)) is not None:
+        value = turns
     if value is None:
         return ""
-    if isinstance(value, str) and not re.match(r"\s*\[\s*\{\s*\"(role|from|content|value)\"", value):
-        parts = HH_TURN.split(value)
+    if isinstance(value, str):
+        parts = HH_TURN.split(value) if split else []
         if len(parts) < 3 or parts[0].strip():
-            return text_of({where: value}, where, where) if value.strip() else ""
+            return text_of({"text": value}, "text", where) if value.strip() else ""
         value = [{"role": name, "content": words.strip()} for name, words in zip(parts[1::2], parts[2::2], strict=True)]
         if role == "user" and value[-1] == {"role": "Assistant", "content": ""}:
             value.pop()  # the prompt's last words open the answer
         if not all(turn["content"] for turn in value):
             raise Unusable("with an empty turn")
-    if not isinstance(value, (str, list, dict)):
-        raise UserError(f"{where}: text or a list of messages is expected, not {type(value).__name__}")
-    value = parsed(value, where)
     value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list):
+        raise UserError(f"{where}: text or a list of messages is expected, not {type(value).__name__}")
     last = value[-1] if value and isinstance(value[-1], dict) else {}
     if not (last.get("content", last.get("value")) or last.get("tool_calls")):
         return ""
@@ -1794,12 +1836,13 @@ def prompt_of(record: dict, where: str, system: str | None = None) -> str | list
         if not isinstance(prompt, str) or not isinstance(record["input"], str):
             raise UserError(f"{where}: instruction and input are joined, so both have to be text")
         prompt = f"{prompt}\n\n{record['input']}"
-    if key in PROMPT_KEYS and is_given(record, "history") and prompt:
+    if is_given(record, "history") and prompt:
         prompt = [*history_of(record["history"], f"{where}: history"), *as_messages(prompt)]
     words = record.get("system") if is_given(record, "system") else system
     if not isinstance(words, (str, type(None))):
         raise UserError(f"{where}: system is {type(words).__name__}, text is expected")
-    if not words or not prompt or isinstance(prompt, list) and prompt[0]["role"] == "system" and not is_given(record, "system"):
+    first = as_messages(prompt)[0] if prompt else {}
+    if not words or not prompt or first["role"] == "system" and (not is_given(record, "system") or first["content"] == words):
         return prompt
     return messages_of([{"role": "system", "content": words}, *as_messages(prompt)], f"{where}: {key}")
 

@@ -685,6 +685,24 @@ def chat_ids(folder, messages):
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
 
 
+def test_requests_are_read_as_records_are(infer, chat_folder, monkeypatch):
+    """system, history and tools beside a prompt or messages mean what they mean in training; a JSON text of messages is parsed."""
+    asked, real = [], INFER.generate
+    monkeypatch.setattr(INFER, "generate", lambda model, prompts, *words, **more: asked.extend(prompts) or real(model, prompts, *words, **more))
+    user, tools = [{"role": "user", "content": "Hi"}], [{"type": "function", "function": {"name": "rain", "parameters": {}}}]
+    whole = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, *user]
+    requests = [({"messages": user, "system": "Be kind."}, whole[:1] + user), ({"prompt": "Hi", "system": "Be kind."}, whole[:1] + user),
+                ({"prompt": "Hi", "history": [["a", "b"]], "system": "Be kind."}, whole), ({"messages": json.dumps(whole)}, whole),
+                ({"prompt": "Hi", "tools": json.dumps(tools)}, user), ({"messages": user, "tools": tools}, user)]
+    infer("--jsonl", *GREEDY, stdin="".join(json.dumps(request) + "\n" for request, _ in requests), folder=chat_folder)
+    tokenizer = TOKENIZER.load(chat_folder)
+    expected = [TOKENIZER.render_chat(tokenizer, messages, tools if "tools" in request else None, add_generation_prompt=True).ids
+                for request, messages in requests]
+    assert [ids[-20:] for ids in asked] == [ids[-20:] for ids in expected]  # long ones lose their beginning
+    with pytest.raises(UserError, match="stdin:1: an object with 'prompt' or 'messages' is expected"):
+        infer("--jsonl", *GREEDY, stdin=json.dumps({"prompt": "Hi", "messages": user}), folder=chat_folder)
+
+
 def test_chat_auto_on_and_off(infer, chat_folder, model_folder, model, tokenizer):
     user = [{"role": "user", "content": "The red"}]
     wrapped = one(model, chat_ids(chat_folder, user), greedy(max_new_tokens=12), tokenizer).text + "\n"

@@ -120,6 +120,38 @@ def test_one_prompt_is_held_out_in_every_layout(tmp_path):
     assert [len(side) for side in TOKENIZER.read_split(data, CHAT, left)] == [54, 6]
 
 
+def test_a_prompt_is_held_out_of_earlier_turns_too(tmp_path):
+    secret = [{"role": "user", "content": "What is secret?"}, {"role": "assistant", "content": "This."}]
+    held = write(tmp_path / "held.jsonl", [{"messages": secret}])
+    train = write(tmp_path / "train.jsonl", [{"messages": secret + ASKED}, {"messages": ASKED}])
+    data = TOKENIZER.DataSection(train=[str(train)], validation=str(held))
+    assert [record["messages"] for _, record in TOKENIZER.read_split(data, CHAT, TOKENIZER.LeftOut())[0]] == [ASKED]
+    calls = [{**CALL, "tool_calls": [{**CALL["tool_calls"][0], "id": name}]} for name in ("a", "b")]
+    keys = {TOKENIZER.prompt_key({"messages": [ASKED[0], call, {"role": "tool", "content": "yes"}, ASKED[1]]}) for call in calls}
+    assert len(keys) == 1  # ids of calls are random
+
+
+@pytest.mark.parametrize(("record", "expected"), [
+    ({"prompt": "a", "completion": '[{"value": "red", "id": 1}]'}, '[{"value": "red", "id": 1}]'),
+    ({"prompt": "a", "completion": '[{"role": "admin", "name": "x"}]'}, '[{"role": "admin", "name": "x"}]'),
+    ({"prompt": "a", "completion": "\n\nHuman: is a label\n\nAssistant: is another"}, "\n\nHuman: is a label\n\nAssistant: is another"),
+    ({"prompt": ASKED[:1], "completion": ASKED}, "The fox."),
+    ({"prompt": ASKED[:1], "system": "Be brief.", "completion": LONG[:3]}, "The fox."),
+])
+def test_answers_that_look_like_conversations_and_those_that_are(record, expected):
+    messages = SFT.conversation(record, "here", CHAT)["messages"]
+    assert messages[-1]["content"] == expected and [turn["role"] for turn in messages if turn["role"] != "system"] == ["user", "assistant"]
+
+
+def test_old_calls_empty_results_and_a_system_given_twice():
+    call = {"role": "assistant", "content": None, "function_call": {"name": "rain", "arguments": '{"day": 2}'}}
+    record = {"system": "Be brief.", "messages": [*LONG[:1], ASKED[0], call, {"role": "tool", "content": None}, ASKED[1]]}
+    messages = SFT.conversation(record, "here", CHAT)["messages"]
+    assert messages == [LONG[0], ASKED[0], CALL, {"role": "tool", "content": ""}, ASKED[1]]
+    pairs = {"messages": ASKED, "history": [["Hi", "Yo"]]}
+    assert [turn["content"] for turn in SFT.conversation(pairs, "here", CHAT)["messages"]] == ["Hi", "Yo", "What is red?", "The fox."]
+
+
 def test_all_held_out_is_said(tmp_path):
     prompt = next(p for i in range(999) if TOKENIZER.is_held_out(TOKENIZER.prompt_key({"prompt": (p := f"What is {i}?")}), 0.05))
     path = write(tmp_path / "a.jsonl", [{"prompt": prompt, "completion": f"{i}."} for i in range(9)])
@@ -179,7 +211,7 @@ WRONG = {
     "two systems": ([{"messages": [LONG[0], LONG[0], *ASKED]}], ":1: messages: two system messages"),
     "late system": ([{"messages": [*ASKED, LONG[0]]}], ":1: messages: message 3 is the system's; it has to come first"),
     "empty answer": ([{"messages": ASKED}, {"messages": [ASKED[0], {"role": "assistant", "content": " "}]}], ":2: messages: message 2: the answer is empty"),
-    "empty output": ([{"instruction": "a", "output": ""}], ":1: keys instruction, output are none of messages"),
+    "no output": ([{"instruction": "a"}], ":1: keys instruction are none of messages"),
     "late history": ([{"instruction": "a", "output": "b", "history": [["c"]]}], ":1: history: messages, or .question, answer. pairs"),
     "tools": ([{"messages": ASKED, "tools": "{}"}], ":1: tools is dict, a list is expected"),
     "a call": ([{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [3]}]}], ":1: messages: message 2: a tool call is an object with a name"),

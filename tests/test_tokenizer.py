@@ -1422,3 +1422,41 @@ def test_hub_datasets_are_read_as_streams(tmp_path, monkeypatch):
         list(TOKENIZER.read_documents(TOKENIZER.expand_paths(["owner/pairs:nosuch"])[0][0]))
     with pytest.raises(UserError, match="data/gone.jsonl' does not exist"):
         TOKENIZER.expand_paths(["data/gone.jsonl"])
+
+
+@pytest.mark.parametrize(("name", "messages", "trained"), [
+    ("chatml", [("user", "q"), ("assistant", "It is <|im_end|>")], ["It is <|im_end|><|im_end|>"]),
+    ("chatml", [("user", "<image>\n"), ("assistant", "</div>\n")], ["</div>\n<|im_end|>"]),
+    ("chatml", [("system", "S"), ("user", "S"), ("assistant", "S"), ("user", "S"), ("assistant", "S")], ["S<|im_end|>", "S<|im_end|>"]),
+    ("reminder", [("system", "S"), ("user", "q"), ("assistant", "Yes")], ["Yes<|im_end|>"]),
+    ("reminder", [("system", "Answer in French, whatever is asked."), ("user", "q"), ("assistant", "Oui")], ["Oui<|im_end|>"]),
+    ("headers", [("user", " q "), ("assistant", " {a: [1]} \n")], ["{a: [1]}<|eot_id|>"]),
+])
+def test_texts_that_look_like_markup_or_stand_twice(name, messages, trained):
+    tokenizer = templates.tokenizer_of((ROOT / f"tests/templates/{name}.jinja").read_text())
+    ids, turns = TOKENIZER.render_chat(tokenizer, [{"role": role, "content": content} for role, content in messages])
+    assert [tokenizer.decode(ids[turn.start : turn.stop]) for turn in turns] == trained
+
+
+def test_an_answer_of_markup_alone_beside_reasoning_that_is_dropped():
+    tokenizer = templates.tokenizer_of((ROOT / "tests/templates/reasoning.jinja").read_text())
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "[SAFE]", "reasoning_content": "r"},
+                {"role": "user", "content": "b"}, {"role": "assistant", "content": "<yes>"}]
+    ids, turns = TOKENIZER.render_chat(tokenizer, messages)
+    assert [tokenizer.decode(ids[turn.start : turn.stop]) for turn in turns] == ["[SAFE]<|im_end|>", "\n</think>\n\n<yes><|im_end|>"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_conversations_in_random_templates(seed):
+    """Against the template's own generation markers, which an oracle template has in the right places."""
+    random = np.random.default_rng(seed)
+    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+                "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    tokenizer = templates.tokenizer_of(template)
+    pieces = ["user", "assistant", "zq0z", " ", "\n", "<b>", "</think>", "[/X]", "{", "}", '"', "\\", "\u4f60", "\U0001f600", "1", "Yes", "<|", "|>"]
+    messages = []
+    for i in range(int(random.integers(2, 8))):
+        content = "".join(random.choice(pieces, random.integers(1, 6))) + "x" * int(random.integers(0, 2))
+        messages.append({"role": ("user", "assistant")[i % 2], "content": content if content.strip() else "x"})
+    own = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert ids_and_mask(tokenizer, messages) == (list(own["input_ids"]), list(own["assistant_masks"]))
