@@ -1700,9 +1700,12 @@ def prompt_key(record: dict) -> str:
 
 def prompt_keys(record: dict) -> list[str]:
     """What each answer of a record answers: the turns before it, without the system's. A plain text stands for itself."""
-    if "text" in record:
+    if "prompt" in record:
+        turns = [*as_messages(record["prompt"]), {"role": "assistant", "content": ""}]
+    elif "messages" in record:
+        turns = record["messages"]
+    else:
         return [record["text"]]
-    turns = record["messages"] if "messages" in record else [*as_messages(record["prompt"]), {"role": "assistant", "content": ""}]
     turns = [turn for turn in turns if turn["role"] != "system"]
     return [json.dumps(spoken(turns[:i] or turns), sort_keys=True) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
 

@@ -272,6 +272,12 @@ def test_pairs_that_teach_nothing_are_left_out(name, tmp_path):
     assert left.text() == f"; left out 1 {why} (the first: {path}:2)"
 
 
+def test_a_column_called_text_does_not_decide_what_is_held_out():
+    for other in ("something", 3, None):
+        record = RL.prompt_record({"prompt": "What is red?", "text": other}, "here", FORM)
+        assert record["text"] == other and TOKENIZER.prompt_key(record) == TOKENIZER.prompt_key({"messages": ASKED + FOX})
+
+
 def test_tools_are_kept_in_every_form():
     tools = [{"type": "function", "function": {"name": "rain", "parameters": {}}}]
     for given in (tools, json.dumps(tools)):
