@@ -566,9 +566,11 @@ def _record(line: str, where: str, base: Sampling):
     if len(keys) != 1 or not isinstance(record[keys[0]], (str, list)) or record[keys[0]] == []:
         raise UserError(f"{where}: an object with 'prompt' or 'messages' is expected")
     prompt, extras = record[keys[0]], TOKENIZER.extras_of({"tools": record.get("tools")}, where)
-    if keys == ["messages"] or isinstance(prompt, list) or extras or TOKENIZER.is_given(record, "system") or TOKENIZER.is_given(record, "history"):
-        asked = {key: record[key] for key in ("system", "history") if key in record}
-        asked |= {"messages": TOKENIZER.messages_of(prompt, where)} if keys == ["messages"] or isinstance(prompt, list) else {"prompt": prompt}
+    if keys == ["messages"] or isinstance(prompt, list):
+        prompt = TOKENIZER.messages_of(prompt, where)
+    context = {key: record[key] for key in ("system", "history") if TOKENIZER.is_given(record, key)}
+    if isinstance(prompt, list) or context or extras:
+        asked = {"messages" if isinstance(prompt, list) else "prompt": prompt, **context}
         prompt = {"messages": TOKENIZER.as_messages(TOKENIZER.prompt_of(asked, where)), **extras}
     kinds = MODEL.field_types(Sampling)
     stop = record.get("stop")
@@ -749,7 +751,7 @@ def scores_of(model, rows: list[list[int]]) -> torch.Tensor:
 
 
 def completion_text(tokenizer, prompt: list[int], ids: list[int]) -> str:
-    """The text of a completion, read behind its prompt: some tokenizers drop the blank before a first word."""
+    """The text of a completion, decoded after its prompt, as some tokenizers drop the blank before a first word."""
     before = tokenizer.decode(prompt[-6:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     whole = tokenizer.decode([*prompt[-6:], *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return whole[len(before) :]

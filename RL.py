@@ -18,7 +18,6 @@ import copy
 import hashlib
 import importlib.util
 import inspect
-import itertools
 import json
 import math
 import os
@@ -1363,36 +1362,18 @@ def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     if not all(key in record for key in keys):
         raise UserError(f"{where}: keys {TOKENIZER.keys_of(record)} are neither prompt + chosen + rejected nor prompt + completion + label; "
                         f"set {form.section}.columns, as in {{chosen: my_column, rejected: another}}")
-    alone = not any(TOKENIZER.is_given(record, key) for key in TOKENIZER.PROMPT_KEYS)  # completions hold their prompts
-    answers = [TOKENIZER.words_of(record[key], "assistant", f"{where}: {key}", alone) for key in keys]
+    implicit = not any(TOKENIZER.is_given(record, key) for key in TOKENIZER.PROMPT_KEYS)
+    answers = [TOKENIZER.words_of(record[key], "assistant", f"{where}: {key}", implicit) for key in keys]
     if not all(answers):
         raise TOKENIZER.Unusable("with an empty completion")
     whole = [isinstance(answer, list) and answer[0]["role"] != "assistant" for answer in answers]
     if any(whole) and not all(whole):
         raise UserError(f"{where}: one completion is a whole conversation, the other only an answer")
-    if all(whole):  # they hold the prompt
-        given = TOKENIZER.prompt_of({key: value for key, value in record.items() if key not in TOKENIZER.CHAT_KEYS}, where)
-        given = TOKENIZER.as_messages(given) if given else []
-        prompt, answers = shared_prompt(answers, where, form)
-        if any(one != other for one, other in itertools.zip_longest(TOKENIZER.spoken(given), TOKENIZER.spoken(prompt)) if one):
-            raise TOKENIZER.Unusable("whose prompt is not that of its completions")
-        if prompt[0]["role"] != "system":
-            systems = [turn["content"] for turn in given if turn["role"] == "system"]
-            systems += [record["system"]] if TOKENIZER.is_given(record, "system") else []
-            systems += [form.system] if form.system else []
-            prompt = [*({"role": "system", "content": words} for words in systems[:1]), *prompt]
-    else:
-        prompt = TOKENIZER.prompt_of(record, where, form.system)
-        if prompt is None:
-            prompt, answers = shared_prompt(answers, where, form)
-        elif isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
-            raise UserError(f"{where}: the prompt ends with the assistant's message, so nothing is left to answer")
-        elif prompt and isinstance(prompt, str) and not single and all(isinstance(a, str) and a.startswith(prompt) for a in answers):
-            answers = [answer[len(prompt) :] for answer in answers]  # both repeat it
-            if not all(answers):
-                raise TOKENIZER.Unusable("with an empty completion")
+    prompt, answers = (prompt_inside if all(whole) else prompt_beside)(record, answers, where, form)
     if not prompt:
         raise TOKENIZER.Unusable("without a prompt")
+    if not all(answers):
+        raise TOKENIZER.Unusable("with an empty completion")
     if isinstance(prompt, list) or any(isinstance(answer, list) for answer in answers):
         prompt, answers = TOKENIZER.as_messages(prompt), [TOKENIZER.as_messages(answer, "assistant") for answer in answers]
     found = {"prompt": prompt, **dict(zip(keys, answers, strict=True)), **TOKENIZER.extras_of({"tools": record.get("tools")}, where)}
@@ -1404,6 +1385,32 @@ def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     return {**found, "label": label}
 
 
+def prompt_inside(record: dict, answers: list[list[dict]], where: str, form: TOKENIZER.Form) -> tuple[list[dict], list]:
+    """(prompt, completions) of whole conversations; a prompt given beside them has to be the beginning of theirs."""
+    given = TOKENIZER.prompt_of({key: value for key, value in record.items() if key not in TOKENIZER.CHAT_KEYS}, where, form.system)
+    given = TOKENIZER.as_messages(given) if given else []
+    prompt, answers = shared_prompt(answers, where, form)
+    asked, full = ([turn for turn in turns if turn["role"] != "system"] for turns in (given, prompt))
+    if TOKENIZER.essence(full[: len(asked)]) != TOKENIZER.essence(asked):
+        raise TOKENIZER.Unusable("whose prompt is not that of its completions")
+    system = [turn for turn in given if turn["role"] == "system"]
+    if words := record.get("system") if TOKENIZER.is_given(record, "system") else form.system:
+        system = system or [{"role": "system", "content": words}]
+    return (prompt if prompt[0]["role"] == "system" else [*system, *prompt]), answers
+
+
+def prompt_beside(record: dict, answers: list, where: str, form: TOKENIZER.Form) -> tuple[str | list[dict] | None, list]:
+    """(prompt, completions) of answers alone, or of texts that both begin with their prompt."""
+    prompt = TOKENIZER.prompt_of(record, where, form.system)
+    if prompt is None:
+        return shared_prompt(answers, where, form)
+    if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+        raise UserError(f"{where}: the prompt ends with the assistant's message, so nothing is left to answer")
+    if prompt and isinstance(prompt, str) and len(answers) == 2 and all(isinstance(a, str) and a.startswith(prompt) for a in answers):
+        answers = [answer[len(prompt) :] for answer in answers]
+    return prompt, answers
+
+
 def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str | list[dict], list]:
     """What two completions begin with, up to their last difference, and the rest of each.
 
@@ -1413,8 +1420,8 @@ def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str 
         raise TOKENIZER.Unusable("whose completions answer different prompts")
     first, last = answers[0], answers[-1]
     if isinstance(first, list):
-        turns = [[(turn["role"], turn["content"].strip(), turn.get("tool_calls")) for turn in answer] for answer in answers]
-        same = min(len(os.path.commonprefix(turns)), len(first) - 1, len(last) - 1)  # the last turn is the answer, even if both give the same
+        common = len(os.path.commonprefix([TOKENIZER.essence(answer) for answer in answers]))
+        same = min(common, len(first) - 1, len(last) - 1)  # the last turn is the answer, even if both give the same
         prompt = first[:same]
         if any(answer[same]["role"] != "assistant" for answer in answers):
             raise TOKENIZER.Unusable("whose completions answer different prompts")

@@ -517,9 +517,10 @@ def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     messages = TOKENIZER.as_messages(TOKENIZER.prompt_of(whole, where, form.system))
     if not chat:
         answer = TOKENIZER.as_messages(TOKENIZER.words_of(record[keys[1]], "assistant", f"{where}: {keys[1]}", False), "assistant")
-        repeated = TOKENIZER.spoken(answer)[: len(TOKENIZER.spoken(messages))] == TOKENIZER.spoken(messages)
-        messages = [*(turn for turn in messages if turn["role"] == "system" or not repeated),
-                    *(turn for turn in answer if turn["role"] != "system" or not repeated)]
+        asked, full = ([turn for turn in turns if turn["role"] != "system"] for turns in (messages, answer))
+        if TOKENIZER.essence(full[: len(asked)]) == TOKENIZER.essence(asked):  # the completion repeats the prompt
+            messages, answer = [turn for turn in messages if turn["role"] == "system"], full
+        messages = [*messages, *answer]
     elif TOKENIZER.is_given(record, "answer"):
         extras["answer"] = record["answer"]
     if not any(turn["role"] == "assistant" for turn in messages):

@@ -296,8 +296,8 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
     """A conversation in the tokenizer's chat template -> its ids and the assistant's turns.
 
     The ids are those of the whole rendering, so training and serving read the same. To find the turns, the conversation is
-    rendered a second time with a unique mark in place of each text that somebody says: what stands between the marks is the
-    template's own. A turn starts where the prompt for it ends, and it stops after the end-of-turn token that follows its last
+    rendered a second time with a unique mark in place of the text of each message: what is left between the marks is
+    the template's. A turn starts where the prompt for it ends, and it stops after the end-of-turn token that follows its last
     mark. Everything in between (reasoning, tool calls and their markup) is for the model to generate.
 
     [user "Hi", assistant "Yo"] -> ids of "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nYo<|im_end|>\\n",
@@ -395,8 +395,8 @@ class Marks:
             count = len(self.marks)
             marked["tool_calls"] = self._inside(i, message["tool_calls"])
             if len(self.marks) == count:  # no argument is a text: the names have to serve
-                names = [call.get("function", call)["name"] for call in message["tool_calls"]]
-                marked["tool_calls"] = [with_function(call, name=self._mark(i, name)) for call, name in zip(marked["tool_calls"], names, strict=True)]
+                marked["tool_calls"] = [with_function(call, name=self._mark(i, call.get("function", call)["name"]))
+                                        for call in message["tool_calls"]]
         return marked
 
     def _inside(self, i: int, value, key: str = ""):
@@ -435,7 +435,7 @@ class Marks:
         return None
 
     def places(self, marked: str, real: str) -> list[Place] | None:
-        """Where the marks stand, if the two renderings are otherwise the same; None if the template changed a text."""
+        """The positions of the marks if the two renderings are otherwise equal; None if the template changed a text."""
         places, at, there = [], 0, 0
         for found in self.pattern.finditer(marked):
             literal, mark = marked[at : found.start()], self.marks[found[0]]
@@ -454,15 +454,16 @@ class Marks:
         """Of each mark the place in its message's turn: a template may repeat a text before it (a summary) or behind it."""
         found, last = [], 0
         for i in range(len(self.messages)):
-            names = dict.fromkeys(place.name for place in places if place.message == i)
-            chosen = [min((place for place in places if place.name == name), key=lambda place: (place.start < last, place.start)) for name in names]
-            last = max([last, *(place.stop for place in chosen)])
-            found += chosen
+            chosen: dict[str, Place] = {}
+            for place in sorted((place for place in places if place.message == i), key=lambda place: (place.start < last, place.start)):
+                chosen.setdefault(place.name, place)
+            last = max([last, *(place.stop for place in chosen.values())])
+            found += chosen.values()
         return sorted(found, key=lambda place: place.start)
 
 
 class Place(NamedTuple):
-    """Where a mark stands in the marked rendering, and where the text that it stands for ends in the real one."""
+    """The position of a mark in the marked rendering, and where the text that it replaces ends in the real rendering."""
 
     name: str
     message: int
@@ -513,7 +514,7 @@ def one_of(words: list[str]) -> re.Pattern:
 def prompt_part(tokenizer, marks: Marks, i: int, tools: list | None, gap: str) -> int:
     """How many characters before an answer belong to its prompt, as serving would render it.
 
-    prompt "...<|im_start|>assistant\\n<think>\\n", gap "...<|im_start|>assistant\\n" -> the whole gap: an answer without reasoning
+    prompt "...assistant\\n<think>\\n", gap "...assistant\\n" -> the whole gap: this answer has no reasoning
     """
     try:
         prompt = render_marked(tokenizer, marks.messages[:i], tools, add_generation_prompt=True) if i else ""
@@ -1603,7 +1604,7 @@ TEXT_KEYS = ("text", "sentence", "content", "message", "sms", "review", "documen
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-Record = tuple[str, dict]  # file:line, and what stands there
+Record = tuple[str, dict]  # file:line, record
 
 
 class Unusable(Exception):
@@ -1611,7 +1612,7 @@ class Unusable(Exception):
 
 
 class LeftOut:
-    """Why records were left out, how many, and where the first of them stands; how many were truncated."""
+    """Why records were left out, how many, and the file:line of the first; how many were truncated."""
 
     def __init__(self):
         self.truncated = 0
@@ -1627,7 +1628,7 @@ class LeftOut:
 
 
 class Form(NamedTuple):
-    """What a stage makes of records: `expand(record, where, form)`, under the settings of its `section`."""
+    """How a stage reads records: `expand(record, where, form)` under the settings of its `section`."""
 
     expand: Callable
     section: str  # named by errors
@@ -1671,7 +1672,7 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
             raise UserError(f"{key}: no {kind} in {names}{left.text()}")
         return found
 
-    if held_out:  # read first, so that a record that stands in both is held out
+    if held_out:  # read first, so that a record in both files is held out
         kept = read(held_out, "data.validation")
     records = read(itertools.chain.from_iterable(groups), "data.train")
     if held_out:
@@ -1694,12 +1695,12 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
 
 
 def prompt_key(record: dict) -> str:
-    """What a record answers at last, in the same words whatever its layout."""
+    """The prompt of a record's last answer, the same whatever the record's layout."""
     return prompt_keys(record)[-1]
 
 
 def prompt_keys(record: dict) -> list[str]:
-    """What each answer of a record answers: the turns before it, without the system's. A plain text stands for itself."""
+    """The prompt of each answer in a record: the turns before it, without the system message. For plain text, the text."""
     if "prompt" in record:
         turns = [*as_messages(record["prompt"]), {"role": "assistant", "content": ""}]
     elif "messages" in record:
@@ -1707,13 +1708,12 @@ def prompt_keys(record: dict) -> list[str]:
     else:
         return [record["text"]]
     turns = [turn for turn in turns if turn["role"] != "system"]
-    return [json.dumps(spoken(turns[:i] or turns), sort_keys=True) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    return [json.dumps(essence(turns[:i] or turns), sort_keys=True) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
 
 
-def spoken(turns: list[dict]) -> list[tuple]:
-    """What tells one conversation from another: who says what, and calls without their ids."""
-    return [(turn["role"], turn["content"].strip(), [call["function"] for call in turn.get("tool_calls") or ()])
-            for turn in turns if turn["role"] != "system"]
+def essence(turns: list[dict]) -> list[tuple]:
+    """Role, content and calls of each turn, for comparison: without surrounding blanks, ids of calls and other keys."""
+    return [(turn["role"], turn["content"].strip(), [call["function"] for call in turn.get("tool_calls") or ()]) for turn in turns]
 
 
 def as_messages(words: str | list[dict], role: str = "user") -> list[dict]:
@@ -1725,7 +1725,7 @@ def keys_of(record: dict) -> str:
 
 
 def is_given(record: dict, key: str) -> bool:
-    """A table's empty cell and JSON's null are no value."""
+    """Whether a key has a value: an empty cell of a table and null in JSON count as missing."""
     return record.get(key) is not None and not (isinstance(record[key], str) and not record[key].strip())
 
 
@@ -1802,8 +1802,8 @@ def chat_in(text: str) -> list[dict] | None:
 
 
 def words_of(value, role: str, where: str, split: bool = True) -> str | list[dict]:
-    """What the user asks or the assistant answers: a text, or messages; "" if nothing is said. A text can hold a conversation:
-    as JSON, or (`split`) as in "\\n\\nHuman: Hi\\n\\nAssistant: Hello"."""
+    """A prompt or completion as text or messages, "" if it is empty. A text can contain a conversation: as JSON, or (`split`) as
+    in "\\n\\nHuman: Hi\\n\\nAssistant: Hello"."""
     if isinstance(value, str) and (turns := chat_in(value)) is not None:
         value = turns
     if value is None:
