@@ -456,17 +456,39 @@ def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
 
 
 def make_batch(pairs: list[Pair], width: int | None = None, rows: int = 1) -> dict:
-    """Each example in a row of its own, the two of a pair one after the other; rows of padding up to `rows`."""
+    """Each example in a row of its own, the two of a pair one after the other; rows of padding up to `rows`. Beside `collate`'s keys
+    `halves`: [(rows, width), ...], the shorter rows and the longer ones, which are computed apart so that short rows are padded less."""
     examples = TOKENIZER.Examples.of([one for pair in pairs for one in pair.examples] or [Example([0], [0])])
     pieces = [[(int(start), int(start + size))] for start, size in zip(examples.starts, examples.lengths, strict=True)]
     batch = TOKENIZER.collate(examples, pieces + [[]] * (rows - len(pieces)), width)
-    return {**batch, "segment_ids": None}  # a row holds one example
+    lengths = np.array([*examples.lengths, *[0] * (rows - len(pieces))])
+    order = [np.arange(len(lengths))] if width else np.array_split(np.argsort(lengths, kind="stable"), min(2, len(lengths)))
+    halves = [(torch.from_numpy(half), width or max(int(lengths[half].max()), 1)) for half in order]
+    return {**batch, "segment_ids": None, "halves": halves}  # a row holds one example
+
+
+def read_rows(model, batch: dict, read: Callable[..., Tensor], want: tuple = ()) -> tuple[Tensor, Tensor]:
+    """(read(output, positions) of every row (R,), the router's loss), from one forward pass for each half of the batch."""
+    values, balance = [], 0.0
+    for rows, width in batch["halves"]:
+        ids, positions, targets = (batch[key] if batch[key] is None else batch[key][rows, :width] for key in ("input_ids", "positions", "targets"))
+        out = model(ids, positions=positions, targets=None if want else targets, want=want)
+        values.append(read(out, positions))
+        balance = balance + out.aux_loss / len(batch["halves"])
+    order = torch.cat([rows for rows, _ in batch["halves"]]).argsort().to(values[0].device)
+    return torch.cat(values)[order], balance
 
 
 def text_logps(model, batch: dict, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probabilities of the completions (B, count), their tokens (B, count), the router's loss)."""
-    out = model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"])
-    return out.logprobs.sum(1).view(-1, count), (batch["targets"] != -100).float().sum(1).view(-1, count), out.aux_loss
+    sums, balance = read_rows(model, batch, lambda out, positions: out.logprobs.sum(1))
+    return sums.view(-1, count), (batch["targets"] != -100).float().sum(1).view(-1, count), balance
+
+
+def last_scores(out: MODEL.Output, positions: Tensor | None) -> Tensor:
+    """The score head's output at the last token of each row (R,)."""
+    scores = out.scores[..., 0]  # (R, T)
+    return scores[:, -1] if positions is None else scores.gather(1, positions.argmax(1, keepdim=True))[:, 0]
 
 
 class Order:
@@ -652,10 +674,9 @@ def reward_model_loss(settings: RLSection) -> Callable:
     """loss_fn for `fit`: the reward of a text is the score head's output at its last token."""
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        real, width = batch["real"], batch["input_ids"].shape[1]
-        out = model(batch["input_ids"], positions=batch["positions"], want=("scores",))
-        last = torch.full((len(out.scores),), width - 1) if batch["positions"] is None else batch["positions"].argmax(1)  # (2B,)
-        rewards = out.scores[..., 0].gather(1, last.to(out.scores.device)[:, None]).view(-1, 2)  # (B, 2)
+        real = batch["real"]
+        rewards, balance = read_rows(model, batch, last_scores, want=("scores",))
+        rewards = rewards.view(-1, 2)  # (B, 2)
 
         def share(values: Tensor) -> Tensor:
             return torch.where(real, values, 0.0).sum() / totals["pairs"]
@@ -664,7 +685,7 @@ def reward_model_loss(settings: RLSection) -> Callable:
         chosen, rejected = rewards.detach().unbind(1)
         right = (chosen > rejected).float() + 0.5 * (chosen == rejected)
         metrics = {"accuracy": share(right), "margin": share(chosen - rejected), "mean_reward": share((chosen + rejected) / 2), "loss": loss.detach()}
-        return loss + out.aux_loss / totals["micro_batches"], metrics
+        return loss + balance / totals["micro_batches"], metrics
 
     return loss_fn
 
