@@ -16,6 +16,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -499,7 +500,7 @@ def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_genera
         first, last = chosen[numbers[0]].start, chosen[numbers[-1]]
         before = max((place.stop for place in places if place.stop <= first), default=0)
         after = chosen[numbers[-1] + 1].start if numbers[-1] + 1 < len(chosen) else len(marked)
-        start = before + prompt_part(tokenizer, marks, i, tools, marked[before:first])
+        start = before + prompt_part(chat_ends(tokenizer).opening, marked[before:first])
         stop = last.stop + (len(rest) if marked.startswith(rest := marks.marks[last.name].rest, last.stop) else 0)
         found = end.search(marked, stop, after)
         stop = found.end() if found else max(stop, len(marked.rstrip())) if after == len(marked) else stop
@@ -511,25 +512,13 @@ def one_of(words: list[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 
 
-def prompt_part(tokenizer, marks: Marks, i: int, tools: list | None, gap: str) -> int:
-    """How many characters before an answer belong to its prompt, as serving would render it.
+def prompt_part(opening: str, gap: str) -> int:
+    """How many characters before an answer belong to its prompt: up to the end of what they share with what asks for an answer.
 
-    prompt "...assistant\\n<think>\\n", gap "...assistant\\n" -> the whole gap: this answer has no reasoning
+    opening "...assistant\\n<think>\\n", gap "...assistant\\n" -> the whole gap: this answer has no reasoning
     """
-    try:
-        prompt = render_marked(tokenizer, marks.messages[:i], tools, add_generation_prompt=True) if i else ""
-    except UserError:
-        prompt = ""
-    tail, opening = marks.pattern.split(prompt)[-1], chat_ends(tokenizer).opening
-    if tail == gap:
-        return len(gap)
-
-    def overlap(text: str, least: float) -> int | None:
-        _, start, size = SequenceMatcher(None, text, gap, autojunk=False).find_longest_match()
-        return start + size if size >= max(least, 1) else None
-
-    stops = len(tail) if prompt and gap.startswith(tail) else overlap(tail, 1), overlap(opening, len(opening) / 2)
-    return max((stop for stop in stops if stop is not None), default=len(gap))
+    _, start, size = SequenceMatcher(None, opening, gap, autojunk=False).find_longest_match()
+    return start + size if size >= max(1, len(opening) / 2) else len(gap)
 
 
 class Ends(NamedTuple):
@@ -976,29 +965,27 @@ class TokenStream:
 
     def __init__(self, blocks: Callable, plan: Callable, batch_size: int, length: int, counted: bool = True):
         self.blocks, self.make_plan, self.batch_size, self.length, self.counted = blocks, plan, batch_size, length, counted
-        self.epoch = self.block = self.next_row = 0
         self.steps_per_epoch = None
 
     def start(self, run) -> None:
         self.run = run
         self.per_step = self.batch_size * run.grad_accum * run.world_size
         self.width = self.length if getattr(run, "static_shapes", False) else None
-        self.queue: list[dict] = []
-        self._open_epoch()
+        self._seek(0, 0, 0)
         if self.counted:
             self.steps_per_epoch = -(-self.plan.count // self.per_step)
 
-    def _open_epoch(self) -> None:
-        """Go to (epoch, block), skipping blocks that were used before a resume."""
-        self.iterator = iter(self.blocks(self.epoch))
-        for _ in range(self.block + 1):
-            sources = next(self.iterator, None)
-        self.plan = self.make_plan(sources, [self.run.seed, self.epoch, self.block])
+    def _plans(self) -> Iterator:
+        """The plan of each block, from the current one on."""
+        while True:
+            for self.block, sources in enumerate(itertools.islice(self.blocks(self.epoch), self.block, None), self.block):
+                yield self.make_plan(sources, [self.run.seed, self.epoch, self.block])
+            self.epoch, self.block = self.epoch + 1, 0
 
     def __next__(self) -> dict:
         if not self.queue:
             if self.next_row >= self.plan.count:
-                self._advance()
+                self.plan, self.next_row = next(self.plans), 0
             run, size = self.run, self.batch_size
             for micro in range(run.grad_accum):
                 first = self.next_row + (micro * run.world_size + run.rank) * size
@@ -1013,24 +1000,18 @@ class TokenStream:
         fill = (self.batch_size if self.width else 1) - len(rows)
         return collate(self.plan.spans, rows + [[]] * fill, self.width)
 
-    def _advance(self) -> None:
-        sources = next(self.iterator, None)
-        self.next_row, self.block = 0, self.block + 1
-        if sources is None:
-            self.epoch, self.block = self.epoch + 1, 0
-            self._open_epoch()
-        else:
-            self.plan = self.make_plan(sources, [self.run.seed, self.epoch, self.block])
-
     def state_dict(self) -> dict:
         """The position, at a step boundary."""
         return {"epoch": self.epoch, "block": self.block, "next_row": self.next_row}
 
     def load_state_dict(self, state: dict) -> None:
-        self.epoch, self.block = state["epoch"], state["block"]
-        self.queue = []
-        self._open_epoch()
-        self.next_row = state["next_row"]
+        self._seek(state["epoch"], state["block"], state["next_row"])
+
+    def _seek(self, epoch: int, block: int, next_row: int) -> None:
+        self.epoch, self.block, self.next_row = epoch, block, next_row
+        self.queue: list[dict] = []
+        self.plans = self._plans()
+        self.plan = next(self.plans)
 
 
 def cut_once(plan: Callable) -> Callable:
@@ -1286,6 +1267,7 @@ def bare_dtype(path: Path, count: int) -> str:
 # -- file formats
 
 RECORDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".hub")
+LIBRARIES = (".parquet", ".hub")  # read by a library, which raises many kinds of errors
 FORMATS = (".txt", *RECORDS[:-1], ".md", ".text")
 LONGEST = 2**22  # characters of a document; a longer one is cut at a line end
 OUTPUTS = ("config.json", "tokenizer.json", "train_ids.json", "log.jsonl")  # a folder with one of these was written by a run
@@ -1349,6 +1331,9 @@ def data_files(data: DataSection) -> tuple[list[list[Path]], list[Path]]:
 class Reading:
     """Inside `with`, whatever is wrong with a file becomes one line that names the file and the place."""
 
+    WRONG = {PermissionError: "no permission to read", IsADirectoryError: "a folder; a file is expected",
+             UnicodeDecodeError: "not UTF-8; convert it with `iconv -f LATIN1 -t UTF-8`"}
+
     def __init__(self, path: Path):
         self.path, self.line = path, 0
 
@@ -1356,20 +1341,14 @@ class Reading:
         return self
 
     def __exit__(self, kind, error, _) -> None:
-        place = f"{self.path}:{self.line}" if self.line else str(self.path)
+        library = suffix_of(self.path) in LIBRARIES and isinstance(error, Exception) and not isinstance(error, UserError)
         if isinstance(error, UnicodeDecodeError):
-            place, what = f"{self.path}:{undecodable_line(self.path)}", "not UTF-8; convert it with `iconv -f LATIN1 -t UTF-8`"
-        elif isinstance(error, PermissionError):
-            what = "no permission to read"
-        elif isinstance(error, IsADirectoryError):
-            what = "a folder; a file is expected"
-        elif isinstance(error, gzip.BadGzipFile) and not self.line:
-            what = "not a gzip file, although its name ends in .gz"
-        elif isinstance(error, (OSError, EOFError, zlib.error, csv.Error)):
-            what = f"cannot be read ({error})"
-        else:
+            self.line = undecodable_line(self.path)
+        elif not library and not isinstance(error, (OSError, EOFError, zlib.error, csv.Error)):
             return
-        raise UserError(f"{place}: {what}") from None
+        reason = f"{type(error).__name__}: {first_line(error)[:160]}" if library else error
+        what = f"cannot be read{' as a file or from the hub' * (suffix_of(self.path) == '.hub')} ({reason})"
+        raise UserError(f"{self.path}{f':{self.line}' * bool(self.line)}: {self.WRONG.get(type(error), what)}") from None
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
@@ -1449,10 +1428,9 @@ def read_records(path: Path, field: str | None = None) -> Iterator[tuple[str, di
     if suffix not in RECORDS:
         raise UserError(f"{path}: records are expected ({', '.join(RECORDS[:-1])})")
     with Reading(path) as at:
-        if suffix == ".parquet":
-            yield from read_parquet(path, field)
-        elif suffix == ".hub":
-            yield from read_hub(path)
+        if suffix in LIBRARIES:
+            for row, record in enumerate(read_parquet(path, field) if suffix == ".parquet" else read_hub(path), 1):
+                yield f"{path}: row {row}", {key: without_nulls(value) for key, value in record.items()}
         else:
             yield from (read_json_records if suffix.startswith(".json") else read_table)(path, at)
 
@@ -1512,29 +1490,26 @@ def read_table(path: Path, at: Reading) -> Iterator[tuple[str, dict]]:
             yield f"{path}:{rows.line_num}", {key: value for key, value in row.items() if value is not None}
 
 
-def read_parquet(path: Path, field: str | None) -> Iterator[tuple[str, dict]]:
+def library(name: str, path: Path):
+    """An optional package that reads `path`."""
     try:
-        import pyarrow
-        import pyarrow.parquet
+        return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"{path}: reading parquet needs `pip install pyarrow`") from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a parquet file ({error})") from None
+        raise UserError(f"{path}: needs `pip install {name.partition('.')[0]}`") from None
+
+
+def read_parquet(path: Path, field: str | None) -> Iterator[dict]:
+    file = library("pyarrow.parquet", path).ParquetFile(path)
     if field and field not in file.schema_arrow.names:
         raise UserError(f"{path}: no column '{field}' (columns: {', '.join(file.schema_arrow.names)}); set data.text_field")
-    row, batches = 0, file.iter_batches(columns=[field] if field else None)
-    while True:
-        try:
-            batch = next(batches, None)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: cannot be read after row {row} ({error})") from None
-        if batch is None:
-            return
-        for record in batch.to_pylist():
-            row += 1
-            yield f"{path}: row {row}", {key: without_nulls(value) for key, value in record.items()}
+    for batch in file.iter_batches(columns=[field] if field else None):
+        yield from batch.to_pylist()
+
+
+def read_hub(source: Path) -> Iterator[dict]:
+    """A dataset of the hub, or a folder in its layout, as a stream: name, name:split or name:config:split."""
+    name, *rest = str(source).split(":")
+    return library("datasets", source).load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train", streaming=True)
 
 
 def without_nulls(value):
@@ -1542,22 +1517,6 @@ def without_nulls(value):
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def read_hub(source: Path) -> Iterator[tuple[str, dict]]:
-    """A dataset of the hub, or a folder in its layout, as a stream: name, name:split or name:config:split."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{source}: hub datasets need `pip install datasets`") from None
-    name, *rest = str(source).split(":")
-    try:
-        rows = datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train", streaming=True)
-        for number, record in enumerate(rows, 1):
-            yield f"{source}: row {number}", {key: without_nulls(value) for key, value in record.items()}
-    except Exception as error:  # the network, the hub, a wrong name, a broken file: the library raises many kinds
-        reason = f"{type(error).__name__}: {first_line(error)[:160]}"
-        raise UserError(f"{source}: neither a file here nor a dataset that the hub gives ({reason})") from None
 
 
 # -- cleaning
@@ -1672,26 +1631,22 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
             raise UserError(f"{key}: no {kind} in {names}{left.text()}")
         return found
 
-    if held_out:  # read first, so that a record in both files is held out
-        kept = read(held_out, "data.validation")
+    kept = read(held_out, "data.validation") if held_out else []  # read first, so that a record in both files is held out
     records = read(itertools.chain.from_iterable(groups), "data.train")
-    if held_out:
-        prompts = {prompt_key(record) for _, record in kept}
-        train = []
-        for where, record in records:
-            if prompts.isdisjoint(prompt_keys(record)):
-                train.append((where, record))
-            else:
-                left.add("with a prompt of data.validation", where)
+    keys = [prompt_keys(record) for _, record in records]
+    if data.validation == "hash":
+        held = {key for key in itertools.chain.from_iterable(keys) if is_held_out(key, data.validation_fraction)}
+    elif data.validation == "tail":
+        held = {found[-1] for found in keys[len(keys) - round(len(keys) * data.validation_fraction) :]}
     else:
-        tail = {prompt_key(record) for _, record in records[len(records) - round(len(records) * data.validation_fraction) :]}
-        held = {"none": lambda key: False, "tail": lambda key: key in tail,
-                "hash": lambda key: is_held_out(key, data.validation_fraction)}[data.validation]
-        train, kept = ([pair for pair in records if any(map(held, prompt_keys(pair[1]))) == part] for part in (False, True))
+        held = {prompt_keys(record)[-1] for _, record in kept}
+    train, rest = ([pair for pair, found in zip(records, keys, strict=True) if held.isdisjoint(found) == part] for part in (True, False))
+    for where, _ in rest if held_out else ():
+        left.add("with a prompt of data.validation", where)
     if not train:
         raise UserError(f"data.validation: {data.validation} holds out the prompts of all {len(records):,} {kind}s of data.train "
                         f"(the first: {records[0][0]}); set --data.validation none, or name another file")
-    return train, kept
+    return train, kept if held_out else rest
 
 
 def prompt_key(record: dict) -> str:

@@ -463,13 +463,13 @@ BAD = {
     "list.json": (b'{"text": 3}', "list.json.*'text' is int"),
     "field.csv": (b"title,body\na,b\n", "field.csv:2: no key 'text'.*title, body"),
     "short.csv": (b"id,text\n1,a\n2\n", "short.csv:3: no key 'text'"),
-    "notgz.txt.gz": (b"plain text", "notgz.txt.gz: not a gzip"),
-    "notgz.json.gz": (b"plain text", "notgz.json.gz: not a gzip"),
+    "notgz.txt.gz": (b"plain text", "notgz.txt.gz: cannot be read .Not a gzip"),
+    "notgz.json.gz": (b"plain text", "notgz.json.gz: cannot be read .Not a gzip"),
     "cut.txt.gz": (gz_cut("NOISE"), "cut.txt.gz"),
     "cut.jsonl.gz": (gz_cut('{"text": "NOISE"}\n'), "cut.jsonl.gz"),
     "cut.json.gz": (gz_cut('[{"text": "NOISE"}]'), "cut.json.gz"),
     "cut.csv.gz": (gz_cut("text\nNOISE\n"), "cut.csv.gz"),
-    "not.parquet": (b"PAR1 but not really", "not.parquet: not a parquet"),
+    "not.parquet": (b"PAR1 but not really", "not.parquet: cannot be read"),
 }
 
 
@@ -1418,7 +1418,7 @@ def test_hub_datasets_are_read_as_streams(tmp_path, monkeypatch):
     data = TOKENIZER.DataSection(train=["owner/pairs:train"], validation="owner/pairs:test", dir=str(tmp_path / "bin"))
     files = TOKENIZER.token_files(data, TOKENIZER.train(make_text(20), 300))
     assert set(files) == {"train", "val"}
-    with pytest.raises(UserError, match="owner/pairs:nosuch: neither a file here nor a dataset"):
+    with pytest.raises(UserError, match="owner/pairs:nosuch: cannot be read as a file or from the hub"):
         list(TOKENIZER.read_documents(TOKENIZER.expand_paths(["owner/pairs:nosuch"])[0][0]))
     with pytest.raises(UserError, match="data/gone.jsonl' does not exist"):
         TOKENIZER.expand_paths(["data/gone.jsonl"])
