@@ -321,197 +321,50 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, (starts, stops) = list(encoded.input_ids), np.array(encoded.offset_mapping).reshape(-1, 2).T
     turns = [Turn(i, int(np.searchsorted(stops, start, "right")), int(np.searchsorted(starts, stop))) for i, start, stop in spans]
-    ends, last = chat_ends(tokenizer), max(spans, default=(0, 0, 0))
-    if last[2] >= len(text.rstrip()) > 0 and not text[: last[2]].endswith(tuple(ends.tokens)):  # nothing ends the last turn
-        end = ends.tokens[-1 if messages[last[0]].get("tool_calls") else 0] if ends.tokens else tokenizer.eos_token
+    ends, last = chat_ends(tokenizer), spans[-1] if spans else Turn(0, 0, 0)
+    if last.stop >= len(text.rstrip()) > 0 and not text[: last.stop].endswith(tuple(ends.tokens)):  # nothing ends the last turn
+        end = ends.tokens[-1 if messages[last.message].get("tool_calls") else 0] if ends.tokens else tokenizer.eos_token
         if end and (ends.open_end or not ends.tokens):
             ids.append(tokenizer.convert_tokens_to_ids(end))
             turns[-1] = turns[-1]._replace(stop=len(ids))
     return Conversation(ids, turns)
 
 
-def spellings(messages: list[dict]) -> Iterator[list[dict]]:
-    """A conversation as different templates want it: tool calls with empty or no content, their arguments an object or JSON."""
-    yield messages
-    for content, as_text in ((None, False), ("", True), (None, True)) if any(m.get("tool_calls") for m in messages) else ():
-        spelled = [dict(message) for message in messages]
-        for message in (message for message in spelled if message.get("tool_calls")):
-            message["content"] = message.get("content") or content
-            given = [call.get("function", call).get("arguments") or {} for call in message["tool_calls"]]
-            message["tool_calls"] = [with_function(call, arguments=json.dumps(value) if as_text else value)
-                                     for call, value in zip(message["tool_calls"], given, strict=True)]
-        yield spelled
-
-
-def with_function(call: dict, **changes) -> dict:
-    """A copy of a tool call with its function changed."""
-    return {**call, "function": {**call["function"], **changes}} if "function" in call else {**call, **changes}
-
-
-def render(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool = False) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False)
-    except Exception as error:  # a template is a program: it can raise anything
-        raise UserError(f"the chat template refuses this conversation ({first_line(error)})") from None
-
-
-@functools.lru_cache(2**12)
-def _render_json(tokenizer, template: str, messages: str, tools: str, add_generation_prompt: bool) -> str:
-    return render(tokenizer, json.loads(messages), json.loads(tools), add_generation_prompt)
-
-
-def render_marked(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool = False) -> str:
-    """The rendering of a conversation with marks. Conversations of one shape are the same then, so it is kept."""
-    return _render_json(tokenizer, str(tokenizer.chat_template), json.dumps(messages), json.dumps(tools), add_generation_prompt)
-
-
-MARKUP = re.compile(r"(<[^<>\s]+>|\[/?[A-Z_]+\])")  # templates look for such words in contents, so they are not marked
-REASONING = ("reasoning_content", "reasoning", "thinking")
-
-
-class Mark(NamedTuple):
-    message: int
-    text: str
-    optional: bool  # reasoning, which templates may leave out
-    rest: str = ""  # markup that follows it in its own text
-
-
-class Marks:
-    """A copy of a conversation with a unique word in place of each text: {"content": "Hi <b>you</b>"} -> "zq0z <b>zq1z</b>"."""
-
-    def __init__(self, messages: list[dict]):
-        self.marks: dict[str, Mark] = {}
-        self.stem, text = "zq", json.dumps(messages, ensure_ascii=False)
-        while self.stem in text:
-            self.stem += "q"
-        self.pattern = re.compile(f"{self.stem}\\d+z")
-        self.messages = [self._message(i, message) for i, message in enumerate(messages)]
-
-    def _message(self, i: int, message: dict) -> dict:
-        marked = dict(message)
-        for key in ("content", *REASONING):
-            if isinstance(message.get(key), str):
-                marked[key] = self._words(i, message[key], key in REASONING)
-        if message.get("tool_calls"):
-            count = len(self.marks)
-            marked["tool_calls"] = self._inside(i, message["tool_calls"])
-            if len(self.marks) == count:  # no argument is a text: the names have to serve
-                marked["tool_calls"] = [with_function(call, name=self._mark(i, call.get("function", call)["name"]))
-                                        for call in message["tool_calls"]]
-        return marked
-
-    def _inside(self, i: int, value, key: str = ""):
-        if isinstance(value, dict):
-            return {name: inner if key != "arguments" and name in ("type", "id", "name") else self._inside(i, inner, name)
-                    for name, inner in value.items()}
-        if isinstance(value, list):
-            return [self._inside(i, inner, key) for inner in value]
-        return self._words(i, value) if isinstance(value, str) else value
-
-    def _words(self, i: int, text: str, optional: bool = False) -> str:
-        thought, pieces, at = text.rfind("</think>"), MARKUP.split(text), 0
-        if not any(piece.strip() and not MARKUP.fullmatch(piece) for piece in pieces):
-            pieces = [text]  # nothing but markup
-        for number, piece in enumerate(pieces):
-            words, here = piece.strip(), at
-            at += len(piece)
-            if words and (len(pieces) == 1 or not MARKUP.fullmatch(piece)):
-                rest = text[here + piece.index(words) + len(words) :].rstrip()
-                mark = self._mark(i, words, optional or here < thought, rest)
-                pieces[number] = piece.replace(words, mark, 1)
-        return "".join(pieces)
-
-    def _mark(self, i: int, text: str, optional: bool = False, rest: str = "") -> str:
-        word = f"{self.stem}{len(self.marks)}z"
-        self.marks[word] = Mark(i, text, optional, rest)
-        return word
-
-    def hidden(self, marked: str) -> int | None:
-        """The first assistant message of which the rendering leaves out more than reasoning."""
-        shown = set(self.pattern.findall(marked))
-        for i in (i for i, message in enumerate(self.messages) if message["role"] == "assistant"):
-            words = {word: mark for word, mark in self.marks.items() if mark.message == i}
-            if not shown & words.keys() or any(word not in shown and not mark.optional for word, mark in words.items()):
-                return i
-        return None
-
-    def places(self, marked: str, real: str) -> list[Place] | None:
-        """The positions of the marks if the two renderings are otherwise equal; None if the template changed a text."""
-        places, at, there = [], 0, 0
-        for found in self.pattern.finditer(marked):
-            literal, mark = marked[at : found.start()], self.marks[found[0]]
-            if not real.startswith(literal, there):
-                return None
-            there += len(literal)
-            escaped = (json.dumps(mark.text, ensure_ascii=plain)[1:-1] for plain in (False, True))
-            form = next((form for form in itertools.chain([mark.text], escaped) if real.startswith(form, there)), None)
-            if form is None:
-                return None
-            at, there = found.end(), there + len(form)
-            places.append(Place(found[0], mark.message, found.start(), at, there))
-        return places if real[there:] == marked[at:] else None
-
-    def own_places(self, places: list[Place]) -> list[Place]:
-        """Of each mark the place in its message's turn: a template may repeat a text before it (a summary) or behind it."""
-        found, last = [], 0
-        for i in range(len(self.messages)):
-            chosen: dict[str, Place] = {}
-            for place in sorted((place for place in places if place.message == i), key=lambda place: (place.start < last, place.start)):
-                chosen.setdefault(place.name, place)
-            last = max([last, *(place.stop for place in chosen.values())])
-            found += chosen.values()
-        return sorted(found, key=lambda place: place.start)
-
-
-class Place(NamedTuple):
-    """The position of a mark in the marked rendering, and where the text that it replaces ends in the real rendering."""
-
-    name: str
-    message: int
-    start: int
-    stop: int
-    real_stop: int
-
-
-def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool) -> tuple[str, list[tuple]]:
-    """The rendering, and for each assistant message (its index, start and stop of its turn in characters)."""
-    real = render(tokenizer, messages, tools, add_generation_prompt)
+def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool) -> tuple[str, list[Turn]]:
+    """The rendering, and the assistant's turns in it, in characters."""
+    text = render(tokenizer, messages, tools, add_generation_prompt)
     if add_generation_prompt and not any(message.get("tool_calls") for message in messages):
-        return real, []
+        return text, []
     marks = Marks(messages)
-    marked = render_marked(tokenizer, marks.messages, tools, add_generation_prompt)
+    marked = render(tokenizer, marks.messages, tools, add_generation_prompt)
     if (i := marks.hidden(marked)) is not None:
         what = "tool calls" if messages[i].get("tool_calls") else "text"
         raise UserError(f"message {i + 1}: the chat template does not show the {what} of the assistant")
     if add_generation_prompt:
-        return real, []
-    places = marks.places(marked, real)
+        return text, []
+    places = marks.places(marked, text)
     if places is None:
         raise UserError("the chat template changes the texts of messages, so the assistant's turns cannot be found")
-
-    def to_real(at: int) -> int:
-        """A character of the template's own text: marked -> real."""
-        before = next((place for place in reversed(places) if place.stop <= at), Place("", -1, 0, 0, 0))
-        return before.real_stop + at - before.stop
-
-    end, turns, chosen = one_of(chat_ends(tokenizer).tokens), [], marks.own_places(places)
+    ends, turns, chosen = chat_ends(tokenizer), [], marks.places_in_turns(places)
     for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-        numbers = [number for number, place in enumerate(chosen) if place.message == i]
-        first, last = chosen[numbers[0]].start, chosen[numbers[-1]]
-        before = max((place.stop for place in places if place.stop <= first), default=0)
-        after = chosen[numbers[-1] + 1].start if numbers[-1] + 1 < len(chosen) else len(marked)
-        start = before + prompt_part(chat_ends(tokenizer).opening, marked[before:first])
-        stop = last.stop + (len(rest) if marked.startswith(rest := marks.marks[last.name].rest, last.stop) else 0)
-        found = end.search(marked, stop, after)
-        stop = found.end() if found else max(stop, len(marked.rstrip())) if after == len(marked) else stop
-        turns.append((i, to_real(start), to_real(stop)))
-    return real, turns
+        first, *_, last = [place for place in chosen if place.mark.message == i] * 2
+        before = max((place.stop for place in places if place.stop <= first.start), default=0)
+        after = min((place.start for place in chosen if place.start >= last.stop), default=len(text))
+        start = before + prompt_part(ends.opening, text[before : first.start])
+        stop = last.stop + len(last.mark.rest) * text.startswith(last.mark.rest, last.stop)
+        if end := any_of(ends.tokens).search(text, stop, after):
+            stop = end.end()
+        elif after == len(text):
+            stop = max(stop, len(text.rstrip()))
+        turns.append(Turn(i, start, stop))
+    return text, turns
 
 
-def one_of(words: list[str]) -> re.Pattern:
+def any_of(words: list[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 
 
+@functools.lru_cache(1024)
 def prompt_part(opening: str, gap: str) -> int:
     """How many characters before an answer belong to its prompt: up to the end of what they share with what asks for an answer.
 
@@ -534,77 +387,6 @@ def chat_ends(tokenizer) -> Ends:
     return _chat_ends(tokenizer, str(tokenizer.chat_template), len(tokenizer))
 
 
-@functools.lru_cache(16)
-def _chat_ends(tokenizer, template: str, size: int) -> Ends:
-    """Read off the renderings of a few conversations: which added token follows an answer, whoever speaks next.
-
-    Most templates have one ("<|im_end|>"). Some close answers only with the marker of the next role (GLM: "<|user|>" after an
-    answer, "<|observation|>" after a call): then that marker ends the turn. Some use another token where the conversation ends
-    (gpt-oss: "<|end|>", at last "<|return|>") or after a call ("<|call|>").
-    """
-    added = one_of([token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()])
-
-    def rendering(messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False) -> str:
-        try:
-            return render(tokenizer, messages, tools, add_generation_prompt)
-        except UserError:
-            return ""
-
-    def between(text: str, first: str, last: str = "\0") -> list[str]:
-        """The added tokens between two words."""
-        return added.findall(text.partition(last)[0].rpartition(first)[2]) if first in text else []
-
-    def says(role: str, words: str, **more) -> dict:
-        return {"role": role, "content": words, **more}
-
-    chat = [says("user", "zq0z"), says("assistant", "zq1z"), says("user", "zq2z"), says("assistant", "zq3z")]
-    whole, asking = rendering(chat), rendering(chat[:1], None, True)
-    middle, last = between(whole, "zq1z", "zq2z"), between(rendering(chat[:2]), "zq1z")
-    if asking == rendering(chat[:1]):  # the next turn's opening is always there, so it does not tell that the turn has ended
-        first = added.findall(whole.partition("zq0z")[0])
-        middle = middle[: len(middle) - len(os.path.commonprefix([first[::-1], middle[::-1]]))] or middle
-    ends = os.path.commonprefix([middle, last])[-1:] or middle[:1] + last[:1]
-    by_next_role, calls = not last, []
-
-    call = {"type": "function", "function": {"name": "zqname", "arguments": {"key": "zq1z"}}}
-    schema = {"type": "object", "properties": {"key": {"type": "string", "description": "zq"}}}
-    tools = [{"type": "function", "function": {"name": "zqname", "description": "zq", "parameters": schema}}]
-    for spelled in spellings([chat[0], says("assistant", "", tool_calls=[call]), says("tool", "zq2z", name="zqname"), chat[3]]):
-        whole = rendering(spelled, tools)
-        if "zq1z" in whole:
-            middle, last = between(whole, "zq1z", "zq2z"), between(rendering(spelled[:2], tools), "zq1z")
-            common = os.path.commonprefix([middle, last])
-            if not set(middle) & set(ends):
-                calls = middle[len(common) :][:1] if by_next_role else common[-1:] or middle[:1]
-            break
-
-    reasoning = rendering([chat[0], says("assistant", "zq1z", **dict.fromkeys(REASONING, "zq2z"))])
-    inside = between(reasoning, "zq2z", "zq1z")  # these end parts of a turn: generation goes on
-    stop = [tokenizer.convert_tokens_to_ids(token) for token in [*ends, *calls] if token not in inside]
-    return Ends([*ends, *calls], stop, by_next_role, asking.partition("zq0z")[2])
-
-
-def ensure_chat(tokenizer) -> None:
-    """A tokenizer without a chat template gets the default one, and the tokens that it needs (at the end of the
-    vocabulary, so the model may have to grow)."""
-    if not tokenizer.chat_template:
-        vocabulary = tokenizer.get_vocab()
-        tokenizer.add_tokens([token for token in CHAT_TOKENS if token not in vocabulary], special_tokens=True)
-        tokenizer.chat_template = CHAT_TEMPLATE
-
-
-def end_with_turns(model, tokenizer) -> None:
-    """Let generation stop where the chat template ends the assistant's turns."""
-    if not tokenizer.chat_template:
-        return
-    ends = chat_ends(tokenizer)
-    if not ends.tokens:
-        say("the chat template has no token that ends the assistant's turns: only the last turn of each conversation is trained "
-            f"to end (with {tokenizer.eos_token or 'nothing'}); set stop strings for generation, or another template")
-    if new := [i for i in ends.stop if i not in model.config.eos_ids]:
-        model.config.eos_token_id = [*new, *model.config.eos_ids]
-
-
 # ------------------------------------------------------------------------------------------------- token files
 
 
@@ -612,61 +394,6 @@ def is_held_out(text: str, fraction: float) -> bool:
     """A text's own hash decides: it falls on the same side whatever else is in the data."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def splitter(data: DataSection, files: list[Path]) -> Callable[[int, int, int, str], list[tuple[str, str]]]:
-    """split(file, document of it, characters before it, text) -> [("train" or "val", text), ...].
-
-    `hash` asks each text's own hash, `tail` holds out the last documents. Of a single document (one book) the tail is held out
-    either way; it is cut at a line end.
-    """
-
-    def read(path: Path) -> Iterator[str]:
-        return read_documents(path, data.text_unit, data.text_field)
-
-    if data.validation not in ("hash", "tail"):
-        return lambda file, number, before, text: [("train", text)]
-    is_text = not any(suffix_of(path) in RECORDS for path in files)
-    book = len(files) == 1 and is_text and data.text_unit == "file"
-    book = book or len(list(itertools.islice(itertools.chain.from_iterable(map(read, files)), 2))) == 1
-    if data.validation == "hash" and not book:
-        return lambda file, number, before, text: [("val" if is_held_out(text, data.validation_fraction) else "train", text)]
-    sizes = [sum(len(text) if book else 1 for text in read(path)) for path in files]  # characters of a book, else documents
-    held = max(1, round(sum(sizes) * data.validation_fraction))
-    starts = np.cumsum([0, *sizes]) - (sum(sizes) - held)  # of each file, seen from where the held-out part begins
-
-    def split(file: int, number: int, before: int, text: str) -> list[tuple[str, str]]:
-        if not book:
-            return [("val" if starts[file] + number >= 0 else "train", text)]
-        cut = min(max(-int(starts[file]) - before, 0), len(text))
-        cut = text.rfind("\n", 0, cut) + 1 or cut
-        return [(part, piece) for part, piece in (("train", text[:cut]), ("val", text[cut:])) if piece]
-
-    return split
-
-
-def documents(data: DataSection, files: list[Path], counts: Counter, seen: Seen | None = None, share: float = math.inf,
-              split: Callable | None = None) -> Iterator[tuple[str, str]]:
-    """("train" or "val", text) of the files' clean documents; of each file at most `share` characters."""
-    seen = (seen or Seen()) if data.deduplicate else None
-    split = split or splitter(data, files)
-    for file, path in enumerate(files):
-        single_lines = suffix_of(path) not in RECORDS and data.text_unit == "line"
-        before = taken = 0
-        for number, raw in enumerate(read_documents(path, data.text_unit, data.text_field)):
-            if taken > share:
-                break
-            text, before = clean(raw, data, counts), before + len(raw)
-            if len(text.strip()) < data.min_chars:
-                counts["too short"] += 1
-            elif seen and not single_lines and not seen.add(text):
-                counts["duplicates"] += 1
-            else:
-                for part, piece in split(file, number, before - len(raw), text):
-                    counts["documents"] += 1
-                    counts["bytes"] += len(piece.encode("utf-8", "surrogatepass"))
-                    taken += len(piece)
-                    yield part, piece
 
 
 def framed(ids: Iterable[np.ndarray], begin: int, end: int, first: bool, dtype) -> np.ndarray:
@@ -740,13 +467,6 @@ def prepare(data: DataSection, tokenizer) -> None:
     dropped = "".join(f"; {counts[key]:,} {key}" for key in notes if counts[key])
     say(f"{counts['documents']:,} documents, {counts['bytes'] / 1e6:.2f} MB -> {writers['train'].tokens:,} training tokens, "
         f"{writers['val'].tokens:,} held out{dropped}")
-
-
-def refuse_empty(data: DataSection, held_out: int) -> None:
-    if held_out and data.validation in ("hash", "tail"):
-        raise UserError(f"data.validation: all {held_out:,} documents of data.train are held out by {data.validation}; "
-                        "set --data.validation none, or name a file")
-    raise UserError("data.train: holds no text to train on")
 
 
 # ----------------------------------------------------------------------------------------------------- batches
@@ -906,17 +626,6 @@ class Mixture:
         return self.plan(source, epoch).row(number)
 
 
-class Shuffled:
-    """A plan whose rows are cut once and come in another order in each epoch; `order[i]` is the number of row i."""
-
-    def __init__(self, plan, seed: list[int]):
-        self.plan, self.spans, self.count = plan, plan.spans, plan.count
-        self.order = np.random.default_rng([*seed, 2]).permutation(plan.count)
-
-    def row(self, i: int) -> list[tuple[int, int]]:
-        return self.plan.row(int(self.order[i]))
-
-
 def collate(spans, rows: list[list[tuple[int, int]]], width: int | None = None) -> dict:
     """Rows of pieces -> a batch, which always has these keys; all tensors are (B, T):
 
@@ -978,8 +687,9 @@ class TokenStream:
     def _plans(self) -> Iterator:
         """The plan of each block, from the current one on."""
         while True:
-            for self.block, sources in enumerate(itertools.islice(self.blocks(self.epoch), self.block, None), self.block):
+            for sources in itertools.islice(self.blocks(self.epoch), self.block, None):
                 yield self.make_plan(sources, [self.run.seed, self.epoch, self.block])
+                self.block += 1
             self.epoch, self.block = self.epoch + 1, 0
 
     def __next__(self) -> dict:
@@ -1014,13 +724,299 @@ class TokenStream:
         self.plan = next(self.plans)
 
 
-def cut_once(plan: Callable) -> Callable:
-    """The same plan, cut alike in every epoch: what is known of a row (a teacher's logits) stays true."""
-    return lambda sources, seed: Shuffled(plan(sources, [0]), seed)
+# ======================================================================================================= edges
+# Chat templates of all kinds, the data's documents and streams, tokenizer folders, token files, file formats, cleaning, records, the
+# command line.
+
+# -- chat templates
+
+MARKUP = re.compile(r"(<[^<>\s]+>|\[/?[A-Z_]+\])")  # templates look for such words in contents, so they are not marked
+REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def spellings(messages: list[dict]) -> Iterator[list[dict]]:
+    """A conversation as different templates want it: tool calls with empty or no content, their arguments an object or JSON."""
+    yield messages
+    for content, as_text in ((None, False), ("", True), (None, True)) if any(m.get("tool_calls") for m in messages) else ():
+        spelled = [dict(message) for message in messages]
+        for message in (message for message in spelled if message.get("tool_calls")):
+            message["content"] = message.get("content") or content
+            given = [call.get("function", call).get("arguments") or {} for call in message["tool_calls"]]
+            message["tool_calls"] = [with_function(call, arguments=json.dumps(value) if as_text else value)
+                                     for call, value in zip(message["tool_calls"], given, strict=True)]
+        yield spelled
+
+
+def with_function(call: dict, **changes) -> dict:
+    """A copy of a tool call with its function changed."""
+    return {**call, "function": {**call["function"], **changes}} if "function" in call else {**call, **changes}
+
+
+def render(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False)
+    except Exception as error:  # a template is a program: it can raise anything
+        raise UserError(f"the chat template refuses this conversation ({first_line(error)})") from None
+
+
+class Mark(NamedTuple):
+    number: int
+    message: int
+    words: str  # that it replaces
+    optional: bool  # reasoning, which templates may leave out
+    rest: str  # markup that follows the words in their text
+
+
+class Marks:
+    """A copy of a conversation with a unique word in place of each text: {"content": "Hi <b>you</b>"} -> "zq0z <b>zq1z</b>"."""
+
+    def __init__(self, messages: list[dict]):
+        self.marks: dict[str, Mark] = {}
+        self.stem, text = "zq", json.dumps(messages, ensure_ascii=False)
+        while self.stem in text:
+            self.stem += "q"
+        self.pattern = re.compile(f"{self.stem}\\d+z")
+        self.messages = [self._message(i, message) for i, message in enumerate(messages)]
+
+    def _message(self, i: int, message: dict) -> dict:
+        marked = dict(message)
+        for key in ("content", *REASONING):
+            if isinstance(message.get(key), str):
+                marked[key] = self._words(i, message[key], key in REASONING)
+        if message.get("tool_calls"):
+            count = len(self.marks)
+            marked["tool_calls"] = self._inside(i, message["tool_calls"])
+            if len(self.marks) == count:  # no argument is a text: the names have to serve
+                marked["tool_calls"] = [with_function(call, name=self._mark(i, call.get("function", call)["name"]))
+                                        for call in message["tool_calls"]]
+        return marked
+
+    def _inside(self, i: int, value, key: str = ""):
+        if isinstance(value, dict):
+            return {name: inner if key != "arguments" and name in ("type", "id", "name") else self._inside(i, inner, name)
+                    for name, inner in value.items()}
+        if isinstance(value, list):
+            return [self._inside(i, inner, key) for inner in value]
+        return self._words(i, value) if isinstance(value, str) else value
+
+    def _words(self, i: int, text: str, optional: bool = False) -> str:
+        thought, pieces, at = text.rfind("</think>"), MARKUP.split(text), 0
+        if not any(piece.strip() and not MARKUP.fullmatch(piece) for piece in pieces):
+            pieces = [text]  # nothing but markup
+        for number, piece in enumerate(pieces):
+            words, here = piece.strip(), at
+            at += len(piece)
+            if words and (len(pieces) == 1 or not MARKUP.fullmatch(piece)):
+                rest = text[here + piece.index(words) + len(words) :].rstrip()
+                mark = self._mark(i, words, optional or here < thought, rest)
+                pieces[number] = piece.replace(words, mark, 1)
+        return "".join(pieces)
+
+    def _mark(self, i: int, words: str, optional: bool = False, rest: str = "") -> str:
+        name = f"{self.stem}{len(self.marks)}z"
+        self.marks[name] = Mark(len(self.marks), i, words, optional, rest)
+        return name
+
+    def hidden(self, marked: str) -> int | None:
+        """The first assistant message of which the rendering leaves out more than reasoning."""
+        shown = {self.marks[name] for name in self.pattern.findall(marked)}
+        for i in (i for i, message in enumerate(self.messages) if message["role"] == "assistant"):
+            marks = {mark for mark in self.marks.values() if mark.message == i}
+            if not shown & marks or any(not mark.optional for mark in marks - shown):
+                return i
+        return None
+
+    def places(self, marked: str, text: str) -> list[Place] | None:
+        """Where the words of each mark stand in the real rendering; None if the two differ in anything else."""
+        places, at, literals, names = [], 0, self.pattern.split(marked), self.pattern.findall(marked)
+        for literal, name in zip(literals, [*names, None], strict=True):
+            if not text.startswith(literal, at):
+                return None
+            at += len(literal)
+            if name:
+                words = self.marks[name].words
+                escaped = (json.dumps(words, ensure_ascii=plain)[1:-1] for plain in (False, True))
+                words = next((form for form in itertools.chain([words], escaped) if text.startswith(form, at)), None)
+                if words is None:
+                    return None
+                places.append(Place(self.marks[name], at, at + len(words)))
+                at += len(words)
+        return places if at == len(text) else None
+
+    def places_in_turns(self, places: list[Place]) -> list[Place]:
+        """The place of each mark in its message's turn: a template may repeat a text before it (a summary) or behind it."""
+        found, last = [], 0
+        for i in range(len(self.messages)):
+            chosen: dict[Mark, Place] = {}
+            for place in sorted((place for place in places if place.mark.message == i), key=lambda place: (place.start < last, place.start)):
+                chosen.setdefault(place.mark, place)
+            last = max([last, *(place.stop for place in chosen.values())])
+            found += chosen.values()
+        return sorted(found, key=lambda place: place.start)
+
+
+class Place(NamedTuple):
+    """The words of a mark, in characters of the real rendering."""
+
+    mark: Mark
+    start: int
+    stop: int
+
+
+@functools.lru_cache(16)
+def _chat_ends(tokenizer, template: str, size: int) -> Ends:
+    """Read off the renderings of a few conversations: which added token follows an answer, whoever speaks next.
+
+    Most templates have one ("<|im_end|>"). Some close answers only with the marker of the next role (GLM: "<|user|>" after an
+    answer, "<|observation|>" after a call): then that marker ends the turn. Some use another token where the conversation ends
+    (gpt-oss: "<|end|>", at last "<|return|>") or after a call ("<|call|>").
+    """
+    added = any_of([token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()])
+
+    def rendering(messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False) -> str:
+        try:
+            return render(tokenizer, messages, tools, add_generation_prompt)
+        except UserError:
+            return ""
+
+    def between(text: str, first: str, last: str = "\0") -> list[str]:
+        """The added tokens between two words."""
+        return added.findall(text.partition(last)[0].rpartition(first)[2]) if first in text else []
+
+    def says(role: str, words: str, **more) -> dict:
+        return {"role": role, "content": words, **more}
+
+    chat = [says("user", "zq0z"), says("assistant", "zq1z"), says("user", "zq2z"), says("assistant", "zq3z")]
+    whole, asking = rendering(chat), rendering(chat[:1], None, True)
+    middle, last = between(whole, "zq1z", "zq2z"), between(rendering(chat[:2]), "zq1z")
+    if asking == rendering(chat[:1]):  # the next turn's opening is always there, so it does not tell that the turn has ended
+        first = added.findall(whole.partition("zq0z")[0])
+        middle = middle[: len(middle) - len(os.path.commonprefix([first[::-1], middle[::-1]]))] or middle
+    ends = os.path.commonprefix([middle, last])[-1:] or middle[:1] + last[:1]
+    by_next_role, calls = not last, []
+
+    call = {"type": "function", "function": {"name": "zqname", "arguments": {"key": "zq1z"}}}
+    schema = {"type": "object", "properties": {"key": {"type": "string", "description": "zq"}}}
+    tools = [{"type": "function", "function": {"name": "zqname", "description": "zq", "parameters": schema}}]
+    for spelled in spellings([chat[0], says("assistant", "", tool_calls=[call]), says("tool", "zq2z", name="zqname"), chat[3]]):
+        whole = rendering(spelled, tools)
+        if "zq1z" in whole:
+            middle, last = between(whole, "zq1z", "zq2z"), between(rendering(spelled[:2], tools), "zq1z")
+            common = os.path.commonprefix([middle, last])
+            if not set(middle) & set(ends):
+                calls = middle[len(common) :][:1] if by_next_role else common[-1:] or middle[:1]
+            break
+
+    reasoning = rendering([chat[0], says("assistant", "zq1z", **dict.fromkeys(REASONING, "zq2z"))])
+    inside = between(reasoning, "zq2z", "zq1z")  # these end parts of a turn: generation goes on
+    stop = [tokenizer.convert_tokens_to_ids(token) for token in [*ends, *calls] if token not in inside]
+    return Ends([*ends, *calls], stop, by_next_role, asking.partition("zq0z")[2])
+
+
+def ensure_chat(tokenizer) -> None:
+    """A tokenizer without a chat template gets the default one, and the tokens that it needs (at the end of the
+    vocabulary, so the model may have to grow)."""
+    if not tokenizer.chat_template:
+        vocabulary = tokenizer.get_vocab()
+        tokenizer.add_tokens([token for token in CHAT_TOKENS if token not in vocabulary], special_tokens=True)
+        tokenizer.chat_template = CHAT_TEMPLATE
+
+
+def end_with_turns(model, tokenizer) -> None:
+    """Let generation stop where the chat template ends the assistant's turns."""
+    if not tokenizer.chat_template:
+        return
+    ends = chat_ends(tokenizer)
+    if not ends.tokens:
+        say("the chat template has no token that ends the assistant's turns: only the last turn of each conversation is trained "
+            f"to end (with {tokenizer.eos_token or 'nothing'}); set stop strings for generation, or another template")
+    if new := [i for i in ends.stop if i not in model.config.eos_ids]:
+        model.config.eos_token_id = [*new, *model.config.eos_ids]
+
+
+# -- documents and streams
+
+
+def splitter(data: DataSection, files: list[Path]) -> Callable[[int, int, int, str], list[tuple[str, str]]]:
+    """split(file, document of it, characters before it, text) -> [("train" or "val", text), ...].
+
+    `hash` asks each text's own hash, `tail` holds out the last documents. Of a single document (one book) the tail is held out
+    either way; it is cut at a line end.
+    """
+
+    def read(path: Path) -> Iterator[str]:
+        return read_documents(path, data.text_unit, data.text_field)
+
+    if data.validation not in ("hash", "tail"):
+        return lambda file, number, before, text: [("train", text)]
+    is_text = not any(suffix_of(path) in RECORDS for path in files)
+    book = len(files) == 1 and is_text and data.text_unit == "file"
+    book = book or len(list(itertools.islice(itertools.chain.from_iterable(map(read, files)), 2))) == 1
+    if data.validation == "hash" and not book:
+        return lambda file, number, before, text: [("val" if is_held_out(text, data.validation_fraction) else "train", text)]
+    sizes = [sum(len(text) if book else 1 for text in read(path)) for path in files]  # characters of a book, else documents
+    held = max(1, round(sum(sizes) * data.validation_fraction))
+    starts = np.cumsum([0, *sizes]) - (sum(sizes) - held)  # of each file, seen from where the held-out part begins
+
+    def split(file: int, number: int, before: int, text: str) -> list[tuple[str, str]]:
+        if not book:
+            return [("val" if starts[file] + number >= 0 else "train", text)]
+        cut = min(max(-int(starts[file]) - before, 0), len(text))
+        cut = text.rfind("\n", 0, cut) + 1 or cut
+        return [(part, piece) for part, piece in (("train", text[:cut]), ("val", text[cut:])) if piece]
+
+    return split
+
+
+def documents(data: DataSection, files: list[Path], counts: Counter, seen: Seen | None = None, share: float = math.inf,
+              split: Callable | None = None) -> Iterator[tuple[str, str]]:
+    """("train" or "val", text) of the files' clean documents; of each file at most `share` characters."""
+    seen = (seen or Seen()) if data.deduplicate else None
+    split = split or splitter(data, files)
+    for file, path in enumerate(files):
+        single_lines = suffix_of(path) not in RECORDS and data.text_unit == "line"
+        before = taken = 0
+        for number, raw in enumerate(read_documents(path, data.text_unit, data.text_field)):
+            if taken > share:
+                break
+            text, before = clean(raw, data, counts), before + len(raw)
+            if len(text.strip()) < data.min_chars:
+                counts["too short"] += 1
+            elif seen and not single_lines and not seen.add(text):
+                counts["duplicates"] += 1
+            else:
+                for part, piece in split(file, number, before - len(raw), text):
+                    counts["documents"] += 1
+                    counts["bytes"] += len(piece.encode("utf-8", "surrogatepass"))
+                    taken += len(piece)
+                    yield part, piece
+
+
+def refuse_empty(data: DataSection, held_out: int) -> None:
+    if held_out and data.validation in ("hash", "tail"):
+        raise UserError(f"data.validation: all {held_out:,} documents of data.train are held out by {data.validation}; "
+                        "set --data.validation none, or name a file")
+    raise UserError("data.train: holds no text to train on")
 
 
 def rows_plan(data: DataSection, length: int) -> Callable:
     return lambda sources, seed: Rows(*sources, length, data.packing, seed)
+
+
+class Shuffled:
+    """A plan whose rows are cut once and come in another order in each epoch; `order[i]` is the number of row i."""
+
+    def __init__(self, plan, seed: list[int]):
+        self.plan, self.spans, self.count = plan, plan.spans, plan.count
+        self.order = np.random.default_rng([*seed, 2]).permutation(plan.count)
+
+    def row(self, i: int) -> list[tuple[int, int]]:
+        return self.plan.row(int(self.order[i]))
+
+
+def cut_once(plan: Callable) -> Callable:
+    """The same plan, cut alike in every epoch: what is known of a row (a teacher's logits) stays true."""
+    return lambda sources, seed: Shuffled(plan(sources, [0]), seed)
 
 
 def file_stream(tokens: TokenFile, data: DataSection, batch_size: int, length: int) -> TokenStream:
@@ -1099,8 +1095,7 @@ def fixed_batches(plan, batch_size: int, limit: int | None = None) -> list[dict]
     return [collate(plan.spans, [plan.row(int(i)) for i in group]) for group in groups]
 
 
-# ======================================================================================================= edges
-# Tokenizer folders, token files, file formats, cleaning, records, the command line.
+# -- tokenizer folders
 
 
 def load(name: str | Path):
