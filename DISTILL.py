@@ -247,10 +247,10 @@ class Teacher(NamedTuple):
     causal: bool
 
 
-def load_teacher(config, device, asked: bool = True) -> Teacher:
+def load_teacher(config, device, needed: bool = True) -> Teacher:
     """`asked`: whether it will have to answer; else its tokenizer and its settings are enough."""
     settings, name = config.distill, config.distill.teacher
-    if not asked:
+    if not needed:
         base, tokenizer = RL.base_and_tokenizer(name, "distill.teacher")
         folder = MODEL.resolve_folder(base or name, "distill.teacher")
         causal = MODEL.is_foreign(MODEL.read_json(folder / "config.json")) or MODEL.read_config(folder).causal
@@ -417,7 +417,7 @@ class Cache:
     @classmethod
     def open(cls, folder: Path) -> Cache:
         if not (folder / "cache.json").exists():
-            unfinished = "; what was begun there is unfinished" if (folder / "cache.part.json").exists() else ""
+            unfinished = "; an unfinished cache is there" if (folder / "cache.part.json").exists() else ""
             raise UserError(f"distill.cache_dir: {folder} holds no cache{unfinished}; `DISTILL.py --cache --cache-dir {folder}` writes one")
         facts = MODEL.read_json(folder / "cache.json")
         if facts.get("version") != CACHE_VERSION:
@@ -461,7 +461,7 @@ def numbers_of(rows: TOKENIZER.TokenStream, batch: dict) -> list[int]:
     return rows.plan.order[first : min(first + rows.batch_size, rows.plan.count)].tolist()
 
 
-class Told:
+class CachedRows:
     """A stream of rows, each with what the cache holds of it."""
 
     def __init__(self, rows: TOKENIZER.TokenStream, cache: Cache, settings: DistillSection):
@@ -492,12 +492,12 @@ class FromCache:
         entry = trained.cumsum(0) - 1  # (B*T,) which entry belongs to a place
 
         def reduce(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
-            own = entry[rows]
-            told = (batch[f"cached_{name}"][own] for name in ("ids", "logprobs", "tail"))
+            places = entry[rows]
+            cached = (batch[f"cached_{name}"][places] for name in ("ids", "logprobs", "tail"))
             beta, temperature = self.settings.beta, self.settings.temperature
             if temperature != 1 or self.words != logits.shape[1]:  # else the data's words are of the same distribution
-                return {"divergence": top_k_loss(logits[:, : self.words], *told, beta, temperature)}
-            return dict(zip(("divergence", "logprobs"), top_k_loss(logits, *told, beta, 1.0, batch["targets"].flatten()[rows]), strict=True))
+                return {"divergence": top_k_loss(logits[:, : self.words], *cached, beta, temperature)}
+            return dict(zip(("divergence", "logprobs"), top_k_loss(logits, *cached, beta, 1.0, batch["targets"].flatten()[rows]), strict=True))
 
         return reduce, []
 
@@ -562,7 +562,7 @@ def fill_cache(cache: Cache, cut, teacher: MODEL.LanguageModel, run: TRAIN.Run, 
     bar.close()
 
 
-BEGUN = {"data_mark": "other data", "teacher_mark": "another teacher", "tokenizer": "another tokenizer"}
+STARTED = {"data_mark": "other data", "teacher_mark": "another teacher", "tokenizer": "another tokenizer"}
 
 
 def begin_cache(folder: Path, facts: dict, overwrite: bool, tokenizer) -> int:
@@ -573,7 +573,7 @@ def begin_cache(folder: Path, facts: dict, overwrite: bool, tokenizer) -> int:
             raise UserError(f"distill.cache_dir: {folder} holds a whole cache; --overwrite replaces it, or train with it")
         known = MODEL.read_json(part) if part.exists() and not overwrite else None
         if known and (other := [key for key in facts if key != "teacher" and known.get(key) != facts[key]]):
-            raise UserError(f"distill.cache_dir: {folder} was begun with {' and '.join(BEGUN.get(key, f'another {key}') for key in other[:2])}; --overwrite begins anew")
+            raise UserError(f"distill.cache_dir: {folder} was started with {' and '.join(STARTED.get(key, f'another {key}') for key in other[:2])}; --overwrite starts over")
         if not known:
             for path in (whole, part):
                 path.unlink(missing_ok=True)
@@ -605,14 +605,14 @@ class Progress:
 
     def __init__(self, total: int, done: int, what: str):
         self.total, self.first, self.what, self.line = total, done, what, TRAIN.StatusLine()
-        self.clock = self.told = time.perf_counter()
+        self.clock = self.shown = time.perf_counter()
         self.close = self.line.close
 
     def show(self, done: int) -> None:
         now = time.perf_counter()
-        if MODEL.process_rank() or (now - self.told < (0.2 if sys.stderr.isatty() else 5) and done < self.total):
+        if MODEL.process_rank() or (now - self.shown < (0.2 if sys.stderr.isatty() else 5) and done < self.total):
             return
-        self.told, speed = now, (done - self.first) / max(now - self.clock, 1e-9)
+        self.shown, speed = now, (done - self.first) / max(now - self.clock, 1e-9)
         self.line.show(f"[{'#' * int(20 * done / self.total):<20}] {done:,}/{self.total:,} {self.what} | {speed:,.1f} {self.what}/s | {(self.total - done) / max(speed, 1e-9):.0f} s left")
 
 
@@ -633,10 +633,10 @@ def spell(tokenizer, ids: list[int]) -> tuple[str, dict[int, int]]:
     return pieces + detokenizer.flush(), places
 
 
-def align(own: tuple[str, dict[int, int]], other: tuple[str, dict[int, int]]) -> list[tuple[int, int]]:
+def align(student: tuple[str, dict[int, int]], teacher: tuple[str, dict[int, int]]) -> list[tuple[int, int]]:
     """(tokens of the one, tokens of the other) after which both have read the same characters."""
-    same = len(os.path.commonprefix([own[0], other[0]]))
-    return [(count, other[1][place]) for place, count in own[1].items() if place <= same and place in other[1]]
+    same = len(os.path.commonprefix([student[0], teacher[0]]))
+    return [(count, teacher[1][place]) for place, count in student[1].items() if place <= same and place in teacher[1]]
 
 
 class BothTokenizers:
@@ -652,22 +652,22 @@ class BothTokenizers:
         self.rows.start(run)
         self.steps_per_epoch = self.rows.steps_per_epoch
 
-    def told(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def teacher_piece(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         if start not in self.known:
             ids = self.rows.plan.spans.ids[start : stop + 1].tolist()
-            theirs, places = self.conversation(start, ids) if self.samples else self.text(ids)
+            teacher_ids, places = self.conversation(start, ids) if self.samples else self.text(ids)
             room = self.teacher.context
-            self.known[start] = (np.array(theirs[: room + 1], np.int64), np.array([(i, j) for i, j in places if i < len(ids) - 1 and j < min(len(theirs) - 1, room)], np.int64).reshape(-1, 2))
+            self.known[start] = (np.array(teacher_ids[: room + 1], np.int64), np.array([(i, j) for i, j in places if i < len(ids) - 1 and j < min(len(teacher_ids) - 1, room)], np.int64).reshape(-1, 2))
         return self.known[start]
 
     def text(self, ids: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         special, tokenizer = set(self.tokenizer.all_special_ids), self.teacher.tokenizer
         first = int(ids[0] in special)  # else the piece begins inside of a text
-        own = spell(self.tokenizer, ids[first:])
-        theirs = tokenizer(own[0], add_special_tokens=False).input_ids
+        student = spell(self.tokenizer, ids[first:])
+        teacher_ids = tokenizer(student[0], add_special_tokens=False).input_ids
         end = [] if ids[-1] not in special else [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else TOKENIZER.begin_id(tokenizer)]
-        pairs = align(own, spell(tokenizer, theirs))
-        return [TOKENIZER.begin_id(tokenizer), *theirs, *end], [(i + first - 1, j) for i, j in pairs if i + first > 0]
+        pairs = align(student, spell(tokenizer, teacher_ids))
+        return [TOKENIZER.begin_id(tokenizer), *teacher_ids, *end], [(i + first - 1, j) for i, j in pairs if i + first > 0]
 
     def conversation(self, start: int, ids: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         sample = self.samples[int(np.searchsorted(self.rows.plan.spans.starts, start))]
@@ -682,20 +682,20 @@ class BothTokenizers:
     def __next__(self) -> dict:
         batch = next(self.rows)
         numbers, cut = numbers_of(self.rows, batch), self.rows.plan.plan
-        told = [[(stop - start, *self.told(start, stop)) for start, stop in cut.row(i)] for i in numbers]
-        told += [[]] * (len(batch["input_ids"]) - len(told))  # padding
-        pieces = [ids for row in told for _, ids, _ in row]
+        rows = [[(stop - start, *self.teacher_piece(start, stop)) for start, stop in cut.row(i)] for i in numbers]
+        rows += [[]] * (len(batch["input_ids"]) - len(rows))  # padding
+        pieces = [ids for row in rows for _, ids, _ in row]
         ends = iter(np.cumsum([len(ids) for ids in pieces]).tolist())
-        spans = [[(end - len(ids), end - 1) for _, ids, _ in row for end in [next(ends)]] for row in told]
-        theirs = TOKENIZER.collate(SimpleNamespace(ids=np.concatenate([*pieces, [0]]).astype(np.int64), weights=None), spans)
-        width, places = theirs["input_ids"].shape[1], torch.full(batch["input_ids"].shape, -1)
-        for r, row in enumerate(told):
+        spans = [[(end - len(ids), end - 1) for _, ids, _ in row for end in [next(ends)]] for row in rows]
+        aligned_batch = TOKENIZER.collate(SimpleNamespace(ids=np.concatenate([*pieces, [0]]).astype(np.int64), weights=None), spans)
+        width, places = aligned_batch["input_ids"].shape[1], torch.full(batch["input_ids"].shape, -1)
+        for r, row in enumerate(rows):
             at = there = 0
             for length, ids, pairs in row:
                 places[r, at + pairs[:, 0]] = torch.from_numpy(r * width + there + pairs[:, 1])
                 at, there = at + length, there + len(ids) - 1
         places[batch["targets"] == -100] = -1
-        batch |= {f"teacher_{name}": value for name, value in theirs.items() if name in ("input_ids", "positions", "segment_ids")}
+        batch |= {f"teacher_{name}": value for name, value in aligned_batch.items() if name in ("input_ids", "positions", "segment_ids")}
         aligned = (places >= 0).sum() if batch["weights"] is None else batch["weights"][places >= 0].sum()
         return {**batch, "places": places, "counts": {**batch["counts"], "aligned": float(aligned)}}
 
@@ -743,18 +743,18 @@ def read_layer_map(given: dict | None, student: int, teacher: int) -> dict[int, 
 def add_projections(student: MODEL.LanguageModel, width: int, layers: list[int], seed: int) -> None:
     """Let the student's forward return the mapped hidden states alone, in the teacher's width: where widths differ, through a matrix
     for each that is learnt beside the student and thrown away (Jiao 2020, eq. 8)."""
-    own = student.config.hidden_size
-    if own != width:
-        student.projections = nn.ModuleDict({str(layer): nn.Linear(own, width, bias=False) for layer in layers})
+    size = student.config.hidden_size
+    if size != width:
+        student.projections = nn.ModuleDict({str(layer): nn.Linear(size, width, bias=False) for layer in layers})
         generator = torch.Generator().manual_seed(seed)
         for matrix in student.projections.values():
-            nn.init.normal_(matrix.weight, std=own**-0.5, generator=generator)
+            nn.init.normal_(matrix.weight, std=size**-0.5, generator=generator)
 
     def project(module: nn.Module, _, out: MODEL.Output) -> MODEL.Output:
         if out.hidden_states is None:
             return out
         states = [out.hidden_states[layer] for layer in layers]
-        if own != width:
+        if size != width:
             states = [module.projections[str(layer)](state) for layer, state in zip(layers, states, strict=True)]
         return out._replace(hidden_states=tuple(states))
 
@@ -802,12 +802,12 @@ class StudentTexts(RL.Rollouts):
         run, clock = self.run, time.perf_counter()
         with torch.no_grad(), run.autocast():
             self.samples = RL.gather(self.draw(logprobs=False))
-        lengths = [one.length for one in self.samples]
+        lengths = [sample.length for sample in self.samples]
         self.write_transcripts()
         self.hand_out({"completions/mean_length": sum(lengths) / len(lengths), "time/rollout": time.perf_counter() - clock,
-                       "completions/clipped_ratio": sum(one.finish == "length" for one in self.samples) / len(lengths)})
+                       "completions/clipped_ratio": sum(sample.finish == "length" for sample in self.samples) / len(lengths)})
 
-    def verdict(self, one: RL.Sample) -> dict:
+    def verdict(self, sample: RL.Sample) -> dict:
         return {}
 
     def __next__(self) -> dict:
@@ -831,8 +831,8 @@ class Mixed:
     def __next__(self) -> dict:
         step = self.drawn // self.run.grad_accum
         self.drawn += 1
-        own = math.floor((step + 1) * self.lmbda + 1e-9) > math.floor(step * self.lmbda + 1e-9)
-        return next(self.texts if own else self.data)
+        sampled = math.floor((step + 1) * self.lmbda + 1e-9) > math.floor(step * self.lmbda + 1e-9)
+        return next(self.texts if sampled else self.data)
 
     def state_dict(self) -> dict:
         return {"mixed": self.drawn // self.run.grad_accum, "data": self.data.state_dict(), "texts": self.texts.state_dict()}
@@ -855,13 +855,13 @@ def student_texts(config, tokenizer, samples: list[SFT.Sample], out: Path) -> St
     room.check()
     for sample in samples:
         messages = sample.record.get("messages") or []
-        asked = messages[: max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)]
-        if not asked:
+        messages_before = messages[: max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)]
+        if not messages_before:
             left.add("without a prompt", sample.where)
             continue
-        ids = RL.prompt_ids(tokenizer, asked, sample.record.get("tools"))
+        ids = RL.prompt_ids(tokenizer, messages_before, sample.record.get("tools"))
         if room.fits(ids, sample.where, left):
-            prompts.append(RL.Prompt(sample.where, asked, ids, {}))
+            prompts.append(RL.Prompt(sample.where, messages_before, ids, {}))
     if not prompts:
         raise UserError(f"data.train: no prompt is left for distill.lmbda{left.text()}")
     if MODEL.process_rank() == 0:
@@ -894,10 +894,10 @@ def distillation(ask: Callable | None, settings: DistillSection, layers: dict[in
         nats = -share(out.logprobs)
         loss, metrics = alpha * nats if alpha else 0.0, {} if batch.get("sampled") else {"nll": nats.detach()}
         if reduce:
-            told = share(out.reduced["divergence"], "aligned" if "places" in batch else "tokens")
-            loss, metrics = loss + (1 - alpha) * told, {**metrics, "divergence_on_policy" if batch.get("sampled") else "divergence": told.detach()}
+            divergence = share(out.reduced["divergence"], "aligned" if "places" in batch else "tokens")
+            loss, metrics = loss + (1 - alpha) * divergence, {**metrics, "divergence_on_policy" if batch.get("sampled") else "divergence": divergence.detach()}
         if layers:
-            pairs = [hidden_losses(own, states[layer]) for own, layer in zip(out.hidden_states, layers.values(), strict=True)]
+            pairs = [hidden_losses(student, states[layer]) for student, layer in zip(out.hidden_states, layers.values(), strict=True)]
             squared, cosine = (share(sum(values) / len(pairs)) for values in zip(*pairs, strict=True))
             loss = loss + settings.hidden_weight * squared + settings.cosine_weight * cosine
             metrics |= {"hidden_mse": squared.detach(), "hidden_cosine": cosine.detach()}
@@ -941,11 +941,11 @@ def read_rows(config, tokenizer, teacher: Teacher, task: str) -> tuple[object, C
         if is_fixed(stream, config):
             stream.make_plan = TOKENIZER.cut_once(stream.make_plan)
         return stream, TRAIN.with_samples(evaluate, tokenizer, config.training), None
-    own = as_sft(config)
-    samples, kept = SFT.read_conversations(own, tokenizer)
-    stream, batches = SFT.in_batches(own, samples, kept)
+    settings = as_sft(config)
+    samples, kept = SFT.read_conversations(settings, tokenizer)
+    stream, batches = SFT.in_batches(settings, samples, kept)
     stream.make_plan = TOKENIZER.cut_once(stream.make_plan)
-    evaluate = SFT.with_answers(TRAIN.held_out_loss(batches, None) if batches else None, kept, tokenizer, own)
+    evaluate = SFT.with_answers(TRAIN.held_out_loss(batches, None) if batches else None, kept, tokenizer, settings)
     return stream, evaluate, samples
 
 
@@ -954,19 +954,19 @@ def choose_tokenizer(config, checkpoint: Path | None, teacher: Teacher):
     settings, name = config.distill, config.tokenizer.name or (TOKENIZER.folder_of(config.actions.adapter, config.model.name) if config.model.name else None)
     if settings.method == "universal" and not name and not checkpoint:
         raise UserError("distill.method: universal is for a student with a tokenizer of its own; name one with --tokenizer.name, or a trained student with --model")
-    own = TOKENIZER.load(checkpoint or name) if checkpoint or name else teacher.tokenizer
+    tokenizer = TOKENIZER.load(checkpoint or name) if checkpoint or name else teacher.tokenizer
     if settings.method == "universal":
-        return own
-    theirs, vocabulary = teacher.tokenizer.get_vocab(), own.get_vocab()
-    if foreign := sorted((i, token) for token, i in vocabulary.items() if theirs.get(token) != i):
-        raise UserError(f"distill.teacher: {teacher.name} has another vocabulary than the student ({len(theirs):,} tokens, the student's {len(vocabulary):,}, of which "
+        return tokenizer
+    known, vocabulary = teacher.tokenizer.get_vocab(), tokenizer.get_vocab()
+    if foreign := sorted((i, token) for token, i in vocabulary.items() if known.get(token) != i):
+        raise UserError(f"distill.teacher: {teacher.name} has another vocabulary than the student ({len(known):,} tokens, the student's {len(vocabulary):,}, of which "
                         f"{len(foreign):,} have another number there or none, such as {foreign[0][1]!r}); --distill.method universal compares across tokenizers")
-    return teacher.tokenizer if len(theirs) > len(vocabulary) or not own.chat_template else own
+    return teacher.tokenizer if len(known) > len(vocabulary) or not tokenizer.chat_template else tokenizer
 
 
 def make_student(config, tokenizer, teacher: Teacher, device) -> MODEL.LanguageModel:
     settings, training, section, adapter = config.distill, config.training, config.model, config.actions.adapter
-    asked = training.learning_rate, training.optim
+    requested = training.learning_rate, training.optim
     if section.labels or section.num_labels:
         raise UserError("model.labels: belong to SFT.py's sft.task classify; leave model.labels and model.num_labels out")
     if settings.init_layers is not None:
@@ -983,7 +983,7 @@ def make_student(config, tokenizer, teacher: Teacher, device) -> MODEL.LanguageM
             SFT.need_model(config)
         model = TRAIN.prepare_model(config, tokenizer, grow=bool(section.name), adapter=bool(adapter or config.lora.r))
     if section.name or settings.init_layers is not None:
-        SFT.finish_model(config, model, *asked)
+        SFT.finish_model(config, model, *requested)
     elif adapter or config.lora.r:
         raise UserError(f"{'--adapter' if adapter else 'lora.r'}: adapters learn on trained weights; name the student with --model")
     if model.config.causal != teacher.causal:
@@ -1030,7 +1030,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     ask = None
     if cache:
         need_fixed(stream, config, "distill.cache_dir")
-        stream = Told(stream, cache, settings)
+        stream = CachedRows(stream, cache, settings)
         stream.check()
         ask = FromCache(cache.facts["vocab_size"], settings) if settings.asks_teacher else None
     elif settings.method == "universal":
@@ -1072,10 +1072,10 @@ def write_answers(config) -> None:
         if not teacher.causal:
             raise UserError(f"distill.teacher: {teacher.name} is an encoder, which answers nobody")
         TOKENIZER.end_with_turns(teacher.model, teacher.tokenizer)
-        asked, sampling = read_asked(config, teacher), sampling_of(settings, config.training.seed)
-        known = TRAIN.one_after_another(begin_answers, part, made_by(settings, sampling, asked), overwrite)
+        prompts, sampling = read_prompts(config, teacher), sampling_of(settings, config.training.seed)
+        known = TRAIN.one_after_another(begin_answers, part, made_by(settings, sampling, prompts), overwrite)
         with room_for(part, "what was answered stays there, and the same command goes on"):
-            answer_all(teacher, asked, known, sampling, judges, settings, part)
+            answer_all(teacher, prompts, known, sampling, judges, settings, part)
         if MODEL.process_rank() == 0:
             finish_answers(known, part, out, settings)
         TRAIN.barrier()
@@ -1088,7 +1088,7 @@ def sampling_of(settings: DistillSection, seed: int) -> INFER.Sampling:
     return INFER.Sampling(settings.max_completion_length, temperature, settings.top_k, settings.top_p, seed=seed, n=settings.num_generations)
 
 
-def made_by(settings: DistillSection, sampling: INFER.Sampling, asked: list[RL.Prompt]) -> dict:
+def made_by(settings: DistillSection, sampling: INFER.Sampling, prompts: list[RL.Prompt]) -> dict:
     """All that decides a file of answers: teacher, sampling, judges as they are now, prompts."""
     def mark(judge: str) -> str | None:
         path = Path(judge.rpartition(":")[0])
@@ -1096,32 +1096,32 @@ def made_by(settings: DistillSection, sampling: INFER.Sampling, asked: list[RL.P
 
     return {"teacher": [teacher_mark(settings.teacher), settings.teacher_dtype, settings.teacher_quantization], "sampling": dataclasses.asdict(sampling),
             "judges": [[judge, mark(judge)] for judge in settings.reward_funcs] + [settings.reward_weights, settings.reward_threshold],
-            "prompts": hashlib.blake2b(repr([prompt.ids for prompt in asked]).encode(), digest_size=16).hexdigest()}
+            "prompts": hashlib.blake2b(repr([prompt.ids for prompt in prompts]).encode(), digest_size=16).hexdigest()}
 
 
-def answer_all(teacher: Teacher, asked: list[RL.Prompt], known: dict[int, list], sampling: INFER.Sampling, judges: RL.Judges | None, settings: DistillSection, part: Path) -> None:
+def answer_all(teacher: Teacher, prompts: list[RL.Prompt], known: dict[int, list], sampling: INFER.Sampling, judges: RL.Judges | None, settings: DistillSection, part: Path) -> None:
     """Answers the prompts that are not `known` yet, block by block; the first process judges them and adds them to `known` and to the file."""
-    left, bar = [number for number in range(len(asked)) if number not in known], Progress(len(asked), len(known), "prompts")
+    left, bar = [number for number in range(len(prompts)) if number not in known], Progress(len(prompts), len(known), "prompts")
     size = settings.rollout_batch_size
     block = max(1, size // sampling.n) * TRAIN.world_size()
     for start in range(0, len(left), block):
         group = left[start : start + block]
-        own = group[MODEL.process_rank() :: TRAIN.world_size()]
-        answers = INFER.generate(teacher.model, [asked[i].ids for i in own], sampling, teacher.tokenizer, batch_size=size, first=own)
-        samples = RL.gather([RL.Sample(asked[i], i, one.ids, one.finish_reason, one.text, None) for i, given in zip(own, answers, strict=True) for one in given])
+        share = group[MODEL.process_rank() :: TRAIN.world_size()]
+        answers = INFER.generate(teacher.model, [prompts[i].ids for i in share], sampling, teacher.tokenizer, batch_size=size, first=share)
+        samples = RL.gather([RL.Sample(prompts[i], i, completion.ids, completion.finish_reason, completion.text, None) for i, given in zip(share, answers, strict=True) for completion in given])
         if MODEL.process_rank() == 0:
             if judges:
                 judges(samples)
             by_prompt: dict[int, list[RL.Sample]] = {i: [] for i in group}
-            for one in samples:
-                by_prompt[one.number].append(one)
-            found = {i: chosen_answers(asked[i], given, settings, bool(teacher.tokenizer.chat_template)) for i, given in by_prompt.items()}
+            for sample in samples:
+                by_prompt[sample.number].append(sample)
+            found = {i: chosen_answers(prompts[i], given, settings, bool(teacher.tokenizer.chat_template)) for i, given in by_prompt.items()}
             with open(part, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps({"number": i, "records": records}, ensure_ascii=False, default=str) + "\n" for i, records in found.items()))
                 file.flush()
                 os.fsync(file.fileno())
             known |= found
-        bar.show(len(asked) - len(left) + min(start + block, len(left)))
+        bar.show(len(prompts) - len(left) + min(start + block, len(left)))
     bar.close()
 
 
@@ -1138,7 +1138,7 @@ def finish_answers(known: dict[int, list], part: Path, out: Path, settings: Dist
         + (f"; {silent:,} prompts have none{good} that ended within {length} tokens" if silent else ""))
 
 
-def read_asked(config, teacher: Teacher) -> list[RL.Prompt]:
+def read_prompts(config, teacher: Teacher) -> list[RL.Prompt]:
     """Prompts that leave the teacher room to answer."""
     settings, left, found, seen = config.distill, TOKENIZER.LeftOut(), [], set()
     room = RL.Room(ANSWER_LENGTH, settings.max_completion_length, teacher.context, "the teacher's context of")
@@ -1173,7 +1173,7 @@ def begin_answers(part: Path, made_by: dict, overwrite: bool) -> dict[int, list]
     lines = TRAIN.json_lines(part) if part.exists() and not overwrite else []
     lines = lines if len(lines) > 1 else []  # nothing was answered yet
     if lines and lines[0] != json.loads(json.dumps(made_by)):
-        raise UserError(f"--out: {part} was begun with other prompts, another teacher or other settings; --overwrite begins anew")
+        raise UserError(f"--out: {part} was started with other prompts, another teacher or other settings; --overwrite starts over")
     if lines and MODEL.process_rank() == 0:
         say(f"{part}: going on after {len(lines) - 1:,} prompts")
     MODEL.write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines or [made_by]))  # without a line that was cut short
@@ -1183,19 +1183,19 @@ def begin_answers(part: Path, made_by: dict, overwrite: bool) -> dict[int, list]
 def chosen_answers(prompt: RL.Prompt, given: list[RL.Sample], settings: DistillSection, chat: bool) -> list[dict]:
     """The records of one prompt: the answers that came to an end, each text once; where there are judges the best of them, if it is good enough."""
     judged, low = bool(settings.reward_funcs), -math.inf if settings.reward_threshold is None else settings.reward_threshold
-    ended, texts = [one for one in given if one.finish != "length" and one.text.strip()], set()
+    ended, texts = [sample for sample in given if sample.finish != "length" and sample.text.strip()], set()
     if judged:
-        ended = [one for one in sorted(ended, key=lambda one: -one.reward)[:1] if one.reward >= low]
+        ended = [sample for sample in sorted(ended, key=lambda sample: -sample.reward)[:1] if sample.reward >= low]
     records = []
-    for one in ended:
-        if one.text in texts:
+    for sample in ended:
+        if sample.text in texts:
             continue
-        texts.add(one.text)
+        texts.add(sample.text)
         if chat:
-            record = {"messages": [*TOKENIZER.as_messages(prompt.asked), {"role": "assistant", "content": one.text}]}
+            record = {"messages": [*TOKENIZER.as_messages(prompt.content), {"role": "assistant", "content": sample.text}]}
         else:
-            record = {"prompt": prompt.asked, "completion": one.text}
-        records.append({**prompt.columns, **record, **({"reward": one.reward} if judged else {})})
+            record = {"prompt": prompt.content, "completion": sample.text}
+        records.append({**prompt.columns, **record, **({"reward": sample.reward} if judged else {})})
     return records
 
 

@@ -350,19 +350,19 @@ def prompt_ids(tokenizer, prompt: str | list[dict], tools: list | None = None) -
     return TOKENIZER.encode_prompt(tokenizer, prompt)
 
 
-def example(tokenizer, prompt: str | list[dict], completion: str | list[dict], tools: list | None, where: str) -> Example:
+def make_example(tokenizer, prompt: str | list[dict], completion: str | list[dict], tools: list | None, where: str) -> Example:
     """The prompt as it is served, and the completion up to the end of its last turn; without a chat template one text."""
     if not tokenizer.chat_template:
         served, ids = TOKENIZER.encode_pair(tokenizer, prompt, completion)
         ids += [] if tokenizer.eos_token_id is None or ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
         return Example([*served, *ids], [0] * len(served) + [1] * len(ids))
-    asked = TOKENIZER.as_messages(prompt)
+    messages = TOKENIZER.as_messages(prompt)
     try:
         served = prompt_ids(tokenizer, prompt, tools)
-        ids, turns = TOKENIZER.render_chat(tokenizer, [*asked, *TOKENIZER.as_messages(completion, "assistant")], tools)
+        ids, turns = TOKENIZER.render_chat(tokenizer, [*messages, *TOKENIZER.as_messages(completion, "assistant")], tools)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    turns = [turn for turn in turns if turn.message >= len(asked)]
+    turns = [turn for turn in turns if turn.message >= len(messages)]
     first, last = turns[0].start, turns[-1].stop
     weights = [0] * last
     for turn in turns:
@@ -418,28 +418,28 @@ def read_pairs(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZ
         if not both and method != "kto":
             raise UserError(f"{where}: single completions with a label are for rl.method kto; {method} needs chosen and rejected")
         completions = [record["chosen"], record["rejected"]] if both else [record["completion"]]
-        examples = [example(tokenizer, record["prompt"], completion, tools, where) for completion in completions]
-        if any(one.start >= length for one in examples):
+        examples = [make_example(tokenizer, record["prompt"], completion, tools, where) for completion in completions]
+        if any(example.start >= length for example in examples):
             left.add(f"whose prompt fills training.max_length {length}", where)
             continue
-        left.truncated += any(len(one.ids) > length for one in examples)
-        examples = [Example(one.ids[:length], one.weights[:length]) for one in examples]
+        left.truncated += any(len(example.ids) > length for example in examples)
+        examples = [Example(example.ids[:length], example.weights[:length]) for example in examples]
         if both and examples[0].ids == examples[1].ids:
             left.add("whose completions are the same", where)
             continue
         if method == "reward":
-            examples = [followed(one, tokenizer.pad_token_id) for one in examples]
+            examples = [followed(example, tokenizer.pad_token_id) for example in examples]
         if both and method == "kto":
-            pairs += [Pair(where, [one], record["prompt"], tools, 0.0, label) for one, label in zip(examples, (True, False), strict=True)]
+            pairs += [Pair(where, [example], record["prompt"], tools, 0.0, label) for example, label in zip(examples, (True, False), strict=True)]
         else:
             pairs.append(Pair(where, examples, record["prompt"], tools, record.get("margin", 0.0), record.get("label", True)))
     return pairs
 
 
-def followed(one: Example, pad: int | None = None) -> Example:
+def followed(example: Example, pad: int | None = None) -> Example:
     """A row's last id is only a target; where a reward is read off the last token, another one has to follow it."""
-    ids = TOKENIZER.without_padding(one.ids, pad)
-    return Example([*ids, ids[-1]], [*one.weights[: len(ids)], 1])
+    ids = TOKENIZER.without_padding(example.ids, pad)
+    return Example([*ids, ids[-1]], [*example.weights[: len(ids)], 1])
 
 
 def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
@@ -458,7 +458,7 @@ def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
 def make_batch(pairs: list[Pair], width: int | None = None, rows: int = 1) -> dict:
     """Each example in a row of its own, the two of a pair one after the other; rows of padding up to `rows`. Beside `collate`'s keys
     `halves`: [(rows, width), ...], the shorter rows and the longer ones, which are computed apart so that short rows are padded less."""
-    examples = TOKENIZER.Examples.of([one for pair in pairs for one in pair.examples] or [Example([0], [0])])
+    examples = TOKENIZER.Examples.of([example for pair in pairs for example in pair.examples] or [Example([0], [0])])
     pieces = [[(int(start), int(start + size))] for start, size in zip(examples.starts, examples.lengths, strict=True)]
     batch = TOKENIZER.collate(examples, pieces + [[]] * (rows - len(pieces)), width)
     lengths = np.array([*examples.lengths, *[0] * (rows - len(pieces))])
@@ -510,31 +510,31 @@ class Pairs(TOKENIZER.TokenStream):
         self.needed = settings.method in ("dpo", "kto")
         self.sets = {"train": pairs, "held": held}
         if settings.method == "kto":
-            self.sets |= {f"{name} mismatched": mismatched(own, training.seed, training.max_length) for name, own in self.sets.items() if own}
+            self.sets |= {f"{name} mismatched": mismatched(pairs_of_set, training.seed, training.max_length) for name, pairs_of_set in self.sets.items() if pairs_of_set}
         self.reference: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def sums(self, model, pairs: list[Pair]) -> Tensor:
         """Log-probabilities (pairs, completions) of all processes' shares."""
         total = torch.zeros(len(pairs), self.count, dtype=torch.float64)
-        for group in self.own_groups(range(len(pairs))):
+        for group in self.groups_of_rank(range(len(pairs))):
             batch = TRAIN.on_device(make_batch([pairs[i] for i in group], rows=self.count), model.device)
             total[group.start : group.start + len(group)] = text_logps(model, batch, self.count)[0][: len(group)].double().cpu()
         return torch.tensor(TRAIN.all_sum(total.flatten().tolist(), model.device)).view(total.shape).float()
 
-    def own_groups(self, numbers) -> list:
+    def groups_of_rank(self, numbers) -> list:
         """This process's batches of numbers, as many as every other's."""
         size = self.training.batch_size
         groups = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-        own = groups[MODEL.process_rank() :: TRAIN.world_size()]
-        return own + [numbers[:0]] * (-(-len(groups) // TRAIN.world_size()) - len(own))
+        share = groups[MODEL.process_rank() :: TRAIN.world_size()]
+        return share + [numbers[:0]] * (-(-len(groups) // TRAIN.world_size()) - len(share))
 
     def ask_reference(self, model) -> None:
         if not self.needed or self.reference:
             return
         was_training = model.training
         with self.run.autocast():
-            self.reference = {name: self.sums((self.frozen or model).eval(), own) for name, own in self.sets.items() if own}
+            self.reference = {name: self.sums((self.frozen or model).eval(), pairs) for name, pairs in self.sets.items() if pairs}
         model.train(was_training)
         self.frozen = None
 
@@ -565,7 +565,7 @@ class Pairs(TOKENIZER.TokenStream):
         if self.settings.method != "kto":
             return batch
         if begins:
-            self.baseline = self.measure_baseline("train", [[int(i) for i in one["rows"] if i >= 0] for one in (batch, *self.queue)])
+            self.baseline = self.measure_baseline("train", [[int(i) for i in batch["rows"] if i >= 0] for batch in (batch, *self.queue)])
         return {**batch, "baseline": self.baseline}
 
     @torch.no_grad()
@@ -589,9 +589,9 @@ class Pairs(TOKENIZER.TokenStream):
         size, chosen = self.training.batch_size, np.arange(len(self.held))
         if len(chosen) > limit * size:
             chosen = np.linspace(0, len(self.held) - 1, limit * size).astype(int)
-        own = self.own_groups(chosen.tolist())
-        baseline = self.measure_baseline("held", own) if self.settings.method == "kto" else None
-        for numbers in own:
+        share = self.groups_of_rank(chosen.tolist())
+        baseline = self.measure_baseline("held", share) if self.settings.method == "kto" else None
+        for numbers in share:
             yield {**self.batch_of("held", numbers), "baseline": baseline}
 
     def state_dict(self) -> dict:
@@ -600,8 +600,8 @@ class Pairs(TOKENIZER.TokenStream):
     def fingerprint(self) -> str:
         """Of all ids: log-probabilities of a reference belong to the very texts."""
         digest = hashlib.blake2b(digest_size=8)
-        for one in (one for pair in (*self.pairs, *self.held) for one in pair.examples):
-            digest.update(np.array(one.ids).tobytes())
+        for example in (example for pair in (*self.pairs, *self.held) for example in pair.examples):
+            digest.update(np.array(example.ids).tobytes())
         return digest.hexdigest()
 
     def load_state_dict(self, state: dict) -> None:
@@ -656,7 +656,7 @@ def preference_loss(settings: RLSection) -> Callable:
         rewards = beta * gains.detach()
         metrics = {"rewards/accuracies": (right * real).sum() / totals["pairs"], "kl": batch["baseline"] * real.sum() / totals["pairs"], "loss": loss.detach()}
         if totals["desirable"] < totals["pairs"] > totals["undesirable"]:  # a step with one sort alone has no margin
-            chosen, rejected = ((rewards * (real & side)).sum() / totals[name] for name, side in (("desirable", wanted), ("undesirable", ~wanted)))
+            chosen, rejected = ((rewards * (real & kind)).sum() / totals[name] for name, kind in (("desirable", wanted), ("undesirable", ~wanted)))
             metrics |= {"rewards/margins": chosen - rejected, "rewards/chosen": chosen, "rewards/rejected": rejected}
         return loss + balance / totals["micro_batches"], metrics
 
@@ -716,7 +716,7 @@ class Sample:
     """One text that the policy wrote, and everything that was found out about it. Tensors (L,), one number a token."""
 
     def __init__(self, prompt: Prompt, number: int, ids: list[int], finish: str, text: str, sampled: list[float] | None):
-        self.where, self.number, self.asked, self.columns = prompt.where, number, prompt.asked, prompt.columns
+        self.where, self.number, self.prompt, self.columns = prompt.where, number, prompt.content, prompt.columns
         self.ids, self.start = [*prompt.ids, *ids], len(prompt.ids)
         self.finish, self.text, self.sampled = finish, text, sampled
         self.rewards: list[float | None] = []
@@ -725,9 +725,9 @@ class Sample:
 
     @classmethod
     def restored(cls, state: dict) -> Sample:
-        one = cls.__new__(cls)
-        vars(one).update(state)
-        return one
+        sample = cls.__new__(cls)
+        vars(sample).update(state)
+        return sample
 
     @property
     def length(self) -> int:
@@ -738,7 +738,7 @@ class Prompt(NamedTuple):
     """What is asked, as it was given and as ids, and the record's other keys."""
 
     where: str
-    asked: str | list[dict]
+    content: str | list[dict]
     ids: list[int]
     columns: dict
 
@@ -762,8 +762,8 @@ def without_commas(text: str) -> str:
 
 def exact_answer(sample: Sample) -> float:
     """1 where the text ends with the answer, as a word of its own; a closing full stop aside. "12 plus 30 is 42." ends with 42"""
-    said, answer = (text.rstrip(" .!\n").lower() for text in (without_commas(sample.text), expected_answer(sample, "exact_answer")))
-    return float(bool(answer) and said.endswith(answer) and not re.match(r"[\w.-]", said[: -len(answer)][-1:]))
+    text, answer = (text.rstrip(" .!\n").lower() for text in (without_commas(sample.text), expected_answer(sample, "exact_answer")))
+    return float(bool(answer) and text.endswith(answer) and not re.match(r"[\w.-]", text[: -len(answer)][-1:]))
 
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
@@ -805,7 +805,7 @@ def judge_each(function: Callable[[Sample], float], samples: list[Sample]) -> li
     return [function(sample) for sample in samples]
 
 
-def own_function(name: str, key: str = "rl.reward_funcs") -> Callable[[list[Sample]], list]:
+def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[[list[Sample]], list]:
     """`file.py:function`, called as TRL calls it: f(prompts=, completions=, completion_ids=, each other key of the records=) -> a
     number for each, None where it does not judge. Prompts and completions of conversations are lists of messages."""
     path, _, wanted = name.rpartition(":")
@@ -825,8 +825,8 @@ def own_function(name: str, key: str = "rl.reward_funcs") -> Callable[[list[Samp
     def judge(samples: list[Sample]) -> list:
         keys = {key: None for sample in samples for key in sample.columns}
         columns = {key: [sample.columns.get(key) for sample in samples] for key in keys}
-        completions = [TOKENIZER.as_messages(one.text, "assistant") if isinstance(one.asked, list) else one.text for one in samples]
-        given = function(prompts=[one.asked for one in samples], completions=completions, completion_ids=[one.ids[one.start :] for one in samples], **columns)
+        completions = [TOKENIZER.as_messages(sample.text, "assistant") if isinstance(sample.prompt, list) else sample.text for sample in samples]
+        given = function(prompts=[sample.prompt for sample in samples], completions=completions, completion_ids=[sample.ids[sample.start :] for sample in samples], **columns)
         return asyncio.run(given) if inspect.iscoroutine(given) else given
 
     return judge
@@ -850,18 +850,18 @@ def second_model(name: str, key: str, **options) -> tuple:
 
 def reward_model(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[[list[Sample]], list[float]]:
     """A folder's reward model: the score after a text's last token."""
-    model, own = second_model(name, key, device=device)
+    model, tokenizer_of_model = second_model(name, key, device=device)
     if "score" not in model.heads or model.config.num_labels != 1:
         raise UserError(f"{key}: {name} gives no single score; train a reward model with --rl.method reward")
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"{key}: {name} was made with another tokenizer ({len(own):,} tokens, the policy's has {len(tokenizer):,}); "
+    if tokenizer_of_model.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{key}: {name} was made with another tokenizer ({len(tokenizer_of_model):,} tokens, the policy's has {len(tokenizer):,}); "
                         "it has to read the policy's own ids: train it from the same model")
 
     def judge(samples: list[Sample]) -> list[float]:
         found: list[float] = []
         room = model.config.max_position_embeddings
         for start in range(0, len(samples), 64):
-            found += INFER.scores_of(model, [one.ids[-room:] for one in samples[start : start + 64]])[:, 0].tolist()
+            found += INFER.scores_of(model, [sample.ids[-room:] for sample in samples[start : start + 64]])[:, 0].tolist()
         return found
 
     return judge
@@ -902,7 +902,7 @@ class Judges:
         if function := builtin(name, key):
             return partial(judge_each, function)
         if re.search(r"\.py:\w+$", name):
-            return own_function(name, key)
+            return custom_function(name, key)
         if Path(name).is_dir() or ("/" in name and ":" not in name):
             return reward_model(name, tokenizer, device, key)
         raise UserError(f"{key}: '{name}' is none of exact_answer, number_after:MARKER, format:REGEX, regex:REGEX, length:TOKENS, "
@@ -980,9 +980,9 @@ class Reference:
             if hasattr(weight, "to_local"):  # a shard, whose storage belongs to FSDP2
                 if kept.shape == weight.shape and not hasattr(kept, "to_local"):
                     kept = self.start[name] = TRAIN.shard_like(kept.to(weight.device), weight)
-                own, kept = weight.to_local(), kept.to_local()
-                now = own.clone()
-                own.copy_(kept)
+                current, kept = weight.to_local(), kept.to_local()
+                now = current.clone()
+                current.copy_(kept)
                 kept.copy_(now)
             else:
                 self.start[name], weight.data = weight.data, kept.to(weight.device)
@@ -1002,16 +1002,16 @@ class Watch:
         self.state = {"length": None, "longer": LENGTH_ALARM, "shorter": 1 / LENGTH_ALARM, "kl": KL_ALARM}
 
     def __call__(self, metrics: dict) -> list[str]:
-        state, length, kl, said = self.state, metrics["completions/mean_length"], metrics.get("kl", 0.0), []
+        state, length, kl, warnings = self.state, metrics["completions/mean_length"], metrics.get("kl", 0.0), []
         state["length"] = state["length"] or max(length, 1.0)
         share = length / state["length"]
         if not state["shorter"] < share < state["longer"]:
-            said.append(f"texts have {length:.0f} tokens now, {state['length']:.0f} in the beginning")
+            warnings.append(f"texts have {length:.0f} tokens now, {state['length']:.0f} in the beginning")
             state["longer"], state["shorter"] = max(state["longer"], share * LENGTH_ALARM), min(state["shorter"], share / LENGTH_ALARM)
         if kl > state["kl"]:
-            said.append(f"the KL from the reference is {kl:.0f} nats a text")
+            warnings.append(f"the KL from the reference is {kl:.0f} nats a text")
             state["kl"] = 2 * kl
-        return said
+        return warnings
 
 
 class Rollouts:
@@ -1066,10 +1066,10 @@ class Rollouts:
                                  first=[number for number, _ in numbered], together=self.together)
         samples = []
         for (number, prompt), completions in zip(numbered, answers, strict=True):
-            for one in completions:
-                asked = prompt.ids if isinstance(prompt.asked, str) and not self.tokenizer.chat_template else []
-                text = INFER.completion_text(self.tokenizer, asked, one.ids)
-                samples.append(Sample(prompt, number, one.ids, one.finish_reason, text, one.logprobs))
+            for completion in completions:
+                before = prompt.ids if isinstance(prompt.content, str) and not self.tokenizer.chat_template else []
+                text = INFER.completion_text(self.tokenizer, before, completion.ids)
+                samples.append(Sample(prompt, number, completion.ids, completion.finish_reason, text, completion.logprobs))
         self.judges(samples)
         return samples
 
@@ -1084,14 +1084,14 @@ class Rollouts:
             out = model(inputs["input_ids"], inputs["positions"], targets=inputs["targets"], temperature=self.settings.temperature, want=want)
             columns = {"logprobs": out.logprobs, "entropy": out.entropy, "values": out.values}
             columns = {name: column.float().cpu() for name, column in columns.items() if column is not None}
-            found += [{name: column[i, one.start - 1 : len(one.ids) - 1] for name, column in columns.items()} for i, one in enumerate(group)]
+            found += [{name: column[i, sample.start - 1 : len(sample.ids) - 1] for name, column in columns.items()} for i, sample in enumerate(group)]
         return found
 
     def draw(self, **changes) -> list[Sample]:
         """This process's texts for the next prompts."""
         numbers = range(self.drawn, self.drawn + self.count)
-        own = [(number, self.prompt(number)) for number in numbers[self.run.rank :: self.run.world_size]]
-        return self.write(self.run.model, own, self.sampling(**changes), self.rollout)
+        share = [(number, self.prompt(number)) for number in numbers[self.run.rank :: self.run.world_size]]
+        return self.write(self.run.model, share, self.sampling(**changes), self.rollout)
 
     def roll_out(self) -> None:
         """One rollout, known to all processes: texts, rewards, log-probabilities, advantages."""
@@ -1100,8 +1100,8 @@ class Rollouts:
         model.eval()
         with run.autocast():
             samples = self.draw()
-            for one in samples:
-                one.reward -= settings.missing_eos_penalty * (one.finish == "length")
+            for sample in samples:
+                sample.reward -= settings.missing_eos_penalty * (sample.finish == "length")
             spent = {"time/rollout": -clock + (clock := time.perf_counter())}
             rows = -(-self.count // run.world_size) * settings.num_generations
             want = ("entropy", "values") if settings.method == "ppo" else ("entropy",)
@@ -1142,47 +1142,47 @@ class Rollouts:
     def measure(self) -> dict[str, float]:
         """What is logged of a rollout; most under TRL's names."""
         samples, settings = self.samples, self.settings
-        rewards = torch.tensor([one.reward for one in samples])
-        lengths = torch.tensor([float(one.length) for one in samples])
+        rewards = torch.tensor([sample.reward for sample in samples])
+        lengths = torch.tensor([float(sample.length) for sample in samples])
         found = {"reward": float(rewards.mean()), "reward_std": float(rewards.std()) if len(rewards) > 1 else 0.0}
         for i, name in enumerate(self.judges.names):
-            given = [one.rewards[i] for one in samples if one.rewards[i] is not None]
+            given = [sample.rewards[i] for sample in samples if sample.rewards[i] is not None]
             found[f"rewards/{name}/mean"] = sum(given) / max(len(given), 1)
-        found |= {"completions/mean_length": float(lengths.mean()), "completions/clipped_ratio": sum(one.finish == "length" for one in samples) / len(samples)}
-        found["entropy"] = float(torch.cat([one.entropy for one in samples]).mean())
+        found |= {"completions/mean_length": float(lengths.mean()), "completions/clipped_ratio": sum(sample.finish == "length" for sample in samples) / len(samples)}
+        found["entropy"] = float(torch.cat([sample.entropy for sample in samples]).mean())
         if self.reference:
-            found["kl"] = sum(float(kl_estimate(one.old, one.reference).sum()) for one in samples) / len(samples)
+            found["kl"] = sum(float(kl_estimate(sample.old, sample.reference).sum()) for sample in samples) / len(samples)
         if settings.num_generations > 1:
             groups = rewards.view(-1, settings.num_generations)
             found["frac_reward_zero_std"] = float((groups.max(1).values == groups.min(1).values).float().mean())
-        apart = torch.cat([(one.old - torch.tensor(one.sampled)).abs() for one in samples])
-        found |= {"sampling/logp_difference_mean": float(apart.mean()), "sampling/logp_difference_max": float(apart.max())}
+        differences = torch.cat([(sample.old - torch.tensor(sample.sampled)).abs() for sample in samples])
+        found |= {"sampling/logp_difference_mean": float(differences.mean()), "sampling/logp_difference_max": float(differences.max())}
         return found
 
     def set_advantages(self) -> dict[str, float]:
         """Advantages of all tokens, from the rewards of all texts."""
         samples, settings = self.samples, self.settings
-        scores = torch.tensor([one.reward for one in samples])
+        scores = torch.tensor([sample.reward for sample in samples])
         if settings.method != "ppo":
             scale = settings.scale_rewards
             if settings.method == "rloo":  # the KL is part of a text's reward
                 scale = "leave_one_out"
                 if self.reference:
-                    scores = scores - self.beta * torch.stack([(one.old - one.reference).sum() for one in samples])
-            for one, advantage in zip(samples, group_advantages(scores.view(-1, settings.num_generations), scale).flatten(), strict=True):
-                one.advantages = advantage
+                    scores = scores - self.beta * torch.stack([(sample.old - sample.reference).sum() for sample in samples])
+            for sample, advantage in zip(samples, group_advantages(scores.view(-1, settings.num_generations), scale).flatten(), strict=True):
+                sample.advantages = advantage
             return {}
         padded = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-        old, values = padded([one.old for one in samples]), padded([one.values for one in samples])
-        mask = padded([torch.ones(one.length, dtype=torch.bool) for one in samples])
-        reference = padded([one.reference for one in samples]) if self.reference else old
+        old, values = padded([sample.old for sample in samples]), padded([sample.values for sample in samples])
+        mask = padded([torch.ones(sample.length, dtype=torch.bool) for sample in samples])
+        reference = padded([sample.reference for sample in samples]) if self.reference else old
         advantages, returns = gae(token_rewards(scores, old, reference, mask, self.beta), values, mask, settings.gamma, settings.lam)
-        learnt = mask & ~torch.tensor([self.is_masked(one) for one in samples])[:, None]
+        learnt = mask & ~torch.tensor([self.is_masked(sample) for sample in samples])[:, None]
         spread = float(returns[mask].var()) if mask.sum() > 1 else 0.0
         explained = 1 - float((returns - values)[mask].var()) / spread if spread else 0.0
         advantages = whiten(advantages, learnt if learnt.any() else mask)
-        for i, one in enumerate(samples):
-            one.advantages, one.returns = advantages[i, : one.length], returns[i, : one.length]
+        for i, sample in enumerate(samples):
+            sample.advantages, sample.returns = advantages[i, : sample.length], returns[i, : sample.length]
         return {"explained_variance": explained, "value": float(values[mask].mean()), "beta": self.beta}
 
     def is_masked(self, sample: Sample) -> bool:
@@ -1193,19 +1193,19 @@ class Rollouts:
             self.roll_out()
         group = [self.samples[i] for i in self.queue.pop(0)]
         batch = text_batch(group)
-        for row, one in enumerate(group):
-            if self.is_masked(one):
+        for row, sample in enumerate(group):
+            if self.is_masked(sample):
                 batch["targets"][row] = -100
         mask = batch["targets"] != -100
         for name in ("old", "reference", "values", "returns", "advantages"):
-            column = [getattr(one, name) for one in group]
+            column = [getattr(sample, name) for sample in group]
             if column[0] is not None and not column[0].dim():  # one number a text
                 batch[name] = torch.stack(column)  # (B,)
             elif column[0] is not None:
                 batch[name] = torch.zeros(mask.shape)  # (B, T)
-                for row, one in enumerate(group):
-                    batch[name][row, one.start - 1 : len(one.ids) - 1] = column[row]
-        counts = {"tokens": int(mask.sum()), "texts": len(group), "read": sum(len(one.ids) - 1 for one in group)}
+                for row, sample in enumerate(group):
+                    batch[name][row, sample.start - 1 : len(sample.ids) - 1] = column[row]
+        counts = {"tokens": int(mask.sum()), "texts": len(group), "read": sum(len(sample.ids) - 1 for sample in group)}
         return {**batch, "counts": counts}
 
     def metrics(self) -> dict[str, float]:
@@ -1218,20 +1218,20 @@ class Rollouts:
         if self.run.rank != 0:
             return
         with open(self.out / "rollouts.jsonl", "a" if self.rollout else "w", encoding="utf-8") as file:
-            for one in self.samples:
-                record = {"rollout": self.rollout + 1, "prompt": one.asked, "completion": one.text, **self.verdict(one),
-                          "tokens": one.length, "finish_reason": one.finish}
+            for sample in self.samples:
+                record = {"rollout": self.rollout + 1, "prompt": sample.prompt, "completion": sample.text, **self.verdict(sample),
+                          "tokens": sample.length, "finish_reason": sample.finish}
                 file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 
-    def verdict(self, one: Sample) -> dict:
+    def verdict(self, sample: Sample) -> dict:
         """What the transcript tells of a text beside itself."""
-        found = {"reward": one.reward, "rewards": dict(zip(self.judges.names, one.rewards, strict=True)), "advantage": round(float(one.advantages.mean()), 4)}
-        return found | ({} if one.reference is None else {"kl": round(float(kl_estimate(one.old, one.reference).sum()), 4)})
+        found = {"reward": sample.reward, "rewards": dict(zip(self.judges.names, sample.rewards, strict=True)), "advantage": round(float(sample.advantages.mean()), 4)}
+        return found | ({} if sample.reference is None else {"kl": round(float(kl_estimate(sample.old, sample.reference).sum()), 4)})
 
     def state_dict(self) -> dict:
         left = len(self.queue) * self.training.batch_size * self.run.world_size
         return {"drawn": self.drawn, "rollout": self.rollout, "beta": self.beta, "watch": dict(self.watch.state), "sums": {k: list(v) for k, v in self.sums.items()},
-                "left": left, "samples": [{**vars(one), "columns": {}, "asked": ""} for one in self.samples] if left else [], "prompts": self.fingerprint()}
+                "left": left, "samples": [{**vars(sample), "columns": {}, "prompt": ""} for sample in self.samples] if left else [], "prompts": self.fingerprint()}
 
     def fingerprint(self) -> str:
         return hashlib.blake2b(str([prompt.ids for prompt in self.prompts]).encode(), digest_size=8).hexdigest()
@@ -1240,7 +1240,7 @@ class Rollouts:
         if "drawn" not in state:
             raise UserError("--resume: the checkpoint was made with another rl.method")
         self.drawn, self.rollout, self.beta, self.watch.state = state["drawn"], state["rollout"], state["beta"], dict(state["watch"])
-        self.sums, self.samples = {k: list(v) for k, v in state["sums"].items()}, [Sample.restored(one) for one in state["samples"]]
+        self.sums, self.samples = {k: list(v) for k, v in state["sums"].items()}, [Sample.restored(sample) for sample in state["samples"]]
         if state["left"] % self.per_step:
             raise UserError(f"--resume: the checkpoint stands inside a rollout of which {state['left']} texts are left, which do not fill whole optimizer steps of {self.per_step}")
         if state["prompts"] != self.fingerprint() and self.run.rank == 0:
@@ -1256,18 +1256,18 @@ def gather(samples: list[Sample]) -> list[Sample]:
     if TRAIN.world_size() > 1:
         everyone: list = [None] * TRAIN.world_size()
         torch.distributed.all_gather_object(everyone, samples)
-        samples = [one for own in everyone for one in own]
-    return sorted(samples, key=lambda one: one.number)
+        samples = [sample for samples_of_rank in everyone for sample in samples_of_rank]
+    return sorted(samples, key=lambda sample: sample.number)
 
 
 def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
     """Prompts with their texts, a row each, padded on the right; the texts are the targets."""
-    width = max((len(one.ids) - 1 for one in samples), default=1)
+    width = max((len(sample.ids) - 1 for sample in samples), default=1)
     ids, targets, positions = (torch.full((max(len(samples), 1), width), fill) for fill in (0, -100, -1))
-    for row, one in enumerate(samples):
-        n = len(one.ids) - 1
-        ids[row, :n], positions[row, :n] = torch.tensor(one.ids[:-1]), torch.arange(n)
-        targets[row, one.start - 1 : n] = torch.tensor(one.ids[one.start :])
+    for row, sample in enumerate(samples):
+        n = len(sample.ids) - 1
+        ids[row, :n], positions[row, :n] = torch.tensor(sample.ids[:-1]), torch.arange(n)
+        targets[row, sample.start - 1 : n] = torch.tensor(sample.ids[sample.start :])
     batch = {"input_ids": ids, "targets": targets, "positions": positions, "segment_ids": None, "weights": None}
     return TRAIN.on_device(batch, device)
 
@@ -1310,17 +1310,17 @@ def held_out_rewards(stream: Rollouts, held: list[Prompt], config) -> Callable |
         return None
 
     def evaluate(model) -> dict:
-        own = list(enumerate(chosen))[MODEL.process_rank() :: TRAIN.world_size()]
-        samples = gather(stream.write(model, own, stream.sampling(temperature=0.0, top_k=0, top_p=1.0, n=1, logprobs=False), 0))
+        share = list(enumerate(chosen))[MODEL.process_rank() :: TRAIN.world_size()]
+        samples = gather(stream.write(model, share, stream.sampling(temperature=0.0, top_k=0, top_p=1.0, n=1, logprobs=False), 0))
         if MODEL.process_rank() == 0 and config.training.sample_tokens:
-            for one in samples[:: max(1, len(samples) // 3)][:3]:
-                asked = one.asked if isinstance(one.asked, str) else one.asked[-1]["content"]
-                say(f"  | {asked}\n  |   {one.text}   ({one.reward:.3g})".replace("\n", "\n  | "))
-        found = {"reward": sum(one.reward for one in samples) / len(samples)}
+            for sample in samples[:: max(1, len(samples) // 3)][:3]:
+                question = sample.prompt if isinstance(sample.prompt, str) else sample.prompt[-1]["content"]
+                say(f"  | {question}\n  |   {sample.text}   ({sample.reward:.3g})".replace("\n", "\n  | "))
+        found = {"reward": sum(sample.reward for sample in samples) / len(samples)}
         for i, name in enumerate(stream.judges.names) if len(stream.judges.names) > 1 else ():
-            given = [one.rewards[i] for one in samples if one.rewards[i] is not None]
+            given = [sample.rewards[i] for sample in samples if sample.rewards[i] is not None]
             found[f"rewards/{name}"] = sum(given) / max(len(given), 1)
-        return {**found, "mean_length": sum(one.length for one in samples) / len(samples)}
+        return {**found, "mean_length": sum(sample.length for sample in samples) / len(samples)}
 
     return evaluate
 
@@ -1411,8 +1411,8 @@ def prompt_inside(record: dict, answers: list[list[dict]], where: str, form: TOK
     given = TOKENIZER.prompt_of({key: value for key, value in record.items() if key not in TOKENIZER.CHAT_KEYS}, where, form.system)
     given = TOKENIZER.as_messages(given) if given else []
     prompt, answers = shared_prompt(answers, where, form)
-    asked, full = ([turn for turn in turns if turn["role"] != "system"] for turns in (given, prompt))
-    if TOKENIZER.essence(full[: len(asked)]) != TOKENIZER.essence(asked):
+    before, full = ([turn for turn in turns if turn["role"] != "system"] for turns in (given, prompt))
+    if TOKENIZER.essence(full[: len(before)]) != TOKENIZER.essence(before):
         raise TOKENIZER.Unusable("whose prompt is not that of its completions")
     system = [turn for turn in given if turn["role"] == "system"]
     if words := record.get("system") if TOKENIZER.is_given(record, "system") else form.system:
@@ -1489,8 +1489,8 @@ def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
     name = config.rl.ref_model
     if not name:
         return None
-    model, own = second_model(name, "rl.ref_model", dtype="float32", device=device, attn_implementation=config.model.attn_implementation)
-    missing = set(tokenizer.get_vocab().items()) - set(own.get_vocab().items())
+    model, other = second_model(name, "rl.ref_model", dtype="float32", device=device, attn_implementation=config.model.attn_implementation)
+    missing = set(tokenizer.get_vocab().items()) - set(other.get_vocab().items())
     if missing:
         raise UserError(f"rl.ref_model: {name} does not fit the policy: its tokenizer lacks {len(missing):,} of the policy's {len(tokenizer):,} tokens")
     if "lm" not in model.heads or not model.config.causal:
@@ -1517,7 +1517,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     records, held = TOKENIZER.read_split(config.data, form_of(settings, expand), left, kind)
     make_chat(tokenizer, records + held)
     judges = Judges(settings, tokenizer, device) if settings.method in ON_POLICY else None
-    asked = training.learning_rate, training.optim
+    requested = training.learning_rate, training.optim
     head = {"reward": "score", "ppo": ("lm", "value")}.get(settings.method, "lm")
     if settings.method == "reward":
         config.model.labels = ["reward"]
@@ -1525,7 +1525,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r), head=head)
     if not model.config.causal:
         raise UserError(f"model.name: {name} is an encoder; rewards and preferences are learnt by causal models here")
-    SFT.finish_model(config, model, *asked, share=RATES[settings.method])
+    SFT.finish_model(config, model, *requested, share=RATES[settings.method])
     if head == ("lm", "value"):
         model.value_head.requires_grad_(True)
     if settings.method == "reward":
@@ -1541,7 +1541,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
 
 def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAIN.Stage:
     settings = config.rl
-    pairs, kept = (read_pairs(config, tokenizer, own, left) for own in (records, held))
+    pairs, kept = (read_pairs(config, tokenizer, found, left) for found in (records, held))
     if len(pairs) < (2 if settings.method == "kto" else 1):
         raise UserError(f"data.train: no {'completions are' if settings.method == 'kto' else 'pair is'} left to train on{left.text()}")
     if MODEL.process_rank() == 0:
@@ -1589,13 +1589,13 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
                 made.append(Prompt(where, record["prompt"], ids, {key: value for key, value in record.items() if key != "prompt"}))
         return made
 
-    asked, kept = prompts(records), prompts(held)
-    if not asked:
+    found, kept = prompts(records), prompts(held)
+    if not found:
         raise UserError(f"data.train: no prompt is left{left.text()}")
     if MODEL.process_rank() == 0:
-        say(f"{len(asked):,} prompts, {len(kept):,} held out{left.text()}; judged by {', '.join(judges.names)}")
+        say(f"{len(found):,} prompts, {len(kept):,} held out{left.text()}; judged by {', '.join(judges.names)}")
     reference = Reference(model, frozen) if settings.beta else None
-    stream = Rollouts(asked, tokenizer, judges, settings, config.training, reference, out)
+    stream = Rollouts(found, tokenizer, judges, settings, config.training, reference, out)
 
     def save(text: str, tokenizer, model, folder: Path) -> None:
         TRAIN.save_product(text, tokenizer, model, folder)

@@ -399,10 +399,10 @@ def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRA
     if config.model.num_labels is not None or config.model.labels not in (None, labels):
         raise UserError(f"model.labels: are those of the data, {', '.join(labels)} (and model.num_labels is their number); leave both out")
     config.model.labels = labels
-    asked = config.training.learning_rate, config.training.optim
+    requested = config.training.learning_rate, config.training.optim
     model = TRAIN.prepare_model(config, tokenizer, adapter=bool(adapter or config.lora.r), head="score")
     model.config.pad_token_id = tokenizer.pad_token_id
-    finish_model(config, model, *asked, config.sft.neftune_noise_alpha)
+    finish_model(config, model, *requested, config.sft.neftune_noise_alpha)
     stream, batches = in_batches(config, train, kept)
     causal = model.config.causal
     evaluate = Confusion(batches, labels, causal) if batches else None
@@ -484,11 +484,11 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
         return prepare_labels(config, checkpoint, device)
     tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, config.model.name))
     TOKENIZER.ensure_chat(tokenizer)
-    asked = config.training.learning_rate, config.training.optim
+    requested = config.training.learning_rate, config.training.optim
     model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r))
     if not model.config.causal:
         raise UserError(f"model.name: {config.model.name} is an encoder, which answers nobody; conversations need a causal model")
-    finish_model(config, model, *asked, config.sft.neftune_noise_alpha)
+    finish_model(config, model, *requested, config.sft.neftune_noise_alpha)
     TOKENIZER.end_with_turns(model, tokenizer)
     train, kept = read_conversations(config, tokenizer)
     stream, batches = in_batches(config, train, kept)
@@ -517,8 +517,8 @@ def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     messages = TOKENIZER.as_messages(TOKENIZER.prompt_of(whole, where, form.system))
     if not chat:
         answer = TOKENIZER.as_messages(TOKENIZER.words_of(record[keys[1]], "assistant", f"{where}: {keys[1]}", False), "assistant")
-        asked, full = ([turn for turn in turns if turn["role"] != "system"] for turns in (messages, answer))
-        if TOKENIZER.essence(full[: len(asked)]) == TOKENIZER.essence(asked):  # the completion repeats the prompt
+        before, full = ([turn for turn in turns if turn["role"] != "system"] for turns in (messages, answer))
+        if TOKENIZER.essence(full[: len(before)]) == TOKENIZER.essence(before):  # the completion repeats the prompt
             messages, answer = [turn for turn in messages if turn["role"] == "system"], full
         messages = [*messages, *answer]
     elif TOKENIZER.is_given(record, "answer"):
@@ -625,10 +625,10 @@ def merge(config) -> None:
         return out.scores if labels else out.logits
 
     with torch.no_grad():
-        apart = outputs()
+        unmerged = outputs()
         MODEL.merge_adapter(model)
-        difference = float((outputs() - apart).abs().max())
-    if not difference <= 1e-3 * max(float(apart.std()), 1.0):
+        difference = float((outputs() - unmerged).abs().max())
+    if not difference <= 1e-3 * max(float(unmerged.std()), 1.0):
         raise UserError(f"{folder}: merged and unmerged logits differ by {difference:.2g}; nothing was written")
     with TRAIN.run_folder(out, None, config.actions.overwrite):
         TRAIN.clear_run(out)
@@ -645,9 +645,9 @@ SECTIONS = {**TRAIN.SECTIONS, "lora": LoraSection, "sft": SFTSection}
 
 def main(argv: list[str] | None = None) -> TRAIN.Result | None:
     config = load_config(argv, SECTIONS, "sft", ACTIONS, __doc__)
-    asked = [f"--{name.replace('_', '-')}" for name in ("convert", "merge", "dry_run") if getattr(config.actions, name)]
-    if len(asked) > 1 or (asked and config.actions.resume) or (asked and asked != ["--dry-run"] and config.actions.adapter):
-        raise UserError(f"{' and '.join(asked)}: train nothing and stand alone; leave out the other actions")
+    actions = [f"--{name.replace('_', '-')}" for name in ("convert", "merge", "dry_run") if getattr(config.actions, name)]
+    if len(actions) > 1 or (actions and config.actions.resume) or (actions and actions != ["--dry-run"] and config.actions.adapter):
+        raise UserError(f"{' and '.join(actions)}: train nothing and stand alone; leave out the other actions")
     if config.actions.convert:
         return convert(config)
     if config.actions.merge:

@@ -457,7 +457,7 @@ def test_a_killed_cache_goes_on(world, tmp_path):
         if not part.exists():
             break
         kept.append(json.loads(part.read_text())["done"])
-        with pytest.raises(UserError, match="holds no cache; what was begun there is unfinished"):
+        with pytest.raises(UserError, match="holds no cache; an unfinished cache is there"):
             DISTILL.Cache.open(tmp_path / "killed")
     assert kept and kept == sorted(set(kept)) and kept[0] > 0
     if not (tmp_path / "killed" / "cache.json").exists():
@@ -813,7 +813,7 @@ def test_killed_answers_go_on(world, tmp_path):
     with open(part, "a") as file:
         file.write('{"number": 7, "rec')  # a line that was cut short
     before = part.read_text().count("\n") - 1
-    with pytest.raises(UserError, match="was begun with other prompts, another teacher or other settings"):
+    with pytest.raises(UserError, match="was started with other prompts, another teacher or other settings"):
         DISTILL.main([*flags, "--seed", "1", "--out", str(tmp_path / "killed.jsonl")])
     asked = []
     usual = INFER.generate
@@ -850,7 +850,7 @@ def test_answers_are_records_that_sft_reads(world, tmp_path):
     tools, tokenizer = [{"type": "function", "function": {"name": "rain", "parameters": {}}}], TOKENIZER.load(world / "talker")
     (tmp_path / "tools.jsonl").write_text(json.dumps({"prompt": "Hi", "tools": tools}) + "\n")
     config = MODEL.load_config(["--data", str(tmp_path / "tools.jsonl")], DISTILL.SECTIONS, "distill", DISTILL.ACTIONS)
-    [prompt] = DISTILL.read_asked(config, DISTILL.Teacher("teacher", None, tokenizer, 0, 4096, True))
+    [prompt] = DISTILL.read_prompts(config, DISTILL.Teacher("teacher", None, tokenizer, 0, 4096, True))
     assert prompt.ids == TOKENIZER.render_chat(tokenizer, [{"role": "user", "content": "Hi"}], tools, add_generation_prompt=True).ids
     assert prompt.columns["tools"] == tools
 

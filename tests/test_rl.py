@@ -336,18 +336,18 @@ def chat(tokenizer):
 
 @pytest.mark.parametrize("prompt, said", [("What is red?", "The fox."), (ASKED + FOX + ASKED, OWL)])
 def test_what_is_compared_is_what_is_served(chat, prompt, said):
-    one = RL.example(chat, prompt, said, None, "here")
+    one = RL.make_example(chat, prompt, said, None, "here")
     assert one.ids[: one.start] == RL.prompt_ids(chat, prompt)
     text = said if isinstance(said, str) else said[0]["content"]
     assert chat.decode(one.ids[one.start :]) == text + "<|im_end|>" and one.ids[-1] == TOKENIZER.chat_ends(chat).stop[0]
 
 
 def test_of_several_turns_the_assistants_are_learnt(chat):
-    one = RL.example(chat, ASKED, FOX + ASKED + OWL, None, "here")
+    one = RL.make_example(chat, ASKED, FOX + ASKED + OWL, None, "here")
     said = "".join(chat.decode([i]) if on else "~" for i, on in zip(one.ids, one.weights, strict=True))
     assert [part for part in said.split("~") if part] == ["The fox.<|im_end|>", "The owl.<|im_end|>"]
     assert one.ids[: one.start] == RL.prompt_ids(chat, ASKED)
-    [other] = RL.mismatched([RL.Pair("a", [one], ASKED), RL.Pair("b", [RL.example(chat, "Who?", "An owl.", None, "")], "Who?")], 0, 128)[1].examples
+    [other] = RL.mismatched([RL.Pair("a", [one], ASKED), RL.Pair("b", [RL.make_example(chat, "Who?", "An owl.", None, "")], "Who?")], 0, 128)[1].examples
     assert sum(other.weights) == sum(one.weights) and other.ids[other.start :] == one.ids[one.start :]
     batch = RL.make_batch([RL.Pair("a", [one], ASKED)])
     assert batch["weights"].tolist() == [one.weights[1:]]
@@ -363,7 +363,7 @@ def test_answers_are_numbers_too():
 
 
 def test_without_a_template_texts_stand_end_to_end(tokenizer):
-    one = RL.example(tokenizer, "the red", " fox ran", None, "here")
+    one = RL.make_example(tokenizer, "the red", " fox ran", None, "here")
     assert tokenizer.decode(one.ids[one.start : -1]) == " fox ran" and one.ids[-1] == tokenizer.eos_token_id
     assert one.ids[: one.start] == TOKENIZER.encode_prompt(tokenizer, "the red")
 
@@ -371,7 +371,7 @@ def test_without_a_template_texts_stand_end_to_end(tokenizer):
 def some_pairs(tokenizer, count: int = 10) -> list[RL.Pair]:
     lines = make_text(3 * count, seed=4)
     texts = [(lines[i], lines[i + 1], lines[i + 2][: 5 + 3 * i]) for i in range(0, 3 * count, 3)]
-    return [RL.Pair(f"line {i}", [RL.example(tokenizer, prompt, said, None, "") for said in sides], prompt, None, 0.1 * i) for i, (prompt, *sides) in enumerate(texts)]
+    return [RL.Pair(f"line {i}", [RL.make_example(tokenizer, prompt, said, None, "") for said in sides], prompt, None, 0.1 * i) for i, (prompt, *sides) in enumerate(texts)]
 
 
 def test_log_probabilities_of_pairs_are_those_of_transformers(model_folder, tokenizer):
@@ -553,7 +553,7 @@ def judges(tmp_path, *names, weights=None):
     return RL.Judges(RL.RLSection(method="grpo", reward_funcs=names, reward_weights=weights), None, "cpu")
 
 
-def test_own_functions_are_called_as_trl_calls_them(tmp_path):
+def test_custom_functions_are_called_as_trl_calls_them(tmp_path):
     both = [sample("abc", worth=2), sample("xy", worth=3)]
     judges(tmp_path, "letters", "sometimes", "length:4", weights=[1, 10, 0.5])(both)
     assert [one.rewards for one in both] == [[6, 2, 1], [6, None, 1]] and [one.reward for one in both] == [26.5, 6.5]
@@ -893,7 +893,7 @@ def test_ppo_learns_from_a_reward_model(world, tmp_path, capsys, monkeypatch):
     INFER.main(["--model", str(tmp_path / "reward"), "--jsonl"])
     served = json.loads(capsys.readouterr().out)
     tokenizer = TOKENIZER.load(str(tmp_path / "reward"))
-    judged = RL.example(tokenizer, "What is red?", "fox fox", None, "")
+    judged = RL.make_example(tokenizer, "What is red?", "fox fox", None, "")
     one = RL.Sample(RL.Prompt("", "", judged.ids[: judged.start], {}), 0, judged.ids[judged.start :], "stop", "", None)
     assert served["n"] == 7 and [served["reward"]] == pytest.approx(RL.reward_model(str(tmp_path / "reward"), tokenizer, "cpu")([one]), abs=1e-5)
     kept, usual = [], RL.Rollouts.write_transcripts
@@ -1185,7 +1185,7 @@ def test_a_template_that_opens_a_thought_serves_what_is_learnt(tokenizer):
     TOKENIZER.ensure_chat(own)
     own.chat_template = THINKING
     for said in ("The fox.", "<think>\nwhy</think> The fox."):
-        one = RL.example(own, "What is red?", said, None, "here")
+        one = RL.make_example(own, "What is red?", said, None, "here")
         assert one.ids[: one.start] == RL.prompt_ids(own, "What is red?")
         assert own.decode(one.ids).replace(" ", "").endswith("<think>\n" + said.removeprefix("<think>\n").replace(" ", "") + "<|im_end|>") or "why" in said
     assert own.decode(one.ids).count("<think>") == 1
