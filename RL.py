@@ -1551,27 +1551,11 @@ def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAI
     loss = reward_model_loss(settings) if settings.method == "reward" else preference_loss(settings)
     evaluate = held_out_pairs(stream, loss, config.training.eval_batches) if kept else None
     if settings.method != "reward":
-        evaluate = with_answers(evaluate, kept, tokenizer, config)
+        shown = kept[:: max(1, len(kept) // 3)][:3]
+        texts = [pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"] for pair in shown]
+        prompts = [prompt_ids(tokenizer, pair.prompt, pair.tools) for pair in shown]
+        evaluate = TRAIN.with_samples(evaluate, tokenizer, config.training, list(zip(texts, prompts, strict=True)))
     return TRAIN.Stage(model, tokenizer, stream, loss, evaluate, TRAIN.save_product)
-
-
-def with_answers(evaluate: Callable | None, pairs: list[Pair], tokenizer, config) -> Callable | None:
-    """The same validation, followed by answers to a few held-out prompts."""
-    if evaluate is None or not config.training.sample_tokens:
-        return evaluate
-    shown = pairs[:: max(1, len(pairs) // 3)][:3]
-
-    def evaluate_and_show(model) -> dict:
-        measures, room = evaluate(model), model.config.max_position_embeddings - 1
-        prompts = [prompt_ids(tokenizer, pair.prompt, pair.tools)[-room:] for pair in shown]
-        answers = INFER.generate(model, prompts, INFER.Sampling(config.training.sample_tokens, 0.7, seed=0), tokenizer)
-        if MODEL.process_rank() == 0:
-            for pair, [answer] in zip(shown, answers, strict=True):
-                text = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"]
-                say(f"  | {text}\n  |   {answer.text}".replace("\n", "\n  | "))
-        return measures
-
-    return evaluate_and_show
 
 
 def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges) -> TRAIN.Stage:

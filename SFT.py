@@ -54,7 +54,7 @@ class LoraSection:
             raise UserError(f"lora.loraplus_lr_ratio: {self.loraplus_lr_ratio} must be positive, or null for one rate")
 
     def attach(self, model: MODEL.LanguageModel, base: str, tokens: list[int], seed: int) -> None:
-        options = dict(r=self.r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout, use_dora=self.use_dora, use_rslora=self.use_rslora)
+        options = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")}
         rows = MODEL.rows_to_train(model, tokens)
         MODEL.attach_lora(model, base, self.target_modules, seed, trainable_token_indices=rows, **options)
 
@@ -70,7 +70,7 @@ class SFTSection:
     neftune_noise_alpha: float = knob(0.0, "noise on the embeddings while training (Jain 2023); 5 is usual, 0 is off")
     eval_answers: int = knob(200, "held-out questions with a known answer that are answered in a validation; 0 is off")
     answer_tokens: int = knob(64, "length of those answers")
-    class_weights: str | dict = knob("none", "classify: none, balanced (a label counts the more, the rarer it is), or {label: weight}")
+    class_weights: str | dict = knob("none", "classify: none, balanced (rare labels count more), or {label: weight}")
     model: dict = knob({"name": "./out"}, "stage block over `model`")
     data: dict = knob({"train": ["data/chat.jsonl"], "validation": "data/chat_test.jsonl"}, "stage block over `data`")
     training: dict = knob({"epochs": 6, "batch_size": 8}, "stage block over `training`")
@@ -171,7 +171,8 @@ def read_samples(config, form: TOKENIZER.Form, make: Callable, kind: str) -> tup
     train, held_out = map(samples, TOKENIZER.read_split(config.data, form, left, kind))
     if not train:
         raise UserError(f"data.train: no {kind} is left to train on{left.text()}")
-    return train, held_out, f"{len(held_out):,} held out" + (f"; {left.truncated:,} truncated" if left.truncated else "") + left.text()
+    truncated = f"; {left.truncated:,} truncated" if left.truncated else ""
+    return train, held_out, f"{len(held_out):,} held out{truncated}{left.text()}"
 
 
 def read_conversations(config, tokenizer) -> tuple[list[Sample], list[Sample]]:
@@ -199,7 +200,7 @@ def read_labelled(config, tokenizer, known: list[str] | None) -> tuple[list[Labe
     for item in (*train, *held_out):
         if item.record["label"] not in labels:
             reason = (f"the labels of {config.model.name}; start from the model that it was made from" if known else
-                      f"the labels of the training data: data.validation {config.data.validation} holds out all texts that have it"
+                      f"the labels of the training data: data.validation {config.data.validation} holds out all its texts"
                       if config.data.validation in ("hash", "tail") else
                       "the labels of the training data; add such texts there, or leave it out")
             raise UserError(f"{item.where}: label '{item.record['label']}' is none of {', '.join(labels)}, {reason}")
@@ -222,7 +223,7 @@ def class_weights(settings: SFTSection, labels: list[str], shares: Counter, coun
         for name, weight in settings.class_weights.items():
             number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight < math.inf
             if str(name) not in weights or not number:
-                raise UserError(f"sft.class_weights: {name}: {weight} does not give one of {', '.join(labels)} a weight of 0 or more")
+                raise UserError(f"sft.class_weights: {name}: {weight}: a label ({', '.join(labels)}) and its weight of at least 0 expected")
             weights[str(name)] = float(weight)
     mean = sum(weights[name] * n for name, n in shares.items()) / count
     if not mean:
@@ -233,8 +234,8 @@ def class_weights(settings: SFTSection, labels: list[str], shares: Counter, coun
 def say_unused(data: TOKENIZER.DataSection) -> None:
     """One line on settings of `data` that only pretraining uses."""
     default = TOKENIZER.DataSection()
-    unused = [f"data.{key}" for key in ("weights", "streaming", "text_unit", "text_field", "min_chars", "normalize", "remove_control")
-              if getattr(data, key) != getattr(default, key)]
+    keys = ("weights", "streaming", "text_unit", "text_field", "min_chars", "normalize", "remove_control")
+    unused = [f"data.{key}" for key in keys if getattr(data, key) != getattr(default, key)]
     if unused and MODEL.process_rank() == 0:
         say(f"{', '.join(unused)}: only for pretraining; records are read unchanged")
 
@@ -257,55 +258,50 @@ def in_batches(config, train: list, held_out: list) -> tuple[TOKENIZER.TokenStre
 def question_of(sample: Sample) -> tuple[list[dict], str] | None:
     """(the conversation up to its last answer, that answer), of a record whose answer can be checked."""
     messages = sample.record.get("messages") or []
-    if "answer" not in sample.record or messages[-1]["role"] != "assistant":
+    if "answer" not in sample.record or len(messages) < 2 or messages[-1]["role"] != "assistant":
         return None
     return messages[:-1], messages[-1]["content"]
 
 
-def same_answer(given: str, expected: str) -> bool:
+def same_answer(answer: str, expected: str) -> bool:
     """Word for word; spaces and capitals aside."""
-    return " ".join(given.split()).lower() == " ".join(expected.split()).lower()
+    return " ".join(answer.split()).lower() == " ".join(expected.split()).lower()
 
 
 def with_answers(evaluate: Callable | None, samples: list[Sample], tokenizer, config) -> Callable | None:
     """The held-out loss, preceded by the share of held-out questions that are answered word for word; a few are shown."""
-    questions = [(sample.record, *question) for sample in samples if (question := question_of(sample))]
+    questions = [(sample, *question) for sample in samples if (question := question_of(sample))]
     chosen = np.linspace(0, len(questions) - 1, min(len(questions), config.sft.eval_answers)).astype(int)  # from all of them
     questions = [questions[i] for i in chosen]
-    shown = questions[:: max(1, len(questions) // 3)][:3] or [
-        (sample.record, sample.record["messages"][:-1], "") for sample in samples if "messages" in sample.record][:3]
+    chats = [(sample, sample.record.get("messages", ())) for sample in samples]
+    shown = questions or [(sample, messages[:-1], "") for sample, messages in chats if len(messages) > 1]
     greedy = INFER.Sampling(config.sft.answer_tokens, temperature=0)
 
-    def answers(model, given) -> list[str]:
-        room = model.config.max_position_embeddings - 1
-        prompts = [TOKENIZER.render_chat(tokenizer, messages, record.get("tools"), add_generation_prompt=True).ids[-room:]
-                   for record, messages, _ in given]
-        return [answer.text for [answer] in INFER.generate(model, prompts, greedy, tokenizer, batch_size=64)] if prompts else []
+    def prompt_ids(sample: Sample, messages: list[dict]) -> list[int]:
+        return TOKENIZER.render_chat(tokenizer, messages, sample.record.get("tools"), add_generation_prompt=True).ids
 
-    def evaluate_and_ask(model) -> dict:
-        measures = {}
-        if questions:
-            shared = not config.training.fsdp and TRAIN.world_size() > 1  # sharded weights need everyone for each token
-            part = questions[MODEL.process_rank() :: TRAIN.world_size()] if shared else questions
-            right = sum(same_answer(text, expected) for text, (_, _, expected) in zip(answers(model, part), part, strict=True))
-            right = TRAIN.all_sum([float(right)], model.device)[0] if shared else right
-            measures["exact_match"] = right / len(questions)
-        if config.training.sample_tokens and shown:
-            texts = answers(model, shown)
-            if MODEL.process_rank() == 0:
-                for (_, messages, _), text in zip(shown, texts, strict=True):
-                    say(f"  | {messages[-1]['content']}\n  |   {text}".replace("\n", "\n  | ") if messages else f"  | {text}")
-        return {**measures, **(evaluate(model) if evaluate else {})}
+    def exact_match(model) -> float:
+        shared = not config.training.fsdp and TRAIN.world_size() > 1  # sharded weights need everyone for each token
+        part = questions[MODEL.process_rank() :: TRAIN.world_size()] if shared else questions
+        prompts = [prompt_ids(sample, messages)[1 - model.config.max_position_embeddings :] for sample, messages, _ in part]
+        answers = INFER.generate(model, prompts, greedy, tokenizer, batch_size=64) if prompts else []
+        right = sum(same_answer(answer.text, expected) for [answer], (_, _, expected) in zip(answers, part, strict=True))
+        return (TRAIN.all_sum([float(right)], model.device)[0] if shared else right) / len(questions)
 
-    return evaluate_and_ask if questions or shown or evaluate else None
+    def measure(model) -> dict:
+        return {"exact_match": exact_match(model), **(evaluate(model) if evaluate else {})}
+
+    shown = shown[:: max(1, len(shown) // 3)][:3]
+    prompts = [(messages[-1]["content"], prompt_ids(sample, messages)) for sample, messages, _ in shown]
+    return TRAIN.with_samples(measure if questions else evaluate, tokenizer, config.training, prompts, greedy)
 
 
 # ---------------------------------------------------------------------------------------------- classification
 
 
 def label_scores(model, batch: dict, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(scores (N, L), labels (N,), weights (N,), balance loss) of the N texts of a batch: read off a decoder's last token, which has
-    seen the whole text, or an encoder's first."""
+    """(scores (N, L), labels (N,), weights (N,), balance loss) of the N texts of a batch: read at a decoder's last token, which
+    has seen the whole text, or at an encoder's first."""
     targets = batch["targets"].flatten()
     last = (targets != -100).nonzero()[:, 0]  # (N,)
     places = last
@@ -350,7 +346,7 @@ class Confusion:
         return {"accuracy": float(np.trace(self.counts) / self.counts.sum()), "f1": self.f1(), "loss": nats / self.counts.sum()}
 
     def f1(self) -> float:
-        """2 TP / (2 TP + FP + FN): of two labels the rarer one's, which is the one looked for; else the mean over those that occur."""
+        """2 TP / (2 TP + FP + FN). Of two labels that of the rarer; else the mean over the labels that occur."""
         right, total = np.diag(self.counts), self.counts.sum(0) + self.counts.sum(1)
         each = np.divide(2 * right, total, out=np.zeros(len(right)), where=total > 0)
         return float(each[self.counts.sum(1).argmin()] if len(each) == 2 else each[total > 0].mean())
@@ -358,8 +354,8 @@ class Confusion:
     def table(self) -> str:
         names = [label if len(label) <= 14 else label[:13] + "…" for label in self.labels]
         width = max(6, *map(len, names))
-        rows = [f"  | {'true / given':>{width}} " + " ".join(f"{name:>{width}}" for name in names)]
-        return "\n".join(rows + [f"  | {name:>{width}} " + " ".join(f"{n:{width},}" for n in counts) for name, counts in zip(names, self.counts, strict=True)])
+        rows = [("true / given", names), *zip(names, (map("{:,}".format, row) for row in self.counts), strict=True)]
+        return "\n".join(f"  | {name:>{width}} " + " ".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows)
 
     def plot(self, path: Path) -> None:
         from matplotlib.figure import Figure
@@ -368,7 +364,8 @@ class Confusion:
         axes = figure.add_subplot(title="held-out texts", xlabel="given label", ylabel="true label")
         axes.imshow(self.counts / self.counts.sum(1, keepdims=True).clip(min=1), cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(self.counts) if len(self.labels) <= 30 else ():
-            axes.text(column, row, f"{count:,}", ha="center", va="center", color="white" if count > self.counts[row].sum() / 2 else "black")
+            color = "white" if count > self.counts[row].sum() / 2 else "black"
+            axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
         axes.set_xticks(range(len(self.labels)), self.labels, rotation=30, ha="right", parse_math=False)  # a $ is a letter
         axes.set_yticks(range(len(self.labels)), self.labels, parse_math=False)
         with MODEL.staged(path.parent) as scratch:
@@ -383,9 +380,10 @@ def pad_id(tokenizer) -> int:
 
 
 def check_new_head(config) -> None:
-    name = config.model.name
-    if (config.actions.adapter or config.lora.r) and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
-        raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora out, or use one of {', '.join(MODEL.FAMILIES)}")
+    foreign = MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(config.model.name) / "config.json"))
+    if foreign and (config.actions.adapter or config.lora.r):
+        raise UserError(f"lora.r: {config.model.name} is computed by transformers, and its new head cannot join an adapter; "
+                        f"leave lora out, or use one of {', '.join(MODEL.FAMILIES)}")
 
 
 def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
@@ -397,7 +395,7 @@ def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRA
     check_new_head(config)
     train, kept, labels = read_labelled(config, tokenizer, known)
     if config.model.num_labels is not None or config.model.labels not in (None, labels):
-        raise UserError(f"model.labels: are those of the data, {', '.join(labels)} (and model.num_labels is their number); leave both out")
+        raise UserError(f"model.labels: those of the data are {', '.join(labels)}; leave model.labels and model.num_labels out")
     config.model.labels = labels
     requested = config.training.learning_rate, config.training.optim
     model = TRAIN.prepare_model(config, tokenizer, adapter=bool(adapter or config.lora.r), head="score")
@@ -430,7 +428,7 @@ def neftune(embedding: nn.Module, alpha: float) -> None:
     embedding.register_forward_hook(noise)
 
 
-def set_rates(training: TRAIN.TrainingSection, model: MODEL.LanguageModel, rate: float | None, optim: str, share: float = 1.0) -> None:
+def set_rates(training: TRAIN.TrainingSection, model, rate: float | None, optim: str, share: float = 1.0) -> None:
     """Where nothing was asked for: the wider a trained model, the smaller its steps, ten times larger for adapters.
     A narrow one still has most to learn, which Muon does faster. A later stage takes a `share` of this stage's rate, and AdamW:
     Muon makes as much of a rollout's noise as of its signal."""
@@ -440,7 +438,7 @@ def set_rates(training: TRAIN.TrainingSection, model: MODEL.LanguageModel, rate:
     training.optim = optim if optim != "auto" else "muon" if width <= 256 and not model.adapter and share == 1 else "adamw"
 
 
-def finish_model(config, model: MODEL.LanguageModel, rate: float | None, optim: str, noise: float = 0.0, share: float = 1.0) -> None:
+def finish_model(config, model, rate: float | None, optim: str, noise: float = 0.0, share: float = 1.0) -> None:
     """What all fine-tuning does to a loaded model: adapters, learning rates, noise."""
     adapter = config.actions.adapter
     for field in fields(LoraSection):
@@ -472,7 +470,7 @@ def need_model(config) -> None:
         raise UserError("training.objective: mlm belongs to pretraining; leave it out")
     folder = MODEL.resolve_folder(config.model.name)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise UserError(f"model.name: {folder} holds an adapter; name its base with --model, and go on from it with --adapter {folder}")
+        raise UserError(f"model.name: {folder} holds an adapter; name its base with --model, the adapter with --adapter {folder}")
 
 
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
@@ -492,15 +490,15 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     TOKENIZER.end_with_turns(model, tokenizer)
     train, kept = read_conversations(config, tokenizer)
     stream, batches = in_batches(config, train, kept)
-    evaluate = TRAIN.held_out_loss(batches, None) if batches else None
-    return TRAIN.Stage(model, tokenizer, stream, TRAIN.token_loss, with_answers(evaluate, kept, tokenizer, config), TRAIN.save_product)
+    evaluate = with_answers(TRAIN.held_out_loss(batches, None) if batches else None, kept, tokenizer, config)
+    return TRAIN.Stage(model, tokenizer, stream, TRAIN.token_loss, evaluate, TRAIN.save_product)
 
 
 # ------------------------------------------------------------------------------------------------------ records
 
 
 def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
-    """SFT's form: {"messages": [...]} or, for plain text, {"text"}, with `tools`, `weight` and `answer` where the record has them."""
+    """SFT's form: {"messages": [...]} or, for plain text, {"text"}, with the record's `tools`, `weight` and `answer`."""
     keys = next((keys for keys in TOKENIZER.LAYOUTS if all(TOKENIZER.is_given(record, key) for key in keys)), None)
     extras = TOKENIZER.extras_of(record, where)
     if keys is None:
@@ -516,7 +514,8 @@ def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     whole = {key: value for key, value in record.items() if not (chat and key in TOKENIZER.PROMPT_KEYS)}
     messages = TOKENIZER.as_messages(TOKENIZER.prompt_of(whole, where, form.system))
     if not chat:
-        answer = TOKENIZER.as_messages(TOKENIZER.words_of(record[keys[1]], "assistant", f"{where}: {keys[1]}", False), "assistant")
+        answer = TOKENIZER.words_of(record[keys[1]], "assistant", f"{where}: {keys[1]}", False)
+        answer = TOKENIZER.as_messages(answer, "assistant")
         before, full = ([turn for turn in turns if turn["role"] != "system"] for turns in (messages, answer))
         if TOKENIZER.essence(full[: len(before)]) == TOKENIZER.essence(before):  # the completion repeats the prompt
             messages, answer = [turn for turn in messages if turn["role"] == "system"], full
@@ -529,15 +528,15 @@ def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
 
 
 def labelled(record: dict, where: str, form: TOKENIZER.Form) -> dict:
-    """A classifier's form: {"text", "label"}. The keys are found by their names in any case, the text also by being the only other."""
+    """A classifier's form: {"text", "label"}. Keys are found by their names in any case; the text may be the only other key."""
     lower = {str(key).lower(): key for key in record}
     label = next((lower[key] for key in TOKENIZER.LABEL_KEYS if key in lower), None)
     rest = [key for key in record if key != label]
     text = next((lower[key] for key in TOKENIZER.TEXT_KEYS if key in lower), rest[0] if len(rest) == 1 else None)
     if label is None or text is None:
         what = "label" if label is None else "text"
-        raise UserError(f"{where}: which of the keys {TOKENIZER.keys_of(record)} is the {what}? Set {form.section}.columns, as in "
-                        "{text: my_column, label: another}")
+        raise UserError(f"{where}: none of the keys {TOKENIZER.keys_of(record)} is known as the {what}; "
+                        f"set {form.section}.columns, as in {{text: my_column, label: another}}")
     value = record[label]
     if isinstance(value, (list, dict)) or value is None or not str(value).strip():
         raise UserError(f"{where}: '{label}' is {value!r}, one label is expected")
@@ -575,7 +574,8 @@ def dry_run(config) -> None:
     lengths = np.array([len(sample.ids) for sample in samples])
     counts, edges = np.histogram(lengths, bins=min(12, int(lengths.max() - lengths.min()) + 1))
     what = "text" if config.sft.task == "classify" else "conversation"
-    print(f"--- tokens per {what}: median {int(np.median(lengths))}, longest {lengths.max()}, max_length {config.training.max_length}")
+    print(f"--- tokens per {what}: median {int(np.median(lengths))}, longest {lengths.max()}, "
+          f"max_length {config.training.max_length}")
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         print(f"{int(np.ceil(low)):6}-{int(high):<6} {'#' * round(50 * count / counts.max())} {count:,}")
 
@@ -645,17 +645,16 @@ SECTIONS = {**TRAIN.SECTIONS, "lora": LoraSection, "sft": SFTSection}
 
 def main(argv: list[str] | None = None) -> TRAIN.Result | None:
     config = load_config(argv, SECTIONS, "sft", ACTIONS, __doc__)
-    actions = [f"--{name.replace('_', '-')}" for name in ("convert", "merge", "dry_run") if getattr(config.actions, name)]
-    if len(actions) > 1 or (actions and config.actions.resume) or (actions and actions != ["--dry-run"] and config.actions.adapter):
-        raise UserError(f"{' and '.join(actions)}: train nothing and stand alone; leave out the other actions")
-    if config.actions.convert:
-        return convert(config)
-    if config.actions.merge:
-        return merge(config)
-    if config.actions.dry_run:
-        return dry_run(config)
+    actions = [name for name in ("convert", "merge", "dry_run") if getattr(config.actions, name)]
+    others = config.actions.resume or config.actions.adapter and actions != ["dry_run"]
+    if len(actions) > 1 or actions and others:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in actions)
+        raise UserError(f"{names}: train nothing and stand alone; leave out the other actions")
+    if actions:
+        return {"convert": convert, "merge": merge, "dry_run": dry_run}[actions[0]](config)
     model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
-    show = {"chat": f'echo "..." | python INFER.py {model}', "classify": f"python INFER.py {model} < lines.txt    # a label and its probability for each line"}
+    show = {"chat": f'echo "..." | python INFER.py {model}',
+            "classify": f"python INFER.py {model} < lines.txt    # a label and its probability for each line"}
     return TRAIN.run_stage("sft", config, prepare, show[config.sft.task])
 
 

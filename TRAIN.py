@@ -1148,19 +1148,24 @@ def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callabl
     return evaluate
 
 
-def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection) -> Callable | None:
-    """The same validation, followed by a few texts on stderr: a loss is a number, a text shows what was learnt."""
-    if evaluate is None or not training.sample_tokens or not training.sample_prompts or training.objective == "mlm":
+def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection, prompts: list[tuple[str, list[int]]] | None = None,
+                 sampling: INFER.Sampling | None = None) -> Callable | None:
+    """The same validation, followed by completions of a few prompts on stderr: a loss is a number, a text shows what was learned.
+
+    prompts: (text, ids) of questions; None stands for training.sample_prompts, which are continued."""
+    between = "\n  " if prompts else ""
+    if prompts is None and training.objective != "mlm":
+        prompts = [(text, TOKENIZER.encode_prompt(tokenizer, text)) for text in training.sample_prompts or ()]
+    if evaluate is None or not training.sample_tokens or not prompts:
         return evaluate
 
     def evaluate_and_show(model) -> dict:
-        measures = evaluate(model)
-        room = model.config.max_position_embeddings - 1
-        prompts = [TOKENIZER.encode_prompt(tokenizer, text)[-room:] for text in training.sample_prompts]
-        answers = INFER.generate(model, prompts, INFER.Sampling(training.sample_tokens, 0.7, seed=0), tokenizer)
+        measures, room = evaluate(model), model.config.max_position_embeddings - 1
+        settings = sampling or INFER.Sampling(training.sample_tokens, 0.7, seed=0)
+        completions = INFER.generate(model, [ids[-room:] for _, ids in prompts], settings, tokenizer)
         if MODEL.process_rank() == 0:
-            for text, [answer] in zip(training.sample_prompts, answers, strict=True):
-                say("  | " + (text + answer.text).replace("\n", "\n  | "))
+            for (text, _), [completion] in zip(prompts, completions, strict=True):
+                say("  | " + (text + between + completion.text).replace("\n", "\n  | "))
         return measures
 
     return evaluate_and_show

@@ -886,8 +886,8 @@ def test_quotes_of_a_tsv(tmp_path):
 
 
 WRONG_LABELS = {
-    "no label": ([{"text": "a", "source": "b"}], ":1: which of the keys text, source is the label"),
-    "which text": ([{"label": "a", "first": "b", "second": "c"}], ":1: which of the keys label, first, second is the text"),
+    "no label": ([{"text": "a", "source": "b"}], ":1: none of the keys text, source is known as the label"),
+    "which text": ([{"label": "a", "first": "b", "second": "c"}], ":1: none of the keys label, first, second is known as the text"),
     "empty text": ([{"label": "a", "text": " "}], ":1: 'text' is empty"),
     "empty label": ([{"label": "a", "text": "x"}, {"label": "", "text": "y"}], ":2: 'label' is '', one label is expected"),
     "several labels": ([{"label": ["a", "b"], "text": "x"}], ":1: 'label' is .*, one label is expected"),
@@ -912,7 +912,7 @@ def test_labels_seen_only_in_validation_or_unknown_to_the_model_are_refused(tmp_
         SFT.read_labelled(config, tokenizer, None)
     with pytest.raises(UserError, match="train.jsonl:1: label 'a' is none of x, b, the labels of .*;"):
         SFT.read_labelled(config, tokenizer, ["x", "b"])
-    with pytest.raises(UserError, match="sft.class_weights: c: 2 does not give one of a, b a weight"):
+    with pytest.raises(UserError, match="sft.class_weights: c: 2: a label .a, b. and its weight"):
         SFT.read_labelled(settings(model_folder, "--sft.task", "classify", "--data", train, "--data.validation", "none", "--sft.class_weights", "{c: 2}"), tokenizer, None)
     with pytest.raises(UserError, match="sft.class_weights: has no effect with sft.task chat"):
         settings(model_folder, "--sft.class_weights", "balanced")
@@ -1067,7 +1067,7 @@ def test_classifiers_of_every_kind_open_again(label_flags, tmp_path, tokenizer, 
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     assert MODEL.load(tmp_path / "bert").config.num_labels == 2
     SFT.main([*label_flags, "--model", str(tmp_path / "custom"), "--lora.r", "2", "--max-steps", "1", "--out", str(tmp_path / "adapter")])
-    with pytest.raises(UserError, match="model.labels: are those of the data"):
+    with pytest.raises(UserError, match="model.labels: those of the data are"):
         SFT.main([*label_flags, "--model.num_labels", "3", "--max-steps", "1", "--out", str(tmp_path / "no")])
     write(tmp_path / "chat.jsonl", questions(20))
     SFT.main(["--model", str(model_folder), "--data", str(tmp_path / "chat.jsonl"), "--lora.r", "2", "--max-steps", "1", "--max-length", "32", "--out", str(tmp_path / "chat")])
