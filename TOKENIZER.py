@@ -725,7 +725,7 @@ class TokenStream:
 
 
 # ======================================================================================================= edges
-# Chat templates of all kinds, the data's documents and streams, tokenizer folders, token files, file formats, cleaning, records, the
+# Chat templates of all kinds, documents and their streams, tokenizer folders, token files, file formats, cleaning, records, the
 # command line.
 
 # -- chat templates
@@ -848,7 +848,8 @@ class Marks:
         found, last = [], 0
         for i in range(len(self.messages)):
             chosen: dict[Mark, Place] = {}
-            for place in sorted((place for place in places if place.mark.message == i), key=lambda place: (place.start < last, place.start)):
+            mine = [place for place in places if place.mark.message == i]
+            for place in sorted(mine, key=lambda place: (place.start < last, place.start)):
                 chosen.setdefault(place.mark, place)
             last = max([last, *(place.stop for place in chosen.values())])
             found += chosen.values()
@@ -1610,17 +1611,15 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
     """(file:line, record) to train on, and held out, each record once. All records of a prompt fall on the same side, in every
     stage: a prompt that is held out here was not trained on there, nor in an earlier turn of a conversation."""
     groups, held_out = data_files(data)
-    seen: set[str] = set()
+    seen = Seen()
 
     def read(files: Iterable[Path], key: str) -> list[Record]:
         found = []
         for where, record in itertools.chain.from_iterable(form.read(path, left) for path in files):
-            text = json.dumps(record, sort_keys=True, default=str)
-            if data.deduplicate and text in seen:
+            if data.deduplicate and not seen.add(json.dumps(record, sort_keys=True, default=str)):
                 left.add("duplicates", where)
             else:
                 found.append((where, record))
-            seen.add(text)
         if not found:
             names = " ".join(data.train) if key == "data.train" else data.validation
             raise UserError(f"{key}: no {kind} in {names}{left.text()}")
@@ -1635,7 +1634,8 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
         held = {found[-1] for found in keys[len(keys) - round(len(keys) * data.validation_fraction) :]}
     else:
         held = {prompt_keys(record)[-1] for _, record in kept}
-    train, rest = ([pair for pair, found in zip(records, keys, strict=True) if held.isdisjoint(found) == part] for part in (True, False))
+    learned = [held.isdisjoint(found) for found in keys]
+    train, rest = ([pair for pair, part in zip(records, learned, strict=True) if part == wanted] for wanted in (True, False))
     for where, _ in rest if held_out else ():
         left.add("with a prompt of data.validation", where)
     if not train:
@@ -1658,12 +1658,14 @@ def prompt_keys(record: dict) -> list[str]:
     else:
         return [record["text"]]
     turns = [turn for turn in turns if turn["role"] != "system"]
-    return [json.dumps(essence(turns[:i] or turns), sort_keys=True) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    return [json.dumps(essence(turns[:i] or turns), sort_keys=True) for i in answers]
 
 
 def essence(turns: list[dict]) -> list[tuple]:
     """Role, content and calls of each turn, for comparison: without surrounding blanks, ids of calls and other keys."""
-    return [(turn["role"], turn["content"].strip(), [call["function"] for call in turn.get("tool_calls") or ()]) for turn in turns]
+    calls = [[call["function"] for call in turn.get("tool_calls") or ()] for turn in turns]
+    return [(turn["role"], turn["content"].strip(), called) for turn, called in zip(turns, calls, strict=True)]
 
 
 def as_messages(words: str | list[dict], role: str = "user") -> list[dict]:

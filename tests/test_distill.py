@@ -461,8 +461,8 @@ def test_a_killed_cache_goes_on(world, tmp_path):
             DISTILL.Cache.open(tmp_path / "killed")
     assert kept and kept == sorted(set(kept)) and kept[0] > 0
     if not (tmp_path / "killed" / "cache.json").exists():
-        for more, words in ((["--training.mixed_precision", "bf16"], "begun with another mixed_precision"), (["--cache-top-k", "9"], "begun with another top_k"),
-                            (["--teacher", str(world / "talker"), "--task", "text"], "begun with ")):
+        for more, words in ((["--training.mixed_precision", "bf16"], "started with another mixed_precision"), (["--cache-top-k", "9"], "started with another top_k"),
+                            (["--teacher", str(world / "talker"), "--task", "text"], "started with ")):
             with pytest.raises(UserError, match=words):
                 DISTILL.main([*flags, "--cache-dir", str(tmp_path / "killed"), *more])
         (tmp_path / "killed" / "tail.bin").rename(tmp_path / "tail")
@@ -791,7 +791,7 @@ def test_judges_are_those_that_began(world, tmp_path):
     finally:
         RL.Judges.__call__ = usual
     judge.write_text("def f(completions, **_):\n    return [-5.0 for _ in completions]\n")
-    with pytest.raises(UserError, match="begun with other prompts, another teacher or other settings"):
+    with pytest.raises(UserError, match="started with other prompts, another teacher or other settings"):
         generate(world, tmp_path / "out.jsonl", *flags)
     assert {record["reward"] for record in generate(world, tmp_path / "out.jsonl", *flags, "--overwrite")} == {-5.0}
     with pytest.raises(UserError, match="no answer ended within distill.max_completion_length 1 tokens; raise it"):
