@@ -560,6 +560,14 @@ def run_jsonl(session: Session) -> None:
         done += len(group)
 
 
+def messages_of(value, where: str) -> list[dict]:
+    """A request's conversation; what training would leave out is an error here."""
+    try:
+        return TOKENIZER.messages_of(value, where)
+    except TOKENIZER.Unusable as error:
+        raise UserError(f"{where}: a conversation {error}") from None
+
+
 def _record(line: str, where: str, base: Sampling):
     record = TOKENIZER.parse_json(line, where)
     keys = [key for key in ("prompt", "messages") if isinstance(record, dict) and record.get(key) is not None]
@@ -567,7 +575,7 @@ def _record(line: str, where: str, base: Sampling):
         raise UserError(f"{where}: an object with 'prompt' or 'messages' is expected")
     prompt, extras = record[keys[0]], TOKENIZER.extras_of({"tools": record.get("tools")}, where)
     if keys == ["messages"] or isinstance(prompt, list):
-        prompt = TOKENIZER.messages_of(prompt, where)
+        prompt = messages_of(prompt, where)
     context = {key: record[key] for key in ("system", "history") if TOKENIZER.is_given(record, key)}
     if isinstance(prompt, list) or context or extras:
         asked = {"messages" if isinstance(prompt, list) else "prompt": prompt, **context}
@@ -795,7 +803,7 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
                 if isinstance(record, dict) and isinstance(record.get("messages"), list):
                     if not session.tokenizer.chat_template:
                         raise UserError(f"stdin:{number}: messages need a chat template, which this tokenizer lacks; give a 'text'")
-                    yield record, TOKENIZER.messages_of(record["messages"], f"stdin:{number}")
+                    yield record, messages_of(record["messages"], f"stdin:{number}")
                     continue
                 line = record.get("text", record.get("prompt")) if isinstance(record, dict) else None
                 if not isinstance(line, str) or not line.strip():

@@ -382,7 +382,8 @@ class Pair(NamedTuple):
 
 
 def form_of(settings: RLSection, expand: Callable) -> TOKENIZER.Form:
-    return TOKENIZER.Form(expand, "rl", settings.columns, settings.system)
+    keys = TOKENIZER.USED_KEYS | {"chosen", "rejected", "margin", "label"} if expand is preference else frozenset()
+    return TOKENIZER.Form(expand, "rl", settings.columns, settings.system, keys)
 
 
 def make_chat(tokenizer, records: list[tuple[str, dict]]) -> None:
@@ -891,6 +892,12 @@ class Judges:
         self.functions = [self.find(name, tokenizer, device, self.key) for name in self.names]
         short = [self.short(name) for name in self.names]
         self.names = short if len(set(short)) == len(short) else self.names
+
+    def check(self, prompts: list[Prompt]) -> None:
+        """Whether each record has what the built-in functions need: they judge an empty text of it."""
+        for function in self.functions:
+            if isinstance(function, partial) and function.func is judge_each:
+                function([Sample(prompt, 0, [], "stop", "", None) for prompt in prompts])
 
     @staticmethod
     def short(name: str) -> str:
@@ -1576,6 +1583,7 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
     found, kept = prompts(records), prompts(held)
     if not found:
         raise UserError(f"data.train: no prompt is left{left.text()}")
+    judges.check(found + kept)
     if MODEL.process_rank() == 0:
         say(f"{len(found):,} prompts, {len(kept):,} held out{left.text()}; judged by {', '.join(judges.names)}")
     reference = Reference(model, frozen) if settings.beta else None

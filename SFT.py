@@ -178,7 +178,7 @@ def read_samples(config, form: TOKENIZER.Form, make: Callable, kind: str) -> tup
 def read_conversations(config, tokenizer) -> tuple[list[Sample], list[Sample]]:
     """(to train on, held out)."""
     settings = config.sft
-    form = TOKENIZER.Form(conversation, settings.section, settings.columns, settings.system)
+    form = TOKENIZER.Form(conversation, settings.section, settings.columns, settings.system, KEYS)
     train, held_out, rest = read_samples(config, form, partial(Sample, tokenizer=tokenizer, settings=settings), "conversation")
     if MODEL.process_rank() == 0:
         tokens, targets = sum(len(sample.ids) for sample in train), sum(sum(w > 0 for w in sample.weights) for sample in train)
@@ -497,12 +497,15 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
 # ------------------------------------------------------------------------------------------------------ records
 
 
+KEYS = TOKENIZER.USED_KEYS | {"text", "weight", *TOKENIZER.LABEL_KEYS}
+
+
 def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     """SFT's form: {"messages": [...]} or, for plain text, {"text"}, with the record's `tools`, `weight` and `answer`."""
     keys = next((keys for keys in TOKENIZER.LAYOUTS if all(TOKENIZER.is_given(record, key) for key in keys)), None)
     extras = TOKENIZER.extras_of(record, where)
     if keys is None:
-        if any(all(isinstance(record.get(key), str) for key in keys) for keys in TOKENIZER.LAYOUTS):
+        if any(all(key in record for key in keys) for keys in TOKENIZER.LAYOUTS):
             raise TOKENIZER.Unusable("with an empty text, prompt or answer")
         known = "; ".join(" + ".join(keys) for keys in TOKENIZER.LAYOUTS)
         raise UserError(f"{where}: keys {TOKENIZER.keys_of(record)} are none of {known}; set {form.section}.columns, as in "
@@ -523,7 +526,7 @@ def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     elif TOKENIZER.is_given(record, "answer"):
         extras["answer"] = record["answer"]
     if not any(turn["role"] == "assistant" for turn in messages):
-        raise UserError(f"{where}: no assistant message, so there is nothing to learn")
+        raise TOKENIZER.Unusable("without an assistant message")
     return {"messages": messages, **extras}
 
 
@@ -584,13 +587,15 @@ def convert(config) -> None:
     """Records of any known layout -> one JSON object with `messages` per line."""
     counts, lines, left = Counter(), [], TOKENIZER.LeftOut()
     form = TOKENIZER.Form(conversation, "sft", config.sft.columns, config.sft.system)
-    for path in itertools.chain.from_iterable(TOKENIZER.data_files(config.data)[0]):
+    for path in itertools.chain.from_iterable(TOKENIZER.data_files(config.data, TOKENIZER.RECORDS)[0]):
         for where, record in form.read(path, left):
             if "text" in record and any(key.lower() in TOKENIZER.LABEL_KEYS for key in record):
                 raise UserError(f"{where}: a labelled text is no conversation; --sft.task classify reads the file as it is")
             lines.append(json.dumps(record, ensure_ascii=False))
             counts[path] += 1
     out = Path(config.output.dir)
+    if not lines:
+        raise UserError(f"data.train: no conversation in {' '.join(config.data.train)}{left.text()}")
     if out.suffix != ".jsonl":
         raise UserError(f"--out: '{out}' must be a file name that ends in .jsonl")
     if out.exists() and not config.actions.overwrite:

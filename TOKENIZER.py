@@ -29,12 +29,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+import MODEL
 from MODEL import ModelSection, UserError, first_line, knob, load_config, read_json, resolve_folder, run_main, say, staged, sync
 
 # ---------------------------------------------------------------------------------------------------- settings
@@ -269,7 +271,9 @@ CHAT_TEMPLATE = """{{- bos_token or "" }}
 {%- endif %}
 {%- for message in messages %}
     {%- if not (loop.first and message.role == "system") %}
-        {{- "<|im_start|>" + message.role + "\\n" + (message.content or "") }}
+        {{- "<|im_start|>" + message.role + "\\n" }}
+        {%- if message.reasoning_content %}{{ "<think>\\n" + message.reasoning_content + "\\n</think>\\n\\n" }}{% endif %}
+        {{- message.content or "" }}
         {%- for call in message.tool_calls or [] %}
             {%- set function = call.function or call %}
             {{- "<tool_call>" + ({"name": function.name, "arguments": function.arguments} | tojson) + "</tool_call>" }}
@@ -311,7 +315,8 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
         try:
             text, spans = locate_turns(tokenizer, spelling, tools, add_generation_prompt)
         except UserError as error:
-            problem = error if problem is None or "refuses" in str(problem) else problem  # that of the spelling that got furthest
+            if problem is None or "refuses" in str(problem) and "refuses" not in str(error):  # that of the spelling that got furthest
+                problem = error
         else:
             break
     else:
@@ -342,6 +347,8 @@ def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_genera
         raise UserError(f"message {i + 1}: the chat template does not show the {what} of the assistant")
     if add_generation_prompt:
         return text, []
+    for what in marks.left_out(marked):
+        say_once(f"the chat template leaves out {what}: of such messages nothing is read or trained")
     places = marks.places(marked, text)
     if places is None:
         raise UserError("the chat template changes the texts of messages, so the assistant's turns cannot be found")
@@ -362,6 +369,12 @@ def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_genera
 
 def any_of(words: list[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
+
+
+@functools.lru_cache(16)
+def say_once(line: str) -> None:
+    if MODEL.process_rank() == 0:
+        say(line)
 
 
 @functools.lru_cache(1024)
@@ -826,6 +839,16 @@ class Marks:
                 return i
         return None
 
+    def left_out(self, marked: str) -> list[str]:
+        """What of the conversation the rendering does not show; earlier reasoning may go, that of the last answer not."""
+        shown = {self.marks[name].message for name in self.pattern.findall(marked)}
+        words = {mark.message for mark in self.marks.values()}
+        lost = {self.messages[i]["role"]: i for i in words - shown if self.messages[i]["role"] != "assistant"}
+        found = [f"{role} messages" for role in lost]
+        last = max((i for i in words if self.messages[i]["role"] == "assistant"), default=-1)
+        thoughts = {name for name, mark in self.marks.items() if mark.message == last and mark.optional}
+        return found + ["reasoning"] * (bool(thoughts) and thoughts.isdisjoint(self.pattern.findall(marked)))
+
     def places(self, marked: str, text: str) -> list[Place] | None:
         """Where the words of each mark stand in the real rendering; None if the two differ in anything else."""
         places, at, literals, names = [], 0, self.pattern.split(marked), self.pattern.findall(marked)
@@ -1277,12 +1300,12 @@ def suffix_of(path: Path) -> str:
     return ".hub" if not known and (Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name)) else suffix
 
 
-def expand_paths(names: list[str], key: str = "data.train") -> list[list[Path]]:
+def expand_paths(names: list[str], key: str = "data.train", formats: tuple = FORMATS) -> list[list[Path]]:
     """For each name (file, folder, glob, hub dataset) the files it means: ["data/*.txt"] -> [[data/a.txt, data/b.txt]]."""
     groups = []
     for name in names:
         if Path(name).is_dir():
-            files = files_in(Path(name))
+            files = files_in(Path(name), formats)
         elif any(mark in name for mark in "*?[") and not Path(name).exists():
             files = sorted(path for path in map(Path, glob.glob(name, recursive=True)) if not path.is_dir())
         else:
@@ -1291,12 +1314,12 @@ def expand_paths(names: list[str], key: str = "data.train") -> list[list[Path]]:
             if path.is_symlink() and not path.exists():
                 raise UserError(f"{key}: {path} is a link to a file that does not exist")
         if not files or not files[0].exists() and suffix_of(files[0]) != ".hub":
-            raise UserError(f"{key}: '{name}' does not exist or holds no data file ({', '.join(FORMATS)})")
+            raise UserError(f"{key}: '{name}' does not exist or holds no data file ({', '.join(formats)})")
         groups.append(files)
     return groups
 
 
-def files_in(folder: Path) -> list[Path]:
+def files_in(folder: Path, formats: tuple) -> list[Path]:
     """Data files of a folder and its subfolders, links followed. Hidden files and what runs have written are left out."""
     found, known = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -1307,16 +1330,16 @@ def files_in(folder: Path) -> list[Path]:
         known.add(os.path.realpath(parent))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent) / name for name in names if not name.startswith(".") and not name.endswith("_ids.json")
-                  and suffix_of(Path(name)) in FORMATS]
+                  and suffix_of(Path(name)) in formats]
     return sorted(found)
 
 
-def data_files(data: DataSection) -> tuple[list[list[Path]], list[Path]]:
+def data_files(data: DataSection, formats: tuple = FORMATS) -> tuple[list[list[Path]], list[Path]]:
     """(the files of each path of data.train, those of data.validation). A file is read once: not in two paths, and not in
     training if it is held out."""
-    held_out = [] if data.validation in ("hash", "tail", "none") else expand_paths([data.validation], "data.validation")[0]
+    held_out = [] if data.validation in ("hash", "tail", "none") else expand_paths([data.validation], "data.validation", formats)[0]
     known, groups = set(map(os.path.realpath, held_out)), []
-    for name, files in zip(data.train, expand_paths(data.train), strict=True):
+    for name, files in zip(data.train, expand_paths(data.train, formats=formats), strict=True):
         groups.append([path for path in files if os.path.realpath(path) not in known])
         if not groups[-1]:
             raise UserError(f"data.train: all files of '{name}' belong to data.validation or to an earlier path")
@@ -1409,13 +1432,18 @@ def text_of(record, field: str, where: str) -> str:
         raise UserError(f"{where}: no key '{field}' (keys: {keys}); set data.text_field")
     if not isinstance(record[field], str):
         raise UserError(f"{where}: '{field}' is {type(record[field]).__name__}, text is expected")
+    return checked(record[field], f"{where}: '{field}'")
+
+
+def checked(text: str, where: str) -> str:
+    """A text that can be encoded."""
     try:
-        record[field].encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: '{field}' contains an unpaired surrogate (invalid Unicode)") from None
-    if "\0" in record[field]:
-        raise UserError(f"{where}: '{field}' contains a NUL character")
-    return record[field]
+        raise UserError(f"{where} contains an unpaired surrogate (invalid Unicode)") from None
+    if "\0" in text:
+        raise UserError(f"{where} contains a NUL character")
+    return text
 
 
 def read_records(path: Path, field: str | None = None) -> Iterator[tuple[str, dict]]:
@@ -1437,7 +1465,7 @@ def parse_json(text: str, where: str, located: bool = False):
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if located else ""
-        raise UserError(f"{where}{line}: not valid JSON ({error.msg} at column {error.colno})") from None
+        raise UserError(f"{where}{line}: not valid JSON ({error.msg}, column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
         raise UserError(f"{where}: JSON that cannot be read ({first_line(error)})") from None
 
@@ -1551,11 +1579,13 @@ def clean(text: str, data: DataSection, counts: Counter) -> str:
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "model": "assistant", "bot": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool",
          "observation": "tool", "function_response": "tool"}
-PROMPT_KEYS = ("prompt", "instruction", "question")
+PROMPT_KEYS = ("prompt", "instruction", "question", "input")
 CHAT_KEYS = ("messages", "conversations")
-LAYOUTS = (*((key,) for key in CHAT_KEYS), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"), ("text",))
+LAYOUTS = (*((key,) for key in CHAT_KEYS), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"),
+           ("input", "output"), ("text",))
 LABEL_KEYS = ("label", "labels", "class", "category", "target", "sentiment", "intent")
 TEXT_KEYS = ("text", "sentence", "content", "message", "sms", "review", "document", "comment", "question", "prompt", "title")
+USED_KEYS = frozenset((*PROMPT_KEYS, *CHAT_KEYS, "completion", "output", "answer", "history", "system", "tools"))
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -1567,10 +1597,11 @@ class Unusable(Exception):
 
 
 class LeftOut:
-    """Why records were left out, how many, and the file:line of the first; how many were truncated."""
+    """Why records were left out, how many, and the file:line of the first; how many were truncated; keys that were not used."""
 
     def __init__(self):
         self.truncated = 0
+        self.unused: set[str] = set()
         self.counts: Counter = Counter()
         self.first: dict[str, str] = {}
 
@@ -1579,7 +1610,8 @@ class LeftOut:
         self.first.setdefault(why, where)
 
     def text(self) -> str:
-        return "".join(f"; left out {n:,} {why} (the first: {self.first[why]})" for why, n in self.counts.items())
+        unused = f"; keys that are not used: {', '.join(sorted(self.unused)[:8])}" if self.unused else ""
+        return "".join(f"; left out {n:,} {why} (the first: {self.first[why]})" for why, n in self.counts.items()) + unused
 
 
 class Form(NamedTuple):
@@ -1589,11 +1621,15 @@ class Form(NamedTuple):
     section: str  # named by errors
     columns: dict | None = None
     system: str | None = None
+    keys: frozenset = frozenset()  # the keys that it uses, to report all others; empty reports none
 
     def read(self, path: Path, left: LeftOut) -> Iterator[tuple[str, dict]]:
         for where, record in read_records(path):
+            record = self.renamed(record, where)
+            if self.keys:
+                left.unused |= {str(key) for key in record if key not in self.keys}
             try:
-                yield where, self.expand(self.renamed(record, where), where, self)
+                yield where, self.expand(record, where, self)
             except Unusable as error:
                 left.add(str(error), where)
 
@@ -1610,7 +1646,7 @@ class Form(NamedTuple):
 def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record") -> tuple[list[Record], list[Record]]:
     """(file:line, record) to train on, and held out, each record once. All records of a prompt fall on the same side, in every
     stage: a prompt that is held out here was not trained on there, nor in an earlier turn of a conversation."""
-    groups, held_out = data_files(data)
+    groups, held_out = data_files(data, RECORDS)
     seen = Seen()
 
     def read(files: Iterable[Path], key: str) -> list[Record]:
@@ -1631,9 +1667,9 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
     if data.validation == "hash":
         held = {key for key in itertools.chain.from_iterable(keys) if is_held_out(key, data.validation_fraction)}
     elif data.validation == "tail":
-        held = {found[-1] for found in keys[len(keys) - round(len(keys) * data.validation_fraction) :]}
+        held = {key for found in keys[len(keys) - round(len(keys) * data.validation_fraction) :] for key in found}
     else:
-        held = {prompt_keys(record)[-1] for _, record in kept}
+        held = {key for _, record in kept for key in prompt_keys(record)}
     learned = [held.isdisjoint(found) for found in keys]
     train, rest = ([pair for pair, part in zip(records, learned, strict=True) if part == wanted] for wanted in (True, False))
     for where, _ in rest if held_out else ():
@@ -1663,9 +1699,11 @@ def prompt_keys(record: dict) -> list[str]:
 
 
 def essence(turns: list[dict]) -> list[tuple]:
-    """Role, content and calls of each turn, for comparison: without surrounding blanks, ids of calls and other keys."""
+    """Role, content and calls of each turn, for comparison: in one Unicode form, without surrounding blanks, ids of calls and other
+    keys."""
     calls = [[call["function"] for call in turn.get("tool_calls") or ()] for turn in turns]
-    return [(turn["role"], turn["content"].strip(), called) for turn, called in zip(turns, calls, strict=True)]
+    texts = [unicodedata.normalize("NFC", turn["content"]).strip() for turn in turns]
+    return [(turn["role"], text, called) for turn, text, called in zip(turns, texts, calls, strict=True)]
 
 
 def as_messages(words: str | list[dict], role: str = "user") -> list[dict]:
@@ -1697,6 +1735,8 @@ def message_of(turn: dict, where: str) -> dict:
     content = turn.get("content", turn.get("value"))
     ours = ("role", "from", "content", "value", "tool_calls", "function_call")
     more = {key: value for key, value in turn.items() if key not in ours and value is not None}
+    if isinstance(turn.get("train"), bool):  # Axolotl's name
+        more["weight"] = int(turn["train"])
     calls = turn.get("tool_calls") or turn.get("function_call")
     if name == "function_call":
         calls, content = content, ""
@@ -1708,9 +1748,9 @@ def message_of(turn: dict, where: str) -> dict:
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise UserError(f"{where}: content has parts that are not text")
         content = "".join(part["text"] for part in content)
-    content = text_of({"content": content or ""}, "content", where)
+    content = checked(content or "", f"{where}: content")
     if role == "assistant" and not content.strip() and not calls:
-        raise UserError(f"{where}: the answer is empty; fill it in or leave the record out")
+        raise Unusable("with an empty answer")
     return {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **more}
 
 
@@ -1763,7 +1803,7 @@ def words_of(value, role: str, where: str, split: bool = True) -> str | list[dic
     if isinstance(value, str):
         parts = HH_TURN.split(value) if split else []
         if len(parts) < 3 or parts[0].strip():
-            return text_of({"text": value}, "text", where) if value.strip() else ""
+            return checked(value, where) if value.strip() else ""
         value = [{"role": name, "content": words.strip()} for name, words in zip(parts[1::2], parts[2::2], strict=True)]
         if role == "user" and value[-1] == {"role": "Assistant", "content": ""}:
             value.pop()  # the prompt's last words open the answer
@@ -1777,7 +1817,7 @@ def words_of(value, role: str, where: str, split: bool = True) -> str | list[dic
         return ""
     turns = messages_of(value, where)
     if role == "assistant" and turns[-1]["role"] != "assistant":
-        raise UserError(f"{where}: ends with the {turns[-1]['role']}'s message; it has to end with the assistant's")
+        raise Unusable("with a completion that does not end with the assistant's message")
     return turns
 
 
@@ -1786,7 +1826,8 @@ def prompt_of(record: dict, where: str, system: str | None = None) -> str | list
     key = next((key for key in (*PROMPT_KEYS, *CHAT_KEYS) if is_given(record, key)), None)
     if key is None:
         return "" if any(name in record for name in PROMPT_KEYS) else None
-    prompt = words_of(record[key], "user", f"{where}: {key}")
+    read = messages_of if key in CHAT_KEYS else partial(words_of, role="user")
+    prompt = read(record[key], where=f"{where}: {key}")
     if key == "instruction" and is_given(record, "input"):
         if not isinstance(prompt, str) or not isinstance(record["input"], str):
             raise UserError(f"{where}: instruction and input are joined, so both have to be text")

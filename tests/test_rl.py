@@ -306,10 +306,14 @@ BAD_PAIRS = {
     "a system of numbers": ({"prompt": "a", "system": 3, "chosen": "b", "rejected": "c"}, "system is int, text is expected"),
     "two kinds": ({"instruction": ASKED, "input": "red", "chosen": "b", "rejected": "c"}, "instruction and input are joined"),
     "half": ({"prompt": "What is red?", "chosen": ASKED + FOX, "rejected": "The owl."}, "one completion is a whole conversation, the other only an answer"),
-    "a question last": ({"prompt": "a", "chosen": ASKED, "rejected": FOX}, "chosen: ends with the user's message"),
     "answered": ({"prompt": ASKED + FOX, "chosen": FOX, "rejected": OWL}, "the prompt ends with the assistant's message"),
     "kind": ({"prompt": "a", "chosen": 3, "rejected": "c"}, "chosen: text or a list of messages"),
 }
+
+
+def test_a_completion_that_ends_with_a_question_is_left_out():
+    with pytest.raises(TOKENIZER.Unusable, match="that does not end with the assistant's message"):
+        RL.preference({"prompt": "a", "chosen": ASKED, "rejected": FOX}, "here", FORM)
 
 
 @pytest.mark.parametrize("name", BAD_PAIRS)
@@ -609,9 +613,14 @@ def test_unknown_rewards_are_one_line(name, message, tmp_path):
         RL.Judges.find(f"{tmp_path}/ends.py:f", None, "cpu")
 
 
-def test_an_answer_that_is_missing_names_its_record():
+def test_an_answer_that_is_missing_names_its_record_before_any_rollout():
     with pytest.raises(UserError, match="file:7: exact_answer needs the key 'answer'"):
         RL.exact_answer(sample("abc"))
+    judges = RL.Judges(RL.RLSection(method="grpo", reward_funcs=["number_after:####", "length:5"]), None, "cpu")
+    prompts = [RL.Prompt(f"file:{i}", "?", [0], {"answer": "3"} if i < 9 else {}) for i in range(10)]
+    judges.check(prompts[:9])
+    with pytest.raises(UserError, match="file:9: number_after needs the key 'answer'"):
+        judges.check(prompts)
 
 
 # ----------------------------------------------------------------------------------------------------- rollouts

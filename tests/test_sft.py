@@ -206,11 +206,14 @@ def test_convert_writes_messages(tmp_path, capsys):
 
 
 WRONG = {
-    "no assistant": ([{"messages": ASKED[:1]}], ":1: no assistant message"),
+    "no assistant": ([{"messages": ASKED[:1]}], "; left out 1 without an assistant message .the first: .*bad.jsonl:1"),
+    "empty answer": ([{"messages": [ASKED[0], {"role": "assistant", "content": " "}]}], "; left out 1 with an empty answer"),
+    "a list's repr": ([{"messages": str(ASKED)}], ":1: messages: not valid JSON"),
+    "text as the key": ([{"messages": [{"role": "user", "text": "a"}, ASKED[1]]}], ":1: messages: message 1: content is NoneType"),
+    "a NUL": ([{"prompt": "a\0b", "completion": "c"}], ":1: prompt contains a NUL character"),
     "unknown role": ([{"messages": [*ASKED, {"role": "narrator", "content": "x"}]}], ":1: messages: message 3: unknown role 'narrator'"),
     "two systems": ([{"messages": [LONG[0], LONG[0], *ASKED]}], ":1: messages: two system messages"),
     "late system": ([{"messages": [*ASKED, LONG[0]]}], ":1: messages: message 3 is the system's; it has to come first"),
-    "empty answer": ([{"messages": ASKED}, {"messages": [ASKED[0], {"role": "assistant", "content": " "}]}], ":2: messages: message 2: the answer is empty"),
     "no output": ([{"instruction": "a"}], ":1: keys instruction are none of messages"),
     "late history": ([{"instruction": "a", "output": "b", "history": [["c"]]}], ":1: history: messages, or .question, answer. pairs"),
     "tools": ([{"messages": ASKED, "tools": "{}"}], ":1: tools is dict, a list is expected"),
@@ -234,6 +237,56 @@ def test_bad_records_are_named(name, tmp_path, tokenizer, model_folder):
     chat = chat_tokenizer(tokenizer)
     with pytest.raises(UserError, match=f"bad.jsonl{message}"):
         SFT.read_conversations(settings(model_folder, "--data", path, "--data.validation", "none"), chat)
+
+
+def test_what_teaches_nothing_is_left_out_and_counted(tmp_path, tokenizer, model_folder, capsys):
+    nothing = [{"instruction": "a", "output": None}, {"instruction": "a", "output": ""}, {"messages": ASKED[:1]}, {"messages": []},
+               {"messages": [ASKED[0], {"role": "assistant", "content": ""}]}, {"messages": [LONG[0]]}]
+    path = write(tmp_path / "a.jsonl", [*nothing, {"messages": ASKED, "source": "x", "id": 3}, {"instruction": "", "input": "red?", "output": "fox"}])
+    train, _ = SFT.read_conversations(settings(model_folder, "--data", path, "--data.validation", "none"), chat_tokenizer(tokenizer))
+    assert [sample.record["messages"][0]["content"] for sample in train] == [ASKED[0]["content"], "red?"]
+    said = capsys.readouterr().err
+    for words in ("left out 2 with an empty text, prompt or answer", "left out 3 without an assistant message", "left out 1 with an empty answer",
+                  "keys that are not used: id, source"):
+        assert words in said
+
+
+def test_a_folder_of_records_may_hold_a_readme(tmp_path):
+    write(tmp_path / "data.jsonl", [{"messages": ASKED}])
+    (tmp_path / "README.md").write_text("# The data")
+    data = TOKENIZER.DataSection(train=[str(tmp_path)], validation="none")
+    assert len(TOKENIZER.read_split(data, CHAT, TOKENIZER.LeftOut())[0]) == 1
+
+
+def test_every_prompt_of_a_validation_file_is_held_out(tmp_path):
+    """Also those of its earlier answers, and in another Unicode form."""
+    first = [{"role": "user", "content": "What is a caf\u00e9?"}, ASKED[1]]
+    held = write(tmp_path / "held.jsonl", [{"messages": first + ASKED}])
+    other = [{"role": "user", "content": "What is a cafe\u0301?"}, ASKED[1]]
+    train = write(tmp_path / "train.jsonl", [{"messages": other}, {"messages": [LONG[0], *first]}, {"messages": LONG}])
+    data = TOKENIZER.DataSection(train=[str(train)], validation=str(held))
+    assert [record["messages"] for _, record in TOKENIZER.read_split(data, CHAT, TOKENIZER.LeftOut())[0]] == [LONG]
+
+
+def test_axolotls_train_is_a_weight(tokenizer):
+    turns = [*ASKED, ASKED[0], {**ASKED[1], "train": False}]
+    sample = SFT.Sample("x", SFT.conversation({"messages": turns}, "x", CHAT), chat_tokenizer(tokenizer), SFT.SFTSection())
+    [first, last] = sample.turns
+    assert all(sample.weights[first.start : first.stop]) and not any(sample.weights[last.start :])
+
+
+def test_what_a_template_leaves_out_is_said_once(tokenizer, capsys):
+    """The default template shows reasoning; others may show neither that nor the system's words."""
+    thought = [LONG[0], ASKED[0], {**ASKED[1], "reasoning_content": "Think of foxes."}]
+    ids, [turn] = TOKENIZER.render_chat(chat := chat_tokenizer(tokenizer), thought)
+    assert chat.decode(ids[turn.start : turn.stop]) == "<think>\nThink of foxes.\n</think>\n\n" + ASKED[1]["content"] + "<|im_end|>"
+    assert not capsys.readouterr().err
+    TOKENIZER.say_once.cache_clear()
+    bare = chat_tokenizer(tokenizer, "{% for m in messages if m.role != 'system' %}" + BARE.removeprefix("{% for m in messages %}"))
+    for _ in range(2):
+        TOKENIZER.render_chat(bare, thought)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "leaves out system messages" in said[0] and "leaves out reasoning" in said[1]
 
 
 # ------------------------------------------------------------------------------------------- what is learnt
