@@ -281,7 +281,7 @@ def hold(teacher: MODEL.LanguageModel, mixed: str) -> None:
 def states_of(teacher: MODEL.LanguageModel, batch: dict, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
     """(last hidden states (B, T, C), all of them in Hugging Face's order if `keep`). Logits are left to `head_logits`, row by row."""
     hidden, states, _ = teacher.backbone(batch["input_ids"], batch["positions"], None, batch["segment_ids"], None, keep)
-    return hidden, [*states, hidden]
+    return hidden, states
 
 
 class InMemory:
@@ -761,12 +761,6 @@ def add_projections(student: MODEL.LanguageModel, width: int, layers: list[int],
     student.register_forward_hook(project)
 
 
-def need_states(name: str | None, model: MODEL.LanguageModel, key: str) -> None:
-    """Some of transformers' architectures show no states of packed rows, or none before their own output head."""
-    if not model.shows_states:
-        raise UserError(f"{key}: {name} ({model.config.model_type}) does not show its hidden states; take --distill.method logits")
-
-
 def student_of(teacher: Teacher, layers: list, head_seed: int, attn_implementation: str) -> MODEL.Transformer:
     """The teacher with some of its layers: the same embeddings, head and norms (Sanh 2019, section 3)."""
     source = teacher.model
@@ -1021,9 +1015,6 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     stream, evaluate, samples = read_rows(config, tokenizer, teacher, task)
     if samples is not None:
         TOKENIZER.end_with_turns(model, tokenizer)
-    if settings.method == "hidden":
-        need_states(teacher.name, teacher.model, "distill.teacher")
-        need_states(config.model.name, model, "model.name")
     layers = read_layer_map(settings.layer_map, model.config.num_hidden_layers, teacher.model.config.num_hidden_layers) if settings.method == "hidden" else {}
     if layers:
         add_projections(model, teacher.model.config.hidden_size, list(layers), training.seed)

@@ -9,11 +9,15 @@ scoring (`score`), and the command line.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import queue
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -238,7 +242,7 @@ def alone(more: bool) -> bool:
 @torch.no_grad()
 def _decode(model, rows: list[Row], use_cache: bool, together: Callable[[bool], bool] = alone) -> Iterator[None]:
     """Extend all rows until each is finished (and those of all processes that go `together`); yields after every token."""
-    if not use_cache or not model.caches:
+    if not use_cache:
         yield from _decode_without_cache(model, rows, together)
         return
     device = model.device
@@ -310,6 +314,64 @@ def _decode_without_cache(model, rows: list[Row], together: Callable[[bool], boo
         yield
 
 
+def _decode_by_transformers(model, rows: list[Row], use_cache: bool, together: Callable[[bool], bool] = alone, each: Callable = lambda: None) -> None:
+    """The rows of a `MODEL.ForeignModel`: the model's own `generate`, in which our sampling names each token. Prompts of one length run
+    together, so that nothing is padded. Calls each() after every token."""
+    from transformers import GenerationConfig
+
+    waiting = [list(group) for _, group in itertools.groupby(sorted(rows, key=lambda row: len(row.prompt)), lambda row: len(row.prompt))]
+    while together(bool(waiting)):
+        group = waiting.pop(0) if waiting else []
+
+        def name_tokens(ids: Tensor, scores: Tensor, group: list[Row] = group) -> Tensor:
+            """Logits (B, V) -> 0 at the token that each row takes, -inf elsewhere."""
+            active = [i for i, row in enumerate(group) if not row.finish]
+            if active:
+                _accept(scores[active].float(), [group[i] for i in active])
+                each()
+            tokens = torch.tensor([[row.ids[-1]] for row in group] or [[0]], device=scores.device)
+            return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+
+        def finished(ids: Tensor, scores: Tensor, group: list[Row] = group) -> Tensor:
+            return torch.tensor([bool(row.finish) for row in group] or [True], device=ids.device)
+
+        prompts = torch.tensor([row.prompt for row in group] or [[0]], device=model.device)  # (B, T)
+        longest = max((row.budget for row in group), default=1)
+        kept, model.inner.generation_config = model.inner.generation_config, GenerationConfig()  # its penalties are not ours
+        try:
+            model.inner.generate(prompts, GenerationConfig(max_new_tokens=longest, do_sample=False, use_cache=use_cache), [name_tokens], [finished],
+                                 attention_mask=torch.ones_like(prompts), synced_gpus=together is not alone)
+        finally:
+            model.inner.generation_config = kept
+
+
+def _in_steps(run: Callable[[Callable], None]) -> Iterator[None]:
+    """A generator over run(each), which calls each() after every step and works in a thread."""
+    steps: queue.Queue = queue.Queue()
+    stopped = threading.Event()
+
+    def each() -> None:
+        steps.put(None)
+        if stopped.is_set():
+            raise InterruptedError("nobody reads on")
+
+    def work() -> None:
+        try:
+            run(each)
+            steps.put(StopIteration())
+        except BaseException as error:
+            steps.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while not isinstance(error := steps.get(), StopIteration):
+            if error is not None:
+                raise error
+            yield
+    finally:
+        stopped.set()
+
+
 def _accept(logits: Tensor, rows: list[Row]) -> None:
     tokens, logprobs = sample(logits, rows)
     for i, row in enumerate(rows):
@@ -349,8 +411,12 @@ def generate(model, prompts: list[list[int]], sampling: Sampling | list[Sampling
     model.eval()
     start = 0
     while together(start < len(rows)):
-        for _ in _decode(model, rows[start : start + batch_size], use_cache, together):
-            pass
+        part = rows[start : start + batch_size]
+        if isinstance(model, MODEL.ForeignModel):
+            _decode_by_transformers(model, part, use_cache, together)
+        else:
+            for _ in _decode(model, part, use_cache, together):
+                pass
         start += batch_size
     model.train(was_training)
     return [[row.completion() for row in group] for group in groups]
@@ -360,7 +426,9 @@ def stream(model, tokenizer, prompt_ids: list[int], sampling: Sampling, use_cach
     """The text of one answer, in pieces as it is generated; a piece never holds part of a character or a stop text."""
     [[row]] = _make_rows(model, [prompt_ids], [replace(sampling, n=1)], tokenizer, 0)
     told = 0
-    for _ in _decode(model, [row], use_cache):
+    foreign = isinstance(model, MODEL.ForeignModel)
+    steps = _in_steps(partial(_decode_by_transformers, model, [row], use_cache, alone)) if foreign else _decode(model, [row], use_cache)
+    for _ in steps:
         if row.told > told:
             yield row.text[told : row.told]
             told = row.told

@@ -1244,7 +1244,8 @@ class Decoder(nn.Module):
                 hidden, routing = layer(hidden, rope, mask, positions, cache, real)
             if routing is not None:
                 routings.append(routing)
-        return self.norm(hidden), states, routings
+        hidden = self.norm(hidden)
+        return hidden, [*states, hidden] if keep else [], routings
 
 
 def default_positions(input_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
@@ -1301,7 +1302,6 @@ class LanguageModel(nn.Module):
 
     heads: tuple = ("lm",)
     caches = True  # whether `new_cache` and forward's `cache` work
-    shows_states = True  # whether forward gives hidden states of packed rows, the last of which its output head reads
 
     def __init__(self):
         super().__init__()
@@ -1323,8 +1323,13 @@ class LanguageModel(nn.Module):
             nn.init.zeros_(self.value_head.weight)
 
     def backbone(self, input_ids, positions, cache, segment_ids, token_types, keep: bool) -> tuple[Tensor, list, list[Routing]]:
-        """ids (B, T) -> hidden states (B, T, C) after the final norm, those before each layer if `keep`, what routers did."""
+        """ids (B, T) -> hidden states (B, T, C) after the final norm; if `keep`, those before each layer and the last; what routers
+        did."""
         raise NotImplementedError
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What heads other than lm's read of the backbone's output."""
+        return hidden
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states (N, C) -> logits (N, V), in the model's type of computation."""
@@ -1384,11 +1389,11 @@ class LanguageModel(nn.Module):
             counts = torch.stack([routing.counts for routing in routings])
             self.router_counts = counts if self.router_counts is None else self.router_counts + counts
         if "hidden_states" in want:
-            out["hidden_states"] = (*states, hidden)
+            out["hidden_states"] = tuple(states)
         if "values" in want:
-            out["values"] = self.value_head(hidden).squeeze(-1).float()  # (B, T)
+            out["values"] = self.value_head(self.head_input(hidden)).squeeze(-1).float()  # (B, T)
         if "scores" in want:
-            out["scores"] = self.score(hidden).float()  # (B, T, num_labels)
+            out["scores"] = self.score(self.head_input(hidden)).float()  # (B, T, num_labels)
         if targets is not None or reduce is not None:
             out.update(self._from_logits(hidden, positions, targets, temperature, reduce, "entropy" in want))
         elif "lm" in self.heads:
@@ -1574,12 +1579,14 @@ class ForeignConfig:
 
 
 class ForeignModel(LanguageModel):
-    """A causal LM of any architecture that transformers knows, behind the project's forward and cache.
+    """A causal LM of any architecture that transformers knows, run only as transformers runs it.
 
-    Documents are kept apart and the cache is ragged through masks of our own, one for each kind of layer: position
-    ids alone do not separate documents, and one mask for all would replace a sliding window. Whether an architecture
-    obeys them is found out on a few random ids (`probe`); what it cannot do falls back to a slower way, with one line.
+    Each document becomes a right-padded row of its own under an attention mask, and `INFER` lets the model's own `generate` run.
+    That is slower than our families, whose documents share rows and whose answers share a cache, but right for all: many
+    architectures take no position ids, apply windows by places in their cache, or keep a recurrent state.
     """
+
+    caches = False
 
     def __init__(self, inner: nn.Module, head: str | tuple = "lm", labels: list | None = None):
         super().__init__()
@@ -1588,14 +1595,9 @@ class ForeignModel(LanguageModel):
         context = next((getattr(c, key) for key in CONTEXT_KEYS if getattr(c, key, None)), 2048)
         self.config = ForeignConfig(c.model_type, c.vocab_size, c.hidden_size, c.num_hidden_layers, context, c.bos_token_id, c.eos_token_id,
                                     c.pad_token_id, c.tie_word_embeddings, labels, len(labels or ()) or c.num_labels)
-        self.softcap = getattr(c, "final_logit_softcapping", None)
-        kinds = set(getattr(c, "layer_types", None) or ())
-        window = getattr(c, "sliding_window", None) if getattr(c, "use_sliding_window", True) else None
-        self.windows = {kind: window if kind == "sliding_attention" else None for kind in kinds} if kinds else {"": window}
         self.add_heads(head, c.hidden_size, self.config.num_labels)
         if "lm" not in self.heads and not c.tie_word_embeddings and inner.get_output_embeddings() is not None:
-            inner.get_output_embeddings().requires_grad_(False)  # nothing asks it
-        self.abilities: dict[str, bool] | None = None
+            inner.get_output_embeddings().requires_grad_(False)  # no output depends on it
 
     @property
     def device(self) -> torch.device:
@@ -1606,12 +1608,11 @@ class ForeignModel(LanguageModel):
         return next(self.inner.parameters()).dtype
 
     @property
-    def caches(self) -> bool:
-        return self._can("cache")
-
-    @property
-    def shows_states(self) -> bool:
-        return self._can("masks") and self._can("head")
+    def follows_length(self) -> bool:
+        """Whether the rotary angles depend on the longest row of a batch, so that rows of other lengths would change them."""
+        c = self.inner.config.get_text_config()
+        rope = getattr(c, "rope_parameters", None) or {}
+        return any(kind in ("dynamic", "longrope") for kind in (rope.get("rope_type"), *(v.get("rope_type") for v in rope.values() if isinstance(v, dict))))
 
     def tie_weights(self) -> None:
         self.inner.tie_weights()
@@ -1620,142 +1621,72 @@ class ForeignModel(LanguageModel):
         return self.inner.get_input_embeddings()
 
     def head_logits(self, hidden: Tensor) -> Tensor:
-        if not self._can("head"):
-            return hidden  # the backbone has gone all the way to logits
-        logits = self.inner.get_output_embeddings()(hidden)
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        return hidden[..., : self.config.vocab_size]  # the backbone has gone all the way to logits
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        return hidden[..., self.config.vocab_size :] if "lm" in self.heads else hidden
 
     def backbone(self, input_ids, positions, cache, segment_ids, token_types, keep: bool):
+        """Only the model itself knows how its logits come about, so they stand in place of the hidden states; a value head's input
+        is put behind them."""
         if token_types is not None:
             raise ValueError("this model has no token types")
-        ragged = positions is not None or segment_ids is not None
-        if cache is None and ragged and not self._can("masks"):
-            return self._apart(input_ids, positions, segment_ids)
-        arguments = {"use_cache": False}
-        if ragged:
-            positions = default_positions(input_ids, segment_ids) if positions is None else positions
-            positions = positions.expand_as(input_ids)
-            arguments["position_ids"] = positions.clamp(min=0)
-            keys = positions
-            if cache is not None:
-                keys = cache.layout(positions)
-                arguments.update(use_cache=True, past_key_values=_adapted(cache, positions))
-            build = MaskBuilder(positions, segment_ids, compute_dtype(self.inner.get_input_embeddings().weight))
-            masks = {kind: build(keys, window).bias.clamp(min=torch.finfo(build.dtype).min) for kind, window in self.windows.items()}
-            arguments["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
-        return self._run(input_ids, keep, **arguments)
-
-    def _run(self, input_ids: Tensor, keep: bool, **arguments):
-        if self._can("head"):
-            out = self.inner.base_model(input_ids=input_ids, output_hidden_states=keep, **arguments)
-            hidden = out.last_hidden_state
+        if cache is not None:
+            raise ValueError("this model keeps its own cache, in `generate`")
+        if positions is None and segment_ids is None:
+            hidden, *states = self._run(input_ids, keep)
         else:
-            out = self.inner(input_ids=input_ids, output_hidden_states=keep, **arguments)
-            hidden = out.logits
-        return hidden, list(out.hidden_states[:-1]) if keep else [], []
+            hidden, *states = self._by_document(input_ids, positions, segment_ids, keep)
+        return hidden, states, []
 
-    def _apart(self, input_ids: Tensor, positions: Tensor | None, segment_ids: Tensor | None):
-        """Each document as a padded row of its own, for an architecture whose masks cannot keep them apart."""
+    def _run(self, input_ids: Tensor, keep: bool, mask: Tensor | None = None) -> list[Tensor]:
+        """Rows that begin at their first token -> [logits (B, T, V) or hidden states (B, T, C)] and, on request, all states."""
+        lm, keep_all = "lm" in self.heads, keep or "value" in self.heads
+        network = self.inner if lm else self.inner.base_model
+        out = network(input_ids=input_ids, attention_mask=mask, use_cache=False, output_hidden_states=keep_all)
+        if keep_all and not out.hidden_states:
+            raise UserError(f"model.name: transformers shows no hidden states of a {self.config.model_type}, which this method needs")
+        hidden = out.logits if lm else out.last_hidden_state
+        if "value" in self.heads:
+            hidden = torch.cat((hidden, out.hidden_states[-1]), -1) if lm else hidden
+        return [hidden, *(out.hidden_states if keep else ())]
+
+    def _by_document(self, input_ids: Tensor, positions: Tensor | None, segment_ids: Tensor | None, keep: bool) -> list[Tensor]:
+        """Each document as a row of its own, those of about one length together."""
         batch, length = input_ids.shape
         segments = torch.zeros_like(input_ids) if segment_ids is None else segment_ids
-        places = default_positions(input_ids, segment_ids).expand_as(input_ids) if positions is None else positions
-        real = (places >= 0).flatten()
+        real = torch.ones_like(input_ids, dtype=torch.bool) if positions is None else (positions >= 0).expand_as(input_ids)
         if not real.any():  # padding alone: one token runs, so that every weight takes part
-            real = torch.arange(len(real), device=real.device) == 0
-        row = torch.arange(batch, device=input_ids.device)[:, None].expand_as(input_ids)
-        keys = torch.stack((row.flatten(), segments.flatten()))[:, real]  # (2, N)
-        _, owner, sizes = keys.unique(dim=1, return_inverse=True, return_counts=True)
-        order = owner.argsort(stable=True)
-        column = torch.arange(len(owner), device=owner.device) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # place in its document
-        ids = input_ids.new_zeros(len(sizes), int(sizes.max()))
-        there = torch.zeros_like(ids)
-        ids[owner[order], column] = input_ids.flatten()[real][order]
-        there[owner[order], column] = 1
-        hidden, _, _ = self._run(ids, False, use_cache=False, attention_mask=there)
-        spread = hidden.new_zeros(batch * length, hidden.shape[-1])
-        back = real.nonzero()[:, 0][order]
-        return spread.index_copy(0, back, hidden[owner[order], column]).view(batch, length, -1), [], []
-
-    def _can(self, ability: str) -> bool:
-        if self.abilities is None:
-            self.probe()
-        return self.abilities[ability]
-
-    def _is_causal(self) -> bool:
-        ids = torch.zeros(2, 4, dtype=torch.long, device=self.device)
-        ids[1, -1] = 1
-        first, second = self.inner(input_ids=ids, use_cache=False).logits[:, 0]
-        return bool((first - second).abs().max() <= 1e-3 * first.std())
-
-    @torch.no_grad()
-    def probe(self) -> None:
-        """Compare each ability with the model's own plain forward on random ids."""
-        self.abilities = {"head": True, "masks": True, "cache": True}
-        training, heads = self.training, self.heads
-        self.eval()
-        self.heads = ("lm",)  # whatever will be asked: logits are compared
-        if not self._is_causal():
-            raise UserError(f"{self.config.model_type}: its tokens see those after them, so it is no causal language model; BERT is the encoder known here")
-        short = min((w for w in self.windows.values() if w), default=0)
-        length = 12 + (2 * short if short <= 32 else 0)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.config.vocab_size, (1, length), generator=generator).to(self.device)
-        cut = length - 5
-        plain = self.inner(input_ids=ids, use_cache=False).logits
-        second = self.inner(input_ids=ids[:, cut:], use_cache=False).logits
-        near = 1e-3 if plain.dtype == torch.float32 else 0.1
-
-        def same(ability: str, compute: Callable, expected: Tensor) -> None:
-            try:
-                self.abilities[ability] = bool((compute() - expected).abs().max() <= near * plain.std())
-            except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, NotImplementedError, IndexError):
-                self.abilities[ability] = False
-
-        def documents() -> Tensor:
-            segments = (torch.arange(length, device=ids.device) >= cut).long()[None]
-            return self(ids, segment_ids=segments).logits[:, cut:]
-
-        def cached() -> Tensor:
-            """The whole row, with the second document as a shorter row beside it."""
-            cache, logits = self.new_cache(2, length), []
-            both = torch.zeros(2, length, dtype=torch.long, device=ids.device)
-            both[0], both[1, : length - cut] = ids[0], ids[0, cut:]
-            steps = torch.arange(length, device=ids.device)
-            positions = torch.stack((steps, steps.where(steps < length - cut, -1)))
-            for start, stop in ((0, 3), (3, cut), *((i, i + 1) for i in range(cut, length))):
-                there = slice(start, stop)
-                logits.append(self(both[:, there], positions=positions[:, there], cache=cache.select([0, 1])).logits)
-            whole = torch.cat(logits, 1)
-            return torch.cat((whole[:1], whole[1:, : length - cut]), 1)
-
-        same("head", lambda: self(ids).logits, plain)
-        same("masks", documents, second)
-        same("cache", cached, torch.cat((plain, second), 1))
-        self.train(training)
-        self.heads = heads
-        name = self.config.model_type
-        for ability, line in (("head", "has an output head of its own kind: whole logits are computed at once"),
-                              ("masks", "takes no masks between documents: each becomes a padded row"),
-                              ("cache", "cannot use the cache: each token computes all before it again")):
-            if not self.abilities[ability]:
-                say(f"model.name: {name} {line}")
+            real = torch.arange(batch * length, device=real.device).view_as(real) == 0
+        rows = torch.arange(batch, device=input_ids.device)[:, None].expand_as(input_ids)
+        _, owner, sizes = torch.stack((rows[real], segments[real])).unique(dim=1, return_inverse=True, return_counts=True)
+        places = real.flatten().nonzero()[:, 0][owner.argsort(stable=True)]  # in the flattened batch
+        sharded = any(hasattr(weight, "full_tensor") for weight in self.parameters())  # then each process has to run equally often
+        if sharded and self.follows_length:
+            raise UserError(f"training.fsdp: the rotary angles of this {self.config.model_type} depend on each text's length; train it without")
+        slack, groups = math.inf if sharded else 1.0 if self.follows_length else 1.25, []
+        for document in sorted(places.split(sizes.tolist()), key=len):
+            if not groups or len(document) > slack * len(groups[-1][0]):
+                groups.append([])
+            groups[-1].append(document)
+        parts = []
+        for group in groups:
+            ids = nn.utils.rnn.pad_sequence([input_ids.flatten()[document] for document in group], batch_first=True)  # (R, L)
+            mask = nn.utils.rnn.pad_sequence([torch.ones_like(document) for document in group], batch_first=True)
+            full = all(len(document) == ids.shape[1] for document in group)
+            parts.append([result[mask.bool()] for result in self._run(ids, keep, None if full else mask)])  # (N, C)
+        order = torch.cat([document for group in groups for document in group])
+        return [part[0].new_zeros(batch * length, part[0].shape[-1]).index_copy(0, order, torch.cat(part)).view(batch, length, -1)
+                for part in zip(*parts, strict=True)]  # (B, T, C)
 
 
-def _adapted(cache: CacheRows, positions: Tensor):
-    """Our cache as transformers' layers see one: they hand in keys and values and get back all of them."""
-    from transformers.cache_utils import Cache
-
-    class Adapter(Cache):
-        def __init__(self):
-            super().__init__(layers=[])
-
-        def update(self, keys, values, layer, *_, **__):
-            return cache.append(layer, keys, values, positions=positions)[:2]
-
-        def get_seq_length(self, layer=0):
-            return 0
-
-    return Adapter()
+def is_causal(inner: nn.Module) -> bool:
+    """Whether no token sees those after it: a change of the last one leaves the first one's logits as they are."""
+    ids = torch.zeros(2, 4, dtype=torch.long, device=inner.device)
+    ids[1, -1] = 1
+    with torch.no_grad():
+        first, second = inner(input_ids=ids, use_cache=False).logits[:, 0]
+    return bool((first - second).abs().max() <= 1e-3 * first.std())
 
 
 # ---------------------------------------------------------------------------------------- building and folders
@@ -2470,7 +2401,7 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
         raise UserError(f"model.{sorted(changes)[0]}: {kind} is computed by transformers and cannot be changed here")
     kernels = {"auto": None, "eager": "eager", "sdpa": "sdpa"}
     if attn_implementation not in kernels:
-        raise UserError(f"model.attn_implementation: {attn_implementation} cannot keep documents of a {kind} apart; use auto, eager or sdpa")
+        raise UserError(f"model.attn_implementation: {attn_implementation} is not for a {kind}, which transformers runs; use auto, eager or sdpa")
     options: dict = {}
     if quantization:
         import QUANT
@@ -2500,9 +2431,8 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
             raise UserError(f"{folder}: score.weight is {tuple(model.score.weight.shape)}, {len(labels or ())} labels make it {tuple(drawn.shape)}")
     if quantization:
         QUANT.keep_form(model, quantization)
-    model.probe()
-    if "lm" not in heads and not model.abilities["head"]:
-        raise UserError(f"{folder}: transformers gives no hidden states of a {kind}, which another head could read")
+    if not is_causal(inner):
+        raise UserError(f"{kind}: its tokens see those after them, so it is no causal language model; BERT is the encoder known here")
     return model
 
 

@@ -469,8 +469,6 @@ FOREIGN = {
                             initializer_range=0.3)),
     "recurrent_gemma": ("RecurrentGemma", dict(TEXT, num_hidden_layers=3, num_key_value_heads=1, attention_window_size=6, lru_width=32, w_init_variance_scale=0.3)),
 }
-LINES = {"gpt_neox": [], "opt": [], "gemma3": [], "gemma2": [], "granite": ["output head"], "bloom": None, "mamba": ["no masks", "cannot use the cache"],
-         "recurrent_gemma": None}
 
 
 def foreign_reference(kind: str):
@@ -496,18 +494,17 @@ def abroad(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_foreign_models_compute_what_transformers_does(kind, abroad, capsys):
+def test_foreign_models_compute_what_transformers_does(kind, abroad):
     folder, hf = abroad(kind)
     model, ids = MODEL.load(folder), ids_of(2, 24)
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("model.name:")]
-    if LINES[kind] is not None:
-        assert len(said) == len(LINES[kind]) and all(part in line for part, line in zip(LINES[kind], said)), said
     with torch.no_grad():
         close(model(ids).logits, hf(ids).logits, 1e-4)
         expected = hf(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
         close(model(ids[:, :-1], targets=ids[:, 1:]).logprobs, expected, 1e-4)
         states, theirs = model(ids, want=("hidden_states",)).hidden_states, hf(ids, output_hidden_states=True).hidden_states
-        assert len(states) == len(theirs) or kind in ("granite", "mamba", "recurrent_gemma")
+        assert len(states) == len(theirs)
+        for state, their in zip(states, theirs):
+            close(state, their, 1e-4)
     hf.zero_grad()
     (-hf(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None]).mean()).backward()
     gradients = gradients_of(model.inner, -model(ids[:, :-1], targets=ids[:, 1:]).logprobs.mean())
@@ -596,7 +593,7 @@ def test_what_transformers_does_not_know_is_one_line(tmp_path, abroad):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsuch"}))
     with pytest.raises(UserError, match="model_type 'nonsuch' cannot be opened"):
         MODEL.load(tmp_path)
-    with pytest.raises(UserError, match="flash_attention_2 cannot keep documents"):
+    with pytest.raises(UserError, match="flash_attention_2 is not for a gpt_neox"):
         MODEL.load(folder, attn_implementation="flash_attention_2")
     with pytest.raises(UserError, match="model.rope_theta: gpt_neox is computed by transformers"):
         MODEL.load(folder, changes={"rope_theta": 5.0})
