@@ -190,15 +190,9 @@ class ModelConfig:
     def _check_latent(self):
         if self.kv_lora_rank is None:
             return self._check_alone("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        for name in ("kv_lora_rank", "q_lora_rank"):
-            rank = getattr(self, name)
-            if rank is not None and not 1 <= rank <= self.hidden_size:
-                raise UserError(f"model.{name}: {rank} must lie between 1 and hidden_size {self.hidden_size}; a latent compresses")
-        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            if getattr(self, name) < 1:
+        for name in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"model.{name}: {getattr(self, name)} must be at least 1")
-        if self.v_head_dim > self.qk_nope_head_dim + self.qk_rope_head_dim:
-            raise UserError(f"model.v_head_dim: {self.v_head_dim} exceeds a query head's {self.qk_nope_head_dim + self.qk_rope_head_dim}")
         for name, only in (("sliding_window", None), ("position_embedding_type", "rope"), ("qk_norm", False)):
             if getattr(self, name) != only:
                 raise UserError(f"model.{name}: {getattr(self, name)} is not possible with latent attention (model.kv_lora_rank)")
@@ -933,8 +927,10 @@ class LatentAttention(nn.Module):
         expanded = self.kv_b_proj(latent).view(batch, keys, self.heads, -1).transpose(1, 2)  # (B, H, S, D)
         key_content, value = expanded.split([self.content, self.out], -1)
         key = torch.cat((key_content, key_place[:, None].expand(-1, self.heads, -1, -1)), -1)
-        query = torch.cat((content, place), -1) * self.sharpen
-        value = F.pad(value, (0, key.shape[-1] - self.out))  # fused kernels want one width
+        size = self.content + self.place
+        width = max(size, self.out)  # fused kernels want one width, and scale by it
+        query = F.pad(torch.cat((content, place), -1) * (self.sharpen * (width / size) ** 0.5), (0, width - size))
+        key, value = F.pad(key, (0, width - size)), F.pad(value, (0, width - self.out))
         return self.attend(query, key, value, mask, None, self.dropout if self.training else 0.0)[..., : self.out]
 
     def _absorbed(self, content: Tensor, place: Tensor, latent: Tensor, key_place: Tensor, mask: Mask) -> Tensor:
@@ -1848,9 +1844,11 @@ def config_from_hub(raw: dict) -> ModelConfig:
             knobs[name] = raw[key]
     knobs.update(family.implied, model_type=kind)
     if knobs.get("position_embedding_type") != "learned":
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})  # transformers prefers v4's key where both are set
         theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or family.defaults["rope_theta"]
         known = {"rope_type", "type", *ROPE_TYPES.get(rope.get("rope_type", rope.get("type")), ())}
+        if raw.get("original_max_position_embeddings"):  # and a length at the top to one inside
+            rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
         rope = {key: value for key, value in rope.items() if key in known}
         knobs.update(rope_theta=float(theta), rope_scaling=rope if rope.get("rope_type", rope.get("type")) else None)
     knobs["labels"] = hub_labels(raw)
@@ -2084,6 +2082,8 @@ def save(model: LanguageModel, folder: str | Path) -> None:
         if process_rank() == 0:
             inner, state = (_with_score(model, state) if model.heads == ("score",) else
                             (model.inner, {name.removeprefix("inner."): tensor for name, tensor in state.items() if name.startswith("inner.")}))
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(model.inner.generation_config, key, getattr(model.config, key))
             with staged(folder) as scratch:
                 inner.save_pretrained(scratch, state_dict=state)
         return
@@ -2162,32 +2162,36 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """config.json, with the end-of-text ids of generation_config.json, where several may stand."""
+    """config.json, with the special ids of generation_config.json."""
     try:
         config = config_from_hub(read_json(folder / "config.json"))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder}/config.json: a key is missing or of the wrong type ({error})") from None
-    if (folder / "generation_config.json").exists():
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = read_json(folder / "generation_config.json").get(key)
-            if value is not None:
-                setattr(config, key, value)
+    read_generation_ids(folder, config)
     return config
 
 
+def read_generation_ids(folder: Path, config: ModelConfig | ForeignConfig) -> None:
+    """The special ids of generation_config.json, which may name several ends of text."""
+    path = folder / "generation_config.json"
+    for key, value in (read_json(path) if path.exists() else {}).items():
+        if key in ("bos_token_id", "eos_token_id", "pad_token_id") and value is not None:
+            setattr(config, key, value)
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: safetensors before pickles, an index before a single file."""
+    """The files that hold the weights, as transformers chooses them: safetensors before pickles, a single file before an index."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / stem).exists():
+            return [folder / stem]
         if (folder / f"{stem}.index.json").exists():
             weight_map = read_json(folder / f"{stem}.index.json").get("weight_map")
             if not isinstance(weight_map, dict):
                 raise UserError(f"{folder / stem}.index.json: weight_map is missing")
             names = sorted(set(weight_map.values()))
             return [folder / name for name in names]
-        if (folder / stem).exists():
-            return [folder / stem]
     raise UserError(f"{folder}: holds no weights (model.safetensors or pytorch_model.bin); name the folder of a finished run "
                     "or one of its ckpt-step-*")
 
@@ -2222,8 +2226,8 @@ def first_line(error: Exception) -> str:
 
 
 def dequantized(folder: Path, raw: dict) -> typing.Iterator[tuple[Path, str, Tensor]]:
-    """All tensors of a folder with their files. DeepSeek's block-scaled fp8 weights are multiplied out on the way:
-    one float32 scale (`weight_scale_inv`) for each block of usually 128 x 128 weights."""
+    """All tensors of a folder with their files. DeepSeek's fp8 weights are multiplied out on the way: one scale (`weight_scale_inv`)
+    for each block of usually 128 x 128 weights, or for the whole matrix."""
     files, quantization = weight_files(folder), raw.get("quantization_config") or {}
     method = quantization.get("quant_method")
     if method not in (None, "fp8"):
@@ -2233,11 +2237,13 @@ def dequantized(folder: Path, raw: dict) -> typing.Iterator[tuple[Path, str, Ten
     height, width = quantization.get("weight_block_size") or (128, 128)
     for path in files:
         for name, tensor in read_tensors(path):
-            if method and name.endswith(ending):
+            if method and name.endswith((ending, ".activation_scale")):
                 continue
             if name in scales:
-                spread = scales[name].repeat_interleave(height, 0).repeat_interleave(width, 1)
-                tensor = tensor.float() * spread[: tensor.shape[0], : tensor.shape[1]]
+                scale = scales[name].float()
+                if scale.numel() > 1:
+                    scale = scale.repeat_interleave(height, 0).repeat_interleave(width, 1)[: tensor.shape[0], : tensor.shape[1]]
+                tensor = tensor.float() * scale.view(scale.shape if scale.dim() == 2 else ())
             yield path, name, tensor
 
 
@@ -2253,12 +2259,14 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
     expected = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         expected.pop(model.tied_name, None)
-    state, extra, filled = {}, [], dict.fromkeys(expected, 0)
+    state, extra, filled, head = {}, [], dict.fromkeys(expected, 0), None
     for path, hub_name, tensor in dequantized(folder, raw):
         for name, index, part in weights_from_hub(model.config, hub_name, tensor, raw.get("num_nextn_predict_layers") or 0):
+            if name == model.tied_name and model.config.tie_word_embeddings and part.shape == expected["model.embed_tokens.weight"].shape:
+                head = part.to(device=device, dtype=dtype).contiguous()
+                continue
             if name not in expected:
-                tied = name == model.tied_name and model.config.tie_word_embeddings
-                extra += [] if tied or name.startswith(OPTIONAL) else [hub_name]
+                extra += [] if name.startswith(OPTIONAL) else [hub_name]
                 continue
             whole = expected[name].shape
             fits = not index or index[0] < whole[0]
@@ -2276,6 +2284,11 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
             filled[name] += part.numel()
             if packer and filled[name] == expected[name].numel() and packer(name, state[name]):
                 del state[name]
+    embedding = "model.embed_tokens.weight"
+    if head is not None and not filled[embedding]:  # a tied pair under the head's name
+        state[embedding], filled[embedding] = head, head.numel()
+    elif head is not None and "lm" in model.heads and not torch.equal(head, state[embedding]):  # not tied, whatever config.json says; as transformers reads it
+        model.config.tie_word_embeddings, state[model.tied_name] = False, head
     missing = [name for name, count in filled.items() if count < expected[name].numel()]
     fresh = tuple(name for name in missing if name.startswith(OPTIONAL) and name not in state)
     if _names_head(folder, "lm"):
@@ -2423,6 +2436,7 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
     if "score" in heads and type(inner.config) not in AutoModelForSequenceClassification._model_mapping:
         raise UserError(f"{folder}: transformers has no classifier of a {kind}, so a head for labels or rewards could not be saved; choose another model")
     model = ForeignModel(inner if quantization else inner.to(device or "cpu"), heads, labels).eval()
+    read_generation_ids(folder, model.config)
     if "score" in heads:
         stored = dict(tensor for path in weight_files(folder) for tensor in read_tensors(path, "score.weight"))
         drawn = torch.empty(model.score.weight.shape).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))

@@ -7,6 +7,8 @@ import json
 import math
 import shutil
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -319,6 +321,23 @@ def test_block_scaled_float8_weights_are_multiplied_out(deepseek):
         MODEL.load(deepseek)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_float8_weights_with_one_scale_a_matrix(deepseek, shape):
+    expected, packed = load_file(deepseek / "model.safetensors"), {}
+    for name, tensor in expected.items():
+        packed[name] = tensor
+        if name.endswith("proj.weight"):
+            scale = tensor.abs().max() / 448
+            packed[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            packed[name + "_scale_inv"], packed[name.replace(".weight", ".activation_scale")] = scale.reshape(shape), torch.tensor(0.1)
+            expected[name] = packed[name].float() * scale
+    save_file(packed, deepseek / "model.safetensors")
+    edit_config(deepseek, quantization_config={"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None})
+    state = MODEL.weights_to_hub("deepseek_v3", MODEL.load(deepseek).state_dict())
+    for name, tensor in expected.items():
+        close(state[name], tensor, 1e-6)
+
+
 def test_kimi_k2_is_known_by_its_own_name(deepseek):
     edit_config(deepseek, model_type="kimi_k2", architectures=["DeepseekV3ForCausalLM"], auto_map={"AutoConfig": "configuration_deepseek.X"})
     close(MODEL.load(deepseek)(ids_of(1, 9)).logits, reference("deepseek-v3")(ids_of(1, 9)).logits, 1e-4)
@@ -465,6 +484,13 @@ FOREIGN = {
     "gemma2": ("Gemma2", dict(WINDOWED, final_logit_softcapping=3.0, attn_logit_softcapping=10.0, query_pre_attn_scalar=8)),
     "granite": ("Granite", dict(TEXT, num_key_value_heads=2, logits_scaling=4.0)),
     "bloom": ("Bloom", dict(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.3)),
+    "phi3": ("Phi3", dict(TEXT, max_position_embeddings=128, original_max_position_embeddings=14, rope_parameters={
+        "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 1.0, "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.0, 2.0, 6.0, 20.0]})),
+    "gpt_neo": ("GPTNeo", dict(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=5,
+                               max_position_embeddings=64, bos_token_id=0, eos_token_id=1, initializer_range=0.3)),
+    "llama4": ("Llama4Text", dict(TEXT, intermediate_size_mlp=48, num_key_value_heads=2, head_dim=8, num_local_experts=2, attention_chunk_size=6,
+                                  no_rope_layers=[1, 0, 1])),
     "mamba": ("Mamba", dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=0, eos_token_id=1, pad_token_id=2,
                             initializer_range=0.3)),
     "recurrent_gemma": ("RecurrentGemma", dict(TEXT, num_hidden_layers=3, num_key_value_heads=1, attention_window_size=6, lru_width=32, w_init_variance_scale=0.3)),
@@ -475,7 +501,7 @@ def foreign_reference(kind: str):
     prefix, knobs = FOREIGN[kind]
     torch.manual_seed(0)
     config = getattr(transformers, prefix + "Config")(**knobs)
-    name = "Gemma3ForCausalLM" if kind == "gemma3" else prefix + "ForCausalLM"
+    name = prefix.removesuffix("Text") + "ForCausalLM"
     return roughen(getattr(transformers, name)(config), 1).eval()
 
 
@@ -559,6 +585,43 @@ def test_a_foreign_model_trains_saves_and_resumes(kind, abroad, tmp_path, tokeni
     ids = ids_of(1, 12)
     with torch.no_grad():
         close(MODEL.load(tmp_path / "whole")(ids).logits, hf(ids).logits, 1e-4)
+
+
+def test_a_foreign_model_streams_and_stops_where_generation_config_says(abroad, tmp_path, tokenizer):
+    folder, hf = abroad("gpt_neox")
+    shutil.copytree(folder, tmp_path / "model")
+    prompt = ids_of(7, seed=3).tolist()
+    free = hf.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=None, attention_mask=torch.ones(1, 7))[0, 7:].tolist()
+    end = next(token for token in free[3:] if token not in free[:3])
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": [1, end], "pad_token_id": 7, "repetition_penalty": 9.0}))
+    model = MODEL.load(tmp_path / "model")
+    assert model.config.eos_ids == [1, end] and model.config.pad_token_id == 7
+    [[answer]] = INFER.generate(model, [prompt], INFER.Sampling(12, temperature=0))
+    assert answer.ids == free[: free.index(end) + 1] and answer.finish_reason == "stop"
+    sampling = INFER.Sampling(12, temperature=0.7, seed=5, logprobs=True)
+    [[alone]], [[_], [beside]] = (INFER.generate(model, prompts, sampling, first=first) for prompts, first in (([prompt], 1), ([prompt[:4], prompt], 0)))
+    assert alone == beside and len(alone.logprobs) == len(alone.ids)
+    with torch.no_grad():
+        logprobs = (hf(torch.tensor([prompt + alone.ids])).logits[0, 6:-1] / 0.7).log_softmax(-1)
+    close(torch.tensor(alone.logprobs), logprobs.gather(1, torch.tensor(alone.ids)[:, None])[:, 0], 1e-4)
+    pieces = list(INFER.stream(model, tokenizer, prompt, INFER.Sampling(12, temperature=0, ignore_eos=True)))
+    [[whole]] = INFER.generate(model, [prompt], INFER.Sampling(12, temperature=0, ignore_eos=True), tokenizer)
+    assert len(pieces) > 1 and "".join(pieces) == whole.text
+    MODEL.save(model, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/generation_config.json").read_text())["eos_token_id"] == [1, end]
+
+
+def test_a_stream_that_is_closed_early_stops_its_work(abroad, tokenizer):
+    before = threading.active_count()
+    steps = INFER.stream(MODEL.load(abroad("mamba")[0]), tokenizer, [3, 5, 8], INFER.Sampling(200, temperature=0, ignore_eos=True))
+    next(steps)
+    assert threading.active_count() == before + 1
+    steps.close()
+    for _ in range(200):
+        if threading.active_count() == before:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the thread goes on")
 
 
 def test_a_foreign_encoder_is_no_language_model(tmp_path):
@@ -728,9 +791,9 @@ def test_a_kernel_that_cannot_train_is_refused_before_any_work(tmp_path, capsys)
     (dict(MOE, num_experts_per_tok=7), "model.num_experts_per_tok: 7 must lie between 1 and num_experts 6"),
     (dict(MOE, router_bias_update_speed=0.1), "model.router_bias_update_speed: a selection bias needs model.scoring_func sigmoid"),
     (dict(MOE, mlp_only_layers=[2]), "model.mlp_only_layers: .* names a layer beyond the 2"),
-    (dict(MLA, kv_lora_rank=33), "model.kv_lora_rank: 33 must lie between 1 and hidden_size 32"),
-    (dict(MLA, q_lora_rank=100), "model.q_lora_rank: 100 must lie between 1 and hidden_size 32"),
-    (dict(MLA, v_head_dim=40), "model.v_head_dim: 40 exceeds"),
+    (dict(MLA, kv_lora_rank=0), "model.kv_lora_rank: 0 must be at least 1"),
+    (dict(MLA, q_lora_rank=0), "model.q_lora_rank: 0 must be at least 1"),
+    (dict(MLA, v_head_dim=0), "model.v_head_dim: 0 must be at least 1"),
     (dict(MLA, sliding_window=4), "model.sliding_window: 4 is not possible with latent attention"),
     (dict(MLA, head_dim=64), "model.head_dim: 64, but with latent attention"),
     (dict(MOE, num_experts=0), "model.num_experts: 0 must be at least 1"),

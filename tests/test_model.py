@@ -66,6 +66,7 @@ FAMILIES = {
     "deepseek-v3-direct": ("DeepseekV3", dict(DEEPSEEK, q_lora_rank=None, n_group=1, topk_group=1, norm_topk_prob=False)),
     "deepseek-v3-yarn": ("DeepseekV3", dict(DEEPSEEK, rope_interleave=False, attention_bias=True, rope_parameters=dict(
         YARN, mscale=1.0, mscale_all_dim=0.8, beta_fast=32, beta_slow=1))),
+    "deepseek-v3-wide": ("DeepseekV3", dict(DEEPSEEK, kv_lora_rank=48, q_lora_rank=40, v_head_dim=24)),
     "kimi-k2": ("DeepseekV3", dict(DEEPSEEK, n_routed_experts=12, n_group=1, topk_group=1, first_k_dense_replace=1, rope_parameters=dict(
         YARN, mscale=1.0, mscale_all_dim=1.0, beta_fast=1.0, beta_slow=1.0))),
     "bert": ("Bert", BERT),
@@ -514,6 +515,55 @@ def weights_of(family: str) -> dict:
 def assert_loads(folder: Path, family: str):
     with torch.no_grad():
         close(MODEL.load(folder)(ids_of(1, 20)).logits, reference(family)(ids_of(1, 20)).logits, 1e-4)
+
+
+def hub_logits(folder: Path) -> torch.Tensor:
+    """transformers' logits of a folder."""
+    with torch.no_grad():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids_of(1, 20)).logits
+
+
+def our_logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return MODEL.load(folder)(ids_of(1, 20)).logits
+
+
+@pytest.mark.parametrize("family, embedding", [("llama-gqa", "model.embed_tokens.weight"), ("gpt2", "transformer.wte.weight")])
+@pytest.mark.parametrize("case", ["a head that differs", "the head alone", "both are equal"])
+def test_a_head_that_config_json_calls_tied(family, embedding, case, tmp_path):
+    state = weights_of(family)
+    head = state[embedding].clone() if case == "both are equal" else torch.randn_like(state[embedding])
+    state["lm_head.weight"] = head
+    if case == "the head alone":
+        del state[embedding]
+    folder = forge(tmp_path / "tied", family, state, tie_word_embeddings=True)
+    close(our_logits(folder), hub_logits(folder), 1e-4)
+    MODEL.save(MODEL.load(folder), tmp_path / "again")
+    close(hub_logits(tmp_path / "again"), hub_logits(folder), 1e-4)
+
+
+def test_a_single_file_comes_before_an_index_of_shards(hub, tmp_path):
+    transformers.AutoModelForCausalLM.from_pretrained(hub("llama-gqa")).save_pretrained(tmp_path, max_shard_size="10KB")
+    MODEL.save(tiny(seed=9), tmp_path / "newer")
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(tmp_path / "newer" / name, tmp_path)
+    assert len(list(tmp_path.glob("model-*"))) > 1
+    close(our_logits(tmp_path), hub_logits(tmp_path), 1e-4)
+    close(our_logits(tmp_path), our_logits(tmp_path / "newer"))
+
+
+@pytest.mark.parametrize("change", [
+    dict(rope_scaling=dict(rope_type="linear", factor=4.0)), dict(rope_scaling={k: v for k, v in YARN.items() if k != "rope_theta"}),
+    dict(rope_parameters=dict(LLAMA3), original_max_position_embeddings=16),
+    dict(rope_parameters={k: v for k, v in YARN.items() if k != "original_max_position_embeddings"}, original_max_position_embeddings=16),
+])
+def test_rope_spelled_twice_is_read_as_transformers_reads_it(change, tmp_path):
+    """v4's key beside v5's, and the original length outside of both."""
+    MODEL.save(tiny(), tmp_path)
+    before, raw = our_logits(tmp_path), json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **({} if "rope_scaling" in change else {"rope_scaling": None}), **change}))
+    close(our_logits(tmp_path), hub_logits(tmp_path), 1e-4)
+    assert apart(our_logits(tmp_path), before) > 1e-3
 
 
 def test_gpt2_as_on_the_hub(tmp_path):
