@@ -427,7 +427,7 @@ class Cache:
     def check(self, cut, settings: DistillSection, length: int) -> None:
         """Whether it was made from these rows, by this teacher, for these settings."""
         mark = teacher_mark(settings.teacher)
-        if mark is None and MODEL.process_rank() == 0:
+        if mark is None:
             say(f"distill.teacher: {settings.teacher} is not here; the cache tells that it was made by {self.facts['teacher']}")
         if mark not in (None, self.facts["teacher_mark"]):
             known = self.facts["teacher"]
@@ -858,8 +858,7 @@ def student_texts(config, tokenizer, samples: list[SFT.Sample], out: Path) -> St
             prompts.append(RL.Prompt(sample.where, messages_before, ids, {}))
     if not prompts:
         raise UserError(f"data.train: no prompt is left for distill.lmbda{left.text()}")
-    if MODEL.process_rank() == 0:
-        say(f"{len(prompts):,} prompts for the student's own texts{left.text()}")
+    say(f"{len(prompts):,} prompts for the student's own texts{left.text()}")
     rollouts = RL.RLSection(method="rloo")  # what RL's rollouts ask for and distillation has no word for stays as it is
     given = {key: getattr(settings, key) for key in ("max_completion_length", "top_k", "top_p", "rollout_size", "rollout_batch_size")}
     temperature = 1.0 if settings.sampling_temperature is None else settings.sampling_temperature
@@ -1150,8 +1149,7 @@ def read_prompts(config, teacher: Teacher) -> list[RL.Prompt]:
             found.append(RL.Prompt(where, record["prompt"], ids, {key: value for key, value in record.items() if key not in ("prompt", "completion", "system")}))
     if not found:
         raise UserError(f"data.train: no prompt is left{left.text()}")
-    if MODEL.process_rank() == 0:
-        say(f"{len(found):,} prompts for {teacher.name}{left.text()}")
+    say(f"{len(found):,} prompts for {teacher.name}{left.text()}")
     return found
 
 
@@ -1165,7 +1163,7 @@ def begin_answers(part: Path, made_by: dict, overwrite: bool) -> dict[int, list]
     lines = lines if len(lines) > 1 else []  # nothing was answered yet
     if lines and lines[0] != json.loads(json.dumps(made_by)):
         raise UserError(f"--out: {part} was started with other prompts, another teacher or other settings; --overwrite starts over")
-    if lines and MODEL.process_rank() == 0:
+    if lines:
         say(f"{part}: going on after {len(lines) - 1:,} prompts")
     MODEL.write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines or [made_by]))  # without a line that was cut short
     return {line["number"]: line["records"] for line in lines[1:]}

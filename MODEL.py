@@ -47,9 +47,14 @@ class UserError(Exception):
     """A mistake of the user's: shown as one line on stderr, exit status 2."""
 
 
+def process_rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+
+
 def say(line: str) -> None:
-    """Talk goes to stderr; stdout carries the product alone."""
-    print(line, file=sys.stderr, flush=True)
+    """A line on stderr, by the first process alone; stdout carries the product."""
+    if process_rank() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------- knobs
@@ -2057,10 +2062,6 @@ def write_text(path: str | Path, text: str) -> None:
         (scratch / Path(path).name).write_text(text, encoding="utf-8")
 
 
-def process_rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
-
-
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded over processes (all of them have to call)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -2558,7 +2559,7 @@ def _say_left_out(host: nn.Module, tuned: tuple) -> None:
     inside = {id(m) for layer in layers_of(host) for m in layer.modules()}
     left = {".".join(name.split(".")[-2:]) for name, m in host.named_modules()
             if isinstance(m, (Experts, nn.Linear)) and id(m) in inside and not f"{name}.".startswith(tuned)}
-    if left and process_rank() == 0:
+    if left:
         say(f"lora: no adapter on {', '.join(sorted(left))}, which stay as they are")
 
 
@@ -3346,7 +3347,7 @@ def run_main(main: Callable, argv: list[str] | None = None) -> None:
         main(argv)
         sys.stdout.flush()
     except UserError as error:
-        say(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except BrokenPipeError:  # the reader went away (| head): nobody is left to write to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1319,7 +1319,7 @@ def held_out_rewards(stream: Rollouts, held: list[Prompt], config) -> Callable |
     def evaluate(model) -> dict:
         share = list(enumerate(chosen))[MODEL.process_rank() :: TRAIN.world_size()]
         samples = gather(stream.write(model, share, stream.sampling(temperature=0.0, top_k=0, top_p=1.0, n=1, logprobs=False), 0))
-        if MODEL.process_rank() == 0 and config.training.sample_tokens:
+        if config.training.sample_tokens:
             for sample in samples[:: max(1, len(samples) // 3)][:3]:
                 question = sample.prompt if isinstance(sample.prompt, str) else sample.prompt[-1]["content"]
                 say(f"  | {question}\n  |   {sample.text}   ({sample.reward:.3g})".replace("\n", "\n  | "))
@@ -1551,9 +1551,8 @@ def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAI
     pairs, kept = (read_pairs(config, tokenizer, found, left) for found in (records, held))
     if len(pairs) < (2 if settings.method == "kto" else 1):
         raise UserError(f"data.train: no {'completions are' if settings.method == 'kto' else 'pair is'} left to train on{left.text()}")
-    if MODEL.process_rank() == 0:
-        cut = f"; {left.truncated:,} truncated at training.max_length" if left.truncated else ""
-        say(f"{len(pairs):,} {'completions' if settings.method == 'kto' else 'pairs'}, {len(kept):,} held out{cut}{left.text()}")
+    cut = f"; {left.truncated:,} truncated at training.max_length" if left.truncated else ""
+    say(f"{len(pairs):,} {'completions' if settings.method == 'kto' else 'pairs'}, {len(kept):,} held out{cut}{left.text()}")
     stream = Pairs(pairs, kept, settings, config.training, frozen)
     loss = reward_model_loss(settings) if settings.method == "reward" else preference_loss(settings)
     evaluate = held_out_pairs(stream, loss, config.training.eval_batches) if kept else None
@@ -1584,8 +1583,7 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
     if not found:
         raise UserError(f"data.train: no prompt is left{left.text()}")
     judges.check(found + kept)
-    if MODEL.process_rank() == 0:
-        say(f"{len(found):,} prompts, {len(kept):,} held out{left.text()}; judged by {', '.join(judges.names)}")
+    say(f"{len(found):,} prompts, {len(kept):,} held out{left.text()}; judged by {', '.join(judges.names)}")
     reference = Reference(model, frozen) if settings.beta else None
     stream = Rollouts(found, tokenizer, judges, settings, config.training, reference, out)
 

@@ -180,9 +180,8 @@ def read_conversations(config, tokenizer) -> tuple[list[Sample], list[Sample]]:
     settings = config.sft
     form = TOKENIZER.Form(conversation, settings.section, settings.columns, settings.system, KEYS)
     train, held_out, rest = read_samples(config, form, partial(Sample, tokenizer=tokenizer, settings=settings), "conversation")
-    if MODEL.process_rank() == 0:
-        tokens, targets = sum(len(sample.ids) for sample in train), sum(sum(w > 0 for w in sample.weights) for sample in train)
-        say(f"{len(train):,} conversations, {tokens:,} tokens, {targets:,} trained on; {rest}")
+    tokens, targets = sum(len(sample.ids) for sample in train), sum(sum(w > 0 for w in sample.weights) for sample in train)
+    say(f"{len(train):,} conversations, {tokens:,} tokens, {targets:,} trained on; {rest}")
     return train, held_out
 
 
@@ -209,8 +208,7 @@ def read_labelled(config, tokenizer, known: list[str] | None) -> tuple[list[Labe
     for items, factors in ((train, weights), (held_out, dict.fromkeys(labels, 1.0))):
         for item in items:
             item.number(numbers, factors)
-    if MODEL.process_rank() == 0:
-        say(f"{len(train):,} texts to train on ({', '.join(f'{shares[name]:,} {name}' for name in labels)}); {rest}")
+    say(f"{len(train):,} texts to train on ({', '.join(f'{shares[name]:,} {name}' for name in labels)}); {rest}")
     return train, held_out, labels
 
 
@@ -236,7 +234,7 @@ def say_unused(data: TOKENIZER.DataSection) -> None:
     default = TOKENIZER.DataSection()
     keys = ("weights", "streaming", "text_unit", "text_field", "min_chars", "normalize", "remove_control")
     unused = [f"data.{key}" for key in keys if getattr(data, key) != getattr(default, key)]
-    if unused and MODEL.process_rank() == 0:
+    if unused:
         say(f"{', '.join(unused)}: only for pretraining; records are read unchanged")
 
 
@@ -341,8 +339,7 @@ class Confusion:
             sums[-1] += float(F.cross_entropy(scores, labels, reduction="sum"))
         *counts, nats = TRAIN.all_sum(sums.tolist(), model.device)
         self.counts = np.array(counts).reshape(size, size).astype(int)
-        if MODEL.process_rank() == 0:
-            say(self.table())
+        say(self.table())
         return {"accuracy": float(np.trace(self.counts) / self.counts.sum()), "f1": self.f1(), "loss": nats / self.counts.sum()}
 
     def f1(self) -> float:
@@ -452,7 +449,7 @@ def finish_model(config, model, rate: float | None, optim: str, noise: float = 0
         if config.lora.r not in (0, model.adapter.r):
             raise UserError(f"lora.r: {config.lora.r}, but {adapter} has rank {model.adapter.r}; leave it out to go on with that")
     elif config.lora.r:
-        if model.config.model_type == MODEL.CUSTOM and MODEL.process_rank() == 0:
+        if model.config.model_type == MODEL.CUSTOM:
             say("lora: no Hugging Face class has this mixture of knobs; only this program will open the adapter")
         config.lora.attach(model, config.model.name or "", model.new_ids, config.training.seed)
     set_rates(config.training, model, rate, optim, share)

@@ -36,7 +36,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import MODEL
 from MODEL import ModelSection, UserError, first_line, knob, load_config, read_json, resolve_folder, run_main, say, staged, sync
 
 # ---------------------------------------------------------------------------------------------------- settings
@@ -373,8 +372,7 @@ def any_of(words: list[str]) -> re.Pattern:
 
 @functools.lru_cache(16)
 def say_once(line: str) -> None:
-    if MODEL.process_rank() == 0:
-        say(line)
+    say(line)
 
 
 @functools.lru_cache(1024)

@@ -1163,9 +1163,8 @@ def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection
         measures, room = evaluate(model), model.config.max_position_embeddings - 1
         settings = sampling or INFER.Sampling(training.sample_tokens, 0.7, seed=0)
         completions = INFER.generate(model, [ids[-room:] for _, ids in prompts], settings, tokenizer)
-        if MODEL.process_rank() == 0:
-            for (text, _), [completion] in zip(prompts, completions, strict=True):
-                say("  | " + (text + between + completion.text).replace("\n", "\n  | "))
+        for (text, _), [completion] in zip(prompts, completions, strict=True):
+            say("  | " + (text + between + completion.text).replace("\n", "\n  | "))
         return measures
 
     return evaluate_and_show
@@ -1212,8 +1211,7 @@ def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, 
 
 def fit_length(config, context: int, whose: str = "the model's") -> None:
     if config.training.max_length > context:
-        if MODEL.process_rank() == 0:
-            say(f"training.max_length {config.training.max_length} exceeds {whose} context: rows have {context} tokens")
+        say(f"training.max_length {config.training.max_length} exceeds {whose} context: rows have {context} tokens")
         config.training.max_length = context
 
 
@@ -1224,7 +1222,6 @@ def prepare_data(config, tokenizer, masked: bool = False):
     def hide(stream):
         return MaskedStream(stream, tokenizer, training.mlm_probability) if masked else stream
 
-    first = MODEL.process_rank() == 0
     if data.streaming:
         stream = hide(TOKENIZER.text_stream(data, tokenizer, training.batch_size, training.max_length))
         size = training.eval_batches * training.batch_size * training.max_length * 4  # characters
@@ -1234,10 +1231,9 @@ def prepare_data(config, tokenizer, masked: bool = False):
         if "train" not in files:
             raise UserError("data.train: no text is left to train on (empty files, or everything was dropped or held out)")
         stream, held_out = hide(TOKENIZER.file_stream(files["train"], data, training.batch_size, training.max_length)), files.get("val")
-        if first:
-            TOKENIZER.warn_short_lines(data, files["train"], training.max_length)
-            if len(files["train"].ids) <= training.max_length:
-                say(f"the data has {len(files['train'].ids)} tokens, less than one row of {training.max_length}: training on what there is")
+        TOKENIZER.warn_short_lines(data, files["train"], training.max_length)
+        if len(files["train"].ids) <= training.max_length:
+            say(f"the data has {len(files['train'].ids)} tokens, less than one row of {training.max_length}: training on what there is")
     spans = TOKENIZER.Spans(held_out) if held_out else None
     rows = TOKENIZER.Rows(spans, training.max_length, data.packing, None) if spans else None
     batches = TOKENIZER.fixed_batches(rows, training.batch_size, training.eval_batches) if rows else []
@@ -1245,7 +1241,7 @@ def prepare_data(config, tokenizer, masked: bool = False):
         batches = [mask_tokens(batch, tokenizer, [(training.seed, 3, b, i) for i in range(len(batch["input_ids"]))], training.mlm_probability)
                    for b, batch in enumerate(batches)]
     if not any(batch["counts"]["tokens"] for batch in batches):
-        if data.validation != "none" and first:
+        if data.validation != "none":
             say("too little data to hold some out: training without validation")
         return stream, None
     per_token = held_out.bytes / spans.pairs if held_out.bytes and not masked else None
@@ -1330,8 +1326,7 @@ def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | 
                      resume=checkpoint, stage=name, mixed=mixed, accelerator=accelerator, device=device, overwrite=bool(config.actions.overwrite) or checkpoint is None)
         if accelerator and accelerator.log_with:
             accelerator.end_training()
-        if MODEL.process_rank() == 0:
-            say(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {out}: {show.format(out=out)}")
+        say(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {out}: {show.format(out=out)}")
     return result
 
 
