@@ -505,9 +505,6 @@ class KVCache:
         for states in (*itertools.chain(*self.states), self.positions):
             states[target] = states[source]
 
-    def clear(self, row: int) -> None:
-        self.positions[row] = -1
-
     def bytes(self) -> int:
         return sum(states.numel() * states.element_size() for states in itertools.chain(*self.states))
 
@@ -645,23 +642,27 @@ def attend_auto(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, wi
 
 
 class Ragged(NamedTuple):
-    """Rows for the kernels that take sequences joined end to end, without padding; `starts` (N+1,) are their edges."""
+    """Rows for a kernel that takes sequences joined end to end, without padding; `starts` (N+1,) are their edges."""
 
-    tokens: Tensor  # (n,) places of the real tokens in the flattened B*T
+    kernel: Callable
+    tokens: Tensor | None  # (n,) places of the real tokens in the flattened B*T; None is all of them
     starts: Tensor
     longest: int
 
 
-def ragged_rows(positions: Tensor, segment_ids: Tensor | None, window: int | None = None) -> Ragged:
-    """Cut a padded, packed batch into the sequences that may see each other."""
-    rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
+def ragged_rows(kernel: Callable, positions: Tensor, segment_ids: Tensor | None, plain: bool = False) -> Ragged:
+    """Cut a padded, packed batch (B, T) into the sequences that may see each other; of a `plain` one each row is one."""
+    batch, length = positions.shape
+    if plain:
+        return Ragged(kernel, None, torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=positions.device), length)
+    rows = torch.arange(batch, device=positions.device)[:, None].expand_as(positions)
     tokens = (positions >= 0).flatten().nonzero()[:, 0]
     owners = rows.flatten()[tokens]
     segments = owners.new_zeros(len(tokens)) if segment_ids is None else segment_ids.flatten()[tokens]
     new = (owners[1:] != owners[:-1]) | (segments[1:] != segments[:-1])
     edges = [owners.new_zeros(1), new.nonzero()[:, 0] + 1, owners.new_tensor([len(tokens)])]
     starts = torch.cat(edges).int()
-    return Ragged(tokens, starts, int(starts.diff().max()) if len(tokens) else 0)
+    return Ragged(kernel, tokens, starts, int(starts.diff().max()) if len(tokens) else 0)
 
 
 def _flash(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
@@ -677,9 +678,8 @@ def _varlen(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tens
     """The same kernel as torch ships it."""
     from torch.nn.attention.varlen import varlen_attn
 
-    k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], 1) for states in (k, v))
-    reach = (-1, 0) if window is None else (window - 1, 0)
-    return varlen_attn(q, k, v, ragged.starts, ragged.starts, ragged.longest, ragged.longest, window_size=reach)
+    reach, edges = (-1, 0) if window is None else (window - 1, 0), (ragged.starts, ragged.starts, ragged.longest, ragged.longest)
+    return varlen_attn(q, k, v, *edges, window_size=reach, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _xformers(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
@@ -692,105 +692,71 @@ def _xformers(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Te
     return fmha.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias, p=dropout)[0]
 
 
-def attend_ragged(kernel: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Ragged | Mask | None, window=None, dropout=0.0):
-    """A kernel for joined sequences as an attention like the others. What it has no form for (masks by position, as a
-    cache needs them; types it is not made for) goes to torch's."""
-    if isinstance(mask, Mask) or (kernel is not _xformers and query.dtype == torch.float32) or (kernel is _varlen and dropout):
-        return attend_sdpa(query, key, value, mask, window, dropout)
+def attend_ragged(query: Tensor, key: Tensor, value: Tensor, rows: Ragged, window: int | None, dropout: float) -> Tensor:
+    """A kernel for joined sequences as an attention like the others."""
     batch, heads, length, width = query.shape
-    if mask is None:
-        steps = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
-        mask = Ragged(torch.arange(batch * length, device=query.device), steps, length)
-    if mask.longest == 0:
+    if rows.longest == 0:
         return torch.zeros_like(query)
-    q, k, v = (states.transpose(1, 2).flatten(0, 1)[mask.tokens] for states in (query, key, value))  # (n, H, D)
-    joined = kernel(q, k, v, mask, window, dropout)
-    output = query.new_zeros(batch * length, heads, width).index_copy(0, mask.tokens, joined.to(query.dtype))
+    q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # (B*T, H, D)
+    if rows.tokens is not None:
+        q, k, v = (states[rows.tokens] for states in (q, k, v))  # (n, H, D)
+    output = rows.kernel(q, k, v, rows, window, dropout).to(query.dtype)
+    if rows.tokens is not None:
+        output = query.new_zeros(batch * length, heads, width).index_copy(0, rows.tokens, output)
     return output.view(batch, length, heads, width).transpose(1, 2)  # (B, H, T, D)
 
 
-def flex_mask(positions: Tensor, segment_ids: Tensor | None, window: int | None):
-    """Which blocks of 128 x 128 scores exist at all, and the rule inside them; empty blocks are skipped."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    segments = torch.zeros_like(positions) if segment_ids is None else segment_ids
-
-    def allowed(b, h, q, k):
-        p, s = positions[b, q], positions[b, k]
-        seen = (s >= 0) & (s <= p) & (segments[b, q] == segments[b, k])
-        seen = seen if window is None else seen & (s > p - window)
-        return seen | ((p < 0) & (q == k))  # a padding query sees itself: a softmax over nothing is NaN
-
-    length = positions.shape[1]
-    return create_block_mask(allowed, len(positions), None, length, length, device=positions.device)
-
-
-NO_FLEX_TRAINING = "flex_attention cannot train on a CPU; use sdpa"
-
-
-@memoize
-def _compiled_flex(device: str) -> Callable:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
-
-
-def attend_flex(query: Tensor, key: Tensor, value: Tensor, mask, window=None, dropout=0.0) -> Tensor:
-    """torch's flex_attention (Dong 2024): a kernel compiled for the mask's rule."""
-    if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
-        raise UserError(f"model.attn_implementation: {NO_FLEX_TRAINING}")
-    if dropout:
-        raise UserError("model.attn_implementation: flex_attention has no dropout; set model.attention_dropout 0, or use sdpa")
-    if mask is None or isinstance(mask, Mask):  # plain, or by position as with a cache
-        return attend_sdpa(query, key, value, mask, window, dropout)
-    return _compiled_flex(query.device.type)(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
+def attend(dense: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Ragged | None, window=None, dropout=0.0) -> Tensor:
+    """Attention by the kernel that the mask is made for."""
+    return (attend_ragged if isinstance(mask, Ragged) else dense)(query, key, value, mask, window, dropout)
 
 
 class Kernel(NamedTuple):
-    """An attention kernel and, if it takes masks of a kind of its own, what makes them from (positions, segments, window)."""
+    """An attention kernel, and the tensors that it serves."""
 
     attend: Callable
-    mask: Callable | None = None
-    float32: bool = True  # whether that kind serves float32 too
+    ragged: bool = False  # takes joined sequences
+    float32: bool = True
+    dropout: bool = True
+    device: str = ""  # the only one that it runs on
     needs: str = ""  # what has to be installed
-    cuda: bool = False
+
+    def serves(self, device: torch.device, dtype: torch.dtype, dropout: float) -> bool:
+        """Whether it computes attention of such tensors: decided by them, as a CPU model may run beside a card."""
+        old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+        return self.device in ("", device.type) and (self.float32 or dtype != torch.float32 and not old) and (self.dropout or not dropout)
 
 
 KERNELS = {
     "eager": Kernel(attend_eager),
     "sdpa": Kernel(attend_sdpa),
-    "flex_attention": Kernel(attend_flex, flex_mask),
-    "flash_attention_2": Kernel(partial(attend_ragged, _flash), ragged_rows, False, "flash_attn", True),
-    "varlen": Kernel(partial(attend_ragged, _varlen), ragged_rows, False, "", True),
-    "xformers": Kernel(partial(attend_ragged, _xformers), ragged_rows, True, "xformers", True),
+    "flash_attention_2": Kernel(_flash, True, float32=False, device="cuda", needs="flash_attn"),
+    "varlen": Kernel(_varlen, True, float32=False, dropout=False, device="cuda"),
+    "xformers": Kernel(_xformers, True, device="cuda", needs="xformers"),
 }
-ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "xformers")
+ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "xformers")
 
 
 def why_not(name: str) -> str | None:
     """The reason why a kernel cannot run here, or None."""
     kernel = KERNELS[name]
-    if kernel.cuda and not torch.cuda.is_available():
+    if kernel.device == "cuda" and not torch.cuda.is_available():
         return "needs a CUDA device"
     if kernel.needs and not _installed(kernel.needs):
         return f"needs `pip install {kernel.needs.replace('_', '-')}`"
     return None
 
 
-def choose_attention(name: str, trains_on: str = "") -> Kernel:
-    """The kernel behind model.attn_implementation; auto takes flash-attn where it is installed and can run, on CUDA
-    torch's own form of it, else what torch has for the device."""
-    if name == "flex_attention" and trains_on == "cpu":
-        raise UserError(f"model.attn_implementation: {NO_FLEX_TRAINING}")
+def choose_attention(name: str) -> tuple[Callable, list[Kernel]]:
+    """The kernels behind model.attn_implementation: one that takes masks, and those for joined sequences, in order of preference.
+    auto takes flash-attn where it is installed and can run, on CUDA torch's own form of it, else what torch has for the device."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return KERNELS["flash_attention_2" if why_not("flash_attention_2") is None else "varlen"]
-        return Kernel(attend_auto)
+        return attend_auto, [KERNELS[ragged] for ragged in ("flash_attention_2", "varlen") if why_not(ragged) is None]
     if name not in KERNELS:
         raise UserError(f"model.attn_implementation: '{name}' is not one of {', '.join(ATTENTION)}")
     if reason := why_not(name):
         raise UserError(f"model.attn_implementation: {name} {reason}; sdpa uses torch's own fused kernels")
-    return KERNELS[name]
+    return (attend_sdpa, [KERNELS[name]]) if KERNELS[name].ragged else (KERNELS[name].attend, [])
 
 
 @memoize
@@ -1180,9 +1146,9 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embeddings, layers, final norm: ids (B, T) -> hidden states (B, T, C), those of each layer, what routers did."""
 
-    def __init__(self, config: ModelConfig, kernel: Kernel):
+    def __init__(self, config: ModelConfig, attention: tuple[Callable, list[Kernel]]):
         super().__init__()
-        self.config, self.kernel = config, kernel
+        self.config, (dense, self.ragged_kernels) = config, attention
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned":
@@ -1192,7 +1158,7 @@ class Decoder(nn.Module):
         if config.position_embedding_type == "rope":
             # A plain attribute: as a buffer it would be rounded when the model is converted to 16 bits.
             self.rope_frequencies, self.rope_factor = rope_frequencies(config)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, kernel.attend) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, partial(attend, dense)) for i in range(config.num_hidden_layers))
         norm = NORMS[config.norm_type](config.hidden_size, config.rms_norm_eps)
         self.embed_norm, self.norm = (norm, nn.Identity()) if config.post_norm else (nn.Identity(), norm)
         self.dropout = nn.Dropout(config.embd_pdrop) if config.embd_pdrop else nn.Identity()
@@ -1205,19 +1171,18 @@ class Decoder(nn.Module):
         return cos[:, None].to(dtype), sin[:, None].to(dtype)
 
     def masks(self, rows: int, positions: Tensor, segment_ids, cache, plain: bool, dtype) -> list:
-        """One mask a layer; None is plain causal, which every kernel knows by itself."""
+        """One mask a layer; None is plain causal attention without a window."""
         config = self.config
         builder = MaskBuilder(positions, segment_ids, dtype, config.causal)
         if cache is not None:
             return [builder] * config.num_hidden_layers
         windows = [config.window(i) for i in range(config.num_hidden_layers)]
         plain, length = plain and config.causal, positions.shape[1]
-        make = partial(builder, positions)
-        if self.kernel.mask and config.causal and (self.kernel.float32 or dtype != torch.float32):
-            make = memoize(partial(self.kernel.mask, positions.expand(rows, length), segment_ids))
-            if self.kernel.mask is ragged_rows and plain:  # the kernel knows windows by itself
-                return [None] * len(windows)
-        return [None if plain and (w is None or w >= length) else make(w) for w in windows]
+        dropout = self.layers[0].self_attn.dropout if self.training else 0.0
+        for kernel in self.ragged_kernels if config.causal else ():
+            if kernel.serves(positions.device, dtype, dropout):  # it is told windows apart
+                return [ragged_rows(kernel.attend, positions.expand(rows, length), segment_ids, plain)] * len(windows)
+        return [None if plain and (w is None or w >= length) else builder(positions, w) for w in windows]
 
     def forward(self, input_ids: Tensor, positions=None, cache=None, segment_ids=None, token_types=None, keep: bool = False):
         plain = positions is None and segment_ids is None and cache is None
@@ -1546,15 +1511,6 @@ def log_softmax_at(logits: Tensor, targets: Tensor, temperature: float = 1.0, en
         logprobs = logits.log_softmax(-1)
         results["entropy"] = -(logprobs.exp() * logprobs).sum(-1)
     return results
-
-
-def token_logprobs(model, input_ids: Tensor, segment_ids: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each token given those before it: ids (B, T) -> (B, T-1)."""
-    targets = input_ids[:, 1:]
-    segments = None if segment_ids is None else segment_ids[:, :-1]
-    if segments is not None:
-        targets = targets.masked_fill(segment_ids[:, 1:] != segments, -100)  # a segment's first token has no past
-    return model(input_ids[:, :-1], segment_ids=segments, targets=targets, temperature=temperature).logprobs
 
 
 # ----------------------------------------------------------------------------------------- any other causal LM

@@ -1298,7 +1298,7 @@ def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | 
     out = Path(config.output.dir)
     check_apart(out, model=config.model.name, adapter=getattr(config.actions, "adapter", None))
     accelerator, device = start_processes(config.training, config.model.device, out)
-    MODEL.choose_attention(config.model.attn_implementation, trains_on=device.type)  # what cannot work is said before any work
+    MODEL.choose_attention(config.model.attn_implementation)  # what cannot work is said before any work
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
         if checkpoint and config.training.mixed_precision == "auto":  # measured once: another day it could come out otherwise
             config.training.mixed_precision = saved_settings(checkpoint).get("training", {}).get("mixed_precision", "auto")

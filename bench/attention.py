@@ -63,22 +63,18 @@ def one_length(kernel: MODEL.Kernel, length: int, kind: torch.dtype, device: str
     # Two documents in one row, so that every kernel needs its mask.
     segments = (torch.arange(length, device=device)[None] >= length // 2).long()
     positions = MODEL.default_positions(segments, segments)
-    if kernel.mask and (kernel.float32 or kind != torch.float32):
-        mask = kernel.mask(positions, segments, None)
-    else:
-        mask = MODEL.MaskBuilder(positions, segments, kind)(positions, None)
+    ragged = kernel.ragged and kernel.serves(torch.device(device), kind, 0.0)
+    mask = MODEL.ragged_rows(kernel.attend, positions, segments) if ragged else MODEL.MaskBuilder(positions, segments, kind)(positions, None)
+    attend = partial(MODEL.attend, MODEL.attend_sdpa if kernel.ragged else kernel.attend)
     row = {}
-    try:
-        with torch.no_grad():
-            row["forward_ms"] = timed(lambda: kernel.attend(query, key, value, mask), device)
-        trained = [states.detach().requires_grad_() for states in (query, key, value)]
-        gradient = torch.randn_like(query)
-        row["backward_ms"] = timed(lambda out: torch.autograd.grad(out, trained, gradient), device, lambda: (kernel.attend(*trained, mask),))
-    except MODEL.UserError as error:
-        row["note"] = str(error).rpartition(": ")[2]
+    with torch.no_grad():
+        row["forward_ms"] = timed(lambda: attend(query, key, value, mask), device)
+    trained = [states.detach().requires_grad_() for states in (query, key, value)]
+    gradient = torch.randn_like(query)
+    row["backward_ms"] = timed(lambda out: torch.autograd.grad(out, trained, gradient), device, lambda: (attend(*trained, mask),))
     with torch.no_grad():
         last = MODEL.Mask(torch.zeros(1, 1, 1, length, device=device, dtype=kind), None)
-        row["decode_ms"] = timed(lambda: kernel.attend(query[:, :, -1:], key, value, last), device)
+        row["decode_ms"] = timed(lambda: attend(query[:, :, -1:], key, value, last), device)
     return row
 
 
@@ -152,7 +148,7 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--model")
     parser.add_argument("--prompt", default="Once upon a time")
-    parser.add_argument("--kernels", default="eager,sdpa,flex_attention,flash_attention_2,xformers")
+    parser.add_argument("--kernels", default="eager,sdpa,flash_attention_2,xformers")
     args = parser.parse_args()
     if args.measure:
         measure(args.measure, args.lengths, args.dtype)

@@ -322,6 +322,11 @@ def test_bad_pairs_are_named(name):
         RL.preference(BAD_PAIRS[name][0], "here", FORM)
 
 
+def token_logprobs(model, ids):
+    """Log-probability of each token given those before it: ids (B, T) -> (B, T-1)."""
+    return model(ids[:, :-1], targets=ids[:, 1:]).logprobs
+
+
 def write(path: Path, records: list[dict]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
@@ -485,7 +490,7 @@ def test_ktos_baseline_is_the_mean_gain_on_texts_of_others(model_folder, tokeniz
         [one], [mine] = other.examples, item.examples
         assert one.ids[: one.start] == mine.ids[: mine.start] and one.ids[one.start :] != mine.ids[mine.start :]
         assert any(one.ids[one.start :] == third.examples[0].ids[third.examples[0].start :] for third in own)
-        both = [sum(float(MODEL.token_logprobs(model, tensor([one.ids]))[0, t - 1]) for t in range(one.start, len(one.ids))) for model in (policy, start)]
+        both = [sum(float(token_logprobs(model, tensor([one.ids]))[0, t - 1]) for t in range(one.start, len(one.ids))) for model in (policy, start)]
         total += both[0] - both[1]
     assert float(batch["baseline"]) == pytest.approx(max(total / 6, 0.0), abs=1e-4)
     _, metrics = RL.preference_loss(stream.settings)(policy, batch, {"pairs": 6, "desirable": 6, "undesirable": 1, "micro_batches": 1})
@@ -744,7 +749,7 @@ def test_advantages_reach_the_right_tokens(model_folder, tokenizer, tmp_path):
         ids = tensor([one.ids])
         assert one.ids[: one.start] == asked(tokenizer)[int(one.where.split()[1])].ids
         with torch.no_grad():
-            now, then = (MODEL.token_logprobs(m, ids)[0, one.start - 1 :] for m in (model, start))
+            now, then = (token_logprobs(m, ids)[0, one.start - 1 :] for m in (model, start))
             values = model(ids, want=("values",)).values[0, one.start - 1 : -1]
         torch.testing.assert_close(one.old, now, atol=1e-5, rtol=0)
         torch.testing.assert_close(one.reference, then, atol=1e-5, rtol=0)
