@@ -1006,17 +1006,17 @@ def test_ragged_rows_in_any_order(family, hub):
                 lengths[row] += 1
 
 
-def test_cache_copy_clear_and_reuse():
+def test_cache_rows_are_copied_and_independent():
     model, texts = tiny(), ids_of(2, 8)
     kv = model.new_cache(3, 8)
     with torch.no_grad():
         expected = model(texts).logits
         feed(model, kv, [0], texts[:1, :5], [0])
         kv.copy(0, 2)
-        kv.clear(0)
-        feed(model, kv, [0], texts[1:, :3], [0])  # another, shorter text takes the row
+        feed(model, kv, [1], texts[1:, :3], [0])
         close(feed(model, kv, [2], texts[:1, 5:], [5])[0], expected[0, 5:], 2e-5)
-        close(feed(model, kv, [0], texts[1:, 3:], [3])[0], expected[1, 3:], 2e-5)
+        close(feed(model, kv, [1], texts[1:, 3:], [3])[0], expected[1, 3:], 2e-5)
+        close(feed(model, kv, [0], texts[:1, 5:], [5])[0], expected[0, 5:], 2e-5)
 
 
 def test_cache_bounds_and_size():
