@@ -1262,6 +1262,19 @@ HEAD_CHUNK_BYTES = 24 * 2**20, 128 * 2**20
 HEAD_KEEP_BYTES = 2**29  # logits of a whole batch up to this size are kept for backward, above it computed again
 
 
+@memoize
+def settle_vector_functions() -> None:
+    """Call each vector function of Intel's MKL once on one element.
+
+    MKL picks a function's code at its first call. If that call runs on several threads, one of them may use a low-accuracy version
+    (https://github.com/pytorch/pytorch/issues/188792): a first cosine was 1.5e-4 off in some processes. Small calls run on one thread.
+    """
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype, device="cpu")  # models are built on meta
+        for name in ("cos", "sin", "tan", "acos", "asin", "atan", "exp", "expm1", "log", "log2", "log10", "log1p", "sqrt", "tanh", "erf", "erfc"):
+            getattr(torch, name)(one)
+
+
 class LanguageModel(nn.Module):
     """What every model of the project is to its callers: a backbone that turns ids into hidden states, heads on it,
     and one `forward` that computes what a loss or a sampler asks for."""
@@ -1271,6 +1284,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self):
         super().__init__()
+        settle_vector_functions()
         self.adapter = None  # peft's LoraConfig, where one is attached
         self.quantization = "none"  # the form of the layers' frozen matrices
         self.rates: dict[str, float] = {}  # part of a weight's name -> how many times faster it learns (LoRA+)

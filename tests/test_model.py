@@ -1362,3 +1362,27 @@ def test_unknown_presets_name_the_nearest():
     with pytest.raises(UserError, match="'gpt2-xl'"):
         MODEL.build(dict(preset="gpt2-xxl"))
     assert MODEL.preset_config("qwen3-2m", num_attention_heads=4).head_dim == 48  # follows the heads again
+
+
+def test_vector_functions_are_first_called_on_one_element():
+    """In a process of its own: whatever was called there on many elements before is not known here."""
+    code = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+names, late = {}, []
+class First(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::").rstrip("_")
+        if name in ("cos", "sin", "exp", "log", "tanh", "sqrt", "erf") and args[0].device.type == "cpu" and (name, args[0].dtype) not in names:
+            names[name, args[0].dtype] = args[0].numel()
+        return function(*args, **(kwargs or {}))
+import MODEL
+with First():
+    with torch.device("meta"):
+        MODEL.Transformer(MODEL.ModelConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=64))
+    model = MODEL.build(MODEL.ModelConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=64))
+    model(torch.zeros(2, 1024, dtype=torch.long))
+print({size for size in names.values()}, len(names))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["{1}", "14"], done.stdout
