@@ -698,14 +698,22 @@ def test_a_full_disk_is_one_line(world, tmp_path, monkeypatch):
             generate(world, tmp_path / "out.jsonl")
 
 
-def test_architectures_that_show_no_states_are_told(world, tmp_path, tokenizer):
+def test_an_architecture_that_transformers_runs_teaches_its_hidden_states(world, tmp_path, tokenizer):
     config = transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    bloom = transformers.BloomForCausalLM(config).eval()
+    bloom.save_pretrained(tmp_path / "bloom")
     TOKENIZER.save(tokenizer, tmp_path / "bloom")
-    flags = [*flags_of(world, "text", tmp_path), "--teacher", str(tmp_path / "bloom"), "--max-steps", "1", "--out", str(tmp_path / "run")]
-    with pytest.raises(UserError, match="distill.teacher: .*bloom .bloom. does not show its hidden states; take --distill.method logits"):
-        DISTILL.main([*flags, "--method", "hidden"])
-    DISTILL.main(flags)
+    model, ids = MODEL.load(tmp_path / "bloom"), torch.arange(12).view(1, 12) % len(tokenizer)
+    segments = torch.tensor([[0] * 5 + [1] * 7])
+    with torch.no_grad():
+        packed = model(ids, segment_ids=segments, want=("hidden_states",)).hidden_states
+        alone = [bloom(part, output_hidden_states=True).hidden_states for part in (ids[:, :5], ids[:, 5:])]
+    for state, *parts in zip(packed, *alone, strict=True):
+        torch.testing.assert_close(state, torch.cat(parts, 1), atol=1e-5, rtol=1e-4)
+    flags = [*flags_of(world, "text", tmp_path), "--teacher", str(tmp_path / "bloom"), "--max-steps", "2", "--out", str(tmp_path / "run")]
+    DISTILL.main([*flags, "--method", "hidden"])
+    steps = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert any(key.startswith("hidden") or "cosine" in key for step in steps for key in step)
 
 
 def test_an_adapters_mark_is_its_bases_too(world, tmp_path):
