@@ -339,17 +339,19 @@ def _size(base: dict, width: int, layers: int, heads: int, mlp: int, **more) -> 
                 **more)
 
 
-_TINY = dict(tie_word_embeddings=True, vocab_size=4096, max_position_embeddings=1024)
+TRAINED_VOCABULARY = 1024  # ids of a tokenizer that is trained here, unless tokenizer.vocab_size says otherwise
+_SMALL = 4096  # vocabulary of the presets for such tokenizers
+_TINY = dict(tie_word_embeddings=True, vocab_size=_SMALL, max_position_embeddings=1024)
 _TINY_MLA = dict(_TINY, kv_lora_rank=48, q_lora_rank=64, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=24, moe_intermediate_size=96,
                  mlp_only_layers=[0], rope_scaling=None, router_bias_update_speed=5e-3)
 PRESETS = {
     "llama-225k": _size(_TINY, 64, 3, 4, 192),
     "llama-1m": _size(_TINY, 128, 4, 4, 344),
     "llama-2m": _size(_TINY, 192, 5, 6, 512, num_key_value_heads=3),
-    "llama-14m": _size(_LLAMA2, 384, 6, 6, 1024, vocab_size=4096),
+    "llama-14m": _size(_LLAMA2, 384, 6, 6, 1024, vocab_size=_SMALL),
     "llama-134m": _size(_LLAMA2, 768, 12, 12, 2048),
     "llama-374m": _size(_LLAMA2, 1024, 24, 16, 2816),
-    "gpt2-2m": _size(_GPT2, 192, 4, 6, 768, vocab_size=4096),
+    "gpt2-2m": _size(_GPT2, 192, 4, 6, 768, vocab_size=_SMALL),
     "mistral-2m": _size(dict(_TINY, model_type="mistral", sliding_window=128), 192, 5, 6, 512, num_key_value_heads=3),
     "qwen2-2m": _size(dict(_QWEN2, **_TINY), 192, 5, 6, 512, num_key_value_heads=3),
     "qwen3-2m": _size(dict(_QWEN3, **_TINY, head_dim=32), 192, 5, 6, 512, num_key_value_heads=3),
@@ -358,7 +360,7 @@ PRESETS = {
                             num_experts_per_tok=4, moe_intermediate_size=96),
     "deepseek-v3-tiny": _size(dict(_DEEPSEEK, **_TINY_MLA), 128, 4, 4, 344, num_experts=16, num_experts_per_tok=3, n_group=4, topk_group=2),
     "kimi-k2-tiny": _size(dict(_KIMI, **_TINY_MLA), 128, 4, 4, 344, num_experts=24, num_experts_per_tok=3),
-    "bert-2m": _size(dict(_BERT, vocab_size=4096), 192, 4, 6, 768),
+    "bert-2m": _size(dict(_BERT, vocab_size=_SMALL), 192, 4, 6, 768),
     "gpt2-124m": _size(_GPT2, 768, 12, 12, 3072),
     "gpt2-355m": _size(_GPT2, 1024, 24, 16, 4096),
     "gpt2-774m": _size(_GPT2, 1280, 36, 20, 5120),
@@ -2306,6 +2308,8 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
     if quantization not in (None, *QUANTIZATIONS):
         raise UserError(f"quantization: '{quantization}' is not one of {', '.join(QUANTIZATIONS)}")
     quantization = None if quantization == "none" else quantization
+    if "score" in folder_heads(raw) and raw.get("problem_type") not in (None, "single_label_classification"):
+        raise UserError(f"{folder}/config.json: problem_type '{raw['problem_type']}' is not supported; only single_label_classification is")
     if is_foreign(raw):
         model = _load_foreign(folder, raw, dtype, device, attn_implementation, head, seed, changes, quantization)
     else:
@@ -3003,9 +3007,10 @@ def size_text(count: float) -> str:
 
 
 def preset_table() -> str:
+    """Each preset with the parameters that it has when it is trained here: small ones with a trained tokenizer's vocabulary."""
     lines = [f"{'preset':16} {'family':11} {'parameters':>17} {'active':>15} {'layers':>6} {'width':>6} {'heads':>5} {'kv':>4} {'experts':>7} {'context':>8}"]
     for name in PRESETS:
-        c = preset_config(name)
+        c = preset_config(name, **({"vocab_size": TRAINED_VOCABULARY} if PRESETS[name].get("vocab_size") == _SMALL else {}))
         total, active = count_parameters(build(c, device="meta"))
         lines.append(f"{name:16} {c.model_type:11} {total:17,} {active:15,} {c.num_hidden_layers:6} {c.hidden_size:6} {c.num_attention_heads:5} "
                      f"{'mla' if c.kv_lora_rank else c.num_key_value_heads:>4} {c.num_experts or '':>7} {c.max_position_embeddings:8}")

@@ -36,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import MODEL
 from MODEL import ModelSection, UserError, first_line, knob, load_config, read_json, resolve_folder, run_main, say, staged, sync
 
 # ---------------------------------------------------------------------------------------------------- settings
@@ -47,7 +48,7 @@ KINDS = ("bpe", "char", "byte")
 class TokenizerSection:
     name: str | None = knob(None, "tokenizer to use: folder or hub name; null is the model's own, or one trained here")
     kind: str = knob("bpe", "kind of a trained tokenizer: byte-level BPE, characters or bytes", KINDS)
-    vocab_size: int = knob(1024, "vocabulary size of a trained tokenizer, special tokens included")
+    vocab_size: int = knob(MODEL.TRAINED_VOCABULARY, "vocabulary size of a trained tokenizer, special tokens included")
 
 
 @dataclass

@@ -163,7 +163,9 @@ def make_optimizers(model: nn.Module, training: TrainingSection) -> list[torch.o
     optimizers: list[torch.optim.Optimizer] = []
     if training.optim == "muon":
         # Stacked experts and routers stay with AdamW: an orthogonal update would move every expert's scores alike.
-        matrices = [(name, weight) for name, weight in named if weight.dim() == 2 and "layers." in name and not name.endswith("mlp.gate.weight")]
+        inside = {id(weight) for layer in MODEL.layers_of(model) for weight in layer.parameters()}
+        matrices = [(name, weight) for name, weight in named
+                    if weight.dim() == 2 and id(weight) in inside and not name.endswith("mlp.gate.weight")]
         if matrices:
             # match_rms_adamw scales updates to AdamW's usual size (Liu 2025), so one learning rate serves both.
             optimizers.append(Muon([w for _, w in matrices], lr=training.learning_rate, weight_decay=training.weight_decay,
