@@ -1373,9 +1373,9 @@ class LanguageModel(nn.Module):
         if "hidden_states" in want:
             out["hidden_states"] = tuple(states)
         if "values" in want:
-            out["values"] = self.value_head(self.head_input(hidden)).squeeze(-1).float()  # (B, T)
+            out["values"] = outside_autocast(self.value_head, self.head_input(hidden)).squeeze(-1)  # (B, T)
         if "scores" in want:
-            out["scores"] = self.score(self.head_input(hidden)).float()  # (B, T, num_labels)
+            out["scores"] = outside_autocast(self.score, self.head_input(hidden))  # (B, T, num_labels)
         if targets is not None or reduce is not None:
             out.update(self._from_logits(hidden, positions, targets, temperature, reduce, "entropy" in want))
         elif "lm" in self.heads:
@@ -1426,6 +1426,12 @@ class LanguageModel(nn.Module):
         if targets is not None and (entropy or "logprobs" not in results):
             results.update(log_softmax_at(logits, targets, temperature, entropy))
         return results
+
+
+def outside_autocast(head: nn.Module, hidden: Tensor) -> Tensor:
+    """Scores and values in the type of the head's weights: bf16 would round rewards to three digits."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(next(head.parameters()).dtype)).float()
 
 
 class MaskedHead(nn.Module):

@@ -880,7 +880,7 @@ class Judges:
     """All that rewards a text, weighted and added up."""
 
     def __init__(self, settings: RLSection, tokenizer, device, section: str = "rl"):
-        self.key = f"{section}.reward_funcs"
+        self.key, self.device = f"{section}.reward_funcs", torch.device(device).type
         self.names = list(settings.reward_funcs)
         self.weights = settings.reward_weights or [1.0] * len(self.names)
         if not self.names:
@@ -920,7 +920,8 @@ class Judges:
             sample.rewards = []
         for name, function in zip(self.names, self.functions, strict=True) if samples else ():
             try:
-                given = function(samples)
+                with torch.no_grad(), torch.autocast(self.device, enabled=False):  # the policy's precision is not a judge's
+                    given = function(samples)
             except UserError:
                 raise
             except (Exception, SystemExit) as error:

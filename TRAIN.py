@@ -228,6 +228,15 @@ def all_sum(values: list[float], device) -> list[float]:
     return tensor.tolist()
 
 
+def from_first(value):
+    """The first process's value, on all of them."""
+    if world_size() > 1:
+        box = [value]
+        torch.distributed.broadcast_object_list(box)
+        [value] = box
+    return value
+
+
 class Run:
     """What a stream and a loss may know of the machine."""
 
@@ -1304,7 +1313,7 @@ def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | 
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
         if checkpoint and config.training.mixed_precision == "auto":  # measured once: another day it could come out otherwise
             config.training.mixed_precision = saved_settings(checkpoint).get("training", {}).get("mixed_precision", "auto")
-        mixed = config.training.mixed_precision = precision(config.training, config.model.dtype, device)
+        mixed = config.training.mixed_precision = from_first(precision(config.training, config.model.dtype, device))  # a measurement
         stage = prepare(config, checkpoint, device)
         for key in ("load_best_model_at_end", "early_stopping_patience"):
             if stage.evaluate is None and getattr(config.training, key):
