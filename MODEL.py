@@ -27,6 +27,7 @@ import types
 import typing
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -2707,8 +2708,13 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
     if config.peft_type != "LORA":
         raise UserError(f"{folder}: a {config.peft_type} adapter; LoRA and its relatives are read here")
     host = model.inner if isinstance(model, ForeignModel) else model
+    for key, kind in (("layer_replication", "repeats layers"), ("lora_bias", "has a bias on B"), ("alora_invocation_tokens", "is activated by tokens")):
+        if getattr(config, key, None):
+            raise UserError(f"{folder}: this adapter {kind} ({key}), which is not computed here")
     config.inference_mode = not train
-    state = {name.removeprefix("base_model.model."): tensor for name, tensor in read_tensors(folder / "adapter_model.safetensors")}
+    path = folder / "adapter_model.safetensors"
+    path = path if path.exists() else folder / "adapter_model.bin" if (folder / "adapter_model.bin").exists() else path
+    state = {name.removeprefix("base_model.model."): tensor for name, tensor in read_tensors(path)}
     if config.use_dora and model.quantization == "int8":
         raise UserError(f"{folder}: a DoRA adapter, which does not work on int8 weights; take --model.quantization nf4, or none")
     if model.quantization != "none" and any(".experts." in name for name in state):
@@ -2731,6 +2737,18 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
     if missing or result.unexpected_keys:
         raise UserError(f"{folder}: made for another base ({config.base_model_name_or_path}): {(missing or result.unexpected_keys)[0]} does not fit")
     model.adapter = config
+
+
+def merges_exactly(model: LanguageModel) -> bool:
+    """Whether merging is the adapter's function: an adapter on one of two layers that share a tensor (a tied embedding or head) would
+    change the other one too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    users = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers += [module.original_module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return all(users[id(weight)] == 1 for layer in layers for weight in layer._parameters.values() if weight is not None)
 
 
 @torch.no_grad()
@@ -2868,7 +2886,7 @@ def configure_for_hardware(model: LanguageModel, device=None, quiet: bool = Fals
     for oneDNN. On CUDA float32 products may use TF32. Says in one line what it chose.
     """
     device = torch.device(device or model.device)
-    if model.adapter and model.quantization == "none":
+    if model.adapter and model.quantization == "none" and merges_exactly(model):
         merge_adapter(model)
     model = model.to(device).eval().requires_grad_(False)
     packed = [f"{model.quantization} weights"] if model.quantization != "none" else []
