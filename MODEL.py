@@ -2107,6 +2107,17 @@ def _with_score(model: ForeignModel, state: dict[str, Tensor]) -> tuple[nn.Modul
     return shell, {name: state[name] for name in sorted(wanted)}
 
 
+@memoize
+def from_hub(name: str) -> Path:
+    """The files of a repository of the hub, fetched once; pickled weights only where there are no others."""
+    import huggingface_hub
+
+    folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    if not any(folder.glob("*.safetensors")):
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.bin"]))
+    return folder
+
+
 def resolve_folder(name: str, key: str = "model.name") -> Path:
     """A local folder, or a hub name fetched into the local cache; `key` is what an error blames."""
     if Path(name).is_dir():
@@ -2119,8 +2130,7 @@ def resolve_folder(name: str, key: str = "model.name") -> Path:
         import huggingface_hub
         from huggingface_hub.errors import HFValidationError
 
-        patterns = ["*.json", "*.safetensors", "*.bin", "*.jinja", "*.txt", "*.model"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return from_hub(str(name))
     except HFValidationError:
         raise UserError(f"{key}: '{name}' is neither a folder nor a name that a hub could have") from None
     except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:

@@ -1386,3 +1386,49 @@ print({size for size in names.values()}, len(names))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.split() == ["{1}", "14"], done.stdout
+
+
+def test_hub_files_are_fetched_once_and_pickles_only_where_nothing_else_is(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    MODEL.save(tiny(), tmp_path / "new")
+    (tmp_path / "old").mkdir()
+    torch.save(load_file(tmp_path / "new/model.safetensors"), tmp_path / "old/pytorch_model.bin")
+    shutil.copy(tmp_path / "new/config.json", tmp_path / "old")
+    calls: list = []
+
+    def snapshot(name, allow_patterns):
+        calls.append((name, "*.bin" in allow_patterns))
+        return str(tmp_path / name.partition("/")[2])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    for _ in range(2):
+        close(our_logits("someone/new"), our_logits("someone/old"))
+    assert calls == [("someone/new", False), ("someone/old", False), ("someone/old", True)]
+    MODEL.from_hub.cache_clear()
+
+
+def test_a_classifier_of_another_problem_is_refused(tmp_path):
+    MODEL.save(tiny(head="score", num_labels=3), tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for problem in ("regression", "multi_label_classification"):
+        (tmp_path / "config.json").write_text(json.dumps({**raw, "problem_type": problem}))
+        with pytest.raises(UserError, match=f"config.json: problem_type '{problem}' is not supported"):
+            MODEL.load(tmp_path)
+
+
+def test_heads_for_numbers_compute_outside_of_autocast():
+    """Under bf16 the backbone rounds, the products of score and value heads do not."""
+    model, ids = tiny(head=("score", "value"), num_labels=2), ids_of(2, 9)
+    torch.nn.init.normal_(model.value_head.weight)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        out = model(ids, want=("scores", "values", "hidden_states"))
+    hidden = out.hidden_states[-1].float()
+    close(out.scores, hidden @ model.score.weight.T, 1e-5)
+    close(out.values, (hidden @ model.value_head.weight.T)[..., 0], 1e-5)
+
+
+def test_the_list_counts_what_is_trained(capsys):
+    MODEL.main(["--list"])
+    rows = {line.split()[0]: line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert rows["llama-225k"] == "225,728" and rows["llama3-8b"] == "8,030,261,248"

@@ -1369,3 +1369,57 @@ def test_convert_keeps_files_and_labels(tmp_path):
         SFT.main(["--convert", "--data", str(path), "--out", str(path)])
     with pytest.raises(UserError, match="a labelled text is no conversation"):
         SFT.main(["--convert", "--data", str(write(tmp_path / "l.tsv", [{"text": "a", "label": "b"}])), "--out", str(tmp_path / "o.jsonl")])
+
+
+def peft_folder(base, folder, **options):
+    """An adapter that peft wrote over transformers' model, with random weights, and that model."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def served(base, adapter):
+    """As INFER.py prepares it."""
+    return MODEL.configure_for_hardware(MODEL.load(base, adapter=adapter), "cpu", quiet=True)
+
+
+@pytest.mark.parametrize("options", [dict(target_modules=["embed_tokens", "q_proj"]), dict(target_modules=["lm_head", "q_proj"]),
+                                     dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), dict(target_modules=["q_proj", "up_proj"])])
+def test_adapters_on_shared_tensors_are_served_as_peft_computes_them(options, tmp_path):
+    """Merged into a tied embedding, an adapter would change the head too."""
+    config = MODEL.ModelConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, tie_word_embeddings=True,
+                               initializer_range=0.2)
+    MODEL.save(MODEL.build(config), tmp_path / "base")
+    theirs = peft_folder(tmp_path / "base", tmp_path / "adapter", **options)
+    ids = torch.arange(20).view(2, 10)
+    try:
+        model = served(tmp_path / "base", tmp_path / "adapter")
+    except UserError as error:
+        assert "\n" not in str(error) and "up_proj" not in options["target_modules"]
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    assert (model.adapter is None) == ("up_proj" in options["target_modules"])  # the usual ones are merged
+
+
+def test_pickles_of_old_peft_and_kinds_that_are_not_computed(model_folder, tmp_path):
+    from safetensors.torch import load_file
+
+    theirs = peft_folder(model_folder, tmp_path / "adapter", target_modules=["q_proj"])
+    torch.save(load_file(tmp_path / "adapter/adapter_model.safetensors"), tmp_path / "adapter/adapter_model.bin")
+    (tmp_path / "adapter/adapter_model.safetensors").unlink()
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(served(model_folder, tmp_path / "adapter")(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    for key, value in (("layer_replication", [[0, 1], [0, 1]]), ("lora_bias", True), ("alora_invocation_tokens", [3, 4])):
+        raw = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other/adapter_config.json").write_text(json.dumps({**raw, key: value}))
+        with pytest.raises(UserError, match=f"other: this adapter .* .{key}., which is not computed here"):
+            MODEL.load(model_folder, adapter=tmp_path / "other")

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import ROOT, kills, launch, make_text, wait_for_steps
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -1195,3 +1196,12 @@ def test_a_damaged_checkpoint_names_another(tmp_path, text_file):
 def test_overwrite_and_resume_exclude_each_other():
     with pytest.raises(UserError, match="exclude each other"):
         TRAIN.main(["--overwrite", "--resume", "auto"])
+
+
+def test_muon_takes_the_matrices_of_any_models_layers():
+    """By the modules, not by names such as model.layers."""
+    config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+    model = MODEL.ForeignModel(transformers.BloomForCausalLM(config))
+    muon, _ = TRAIN.make_optimizers(model, TRAIN.TrainingSection(optim="muon", learning_rate=0.1))
+    expected = [weight for weight in model.inner.transformer.h.parameters() if weight.dim() == 2]
+    assert {id(weight) for group in muon.param_groups for weight in group["params"]} == set(map(id, expected)) and expected
