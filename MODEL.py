@@ -820,7 +820,9 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        if hasattr(self, "qkv_proj"):  # one product for all three
+            return self.qkv_proj(hidden).split(self.sizes, -1)
         return self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
 
     def forward(self, hidden: Tensor, rope, mask, positions: Tensor | None, cache: CacheRows | None) -> Tensor:
@@ -861,10 +863,8 @@ class LatentAttention(nn.Module):
             self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * (self.content + self.place), bias=False)
-            self.project_query = self._narrow_query
         else:
             self.q_proj = nn.Linear(width, self.heads * (self.content + self.place), bias=False)
-            self.project_query = self._direct_query
         self.kv_a_proj_with_mqa = nn.Linear(width, rank + self.place, bias)
         self.kv_a_layernorm = RMSNorm(rank, eps)
         self.kv_b_proj = nn.Linear(rank, self.heads * (self.content + self.out), bias=False)
@@ -876,15 +876,10 @@ class LatentAttention(nn.Module):
         spared = 2 * rank - self.content - self.out
         self.expand_from = rank * (self.content + self.out) / spared if spared > 0 else math.inf
 
-    def _direct_query(self, hidden: Tensor) -> Tensor:
-        return self.q_proj(hidden)
-
-    def _narrow_query(self, hidden: Tensor) -> Tensor:
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
-
     def forward(self, hidden: Tensor, rope, mask, positions: Tensor | None, cache: CacheRows | None) -> Tensor:
         batch, length, _ = hidden.shape
-        query = self.project_query(hidden).view(batch, length, self.heads, -1).transpose(1, 2)  # (B, H, T, D)
+        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden))) if hasattr(self, "q_a_proj") else self.q_proj(hidden)
+        query = query.view(batch, length, self.heads, -1).transpose(1, 2)  # (B, H, T, D)
         content, place = query.split([self.content, self.place], -1)
         place = self.rotate(place, *rope)
         latent, key_place = self.kv_a_proj_with_mqa(hidden).split([self.rank, self.place], -1)
@@ -950,17 +945,16 @@ class MLP(nn.Module):
             self.gate_proj = nn.Linear(width, inner, config.mlp_bias)
         self.up_proj = nn.Linear(width, inner, config.mlp_bias)
         self.down_proj = nn.Linear(inner, width, config.mlp_bias)
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.expand = self._gated if config.mlp_gated else self._plain
-
-    def _gated(self, hidden: Tensor) -> Tensor:
-        return self.activation(self.gate_proj(hidden)) * self.up_proj(hidden)
-
-    def _plain(self, hidden: Tensor) -> Tensor:
-        return self.activation(self.up_proj(hidden))
+        self.activation, self.gated = ACTIVATIONS[config.hidden_act], config.mlp_gated
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(self.expand(hidden))
+        if not self.gated:
+            return self.down_proj(self.activation(self.up_proj(hidden)))
+        if hasattr(self, "gate_up_proj"):  # one product for both
+            gate, up = self.gate_up_proj(hidden).chunk(2, -1)
+        else:
+            gate, up = self.gate_proj(hidden), self.up_proj(hidden)
+        return self.down_proj(self.activation(gate) * up)
 
 
 class Routing(NamedTuple):
@@ -1122,28 +1116,20 @@ class DecoderLayer(nn.Module):
         self.self_attn = (LatentAttention if config.kv_lora_rank else Attention)(config, layer, attend)
         self.post_attention_layernorm = norm(config.hidden_size, config.rms_norm_eps)
         self.mlp = (MixtureOfExperts if config.sparse(layer) else MLP)(config)
-        self.feed = self._sparse if config.sparse(layer) else self._dense
+        self.sparse, self.post_norm = config.sparse(layer), config.post_norm
         self.dropout = nn.Dropout(config.resid_pdrop) if config.resid_pdrop else nn.Identity()
-        self.block = self._post_norm if config.post_norm else self._pre_norm
 
-    def _dense(self, hidden: Tensor, real) -> tuple[Tensor, None]:
-        return self.mlp(hidden), None
-
-    def _sparse(self, hidden: Tensor, real) -> tuple[Tensor, Routing | None]:
-        return self.mlp(hidden, real)
-
-    def _pre_norm(self, hidden: Tensor, attention: tuple, real) -> tuple[Tensor, Routing | None]:
-        hidden = hidden + self.dropout(self.self_attn(self.input_layernorm(hidden), *attention))
-        mixed, routing = self.feed(self.post_attention_layernorm(hidden), real)
-        return hidden + self.dropout(mixed), routing
-
-    def _post_norm(self, hidden: Tensor, attention: tuple, real) -> tuple[Tensor, Routing | None]:
-        hidden = self.input_layernorm(hidden + self.dropout(self.self_attn(hidden, *attention)))
-        mixed, routing = self.feed(hidden, real)
-        return self.post_attention_layernorm(hidden + self.dropout(mixed)), routing
+    def feed(self, hidden: Tensor, real) -> tuple[Tensor, Routing | None]:
+        return self.mlp(hidden, real) if self.sparse else (self.mlp(hidden), None)
 
     def forward(self, hidden: Tensor, rope, mask, positions=None, cache=None, real=None) -> tuple[Tensor, Routing | None]:
-        return self.block(hidden, (rope, mask, positions, cache), real)
+        if self.post_norm:
+            hidden = self.input_layernorm(hidden + self.dropout(self.self_attn(hidden, rope, mask, positions, cache)))
+            mixed, routing = self.feed(hidden, real)
+            return self.post_attention_layernorm(hidden + self.dropout(mixed)), routing
+        hidden = hidden + self.dropout(self.self_attn(self.input_layernorm(hidden), rope, mask, positions, cache))
+        mixed, routing = self.feed(self.post_attention_layernorm(hidden), real)
+        return hidden + self.dropout(mixed), routing
 
 
 class Decoder(nn.Module):
@@ -1502,11 +1488,11 @@ class Transformer(LanguageModel):
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return next(self.model.embed_tokens.parameters()).device  # `.weight` of a wrapped one is computed anew
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.embed_tokens.weight.dtype
+        return next(self.model.embed_tokens.parameters()).dtype
 
     @property
     def caches(self) -> bool:
@@ -2921,7 +2907,7 @@ def configure_for_hardware(model: LanguageModel, device=None, quiet: bool = Fals
 
 
 def _fuse(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
-    """Join linear layers that read the same input into one, and point the module's method at it."""
+    """Join linear layers that read the same input into one, which the module's forward prefers."""
     linears = [getattr(module, part) for part in parts]
     if not all(type(linear) is nn.Linear for linear in linears):
         return
@@ -2934,14 +2920,7 @@ def _fuse(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
     setattr(module, name, fused)
     for part in parts:
         delattr(module, part)
-    if isinstance(module, Attention):
-        module.project = lambda hidden: module.qkv_proj(hidden).split(sizes, -1)
-    else:
-        def expand(hidden: Tensor) -> Tensor:
-            gate, up = module.gate_up_proj(hidden).chunk(2, -1)
-            return module.activation(gate) * up
-
-        module.expand = expand
+    module.sizes = sizes
 
 
 def _pack(model: nn.Module) -> None:
