@@ -632,10 +632,14 @@ def merge(config) -> None:
         difference = float((outputs() - unmerged).abs().max())
     if not difference <= 1e-3 * max(float(unmerged.std()), 1.0):
         raise UserError(f"{folder}: merged and unmerged logits differ by {difference:.2g}; nothing was written")
+    raw = MODEL.read_json(MODEL.resolve_folder(base) / "config.json")
+    stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    for weight in model.parameters():  # the base's type; a router's bias, a buffer, stays float32
+        weight.data = weight.data.to(MODEL.DTYPES.get(stored, torch.float32))
     with TRAIN.run_folder(out, None, config.actions.overwrite):
         TRAIN.clear_run(out)
         TRAIN.save_product(MODEL.config_text(config), tokenizer, model, out)
-    say(f"{out}: {folder} merged into {base}; {'scores' if labels else 'logits'} differ by at most {difference:.1g}")
+    say(f"{out}: {folder} merged into {base}, in {stored}; {'scores' if labels else 'logits'} differ by at most {difference:.1g}")
 
 
 ACTIONS = {**TRAIN.ACTIONS, "adapter": Action("go on training this LoRA adapter", str),

@@ -1423,3 +1423,16 @@ def test_pickles_of_old_peft_and_kinds_that_are_not_computed(model_folder, tmp_p
         (tmp_path / "other/adapter_config.json").write_text(json.dumps({**raw, key: value}))
         with pytest.raises(UserError, match=f"other: this adapter .* .{key}., which is not computed here"):
             MODEL.load(model_folder, adapter=tmp_path / "other")
+
+
+def test_a_merged_folder_is_stored_as_its_base(model_folder, tokenizer, tmp_path):
+    from safetensors.torch import load_file
+
+    MODEL.save(MODEL.load(model_folder).to(torch.bfloat16), tmp_path / "base")
+    TOKENIZER.save(tokenizer, tmp_path / "base")
+    peft_folder(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj"])
+    SFT.main(["--merge", str(tmp_path / "adapter"), "--model", str(tmp_path / "base"), "--out", str(tmp_path / "merged")])
+    merged, base = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "base"))
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "bfloat16"
+    assert {name for name in base if not torch.equal(base[name], merged[name])} == {name for name in base if "q_proj.weight" in name}
