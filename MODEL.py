@@ -2724,6 +2724,8 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
         raise UserError(f"{folder}: an adapter without a head for labels; merge it (SFT.py --merge) and start from the merged folder")
     try:
         _inject(config, host)
+        if any(re.search(r"\.experts\.\d+\.", name) for name in state):
+            state = _stacked(host, config, state, folder)
         result = peft.set_peft_model_state_dict(host, state)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: made for another base ({config.base_model_name_or_path}): {first_line(error)}") from None
@@ -2733,6 +2735,19 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
     if missing or result.unexpected_keys:
         raise UserError(f"{folder}: made for another base ({config.base_model_name_or_path}): {(missing or result.unexpected_keys)[0]} does not fit")
     model.adapter = config
+
+
+def _stacked(host: nn.Module, config, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """An adapter from before transformers 5, on each expert's own layers, in peft's form for stacked experts. What peft converts into
+    another function is refused."""
+    if config.use_rslora or host.config.model_type == "deepseek_v3":
+        raise UserError(f"{folder}: this adapter has layers of single experts; merge it with the versions of peft and transformers that trained it")
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):  # which knows the names of both versions
+        shell = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_to_hub(host.config)))
+    return {name.removeprefix("base_model.model."): tensor for name, tensor in convert(shell, config, state).items()}
 
 
 def merges_exactly(model: LanguageModel) -> bool:

@@ -1436,3 +1436,41 @@ def test_a_merged_folder_is_stored_as_its_base(model_folder, tokenizer, tmp_path
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "bfloat16"
     assert {name for name in base if not torch.equal(base[name], merged[name])} == {name for name in base if "q_proj.weight" in name}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapters_on_single_experts_of_transformers_4(rslora, tmp_path):
+    """Each expert's own pairs, B A times alpha / r; what peft converts into another function is refused."""
+    from safetensors.torch import save_file
+
+    knobs = dict(vocab_size=60, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=3,
+                 num_experts_per_tok=2, initializer_range=0.2)
+    torch.manual_seed(2)
+    whole = transformers.MixtralForCausalLM(transformers.MixtralConfig(**knobs)).eval()
+    whole.save_pretrained(tmp_path / "base")
+    state: dict = {}
+
+    def product(stem: str, out: int, into: int) -> torch.Tensor:
+        low, high = torch.randn(2, into) * 0.3, torch.randn(out, 2) * 0.3
+        state[f"base_model.model.{stem}.lora_A.weight"], state[f"base_model.model.{stem}.lora_B.weight"] = low, high
+        return high @ low * (6 / 2)
+
+    with torch.no_grad():
+        for i, layer in enumerate(whole.model.layers):
+            for e in range(3):
+                stem = f"model.layers.{i}.block_sparse_moe.experts.{e}"
+                layer.mlp.experts.gate_up_proj[e] += torch.cat((product(f"{stem}.w1", 24, 32), product(f"{stem}.w3", 24, 32)))
+                layer.mlp.experts.down_proj[e] += product(f"{stem}.w2", 32, 24)
+            layer.self_attn.q_proj.weight += product(f"model.layers.{i}.self_attn.q_proj", 32, 32)
+    (tmp_path / "adapter").mkdir()
+    save_file(state, tmp_path / "adapter/adapter_model.safetensors")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(tmp_path / "base"), "r": 2, "lora_alpha": 6, "use_rslora": rslora,
+        "target_modules": ["w1", "w3", "w2", "q_proj"]}))
+    if rslora:
+        with pytest.raises(UserError, match="adapter: this adapter has layers of single experts; merge it"):
+            served(tmp_path / "base", tmp_path / "adapter")
+        return
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(served(tmp_path / "base", tmp_path / "adapter")(ids).logits, whole(ids).logits, atol=1e-4, rtol=1e-4)
