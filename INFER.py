@@ -9,6 +9,7 @@ scoring (`score`), and the command line.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -117,7 +118,7 @@ def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float] | No
     device = logits.device
     if not torch.isfinite(logits.amax(-1)).all():
         raise UserError("the model's logits are not finite: its weights or its config.json are broken")
-    temperatures = torch.tensor([s.temperature or 1.0 for s in settings], device=device)[:, None]
+    temperatures = torch.tensor([max(s.temperature or 1.0, 1e-30) for s in settings], device=device)[:, None]  # finite in float32
     plain = logits / temperatures
     if any(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty for s in settings):
         logits = penalize(logits.clone(), rows)
@@ -186,6 +187,9 @@ class Row:
 
     def __init__(self, prompt: list[int], sampling: Sampling, key: tuple, tokenizer, eos: list[int], context: int):
         self.prompt, self.sampling, self.eos = prompt, sampling, () if sampling.ignore_eos else tuple(eos)
+        if sampling.stop:  # special tokens, which texts do not show
+            special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+            self.eos += tuple(special[stop] for stop in sampling.stop if stop in special)
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish: str | None = None
@@ -389,7 +393,7 @@ def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | lis
             raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in a context of {config.max_position_embeddings}")
         if sampling.stop and tokenizer is None:
             raise ValueError("stop texts need the tokenizer")
-        seed = sampling.seed if sampling.seed is not None else int(np.random.SeedSequence().entropy % 2**63)
+        seed = (sampling.seed if sampling.seed is not None else int(np.random.SeedSequence().entropy)) % 2**64  # numpy takes no sign
         groups.append([Row(prompt, sampling, (seed, step, p, s), tokenizer, config.eos_ids, config.max_position_embeddings)
                        for s in range(sampling.n)])
     return groups
@@ -543,13 +547,22 @@ class Session:
         else:
             ids = TOKENIZER.encode_prompt(self.tokenizer, prompt)
         context = self.model.config.max_position_embeddings
+        if len(ids) < context:
+            return ids
         room = context - min(sampling.max_new_tokens, context // 2)
-        if len(ids) > room:
-            begin = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
-            say(f"the prompt has {len(ids)} tokens, {room} fit a context of {context} beside the answer: "
-                f"its first {len(ids) - room} were dropped")
-            ids = begin + ids[len(ids) - room + len(begin) :]
-        return ids
+        note = f"the prompt has {len(ids)} tokens, {room} fit a context of {context} beside the answer: its first"
+        if self.chat or not isinstance(prompt, str):
+            system = [message for message in messages[:1] if message["role"] == "system"]
+            for start in range(len(system) + 1, len(messages)):
+                with contextlib.suppress(UserError):  # a template may refuse a conversation that begins so
+                    rest = [*system, *messages[start:]]
+                    shorter = TOKENIZER.render_chat(self.tokenizer, rest, asked.get("tools"), add_generation_prompt=True).ids
+                    if len(shorter) <= room:
+                        say(f"{note} {start - len(system)} messages were dropped")
+                        return shorter
+        say(f"{note} {len(ids) - room} were dropped")
+        begin = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+        return begin + ids[len(ids) - room + len(begin) :]
 
     def stream(self, prompt, sampling: Sampling, out=None) -> str:
         """Print one answer piece by piece and return it."""
@@ -638,6 +651,7 @@ def messages_of(value, where: str) -> list[dict]:
 
 def _record(line: str, where: str, base: Sampling):
     record = TOKENIZER.parse_json(line, where)
+    TOKENIZER.checked(json.dumps(record, ensure_ascii=False).replace("\0", ""), f"{where}: the request")
     keys = [key for key in ("prompt", "messages") if isinstance(record, dict) and record.get(key) is not None]
     if len(keys) != 1 or not isinstance(record[keys[0]], (str, list)) or record[keys[0]] == []:
         raise UserError(f"{where}: an object with 'prompt' or 'messages' is expected")
@@ -697,7 +711,7 @@ def run_score(session: Session, data: TOKENIZER.DataSection, path: str, lines: b
         if session.settings.logprobs:
             record = {"text": text, **own, "ids": scored.ids, "token_strings": words(scored.ids), "logprobs": scored.logprobs}
             if top:
-                record["top_logprobs"] = [{words(i): value for i, value in place.items()} for place in scored.best]
+                record["top_logprobs"] = [{words(i) or f"<{i}>": value for i, value in place.items()} for place in scored.best]
             print(json.dumps(record, ensure_ascii=False), flush=True)
         if logits_path:
             _write_logits(session, scored.ids, logits_path)
@@ -740,7 +754,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(argv, SECTIONS, "inference", ACTIONS, __doc__)
     actions = config.actions
     check_flags(actions, config.inference.logprobs)
-    prompt = actions.prompt
+    prompt = None if actions.prompt is None else TOKENIZER.checked(actions.prompt, "--prompt")
     piped = prompt is None and not sys.stdin.isatty() and actions.score is None and not (actions.lines or actions.jsonl)
     if piped:
         prompt = "".join(read_stdin())
