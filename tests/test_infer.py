@@ -906,3 +906,59 @@ def test_answers_before_a_bad_record_are_given():
         for group in INFER.batches(items(), 2):
             given += group
     assert given == [1, 2, 3]
+
+
+# --------------------------------------------------------------------------------------------------- odd requests
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**70])
+def test_any_seed_gives_one_text(seed, model, prompts):
+    first, again = (one(model, prompts[0], Sampling(12, seed=seed)) for _ in range(2))
+    assert first == again
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-45, 1e-60, 1e-300])
+def test_a_tiny_temperature_is_greedy(temperature, model, prompts):
+    assert one(model, prompts[0], Sampling(12, temperature, seed=1)).ids == one(model, prompts[0], greedy(max_new_tokens=12)).ids
+
+
+def test_a_special_token_ends_the_answer_as_a_stop_text(model_folder, tokenizer):
+    """Its text is never shown, so it is looked for among the ids."""
+    model, end = MODEL.load(model_folder), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    prompt = TOKENIZER.encode_prompt(tokenizer, "The red fox")
+    free = one(model, prompt, greedy(ignore_eos=True), tokenizer)
+    with torch.no_grad():  # the third token of the answer becomes the end
+        head = model.lm_head.weight
+        if model.config.tie_word_embeddings:
+            head = model.lm_head.weight = torch.nn.Parameter(head.detach().clone())
+        head[[end, free.ids[2]]] = head[[free.ids[2], end]]
+    for stop in (["<|im_end|>"], "<|im_end|>", ["nowhere", "<|im_end|>"]):
+        answer = one(model, prompt, greedy(ignore_eos=True, stop=stop), tokenizer)
+        assert answer.ids == [*free.ids[:2], end] and answer.finish_reason == "stop" and answer.text == text_after(tokenizer, prompt, free.ids[:2])
+
+
+def test_a_prompt_that_fits_is_kept_whole(infer, model, tokenizer, capsys):
+    """max_new_tokens is a limit and no claim on the context."""
+    context = model.config.max_position_embeddings
+    prompt = "red fox " * ((context - 6) // 2)
+    size = len(TOKENIZER.encode_prompt(tokenizer, prompt))
+    assert context // 2 < size < context
+    out, err = infer("--prompt", prompt, "--temperature", "0", "--max-new-tokens", str(context), "--ignore-eos", "true")
+    assert "dropped" not in err
+    assert out.rstrip("\n") == one(model, TOKENIZER.encode_prompt(tokenizer, prompt), greedy(max_new_tokens=context - size, ignore_eos=True), tokenizer).text
+
+
+def test_a_conversation_loses_whole_messages(chat_folder):
+    config = MODEL.load_config(["--model", str(chat_folder)], INFER.SECTIONS, "inference", INFER.ACTIONS)
+    session = INFER.Session(config)
+    context = session.model.config.max_position_embeddings
+    system, turns = {"role": "system", "content": "be brief"}, [{"role": ("user", "assistant")[i % 2], "content": f"{i} red fox " * 6} for i in range(21)]
+    ids = session.prompt_ids([system, *turns], Sampling(8))
+    kept = [TOKENIZER.render_chat(session.tokenizer, [system, *turns[start:]], None, True).ids for start in range(1, len(turns))]
+    assert ids in kept and len(ids) <= context - 8 and len(kept[kept.index(ids) - 1]) > context - 8
+
+
+@pytest.mark.parametrize("request_", [{"prompt": "a\ud83d"}, {"prompt": "a", "stop": ["\ud83d"]}, {"prompt": "a", "note": "\ud83d"}])
+def test_invalid_unicode_in_a_request_is_one_line(request_):
+    with pytest.raises(UserError, match="stdin:2: the request contains an unpaired surrogate"):
+        INFER._record(json.dumps(request_), "stdin:2", Sampling())
