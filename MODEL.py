@@ -1985,8 +1985,13 @@ def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor, extra_layer
 
 
 @contextmanager
-def staged(folder: str | Path):
-    """A scratch folder inside `folder`; on success its files replace those of the same name, one atomic rename each."""
+def staged(folder: str | Path, key: str = "", parts: str = ""):
+    """A scratch folder inside `folder`; on success its files replace those of the same name, one atomic rename each.
+
+    Files that belong together (shards, weights and their config) have a `key`, without which nobody opens the folder: unless a single
+    file of `parts` (a glob) changes, the key goes first and comes back last. A kill in between leaves a folder that is refused, never
+    new files beside old ones. Files of `parts` that are not written anew are removed.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1997,10 +2002,19 @@ def staged(folder: str | Path):
     scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
     try:
         yield scratch
-        for path in sorted(scratch.iterdir()):
+        new = {path.name for path in scratch.iterdir()}
+        stale = [path for path in folder.glob(parts) if path.name not in new] if parts else []
+        several = key and len([*scratch.glob(parts), *stale]) > 1
+        if key and (folder / key).exists() and (several or (folder / key).read_bytes() != (scratch / key).read_bytes()):
+            (folder / key).unlink()
+        for name in sorted(new, key=lambda name: (name == key, name)):
+            path = scratch / name
             path.chmod(0o666 & ~_umask())
             sync(path)
-            os.replace(path, folder / path.name)
+            if name == key:
+                for old in stale:
+                    old.unlink()
+            os.replace(path, folder / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -2032,6 +2046,9 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+WEIGHTS = "model*.safetensors*"
+
+
 def save(model: LanguageModel, folder: str | Path) -> None:
     """Write config.json, generation_config.json and safetensors (sharded above 5 GB) as transformers would; of a model
     with an adapter that one alone, as peft would.
@@ -2050,7 +2067,7 @@ def save(model: LanguageModel, folder: str | Path) -> None:
                             (model.inner, {name.removeprefix("inner."): tensor for name, tensor in state.items() if name.startswith("inner.")}))
             for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(model.inner.generation_config, key, getattr(model.config, key))
-            with staged(folder) as scratch:
+            with staged(folder, "config.json", WEIGHTS) as scratch:
                 inner.save_pretrained(scratch, state_dict=state)
         return
     state = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
@@ -2064,14 +2081,13 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     kind = raw["model_type"]
     raw["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     generation = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k) is not None}
-    with staged(folder) as scratch:
+    with staged(folder, "config.json", WEIGHTS) as scratch:
         save_torch_state_dict(weights_to_hub(kind, state), scratch, max_shard_size="5GB")
         (scratch / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         (scratch / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        new = {path.name for path in scratch.iterdir()}
-        stale = [path for pattern in ("model*.safetensors*", "adapter_*") for path in Path(folder).glob(pattern) if path.name not in new]
-    for path in stale:  # shards of an earlier, larger model; an adapter that transformers would put on top
-        path.unlink()
+        adapter = [Path(folder) / f"adapter_{name}" for name in ("config.json", "model.safetensors")]
+    for path in adapter:  # transformers would put it on top
+        path.unlink(missing_ok=True)
 
 
 def _with_score(model: ForeignModel, state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -2553,7 +2569,7 @@ def _save_adapter(model: LanguageModel, folder: str | Path) -> None:
     if not isinstance(model, ForeignModel) and model.config.model_type in RENAMED:
         config, state = adapter_to_hub(model.config.model_type, config, state)
     state = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
-    with staged(folder) as scratch:
+    with staged(folder, "adapter_config.json", "adapter_model.*") as scratch:
         config.save_pretrained(scratch)
         labels = {"labels": json.dumps(model.config.labels)} if "score" in model.heads else {}
         save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt", **labels})

@@ -1432,3 +1432,46 @@ def test_the_list_counts_what_is_trained(capsys):
     MODEL.main(["--list"])
     rows = {line.split()[0]: line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]}
     assert rows["llama-225k"] == "225,728" and rows["llama3-8b"] == "8,030,261,248"
+
+
+@pytest.mark.parametrize("pieces", [True, False])
+def test_a_save_that_is_cut_short_never_leaves_old_and_new_files_together(pieces, tmp_path, monkeypatch):
+    """Stopped before each file operation in turn: the folder gives the old weights, the new ones, or is refused."""
+    import huggingface_hub
+
+    whole = huggingface_hub.save_torch_state_dict
+    if pieces:
+        monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", lambda state, folder, **_: whole(state, folder, max_shard_size="10KB"))
+    old, new = tiny(seed=1), tiny(seed=2, rope_theta=77.0)
+    ids, moment, found = ids_of(1, 9), 0, []
+    plain = {name: getattr(os, name) for name in ("replace", "unlink")}
+    while not found or found[-1] != "saved":
+        folder, calls = tmp_path / f"at{moment}", []
+        MODEL.save(old, folder)
+
+        def stop(name, calls=calls, moment=moment):
+            def run(*words, **more):
+                calls.append(name)
+                if len(calls) > moment:
+                    raise KeyboardInterrupt
+                return plain[name](*words, **more)
+
+            return run
+
+        with monkeypatch.context() as patch:
+            for name in plain:
+                patch.setattr(os, name, stop(name))
+            try:
+                MODEL.save(new, folder)
+                found.append("saved")
+            except KeyboardInterrupt:
+                found.append("stopped")
+        try:
+            logits = MODEL.load(folder)(ids).logits
+        except UserError:
+            assert found[-1] == "stopped"
+        else:
+            same = [bool((logits - model(ids).logits).abs().max() < 1e-5) for model in (old, new)]
+            assert any(same) and (found[-1] == "stopped" or same[1])
+        moment += 1
+    assert len(found) > 3
