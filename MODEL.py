@@ -2720,7 +2720,7 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
     if config.peft_type != "LORA":
         raise UserError(f"{folder}: a {config.peft_type} adapter; LoRA and its relatives are read here")
     host = model.inner if isinstance(model, ForeignModel) else model
-    for key, kind in (("layer_replication", "repeats layers"), ("lora_bias", "has a bias on B"), ("alora_invocation_tokens", "is activated by tokens")):
+    for key, kind in (("layer_replication", "repeats layers"), ("alora_invocation_tokens", "is activated by tokens")):
         if getattr(config, key, None):
             raise UserError(f"{folder}: this adapter {kind} ({key}), which is not computed here")
     config.inference_mode = not train
@@ -2767,15 +2767,15 @@ def _stacked(host: nn.Module, config, state: dict[str, Tensor], folder: Path) ->
 
 
 def merges_exactly(model: LanguageModel) -> bool:
-    """Whether merging is the adapter's function: an adapter on one of two layers that share a tensor (a tied embedding or head) would
-    change the other one too."""
+    """Whether merging is the adapter's function. An adapter on one of two layers that share a tensor (a tied embedding or head) would
+    change the other one too; a bias of B has no place in a layer without a bias."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
     users = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
     layers += [module.original_module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    return all(users[id(weight)] == 1 for layer in layers for weight in layer._parameters.values() if weight is not None)
+    return not model.adapter.lora_bias and all(users[id(weight)] == 1 for layer in layers for weight in layer._parameters.values() if weight is not None)
 
 
 @torch.no_grad()

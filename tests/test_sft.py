@@ -1390,7 +1390,7 @@ def served(base, adapter):
 
 
 @pytest.mark.parametrize("options", [dict(target_modules=["embed_tokens", "q_proj"]), dict(target_modules=["lm_head", "q_proj"]),
-                                     dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), dict(target_modules=["q_proj", "up_proj"])])
+                                     dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), dict(target_modules=["q_proj"], lora_bias=True), dict(target_modules=["q_proj", "up_proj"])])
 def test_adapters_on_shared_tensors_are_served_as_peft_computes_them(options, tmp_path):
     """Merged into a tied embedding, an adapter would change the head too."""
     config = MODEL.ModelConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, tie_word_embeddings=True,
@@ -1417,7 +1417,7 @@ def test_pickles_of_old_peft_and_kinds_that_are_not_computed(model_folder, tmp_p
     ids = torch.arange(20).view(2, 10)
     with torch.no_grad():
         torch.testing.assert_close(served(model_folder, tmp_path / "adapter")(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
-    for key, value in (("layer_replication", [[0, 1], [0, 1]]), ("lora_bias", True), ("alora_invocation_tokens", [3, 4])):
+    for key, value in (("layer_replication", [[0, 1], [0, 1]]), ("alora_invocation_tokens", [3, 4])):
         raw = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
         (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other/adapter_config.json").write_text(json.dumps({**raw, key: value}))
