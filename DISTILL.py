@@ -7,7 +7,7 @@ tokenizer, layer by layer), the student's own texts as a stream, answers written
     python DISTILL.py --config config.yaml                                    # out -> out/distill, a quarter of the size
     python DISTILL.py --teacher out/sft --method hidden --out out/small-chat  # conversations; its hidden states as well
     python DISTILL.py --teacher out/sft --model out/small-chat --lmbda 0.5 --out out/on-policy   # half of the steps on its own texts
-    python DISTILL.py --cache --cache-dir out/told && python DISTILL.py --cache-dir out/told --out out/from-cache
+    python DISTILL.py --cache --cache-dir out/cache && python DISTILL.py --cache-dir out/cache --out out/from-cache
     python DISTILL.py --generate --teacher out/sft --data data/prompts.jsonl --out out/answers.jsonl   # for SFT.py
 """
 
@@ -248,7 +248,7 @@ class Teacher(NamedTuple):
 
 
 def load_teacher(config, device, needed: bool = True) -> Teacher:
-    """`asked`: whether it will have to answer; else its tokenizer and its settings are enough."""
+    """`needed`: whether it will have to answer; else its tokenizer and its settings are enough."""
     settings, name = config.distill, config.distill.teacher
     if not needed:
         base, tokenizer = RL.base_and_tokenizer(name, "distill.teacher")
