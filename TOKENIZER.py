@@ -2,7 +2,8 @@
 
 Read in this order: training a tokenizer (`train`), encoding text (`Encoder`), rendering conversations (`render_chat`), writing
 token files (`prepare`), and building batches (`Rows`, `WholeRows`, `Mixture`, `collate`, `TokenStream`). Below the banner `edges`
-stand the settings, file formats, cleaning, the normalization of records, and the command line.
+stand chat templates of all kinds, documents and their streams, file formats, cleaning, the normalization of records, and the
+command line.
 
     python TOKENIZER.py --data data/train.txt data/train.jsonl --out data/    # a tokenizer, train_ids.bin, val_ids.bin
     python TOKENIZER.py --data notes.txt --data.text_unit file --tokenizer.kind byte --out /tmp/notes
