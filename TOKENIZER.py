@@ -355,7 +355,8 @@ def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_genera
         raise UserError("the chat template changes the texts of messages, so the assistant's turns cannot be found")
     ends, turns, chosen = chat_ends(tokenizer), [], marks.places_in_turns(places)
     for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-        first, *_, last = [place for place in chosen if place.mark.message == i] * 2
+        shown = [place for place in chosen if place.mark.message == i]
+        first, last = shown[0], shown[-1]
         before = max((place.stop for place in places if place.stop <= first.start), default=0)
         after = min((place.start for place in chosen if place.start >= last.stop), default=len(text))
         start = before + prompt_part(ends.opening, text[before : first.start])
