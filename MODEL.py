@@ -1706,6 +1706,9 @@ def grow_vocabulary(model: LanguageModel, size: int) -> None:
         return
     if isinstance(model, ForeignModel):
         model.inner.resize_token_embeddings(size, mean_resizing=False)
+        for module in (model.inner.get_input_embeddings(), model.inner.get_output_embeddings()):
+            for rows in module.parameters(recurse=False) if module is not None else ():
+                rows[old:] = rows[:old].mean(0)  # transformers draws them, anew at each load
         model.config.vocab_size, model.new_ids = size, list(range(old, size))
         return
     head = getattr(model.lm_head, "decoder", model.lm_head) if "lm" in model.heads else None

@@ -858,3 +858,14 @@ def test_published_sizes(capsys):
         assert math.isclose(found[0], total, rel_tol=0.01) and math.isclose(found[1], active, rel_tol=0.04), (name, found)
         MODEL.main(["--model.preset", name])
         assert f"{found[0]:,} ({found[1]:,} active per token)" in capsys.readouterr().out
+
+
+def test_new_rows_of_a_foreign_model_are_the_same_at_each_load(abroad):
+    """The mean of the old ones, in the embedding and in the head."""
+    grown = [MODEL.load(abroad("gpt_neox")[0]) for _ in range(2)]
+    for model in grown:
+        MODEL.grow_vocabulary(model, VOCAB + 3)
+    for first, second in zip(*(model.inner.state_dict().values() for model in grown), strict=True):
+        assert torch.equal(first, second)
+    for module in (grown[0].inner.get_input_embeddings(), grown[0].inner.get_output_embeddings()):
+        close(module.weight[VOCAB:], module.weight[:VOCAB].mean(0).expand(3, -1))
