@@ -2980,27 +2980,18 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def flops_per_token(config: ModelConfig, context: int) -> float:
-    """FLOPs of one forward token with `context` tokens before it: two for each weight of a product, and for each key
-    two for its score and two for its value. Training costs three times as much (Kaplan 2020, section 2.1)."""
-    width, heads, dim = config.hidden_size, config.num_attention_heads, config.head_dim
-    if config.kv_lora_rank:
-        query = config.qk_nope_head_dim + config.qk_rope_head_dim
-        narrow = config.q_lora_rank
-        weights = narrow * (width + heads * query) if narrow else width * heads * query
-        weights += width * (config.kv_lora_rank + config.qk_rope_head_dim)
-        weights += heads * (config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim) + config.v_head_dim * width)
-        per_key = 2 * heads * (query + config.v_head_dim)
-    else:
-        weights = width * dim * (2 * heads + 2 * config.num_key_value_heads)
-        per_key = 4 * heads * dim
-    mlp = width * (3 if config.mlp_gated else 2)
-    flops = 2 * width * config.vocab_size + (2 * width * width if config.lm_head_transform else 0)
-    for layer in range(config.num_hidden_layers):
-        inner = config.intermediate_size
-        if config.sparse(layer):
-            inner = (config.num_experts_per_tok + config.n_shared_experts) * config.moe_intermediate_size
-            flops += 2 * width * config.num_experts
-        flops += 2 * (weights + mlp * inner) + per_key * min(context, config.window(layer) or context)
+    """FLOPs of one forward token with `context` tokens before it, counted from the modules of a model on `meta`: two for each weight of
+    a product, and for each key two for its score and two for its value. Training costs three times as much (Kaplan 2020, section 2.1)."""
+    flops = 0.0
+    for module in build(config, device="meta").modules():
+        if isinstance(module, (nn.Linear, Router)):
+            flops += 2 * module.weight.numel()
+        elif isinstance(module, Experts):
+            flops += 2 * sum(weight.numel() for weight in module.parameters()) * module.per_token / module.count
+        elif isinstance(module, Attention):
+            flops += 4 * config.num_attention_heads * module.head_dim * min(context, module.window or context)
+        elif isinstance(module, LatentAttention):
+            flops += 2 * module.heads * (module.content + module.place + module.out) * context
     return flops
 
 
