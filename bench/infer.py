@@ -47,7 +47,7 @@ def speed(preset: str, prompt_length: int, new: int, batches: list[int], rounds:
     peer = peer_model(preset).to(device, torch.bfloat16).eval()
     ours = MODEL.build(preset)
     ours.load_state_dict(peer.state_dict())
-    ours = MODEL.configure_for_hardware(ours.to(torch.bfloat16), device)
+    ours = INFER.configure_for_hardware(ours.to(torch.bfloat16), device)
     bound = memory_bandwidth(device) / (2 * MODEL.count_parameters(peer)[0])
     prompt = torch.randint(5, ours.config.vocab_size, (max(batches), prompt_length)).tolist()
     sampling = INFER.Sampling(max_new_tokens=1 + new, temperature=0, ignore_eos=True)

@@ -267,7 +267,7 @@ def test_latent_attention_stays_right_after_configuring_for_hardware():
         model, ids = build(**knobs).to(dtype), ids_of(1, 12)
         with torch.no_grad():
             expected = model(ids).logits.float()
-            ready = MODEL.configure_for_hardware(model, "cpu", quiet=True)
+            ready = INFER.configure_for_hardware(model, "cpu", quiet=True)
             kv = ready.new_cache(1, 12)
             found = torch.cat([feed(ready, kv, [0], ids[:, t : t + 1], [t]) for t in range(12)], 1).float()
         assert (found - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 0.08)

@@ -1386,7 +1386,7 @@ def peft_folder(base, folder, **options):
 
 def served(base, adapter):
     """As INFER.py prepares it."""
-    return MODEL.configure_for_hardware(MODEL.load(base, adapter=adapter), "cpu", quiet=True)
+    return INFER.configure_for_hardware(MODEL.load(base, adapter=adapter), "cpu", quiet=True)
 
 
 @pytest.mark.parametrize("options", [dict(target_modules=["embed_tokens", "q_proj"]), dict(target_modules=["lm_head", "q_proj"]),
