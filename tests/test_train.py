@@ -411,7 +411,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path, text_file):
     train(tmp_path)  # makes the token files, so that the two runs below do not both
     processes = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        argv = arguments(tmp_path, "--out", tmp_path / f"out{number}", "--max-steps", 100000, "--training.logging_steps", 50)
+        argv = arguments(tmp_path, "--out", tmp_path / f"out{number}", "--max-steps", 100000, "--training.logging_steps", 50, "--training.save_steps", 0)
         processes[number] = launch(ROOT, ROOT / "TRAIN.py", *argv)
     for number, process in processes.items():
         wait_for_steps(process)
