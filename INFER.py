@@ -358,13 +358,13 @@ def _in_steps(run: Callable[[Callable], None]) -> Iterator[None]:
     def each() -> None:
         steps.put(None)
         if stopped.is_set():
-            raise InterruptedError("nobody reads on")
+            raise InterruptedError("the consumer has stopped")
 
     def work() -> None:
         try:
             run(each)
             steps.put(StopIteration())
-        except BaseException as error:
+        except BaseException as error:  # whatever ends the work is raised where the generator is consumed
             steps.put(error)
 
     threading.Thread(target=work, daemon=True).start()
@@ -743,8 +743,8 @@ def _record(line: str, where: str, base: Sampling):
         prompt = messages_of(prompt, where)
     context = {key: record[key] for key in ("system", "history") if TOKENIZER.is_given(record, key)}
     if isinstance(prompt, list) or context or extras:
-        asked = {"messages" if isinstance(prompt, list) else "prompt": prompt, **context}
-        prompt = {"messages": TOKENIZER.as_messages(TOKENIZER.prompt_of(asked, where)), **extras}
+        request = {"messages" if isinstance(prompt, list) else "prompt": prompt, **context}
+        prompt = {"messages": TOKENIZER.as_messages(TOKENIZER.prompt_of(request, where)), **extras}
     kinds = MODEL.field_types(Sampling)
     stop = record.get("stop")
     if stop is not None and not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):

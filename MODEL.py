@@ -1169,7 +1169,7 @@ class Decoder(nn.Module):
         plain, length = plain and config.causal, positions.shape[1]
         dropout = self.layers[0].self_attn.dropout if self.training else 0.0
         for kernel in self.ragged_kernels if config.causal else ():
-            if kernel.serves(positions.device, dtype, dropout):  # it is told windows apart
+            if kernel.serves(positions.device, dtype, dropout):  # windows are passed to each call
                 return [ragged_rows(kernel.attend, positions.expand(rows, length), segment_ids, plain)] * len(windows)
         return [None if plain and (w is None or w >= length) else builder(positions, w) for w in windows]
 

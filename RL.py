@@ -1185,10 +1185,10 @@ class Rollouts:
         mask = padded([torch.ones(sample.length, dtype=torch.bool) for sample in samples])
         reference = padded([sample.reference for sample in samples]) if self.reference else old
         advantages, returns = gae(token_rewards(scores, old, reference, mask, self.beta), values, mask, settings.gamma, settings.lam)
-        learnt = mask & ~torch.tensor([self.is_masked(sample) for sample in samples])[:, None]
+        learned = mask & ~torch.tensor([self.is_masked(sample) for sample in samples])[:, None]
         spread = float(returns[mask].var()) if mask.sum() > 1 else 0.0
         explained = 1 - float((returns - values)[mask].var()) / spread if spread else 0.0
-        advantages = whiten(advantages, learnt if learnt.any() else mask)
+        advantages = whiten(advantages, learned if learned.any() else mask)
         for i, sample in enumerate(samples):
             sample.advantages, sample.returns = advantages[i, : sample.length], returns[i, : sample.length]
         return {"explained_variance": explained, "value": float(values[mask].mean()), "beta": self.beta}

@@ -221,7 +221,9 @@ def class_weights(settings: SFTSection, labels: list[str], shares: Counter, coun
         for name, weight in settings.class_weights.items():
             number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight < math.inf
             if str(name) not in weights or not number:
-                raise UserError(f"sft.class_weights: {name}: {weight}: a label ({', '.join(labels)}) and its weight of at least 0 expected")
+                known = ", ".join(labels)
+                raise UserError(f"sft.class_weights: {name}: {weight}; "
+                                f"expected one of the labels {known} and a weight of at least 0")
             weights[str(name)] = float(weight)
     mean = sum(weights[name] * n for name, n in shares.items()) / count
     if not mean:

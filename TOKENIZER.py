@@ -316,8 +316,8 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
         try:
             text, spans = locate_turns(tokenizer, spelling, tools, add_generation_prompt)
         except UserError as error:
-            if problem is None or "refuses" in str(problem) and "refuses" not in str(error):  # that of the spelling that got furthest
-                problem = error
+            if problem is None or "refuses" in str(problem) and "refuses" not in str(error):
+                problem = error  # of the spelling that got furthest
         else:
             break
     else:
@@ -349,7 +349,7 @@ def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_genera
     if add_generation_prompt:
         return text, []
     for what in marks.left_out(marked):
-        say_once(f"the chat template leaves out {what}: of such messages nothing is read or trained")
+        say_once(f"the chat template does not render {what}: the model neither reads nor learns them")
     places = marks.places(marked, text)
     if places is None:
         raise UserError("the chat template changes the texts of messages, so the assistant's turns cannot be found")
@@ -1338,7 +1338,8 @@ def files_in(folder: Path, formats: tuple) -> list[Path]:
 def data_files(data: DataSection, formats: tuple = FORMATS) -> tuple[list[list[Path]], list[Path]]:
     """(the files of each path of data.train, those of data.validation). A file is read once: not in two paths, and not in
     training if it is held out."""
-    held_out = [] if data.validation in ("hash", "tail", "none") else expand_paths([data.validation], "data.validation", formats)[0]
+    named = [] if data.validation in ("hash", "tail", "none") else [data.validation]
+    held_out = [path for files in expand_paths(named, "data.validation", formats) for path in files]
     known, groups = set(map(os.path.realpath, held_out)), []
     for name, files in zip(data.train, expand_paths(data.train, formats=formats), strict=True):
         groups.append([path for path in files if os.path.realpath(path) not in known])
@@ -1700,8 +1701,8 @@ def prompt_keys(record: dict) -> list[str]:
 
 
 def essence(turns: list[dict]) -> list[tuple]:
-    """Role, content and calls of each turn, for comparison: in one Unicode form, without surrounding blanks, ids of calls and other
-    keys."""
+    """Role, content and calls of each turn, for comparison: in one Unicode form, without surrounding blanks, without the ids of
+    calls and other keys."""
     calls = [[call["function"] for call in turn.get("tool_calls") or ()] for turn in turns]
     texts = [unicodedata.normalize("NFC", turn["content"]).strip() for turn in turns]
     return [(turn["role"], text, called) for turn, text, called in zip(turns, texts, calls, strict=True)]
