@@ -586,7 +586,7 @@ def convert(config) -> None:
     """Records of any known layout -> one JSON object with `messages` per line."""
     counts, lines, left = Counter(), [], TOKENIZER.LeftOut()
     form = TOKENIZER.Form(conversation, "sft", config.sft.columns, config.sft.system)
-    for path in itertools.chain.from_iterable(TOKENIZER.data_files(config.data, TOKENIZER.RECORDS)[0]):
+    for path in itertools.chain.from_iterable(TOKENIZER.data_files(config.data, TOKENIZER.RECORDS[:-1])[0]):
         for where, record in form.read(path, left):
             if "text" in record and any(key.lower() in TOKENIZER.LABEL_KEYS for key in record):
                 raise UserError(f"{where}: a labelled text is no conversation; --sft.task classify reads the file as it is")
