@@ -721,11 +721,11 @@ class Kernel(NamedTuple):
     ragged: bool = False  # takes joined sequences
     float32: bool = True
     dropout: bool = True
-    device: str = ""  # the only one that it runs on
+    device: str = ""  # device type that it needs; "" is any
     needs: str = ""  # what has to be installed
 
     def serves(self, device: torch.device, dtype: torch.dtype, dropout: float) -> bool:
-        """Whether it computes attention of such tensors: decided by them, as a CPU model may run beside a card."""
+        """Whether the kernel supports tensors of this device and type. A model on the CPU may run on a machine with a GPU."""
         old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
         return self.device in ("", device.type) and (self.float32 or dtype != torch.float32 and not old) and (self.dropout or not dropout)
 
@@ -1618,7 +1618,7 @@ class ForeignModel(LanguageModel):
         return [hidden, *(out.hidden_states if keep else ())]
 
     def _by_document(self, input_ids: Tensor, positions: Tensor | None, segment_ids: Tensor | None, keep: bool) -> list[Tensor]:
-        """Each document as a row of its own, those of about one length together."""
+        """Each document as a row of its own, in batches of similar length."""
         batch, length = input_ids.shape
         segments = torch.zeros_like(input_ids) if segment_ids is None else segment_ids
         real = torch.ones_like(input_ids, dtype=torch.bool) if positions is None else (positions >= 0).expand_as(input_ids)
@@ -1647,7 +1647,7 @@ class ForeignModel(LanguageModel):
 
 
 def is_causal(inner: nn.Module) -> bool:
-    """Whether no token sees those after it: a change of the last one leaves the first one's logits as they are."""
+    """Whether no token attends to later ones: changing the last token leaves the first token's logits unchanged."""
     ids = torch.zeros(2, 4, dtype=torch.long, device=inner.device)
     ids[1, -1] = 1
     with torch.no_grad():
@@ -1708,7 +1708,7 @@ def grow_vocabulary(model: LanguageModel, size: int) -> None:
         model.inner.resize_token_embeddings(size, mean_resizing=False)
         for module in (model.inner.get_input_embeddings(), model.inner.get_output_embeddings()):
             for rows in module.parameters(recurse=False) if module is not None else ():
-                rows[old:] = rows[:old].mean(0)  # transformers draws them, anew at each load
+                rows[old:] = rows[:old].mean(0)  # transformers draws random ones at each load
         model.config.vocab_size, model.new_ids = size, list(range(old, size))
         return
     head = getattr(model.lm_head, "decoder", model.lm_head) if "lm" in model.heads else None
@@ -1991,9 +1991,9 @@ def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor, extra_layer
 def staged(folder: str | Path, key: str = "", parts: str = ""):
     """A scratch folder inside `folder`; on success its files replace those of the same name, one atomic rename each.
 
-    Files that belong together (shards, weights and their config) have a `key`, without which nobody opens the folder: unless a single
-    file of `parts` (a glob) changes, the key goes first and comes back last. A kill in between leaves a folder that is refused, never
-    new files beside old ones. Files of `parts` that are not written anew are removed.
+    `key` names the file without which no program opens the folder (config.json). If more than one file of `parts` (a glob) changes, or
+    the key itself, the key is removed first and written last: a kill in between leaves a folder that is refused, never a mixture of
+    new and old files. Files of `parts` that are not written again are removed.
     """
     folder = Path(folder)
     try:
@@ -2757,8 +2757,8 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
 
 
 def _stacked(host: nn.Module, config, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """An adapter from before transformers 5, on each expert's own layers, in peft's form for stacked experts. What peft converts into
-    another function is refused."""
+    """Convert an adapter on separate experts (transformers 4) to peft's form for stacked experts. Adapters that peft converts
+    incorrectly are refused."""
     if config.use_rslora or host.config.model_type == "deepseek_v3":
         raise UserError(f"{folder}: this adapter has layers of single experts; merge it with the versions of peft and transformers that trained it")
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert

@@ -458,7 +458,7 @@ def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
 
 def make_batch(pairs: list[Pair], width: int | None = None, rows: int = 1) -> dict:
     """Each example in a row of its own, the two of a pair one after the other; rows of padding up to `rows`. Beside `collate`'s keys
-    `halves`: [(rows, width), ...], the shorter rows and the longer ones, which are computed apart so that short rows are padded less."""
+    `halves`: [(rows, width), ...], the shorter and the longer rows, in forward passes of their own to reduce padding."""
     examples = TOKENIZER.Examples.of([example for pair in pairs for example in pair.examples] or [Example([0], [0])])
     pieces = [[(int(start), int(start + size))] for start, size in zip(examples.starts, examples.lengths, strict=True)]
     batch = TOKENIZER.collate(examples, pieces + [[]] * (rows - len(pieces)), width)
@@ -894,7 +894,7 @@ class Judges:
         self.names = short if len(set(short)) == len(short) else self.names
 
     def check(self, prompts: list[Prompt]) -> None:
-        """Whether each record has what the built-in functions need: they judge an empty text of it."""
+        """Check that each record has the columns that built-in functions need, by scoring an empty completion."""
         for function in self.functions:
             if isinstance(function, partial) and function.func is judge_each:
                 function([Sample(prompt, 0, [], "stop", "", None) for prompt in prompts])
