@@ -537,7 +537,7 @@ def configure_for_hardware(model: MODEL.LanguageModel, device=None, quiet: bool 
     packed = [f"{model.quantization} weights"] if model.quantization != "none" else []
     chosen = [f"{device.type}", str(model.dtype).removeprefix("torch."), *packed]
     for module in list(model.modules()):
-        if isinstance(module, MODEL.Attention):
+        if isinstance(module, MODEL.Attention) and hasattr(module, "q_proj"):
             _fuse(module, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
         elif isinstance(module, MODEL.MLP) and hasattr(module, "gate_proj"):
             _fuse(module, "gate_up_proj", ("gate_proj", "up_proj"))
@@ -560,16 +560,14 @@ def _fuse(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
     linears = [getattr(module, part) for part in parts]
     if not all(type(linear) is nn.Linear for linear in linears):
         return
-    sizes = [linear.out_features for linear in linears]
     with torch.device("meta"):
-        fused = nn.Linear(linears[0].in_features, sum(sizes), linears[0].bias is not None)
+        fused = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears), linears[0].bias is not None)
     fused.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
     if fused.bias is not None:
         fused.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
     setattr(module, name, fused)
     for part in parts:
         delattr(module, part)
-    module.sizes = sizes
 
 
 def _pack(model: nn.Module) -> None:

@@ -108,6 +108,7 @@ class ModelConfig:
     sliding_window: int | None = knob(None, "each token sees this many tokens, itself included (Mistral)")
     layer_types: list | None = knob(None, "per layer full_attention or sliding_attention; null is all alike")
     attention_bias: bool = knob(False, "bias of the query, key and value projections (Qwen2, GPT-2)")
+    fused_qkv: bool = knob(False, "query, key and value from one projection (GPT-2)")
     attention_out_bias: bool = knob(False, "bias of the attention's output projection (GPT-2)")
     mlp_bias: bool = knob(False, "biases of the MLP (GPT-2)")
     tie_word_embeddings: bool = knob(False, "the output head shares the embedding's weights")
@@ -199,7 +200,7 @@ class ModelConfig:
         for name in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"model.{name}: {getattr(self, name)} must be at least 1")
-        for name, only in (("sliding_window", None), ("position_embedding_type", "rope"), ("qk_norm", False)):
+        for name, only in (("sliding_window", None), ("position_embedding_type", "rope"), ("qk_norm", False), ("fused_qkv", False)):
             if getattr(self, name) != only:
                 raise UserError(f"model.{name}: {getattr(self, name)} is not possible with latent attention (model.kv_lora_rank)")
         if self.qk_rope_head_dim % 2:
@@ -313,7 +314,7 @@ _QWEN2 = dict(model_type="qwen2", attention_bias=True, rope_theta=1e6, rms_norm_
 _QWEN3 = dict(model_type="qwen3", qk_norm=True, rope_theta=1e6, rms_norm_eps=1e-6, vocab_size=151936, head_dim=128,
               max_position_embeddings=40960)
 _GPT2 = dict(model_type="gpt2", norm_type="layernorm", hidden_act="gelu_new", mlp_gated=False, attention_bias=True,
-             attention_out_bias=True, mlp_bias=True, tie_word_embeddings=True, position_embedding_type="learned",
+             attention_out_bias=True, mlp_bias=True, tie_word_embeddings=True, position_embedding_type="learned", fused_qkv=True,
              vocab_size=50257, max_position_embeddings=1024, bos_token_id=50256, eos_token_id=50256)
 _BERT = dict(model_type="bert", norm_type="layernorm", hidden_act="gelu", mlp_gated=False, attention_bias=True, attention_out_bias=True,
              mlp_bias=True, position_embedding_type="learned", causal=False, post_norm=True, lm_head_transform=True,
@@ -812,9 +813,11 @@ class Attention(nn.Module):
         self.window = config.window(layer)
         self.dropout = config.attention_dropout
         width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(width, heads * self.head_dim, config.attention_bias)
-        self.k_proj = nn.Linear(width, kv_heads * self.head_dim, config.attention_bias)
-        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, config.attention_bias)
+        self.sizes = [heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.head_dim]  # of query, key, value
+        if config.fused_qkv:
+            self.qkv_proj = nn.Linear(width, sum(self.sizes), config.attention_bias)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, size, config.attention_bias) for size in self.sizes)
         self.o_proj = nn.Linear(heads * self.head_dim, width, config.attention_out_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -1743,11 +1746,12 @@ _DEFAULTS = dict(rms_norm_eps=1e-6, hidden_act="silu", rope_theta=10000.0, tie_w
                  initializer_range=0.02, max_position_embeddings=32768)
 _MOE = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
 _MLA = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave")
-# GPT-2's Conv1D keeps weights transposed, and its c_attn is q, k and v in one.
+# GPT-2's Conv1D keeps weights transposed.
 _GPT2_PARTS = (("model.embed_tokens.", "transformer.wte."), ("model.embed_positions.", "transformer.wpe."),
                ("model.layers.", "transformer.h."), ("model.norm.", "transformer.ln_f."),
                (".input_layernorm.", ".ln_1."), (".post_attention_layernorm.", ".ln_2."), (".mlp.up_proj.", ".mlp.c_fc."),
-               (".mlp.down_proj.", ".mlp.c_proj."), (".self_attn.o_proj.", ".attn.c_proj."))
+               (".mlp.down_proj.", ".mlp.c_proj."), (".self_attn.qkv_proj.", ".attn.c_attn."),
+               (".self_attn.o_proj.", ".attn.c_proj."))
 _BERT_PARTS = (("model.embed_tokens.", "bert.embeddings.word_embeddings."), ("model.embed_positions.", "bert.embeddings.position_embeddings."),
                ("model.embed_types.", "bert.embeddings.token_type_embeddings."), ("model.embed_norm.", "bert.embeddings.LayerNorm."),
                ("model.layers.", "bert.encoder.layer."), (".input_layernorm.", ".attention.output.LayerNorm."),
@@ -1779,7 +1783,8 @@ FAMILIES = {
                                max_position_embeddings=4096, bos_token_id=0, eos_token_id=1),
                           {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}, needs=("num_experts", "kv_lora_rank")),
     "gpt2": Family("GPT2", ("resid_pdrop", "embd_pdrop"),
-                   {k: _GPT2[k] for k in ("norm_type", "mlp_gated", "attention_bias", "attention_out_bias", "mlp_bias", "position_embedding_type")},
+                   {k: _GPT2[k] for k in ("norm_type", "mlp_gated", "attention_bias", "attention_out_bias", "mlp_bias", "fused_qkv",
+                                          "position_embedding_type")},
                    dict(hidden_act="gelu_new", rms_norm_eps=1e-5, tie_word_embeddings=True, initializer_range=0.02,
                         attention_dropout=0.1, resid_pdrop=0.1, embd_pdrop=0.1, vocab_size=50257, bos_token_id=50256,
                         eos_token_id=50256, max_position_embeddings=1024),
@@ -1934,10 +1939,6 @@ def weights_to_hub(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
             pieces = {f"{stem}{e}.{part}_proj.weight": half for e, both in enumerate(tensor) for part, half in zip(("gate", "up"), both.chunk(2), strict=True)}
         elif name.endswith("experts.down_proj") and kind != CUSTOM:
             pieces = {name.replace("down_proj", f"{e}.down_proj.weight"): one for e, one in enumerate(tensor)}
-        elif kind == "gpt2" and "self_attn.q_proj" in name:
-            pieces = {name.replace("self_attn.q_proj", "attn.c_attn"): torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])}
-        elif kind == "gpt2" and re.search(r"self_attn\.[kv]_proj", name):
-            continue
         else:
             pieces = {name: tensor}
         for name, piece in pieces.items():
@@ -1976,9 +1977,6 @@ def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor, extra_layer
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer and 0 <= int(layer[1]) - config.num_hidden_layers < extra_layers:
         return []
-    if ".attn.c_attn." in name:
-        names = [name.replace("attn.c_attn", f"self_attn.{part}_proj") for part in "qkv"]
-        return [Piece(name, (), part) for name, part in zip(names, tensor.chunk(3), strict=True)]
     if expert := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name):
         stem, number, part, inner = expert[1], int(expert[2]), expert[3], config.moe_intermediate_size or 0
         if part == "down":
@@ -2332,10 +2330,19 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
     quantization = None if quantization == "none" else quantization
     if "score" in folder_heads(raw) and raw.get("problem_type") not in (None, "single_label_classification"):
         raise UserError(f"{folder}/config.json: problem_type '{raw['problem_type']}' is not supported; only single_label_classification is")
+    if quantization:
+        import QUANT
     if is_foreign(raw):
-        model = _load_foreign(folder, raw, dtype, device, attn_implementation, head, seed, changes, quantization)
+        packing = QUANT.hub_settings(quantization) if quantization else None
+        model = _load_foreign(folder, raw, dtype, device, attn_implementation, head, seed, changes, packing)
     else:
-        model = _load_own(folder, raw, dtype, device, attn_implementation, head, seed, changes, quantization)
+        packing = partial(QUANT.Packer, method=quantization, device=device) if quantization else None
+        model = _load_own(folder, raw, dtype, device, attn_implementation, head, seed, changes, packing)
+    if quantization:
+        QUANT.keep_form(model, quantization)
+    if isinstance(model, ForeignModel) and not is_causal(model.inner):
+        raise UserError(f"{folder}: the tokens of a {model.config.model_type} attend to later tokens, so it is not a causal language model; "
+                        "bert is the only encoder that is supported")
     if adapter:
         _fit_to_adapter(model, adapter)
         load_adapter(model, adapter)
@@ -2352,21 +2359,15 @@ def _fit_to_adapter(model: LanguageModel, adapter: str) -> None:
         grow_vocabulary(model, max(ids) + 1)
 
 
-def _load_own(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, seed: int, changes, quantization) -> Transformer:
+def _load_own(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, seed: int, changes, packing) -> Transformer:
     config = read_config(folder)
     if fixed := set(changes or ()) - set(CHANGEABLE):
         raise UserError(f"model.{sorted(fixed)[0]}: a trained model's architecture is fixed; leave it out, or start from --model.preset")
     config = dataclasses.replace(config, **(changes or {}))
     with torch.device("meta"):
         model = Transformer(config, head or folder_heads(raw), attn_implementation)
-    dtype, packer = _chosen_dtype(dtype, raw, model, device) or torch.float32, None
-    if quantization:
-        import QUANT
-
-        packer = QUANT.Packer(model, quantization, device=device)
-    load_weights(model, folder, dtype, device, seed, packer)
-    if packer:
-        QUANT.keep_form(model, quantization)
+    dtype = _chosen_dtype(dtype, raw, model, device) or torch.float32
+    load_weights(model, folder, dtype, device, seed, packing and packing(model))
     return model.eval()
 
 
@@ -2397,7 +2398,7 @@ def _chosen_dtype(dtype, raw: dict, model: nn.Module, device) -> torch.dtype | N
     return supported_dtype(dtype, device) if isinstance(dtype, str) else dtype
 
 
-def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, seed: int, changes, quantization) -> ForeignModel:
+def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, seed: int, changes, packing) -> ForeignModel:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -2412,11 +2413,7 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
     kernels = {"auto": None, "eager": "eager", "sdpa": "sdpa"}
     if attn_implementation not in kernels:
         raise UserError(f"model.attn_implementation: {attn_implementation} is not for a {kind}, which transformers runs; use auto, eager or sdpa")
-    options: dict = {}
-    if quantization:
-        import QUANT
-
-        options = {"quantization_config": QUANT.hub_settings(quantization), "device_map": {"": str(device or "cpu")}}
+    options = {"quantization_config": packing, "device_map": {"": str(device or "cpu")}} if packing else {}
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
@@ -2432,7 +2429,7 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
         logging.set_verbosity(talk)
     if "score" in heads and type(inner.config) not in AutoModelForSequenceClassification._model_mapping:
         raise UserError(f"{folder}: transformers has no classifier of a {kind}, so a head for labels or rewards could not be saved; choose another model")
-    model = ForeignModel(inner if quantization else inner.to(device or "cpu"), heads, labels).eval()
+    model = ForeignModel(inner if packing else inner.to(device or "cpu"), heads, labels).eval()
     read_generation_ids(folder, model.config)
     if "score" in heads:
         stored = dict(tensor for path in weight_files(folder) for tensor in read_tensors(path, "score.weight"))
@@ -2440,17 +2437,13 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
         model.score.weight.data = next(iter(stored.values()), drawn).to(model.device, model.dtype)
         if model.score.weight.shape != drawn.shape:
             raise UserError(f"{folder}: score.weight is {tuple(model.score.weight.shape)}, {len(labels or ())} labels make it {tuple(drawn.shape)}")
-    if quantization:
-        QUANT.keep_form(model, quantization)
-    if not is_causal(inner):
-        raise UserError(f"{kind}: its tokens see those after them, so it is no causal language model; BERT is the encoder known here")
     return model
 
 
 # ---------------------------------------------------------------------------------------------------- adapters
 
 
-def _peft():
+def import_peft():
     """peft, without bitsandbytes' talk about kernels that could be fetched."""
     import logging
 
@@ -2462,10 +2455,10 @@ def _peft():
     return peft
 
 
-def _inject(config, host: nn.Module) -> None:
+def inject(config, host: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # about patterns that peft itself made for experts
-        peft = _peft()
+        peft = import_peft()
         peft.inject_adapter_in_model(config, host)
     for module in host.modules():
         if type(module) is peft.tuners.lora.Linear and type(module.base_layer) is nn.Linear:
@@ -2485,92 +2478,18 @@ def adapted_product(layer, usual: Callable, hidden: Tensor) -> Tensor:
     return out.addmm_(narrow.to(out.dtype), layer.lora_B[name].weight.to(out.dtype).t()).unflatten(0, hidden.shape[:-1])
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """Last parts of the names of all linear layers but the heads: what `all-linear` means (Dettmers 2023, section 4)."""
-    layers = {id(m) for layer in layers_of(model) for m in layer.modules()}
-    kinds = ("Linear", "Conv1D")
-    return sorted({name.rpartition(".")[2] for name, m in model.named_modules()
-                   if id(m) in layers and any(kind in type(m).__name__ for kind in kinds)})
-
-
-def attach_lora(model: LanguageModel, base: str, target_modules: tuple | list = ("all-linear",), seed: int = 0, **options) -> None:
-    """Freeze a model and put peft's low-rank adapters into it (Hu 2021): W x + (alpha / r) B A x, with A random, B zero,
-    so that nothing changes until B learns. `options` are those of peft's LoraConfig."""
-    peft = _peft()
-    host = model.inner if isinstance(model, ForeignModel) else model
-    names, everywhere = linear_names(host), list(target_modules) == ["all-linear"]
-    packed, mixture = model.quantization != "none", any(isinstance(m, Experts) for m in host.modules())
-    if packed and mixture:  # peft would mean the experts by these
-        names = [name for name in names if name not in ("gate_proj", "up_proj", "down_proj")]
-    targets = names if everywhere else list(target_modules)
-    if options.get("use_dora") and model.quantization == "int8":
-        raise UserError("lora.use_dora: does not work on int8 weights; take --model.quantization nf4, or leave it out")
-    if "lm_head" in targets and getattr(model.config, "tie_word_embeddings", False):
-        raise UserError("lora.target_modules: lm_head shares its weights with the embedding and cannot have an adapter of its own")
-    if "score" in model.heads:  # the new head learns whole, and is saved beside the adapter
-        options.update(modules_to_save=["score"])
-    task = "SEQ_CLS" if model.heads == ("score",) else "CAUSAL_LM" if getattr(model.config, "causal", True) else None
-    config = peft.LoraConfig(task_type=task, base_model_name_or_path=str(base), target_modules=targets, **options)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            _inject(config, host)
-    except ValueError as error:
-        raise UserError(f"lora.target_modules: {', '.join(targets)} cannot get adapters in this model ({first_line(error)}); its layers are {', '.join(names)}") from None
-    if packed and config.target_parameters:
-        raise UserError(f"lora.target_modules: {', '.join(targets)} means the experts, and packed ones take no adapter; name layers of the attention")
-    model.adapter = config
-    tuned = tuple(name + "." for name, m in host.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer))
-    if everywhere:
-        _say_left_out(host, tuned)
-    else:
-        _check_targets([target for target in targets if not (mixture and target.endswith("_proj"))], (*tuned, *(f"{name}." for name in config.target_parameters or ())), names)
-    if options.get("use_dora") and model.config.model_type == "gpt2" and not isinstance(model, ForeignModel):
-        for layer in {name.partition("self_attn.")[0] for name in tuned}:
-            if sum(f"{layer}self_attn.{part}_proj." in tuned for part in "qkv") in (1, 2):
-                raise UserError("lora.target_modules: with use_dora name q_proj, k_proj and v_proj together; a gpt2 folder keeps them as one product")
-
-
-def rows_to_train(model: LanguageModel, tokens: list[int]) -> list[int] | dict[str, list[int]] | None:
-    """peft's `trainable_token_indices` for tokens that the base never saw: their rows of the embedding, and of an output head
-    that has weights of its own, else the model could not say them."""
-    host = model.inner if isinstance(model, ForeignModel) else model
-    modules = [host.get_input_embeddings(), host.get_output_embeddings()]
-    tied = len(modules) < 2 or modules[1] is None or modules[1].weight is modules[0].weight
-    if not tokens or tied or getattr(model.config, "model_type", "") in RENAMED:
-        return tokens or None
-    names = {id(module): name.rpartition(".")[2] for name, module in host.named_modules()}
-    return {names[id(module)]: tokens for module in modules}
-
-
-def _check_targets(targets: list[str], tuned: tuple, names: list[str]) -> None:
-    """Each name that was asked for (but a mixture's projections, which peft calls otherwise) has found a layer."""
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}.") for name in tuned):
-            raise UserError(f"lora.target_modules: '{target}' is no layer of this model; its layers are {', '.join(names)}")
-
-
-def _say_left_out(host: nn.Module, tuned: tuple) -> None:
-    """By all-linear peft means some of a mixture's parts only."""
-    inside = {id(m) for layer in layers_of(host) for m in layer.modules()}
-    left = {".".join(name.split(".")[-2:]) for name, m in host.named_modules()
-            if isinstance(m, (Experts, nn.Linear)) and id(m) in inside and not f"{name}.".startswith(tuned)}
-    if left:
-        say(f"lora: no adapter on {', '.join(sorted(left))}, which stay as they are")
-
-
 def _save_adapter(model: LanguageModel, folder: str | Path) -> None:
     """adapter_config.json and adapter_model.safetensors as peft writes them, under the names of transformers' model."""
     from safetensors.torch import save_file
 
     host = model.inner if isinstance(model, ForeignModel) else model
     state = {name: gathered(tensor) for name, tensor in host.state_dict().items() if tensor_is_trained(name)}
-    state = _peft().get_peft_model_state_dict(host, state, save_embedding_layers=False)
+    state = import_peft().get_peft_model_state_dict(host, state, save_embedding_layers=False)
     if process_rank() != 0:
         return
     config, state = model.adapter, dict(state)
     if not isinstance(model, ForeignModel) and model.config.model_type in RENAMED:
-        config, state = adapter_to_hub(model.config.model_type, config, state)
+        config, state = rename_adapter(model.config.model_type, config, state)
     state = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
     with staged(folder, "adapter_config.json", "adapter_model.*") as scratch:
         config.save_pretrained(scratch)
@@ -2579,100 +2498,33 @@ def _save_adapter(model: LanguageModel, folder: str | Path) -> None:
 
 
 RENAMED = ("gpt2", "bert")  # families whose layers have other names in transformers; a mixture's experts are peft's own affair
-QKV = re.compile(r"(.*\.)self_attn\.([qkv])_proj\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 
 
-def _module_of(name: str) -> str | None:
-    """model.layers.0.mlp.up_proj.lora_A.weight -> model.layers.0.mlp.up_proj; None for what is no low-rank pair."""
-    return name.rpartition(".lora_")[0] or None
-
-
-def _scale(config, module: str, rank: int) -> float:
-    """What an adapter's product is multiplied by: alpha / r, or alpha / sqrt(r)."""
+def rename_adapter(kind: str, config, state: dict[str, Tensor], back: bool = False) -> tuple:
+    """(peft's settings, tensors) of an adapter under transformers' names; `back`: under ours."""
     from peft.utils.other import get_pattern_key
 
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    def renamed(module: str) -> str:
+        return hub_name(kind, f"{module}.", back).removesuffix(".")
 
-
-def _with_targets(config, state: dict[str, Tensor], scales: dict[str, float]):
-    """A copy of peft's settings that names exactly the layers of `state`, each with its own rank and scale."""
+    ranks = {name.removesuffix(".lora_A.weight"): len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight")}
+    alphas = {module: config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha) for module in ranks}
     config = dataclasses.replace(config)
-    ranks = {_module_of(name): len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight")}
-    alphas = {module: scales[module] * (math.sqrt(rank) if config.use_rslora else rank) for module, rank in ranks.items()}
-    config.target_modules = sorted(ranks)
-    config.rank_pattern = {module: rank for module, rank in ranks.items() if rank != config.r}
-    config.alpha_pattern = {module: alpha for module, alpha in alphas.items() if not math.isclose(alpha, config.lora_alpha)}
-    return config
-
-
-def adapter_to_hub(kind: str, config, state: dict[str, Tensor]) -> tuple:
-    """(peft's settings, tensors) of an adapter under transformers' names.
-
-    GPT-2 keeps q, k and v in one product. The adapters of the three become one of three times the rank: their A above each
-    other, their B on a block diagonal, so that B A is the three products below each other.
-    """
-    scales = {module: _scale(config, module, len(tensor)) for name, tensor in state.items()
-              if name.endswith("lora_A.weight") and (module := _module_of(name))}
-    parts: dict[tuple, Tensor] = {}
-    hub, hub_scales = {}, {hub_name(kind, f"{module}.").removesuffix("."): scale for module, scale in scales.items()}
-    for name, tensor in state.items():
-        found = QKV.fullmatch(name) if kind == "gpt2" else None
-        if found:
-            parts[found[1], found[2], found[3]] = tensor
-        else:
-            hub[hub_name(kind, name)] = tensor
-    for stem in dict.fromkeys(stem for stem, _, _ in parts):
-        there = [part for part in "qkv" if (stem, part, "lora_A.weight") in parts]
-        above = [parts[stem, part, "lora_A.weight"] for part in there]
-        width, joined = len(parts[stem, there[0], "lora_B.weight"]), hub_name(kind, f"{stem}attn.c_attn.")
-        whole = hub_scales[joined.removesuffix(".")] = scales[f"{stem}self_attn.{there[0]}_proj"]
-        below, column = above[0].new_zeros(3 * width, sum(map(len, above))), 0
-        for part, one in zip(there, above, strict=True):
-            rows, columns = slice("qkv".index(part) * width, ("qkv".index(part) + 1) * width), slice(column, column + len(one))
-            below[rows, columns] = parts[stem, part, "lora_B.weight"] * (scales[f"{stem}self_attn.{part}_proj"] / whole)
-            column += len(one)
-        hub |= {f"{joined}lora_A.weight": torch.cat(above), f"{joined}lora_B.weight": below}
-        if config.use_dora:
-            hub[f"{joined}lora_magnitude_vector"] = torch.cat([parts[stem, part, "lora_magnitude_vector"] for part in "qkv"])
-    config = _with_targets(config, hub, hub_scales)
-    config.fan_in_fan_out = kind == "gpt2"
-    if kind == "bert" and config.modules_to_save:
-        config.modules_to_save = ["pooler", "classifier"]
-    return config, hub
-
-
-def adapter_from_hub(kind: str, config, state: dict[str, Tensor]) -> tuple:
-    """The way back. Where q, k and v use different rows of A they are taken apart as they were joined; else all get all of it."""
-    own, scales = {}, {}
-    if config.bias != "none" or config.lora_bias or isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian":
-        raise UserError("its bias, lora_bias or init_lora_weights goes beyond low-rank pairs, which are all that is read of this family")
-    if isinstance(config.trainable_token_indices, dict) and len(config.trainable_token_indices) == 1:
-        config.trainable_token_indices = next(iter(config.trainable_token_indices.values()))  # the embedding under its own name
-    if set(config.modules_to_save or ()) - {"pooler", "classifier", "score"}:
-        raise UserError(f"its modules_to_save {sorted(config.modules_to_save)} are not read of this family")
-    for name, tensor in state.items():
-        module = _module_of(name)
-        if ".attn.c_attn." not in name:
-            own[hub_name(kind, name, back=True)] = tensor
-            if name.endswith("lora_A.weight"):
-                scales[hub_name(kind, f"{module}.", back=True).removesuffix(".")] = _scale(config, module, len(tensor))
-        elif name.endswith("lora_A.weight"):
-            below = state[f"{module}.lora_B.weight"].unflatten(0, (3, -1))  # (3, C, r): what q, k and v get
-            used = below.any(1)  # (3, r): which rows of A each of them uses
-            apart = not (used.sum(0) > 1).any() and (used.any(1).all() if config.use_dora else used.any())
-            for part, rows, block in zip("qkv", used if apart else torch.ones_like(used), below, strict=True):
-                target = hub_name(kind, f"{module}.", back=True).replace("attn.c_attn.", f"self_attn.{part}_proj.")
-                if rows.any():
-                    own |= {f"{target}lora_A.weight": tensor[rows], f"{target}lora_B.weight": block[:, rows]}
-                    scales[target.removesuffix(".")] = _scale(config, module, len(tensor))
-                if config.use_dora:
-                    own[f"{target}lora_magnitude_vector"] = state[f"{module}.lora_magnitude_vector"].chunk(3)["qkv".index(part)]
-    config = _with_targets(config, own, scales)
-    config.fan_in_fan_out = False
-    if config.modules_to_save:
-        config.modules_to_save = ["score.out_proj" if "score.out_proj.weight" in own and "score.dense.weight" not in own else "score"]
-    return config, own
+    config.target_modules = sorted(map(renamed, ranks))
+    config.rank_pattern = {renamed(module): rank for module, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {renamed(module): alpha for module, alpha in alphas.items() if alpha != config.lora_alpha}
+    config.fan_in_fan_out = kind == "gpt2" and not back
+    state = {hub_name(kind, name, back): tensor for name, tensor in state.items()}
+    if not back:
+        config.modules_to_save = ["pooler", "classifier"] if config.modules_to_save and kind == "bert" else config.modules_to_save
+    elif unread := set(config.modules_to_save or ()) - {"pooler", "classifier", "score"}:
+        raise UserError(f"its modules_to_save {sorted(unread)} are not supported for this family")
+    elif config.modules_to_save:
+        config.modules_to_save = ["score" if "score.dense.weight" in state or "score.out_proj.weight" not in state else "score.out_proj"]
+    if isinstance(config.trainable_token_indices, dict):  # rows of the embedding, and of a head that is not tied to it
+        embedding = "embed_tokens" if back else renamed("model.embed_tokens").rpartition(".")[2]
+        config.trainable_token_indices = {name if name == "lm_head" else embedding: rows for name, rows in config.trainable_token_indices.items()}
+    return config, state
 
 
 def is_tool(name: str) -> bool:
@@ -2688,7 +2540,7 @@ def tensor_is_trained(name: str) -> bool:
 def adapter_config(folder: Path):
     read_json(folder / "adapter_config.json")
     try:
-        return _peft().PeftConfig.from_pretrained(str(folder))
+        return import_peft().PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder}/adapter_config.json: peft cannot read it ({first_line(error)})") from None
 
@@ -2718,7 +2570,7 @@ def folder_labels(folder: Path) -> list[str] | None:
 
 def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) -> None:
     """Put a saved adapter into its base model; every tensor must fit."""
-    peft, folder = _peft(), resolve_folder(str(folder), "--adapter")
+    peft, folder = import_peft(), resolve_folder(str(folder), "--adapter")
     config = adapter_config(folder)
     if config.peft_type != "LORA":
         raise UserError(f"{folder}: a {config.peft_type} adapter; LoRA and its relatives are read here")
@@ -2736,13 +2588,13 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
         raise UserError(f"{folder}: has adapters on experts, which packed weights do not take; leave out model.quantization")
     if not isinstance(model, ForeignModel) and model.config.model_type in RENAMED:
         try:
-            config, state = adapter_from_hub(model.config.model_type, config, state)
+            config, state = rename_adapter(model.config.model_type, config, state, back=True)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
     if "score" in model.heads and not config.modules_to_save:
         raise UserError(f"{folder}: an adapter without a head for labels; merge it (SFT.py --merge) and start from the merged folder")
     try:
-        _inject(config, host)
+        inject(config, host)
         if any(re.search(r"\.experts\.\d+\.", name) for name in state):
             state = _stacked(host, config, state, folder)
         result = peft.set_peft_model_state_dict(host, state)

@@ -55,8 +55,7 @@ class LoraSection:
 
     def attach(self, model: MODEL.LanguageModel, base: str, tokens: list[int], seed: int) -> None:
         options = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")}
-        rows = MODEL.rows_to_train(model, tokens)
-        MODEL.attach_lora(model, base, self.target_modules, seed, trainable_token_indices=rows, **options)
+        attach_lora(model, base, self.target_modules, seed, trainable_token_indices=rows_to_train(model, tokens), **options)
 
 
 @dataclass
@@ -90,6 +89,79 @@ class SFTSection:
         for key in ("class_weights",) if self.task == "chat" else ("system", "train_on_prompt", "last_turn_only"):
             if getattr(self, key) != self.__dataclass_fields__[key].default:
                 raise UserError(f"sft.{key}: has no effect with sft.task {self.task}; leave it out")
+
+
+# ---------------------------------------------------------------------------------------------------- adapters
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of all linear layers but the heads: what `all-linear` means (Dettmers 2023, section 4)."""
+    layers = {id(m) for layer in MODEL.layers_of(model) for m in layer.modules()}
+    kinds = ("Linear", "Conv1D")
+    return sorted({name.rpartition(".")[2] for name, m in model.named_modules()
+                   if id(m) in layers and any(kind in type(m).__name__ for kind in kinds)})
+
+
+def attach_lora(model: MODEL.LanguageModel, base: str, target_modules: tuple | list = ("all-linear",), seed: int = 0, **options) -> None:
+    """Freeze a model and put peft's low-rank adapters into it (Hu 2021): W x + (alpha / r) B A x, with A random, B zero,
+    so that nothing changes until B learns. `options` are those of peft's LoraConfig."""
+    peft = MODEL.import_peft()
+    host = model.inner if isinstance(model, MODEL.ForeignModel) else model
+    names, everywhere = linear_names(host), list(target_modules) == ["all-linear"]
+    packed, mixture = model.quantization != "none", any(isinstance(m, MODEL.Experts) for m in host.modules())
+    if packed and mixture:  # peft would mean the experts by these
+        names = [name for name in names if name not in ("gate_proj", "up_proj", "down_proj")]
+    targets = names if everywhere else list(target_modules)
+    if options.get("use_dora") and model.quantization == "int8":
+        raise UserError("lora.use_dora: does not work on int8 weights; take --model.quantization nf4, or leave it out")
+    if "lm_head" in targets and getattr(model.config, "tie_word_embeddings", False):
+        raise UserError("lora.target_modules: lm_head shares its weights with the embedding and cannot have an adapter of its own")
+    if "score" in model.heads:  # the new head learns whole, and is saved beside the adapter
+        options.update(modules_to_save=["score"])
+    task = "SEQ_CLS" if model.heads == ("score",) else "CAUSAL_LM" if getattr(model.config, "causal", True) else None
+    config = peft.LoraConfig(task_type=task, base_model_name_or_path=str(base), target_modules=targets, **options)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            MODEL.inject(config, host)
+    except ValueError as error:
+        raise UserError(f"lora.target_modules: {', '.join(targets)} cannot get adapters in this model ({MODEL.first_line(error)}); its layers are {', '.join(names)}") from None
+    if packed and config.target_parameters:
+        raise UserError(f"lora.target_modules: {', '.join(targets)} means the experts, and packed ones take no adapter; name layers of the attention")
+    model.adapter = config
+    tuned = tuple(name + "." for name, m in host.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer))
+    if everywhere:
+        _say_left_out(host, tuned)
+    else:
+        _check_targets([target for target in targets if not (mixture and target.endswith("_proj"))], (*tuned, *(f"{name}." for name in config.target_parameters or ())), names)
+
+
+def rows_to_train(model: MODEL.LanguageModel, tokens: list[int]) -> list[int] | dict[str, list[int]] | None:
+    """peft's `trainable_token_indices` for tokens that the base never saw: their rows of the embedding, and of an output head
+    that has weights of its own, else the model could not say them."""
+    host = model.inner if isinstance(model, MODEL.ForeignModel) else model
+    modules = [host.get_input_embeddings(), host.get_output_embeddings()]
+    tied = len(modules) < 2 or modules[1] is None or modules[1].weight is modules[0].weight
+    if not tokens or tied or model.config.model_type == "bert":
+        return tokens or None
+    names = {id(module): name.rpartition(".")[2] for name, module in host.named_modules()}
+    return {names[id(module)]: tokens for module in modules}
+
+
+def _check_targets(targets: list[str], tuned: tuple, names: list[str]) -> None:
+    """Each name that was asked for (but a mixture's projections, which peft calls otherwise) has found a layer."""
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}.") for name in tuned):
+            raise UserError(f"lora.target_modules: '{target}' is no layer of this model; its layers are {', '.join(names)}")
+
+
+def _say_left_out(host: nn.Module, tuned: tuple) -> None:
+    """By all-linear peft means some of a mixture's parts only."""
+    inside = {id(m) for layer in MODEL.layers_of(host) for m in layer.modules()}
+    left = {".".join(name.split(".")[-2:]) for name, m in host.named_modules()
+            if isinstance(m, (MODEL.Experts, nn.Linear)) and id(m) in inside and not f"{name}.".startswith(tuned)}
+    if left:
+        say(f"lora: no adapter on {', '.join(sorted(left))}, which stay as they are")
 
 
 # -------------------------------------------------------------------------------------------------------- data

@@ -28,6 +28,7 @@ import torch
 from train import machine
 
 import MODEL
+import SFT
 import TOKENIZER
 import TRAIN
 
@@ -140,7 +141,7 @@ def lora(preset: str, count: int, rounds: int, precisions: list[str], kinds: lis
         model = MODEL.build(preset)
         MODEL.save(model, f"{folder}/base")
         TOKENIZER.save(TOKENIZER.train(["a"], 300, "byte"), f"{folder}/base")
-        MODEL.attach_lora(model, f"{folder}/base", r=16, lora_alpha=32)
+        SFT.attach_lora(model, f"{folder}/base", r=16, lora_alpha=32)
         MODEL.save(model, f"{folder}/adapter")
         for kind in kinds:
             talks = conversations(kind, count if kind == "equal" else 2 * count, model.config.vocab_size)

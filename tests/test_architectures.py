@@ -627,7 +627,7 @@ def test_a_stream_that_is_closed_early_stops_its_work(abroad, tokenizer):
 def test_a_foreign_encoder_is_no_language_model(tmp_path):
     knobs = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
     transformers.RobertaForMaskedLM(transformers.RobertaConfig(**knobs)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="roberta: its tokens see those after them"):
+    with pytest.raises(UserError, match="the tokens of a roberta attend to later tokens"):
         MODEL.load(tmp_path)
 
 

@@ -168,7 +168,7 @@ def their_gradients(hf) -> dict[str, torch.Tensor]:
             ("cls.predictions.transform.LayerNorm", "lm_head.norm"), ("cls.predictions.bias", "lm_head.decoder.bias")]
     gpt2 = [("transformer.", "model."), (".wte", ".embed_tokens"), (".wpe", ".embed_positions"), (".h.", ".layers."),
             ("ln_f", "norm"), ("ln_1", "input_layernorm"), ("ln_2", "post_attention_layernorm"),
-            ("mlp.c_fc", "mlp.up_proj"), ("mlp.c_proj", "mlp.down_proj"), ("attn.c_proj", "self_attn.o_proj")]
+            ("mlp.c_fc", "mlp.up_proj"), ("mlp.c_proj", "mlp.down_proj"), ("attn.c_attn", "self_attn.qkv_proj"), ("attn.c_proj", "self_attn.o_proj")]
     renames = {"gpt2": gpt2, "bert": bert}.get(hf.config.model_type, [])
     found = {}
     for name, weight in hf.named_parameters():
@@ -177,11 +177,7 @@ def their_gradients(hf) -> dict[str, torch.Tensor]:
             gradient = gradient.T if ".c_" in name and name.endswith("weight") else gradient
         for theirs, ours in renames:
             name = name.replace(theirs, ours)
-        if "attn.c_attn" in name:
-            for part, piece in zip("qkv", gradient.split(hf.config.n_embd)):
-                found[name.replace("attn.c_attn", f"self_attn.{part}_proj")] = piece
-        else:
-            found[name] = gradient
+        found[name] = gradient
     return found
 
 

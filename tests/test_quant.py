@@ -69,7 +69,7 @@ def test_packed_weights_are_the_published_form(method, knobs, tmp_path):
 def test_an_adapter_learns_on_packed_weights_that_do_not_move(method, knobs, tmp_path):
     """Also through eval mode, where bitsandbytes would repack the weights of some processors."""
     model = MODEL.load(base(tmp_path / "base", **knobs), quantization=method)
-    MODEL.attach_lora(model, tmp_path / "base", r=8)
+    SFT.attach_lora(model, tmp_path / "base", r=8)
 
     def stored() -> dict:
         return {name: value.clone() for name, value in model.state_dict().items() if not MODEL.tensor_is_trained(name)}
@@ -128,7 +128,7 @@ def test_a_foreign_model_is_packed_by_transformers(tmp_path):
     transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
     model = MODEL.load(tmp_path / "neox", quantization="nf4")
     assert isinstance(model, MODEL.ForeignModel) and any(type(m).__name__ == "Linear4bit" for m in model.modules())
-    MODEL.attach_lora(model, tmp_path / "neox", r=4)
+    SFT.attach_lora(model, tmp_path / "neox", r=4)
     before = {name: value.clone() for name, value in model.state_dict().items() if not MODEL.tensor_is_trained(name)}
     ids = torch.randint(0, 320, (2, 17))
     (-model.train()(ids[:, :-1], targets=ids[:, 1:]).logprobs.mean()).backward()

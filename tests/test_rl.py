@@ -18,6 +18,7 @@ from torch import tensor
 import INFER
 import MODEL
 import RL
+import SFT
 import TOKENIZER
 import TRAIN
 from MODEL import UserError
@@ -502,7 +503,7 @@ def test_the_reference_changes_places_with_the_policy(model_folder):
     for lora in (False, True):
         model = MODEL.load(model_folder)
         if lora:
-            MODEL.attach_lora(model, "base", seed=1, r=4)
+            SFT.attach_lora(model, "base", seed=1, r=4)
         before = model(ids).logits
         reference = RL.Reference(model)
         with torch.no_grad():

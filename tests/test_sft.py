@@ -23,11 +23,15 @@ import TRAIN
 from MODEL import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+             initializer_range=0.2)
 ASKED = [{"role": "user", "content": "What is red?"}, {"role": "assistant", "content": "The fox."}]
 TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object", "properties": {"day": {"type": "integer"}}}}}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "rain", "arguments": {"day": 2}}}]}
 LONG = [{"role": "system", "content": "Be brief."}, *ASKED, {"role": "user", "content": "Will it rain?"}, CALL, {"role": "tool", "content": "yes"},
         {"role": "assistant", "content": "It rains."}]
+
+
 
 
 # -------------------------------------------------------------------------------------------------- layouts
@@ -618,7 +622,7 @@ def test_adapters_learn_as_peft_does_and_open_there(name, model_folder, tmp_path
     ours = MODEL.load(model_folder)
     plain = ours(ids).logits
     torch.manual_seed(0)
-    MODEL.attach_lora(ours, model_folder, r=4, lora_alpha=8, **SPICES[name])
+    SFT.attach_lora(ours, model_folder, r=4, lora_alpha=8, **SPICES[name])
     assert torch.allclose(ours(ids).logits, plain, atol=1e-5)
     assert all(MODEL.tensor_is_trained(n) == w.requires_grad for n, w in ours.named_parameters())
     MODEL.save(ours, tmp_path / "start")
@@ -642,19 +646,20 @@ def test_adapters_learn_as_peft_does_and_open_there(name, model_folder, tmp_path
     assert set(here.state_dict()) == set(MODEL.load(model_folder).state_dict())
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_new_tokens_train_beside_adapters(tied, tmp_path):
+def test_new_tokens_train_beside_adapters(tied, kind, tmp_path):
     from peft import AutoPeftModelForCausalLM
 
     plain = transformers.PreTrainedTokenizerFast(tokenizer_object=bare_backend(), eos_token="<|endoftext|>")
-    config = MODEL.ModelConfig(vocab_size=len(plain), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-                               max_position_embeddings=128, tie_word_embeddings=tied, initializer_range=0.2)
+    knobs = MODEL._GPT2 if kind == "gpt2" else {}
+    config = MODEL.ModelConfig(**{**knobs, **SMALL, "vocab_size": len(plain), "max_position_embeddings": 128, "tie_word_embeddings": tied})
     MODEL.save(MODEL.build(config), tmp_path / "base")
     TOKENIZER.save(plain, tmp_path / "base")
     TOKENIZER.ensure_chat(plain)
     model = MODEL.load(tmp_path / "base")
     MODEL.grow_vocabulary(model, len(plain))
-    MODEL.attach_lora(model, tmp_path / "base", r=4, trainable_token_indices=model.new_ids)
+    SFT.attach_lora(model, tmp_path / "base", r=4, trainable_token_indices=SFT.rows_to_train(model, model.new_ids))
     new, before = model.new_ids, model.get_input_embeddings().weight.detach().clone()
     weights = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-2)
@@ -679,13 +684,13 @@ def test_new_tokens_train_beside_adapters(tied, tmp_path):
 
 
 KINDS = {"gpt2": (MODEL._GPT2, ["c_attn", "c_proj", "c_fc"]), "bert": (MODEL._BERT, ["query", "value", "intermediate.dense", "output.dense"])}
-FORMS = {"plain": {}, "rslora": dict(use_rslora=True), "dora": dict(use_dora=True), "some": dict(target_modules=["q_proj", "v_proj", "down_proj"])}
+FORMS = {"plain": {}, "rslora": dict(use_rslora=True), "dora": dict(use_dora=True), "some": dict(target_modules=["o_proj", "down_proj"])}
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_of_renamed_families_work_in_peft_and_back(kind, form, tmp_path, tokenizer):
-    """GPT-2's c_attn holds q, k and v in one; BERT has names of its own. Ours there, theirs here, theirs saved again by us."""
+    """GPT-2 and BERT have other names in transformers. Ours there, theirs here, theirs saved again by us, at the same rank."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     knobs, names = KINDS[kind]
@@ -704,7 +709,7 @@ def test_adapters_of_renamed_families_work_in_peft_and_back(kind, form, tmp_path
 
     targets = options.pop("target_modules", ["all-linear"])
     ours = MODEL.load(tmp_path / "base")
-    MODEL.attach_lora(ours, tmp_path / "base", targets, **options)
+    SFT.attach_lora(ours, tmp_path / "base", targets, **options)
     with torch.no_grad():
         logits = shake(ours)(ids).logits
         MODEL.save(ours, tmp_path / "ours")
@@ -713,7 +718,7 @@ def test_adapters_of_renamed_families_work_in_peft_and_back(kind, form, tmp_path
         again = MODEL.load(tmp_path / "base", adapter=tmp_path / "ours")
         torch.testing.assert_close(again(ids).logits, logits, atol=1e-5, rtol=1e-5)
         sizes = [sum(w.numel() for name, w in model.named_parameters() if "lora_" in name) for model in (ours, again)]
-        assert sizes[0] == sizes[1]  # taken apart as it was joined
+        assert sizes[0] == sizes[1]
         MODEL.merge_adapter(again)
         torch.testing.assert_close(again(ids).logits, logits, atol=1e-4, rtol=1e-4)
         foreign = shake(get_peft_model(auto.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=names, **options)))
@@ -724,6 +729,8 @@ def test_adapters_of_renamed_families_work_in_peft_and_back(kind, form, tmp_path
         MODEL.save(here, tmp_path / "back")
         back = PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "back").eval()
         torch.testing.assert_close(back(ids).logits, logits, atol=1e-4, rtol=1e-4)
+    tensors = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "back")]
+    assert {name: tensor.shape for name, tensor in tensors[0].items()} == {name: tensor.shape for name, tensor in tensors[1].items()}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -736,7 +743,7 @@ def test_frozen_matrices_in_sixteen_bits_change_no_bit(tied, tmp_path):
 
     def gradients(narrow):
         model = MODEL.load(tmp_path).train()
-        MODEL.attach_lora(model, tmp_path, r=4)
+        SFT.attach_lora(model, tmp_path, r=4)
         for name, weight in model.named_parameters():
             weight.data += 0.1 * ("lora_B" in name)
         if narrow:
@@ -758,7 +765,7 @@ def test_the_lean_product_is_pefts(dropout, tmp_path):
     """Outputs and gradients of our forward against peft's own, with a bias, dropout, and 3-D and 2-D inputs."""
     config = MODEL.ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, attention_bias=True)
     model = MODEL.build(config)
-    MODEL.attach_lora(model, "x", r=4, lora_alpha=6, lora_dropout=dropout)
+    SFT.attach_lora(model, "x", r=4, lora_alpha=6, lora_dropout=dropout)
     layer = model.model.layers[0].self_attn.q_proj.train()
     layer.lora_B["default"].weight.data.normal_()
     for shape in ((2, 5, 32), (7, 32)):
@@ -775,39 +782,39 @@ def test_the_lean_product_is_pefts(dropout, tmp_path):
     assert layer.forward is not type(layer).forward and layer.forward.func is MODEL.adapted_product
 
 
-def test_what_goes_beyond_low_rank_pairs_is_kept_or_refused(tmp_path, tokenizer):
-    """peft's own extras: a bias of B is computed; of a renamed family they are refused by name, not dropped."""
+@pytest.mark.parametrize("extra", [dict(lora_bias=True), dict(bias="lora_only"), dict(init_lora_weights="pissa"), dict(rank_pattern={"c_fc": 2}, alpha_pattern={"h.0.attn": 40}),
+                                   dict(trainable_token_indices={"wte": [3, 5]})], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_pefts_extras_of_an_adapter_are_computed(kind, extra, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    small = dict(vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64, initializer_range=0.2)
+    knobs = MODEL._GPT2 if kind == "gpt2" else dict(attention_bias=True, attention_out_bias=True, mlp_bias=True)
+    MODEL.save(MODEL.build(MODEL.ModelConfig(**{**knobs, **SMALL, "model_type": kind})), tmp_path / "base")
+    names = {"gpt2": {"wte": "wte"}, "llama": {"wte": "embed_tokens", "c_fc": "up_proj", "h.0.attn": "layers.0.self_attn"}}[kind]
+    extra = {key: {names.get(name, name): value for name, value in values.items()} if isinstance(values, dict) else values for key, values in extra.items()}
+    targets = ["c_attn", "c_fc"] if kind == "gpt2" else ["q_proj", "up_proj"]
+    theirs = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(r=4, target_modules=targets, **extra))
+    for i, weight in enumerate(theirs.parameters()):
+        weight.data += 0.3 * weight.requires_grad * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+    theirs.save_pretrained(tmp_path / "adapter")
     ids = torch.arange(18).view(2, 9)
-    MODEL.save(MODEL.build(MODEL.ModelConfig(intermediate_size=48, **small)), tmp_path / "llama")
-    theirs = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True))
-    for weight in theirs.parameters():
-        weight.data += 0.3 * weight.requires_grad
-    theirs.save_pretrained(tmp_path / "bias")
     with torch.no_grad():
-        torch.testing.assert_close(MODEL.load(tmp_path / "llama", adapter=tmp_path / "bias")(ids).logits, theirs.eval()(ids).logits, atol=1e-4, rtol=1e-4)
-    MODEL.save(MODEL.build(MODEL.ModelConfig(**{**{k: v for k, v in MODEL._GPT2.items() if k in MODEL.KNOBS}, **small, "model_type": "gpt2"})), tmp_path / "gpt2")
-    for extra, message in ((dict(bias="lora_only"), "its bias, lora_bias or init"), (dict(init_lora_weights="pissa"), "its bias, lora_bias or init"),
-                           (dict(modules_to_save=["wpe"]), "its modules_to_save .'wpe'. are not read")):
-        made = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2"), LoraConfig(r=4, target_modules=["c_attn"], **extra))
-        made.save_pretrained(tmp_path / "extra")
-        with pytest.raises(UserError, match=f"extra: {message}"):
-            MODEL.load(tmp_path / "gpt2", adapter=tmp_path / "extra")
-    made = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2"),
-                          LoraConfig(r=4, target_modules=["c_attn"], trainable_token_indices={"wte": [3, 5]}))
-    for weight in made.parameters():
-        weight.data += 0.3 * weight.requires_grad
-    made.save_pretrained(tmp_path / "tokens")
-    with torch.no_grad():
-        expected = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2"), tmp_path / "tokens").eval()(ids).logits
-        torch.testing.assert_close(MODEL.load(tmp_path / "gpt2", adapter=tmp_path / "tokens")(ids).logits, expected, atol=1e-4, rtol=1e-4)
-    with pytest.raises(UserError, match="with use_dora name q_proj, k_proj and v_proj together"):
-        MODEL.attach_lora(MODEL.load(tmp_path / "gpt2"), "x", ["self_attn.q_proj", "mlp.up_proj"], r=4, use_dora=True)
+        expected = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()(ids).logits
+        torch.testing.assert_close(MODEL.load(tmp_path / "base", adapter=tmp_path / "adapter")(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_that_cannot_be_computed_are_refused_in_one_line(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    MODEL.save(MODEL.build(MODEL.ModelConfig(**SMALL)), tmp_path / "llama")
+    MODEL.save(MODEL.build(MODEL.ModelConfig(**{**MODEL._GPT2, **SMALL, "model_type": "gpt2"})), tmp_path / "gpt2")
+    made = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2"), LoraConfig(r=4, target_modules=["c_attn"], modules_to_save=["wpe"]))
+    made.save_pretrained(tmp_path / "extra")
+    with pytest.raises(UserError, match="extra: its modules_to_save .'wpe'. are not supported"):
+        MODEL.load(tmp_path / "gpt2", adapter=tmp_path / "extra")
     packed = MODEL.load(tmp_path / "llama", quantization="int8")
     with pytest.raises(UserError, match="lora.use_dora: does not work on int8 weights"):
-        MODEL.attach_lora(packed, "x", r=4, use_dora=True)
+        SFT.attach_lora(packed, "x", r=4, use_dora=True)
     with pytest.raises(ValueError, match="packed weights .* are not saved"):
         MODEL.save(packed, tmp_path / "no")
 
@@ -826,9 +833,9 @@ def test_adapters_of_mixtures_agree_with_peft_and_merge(kind, targets, tmp_path,
     model = MODEL.load(tmp_path / "base")
     if kind == "mixtral" and targets != ["all-linear"]:
         with pytest.raises(UserError, match="lora.target_modules: gate_proj, up_proj, down_proj cannot get adapters"):
-            MODEL.attach_lora(model, tmp_path / "base", targets, r=4)
+            SFT.attach_lora(model, tmp_path / "base", targets, r=4)
         return
-    MODEL.attach_lora(model, tmp_path / "base", targets, r=4)
+    SFT.attach_lora(model, tmp_path / "base", targets, r=4)
     assert "no adapter on" in capsys.readouterr().err or targets != ["all-linear"]
     for weight in model.parameters():
         if weight.requires_grad:
@@ -850,8 +857,8 @@ def test_adapters_of_mixtures_agree_with_peft_and_merge(kind, targets, tmp_path,
 def test_adapters_for_another_base_and_targets_that_fit_nothing_are_one_line(model_folder, tmp_path):
     model = MODEL.load(model_folder)
     with pytest.raises(UserError, match="lora.target_modules: nope cannot get adapters in this model .*; its layers are down_proj, gate_proj"):
-        MODEL.attach_lora(model, model_folder, ["nope"], r=2)
-    MODEL.attach_lora(model, model_folder, r=2)
+        SFT.attach_lora(model, model_folder, ["nope"], r=2)
+    SFT.attach_lora(model, model_folder, r=2)
     MODEL.save(model, tmp_path / "adapter")
     other = MODEL.build(MODEL.ModelConfig(vocab_size=320, hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
     MODEL.save(other, tmp_path / "other")
