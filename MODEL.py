@@ -1,11 +1,12 @@
-"""MODEL.py: what the network is.
+"""MODEL.py: the network, and the folders it is loaded from and saved to.
 
-One Transformer, assembled from orthogonal knobs; GPT-2, Llama, Mistral, Qwen, Mixtral, DeepSeek-V3, Kimi K2 and BERT are
-settings of them. Read in this order: knobs (`ModelConfig`), presets, positions (RoPE), the cache, attention, the layers
-(latent attention, experts), the forward pass (`LanguageModel`, `Transformer`), building and Hugging Face folders
-(`build`, `load`, `save`), and last the typed loading of config.yaml that every script uses.
+One Transformer, assembled from independent settings; GPT-2, Llama, Mistral, Qwen, Mixtral, DeepSeek-V3, Kimi K2 and BERT are
+presets of them. Read in this order: `ModelConfig`, rotary positions, the KV cache, attention (grouped-query and latent), MLP
+and experts, the decoder, and the forward pass (`LanguageModel`, `Transformer`). Below the banner `edges`: presets, kernels of
+other packages, models that transformers runs, Hugging Face folders (`load`, `save`), LoRA adapters, devices, the summary, and
+the settings mechanism (config.yaml and flags) that every script uses.
 
-    python MODEL.py --model.preset llama3-8b     # layers, parameters, FLOPs, memory; builds no weights
+    python MODEL.py --model.preset llama3-8b     # layers, parameters, FLOPs, memory; allocates no weights
     python MODEL.py --list                       # every family and size
 """
 
@@ -58,11 +59,11 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------- knobs
+# --------------------------------------------------------------------------------------------------------- knobs
 
 
 def knob(default, comment: str, choices: tuple = ()):
-    """A dataclass field whose comment is also its line in config.yaml and in --help."""
+    """A dataclass field; its comment is also printed by --help and stands in config.yaml."""
     metadata = {"comment": comment, "choices": choices}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -73,7 +74,8 @@ ROPE_TYPES = {  # what each takes, the first being required (llama3: all)
     "default": (),
     "linear": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
+             "mscale_all_dim", "truncate"),
 }
 ACTIVATIONS = {
     "silu": F.silu,
@@ -146,148 +148,11 @@ class ModelConfig:
     lm_head_transform: bool = knob(False, "the output head has a layer of its own and a bias (BERT)")
 
     def __post_init__(self):
-        if self.labels is not None:
-            self.labels = [str(label) for label in self.labels]
-            self.num_labels = len(self.labels)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        self._check_latent()
-        self._check_experts()
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "max_position_embeddings", "num_labels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}: {getattr(self, name)} must be at least 1")
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise UserError(f"model.num_attention_heads: {self.num_attention_heads} heads do not divide hidden_size "
-                                f"{self.hidden_size}; choose a divisor or set model.head_dim")
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(f"model.num_key_value_heads: {self.num_key_value_heads} does not divide "
-                            f"num_attention_heads {self.num_attention_heads}; GQA needs equal groups")
-        if self.position_embedding_type == "rope" and self.head_dim % 2:
-            raise UserError(f"model.head_dim: {self.head_dim} is odd; rotary positions turn pairs of numbers")
-        if self.type_vocab_size < 0:
-            raise UserError(f"model.type_vocab_size: {self.type_vocab_size} must be 0 (none) or above")
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"model.{name}: {getattr(self, name)} must be a positive number")
-        for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"model.{name}: {getattr(self, name)} must be in [0, 1)")
-        if self.model_type not in (*FAMILIES, CUSTOM):
-            raise UserError(f"model.model_type: '{self.model_type}' is not one of {', '.join(FAMILIES)}")
-        for f in dataclasses.fields(self):
-            choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
-                raise UserError(f"model.{f.name}: '{getattr(self, f.name)}' is not one of {', '.join(choices)}")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise UserError(f"model.sliding_window: {self.sliding_window} must be at least 1, or null for none")
-        if self.sliding_window is not None and not self.causal:
-            raise UserError("model.sliding_window: an encoder (model.causal false) has no window; leave it out")
-        self._check_layer_types()
-        self._check_rope_scaling()
-
-    def _check_alone(self, owner: str, *names: str):
-        """A knob that would do nothing is refused, not ignored."""
-        for name in names:
-            if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise UserError(f"model.{name}: {getattr(self, name)} has no meaning without model.{owner}")
-
-    def _check_latent(self):
-        if self.kv_lora_rank is None:
-            return self._check_alone("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        for name in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"model.{name}: {getattr(self, name)} must be at least 1")
-        for name, only in (("sliding_window", None), ("position_embedding_type", "rope"), ("qk_norm", False), ("fused_qkv", False)):
-            if getattr(self, name) != only:
-                raise UserError(f"model.{name}: {getattr(self, name)} is not possible with latent attention (model.kv_lora_rank)")
-        if self.qk_rope_head_dim % 2:
-            raise UserError(f"model.qk_rope_head_dim: {self.qk_rope_head_dim} is odd; rotary positions turn pairs of numbers")
-        if self.head_dim not in (None, self.qk_rope_head_dim):
-            raise UserError(f"model.head_dim: {self.head_dim}, but with latent attention qk_nope_head_dim, qk_rope_head_dim and v_head_dim say how wide heads are")
-        if self.num_key_value_heads != self.num_attention_heads:
-            raise UserError(f"model.num_key_value_heads: {self.num_key_value_heads}, but the latent serves all {self.num_attention_heads} heads")
-        self.head_dim = self.qk_rope_head_dim  # what rotary positions turn
-
-    def _check_experts(self):
-        if self.num_experts is None:
-            return self._check_alone("num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "mlp_only_layers",
-                                     "scoring_func", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group",
-                                     "router_aux_loss_coef", "seq_aux", "router_bias_update_speed")
-        if self.moe_intermediate_size is None:
-            self.moe_intermediate_size = self.intermediate_size
-        experts, groups = self.num_experts, self.n_group
-        if experts < 1:
-            raise UserError(f"model.num_experts: {experts} must be at least 1, or null for none")
-        if not 1 <= self.num_experts_per_tok <= experts:
-            raise UserError(f"model.num_experts_per_tok: {self.num_experts_per_tok} must lie between 1 and num_experts {experts}")
-        if groups < 1 or experts % groups:
-            raise UserError(f"model.n_group: {groups} groups do not divide num_experts {experts}")
-        if not 1 <= self.topk_group <= groups or self.topk_group * (experts // groups) < self.num_experts_per_tok:
-            raise UserError(f"model.topk_group: {self.topk_group} of {groups} groups of {experts // groups} experts must exist and hold "
-                            f"num_experts_per_tok {self.num_experts_per_tok}")
-        if groups > 1 and experts // groups < 2:
-            raise UserError(f"model.n_group: {groups} groups of one expert; a group is scored by its two best")
-        if self.router_bias_update_speed and self.scoring_func != "sigmoid":
-            raise UserError("model.router_bias_update_speed: a selection bias needs model.scoring_func sigmoid")
-        for name in ("moe_intermediate_size", "n_shared_experts", "router_aux_loss_coef", "router_bias_update_speed"):
-            if not (0 if name != "moe_intermediate_size" else 1) <= getattr(self, name) < math.inf:
-                raise UserError(f"model.{name}: {getattr(self, name)} is too small")
-        with suppress(ValueError, TypeError):
-            self.mlp_only_layers = [int(layer) for layer in self.mlp_only_layers or ()]
-        if not all(isinstance(layer, int) and 0 <= layer < self.num_hidden_layers for layer in self.mlp_only_layers or ()):
-            raise UserError(f"model.mlp_only_layers: {self.mlp_only_layers} names a layer beyond the {self.num_hidden_layers} there are")
-        self.mlp_only_layers = sorted(set(self.mlp_only_layers or ())) or None
+        check_architecture(self)
 
     def sparse(self, layer: int) -> bool:
         """Whether a layer holds experts."""
         return self.num_experts is not None and layer not in (self.mlp_only_layers or ())
-
-    def _check_layer_types(self):
-        if self.layer_types is None:
-            return
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise UserError(f"model.layer_types: {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
-        unknown = set(self.layer_types) - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise UserError(f"model.layer_types: unknown {sorted(unknown)}; use full_attention or sliding_attention")
-        if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise UserError("model.layer_types: sliding_attention needs model.sliding_window")
-        same = "sliding_attention" if self.sliding_window else "full_attention"
-        if all(kind == same for kind in self.layer_types):  # one spelling for one architecture
-            self.layer_types = None
-        elif all(kind == "full_attention" for kind in self.layer_types):
-            self.layer_types = self.sliding_window = None
-
-    def _check_rope_scaling(self):
-        if self.position_embedding_type == "learned":
-            self._check_alone("position_embedding_type rope", "rope_scaling", "rope_theta")
-        if self.rope_scaling is None:
-            return
-        scaling = dict(self.rope_scaling)
-        kind = scaling["rope_type"] = scaling.pop("rope_type", scaling.pop("type", None))
-        scaling.pop("type", None)
-        if kind not in ROPE_TYPES:
-            raise UserError(f"model.rope_scaling: rope_type '{kind}' is not one of {', '.join(ROPE_TYPES)}")
-        if unknown := set(scaling) - {"rope_type", *ROPE_TYPES[kind]}:
-            word = sorted(unknown)[0]
-            raise UserError(f"model.rope_scaling: rope_type {kind} has no '{word}'; nearest is '{nearest(word, ROPE_TYPES[kind])}'")
-        needs = ROPE_TYPES[kind] if kind == "llama3" else ROPE_TYPES[kind][:1]
-        missing = [key for key in needs if scaling.get(key) is None]
-        if missing:
-            raise UserError(f"model.rope_scaling: rope_type {kind} needs {', '.join(missing)}")
-        for key, value in scaling.items():
-            least = 1 if key in ("factor", "original_max_position_embeddings") else 0
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if key not in ("rope_type", "truncate") and value is not None and not (number and least <= value < math.inf):
-                raise UserError(f"model.rope_scaling: {key} {value!r} must be a number, {least} or above")
-        slow, fast = ((scaling.get("low_freq_factor"), scaling.get("high_freq_factor")) if kind == "llama3" else
-                      (scaling.get("beta_slow") or 1, scaling.get("beta_fast") or 32))
-        if kind in ("llama3", "yarn") and (slow > fast or (kind == "llama3" and slow == fast)):
-            raise UserError(f"model.rope_scaling: {slow} for slow dimensions must be below {fast} for fast ones")
-        self.rope_scaling = None if kind == "default" else scaling
 
     def window(self, layer: int) -> int | None:
         """The sliding window of one layer; None sees everything before it."""
@@ -301,119 +166,7 @@ class ModelConfig:
         return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
-# ----------------------------------------------------------------------------------------------------- presets
-
-_LLAMA2 = dict(max_position_embeddings=4096, vocab_size=32000)
-_LLAMA3 = dict(max_position_embeddings=8192, vocab_size=128256, rope_theta=500000.0, bos_token_id=128000,
-               eos_token_id=128001, num_key_value_heads=8)
-_LLAMA31 = dict(_LLAMA3, max_position_embeddings=131072, rope_scaling=dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192))
-_MISTRAL = dict(model_type="mistral", sliding_window=4096, num_key_value_heads=8, max_position_embeddings=32768)
-_QWEN2 = dict(model_type="qwen2", attention_bias=True, rope_theta=1e6, rms_norm_eps=1e-6, vocab_size=151936,
-              max_position_embeddings=32768)
-_QWEN3 = dict(model_type="qwen3", qk_norm=True, rope_theta=1e6, rms_norm_eps=1e-6, vocab_size=151936, head_dim=128,
-              max_position_embeddings=40960)
-_GPT2 = dict(model_type="gpt2", norm_type="layernorm", hidden_act="gelu_new", mlp_gated=False, attention_bias=True,
-             attention_out_bias=True, mlp_bias=True, tie_word_embeddings=True, position_embedding_type="learned", fused_qkv=True,
-             vocab_size=50257, max_position_embeddings=1024, bos_token_id=50256, eos_token_id=50256)
-_BERT = dict(model_type="bert", norm_type="layernorm", hidden_act="gelu", mlp_gated=False, attention_bias=True, attention_out_bias=True,
-             mlp_bias=True, position_embedding_type="learned", causal=False, post_norm=True, lm_head_transform=True,
-             tie_word_embeddings=True, rms_norm_eps=1e-12, type_vocab_size=2, vocab_size=30522, max_position_embeddings=512, pad_token_id=0)
-_BERT_IMPLIES = ("norm_type", "mlp_gated", "attention_bias", "attention_out_bias", "mlp_bias", "position_embedding_type", "causal",
-                 "post_norm", "lm_head_transform")
-_MIXTRAL = dict(model_type="mixtral", num_experts=8, rope_theta=1e6, num_key_value_heads=8, max_position_embeddings=32768,
-                router_aux_loss_coef=0.02)
-_QWEN3_MOE = dict(_QWEN3, model_type="qwen3_moe", num_experts=128, num_experts_per_tok=8, router_aux_loss_coef=0.001)
-_DEEPSEEK = dict(model_type="deepseek_v3", rms_norm_eps=1e-6, kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64,
-                 v_head_dim=128, rope_interleave=True, num_experts=256, num_experts_per_tok=8, moe_intermediate_size=2048,
-                 n_shared_experts=1, scoring_func="sigmoid", n_group=8, topk_group=4, routed_scaling_factor=2.5,
-                 router_aux_loss_coef=1e-4, seq_aux=True, router_bias_update_speed=1e-3, mlp_only_layers=[0, 1, 2],
-                 vocab_size=129280, max_position_embeddings=163840, bos_token_id=0, eos_token_id=1,
-                 rope_scaling=dict(rope_type="yarn", factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0,
-                                   mscale=1.0, mscale_all_dim=1.0))
-_KIMI = dict(_DEEPSEEK, num_experts=384, n_group=1, topk_group=1, routed_scaling_factor=2.827, mlp_only_layers=[0], vocab_size=163840,
-             rope_theta=50000.0, max_position_embeddings=131072, bos_token_id=163584, eos_token_id=163585,
-             rope_scaling=dict(_DEEPSEEK["rope_scaling"], factor=32.0, beta_fast=1.0))
-
-
-def _size(base: dict, width: int, layers: int, heads: int, mlp: int, **more) -> dict:
-    return dict(base, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp,
-                **more)
-
-
-TRAINED_VOCABULARY = 1024  # ids of a tokenizer that is trained here, unless tokenizer.vocab_size says otherwise
-_SMALL = 4096  # vocabulary of the presets for such tokenizers
-_TINY = dict(tie_word_embeddings=True, vocab_size=_SMALL, max_position_embeddings=1024)
-_TINY_MLA = dict(_TINY, kv_lora_rank=48, q_lora_rank=64, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=24, moe_intermediate_size=96,
-                 mlp_only_layers=[0], rope_scaling=None, router_bias_update_speed=5e-3)
-PRESETS = {
-    "llama-225k": _size(_TINY, 64, 3, 4, 192),
-    "llama-1m": _size(_TINY, 128, 4, 4, 344),
-    "llama-2m": _size(_TINY, 192, 5, 6, 512, num_key_value_heads=3),
-    "llama-14m": _size(_LLAMA2, 384, 6, 6, 1024, vocab_size=_SMALL),
-    "llama-134m": _size(_LLAMA2, 768, 12, 12, 2048),
-    "llama-374m": _size(_LLAMA2, 1024, 24, 16, 2816),
-    "gpt2-2m": _size(_GPT2, 192, 4, 6, 768, vocab_size=_SMALL),
-    "mistral-2m": _size(dict(_TINY, model_type="mistral", sliding_window=128), 192, 5, 6, 512, num_key_value_heads=3),
-    "qwen2-2m": _size(dict(_QWEN2, **_TINY), 192, 5, 6, 512, num_key_value_heads=3),
-    "qwen3-2m": _size(dict(_QWEN3, **_TINY, head_dim=32), 192, 5, 6, 512, num_key_value_heads=3),
-    "mixtral-tiny": _size(dict(_MIXTRAL, **_TINY, router_aux_loss_coef=0.05), 128, 4, 4, 192, num_key_value_heads=2),
-    "qwen3-moe-tiny": _size(dict(_QWEN3_MOE, **_TINY, head_dim=32, router_aux_loss_coef=0.02), 128, 4, 4, 384, num_key_value_heads=2, num_experts=16,
-                            num_experts_per_tok=4, moe_intermediate_size=96),
-    "deepseek-v3-tiny": _size(dict(_DEEPSEEK, **_TINY_MLA), 128, 4, 4, 344, num_experts=16, num_experts_per_tok=3, n_group=4, topk_group=2),
-    "kimi-k2-tiny": _size(dict(_KIMI, **_TINY_MLA), 128, 4, 4, 344, num_experts=24, num_experts_per_tok=3),
-    "bert-2m": _size(dict(_BERT, vocab_size=_SMALL), 192, 4, 6, 768),
-    "gpt2-124m": _size(_GPT2, 768, 12, 12, 3072),
-    "gpt2-355m": _size(_GPT2, 1024, 24, 16, 4096),
-    "gpt2-774m": _size(_GPT2, 1280, 36, 20, 5120),
-    "gpt2-xl": _size(_GPT2, 1600, 48, 25, 6400),
-    "llama2-7b": _size(_LLAMA2, 4096, 32, 32, 11008),
-    "llama2-13b": _size(_LLAMA2, 5120, 40, 40, 13824),
-    "llama2-70b": _size(_LLAMA2, 8192, 80, 64, 28672, num_key_value_heads=8),
-    "llama3-8b": _size(_LLAMA3, 4096, 32, 32, 14336),
-    "llama3-70b": _size(_LLAMA3, 8192, 80, 64, 28672),
-    "llama3.1-8b": _size(_LLAMA31, 4096, 32, 32, 14336),
-    "llama3.1-70b": _size(_LLAMA31, 8192, 80, 64, 28672),
-    "llama3.1-405b": _size(_LLAMA31, 16384, 126, 128, 53248),
-    "mistral-7b": _size(_MISTRAL, 4096, 32, 32, 14336),
-    "qwen2-0.5b": _size(_QWEN2, 896, 24, 14, 4864, num_key_value_heads=2, tie_word_embeddings=True),
-    "qwen2-1.5b": _size(_QWEN2, 1536, 28, 12, 8960, num_key_value_heads=2, tie_word_embeddings=True),
-    "qwen2-7b": _size(dict(_QWEN2, vocab_size=152064), 3584, 28, 28, 18944, num_key_value_heads=4),
-    "qwen2-72b": _size(dict(_QWEN2, vocab_size=152064), 8192, 80, 64, 29568, num_key_value_heads=8),
-    "qwen3-0.6b": _size(_QWEN3, 1024, 28, 16, 3072, num_key_value_heads=8, tie_word_embeddings=True),
-    "qwen3-1.7b": _size(_QWEN3, 2048, 28, 16, 6144, num_key_value_heads=8, tie_word_embeddings=True),
-    "qwen3-4b": _size(_QWEN3, 2560, 36, 32, 9728, num_key_value_heads=8, tie_word_embeddings=True),
-    "qwen3-8b": _size(_QWEN3, 4096, 36, 32, 12288, num_key_value_heads=8),
-    "qwen3-14b": _size(_QWEN3, 5120, 40, 40, 17408, num_key_value_heads=8),
-    "qwen3-32b": _size(_QWEN3, 5120, 64, 64, 25600, num_key_value_heads=8),
-    "mixtral-8x7b": _size(_MIXTRAL, 4096, 32, 32, 14336),
-    "mixtral-8x22b": _size(dict(_MIXTRAL, max_position_embeddings=65536, vocab_size=32768, router_aux_loss_coef=0.001), 6144, 56, 48, 16384),
-    "qwen3-30b-a3b": _size(_QWEN3_MOE, 2048, 48, 32, 6144, num_key_value_heads=4, moe_intermediate_size=768),
-    "qwen3-235b-a22b": _size(_QWEN3_MOE, 4096, 94, 64, 12288, num_key_value_heads=4, moe_intermediate_size=1536),
-    "deepseek-v3": _size(_DEEPSEEK, 7168, 61, 128, 18432),
-    "kimi-k2": _size(_KIMI, 7168, 61, 64, 18432),
-    "bert-110m": _size(_BERT, 768, 12, 12, 3072),
-    "bert-340m": _size(_BERT, 1024, 24, 16, 4096),
-}
-
-
-def preset_config(name: str, **overrides) -> ModelConfig:
-    """The knobs of a preset, e.g. preset_config("llama-2m", vocab_size=1024)."""
-    if name is None:
-        raise UserError("model.preset: a value is needed, or a trained model's name in model.name")
-    if name not in PRESETS:
-        raise UserError(f"model.preset: '{name}' is unknown; nearest is '{nearest(name, PRESETS)}' "
-                        "(python MODEL.py --list shows all)")
-    knobs = dict(PRESETS[name])
-    if "hidden_size" in overrides or "num_attention_heads" in overrides:
-        # A preset's derived knobs follow its heads; one who changes the heads means them to be derived again.
-        knobs.pop("head_dim", None)
-        if "num_attention_heads" in overrides:
-            knobs.pop("num_key_value_heads", None)
-    return ModelConfig(**{**knobs, **overrides})
-
-
-# --------------------------------------------------------------------------------------------------- positions
+# ----------------------------------------------------------------------------------------------------- positions
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -469,14 +222,14 @@ def _magnitude(factor: float, weight: float = 1.0) -> float:
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + D/2) of states (B, H, T, D) by its token's angle; cos and sin are (B or 1, 1, T, D/2).
 
-    Hugging Face's layout: the two numbers of a pair stand half a head apart, not side by side as in Meta's files.
+    Hugging Face's layout: the two numbers of a pair are half a head apart, not adjacent as in Meta's files.
     """
     return _turn(*states.chunk(2, dim=-1), cos, sin)
 
 
 def rotate_interleaved(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same for pairs that stand side by side (DeepSeek). They come out half a head apart, in queries and keys
-    alike, so that their products stay what they were."""
+    """The same for adjacent pairs (DeepSeek). The result has them half a head apart, in queries and keys alike, so their
+    products do not change."""
     return _turn(states[..., 0::2], states[..., 1::2], cos, sin)
 
 
@@ -484,15 +237,15 @@ def _turn(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((torch.addcmul(first * cos, second, -sin), torch.addcmul(second * cos, first, sin)), dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------------- KV cache
+# ------------------------------------------------------------------------------------------------------ KV cache
 
 
 class KVCache:
-    """What each layer keeps of past tokens, by sequence row and position; allocated once, bounds checked.
+    """The past states of each layer, by sequence row and position; allocated once, bounds checked.
 
-    A layer hands in new states (keys and values, or a latent) and gets back all states of its rows with the position
-    of every slot (-1: empty). No layer indexes storage, so a paged cache can take this one's place. Slot p holds
-    position p; one spare slot at the end swallows padding. A layer's states take their shapes from what it first hands in.
+    A layer appends new states (keys and values, or a latent) and gets back all states of its rows with the position of every
+    slot (-1: empty). No layer indexes the storage, so a paged cache could replace it. Slot p holds position p; padding goes to
+    a spare slot at the end. The first states that a layer appends decide the shape of its storage.
     """
 
     def __init__(self, layers: int, rows: int, length: int, device=None):
@@ -501,11 +254,11 @@ class KVCache:
         self.length = length
 
     def select(self, rows: Tensor | list[int]) -> CacheRows:
-        """A view for one forward pass whose batch row b continues sequence rows[b]."""
+        """A view for one forward pass in which batch row b continues sequence rows[b]."""
         return CacheRows(self, [int(row) for row in rows])
 
     def copy(self, source: int, target: int) -> None:
-        """Give `target` the past of `source` (shared prompts, moving a row)."""
+        """Copy the past of row `source` to row `target`."""
         for states in (*itertools.chain(*self.states), self.positions):
             states[target] = states[source]
 
@@ -520,7 +273,7 @@ class CacheRows:
         self.cache = cache
         first, count = rows[0], len(rows)
         run = rows == list(range(first, first + count))
-        # A run of neighbouring rows is read in place; any other choice of rows has to be gathered (copied).
+        # A run of adjacent rows is read in place; any other choice of rows has to be gathered (copied).
         self.rows = slice(first, first + count) if run else torch.tensor(rows, device=cache.positions.device)
         self.row_ids = torch.tensor(rows, device=cache.positions.device)[:, None]  # (B, 1)
         self._positions = None
@@ -564,23 +317,22 @@ class CacheRows:
         self._positions = positions
 
 
-# --------------------------------------------------------------------------------------------------- attention
+# ----------------------------------------------------------------------------------------------------- attention
 
 
 class Mask(NamedTuple):
-    """What a query may see: an additive bias (B, 1, T, S), and the queries (B, 1, T, 1) that see nothing at all."""
+    """An additive bias on scores (B, 1, T, S), and which queries attend to no key at all (B, 1, T, 1)."""
 
     bias: Tensor
     empty: Tensor | None
 
 
 class MaskBuilder:
-    """Makes masks from query and key positions alone, once per window and key layout of a forward pass.
+    """Makes masks from query and key positions, once per window and key layout of a forward pass.
 
-    A query at p sees keys of its own segment at positions 0 <= k <= p (any k in an encoder), and k > p - window where
-    a window is set.
-    A padding query (-1) sees nothing; a softmax over nothing is NaN, so its row is opened here and its output
-    is set to zero after the kernel.
+    A query at position p attends to keys of its own segment at positions 0 <= k <= p (any k in an encoder), and with a window
+    only to k > p - window. A padding query (-1) attends to nothing; a softmax over nothing is NaN, so its row is opened here
+    and its output is set to zero after the kernel.
     """
 
     def __init__(self, positions: Tensor, segment_ids: Tensor | None, dtype: torch.dtype, causal: bool = True):
@@ -631,7 +383,7 @@ def _blank(output: Tensor, mask: Mask | None) -> Tensor:
 
 
 def attend_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, window=None, dropout=0.0) -> Tensor:
-    """The same through torch's fused kernels (flash attention on CUDA), which never hold all scores at once."""
+    """The same through torch's fused kernels (flash attention on CUDA), which never store all scores at once."""
     causal = mask is None and query.shape[2] > 1
     grouped = query.shape[1] != key.shape[1]
     output = F.scaled_dot_product_attention(query, key, value, None if mask is None else mask.bias, dropout, causal,
@@ -646,7 +398,7 @@ def attend_auto(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, wi
 
 
 class Ragged(NamedTuple):
-    """Rows for a kernel that takes sequences joined end to end, without padding; `starts` (N+1,) are their edges."""
+    """Rows for a kernel that takes concatenated sequences without padding; `starts` (N+1,) are their boundaries."""
 
     kernel: Callable
     tokens: Tensor | None  # (n,) places of the real tokens in the flattened B*T; None is all of them
@@ -655,10 +407,11 @@ class Ragged(NamedTuple):
 
 
 def ragged_rows(kernel: Callable, positions: Tensor, segment_ids: Tensor | None, plain: bool = False) -> Ragged:
-    """Cut a padded, packed batch (B, T) into the sequences that may see each other; of a `plain` one each row is one."""
+    """Split a padded, packed batch (B, T) into its documents; in a `plain` batch each row is one document."""
     batch, length = positions.shape
     if plain:
-        return Ragged(kernel, None, torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=positions.device), length)
+        return Ragged(kernel, None, torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=positions.device),
+                      length)
     rows = torch.arange(batch, device=positions.device)[:, None].expand_as(positions)
     tokens = (positions >= 0).flatten().nonzero()[:, 0]
     owners = rows.flatten()[tokens]
@@ -669,35 +422,8 @@ def ragged_rows(kernel: Callable, positions: Tensor, segment_ids: Tensor | None,
     return Ragged(kernel, tokens, starts, int(starts.diff().max()) if len(tokens) else 0)
 
 
-def _flash(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
-    """flash-attn (Dao 2023): q (n, H, D), k and v (n, H_kv, D) of joined sequences."""
-    from flash_attn import flash_attn_varlen_func
-
-    reach = (-1, -1) if window is None else (window - 1, 0)
-    return flash_attn_varlen_func(q, k, v, ragged.starts, ragged.starts, ragged.longest, ragged.longest, dropout_p=dropout,
-                                  causal=True, window_size=reach)
-
-
-def _varlen(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
-    """The same kernel as torch ships it."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    reach, edges = (-1, 0) if window is None else (window - 1, 0), (ragged.starts, ragged.starts, ragged.longest, ragged.longest)
-    return varlen_attn(q, k, v, *edges, window_size=reach, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def _xformers(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
-    """xformers' memory-efficient attention (Rabe 2021)."""
-    from xformers.ops import fmha
-
-    k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], 1) for states in (k, v))
-    bias = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(ragged.starts.diff().tolist())
-    bias = bias if window is None else bias.make_local_attention(window)
-    return fmha.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias, p=dropout)[0]
-
-
 def attend_ragged(query: Tensor, key: Tensor, value: Tensor, rows: Ragged, window: int | None, dropout: float) -> Tensor:
-    """A kernel for joined sequences as an attention like the others."""
+    """Attention by a kernel for concatenated sequences, with the interface of the others."""
     batch, heads, length, width = query.shape
     if rows.longest == 0:
         return torch.zeros_like(query)
@@ -710,77 +436,20 @@ def attend_ragged(query: Tensor, key: Tensor, value: Tensor, rows: Ragged, windo
     return output.view(batch, length, heads, width).transpose(1, 2)  # (B, H, T, D)
 
 
-def attend(dense: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Ragged | None, window=None, dropout=0.0) -> Tensor:
-    """Attention by the kernel that the mask is made for."""
+def attend(dense: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Ragged | None, window=None,
+           dropout=0.0) -> Tensor:
+    """Attention by the kernel that the mask was made for."""
     return (attend_ragged if isinstance(mask, Ragged) else dense)(query, key, value, mask, window, dropout)
 
 
-class Kernel(NamedTuple):
-    """An attention kernel, and the tensors that it serves."""
-
-    attend: Callable
-    ragged: bool = False  # takes joined sequences
-    float32: bool = True
-    dropout: bool = True
-    device: str = ""  # device type that it needs; "" is any
-    needs: str = ""  # what has to be installed
-
-    def serves(self, device: torch.device, dtype: torch.dtype, dropout: float) -> bool:
-        """Whether the kernel supports tensors of this device and type. A model on the CPU may run on a machine with a GPU."""
-        old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-        return self.device in ("", device.type) and (self.float32 or dtype != torch.float32 and not old) and (self.dropout or not dropout)
-
-
-KERNELS = {
-    "eager": Kernel(attend_eager),
-    "sdpa": Kernel(attend_sdpa),
-    "flash_attention_2": Kernel(_flash, True, float32=False, device="cuda", needs="flash_attn"),
-    "varlen": Kernel(_varlen, True, float32=False, dropout=False, device="cuda"),
-    "xformers": Kernel(_xformers, True, device="cuda", needs="xformers"),
-}
-ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "xformers")
-
-
-def why_not(name: str) -> str | None:
-    """The reason why a kernel cannot run here, or None."""
-    kernel = KERNELS[name]
-    if kernel.device == "cuda" and not torch.cuda.is_available():
-        return "needs a CUDA device"
-    if kernel.needs and not _installed(kernel.needs):
-        return f"needs `pip install {kernel.needs.replace('_', '-')}`"
-    return None
-
-
-def choose_attention(name: str) -> tuple[Callable, list[Kernel]]:
-    """The kernels behind model.attn_implementation: one that takes masks, and those for joined sequences, in order of preference.
-    auto takes flash-attn where it is installed and can run, on CUDA torch's own form of it, else what torch has for the device."""
-    if name == "auto":
-        return attend_auto, [KERNELS[ragged] for ragged in ("flash_attention_2", "varlen") if why_not(ragged) is None]
-    if name not in KERNELS:
-        raise UserError(f"model.attn_implementation: '{name}' is not one of {', '.join(ATTENTION)}")
-    if reason := why_not(name):
-        raise UserError(f"model.attn_implementation: {name} {reason}; sdpa uses torch's own fused kernels")
-    return (attend_sdpa, [KERNELS[name]]) if KERNELS[name].ragged else (KERNELS[name].attend, [])
-
-
-@memoize
-def _installed(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None
-
-
-# ------------------------------------------------------------------------------------------------------ layers
-
-
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The type that matrix products will use: autocast's where it is on, else the tensor's own."""
+    """The type that matrix products use: autocast's if it is enabled, else the tensor's own."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang 2019, eq. 4), computed in float32 and handed on in the type of the next product."""
+    """x / rms(x) * weight (Zhang 2019, eq. 4), computed in float32 and returned in the type of the next product."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -794,7 +463,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """(x - mean) / std * weight + bias (Ba 2016), handed on in the type of the next product."""
+    """(x - mean) / std * weight + bias (Ba 2016), returned in the type of the next product."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return super().forward(hidden.to(self.weight.dtype)).to(compute_dtype(hidden))
@@ -845,13 +514,13 @@ class Attention(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2, 2024, section 2.1): the cache holds one narrow latent a token, from
-    which all heads' keys and values are projected, and one rotary key that all heads share.
+    """Multi-head latent attention (DeepSeek-V2, 2024, section 2.1): the cache holds one narrow latent per token, from which the
+    keys and values of all heads are projected, and one rotary key that all heads share.
 
-    Two forms of one computation. Expanded: project the latents to keys and values, then attend; it does least
-    arithmetic for many queries. Absorbed: since q . (W c) = (W^T q) . c, project the few queries into the latent
-    space instead and attend to the latents as they lie in the cache; nothing as long as the context is made.
-    A rotary position cannot be moved past W so, which is why it has a part of the head to itself.
+    Two forms of one computation. Expanded: project the latents to keys and values, then attend; this needs the least
+    arithmetic for many queries. Absorbed: since q . (W c) = (W^T q) . c, project the few queries into the latent space instead
+    and attend to the cached latents directly; no tensor as long as the context is created. A rotation by position does not
+    commute with W, which is why positions have a part of the head to themselves.
     """
 
     def __init__(self, config: ModelConfig, layer: int, attend: Callable):
@@ -873,9 +542,9 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(rank, self.heads * (self.content + self.out), bias=False)
         self.o_proj = nn.Linear(self.heads * self.out, width, bias)
         scaling = config.rope_scaling or {}
-        # YaRN's longer context sharpens the whole score, not only the rotary part whose tables it scales.
+        # YaRN sharpens the whole score, not only the rotary part whose tables it scales.
         self.sharpen = _magnitude(scaling.get("factor", 1), scaling.get("mscale_all_dim") or 0) ** 2
-        # From so many queries on, making keys and values once costs less than latent-wide products for each query.
+        # From this many queries on, expanding keys and values once costs less than latent-wide products for each query.
         spared = 2 * rank - self.content - self.out
         self.expand_from = rank * (self.content + self.out) / spared if spared > 0 else math.inf
 
@@ -900,7 +569,7 @@ class LatentAttention(nn.Module):
         key_content, value = expanded.split([self.content, self.out], -1)
         key = torch.cat((key_content, key_place[:, None].expand(-1, self.heads, -1, -1)), -1)
         size = self.content + self.place
-        width = max(size, self.out)  # fused kernels want one width, and scale by it
+        width = max(size, self.out)  # fused kernels require equal widths, and scale by them
         query = F.pad(torch.cat((content, place), -1) * (self.sharpen * (width / size) ** 0.5), (0, width - size))
         key, value = F.pad(key, (0, width - size)), F.pad(value, (0, width - self.out))
         return self.attend(query, key, value, mask, None, self.dropout if self.training else 0.0)[..., : self.out]
@@ -921,7 +590,7 @@ class LatentAttention(nn.Module):
 
 
 def _by_row(left: Tensor, right: Tensor) -> Tensor:
-    """torch.bmm. On a CPU one row after the other: oneDNN first copies 16-bit batches with gaps between rows (a cache's)."""
+    """torch.bmm. On a CPU row by row: oneDNN would first copy 16-bit batches with gaps between rows (a cache's)."""
     return torch.stack([a @ b for a, b in zip(left, right, strict=True)]) if left.device.type == "cpu" else torch.bmm(left, right)
 
 
@@ -931,11 +600,14 @@ def _by_head(states: Tensor, weights: Tensor) -> Tensor:
 
 
 def effective_weight(linear: nn.Module, like: Tensor) -> Tensor:
-    """The (out, in) matrix that a bias-free layer multiplies by, in the type of `like`. Any but a plain layer (an
-    adapter on top, a quantized one) is asked by what it does to the unit vectors."""
+    """The (out, in) matrix that a bias-free layer multiplies by, in the type of `like`. A layer with an adapter or with
+    quantized weights is applied to the unit vectors."""
     if type(linear) is nn.Linear:
         return linear.weight.to(like.dtype)
     return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).t().to(like.dtype)
+
+
+# ----------------------------------------------------------------------------------------------- MLP and experts
 
 
 class MLP(nn.Module):
@@ -961,7 +633,7 @@ class MLP(nn.Module):
 
 
 class Routing(NamedTuple):
-    """What a router did in one training forward: its balance loss, and how many tokens each expert got (E,)."""
+    """The result of a router in one training forward: its balance loss, and the number of tokens of each expert (E,)."""
 
     loss: Tensor
     counts: Tensor
@@ -970,9 +642,9 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Scores every token for every expert and keeps the best k (Shazeer 2017; DeepSeek-V3 2024, section 2.1.2).
 
-    Left alone, routers feed a few experts and starve the rest. Two remedies: a loss that grows with the imbalance
-    (`balance_loss`), or a selection bias (Wang 2024): after each step an expert that got too few tokens is favoured a
-    little. The bias decides who is chosen, the scores alone how much that counts, so no gradient is bent.
+    Without a remedy, routers send most tokens to a few experts. Two remedies: a loss that grows with the imbalance
+    (`balance_loss`), or a selection bias (Wang 2024): after each step, experts that got too few tokens are favored a little.
+    The bias affects which experts are chosen, not their weights, so it changes no gradient.
     """
 
     def __init__(self, config: ModelConfig):
@@ -984,9 +656,9 @@ class Router(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
     def forward(self, hidden: Tensor, real: Tensor | None, rows: int) -> tuple[Tensor, Tensor, Routing | None]:
-        """hidden (N, C) of `rows` sequences, real (N,) or None -> experts (N, k), their weights (N, k) and, in training, Routing."""
+        """hidden (N, C) of `rows` sequences, real (N,) or None -> experts (N, k), weights (N, k), and Routing in training."""
         config = self.config
-        with torch.autocast(hidden.device.type, enabled=False):  # in float32: rounding would change who is chosen
+        with torch.autocast(hidden.device.type, enabled=False):  # in float32: rounding would change the choice
             scores = self.activation(F.linear(hidden.float(), self.weight.float()))  # (N, E)
         experts = self.choose(scores.detach())  # (N, k)
         weights = scores.gather(1, experts)
@@ -996,7 +668,7 @@ class Router(nn.Module):
         return experts, weights * config.routed_scaling_factor, routing
 
     def choose(self, scores: Tensor) -> Tensor:
-        """Scores (N, E) -> the k best experts (N, k), looked for in the best groups only where there are groups."""
+        """Scores (N, E) -> the k best experts (N, k); with groups, those of the best groups only."""
         config = self.config
         if config.scoring_func == "sigmoid":
             scores = scores + self.e_score_correction_bias
@@ -1010,8 +682,8 @@ class Router(nn.Module):
 
 def balance_loss(scores: Tensor, experts: Tensor, real: Tensor | None, rows: int, config: ModelConfig) -> Routing:
     """coefficient * E * sum over experts of (share of tokens that chose it) * (its mean score), over the whole batch
-    (Fedus 2021, eqs. 4-6, with k choices a token) or, with `seq_aux`, for each of `rows` sequences with the shares
-    divided by k and scores that add up to 1 (DeepSeek-V3, eqs. 17-20). Smallest when all experts get the same."""
+    (Fedus 2021, eqs. 4-6, with k choices per token) or, with `seq_aux`, for each of `rows` sequences with the shares divided
+    by k and scores that sum to 1 (DeepSeek-V3, eqs. 17-20). Smallest when all experts get equally many tokens."""
     count, k = scores.shape[1], experts.shape[1]
     groups = rows if config.seq_aux else 1
     alive = torch.ones_like(scores[:, 0]) if real is None else real.to(scores.dtype)  # (N,)
@@ -1027,9 +699,9 @@ def balance_loss(scores: Tensor, experts: Tensor, real: Tensor | None, rows: int
 
 
 class Gather(torch.autograd.Function):
-    """rows[index] where backward knows the inverse: it gathers too, instead of scattering with additions.
+    """rows[index] whose backward gathers too, through the inverse index, instead of scattering with additions.
 
-    `inverse` (M * k,) lists for each of the M rows the k places it was copied to."""
+    `inverse` (M * k,) lists the k places to which each of the M rows was copied."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -1044,11 +716,11 @@ class Gather(torch.autograd.Function):
 
 
 class Experts(nn.Module):
-    """All experts' gated MLPs as stacked weights, computed together.
+    """The gated MLPs of all experts as stacked weights, computed together.
 
-    Tokens are sorted by expert, so each expert's share is one run of rows and a grouped product multiplies run e by
-    weight e. The shapes depend on the number of tokens alone, whatever the routing. An expert without tokens takes
-    part with zero rows and gets zero gradients.
+    Tokens are sorted by expert, so the tokens of each expert are one run of rows and a grouped product multiplies run e by
+    weight e. The shapes depend on the number of tokens alone, not on the routing. An expert without tokens has zero rows and
+    gets zero gradients.
     """
 
     def __init__(self, config: ModelConfig):
@@ -1065,7 +737,7 @@ class Experts(nn.Module):
         count, k = self.count, experts.shape[1]
         experts = experts.flatten()  # (N * k,)
         if real is not None:
-            experts = experts.masked_fill(~real.repeat_interleave(k), count)  # padding goes behind the last expert
+            experts = experts.masked_fill(~real.repeat_interleave(k), count)  # padding is sorted behind the last expert
         order = experts.argsort(stable=True)
         inverse = order.argsort()
         ends = F.one_hot(experts, count + 1).sum(0)[:count].cumsum(0, dtype=torch.int32)  # (E,)
@@ -1074,20 +746,20 @@ class Experts(nn.Module):
         runs = runs if behind is None else runs.masked_fill(behind, 0.0)
         gate, up = grouped_product(runs, self.gate_up_proj, ends).chunk(2, -1)
         runs = grouped_product(self.activation(gate) * up, self.down_proj, ends)  # (N * k, C)
-        runs = runs if behind is None else runs.masked_fill(behind, 0.0)  # no product has written there
+        runs = runs if behind is None else runs.masked_fill(behind, 0.0)  # the product leaves these rows undefined
         apart = Gather.apply(runs, inverse, order).view(len(hidden), k, -1)  # (N, k, C)
         return (weights.to(apart.dtype)[:, None] @ apart).squeeze(1)  # (N, C)
 
 
 def grouped_product(runs: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows (M, in) in runs that end at `ends` (E,), weight (E, out, in) -> (M, out)."""
-    # torch.compile knows the product in bfloat16 only; in other types it is called as it is.
+    # torch.compile supports the product in bfloat16 only; in other types it runs uncompiled.
     product = F.grouped_mm if runs.dtype == torch.bfloat16 else torch.compiler.disable(F.grouped_mm)
     return product(runs, weight.to(runs.dtype).transpose(1, 2), offs=ends)
 
 
 class MixtureOfExperts(nn.Module):
-    """A router and its experts, with an MLP beside them for what every token needs (DeepSeekMoE, Dai 2024)."""
+    """A router and its experts, optionally with shared experts that every token visits (DeepSeekMoE, Dai 2024)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -1105,11 +777,14 @@ class MixtureOfExperts(nn.Module):
         return mixed + self.shared_experts(hidden) if hasattr(self, "shared_experts") else mixed, routing
 
 
-class DecoderLayer(nn.Module):
-    """Attention, then an MLP or experts, each added to the residual stream; what the router did comes out beside it.
+# -------------------------------------------------------------------------------------------------------- layers
 
-    Pre-norm: x + f(norm(x)), the stream itself is never normalised and deep models train. Post-norm, as in BERT and
-    the first Transformer (Vaswani 2017): norm(x + f(x)).
+
+class DecoderLayer(nn.Module):
+    """Attention, then an MLP or experts, each added to the residual stream; returns the stream and the router's result.
+
+    Pre-norm: x + f(norm(x)); the stream itself is never normalized, which lets deep models train. Post-norm, as in BERT and
+    the original Transformer (Vaswani 2017): norm(x + f(x)).
     """
 
     def __init__(self, config: ModelConfig, layer: int, attend: Callable):
@@ -1136,7 +811,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers, final norm: ids (B, T) -> hidden states (B, T, C), those of each layer, what routers did."""
+    """Embeddings, layers, final norm: ids (B, T) -> hidden states (B, T, C), those of each layer, the routers' results."""
 
     def __init__(self, config: ModelConfig, attention: tuple[Callable, list[Kernel]]):
         super().__init__()
@@ -1156,14 +831,14 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.embd_pdrop) if config.embd_pdrop else nn.Identity()
 
     def rope_tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (B, 1, T, D/2). Angles are float32 whatever the model's type: bf16 cannot count past 256."""
+        """cos and sin (B, 1, T, D/2). Angles are float32 in models of any type: bf16 cannot represent integers above 256."""
         self.rope_frequencies = self.rope_frequencies.to(positions.device)
         angles = positions.clamp(min=0)[..., None].float() * self.rope_frequencies  # (B, T, D/2)
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
         return cos[:, None].to(dtype), sin[:, None].to(dtype)
 
     def masks(self, rows: int, positions: Tensor, segment_ids, cache, plain: bool, dtype) -> list:
-        """One mask a layer; None is plain causal attention without a window."""
+        """One mask per layer; None is causal attention without a window."""
         config = self.config
         builder = MaskBuilder(positions, segment_ids, dtype, config.causal)
         if cache is not None:
@@ -1216,26 +891,11 @@ def default_positions(input_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
     return steps - torch.where(new, steps, 0).cummax(1).values
 
 
-# ------------------------------------------------------------------------------------------------- forward pass
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of any model: they are compiled and sharded one by one."""
-    own = [module for module in model.modules() if isinstance(module, DecoderLayer)]
-    return own or list(max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=[]))
-
-
-def set_checkpointing(model: nn.Module, on: bool) -> None:
-    """Compute the layers' activations again in backward instead of keeping them (Chen 2016)."""
-    for module in model.modules():
-        if isinstance(module, Decoder):
-            module.gradient_checkpointing = on
-        elif isinstance(module, ForeignModel) and on:
-            module.inner.gradient_checkpointing_enable({"use_reentrant": False})
+# -------------------------------------------------------------------------------------------------- forward pass
 
 
 class Output(NamedTuple):
-    """What a forward pass computed; only what was asked for is set. Shapes in `Transformer.forward`."""
+    """The results of a forward pass; only the requested ones are set. Shapes: `LanguageModel.forward`."""
 
     logits: Tensor | None = None
     logprobs: Tensor | None = None
@@ -1248,43 +908,30 @@ class Output(NamedTuple):
 
 
 HEADS = ("lm", "score", "value")
-# Float32 logits computed at once, in bytes: at least what a cache may hold, at most what any machine has, and between
-# them as much as the head's own weights, whose gradient is added up once for each chunk.
+# Bytes of float32 logits computed at once, least and most: as many rows as the head has columns, since each chunk adds to the
+# gradient of the whole head; at least what fits a processor's cache, at most what any machine can hold.
 HEAD_CHUNK_BYTES = 24 * 2**20, 128 * 2**20
-HEAD_KEEP_BYTES = 2**29  # logits of a whole batch up to this size are kept for backward, above it computed again
-
-
-@memoize
-def settle_vector_functions() -> None:
-    """Call each vector function of Intel's MKL once on one element.
-
-    MKL picks a function's code at its first call. If that call runs on several threads, one of them may use a low-accuracy version
-    (https://github.com/pytorch/pytorch/issues/188792): a first cosine was 1.5e-4 off in some processes. Small calls run on one thread.
-    """
-    for dtype in (torch.float32, torch.float64):
-        one = torch.ones(1, dtype=dtype, device="cpu")  # models are built on meta
-        for name in ("cos", "sin", "tan", "acos", "asin", "atan", "exp", "expm1", "log", "log2", "log10", "log1p", "sqrt", "tanh", "erf", "erfc"):
-            getattr(torch, name)(one)
+HEAD_KEEP_BYTES = 2**29  # logits of a batch up to this size are kept for backward, larger ones are recomputed
 
 
 class LanguageModel(nn.Module):
-    """What every model of the project is to its callers: a backbone that turns ids into hidden states, heads on it,
-    and one `forward` that computes what a loss or a sampler asks for."""
+    """The interface of every model here: a backbone that turns ids into hidden states, heads on top of it, and one `forward`
+    that computes what losses and samplers request."""
 
     heads: tuple = ("lm",)
-    caches = True  # whether `new_cache` and forward's `cache` work
+    caches = True  # whether `new_cache` and forward's `cache` are supported
 
     def __init__(self):
         super().__init__()
         settle_vector_functions()
         self.adapter = None  # peft's LoraConfig, where one is attached
-        self.quantization = "none"  # the form of the layers' frozen matrices
+        self.quantization = "none"  # of the layers' frozen matrices
         self.rates: dict[str, float] = {}  # part of a weight's name -> how many times faster it learns (LoRA+)
-        self.new_ids: list[int] = []  # rows that the vocabulary gained after loading
+        self.new_ids: list[int] = []  # token ids added to the vocabulary after loading
         self.router_counts: Tensor | None = None  # (layers with experts, E) tokens since the last optimizer step
 
     def add_heads(self, head: str | tuple, width: int, labels: int) -> None:
-        """The heads asked for; the one that predicts tokens differs by model and is not made here."""
+        """Create the requested heads except lm's, which differs by model."""
         self.heads = (head,) if isinstance(head, str) else tuple(head)
         if not set(self.heads) <= set(HEADS):
             raise UserError(f"head: {head!r} is not one of {', '.join(HEADS)}")
@@ -1295,16 +942,15 @@ class LanguageModel(nn.Module):
             nn.init.zeros_(self.value_head.weight)
 
     def backbone(self, input_ids, positions, cache, segment_ids, token_types, keep: bool) -> tuple[Tensor, list, list[Routing]]:
-        """ids (B, T) -> hidden states (B, T, C) after the final norm; if `keep`, those before each layer and the last; what routers
-        did."""
+        """ids (B, T) -> hidden states (B, T, C) after the final norm, all hidden states if `keep`, the routers' results."""
         raise NotImplementedError
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """What heads other than lm's read of the backbone's output."""
+        """The input of the score and value heads."""
         return hidden
 
     def head_logits(self, hidden: Tensor) -> Tensor:
-        """Last hidden states (N, C) -> logits (N, V), in the model's type of computation."""
+        """Last hidden states (N, C) -> logits (N, V), in the type of matrix products."""
         raise NotImplementedError
 
     def get_input_embeddings(self) -> nn.Module:
@@ -1316,8 +962,8 @@ class LanguageModel(nn.Module):
     def after_step(self) -> dict[str, float]:
         """Called by the trainer after each optimizer step: routers move their selection bias (Wang 2024, algorithm 1).
 
-        Returns what the log shows: how many tokens the fullest expert got in units of a fair share (1 is balance),
-        and the share of experts that got none, both as means over the layers.
+        Returns for the log: the load of the busiest expert relative to a uniform split (1 is balanced) and the fraction of
+        experts without tokens, averaged over layers.
         """
         if self.router_counts is None:
             return {}
@@ -1329,29 +975,30 @@ class LanguageModel(nn.Module):
         for router, above in zip(routers, counts - fair, strict=True):
             if router.config.router_bias_update_speed:
                 router.e_score_correction_bias -= router.config.router_bias_update_speed * above.sign()
-        return {"expert_load": float((counts.amax(1) / fair[:, 0].clamp(min=1e-9)).mean()), "idle_experts": float((counts == 0).float().mean())}
+        return {"expert_load": float((counts.amax(1) / fair[:, 0].clamp(min=1e-9)).mean()),
+                "idle_experts": float((counts == 0).float().mean())}
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: CacheRows | None = None,
                 segment_ids: Tensor | None = None, token_types: Tensor | None = None, targets: Tensor | None = None,
                 temperature: float = 1.0, reduce: Callable | None = None, want: tuple = ()) -> Output:
-        """ids (B, T) -> Output, whose fields are there on request.
+        """ids (B, T) -> Output with the requested fields.
 
         logits        (B, T, V)           without targets and reduce
         logprobs      (B, T) float32      log-probability of targets[b, t] given everything up to t, at `temperature`;
                                           exactly 0, without gradient, where the target is -100 or the position -1
         reduced       {name: (B, T)}      reduce(logits (N, V), rows (N,)) -> {name: (N,)} over the trained places;
-                                          rows index the flattened B*T; `logprobs` among them are taken as they are
+                                          rows index the flattened B*T; `logprobs` among the results replace ours
         entropy       (B, T) float32      with want=("entropy",), of the same distribution
         hidden_states tuple of (B, T, C)  want=("hidden_states",): embeddings, each layer, the last one after the norm
         values, scores (B, T), (B, T, L)  want=("values", "scores"): heads at every position
         aux_loss      ()                  in training, the routers' balance loss with its coefficient, mean over layers
 
-        positions (B, T): where each token stands, -1 is padding; None is 0..T-1, restarting at each segment.
-        segment_ids (B, T): tokens see only their own segment. cache: see `KVCache.select`.
-        The caller shifts targets; they are never shifted here. No (B, T, V) tensor exists with targets or reduce.
+        positions (B, T): of each token, -1 is padding; None is 0..T-1, restarting at each segment.
+        segment_ids (B, T): tokens attend to their own segment only. cache: see `KVCache.select`.
+        The caller shifts targets; they are never shifted here. With targets or reduce, no (B, T, V) tensor is created.
         """
         if "entropy" in want and targets is None:
-            raise ValueError("entropy is computed at the places that targets name")
+            raise ValueError("entropy is computed where targets are given")
         if cache is not None and (positions is None or segment_ids is not None):
             raise ValueError("with a cache, positions are required and segment_ids are not possible")
         hidden, states, routings = self.backbone(input_ids, positions, cache, segment_ids, token_types, "hidden_states" in want)
@@ -1373,10 +1020,10 @@ class LanguageModel(nn.Module):
         return Output(**out)
 
     def _from_logits(self, hidden, positions, targets, temperature, reduce, entropy: bool) -> dict:
-        """Everything that needs logits, a chunk of rows at a time; backward computes each chunk's logits again.
+        """Everything that needs logits, computed in chunks of rows; backward recomputes the logits of each chunk.
 
-        Logits of a whole batch in float32 are often the largest tensor of a training step (8 x 2048 x 128256 x 4 bytes
-        is 8 GB). Per chunk they stay in the processor's cache, and only (N,) results survive.
+        The float32 logits of a whole batch are often the largest tensor of a training step (8 x 2048 x 128256 x 4 bytes is
+        8 GB). In chunks they stay in the processor's cache, and only (N,) results are kept.
         """
         shape = hidden.shape[:2]
         trained = torch.ones(shape, dtype=torch.bool, device=hidden.device)
@@ -1392,7 +1039,7 @@ class LanguageModel(nn.Module):
         low, high = (limit // (4 * self.config.vocab_size) for limit in HEAD_CHUNK_BYTES)
         size = max(1, low, min(high, hidden.shape[-1]))  # rows at once
         parts: dict[str, list[Tensor]] = {}
-        for start in range(0, max(len(rows), 1), size):  # an empty batch still runs once, so that every weight takes part
+        for start in range(0, max(len(rows), 1), size):  # an empty batch still runs once, so that every weight gets a gradient
             piece = slice(start, start + size)
             args = (chosen[piece], None if picked is None else picked[piece], rows[piece], temperature, reduce, entropy)
             again = torch.is_grad_enabled() and 4 * len(rows) * self.config.vocab_size > HEAD_KEEP_BYTES
@@ -1419,40 +1066,13 @@ class LanguageModel(nn.Module):
 
 
 def outside_autocast(head: nn.Module, hidden: Tensor) -> Tensor:
-    """Scores and values in the type of the head's weights: bf16 would round rewards to three digits."""
+    """Scores and values in the type of the head's weights: bf16 rounds rewards to three digits."""
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.to(next(head.parameters()).dtype)).float()
 
 
-class MaskedHead(nn.Module):
-    """BERT's output head: a layer of its own before the embedding's weights, and a bias for each id."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.norm = NORMS[config.norm_type](config.hidden_size, config.rms_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.decoder(self.norm(self.activation(self.dense(hidden))))
-
-
-class PooledHead(nn.Module):
-    """BERT's score head: a layer of its own, tanh, dropout, and a product with a bias."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.resid_pdrop)
-        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.out_proj(self.dropout(torch.tanh(self.dense(hidden))))
-
-
 class Transformer(LanguageModel):
-    """Layers with their heads. `config.json`'s names throughout: model.layers.0.self_attn.q_proj and so on."""
+    """The decoder with its heads. Module names are those of Hugging Face's Llama: model.layers.0.self_attn.q_proj."""
 
     def __init__(self, config: ModelConfig, head: str | tuple = "lm", attn_implementation: str = "auto"):
         super().__init__()
@@ -1477,12 +1097,12 @@ class Transformer(LanguageModel):
         return getattr(self, "lm_head", None)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **_) -> dict:
-        """peft asks for it before it wraps a causal model; `INFER.generate` does not need it."""
+        """peft requires this of a causal model."""
         return {"input_ids": input_ids}
 
     @property
     def tied_name(self) -> str:
-        """The head's name for the weights that it shares with the embedding."""
+        """The name of the head's weight that is shared with the embedding."""
         return "lm_head.decoder.weight" if self.config.lm_head_transform else "lm_head.weight"
 
     @property
@@ -1491,7 +1111,7 @@ class Transformer(LanguageModel):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.embed_tokens.parameters()).device  # `.weight` of a wrapped one is computed anew
+        return next(self.model.embed_tokens.parameters()).device  # peft's wrapper would recompute `.weight`
 
     @property
     def dtype(self) -> torch.dtype:
@@ -1517,7 +1137,7 @@ def log_softmax_at(logits: Tensor, targets: Tensor, temperature: float = 1.0, en
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    # cross_entropy is one fused pass each way; gather(logits) - logsumexp(logits) is the same in five.
+    # cross_entropy is one fused pass in each direction; gather(logits) - logsumexp(logits) takes five.
     results = {"logprobs": -F.cross_entropy(logits, targets, reduction="none")}
     if entropy:
         logprobs = logits.log_softmax(-1)
@@ -1525,7 +1145,485 @@ def log_softmax_at(logits: Tensor, targets: Tensor, temperature: float = 1.0, en
     return results
 
 
-# ----------------------------------------------------------------------------------------- any other causal LM
+def init_weights(model: Transformer, seed: int = 0, only: tuple = ("",)) -> None:
+    """All weight initialization of the project, drawn on the CPU from `seed`, equal on every device.
+
+    Matrices and embeddings are normal(0, initializer_range). The two products that write to the residual stream (o_proj,
+    down_proj) are smaller by sqrt(2 * layers), so that the stream's variance does not grow with depth (GPT-2, Radford 2019,
+    section 2.3). Norms start at one; biases, value heads and selection biases at zero. `only`: prefixes of the parameter
+    names to initialize.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    for name, weight in model.named_parameters():
+        if not name.startswith(only) or weight.is_meta:
+            continue
+        with torch.no_grad():
+            if name.endswith("bias") or name.startswith("value_head"):
+                weight.zero_()
+            elif weight.dim() == 1:
+                weight.fill_(1.0)
+            else:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
+                std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers if residual else 1)
+                weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
+
+
+def build(config: ModelConfig | str | dict, head: str | tuple = "lm", seed: int = 0, attn_implementation: str = "auto",
+          device=None) -> Transformer:
+    """A model with random weights from a ModelConfig, a preset's name, or a dict of settings (with or without "preset").
+    device="meta" allocates nothing."""
+    if isinstance(config, str):
+        config = preset_config(config)
+    elif isinstance(config, dict):
+        knobs = dict(config)
+        preset = knobs.pop("preset", None)
+        config = preset_config(preset, **knobs) if preset else ModelConfig(**knobs)
+    with torch.device(device or "cpu"):
+        model = Transformer(config, head, attn_implementation)
+    init_weights(model, seed)
+    return model
+
+
+# ======================================================================================================== edges
+
+# -- presets
+
+_LLAMA2 = dict(max_position_embeddings=4096, vocab_size=32000)
+_LLAMA3 = dict(max_position_embeddings=8192, vocab_size=128256, rope_theta=500000.0, bos_token_id=128000,
+               eos_token_id=128001, num_key_value_heads=8)
+_LLAMA31 = dict(_LLAMA3, max_position_embeddings=131072, rope_scaling=dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192))
+_MISTRAL = dict(model_type="mistral", sliding_window=4096, num_key_value_heads=8, max_position_embeddings=32768)
+_QWEN2 = dict(model_type="qwen2", attention_bias=True, rope_theta=1e6, rms_norm_eps=1e-6, vocab_size=151936,
+              max_position_embeddings=32768)
+_QWEN3 = dict(model_type="qwen3", qk_norm=True, rope_theta=1e6, rms_norm_eps=1e-6, vocab_size=151936, head_dim=128,
+              max_position_embeddings=40960)
+_GPT2 = dict(model_type="gpt2", norm_type="layernorm", hidden_act="gelu_new", mlp_gated=False, attention_bias=True,
+             attention_out_bias=True, mlp_bias=True, tie_word_embeddings=True, position_embedding_type="learned", fused_qkv=True,
+             vocab_size=50257, max_position_embeddings=1024, bos_token_id=50256, eos_token_id=50256)
+_BERT = dict(model_type="bert", norm_type="layernorm", hidden_act="gelu", mlp_gated=False, attention_bias=True,
+             attention_out_bias=True, mlp_bias=True, position_embedding_type="learned", causal=False, post_norm=True,
+             lm_head_transform=True, tie_word_embeddings=True, rms_norm_eps=1e-12, type_vocab_size=2, vocab_size=30522,
+             max_position_embeddings=512, pad_token_id=0)
+_BERT_IMPLIES = ("norm_type", "mlp_gated", "attention_bias", "attention_out_bias", "mlp_bias", "position_embedding_type",
+                 "causal", "post_norm", "lm_head_transform")
+_MIXTRAL = dict(model_type="mixtral", num_experts=8, rope_theta=1e6, num_key_value_heads=8, max_position_embeddings=32768,
+                router_aux_loss_coef=0.02)
+_QWEN3_MOE = dict(_QWEN3, model_type="qwen3_moe", num_experts=128, num_experts_per_tok=8, router_aux_loss_coef=0.001)
+_DEEPSEEK = dict(model_type="deepseek_v3", rms_norm_eps=1e-6, kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128,
+                 qk_rope_head_dim=64, v_head_dim=128, rope_interleave=True, num_experts=256, num_experts_per_tok=8,
+                 moe_intermediate_size=2048, n_shared_experts=1, scoring_func="sigmoid", n_group=8, topk_group=4,
+                 routed_scaling_factor=2.5, router_aux_loss_coef=1e-4, seq_aux=True, router_bias_update_speed=1e-3,
+                 mlp_only_layers=[0, 1, 2], vocab_size=129280, max_position_embeddings=163840, bos_token_id=0, eos_token_id=1,
+                 rope_scaling=dict(rope_type="yarn", factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0,
+                                   beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0))
+_KIMI = dict(_DEEPSEEK, num_experts=384, n_group=1, topk_group=1, routed_scaling_factor=2.827, mlp_only_layers=[0],
+             vocab_size=163840, rope_theta=50000.0, max_position_embeddings=131072, bos_token_id=163584, eos_token_id=163585,
+             rope_scaling=dict(_DEEPSEEK["rope_scaling"], factor=32.0, beta_fast=1.0))
+
+
+def _size(base: dict, width: int, layers: int, heads: int, mlp: int, **more) -> dict:
+    return dict(base, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp,
+                **more)
+
+
+TRAINED_VOCABULARY = 1024  # ids of a tokenizer that is trained here, unless tokenizer.vocab_size says otherwise
+_SMALL = 4096  # vocabulary of the presets for such tokenizers
+_TINY = dict(tie_word_embeddings=True, vocab_size=_SMALL, max_position_embeddings=1024)
+_TINY_MLA = dict(_TINY, kv_lora_rank=48, q_lora_rank=64, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=24,
+                 moe_intermediate_size=96, mlp_only_layers=[0], rope_scaling=None, router_bias_update_speed=5e-3)
+PRESETS = {
+    "llama-225k": _size(_TINY, 64, 3, 4, 192),
+    "llama-1m": _size(_TINY, 128, 4, 4, 344),
+    "llama-2m": _size(_TINY, 192, 5, 6, 512, num_key_value_heads=3),
+    "llama-14m": _size(_LLAMA2, 384, 6, 6, 1024, vocab_size=_SMALL),
+    "llama-134m": _size(_LLAMA2, 768, 12, 12, 2048),
+    "llama-374m": _size(_LLAMA2, 1024, 24, 16, 2816),
+    "gpt2-2m": _size(_GPT2, 192, 4, 6, 768, vocab_size=_SMALL),
+    "mistral-2m": _size(dict(_TINY, model_type="mistral", sliding_window=128), 192, 5, 6, 512, num_key_value_heads=3),
+    "qwen2-2m": _size(dict(_QWEN2, **_TINY), 192, 5, 6, 512, num_key_value_heads=3),
+    "qwen3-2m": _size(dict(_QWEN3, **_TINY, head_dim=32), 192, 5, 6, 512, num_key_value_heads=3),
+    "mixtral-tiny": _size(dict(_MIXTRAL, **_TINY, router_aux_loss_coef=0.05), 128, 4, 4, 192, num_key_value_heads=2),
+    "qwen3-moe-tiny": _size(dict(_QWEN3_MOE, **_TINY, head_dim=32, router_aux_loss_coef=0.02), 128, 4, 4, 384,
+                            num_key_value_heads=2, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=96),
+    "deepseek-v3-tiny": _size(dict(_DEEPSEEK, **_TINY_MLA), 128, 4, 4, 344, num_experts=16, num_experts_per_tok=3, n_group=4,
+                              topk_group=2),
+    "kimi-k2-tiny": _size(dict(_KIMI, **_TINY_MLA), 128, 4, 4, 344, num_experts=24, num_experts_per_tok=3),
+    "bert-2m": _size(dict(_BERT, vocab_size=_SMALL), 192, 4, 6, 768),
+    "gpt2-124m": _size(_GPT2, 768, 12, 12, 3072),
+    "gpt2-355m": _size(_GPT2, 1024, 24, 16, 4096),
+    "gpt2-774m": _size(_GPT2, 1280, 36, 20, 5120),
+    "gpt2-xl": _size(_GPT2, 1600, 48, 25, 6400),
+    "llama2-7b": _size(_LLAMA2, 4096, 32, 32, 11008),
+    "llama2-13b": _size(_LLAMA2, 5120, 40, 40, 13824),
+    "llama2-70b": _size(_LLAMA2, 8192, 80, 64, 28672, num_key_value_heads=8),
+    "llama3-8b": _size(_LLAMA3, 4096, 32, 32, 14336),
+    "llama3-70b": _size(_LLAMA3, 8192, 80, 64, 28672),
+    "llama3.1-8b": _size(_LLAMA31, 4096, 32, 32, 14336),
+    "llama3.1-70b": _size(_LLAMA31, 8192, 80, 64, 28672),
+    "llama3.1-405b": _size(_LLAMA31, 16384, 126, 128, 53248),
+    "mistral-7b": _size(_MISTRAL, 4096, 32, 32, 14336),
+    "qwen2-0.5b": _size(_QWEN2, 896, 24, 14, 4864, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2-1.5b": _size(_QWEN2, 1536, 28, 12, 8960, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2-7b": _size(dict(_QWEN2, vocab_size=152064), 3584, 28, 28, 18944, num_key_value_heads=4),
+    "qwen2-72b": _size(dict(_QWEN2, vocab_size=152064), 8192, 80, 64, 29568, num_key_value_heads=8),
+    "qwen3-0.6b": _size(_QWEN3, 1024, 28, 16, 3072, num_key_value_heads=8, tie_word_embeddings=True),
+    "qwen3-1.7b": _size(_QWEN3, 2048, 28, 16, 6144, num_key_value_heads=8, tie_word_embeddings=True),
+    "qwen3-4b": _size(_QWEN3, 2560, 36, 32, 9728, num_key_value_heads=8, tie_word_embeddings=True),
+    "qwen3-8b": _size(_QWEN3, 4096, 36, 32, 12288, num_key_value_heads=8),
+    "qwen3-14b": _size(_QWEN3, 5120, 40, 40, 17408, num_key_value_heads=8),
+    "qwen3-32b": _size(_QWEN3, 5120, 64, 64, 25600, num_key_value_heads=8),
+    "mixtral-8x7b": _size(_MIXTRAL, 4096, 32, 32, 14336),
+    "mixtral-8x22b": _size(dict(_MIXTRAL, max_position_embeddings=65536, vocab_size=32768, router_aux_loss_coef=0.001), 6144, 56,
+                           48, 16384),
+    "qwen3-30b-a3b": _size(_QWEN3_MOE, 2048, 48, 32, 6144, num_key_value_heads=4, moe_intermediate_size=768),
+    "qwen3-235b-a22b": _size(_QWEN3_MOE, 4096, 94, 64, 12288, num_key_value_heads=4, moe_intermediate_size=1536),
+    "deepseek-v3": _size(_DEEPSEEK, 7168, 61, 128, 18432),
+    "kimi-k2": _size(_KIMI, 7168, 61, 64, 18432),
+    "bert-110m": _size(_BERT, 768, 12, 12, 3072),
+    "bert-340m": _size(_BERT, 1024, 24, 16, 4096),
+}
+
+
+def preset_config(name: str, **overrides) -> ModelConfig:
+    """The knobs of a preset, e.g. preset_config("llama-2m", vocab_size=1024)."""
+    if name is None:
+        raise UserError("model.preset: a value is needed, or a trained model's name in model.name")
+    if name not in PRESETS:
+        raise UserError(f"model.preset: '{name}' is unknown; nearest is '{nearest(name, PRESETS)}' "
+                        "(python MODEL.py --list shows all)")
+    knobs = dict(PRESETS[name])
+    if "hidden_size" in overrides or "num_attention_heads" in overrides:
+        # A preset's derived knobs follow its heads; one who changes the heads means them to be derived again.
+        knobs.pop("head_dim", None)
+        if "num_attention_heads" in overrides:
+            knobs.pop("num_key_value_heads", None)
+    return ModelConfig(**{**knobs, **overrides})
+
+# -- which architectures are possible
+
+
+def check_architecture(config: ModelConfig):
+    """Derive the knobs that follow from others, and refuse an impossible combination."""
+    if config.labels is not None:
+        config.labels = [str(label) for label in config.labels]
+        config.num_labels = len(config.labels)
+    if config.num_key_value_heads is None:
+        config.num_key_value_heads = config.num_attention_heads
+    _check_latent(config)
+    _check_experts(config)
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "max_position_embeddings", "num_labels"):
+        if getattr(config, name) < 1:
+            raise UserError(f"model.{name}: {getattr(config, name)} must be at least 1")
+    if config.head_dim is None:
+        if config.hidden_size % config.num_attention_heads:
+            raise UserError(f"model.num_attention_heads: {config.num_attention_heads} heads do not divide hidden_size "
+                            f"{config.hidden_size}; choose a divisor or set model.head_dim")
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(f"model.num_key_value_heads: {config.num_key_value_heads} does not divide "
+                        f"num_attention_heads {config.num_attention_heads}; GQA needs equal groups")
+    if config.position_embedding_type == "rope" and config.head_dim % 2:
+        raise UserError(f"model.head_dim: {config.head_dim} is odd; rotary positions turn pairs of numbers")
+    if config.type_vocab_size < 0:
+        raise UserError(f"model.type_vocab_size: {config.type_vocab_size} must be 0 (none) or above")
+    for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"model.{name}: {getattr(config, name)} must be a positive number")
+    for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"model.{name}: {getattr(config, name)} must be in [0, 1)")
+    if config.model_type not in (*FAMILIES, CUSTOM):
+        raise UserError(f"model.model_type: '{config.model_type}' is not one of {', '.join(FAMILIES)}")
+    for f in dataclasses.fields(config):
+        choices = f.metadata["choices"]
+        if choices and getattr(config, f.name) not in choices:
+            raise UserError(f"model.{f.name}: '{getattr(config, f.name)}' is not one of {', '.join(choices)}")
+    if config.sliding_window is not None and config.sliding_window < 1:
+        raise UserError(f"model.sliding_window: {config.sliding_window} must be at least 1, or null for none")
+    if config.sliding_window is not None and not config.causal:
+        raise UserError("model.sliding_window: an encoder (model.causal false) has no window; leave it out")
+    _check_layer_types(config)
+    _check_rope_scaling(config)
+
+
+def _check_alone(config: ModelConfig, owner: str, *names: str):
+    """A knob that would do nothing is refused, not ignored."""
+    for name in names:
+        if getattr(config, name) != config.__dataclass_fields__[name].default:
+            raise UserError(f"model.{name}: {getattr(config, name)} has no meaning without model.{owner}")
+
+
+def _check_latent(config: ModelConfig):
+    if config.kv_lora_rank is None:
+        return _check_alone(config, "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    for name in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise UserError(f"model.{name}: {getattr(config, name)} must be at least 1")
+    for name, only in (("sliding_window", None), ("position_embedding_type", "rope"), ("qk_norm", False), ("fused_qkv", False)):
+        if getattr(config, name) != only:
+            raise UserError(f"model.{name}: {getattr(config, name)} is not possible with latent attention (model.kv_lora_rank)")
+    if config.qk_rope_head_dim % 2:
+        raise UserError(f"model.qk_rope_head_dim: {config.qk_rope_head_dim} is odd; rotary positions turn pairs of numbers")
+    if config.head_dim not in (None, config.qk_rope_head_dim):
+        raise UserError(f"model.head_dim: {config.head_dim}, but with latent attention qk_nope_head_dim, qk_rope_head_dim and "
+                        "v_head_dim say how wide heads are")
+    if config.num_key_value_heads != config.num_attention_heads:
+        raise UserError(f"model.num_key_value_heads: {config.num_key_value_heads}, but the latent serves all "
+                        f"{config.num_attention_heads} heads")
+    config.head_dim = config.qk_rope_head_dim  # what rotary positions turn
+
+
+def _check_experts(config: ModelConfig):
+    if config.num_experts is None:
+        return _check_alone(config, "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts",
+                            "mlp_only_layers",
+                                 "scoring_func", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group",
+                                 "router_aux_loss_coef", "seq_aux", "router_bias_update_speed")
+    if config.moe_intermediate_size is None:
+        config.moe_intermediate_size = config.intermediate_size
+    experts, groups = config.num_experts, config.n_group
+    if experts < 1:
+        raise UserError(f"model.num_experts: {experts} must be at least 1, or null for none")
+    if not 1 <= config.num_experts_per_tok <= experts:
+        raise UserError(f"model.num_experts_per_tok: {config.num_experts_per_tok} must lie between 1 and num_experts {experts}")
+    if groups < 1 or experts % groups:
+        raise UserError(f"model.n_group: {groups} groups do not divide num_experts {experts}")
+    if not 1 <= config.topk_group <= groups or config.topk_group * (experts // groups) < config.num_experts_per_tok:
+        raise UserError(f"model.topk_group: {config.topk_group} of {groups} groups of {experts // groups} experts must exist "
+                        f"and hold num_experts_per_tok {config.num_experts_per_tok}")
+    if groups > 1 and experts // groups < 2:
+        raise UserError(f"model.n_group: {groups} groups of one expert; a group is scored by its two best")
+    if config.router_bias_update_speed and config.scoring_func != "sigmoid":
+        raise UserError("model.router_bias_update_speed: a selection bias needs model.scoring_func sigmoid")
+    for name in ("moe_intermediate_size", "n_shared_experts", "router_aux_loss_coef", "router_bias_update_speed"):
+        if not (0 if name != "moe_intermediate_size" else 1) <= getattr(config, name) < math.inf:
+            raise UserError(f"model.{name}: {getattr(config, name)} is too small")
+    with suppress(ValueError, TypeError):
+        config.mlp_only_layers = [int(layer) for layer in config.mlp_only_layers or ()]
+    if not all(isinstance(layer, int) and 0 <= layer < config.num_hidden_layers for layer in config.mlp_only_layers or ()):
+        raise UserError(f"model.mlp_only_layers: {config.mlp_only_layers} names a layer beyond the {config.num_hidden_layers} "
+                        "there are")
+    config.mlp_only_layers = sorted(set(config.mlp_only_layers or ())) or None
+
+
+def _check_layer_types(config: ModelConfig):
+    if config.layer_types is None:
+        return
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise UserError(f"model.layer_types: {len(config.layer_types)} entries for {config.num_hidden_layers} layers")
+    unknown = set(config.layer_types) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UserError(f"model.layer_types: unknown {sorted(unknown)}; use full_attention or sliding_attention")
+    if "sliding_attention" in config.layer_types and config.sliding_window is None:
+        raise UserError("model.layer_types: sliding_attention needs model.sliding_window")
+    same = "sliding_attention" if config.sliding_window else "full_attention"
+    if all(kind == same for kind in config.layer_types):  # one spelling for one architecture
+        config.layer_types = None
+    elif all(kind == "full_attention" for kind in config.layer_types):
+        config.layer_types = config.sliding_window = None
+
+
+def _check_rope_scaling(config: ModelConfig):
+    if config.position_embedding_type == "learned":
+        _check_alone(config, "position_embedding_type rope", "rope_scaling", "rope_theta")
+    if config.rope_scaling is None:
+        return
+    scaling = dict(config.rope_scaling)
+    kind = scaling["rope_type"] = scaling.pop("rope_type", scaling.pop("type", None))
+    scaling.pop("type", None)
+    if kind not in ROPE_TYPES:
+        raise UserError(f"model.rope_scaling: rope_type '{kind}' is not one of {', '.join(ROPE_TYPES)}")
+    if unknown := set(scaling) - {"rope_type", *ROPE_TYPES[kind]}:
+        word = sorted(unknown)[0]
+        raise UserError(f"model.rope_scaling: rope_type {kind} has no '{word}'; nearest is '{nearest(word, ROPE_TYPES[kind])}'")
+    needs = ROPE_TYPES[kind] if kind == "llama3" else ROPE_TYPES[kind][:1]
+    missing = [key for key in needs if scaling.get(key) is None]
+    if missing:
+        raise UserError(f"model.rope_scaling: rope_type {kind} needs {', '.join(missing)}")
+    for key, value in scaling.items():
+        least = 1 if key in ("factor", "original_max_position_embeddings") else 0
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key not in ("rope_type", "truncate") and value is not None and not (number and least <= value < math.inf):
+            raise UserError(f"model.rope_scaling: {key} {value!r} must be a number, {least} or above")
+    slow, fast = ((scaling.get("low_freq_factor"), scaling.get("high_freq_factor")) if kind == "llama3" else
+                  (scaling.get("beta_slow") or 1, scaling.get("beta_fast") or 32))
+    if kind in ("llama3", "yarn") and (slow > fast or (kind == "llama3" and slow == fast)):
+        raise UserError(f"model.rope_scaling: {slow} for slow dimensions must be below {fast} for fast ones")
+    config.rope_scaling = None if kind == "default" else scaling
+
+# -- attention kernels of other packages
+
+
+def _flash(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
+    """flash-attn (Dao 2023): q (n, H, D), k and v (n, H_kv, D) of joined sequences."""
+    from flash_attn import flash_attn_varlen_func
+
+    reach = (-1, -1) if window is None else (window - 1, 0)
+    return flash_attn_varlen_func(q, k, v, ragged.starts, ragged.starts, ragged.longest, ragged.longest, dropout_p=dropout,
+                                  causal=True, window_size=reach)
+
+
+def _varlen(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
+    """The same kernel as torch ships it."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    reach, edges = (-1, 0) if window is None else (window - 1, 0), (ragged.starts, ragged.starts, ragged.longest, ragged.longest)
+    return varlen_attn(q, k, v, *edges, window_size=reach, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _xformers(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
+    """xformers' memory-efficient attention (Rabe 2021)."""
+    from xformers.ops import fmha
+
+    k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], 1) for states in (k, v))
+    bias = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(ragged.starts.diff().tolist())
+    bias = bias if window is None else bias.make_local_attention(window)
+    return fmha.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias, p=dropout)[0]
+
+
+class Kernel(NamedTuple):
+    """An attention kernel, and the tensors that it serves."""
+
+    attend: Callable
+    ragged: bool = False  # takes joined sequences
+    float32: bool = True
+    dropout: bool = True
+    device: str = ""  # device type that it needs; "" is any
+    needs: str = ""  # what has to be installed
+
+    def serves(self, device: torch.device, dtype: torch.dtype, dropout: float) -> bool:
+        """Whether the kernel supports tensors of this device and type. A model on the CPU may run on a machine with a GPU."""
+        if dtype == torch.float32 and not self.float32 or dropout and not self.dropout or self.device not in ("", device.type):
+            return False
+        return self.float32 or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+KERNELS = {
+    "eager": Kernel(attend_eager),
+    "sdpa": Kernel(attend_sdpa),
+    "flash_attention_2": Kernel(_flash, True, float32=False, device="cuda", needs="flash_attn"),
+    "varlen": Kernel(_varlen, True, float32=False, dropout=False, device="cuda"),
+    "xformers": Kernel(_xformers, True, device="cuda", needs="xformers"),
+}
+ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "xformers")
+
+
+def why_not(name: str) -> str | None:
+    """The reason why a kernel cannot run here, or None."""
+    kernel = KERNELS[name]
+    if kernel.device == "cuda" and not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if kernel.needs and not _installed(kernel.needs):
+        return f"needs `pip install {kernel.needs.replace('_', '-')}`"
+    return None
+
+
+def choose_attention(name: str) -> tuple[Callable, list[Kernel]]:
+    """The kernels behind model.attn_implementation: one that takes masks, and those for joined sequences, best first.
+    auto: flash-attn where it is installed, torch's own varlen kernel on CUDA, else torch's scaled_dot_product_attention."""
+    if name == "auto":
+        return attend_auto, [KERNELS[ragged] for ragged in ("flash_attention_2", "varlen") if why_not(ragged) is None]
+    if name not in KERNELS:
+        raise UserError(f"model.attn_implementation: '{name}' is not one of {', '.join(ATTENTION)}")
+    if reason := why_not(name):
+        raise UserError(f"model.attn_implementation: {name} {reason}; sdpa uses torch's own fused kernels")
+    return (attend_sdpa, [KERNELS[name]]) if KERNELS[name].ragged else (KERNELS[name].attend, [])
+
+
+@memoize
+def _installed(package: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(package) is not None
+
+# -- BERT's heads, blocks, vector functions
+
+
+class MaskedHead(nn.Module):
+    """BERT's output head: a dense layer before the product with the embedding's weights, and a bias for each token id."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.norm = NORMS[config.norm_type](config.hidden_size, config.rms_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.activation(self.dense(hidden))))
+
+
+class PooledHead(nn.Module):
+    """BERT's score head: a dense layer, tanh, dropout, and a linear layer with bias."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.out_proj(self.dropout(torch.tanh(self.dense(hidden))))
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of any model: they are compiled and sharded one by one."""
+    own = [module for module in model.modules() if isinstance(module, DecoderLayer)]
+    return own or list(max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=[]))
+
+
+def set_checkpointing(model: nn.Module, on: bool) -> None:
+    """Compute the layers' activations again in backward instead of keeping them (Chen 2016)."""
+    for module in model.modules():
+        if isinstance(module, Decoder):
+            module.gradient_checkpointing = on
+        elif isinstance(module, ForeignModel) and on:
+            module.inner.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+@memoize
+def settle_vector_functions() -> None:
+    """Call each vector function of Intel's MKL once on one element.
+
+    MKL picks a function's code at its first call. If that call runs on several threads, one of them may use a low-accuracy
+    version (https://github.com/pytorch/pytorch/issues/188792): in some processes the first cosine was off by 1.5e-4.
+    Calls on one element run on one thread.
+    """
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype, device="cpu")  # models are built on meta
+        for name in ("cos", "sin", "tan", "acos", "asin", "atan", "exp", "expm1", "log", "log2", "log10", "log1p", "sqrt", "tanh",
+                     "erf", "erfc"):
+            getattr(torch, name)(one)
+
+
+@torch.no_grad()
+def grow_vocabulary(model: LanguageModel, size: int) -> None:
+    """Embedding and output head get rows for ids up to `size`; the new ones start at the mean of the old."""
+    old = model.config.vocab_size
+    if size <= old:
+        return
+    if isinstance(model, ForeignModel):
+        model.inner.resize_token_embeddings(size, mean_resizing=False)
+        for module in (model.inner.get_input_embeddings(), model.inner.get_output_embeddings()):
+            for rows in module.parameters(recurse=False) if module is not None else ():
+                rows[old:] = rows[:old].mean(0)  # transformers draws random ones at each load
+        model.config.vocab_size, model.new_ids = size, list(range(old, size))
+        return
+    head = getattr(model.lm_head, "decoder", model.lm_head) if "lm" in model.heads else None
+    for module in (model.model.embed_tokens, head):
+        for name, rows in list(module.named_parameters()) if module is not None else ():
+            setattr(module, name, nn.Parameter(torch.cat((rows, rows.mean(0, keepdim=True).expand(size - old, *rows.shape[1:])))))
+    model.model.embed_tokens.num_embeddings = size
+    if head is not None:
+        head.out_features = size
+    model.config.vocab_size = size
+    model.new_ids = list(range(old, size))
+    model.tie_weights()
+
+# -- architectures that transformers runs
 
 
 @dataclass
@@ -1562,8 +1660,9 @@ class ForeignModel(LanguageModel):
         self.inner = inner
         c = inner.config.get_text_config()
         context = next((getattr(c, key) for key in CONTEXT_KEYS if getattr(c, key, None)), 2048)
-        self.config = ForeignConfig(c.model_type, c.vocab_size, c.hidden_size, c.num_hidden_layers, context, c.bos_token_id, c.eos_token_id,
-                                    c.pad_token_id, c.tie_word_embeddings, labels, len(labels or ()) or c.num_labels)
+        self.config = ForeignConfig(c.model_type, c.vocab_size, c.hidden_size, c.num_hidden_layers, context, c.bos_token_id,
+                                    c.eos_token_id, c.pad_token_id, c.tie_word_embeddings, labels,
+                                    len(labels or ()) or c.num_labels)
         self.add_heads(head, c.hidden_size, self.config.num_labels)
         if "lm" not in self.heads and not c.tie_word_embeddings and inner.get_output_embeddings() is not None:
             inner.get_output_embeddings().requires_grad_(False)  # no output depends on it
@@ -1581,7 +1680,9 @@ class ForeignModel(LanguageModel):
         """Whether the rotary angles depend on the longest row of a batch, so that rows of other lengths would change them."""
         c = self.inner.config.get_text_config()
         rope = getattr(c, "rope_parameters", None) or {}
-        return any(kind in ("dynamic", "longrope") for kind in (rope.get("rope_type"), *(v.get("rope_type") for v in rope.values() if isinstance(v, dict))))
+        return any(kind in ("dynamic", "longrope") for kind in (rope.get("rope_type"),
+                                                                *(v.get("rope_type") for v in rope.values() if isinstance(v,
+                                                                                                                          dict))))
 
     def tie_weights(self) -> None:
         self.inner.tie_weights()
@@ -1596,8 +1697,7 @@ class ForeignModel(LanguageModel):
         return hidden[..., self.config.vocab_size :] if "lm" in self.heads else hidden
 
     def backbone(self, input_ids, positions, cache, segment_ids, token_types, keep: bool):
-        """Only the model itself knows how its logits come about, so they stand in place of the hidden states; a value head's input
-        is put behind them."""
+        """Logits in place of hidden states, as only the model knows how it computes them; the value head's input follows them."""
         if token_types is not None:
             raise ValueError("this model has no token types")
         if cache is not None:
@@ -1614,7 +1714,8 @@ class ForeignModel(LanguageModel):
         network = self.inner if lm else self.inner.base_model
         out = network(input_ids=input_ids, attention_mask=mask, use_cache=False, output_hidden_states=keep_all)
         if keep_all and not out.hidden_states:
-            raise UserError(f"model.name: transformers shows no hidden states of a {self.config.model_type}, which this method needs")
+            raise UserError(f"model.name: transformers shows no hidden states of a {self.config.model_type}, which this method "
+                            "needs")
         hidden = out.logits if lm else out.last_hidden_state
         if "value" in self.heads:
             hidden = torch.cat((hidden, out.hidden_states[-1]), -1) if lm else hidden
@@ -1630,9 +1731,11 @@ class ForeignModel(LanguageModel):
         rows = torch.arange(batch, device=input_ids.device)[:, None].expand_as(input_ids)
         _, owner, sizes = torch.stack((rows[real], segments[real])).unique(dim=1, return_inverse=True, return_counts=True)
         places = real.flatten().nonzero()[:, 0][owner.argsort(stable=True)]  # in the flattened batch
-        sharded = any(hasattr(weight, "full_tensor") for weight in self.parameters())  # then each process has to run equally often
+        # then each process has to run equally often
+        sharded = any(hasattr(weight, "full_tensor") for weight in self.parameters())
         if sharded and self.follows_length:
-            raise UserError(f"training.fsdp: the rotary angles of this {self.config.model_type} depend on each text's length; train it without")
+            raise UserError(f"training.fsdp: the rotary angles of this {self.config.model_type} depend on each text's length; "
+                            "train it without")
         slack, groups = math.inf if sharded else 1.0 if self.follows_length else 1.25, []
         for document in sorted(places.split(sizes.tolist()), key=len):
             if not groups or len(document) > slack * len(groups[-1][0]):
@@ -1657,73 +1760,7 @@ def is_causal(inner: nn.Module) -> bool:
         first, second = inner(input_ids=ids, use_cache=False).logits[:, 0]
     return bool((first - second).abs().max() <= 1e-3 * first.std())
 
-
-# ---------------------------------------------------------------------------------------- building and folders
-
-
-def init_weights(model: Transformer, seed: int = 0, only: tuple = ("",)) -> None:
-    """Every initial weight of the project, drawn on the CPU from `seed`, the same on every device.
-
-    Matrices and embeddings are normal(0, initializer_range). The two products that write into the residual stream
-    (o_proj, down_proj) are smaller by sqrt(2 * layers), so that the stream's variance does not grow with depth
-    (GPT-2, Radford 2019, section 2.3). Norms start at one, biases at zero, a value head at zero (it predicts
-    nothing before it has learnt), a router's selection bias at zero. `only` restricts to parameters whose names start so.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    config = model.config
-    for name, weight in model.named_parameters():
-        if not name.startswith(only) or weight.is_meta:
-            continue
-        with torch.no_grad():
-            if name.endswith("bias") or name.startswith("value_head"):
-                weight.zero_()
-            elif weight.dim() == 1:
-                weight.fill_(1.0)
-            else:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
-                std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers if residual else 1)
-                weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
-
-
-def build(config: ModelConfig | str | dict, head: str | tuple = "lm", seed: int = 0, attn_implementation: str = "auto",
-          device=None) -> Transformer:
-    """A fresh model with random weights: from a ModelConfig, a preset's name, or a dict of knobs (with or without
-    "preset"). device="meta" allocates nothing."""
-    if isinstance(config, str):
-        config = preset_config(config)
-    elif isinstance(config, dict):
-        knobs = dict(config)
-        preset = knobs.pop("preset", None)
-        config = preset_config(preset, **knobs) if preset else ModelConfig(**knobs)
-    with torch.device(device or "cpu"):
-        model = Transformer(config, head, attn_implementation)
-    init_weights(model, seed)
-    return model
-
-
-@torch.no_grad()
-def grow_vocabulary(model: LanguageModel, size: int) -> None:
-    """Embedding and output head get rows for ids up to `size`; the new ones start at the mean of the old."""
-    old = model.config.vocab_size
-    if size <= old:
-        return
-    if isinstance(model, ForeignModel):
-        model.inner.resize_token_embeddings(size, mean_resizing=False)
-        for module in (model.inner.get_input_embeddings(), model.inner.get_output_embeddings()):
-            for rows in module.parameters(recurse=False) if module is not None else ():
-                rows[old:] = rows[:old].mean(0)  # transformers draws random ones at each load
-        model.config.vocab_size, model.new_ids = size, list(range(old, size))
-        return
-    head = getattr(model.lm_head, "decoder", model.lm_head) if "lm" in model.heads else None
-    for module in (model.model.embed_tokens, head):
-        for name, rows in list(module.named_parameters()) if module is not None else ():
-            setattr(module, name, nn.Parameter(torch.cat((rows, rows.mean(0, keepdim=True).expand(size - old, *rows.shape[1:])))))
-    model.model.embed_tokens.num_embeddings = size
-    if head is not None:
-        head.out_features = size
-    model.config.vocab_size = size
-    model.new_ids = list(range(old, size))
-    model.tie_weights()
+# -- config.json and tensor names of each family
 
 
 class Family(NamedTuple):
@@ -1752,39 +1789,49 @@ _GPT2_PARTS = (("model.embed_tokens.", "transformer.wte."), ("model.embed_positi
                (".input_layernorm.", ".ln_1."), (".post_attention_layernorm.", ".ln_2."), (".mlp.up_proj.", ".mlp.c_fc."),
                (".mlp.down_proj.", ".mlp.c_proj."), (".self_attn.qkv_proj.", ".attn.c_attn."),
                (".self_attn.o_proj.", ".attn.c_proj."))
-_BERT_PARTS = (("model.embed_tokens.", "bert.embeddings.word_embeddings."), ("model.embed_positions.", "bert.embeddings.position_embeddings."),
-               ("model.embed_types.", "bert.embeddings.token_type_embeddings."), ("model.embed_norm.", "bert.embeddings.LayerNorm."),
-               ("model.layers.", "bert.encoder.layer."), (".input_layernorm.", ".attention.output.LayerNorm."),
-               (".self_attn.o_proj.", ".attention.output.dense."), (".self_attn.q_proj.", ".attention.self.query."),
-               (".self_attn.k_proj.", ".attention.self.key."), (".self_attn.v_proj.", ".attention.self.value."),
-               (".post_attention_layernorm.", ".output.LayerNorm."), (".mlp.up_proj.", ".intermediate.dense."),
-               (".mlp.down_proj.", ".output.dense."), ("lm_head.dense.", "cls.predictions.transform.dense."),
-               ("lm_head.norm.", "cls.predictions.transform.LayerNorm."), ("lm_head.decoder.bias", "cls.predictions.bias"),
-               ("lm_head.decoder.", "cls.predictions.decoder."), ("score.dense.", "bert.pooler.dense."), ("score.out_proj.", "classifier."))
+_BERT_PARTS = (("model.embed_tokens.", "bert.embeddings.word_embeddings."),
+               ("model.embed_positions.", "bert.embeddings.position_embeddings."),
+               ("model.embed_types.", "bert.embeddings.token_type_embeddings."),
+               ("model.embed_norm.", "bert.embeddings.LayerNorm."), ("model.layers.", "bert.encoder.layer."),
+               (".input_layernorm.", ".attention.output.LayerNorm."), (".self_attn.o_proj.", ".attention.output.dense."),
+               (".self_attn.q_proj.", ".attention.self.query."), (".self_attn.k_proj.", ".attention.self.key."),
+               (".self_attn.v_proj.", ".attention.self.value."), (".post_attention_layernorm.", ".output.LayerNorm."),
+               (".mlp.up_proj.", ".intermediate.dense."), (".mlp.down_proj.", ".output.dense."),
+               ("lm_head.dense.", "cls.predictions.transform.dense."), ("lm_head.norm.", "cls.predictions.transform.LayerNorm."),
+               ("lm_head.decoder.bias", "cls.predictions.bias"), ("lm_head.decoder.", "cls.predictions.decoder."),
+               ("score.dense.", "bert.pooler.dense."), ("score.out_proj.", "classifier."))
 FAMILIES = {
     "llama": Family("Llama", ("mlp_bias",), {}, dict(_DEFAULTS, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)),
     "mistral": Family("Mistral", ("sliding_window",), {"attention_bias": False},
                       dict(_DEFAULTS, num_key_value_heads=8, sliding_window=4096, bos_token_id=1, eos_token_id=2,
                            max_position_embeddings=131072)),
-    "qwen2": Family("Qwen2", ("sliding_window", "layer_types"), {"attention_bias": True}, dict(_DEFAULTS, num_key_value_heads=32)),
-    "qwen3": Family("Qwen3", ("sliding_window", "layer_types"), {"qk_norm": True}, dict(_DEFAULTS, num_key_value_heads=32, head_dim=128)),
+    "qwen2": Family("Qwen2", ("sliding_window", "layer_types"), {"attention_bias": True},
+                    dict(_DEFAULTS, num_key_value_heads=32)),
+    "qwen3": Family("Qwen3", ("sliding_window", "layer_types"), {"qk_norm": True},
+                    dict(_DEFAULTS, num_key_value_heads=32, head_dim=128)),
     "mixtral": Family("Mixtral", ("sliding_window", *_MOE), {"attention_bias": False},
-                      dict(_DEFAULTS, rms_norm_eps=1e-5, num_key_value_heads=8, num_experts=8, rope_theta=1e6, bos_token_id=1, eos_token_id=2,
-                           max_position_embeddings=131072, router_aux_loss_coef=0.001), {"num_experts": "num_local_experts"},
-                      parts=((".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2.")),
+                      dict(_DEFAULTS, rms_norm_eps=1e-5, num_key_value_heads=8, num_experts=8, rope_theta=1e6, bos_token_id=1,
+                           eos_token_id=2, max_position_embeddings=131072, router_aux_loss_coef=0.001),
+                           {"num_experts": "num_local_experts"},
+                      parts=((".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."),
+                             (".down_proj.", ".w2.")),
                       needs=("num_experts",)),
-    "qwen3_moe": Family("Qwen3Moe", ("sliding_window", "moe_intermediate_size", "mlp_only_layers", "norm_topk_prob", *_MOE), {"qk_norm": True},
+    "qwen3_moe": Family("Qwen3Moe", ("sliding_window", "moe_intermediate_size", "mlp_only_layers", "norm_topk_prob", *_MOE),
+                        {"qk_norm": True},
                         dict(_DEFAULTS, num_key_value_heads=4, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
                              norm_topk_prob=False, router_aux_loss_coef=0.001), needs=("num_experts",)),
-    "deepseek_v3": Family("DeepseekV3", ("moe_intermediate_size", "n_shared_experts", "norm_topk_prob", "routed_scaling_factor", "n_group",
-                                         "topk_group", "seq_aux", "router_bias_update_speed", *_MOE, *_MLA), {"scoring_func": "sigmoid"},
+    "deepseek_v3": Family("DeepseekV3",
+                          ("moe_intermediate_size", "n_shared_experts", "norm_topk_prob", "routed_scaling_factor", "n_group",
+                                         "topk_group", "seq_aux", "router_bias_update_speed", *_MOE, *_MLA),
+                                         {"scoring_func": "sigmoid"},
                           dict(_DEFAULTS, num_experts=256, num_experts_per_tok=8, moe_intermediate_size=2048, n_shared_experts=1,
-                               n_group=8, topk_group=4, routed_scaling_factor=2.5, kv_lora_rank=512, q_lora_rank=1536, rope_interleave=True,
-                               max_position_embeddings=4096, bos_token_id=0, eos_token_id=1),
-                          {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"}, needs=("num_experts", "kv_lora_rank")),
+                               n_group=8, topk_group=4, routed_scaling_factor=2.5, kv_lora_rank=512, q_lora_rank=1536,
+                               rope_interleave=True, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1),
+                          {"num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"},
+                          needs=("num_experts", "kv_lora_rank")),
     "gpt2": Family("GPT2", ("resid_pdrop", "embd_pdrop"),
-                   {k: _GPT2[k] for k in ("norm_type", "mlp_gated", "attention_bias", "attention_out_bias", "mlp_bias", "fused_qkv",
-                                          "position_embedding_type")},
+                   {k: _GPT2[k] for k in ("norm_type", "mlp_gated", "attention_bias", "attention_out_bias", "mlp_bias",
+                                          "fused_qkv", "position_embedding_type")},
                    dict(hidden_act="gelu_new", rms_norm_eps=1e-5, tie_word_embeddings=True, initializer_range=0.02,
                         attention_dropout=0.1, resid_pdrop=0.1, embd_pdrop=0.1, vocab_size=50257, bos_token_id=50256,
                         eos_token_id=50256, max_position_embeddings=1024),
@@ -1792,16 +1839,19 @@ FAMILIES = {
                         max_position_embeddings="n_positions", intermediate_size="n_inner", attention_dropout="attn_pdrop",
                         hidden_act="activation_function", rms_norm_eps="layer_norm_epsilon"),
                    ("transformer", "wte", "wpe", "h", "ln_f"), _GPT2_PARTS),
-    "bert": Family("Bert", ("resid_pdrop", "embd_pdrop", "type_vocab_size"), {k: v for k, v in _BERT.items() if k in _BERT_IMPLIES},
+    "bert": Family("Bert", ("resid_pdrop", "embd_pdrop", "type_vocab_size"),
+                   {k: v for k, v in _BERT.items() if k in _BERT_IMPLIES},
                    dict(vocab_size=30522, hidden_act="gelu", rms_norm_eps=1e-12, tie_word_embeddings=True, initializer_range=0.02,
-                        attention_dropout=0.1, resid_pdrop=0.1, embd_pdrop=0.1, type_vocab_size=2, pad_token_id=0, max_position_embeddings=512),
+                        attention_dropout=0.1, resid_pdrop=0.1, embd_pdrop=0.1, type_vocab_size=2, pad_token_id=0,
+                        max_position_embeddings=512),
                    dict(rms_norm_eps="layer_norm_eps", resid_pdrop="hidden_dropout_prob", embd_pdrop="hidden_dropout_prob",
                         attention_dropout="attention_probs_dropout_prob"),
                    ("bert", "embeddings", "encoder", "pooler"), _BERT_PARTS, ("type_vocab_size",)),
 }
 ALIASES = {"kimi_k2": "deepseek_v3"}  # the same network under another name
 KNOBS = {f.name: f for f in dataclasses.fields(ModelConfig)}
-HEAD_CLASSES = {"ForCausalLM": ("lm",), "LMHeadModel": ("lm",), "ForMaskedLM": ("lm",), "ForPreTraining": ("lm",), "ForSequenceClassification": ("score",)}
+HEAD_CLASSES = {"ForCausalLM": ("lm",), "LMHeadModel": ("lm",), "ForMaskedLM": ("lm",), "ForPreTraining": ("lm",),
+                "ForSequenceClassification": ("score",)}
 CUSTOM = "custom"  # model_type of a mixture of knobs that no Hugging Face class computes
 
 
@@ -1822,7 +1872,8 @@ def config_from_hub(raw: dict) -> ModelConfig:
             knobs[name] = raw[key]
     knobs.update(family.implied, model_type=kind)
     if knobs.get("position_embedding_type") != "learned":
-        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})  # transformers prefers v4's key where both are set
+        # transformers prefers v4's key where both are set
+        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
         theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or family.defaults["rope_theta"]
         known = {"rope_type", "type", *ROPE_TYPES.get(rope.get("rope_type", rope.get("type")), ())}
         if raw.get("original_max_position_embeddings"):  # and a length at the top to one inside
@@ -1844,7 +1895,8 @@ def hub_labels(raw: dict) -> list[str] | None:
 def _hub_knobs(kind: str) -> list[str]:
     """Knobs that a family's config.json has a key for."""
     learned = FAMILIES[kind].implied.get("position_embedding_type") == "learned"
-    lacks = (*FAMILIES[kind].implied, *(("num_key_value_heads", "head_dim") if learned else ()), *(("head_dim",) if kind == "deepseek_v3" else ()))
+    lacks = (*FAMILIES[kind].implied, *(("num_key_value_heads", "head_dim") if learned else ()),
+             *(("head_dim",) if kind == "deepseek_v3" else ()))
     return [name for name in (*_SHARED, *FAMILIES[kind].has) if name not in lacks]
 
 
@@ -1891,7 +1943,8 @@ def config_to_hub(config: ModelConfig, heads: tuple = ("lm",)) -> dict:
             raw["label2id"] = {name: i for i, name in enumerate(config.labels)}
         if family.implied.get("position_embedding_type") != "learned":
             rope = {"rope_theta": config.rope_theta, "rope_type": "default", **(config.rope_scaling or {})}
-            raw.update(rope_parameters=rope, rope_theta=config.rope_theta, rope_scaling=config.rope_scaling)  # v5 reads the first, v4 the others
+            # v5 reads the first, v4 the others
+            raw.update(rope_parameters=rope, rope_theta=config.rope_theta, rope_scaling=config.rope_scaling)
         if kind.startswith("qwen"):
             raw["use_sliding_window"] = config.sliding_window is not None
             raw["max_window_layers"] = (config.layer_types or []).count("full_attention")
@@ -1906,7 +1959,8 @@ def config_to_hub(config: ModelConfig, heads: tuple = ("lm",)) -> dict:
         if same and all(own[name] for name in family.needs):
             head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM" if config.causal else "ForMaskedLM"
             return {"architectures": [family.prefix + ("ForSequenceClassification" if heads == ("score",) else head)], **raw}
-    return {"architectures": ["CustomForSequenceClassification" if heads == ("score",) else "Custom"], **own, "model_type": CUSTOM}
+    return {"architectures": ["CustomForSequenceClassification" if heads == ("score",) else "Custom"], **own,
+            "model_type": CUSTOM}
 
 
 def say_portability(config: ModelConfig) -> None:
@@ -1936,7 +1990,8 @@ def weights_to_hub(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if name.endswith("experts.gate_up_proj") and kind != CUSTOM:
             stem = name.removesuffix("gate_up_proj")
-            pieces = {f"{stem}{e}.{part}_proj.weight": half for e, both in enumerate(tensor) for part, half in zip(("gate", "up"), both.chunk(2), strict=True)}
+            pieces = {f"{stem}{e}.{part}_proj.weight": half for e, both in enumerate(tensor) for part,
+                      half in zip(("gate", "up"), both.chunk(2), strict=True)}
         elif name.endswith("experts.down_proj") and kind != CUSTOM:
             pieces = {name.replace("down_proj", f"{e}.down_proj.weight"): one for e, one in enumerate(tensor)}
         else:
@@ -1947,7 +2002,8 @@ def weights_to_hub(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if kind == "bert" and "lm_head.decoder.weight" in state:  # an untied head keeps its bias under both of its names
         hub["cls.predictions.decoder.bias"] = hub["cls.predictions.bias"].clone()
     # A file may not hold parts of one storage: an expert is copied out of its stack.
-    return {name: tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone() for name, tensor in hub.items()}
+    return {name: tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone() for name,
+            tensor in hub.items()}
 
 
 class Piece(NamedTuple):
@@ -1984,14 +2040,16 @@ def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor, extra_layer
         return [Piece(f"{stem}.gate_up_proj", (number, slice(0, inner) if part == "gate" else slice(inner, None)), tensor)]
     return [Piece(name, (), tensor)]
 
+# -- files
+
 
 @contextmanager
 def staged(folder: str | Path, key: str = "", parts: str = ""):
     """A scratch folder inside `folder`; on success its files replace those of the same name, one atomic rename each.
 
-    `key` names the file without which no program opens the folder (config.json). If more than one file of `parts` (a glob) changes, or
-    the key itself, the key is removed first and written last: a kill in between leaves a folder that is refused, never a mixture of
-    new and old files. Files of `parts` that are not written again are removed.
+    `key` names the file without which no program opens the folder (config.json). If more than one file of `parts` (a glob)
+    changes, or the key itself, the key is removed first and written last: a kill in between leaves a folder that is refused,
+    never a mixture of new and old files. Files of `parts` that are not written again are removed.
     """
     folder = Path(folder)
     try:
@@ -2042,6 +2100,26 @@ def write_text(path: str | Path, text: str) -> None:
         (scratch / Path(path).name).write_text(text, encoding="utf-8")
 
 
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: names and values are expected, not {type(value).__name__}")
+        return value
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line; torch puts the matter into the second."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return (f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and lines[1:] else lines[0])[:240]
+
+# -- saving
+
+
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded over processes (all of them have to call)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -2065,7 +2143,9 @@ def save(model: LanguageModel, folder: str | Path) -> None:
         state = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
         if process_rank() == 0:
             inner, state = (_with_score(model, state) if model.heads == ("score",) else
-                            (model.inner, {name.removeprefix("inner."): tensor for name, tensor in state.items() if name.startswith("inner.")}))
+                            (model.inner,
+                             {name.removeprefix("inner."): tensor for name,
+                              tensor in state.items() if name.startswith("inner.")}))
             for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(model.inner.generation_config, key, getattr(model.config, key))
             with staged(folder, "config.json", WEIGHTS) as scratch:
@@ -2106,8 +2186,21 @@ def _with_score(model: ForeignModel, state: dict[str, Tensor]) -> tuple[nn.Modul
     wanted = set(shell.state_dict())
     state = {name.removeprefix("inner."): tensor for name, tensor in state.items()}
     if wanted - set(state):
-        raise UserError(f"model.name: transformers' classifier of a {model.config.model_type} has {sorted(wanted - set(state))[0]}, which is not made here")
+        raise UserError(f"model.name: transformers' classifier of a {model.config.model_type} has "
+                        f"{sorted(wanted - set(state))[0]}, which is not made here")
     return shell, {name: state[name] for name in sorted(wanted)}
+
+
+# what training alone needs: a critic, the way from a student's hidden states to a teacher's
+TOOLS = ("value_head.", "projections.")
+OPTIONAL = ("lm_head.", "score.", *TOOLS)  # heads: a file may lack them or hold one that is not asked for
+
+
+def is_tool(name: str) -> bool:
+    """Whether a tensor belongs to what training alone needs."""
+    return name.startswith(TOOLS)
+
+# -- loading
 
 
 @memoize
@@ -2115,7 +2208,8 @@ def from_hub(name: str) -> Path:
     """The files of a repository of the hub, fetched once; pickled weights only where there are no others."""
     import huggingface_hub
 
-    folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    folder = Path(huggingface_hub.snapshot_download(name,
+                                                    allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     if not any(folder.glob("*.safetensors")):
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.bin"]))
     return folder
@@ -2138,20 +2232,9 @@ def resolve_folder(name: str, key: str = "model.name") -> Path:
         raise UserError(f"{key}: '{name}' is neither a folder nor a name that a hub could have") from None
     except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{key}: '{name}' is no local folder and could not be fetched from the hub ({reason}); "
-                        + ("check the network, or build a fresh model with --model.preset llama-1m" if key == "model.name" else "check its spelling")) from None
-
-
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: names and values are expected, not {type(value).__name__}")
-        return value
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+        remedy = "check the network, or start from --model.preset llama-1m" if key == "model.name" else "check its spelling"
+        raise UserError(f"{key}: '{name}' is no local folder and could not be fetched from the hub ({reason}); {remedy}"
+                        ) from None
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -2175,7 +2258,7 @@ def read_generation_ids(folder: Path, config: ModelConfig | ForeignConfig) -> No
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, as transformers chooses them: safetensors before pickles, a single file before an index."""
+    """The files that hold the weights, chosen as in transformers: safetensors before pickles, a single file before an index."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if (folder / stem).exists():
             return [folder / stem]
@@ -2212,15 +2295,9 @@ def read_tensors(path: Path, ending: str = "") -> typing.Iterator[tuple[str, Ten
         raise UserError(f"{path}: cannot be read, it may be cut short ({first_line(error)})") from None
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line; torch puts the matter into the second."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    return (f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and lines[1:] else lines[0])[:240]
-
-
 def dequantized(folder: Path, raw: dict) -> typing.Iterator[tuple[Path, str, Tensor]]:
-    """All tensors of a folder with their files. DeepSeek's fp8 weights are multiplied out on the way: one scale (`weight_scale_inv`)
-    for each block of usually 128 x 128 weights, or for the whole matrix."""
+    """All tensors of a folder with their files. DeepSeek's fp8 weights are multiplied by their scales (`weight_scale_inv`): one
+    for each block of usually 128 x 128 weights, or one for the whole matrix."""
     files, quantization = weight_files(folder), raw.get("quantization_config") or {}
     method = quantization.get("quant_method")
     if method not in (None, "fp8"):
@@ -2240,54 +2317,50 @@ def dequantized(folder: Path, raw: dict) -> typing.Iterator[tuple[Path, str, Ten
             yield path, name, tensor
 
 
-TOOLS = ("value_head.", "projections.")  # what training alone needs: a critic, the way from a student's hidden states to a teacher's
-OPTIONAL = ("lm_head.", "score.", *TOOLS)  # heads: a file may lack them or hold one that is not asked for
-
-
-def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed: int = 0, packer: Callable | None = None) -> None:
+def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed: int = 0,
+                 packer: Callable | None = None) -> None:
     """Assign a folder's weights to a model (on `meta` or not); every tensor must fit by name and shape.
 
-    packer(name, weight) -> whether it has taken the weight into the model itself, in another form."""
-    raw = read_json(folder / "config.json")
+    packer(name, weight) -> whether it has put the weight into the model itself, in another form."""
+    config, raw = model.config, read_json(folder / "config.json")
+    embedding, head = "model.embed_tokens.weight", model.tied_name
     expected = dict(model.state_dict())
-    if model.config.tie_word_embeddings:
-        expected.pop(model.tied_name, None)
-    state, extra, filled, head = {}, [], dict.fromkeys(expected, 0), None
+    shapes = {name: weight.shape for name, weight in expected.items()}
+    shapes[head] = shapes.get(head, shapes[embedding])
+    state, filled, unexpected = {}, Counter(), []
     for path, hub_name, tensor in dequantized(folder, raw):
-        for name, index, part in weights_from_hub(model.config, hub_name, tensor, raw.get("num_nextn_predict_layers") or 0):
-            if name == model.tied_name and model.config.tie_word_embeddings and part.shape == expected["model.embed_tokens.weight"].shape:
-                head = part.to(device=device, dtype=dtype).contiguous()
+        for name, index, part in weights_from_hub(config, hub_name, tensor, raw.get("num_nextn_predict_layers") or 0):
+            if name not in expected and not (name == head and config.tie_word_embeddings):
+                unexpected += [] if name.startswith(OPTIONAL) else [hub_name]
                 continue
-            if name not in expected:
-                extra += [] if name.startswith(OPTIONAL) else [hub_name]
-                continue
-            whole = expected[name].shape
-            fits = not index or index[0] < whole[0]
-            shape = torch.empty(whole, device="meta")[index].shape if fits else ()
+            shape = torch.empty(shapes[name], device="meta")[index].shape if not index or index[0] < shapes[name][0] else ()
             if part.shape != shape:
-                raise UserError(f"{path}: {hub_name} is {tuple(part.shape)}, config.json makes it {tuple(shape)}; is one of its keys missing or changed?")
+                raise UserError(f"{path}: {hub_name} is {tuple(part.shape)}, config.json makes it {tuple(shape)}; "
+                                "is one of its keys missing or changed?")
             # A router's bias is the sum of tiny steps: it stays float32.
             kind = torch.float32 if name.endswith("e_score_correction_bias") else dtype
             if index:
                 if name not in state:
-                    state[name] = torch.empty(whole, dtype=kind or part.dtype, device=device or "cpu")
+                    state[name] = torch.empty(shapes[name], dtype=kind or part.dtype, device=device or "cpu")
                 state[name][index] = part.to(state[name])
             else:
                 state[name] = part.to(device=device, dtype=kind).contiguous()
             filled[name] += part.numel()
-            if packer and filled[name] == expected[name].numel() and packer(name, state[name]):
+            if packer and filled[name] == shapes[name].numel() and packer(name, state[name]):
                 del state[name]
-    embedding = "model.embed_tokens.weight"
-    if head is not None and not filled[embedding]:  # a tied pair under the head's name
-        state[embedding], filled[embedding] = head, head.numel()
-    elif head is not None and "lm" in model.heads and not torch.equal(head, state[embedding]):  # not tied, whatever config.json says; as transformers reads it
-        model.config.tie_word_embeddings, state[model.tied_name] = False, head
-    missing = [name for name, count in filled.items() if count < expected[name].numel()]
-    fresh = tuple(name for name in missing if name.startswith(OPTIONAL) and name not in state)
-    if _names_head(folder, "lm"):
-        fresh = tuple(name for name in fresh if not name.startswith("lm_head."))
-    missing = [name for name in missing if name not in fresh]
-    for label, names in (("missing", missing), ("unexpected", extra)):
+    if config.tie_word_embeddings and filled[head]:
+        if not filled[embedding]:  # the shared tensor under the head's name
+            state[embedding], filled[embedding] = state[head], filled[head]
+        if "lm" in model.heads and not torch.equal(state[head], state[embedding]):
+            config.tie_word_embeddings = False  # config.json says tied, the tensors differ: transformers unties them
+        else:
+            del state[head]
+    elif config.tie_word_embeddings:
+        expected.pop(head, None)
+    missing = [name for name, weight in expected.items() if filled[name] < weight.numel()]
+    may_lack = tuple(part for part in OPTIONAL if part != "lm_head." or "lm" not in folder_heads(raw))
+    fresh = tuple(name for name in missing if name.startswith(may_lack) and name not in state)
+    for label, names in (("missing", [name for name in missing if name not in fresh]), ("unexpected", unexpected)):
         if names:
             raise UserError(f"{folder}: {label} tensor {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
     for name in fresh:
@@ -2295,10 +2368,6 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     init_weights(model, seed, fresh or ("no parameter",))
-
-
-def _names_head(folder: Path, head: str) -> bool:
-    return head in folder_heads(read_json(folder / "config.json"))
 
 
 def folder_heads(raw: dict) -> tuple:
@@ -2329,7 +2398,8 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
         raise UserError(f"quantization: '{quantization}' is not one of {', '.join(QUANTIZATIONS)}")
     quantization = None if quantization == "none" else quantization
     if "score" in folder_heads(raw) and raw.get("problem_type") not in (None, "single_label_classification"):
-        raise UserError(f"{folder}/config.json: problem_type '{raw['problem_type']}' is not supported; only single_label_classification is")
+        raise UserError(f"{folder}/config.json: problem_type '{raw['problem_type']}' is not supported; only "
+                        "single_label_classification is")
     if quantization:
         import QUANT
     if is_foreign(raw):
@@ -2341,8 +2411,8 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
     if quantization:
         QUANT.keep_form(model, quantization)
     if isinstance(model, ForeignModel) and not is_causal(model.inner):
-        raise UserError(f"{folder}: the tokens of a {model.config.model_type} attend to later tokens, so it is not a causal language model; "
-                        "bert is the only encoder that is supported")
+        raise UserError(f"{folder}: the tokens of a {model.config.model_type} attend to later tokens, so it is not a causal "
+                        "language model; bert is the only encoder that is supported")
     if adapter:
         _fit_to_adapter(model, adapter)
         load_adapter(model, adapter)
@@ -2362,7 +2432,8 @@ def _fit_to_adapter(model: LanguageModel, adapter: str) -> None:
 def _load_own(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, seed: int, changes, packing) -> Transformer:
     config = read_config(folder)
     if fixed := set(changes or ()) - set(CHANGEABLE):
-        raise UserError(f"model.{sorted(fixed)[0]}: a trained model's architecture is fixed; leave it out, or start from --model.preset")
+        raise UserError(f"model.{sorted(fixed)[0]}: a trained model's architecture is fixed; leave it out, or start from "
+                        "--model.preset")
     config = dataclasses.replace(config, **(changes or {}))
     with torch.device("meta"):
         model = Transformer(config, head or folder_heads(raw), attn_implementation)
@@ -2388,8 +2459,9 @@ def is_foreign(raw: dict) -> bool:
     return ALIASES.get(raw.get("model_type"), raw.get("model_type")) not in (*FAMILIES, CUSTOM)
 
 
-CHANGEABLE = ("rope_scaling", "rope_theta", "max_position_embeddings", "sliding_window", "attention_dropout", "resid_pdrop", "embd_pdrop",
-              "labels", "router_aux_loss_coef", "seq_aux", "router_bias_update_speed", "num_experts_per_tok", "initializer_range")
+CHANGEABLE = ("rope_scaling", "rope_theta", "max_position_embeddings", "sliding_window", "attention_dropout", "resid_pdrop",
+              "embd_pdrop", "labels", "router_aux_loss_coef", "seq_aux", "router_bias_update_speed", "num_experts_per_tok",
+              "initializer_range")
 
 
 def _chosen_dtype(dtype, raw: dict, model: nn.Module, device) -> torch.dtype | None:
@@ -2398,7 +2470,8 @@ def _chosen_dtype(dtype, raw: dict, model: nn.Module, device) -> torch.dtype | N
     return supported_dtype(dtype, device) if isinstance(dtype, str) else dtype
 
 
-def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, seed: int, changes, packing) -> ForeignModel:
+def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, seed: int, changes,
+                  packing) -> ForeignModel:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -2412,7 +2485,8 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
         raise UserError(f"model.{sorted(changes)[0]}: {kind} is computed by transformers and cannot be changed here")
     kernels = {"auto": None, "eager": "eager", "sdpa": "sdpa"}
     if attn_implementation not in kernels:
-        raise UserError(f"model.attn_implementation: {attn_implementation} is not for a {kind}, which transformers runs; use auto, eager or sdpa")
+        raise UserError(f"model.attn_implementation: {attn_implementation} is not for a {kind}, which transformers runs; use "
+                        "auto, eager or sdpa")
     options = {"quantization_config": packing, "device_map": {"": str(device or "cpu")}} if packing else {}
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -2422,13 +2496,15 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
         logging.set_verbosity_error()  # a report of heads that come or go
         inner = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernels[attn_implementation],
                                                      use_safetensors=None, weights_only=True, **options)
-    except (KeyError, ValueError, OSError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"{folder}: model_type '{kind}' cannot be opened: it is none of {', '.join(FAMILIES)}, and transformers says: "
-                        f"{first_line(error)}") from None
+    except (KeyError, ValueError, OSError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError,
+            StrictDataclassError) as error:
+        raise UserError(f"{folder}: model_type '{kind}' cannot be opened: it is none of {', '.join(FAMILIES)}, and transformers "
+                        f"says: {first_line(error)}") from None
     finally:
         logging.set_verbosity(talk)
     if "score" in heads and type(inner.config) not in AutoModelForSequenceClassification._model_mapping:
-        raise UserError(f"{folder}: transformers has no classifier of a {kind}, so a head for labels or rewards could not be saved; choose another model")
+        raise UserError(f"{folder}: transformers has no classifier of a {kind}, so a head for labels or rewards could not be "
+                        "saved; choose another model")
     model = ForeignModel(inner if packing else inner.to(device or "cpu"), heads, labels).eval()
     read_generation_ids(folder, model.config)
     if "score" in heads:
@@ -2436,11 +2512,24 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
         drawn = torch.empty(model.score.weight.shape).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
         model.score.weight.data = next(iter(stored.values()), drawn).to(model.device, model.dtype)
         if model.score.weight.shape != drawn.shape:
-            raise UserError(f"{folder}: score.weight is {tuple(model.score.weight.shape)}, {len(labels or ())} labels make it {tuple(drawn.shape)}")
+            raise UserError(f"{folder}: score.weight is {tuple(model.score.weight.shape)}, {len(labels or ())} labels make it "
+                            f"{tuple(drawn.shape)}")
     return model
 
 
-# ---------------------------------------------------------------------------------------------------- adapters
+def label_names(model: LanguageModel) -> list[str]:
+    """What the outputs of a score head are called; transformers' LABEL_0, ... where they have no names."""
+    return model.config.labels or [f"LABEL_{i}" for i in range(model.config.num_labels)]
+
+
+def folder_labels(folder: Path) -> list[str] | None:
+    """The labels that a folder's model or adapter tells apart; None for one that writes words."""
+    if (folder / "adapter_config.json").exists():
+        return adapter_labels(folder)
+    raw = read_json(folder / "config.json")
+    return hub_labels(raw) if folder_heads(raw) == ("score",) else None
+
+# -- adapters
 
 
 def import_peft():
@@ -2474,7 +2563,8 @@ def adapted_product(layer, usual: Callable, hidden: Tensor) -> Tensor:
         return usual(hidden)
     flat = hidden.flatten(0, -2)  # (N, in): adding into a view would copy its gradient
     out = layer.base_layer(flat)
-    narrow = layer.lora_A[name](layer.lora_dropout[name](flat.to(layer.lora_A[name].weight.dtype))) * layer.scaling[name]  # (N, r)
+    flat = layer.lora_dropout[name](flat.to(layer.lora_A[name].weight.dtype))
+    narrow = layer.lora_A[name](flat) * layer.scaling[name]  # (N, r)
     return out.addmm_(narrow.to(out.dtype), layer.lora_B[name].weight.to(out.dtype).t()).unflatten(0, hidden.shape[:-1])
 
 
@@ -2507,8 +2597,10 @@ def rename_adapter(kind: str, config, state: dict[str, Tensor], back: bool = Fal
     def renamed(module: str) -> str:
         return hub_name(kind, f"{module}.", back).removesuffix(".")
 
-    ranks = {name.removesuffix(".lora_A.weight"): len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight")}
-    alphas = {module: config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha) for module in ranks}
+    ranks = {name.removesuffix(".lora_A.weight"): len(tensor) for name,
+             tensor in state.items() if name.endswith(".lora_A.weight")}
+    alphas = {module: config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module),
+                                               config.lora_alpha) for module in ranks}
     config = dataclasses.replace(config)
     config.target_modules = sorted(map(renamed, ranks))
     config.rank_pattern = {renamed(module): rank for module, rank in ranks.items() if rank != config.r}
@@ -2520,16 +2612,13 @@ def rename_adapter(kind: str, config, state: dict[str, Tensor], back: bool = Fal
     elif unread := set(config.modules_to_save or ()) - {"pooler", "classifier", "score"}:
         raise UserError(f"its modules_to_save {sorted(unread)} are not supported for this family")
     elif config.modules_to_save:
-        config.modules_to_save = ["score" if "score.dense.weight" in state or "score.out_proj.weight" not in state else "score.out_proj"]
+        last_only = "score.out_proj.weight" in state and "score.dense.weight" not in state  # of BERT's two layers
+        config.modules_to_save = ["score.out_proj" if last_only else "score"]
     if isinstance(config.trainable_token_indices, dict):  # rows of the embedding, and of a head that is not tied to it
         embedding = "embed_tokens" if back else renamed("model.embed_tokens").rpartition(".")[2]
-        config.trainable_token_indices = {name if name == "lm_head" else embedding: rows for name, rows in config.trainable_token_indices.items()}
+        config.trainable_token_indices = {name if name == "lm_head" else embedding: rows for name,
+                                          rows in config.trainable_token_indices.items()}
     return config, state
-
-
-def is_tool(name: str) -> bool:
-    """Whether a tensor belongs to what training alone needs."""
-    return name.startswith(TOOLS)
 
 
 def tensor_is_trained(name: str) -> bool:
@@ -2553,19 +2642,6 @@ def adapter_labels(folder: Path) -> list[str] | None:
         head = next((name for name in file.keys() if re.search(r"\.(score|classifier)\.weight$", name)), None)
         return names or (head and [f"LABEL_{i}" for i in range(file.get_slice(head).get_shape()[0])])
     return None
-
-
-def label_names(model: LanguageModel) -> list[str]:
-    """What the outputs of a score head are called; transformers' LABEL_0, ... where they have no names."""
-    return model.config.labels or [f"LABEL_{i}" for i in range(model.config.num_labels)]
-
-
-def folder_labels(folder: Path) -> list[str] | None:
-    """The labels that a folder's model or adapter tells apart; None for one that writes words."""
-    if (folder / "adapter_config.json").exists():
-        return adapter_labels(folder)
-    raw = read_json(folder / "config.json")
-    return hub_labels(raw) if folder_heads(raw) == ("score",) else None
 
 
 def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) -> None:
@@ -2592,7 +2668,8 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
     if "score" in model.heads and not config.modules_to_save:
-        raise UserError(f"{folder}: an adapter without a head for labels; merge it (SFT.py --merge) and start from the merged folder")
+        raise UserError(f"{folder}: an adapter without a head for labels; merge it (SFT.py --merge) and start from the merged "
+                        "folder")
     try:
         inject(config, host)
         if any(re.search(r"\.experts\.\d+\.", name) for name in state):
@@ -2604,7 +2681,8 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
     given = {id(weight) for name, weight in weights.items() if name not in result.missing_keys}  # shared ones stand there once
     missing = [name for name in result.missing_keys if tensor_is_trained(name) and id(weights.get(name)) not in given]
     if missing or result.unexpected_keys:
-        raise UserError(f"{folder}: made for another base ({config.base_model_name_or_path}): {(missing or result.unexpected_keys)[0]} does not fit")
+        raise UserError(f"{folder}: made for another base ({config.base_model_name_or_path}): "
+                        f"{(missing or result.unexpected_keys)[0]} does not fit")
     model.adapter = config
 
 
@@ -2612,7 +2690,8 @@ def _stacked(host: nn.Module, config, state: dict[str, Tensor], folder: Path) ->
     """Convert an adapter on separate experts (transformers 4) to peft's form for stacked experts. Adapters that peft converts
     incorrectly are refused."""
     if config.use_rslora or host.config.model_type == "deepseek_v3":
-        raise UserError(f"{folder}: this adapter has layers of single experts; merge it with the versions of peft and transformers that trained it")
+        raise UserError(f"{folder}: this adapter has layers of single experts; merge it with the versions of peft and "
+                        "transformers that trained it")
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -2622,15 +2701,16 @@ def _stacked(host: nn.Module, config, state: dict[str, Tensor], folder: Path) ->
 
 
 def merges_exactly(model: LanguageModel) -> bool:
-    """Whether merging is the adapter's function. An adapter on one of two layers that share a tensor (a tied embedding or head) would
-    change the other one too; a bias of B has no place in a layer without a bias."""
+    """Whether merging leaves the model's function unchanged. Merging into one of two layers that share a tensor (a tied embedding
+    or head) would change the other layer too; a bias of B has no place in a layer without a bias."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
     users = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
     layers += [module.original_module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    return not model.adapter.lora_bias and all(users[id(weight)] == 1 for layer in layers for weight in layer._parameters.values() if weight is not None)
+    weights = [weight for layer in layers for weight in layer._parameters.values() if weight is not None]
+    return not model.adapter.lora_bias and all(users[id(weight)] == 1 for weight in weights)
 
 
 @torch.no_grad()
@@ -2671,8 +2751,7 @@ def merge_adapter(model: LanguageModel) -> None:
     model.adapter = None
     model.tie_weights()
 
-
-# ---------------------------------------------------------------------------------------------------- hardware
+# -- devices and types
 
 QUANTIZATIONS = ("none", "nf4", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -2739,22 +2818,23 @@ def auto_dtype(stored: str | None, parameters: int, device=None) -> torch.dtype:
         return half if device != "cpu" or stored == "bfloat16" else torch.float32
     return half if parameters > 100_000_000 and device != "mps" else torch.float32
 
-
-# ----------------------------------------------------------------------------------------------------- summary
+# -- summary
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, active per token): parameters counted once where they are shared; of the experts a token uses only k."""
     packed = [getattr(weight, "quant_state", None) for weight in model.parameters()]  # 4-bit: two weights a byte
-    total = sum(weight.numel() if state is None else math.prod(state.shape) for weight, state in zip(model.parameters(), packed, strict=True))
+    total = sum(weight.numel() if state is None else math.prod(state.shape) for weight,
+                state in zip(model.parameters(), packed, strict=True))
     idle = sum(weight.numel() * (1 - module.per_token / len(weight))
                for module in model.modules() if isinstance(module, Experts) for weight in module.parameters())
     return total, total - round(idle)
 
 
 def flops_per_token(config: ModelConfig, context: int) -> float:
-    """FLOPs of one forward token with `context` tokens before it, counted from the modules of a model on `meta`: two for each weight of
-    a product, and for each key two for its score and two for its value. Training costs three times as much (Kaplan 2020, section 2.1)."""
+    """FLOPs of the forward pass of one token with `context` tokens before it, counted from the modules of a model on `meta`: two
+    for each weight of a product; for each key, two times its width and two times its value's. Training costs three times as
+    much (Kaplan 2020, section 2.1)."""
     flops = 0.0
     for module in build(config, device="meta").modules():
         if isinstance(module, (nn.Linear, Router)):
@@ -2770,8 +2850,10 @@ def flops_per_token(config: ModelConfig, context: int) -> float:
 
 def cache_numbers(config: ModelConfig) -> int:
     """Numbers that the cache holds for each token: keys and values of all layers, or latents and rotary keys."""
-    layer = config.kv_lora_rank + config.qk_rope_head_dim if config.kv_lora_rank else 2 * config.num_key_value_heads * config.head_dim
-    return config.num_hidden_layers * layer if config.causal else 0
+    if not config.causal:
+        return 0
+    latent = config.kv_lora_rank and config.kv_lora_rank + config.qk_rope_head_dim
+    return config.num_hidden_layers * (latent or 2 * config.num_key_value_heads * config.head_dim)
 
 
 def summary(config: ModelConfig) -> str:
@@ -2779,16 +2861,19 @@ def summary(config: ModelConfig) -> str:
     model = build(config, device="meta")
     total, active = count_parameters(model)
     context, cache = config.max_position_embeddings, 2 * cache_numbers(config)
-    kind = "MHA" if config.num_key_value_heads == config.num_attention_heads else {1: "MQA"}.get(config.num_key_value_heads, "GQA")
+    kind = "MHA" if config.num_key_value_heads == config.num_attention_heads else {1: "MQA"}.get(config.num_key_value_heads,
+                                                                                                 "GQA")
     window = f", window {config.sliding_window}" if config.sliding_window else ""
-    attention = f"attention {config.num_attention_heads} heads of {config.head_dim}, {config.num_key_value_heads} key/value: {kind}{window}"
+    attention = (f"attention {config.num_attention_heads} heads of {config.head_dim}, "
+                 f"{config.num_key_value_heads} key/value: {kind}{window}")
     if config.kv_lora_rank:
-        attention = (f"latent attention (MLA) {config.num_attention_heads} heads of {config.qk_nope_head_dim} + {config.qk_rope_head_dim} rotary, "
-                     f"latent {config.kv_lora_rank}")
+        attention = (f"latent attention (MLA) {config.num_attention_heads} heads of {config.qk_nope_head_dim} + "
+                     f"{config.qk_rope_head_dim} rotary, latent {config.kv_lora_rank}")
     sparse = sum(config.sparse(layer) for layer in range(config.num_hidden_layers))
     shared = f" + {config.n_shared_experts} shared" if config.n_shared_experts else ""
     dense = f", MLP {config.intermediate_size}" + (f" in {config.num_hidden_layers - sparse}" if sparse else "")
-    experts = (f", {config.num_experts_per_tok} of {config.num_experts} experts of {config.moe_intermediate_size}{shared} in {sparse}" if sparse else "")
+    experts = (f", {config.num_experts_per_tok} of {config.num_experts} experts of {config.moe_intermediate_size}{shared} in "
+               f"{sparse}" if sparse else "")
     rows = [
         ("family", config.model_type + ("" if config.causal else ", an encoder")),
         ("layers", f"{config.num_hidden_layers} x {attention}{dense if sparse < config.num_hidden_layers else ''}{experts}"),
@@ -2819,16 +2904,17 @@ def size_text(count: float) -> str:
 
 def preset_table() -> str:
     """Each preset with the parameters that it has when it is trained here: small ones with a trained tokenizer's vocabulary."""
-    lines = [f"{'preset':16} {'family':11} {'parameters':>17} {'active':>15} {'layers':>6} {'width':>6} {'heads':>5} {'kv':>4} {'experts':>7} {'context':>8}"]
+    lines = [f"{'preset':16} {'family':11} {'parameters':>17} {'active':>15} {'layers':>6} {'width':>6} {'heads':>5} {'kv':>4} "
+             f"{'experts':>7} {'context':>8}"]
     for name in PRESETS:
         c = preset_config(name, **({"vocab_size": TRAINED_VOCABULARY} if PRESETS[name].get("vocab_size") == _SMALL else {}))
         total, active = count_parameters(build(c, device="meta"))
-        lines.append(f"{name:16} {c.model_type:11} {total:17,} {active:15,} {c.num_hidden_layers:6} {c.hidden_size:6} {c.num_attention_heads:5} "
-                     f"{'mla' if c.kv_lora_rank else c.num_key_value_heads:>4} {c.num_experts or '':>7} {c.max_position_embeddings:8}")
+        lines.append(f"{name:16} {c.model_type:11} {total:17,} {active:15,} {c.num_hidden_layers:6} {c.hidden_size:6} "
+                     f"{c.num_attention_heads:5} {'mla' if c.kv_lora_rank else c.num_key_value_heads:>4} "
+                     f"{c.num_experts or '':>7} {c.max_position_embeddings:8}")
     return "\n".join(lines)
 
-
-# -------------------------------------------------------------------------------------- config.yaml and flags
+# -- config.yaml and flags
 
 SECTIONS = ("model", "tokenizer", "data", "training", "lora", "sft", "rl", "distill", "inference", "quantization", "output")
 SHORT_FLAGS = {"model": "model.name", "data": "data.train", "out": "output.dir", "epochs": "training.epochs",
@@ -2836,7 +2922,6 @@ SHORT_FLAGS = {"model": "model.name", "data": "data.train", "out": "output.dir",
                "grad_accum": "training.grad_accum", "learning_rate": "training.learning_rate",
                "max_length": "training.max_length", "max_minutes": "training.max_minutes"}
 HORIZON = ("epochs", "max_steps", "max_minutes")
-
 # `model:` holds what to load or build and how to compute it; every architecture knob may be overridden beside it.
 ModelSection = dataclasses.make_dataclass("ModelSection", [
     ("name", str | None, knob(None, "trained weights: a folder or a hub name (gpt2); replaces preset")),
@@ -2844,7 +2929,8 @@ ModelSection = dataclasses.make_dataclass("ModelSection", [
     ("dtype", str, knob("auto", "type of computation; training keeps float32 weights", ("auto", *DTYPES))),
     ("attn_implementation", str, knob("auto", "attention kernel", tuple(ATTENTION))),
     ("device", str, knob("auto", "auto, cpu, cuda, cuda:1 or mps")),
-    ("quantization", str, knob("none", "packed form of a frozen model's matrices, for adapters (QLoRA) and inference", QUANTIZATIONS)),
+    ("quantization", str,
+     knob("none", "packed form of a frozen model's matrices, for adapters (QLoRA) and inference", QUANTIZATIONS)),
     *[(name, f.type + " | None" if "None" not in f.type else f.type, knob(None, f.metadata["comment"], f.metadata["choices"]))
       for name, f in KNOBS.items()]], namespace={"__module__": __name__})
 MODEL_SETTINGS = ("dtype", "attn_implementation", "device", "quantization")  # how to compute, whatever the model
@@ -2949,8 +3035,9 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
     for name, value in [*block.items(), *prefixed.items()]:
         if not isinstance(value, (dict, types.NoneType)):
             raise UserError(f"{own}.{name}: {value!r} is given where keys and values are expected, as in {own}.{name}.KEY")
-    layers = [Layer("defaults", stage_defaults), Layer(origin, shared), Layer(f"{origin}: {own}", {k: v or {} for k, v in block.items()}),
-              Layer("command line", flags), Layer(f"command line: {own}", prefixed)]
+    layers = [Layer("defaults", stage_defaults), Layer(origin, shared),
+              Layer(f"{origin}: {own}", {k: v or {} for k, v in block.items()}), Layer("command line", flags),
+              Layer(f"command line: {own}", prefixed)]
     values = {name: {f.name: default_of(f) for f in dataclasses.fields(kind)} for name, kind in sections.items()}
     for layer in layers:
         _apply(values, layer, sections)
@@ -3015,7 +3102,8 @@ def _read_flags(argv, sections, own, actions, shorts):
             elif alone and name in actions and actions[name].bare is not None:
                 value = actions[name].bare
             elif i == len(argv) or (alone and not known):
-                raise UserError(f"--{name}: a value is missing" + ("" if i == len(argv) else f" (one that begins with -- is given as --{name}=VALUE)"))
+                raise UserError(f"--{name}: a value is missing" + ("" if i == len(argv) else f" (one that begins with -- is "
+                                                                                             f"given as --{name}=VALUE)"))
             else:
                 value, i = argv[i], i + 1
         listed = kind is list or (isinstance(kind, types.UnionType) and list in typing.get_args(kind))
@@ -3085,7 +3173,8 @@ def _apply(values: dict, layer: Layer, sections: dict[str, type]) -> None:
             where = f"{layer.origin}: {section}.{key}"
             optional = section == "model" and key in KNOBS and "None" in KNOBS[key].type
             if optional and value == "null" and PRESETS.get(values["model"]["preset"], {}).get(key) is not None:
-                raise UserError(f"{where}: null means the preset's own value, {PRESETS[values['model']['preset']][key]}; choose a preset without it")
+                raise UserError(f"{where}: null means the preset's own value, {PRESETS[values['model']['preset']][key]}; choose "
+                                "a preset without it")
             hints = field_types(sections[section])
             if key not in hints:
                 raise UserError(f"{where}: unknown key; nearest is '{nearest(str(key), hints)}'")
@@ -3099,7 +3188,8 @@ def help_text(doc: str, sections: dict[str, type], own: str, actions: dict[str, 
         value = "" if action.convert is None else " VALUE"
         lines.append(f"  --{name.replace('_', '-') + value:32} {action.comment}")
     own_keys = field_types(sections[own])
-    usable = [flag for flag, key in shorts.items() if key.split(".")[0] in sections and (flag not in own_keys or flag in SECTIONS)]
+    usable = [flag for flag,
+              key in shorts.items() if key.split(".")[0] in sections and (flag not in own_keys or flag in SECTIONS)]
     lines.append("  " + " ".join(f"--{flag.replace('_', '-')}" for flag in usable) + "   short for "
                  + " ".join(shorts[flag] for flag in usable))
     for name, kind in sections.items():
@@ -3151,7 +3241,8 @@ def main(argv: list[str] | None = None) -> None:
         if is_foreign(read_json(folder / "config.json")):
             model = load(config.model.name)
             print(f"{model.config.model_type}, computed by transformers: {count_parameters(model)[0]:,} parameters, "
-                  f"{model.config.num_hidden_layers} layers, width {model.config.hidden_size}, context {model.config.max_position_embeddings:,}")
+                  f"{model.config.num_hidden_layers} layers, width {model.config.hidden_size}, context "
+                  f"{model.config.max_position_embeddings:,}")
         else:
             print(summary(dataclasses.replace(read_config(folder), **overrides(config.model))))
     else:
