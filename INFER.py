@@ -661,8 +661,11 @@ class Session:
 
 
 def read_stdin() -> Iterator[str]:
-    """The lines of stdin as UTF-8; a bad one is named."""
-    raw = getattr(sys.stdin, "buffer", None)
+    """The lines of stdin as UTF-8; an error names the line."""
+    try:
+        raw = open(sys.stdin.fileno(), "rb", closefd=False)  # not sys.stdin: a thread may still wait for a line when the program ends
+    except (OSError, AttributeError):
+        raw = getattr(sys.stdin, "buffer", None)
     for number, line in enumerate(raw or sys.stdin, 1):
         try:
             text = line.decode("utf-8") if raw else line
@@ -672,19 +675,31 @@ def read_stdin() -> Iterator[str]:
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:
-    group: list = []
-    try:
-        for item in items:
-            group.append(item)
-            if len(group) == size:
-                yield group
-                group = []
-    except UserError:
-        if group:  # what came before a bad line is answered first
+    """Lists of up to `size` items: those that arrive within 20 ms of each other, so that a program that waits for the answer to
+    one line gets it. Items before an error are yielded first."""
+    arrived: queue.Queue = queue.Queue(2 * size)
+
+    def read() -> None:
+        try:
+            for item in items:
+                arrived.put((item, None))
+            arrived.put((None, StopIteration()))
+        except BaseException as error:
+            arrived.put((None, error))
+
+    threading.Thread(target=read, daemon=True).start()
+    error = None
+    while error is None:
+        item, error = arrived.get()
+        group = [] if error else [item]
+        with contextlib.suppress(queue.Empty):
+            while len(group) < size and error is None:
+                item, error = arrived.get(timeout=0.02)
+                group += [] if error else [item]
+        if group:
             yield group
-        raise
-    if group:
-        yield group
+    if not isinstance(error, StopIteration):
+        raise error
 
 
 def run_lines(session: Session) -> None:

@@ -367,15 +367,12 @@ def attend_eager(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, w
     if mask is not None:
         scores = scores.add_(mask.bias)
     elif query.shape[2] > 1:
-        scores = scores.add_(_causal_bias(query.shape[2], scores.dtype, scores.device))
+        future = scores.new_full(scores.shape[-2:], -math.inf).triu_(1)  # (T, T)
+        scores = scores.add_(future)
     probabilities = scores.softmax(-1, dtype=value.dtype)
     if dropout:
         probabilities = F.dropout(probabilities, dropout)
     return _blank(probabilities @ value, mask)
-
-
-def _causal_bias(length: int, dtype: torch.dtype, device) -> Tensor:
-    return torch.full((length, length), -math.inf, dtype=dtype, device=device).triu_(1)
 
 
 def _blank(output: Tensor, mask: Mask | None) -> Tensor:
@@ -1169,22 +1166,6 @@ def init_weights(model: Transformer, seed: int = 0, only: tuple = ("",)) -> None
                 weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
 
 
-def build(config: ModelConfig | str | dict, head: str | tuple = "lm", seed: int = 0, attn_implementation: str = "auto",
-          device=None) -> Transformer:
-    """A model with random weights from a ModelConfig, a preset's name, or a dict of settings (with or without "preset").
-    device="meta" allocates nothing."""
-    if isinstance(config, str):
-        config = preset_config(config)
-    elif isinstance(config, dict):
-        knobs = dict(config)
-        preset = knobs.pop("preset", None)
-        config = preset_config(preset, **knobs) if preset else ModelConfig(**knobs)
-    with torch.device(device or "cpu"):
-        model = Transformer(config, head, attn_implementation)
-    init_weights(model, seed)
-    return model
-
-
 # ======================================================================================================== edges
 
 # -- presets
@@ -1539,7 +1520,7 @@ def _installed(package: str) -> bool:
 
     return importlib.util.find_spec(package) is not None
 
-# -- BERT's heads, blocks, vector functions
+# -- building
 
 
 class MaskedHead(nn.Module):
@@ -1597,6 +1578,22 @@ def settle_vector_functions() -> None:
         for name in ("cos", "sin", "tan", "acos", "asin", "atan", "exp", "expm1", "log", "log2", "log10", "log1p", "sqrt", "tanh",
                      "erf", "erfc"):
             getattr(torch, name)(one)
+
+
+def build(config: ModelConfig | str | dict, head: str | tuple = "lm", seed: int = 0, attn_implementation: str = "auto",
+          device=None) -> Transformer:
+    """A model with random weights from a ModelConfig, a preset's name, or a dict of settings (with or without "preset").
+    device="meta" allocates nothing."""
+    if isinstance(config, str):
+        config = preset_config(config)
+    elif isinstance(config, dict):
+        knobs = dict(config)
+        preset = knobs.pop("preset", None)
+        config = preset_config(preset, **knobs) if preset else ModelConfig(**knobs)
+    with torch.device(device or "cpu"):
+        model = Transformer(config, head, attn_implementation)
+    init_weights(model, seed)
+    return model
 
 
 @torch.no_grad()
@@ -2789,13 +2786,18 @@ def matmul_flops(dtype: torch.dtype, device: str, size: int = 0) -> float:
 @memoize
 def fast_half(device: str) -> torch.dtype | None:
     """The 16-bit type whose matrix products clearly beat float32 on this device, measured rather than looked up: of
-    two processors that both list AVX512-BF16, one computes it seven times faster than float32 and one at half speed."""
+    two processors that both list AVX512-BF16, one computes it seven times faster than float32 and one at half speed.
+    The environment variable FAST_TYPE (bfloat16 or float32) replaces the measurement on a CPU: tests run with both."""
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.startswith("mps"):
         return None
-    faster = matmul_flops(torch.bfloat16, "cpu") > 1.3 * matmul_flops(torch.float32, "cpu")
-    return torch.bfloat16 if faster else None
+    if forced := os.environ.get("FAST_TYPE"):
+        return torch.bfloat16 if forced == "bfloat16" else None
+    for size in (128, 1024):  # the first excludes processors that emulate bfloat16, for which the second takes 15 s
+        if matmul_flops(torch.bfloat16, "cpu", size) < (1.3 if size > 128 else 0.5) * matmul_flops(torch.float32, "cpu", size):
+            return None
+    return torch.bfloat16
 
 
 def supported_dtype(name: str, device=None) -> torch.dtype:

@@ -440,12 +440,12 @@ def test_a_cache_holds_for_every_seed_and_epoch(world, tmp_path):
 
 def test_a_killed_cache_goes_on(world, tmp_path):
     """kill -9 while it is written: what stands is kept, and the end is the same to the last byte."""
-    lines = make_text(6000, seed=4)
+    lines = make_text(3000, seed=4)
     (tmp_path / "text.txt").write_text("\n".join(lines) + "\n")
     flags = [str(word) for word in [*QUICK, "--batch-size", "2", "--teacher", world / "teacher", "--data", tmp_path / "text.txt", "--data.dir", tmp_path / "ids", "--cache"]]
     DISTILL.main([*flags, "--cache-dir", str(tmp_path / "whole")])
     random_delay, kept = random.Random(2), []
-    for _ in range(3):
+    for _ in range(2):
         process = launch(ROOT, ROOT / "DISTILL.py", *flags, "--cache-dir", tmp_path / "killed")
         part = tmp_path / "killed" / "cache.part.json"
         before = json.loads(part.read_text())["done"] if part.exists() else 0
