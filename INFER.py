@@ -879,7 +879,7 @@ def check_flags(actions, logprobs: bool) -> None:
     modes = [f"--{name}" for name in ("prompt", "jsonl", "score") if getattr(actions, name) not in (None, False)]
     modes += ["--lines"] if actions.lines and actions.score is None else []
     if len(modes) > 1:
-        raise UserError(f"{' and '.join(modes)} exclude each other; keep one")
+        raise UserError(f"{' and '.join(modes)} are mutually exclusive; set one")
     if actions.logits and actions.score is None:
         raise UserError("--logits: goes with --score")
     if logprobs and actions.score is None and not actions.jsonl:

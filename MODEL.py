@@ -46,7 +46,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class UserError(Exception):
-    """A mistake of the user's: shown as one line on stderr, exit status 2."""
+    """A user error: shown as one line on stderr, exit status 2."""
 
 
 def process_rank() -> int:
@@ -54,7 +54,7 @@ def process_rank() -> int:
 
 
 def say(line: str) -> None:
-    """A line on stderr, by the first process alone; stdout carries the product."""
+    """Print a line to stderr on the first process only; stdout is for results."""
     if process_rank() == 0:
         print(line, file=sys.stderr, flush=True)
 
@@ -1268,7 +1268,7 @@ PRESETS = {
 
 
 def preset_config(name: str, **overrides) -> ModelConfig:
-    """The knobs of a preset, e.g. preset_config("llama-2m", vocab_size=1024)."""
+    """The settings of a preset, e.g. preset_config("llama-2m", vocab_size=1024)."""
     if name is None:
         raise UserError("model.preset: a value is needed, or a trained model's name in model.name")
     if name not in PRESETS:
@@ -1276,7 +1276,7 @@ def preset_config(name: str, **overrides) -> ModelConfig:
                         "(python MODEL.py --list shows all)")
     knobs = dict(PRESETS[name])
     if "hidden_size" in overrides or "num_attention_heads" in overrides:
-        # A preset's derived knobs follow its heads; one who changes the heads means them to be derived again.
+        # These settings of a preset were derived from its heads; with other heads they are derived again.
         knobs.pop("head_dim", None)
         if "num_attention_heads" in overrides:
             knobs.pop("num_key_value_heads", None)
@@ -1307,7 +1307,7 @@ def check_architecture(config: ModelConfig):
         raise UserError(f"model.num_key_value_heads: {config.num_key_value_heads} does not divide "
                         f"num_attention_heads {config.num_attention_heads}; GQA needs equal groups")
     if config.position_embedding_type == "rope" and config.head_dim % 2:
-        raise UserError(f"model.head_dim: {config.head_dim} is odd; rotary positions turn pairs of numbers")
+        raise UserError(f"model.head_dim: {config.head_dim} is odd; rotary embeddings rotate pairs, so it must be even")
     if config.type_vocab_size < 0:
         raise UserError(f"model.type_vocab_size: {config.type_vocab_size} must be 0 (none) or above")
     for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
@@ -1315,7 +1315,7 @@ def check_architecture(config: ModelConfig):
             raise UserError(f"model.{name}: {getattr(config, name)} must be a positive number")
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
         if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"model.{name}: {getattr(config, name)} must be in [0, 1)")
+            raise UserError(f"model.{name}: {getattr(config, name)} must be at least 0 and below 1")
     if config.model_type not in (*FAMILIES, CUSTOM):
         raise UserError(f"model.model_type: '{config.model_type}' is not one of {', '.join(FAMILIES)}")
     for f in dataclasses.fields(config):
@@ -1325,16 +1325,16 @@ def check_architecture(config: ModelConfig):
     if config.sliding_window is not None and config.sliding_window < 1:
         raise UserError(f"model.sliding_window: {config.sliding_window} must be at least 1, or null for none")
     if config.sliding_window is not None and not config.causal:
-        raise UserError("model.sliding_window: an encoder (model.causal false) has no window; leave it out")
+        raise UserError("model.sliding_window: an encoder (model.causal false) cannot have a sliding window; leave it out")
     _check_layer_types(config)
     _check_rope_scaling(config)
 
 
 def _check_alone(config: ModelConfig, owner: str, *names: str):
-    """A knob that would do nothing is refused, not ignored."""
+    """Refuse a setting that would have no effect."""
     for name in names:
         if getattr(config, name) != config.__dataclass_fields__[name].default:
-            raise UserError(f"model.{name}: {getattr(config, name)} has no meaning without model.{owner}")
+            raise UserError(f"model.{name}: {getattr(config, name)} has no effect without model.{owner}")
 
 
 def _check_latent(config: ModelConfig):
@@ -1345,16 +1345,17 @@ def _check_latent(config: ModelConfig):
             raise UserError(f"model.{name}: {getattr(config, name)} must be at least 1")
     for name, only in (("sliding_window", None), ("position_embedding_type", "rope"), ("qk_norm", False), ("fused_qkv", False)):
         if getattr(config, name) != only:
-            raise UserError(f"model.{name}: {getattr(config, name)} is not possible with latent attention (model.kv_lora_rank)")
+            raise UserError(f"model.{name}: {getattr(config, name)} is not supported with latent attention (model.kv_lora_rank)")
     if config.qk_rope_head_dim % 2:
-        raise UserError(f"model.qk_rope_head_dim: {config.qk_rope_head_dim} is odd; rotary positions turn pairs of numbers")
+        raise UserError(f"model.qk_rope_head_dim: {config.qk_rope_head_dim} is odd; rotary embeddings rotate pairs, so it must "
+                        "be even")
     if config.head_dim not in (None, config.qk_rope_head_dim):
         raise UserError(f"model.head_dim: {config.head_dim}, but with latent attention qk_nope_head_dim, qk_rope_head_dim and "
                         "v_head_dim say how wide heads are")
     if config.num_key_value_heads != config.num_attention_heads:
-        raise UserError(f"model.num_key_value_heads: {config.num_key_value_heads}, but the latent serves all "
+        raise UserError(f"model.num_key_value_heads: {config.num_key_value_heads}, but latent attention has one latent for all "
                         f"{config.num_attention_heads} heads")
-    config.head_dim = config.qk_rope_head_dim  # what rotary positions turn
+    config.head_dim = config.qk_rope_head_dim  # the part that is rotated
 
 
 def _check_experts(config: ModelConfig):
@@ -1369,14 +1370,14 @@ def _check_experts(config: ModelConfig):
     if experts < 1:
         raise UserError(f"model.num_experts: {experts} must be at least 1, or null for none")
     if not 1 <= config.num_experts_per_tok <= experts:
-        raise UserError(f"model.num_experts_per_tok: {config.num_experts_per_tok} must lie between 1 and num_experts {experts}")
+        raise UserError(f"model.num_experts_per_tok: {config.num_experts_per_tok} must be between 1 and num_experts {experts}")
     if groups < 1 or experts % groups:
         raise UserError(f"model.n_group: {groups} groups do not divide num_experts {experts}")
     if not 1 <= config.topk_group <= groups or config.topk_group * (experts // groups) < config.num_experts_per_tok:
         raise UserError(f"model.topk_group: {config.topk_group} of {groups} groups of {experts // groups} experts must exist "
                         f"and hold num_experts_per_tok {config.num_experts_per_tok}")
     if groups > 1 and experts // groups < 2:
-        raise UserError(f"model.n_group: {groups} groups of one expert; a group is scored by its two best")
+        raise UserError(f"model.n_group: {groups} groups of one expert; a group is scored by its two best experts")
     if config.router_bias_update_speed and config.scoring_func != "sigmoid":
         raise UserError("model.router_bias_update_speed: a selection bias needs model.scoring_func sigmoid")
     for name in ("moe_intermediate_size", "n_shared_experts", "router_aux_loss_coef", "router_bias_update_speed"):
@@ -1432,14 +1433,14 @@ def _check_rope_scaling(config: ModelConfig):
     slow, fast = ((scaling.get("low_freq_factor"), scaling.get("high_freq_factor")) if kind == "llama3" else
                   (scaling.get("beta_slow") or 1, scaling.get("beta_fast") or 32))
     if kind in ("llama3", "yarn") and (slow > fast or (kind == "llama3" and slow == fast)):
-        raise UserError(f"model.rope_scaling: {slow} for slow dimensions must be below {fast} for fast ones")
+        raise UserError(f"model.rope_scaling: {slow} for low frequencies must be below {fast} for high frequencies")
     config.rope_scaling = None if kind == "default" else scaling
 
 # -- attention kernels of other packages
 
 
 def _flash(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
-    """flash-attn (Dao 2023): q (n, H, D), k and v (n, H_kv, D) of joined sequences."""
+    """flash-attn (Dao 2023): q (n, H, D), k and v (n, H_kv, D) of concatenated sequences."""
     from flash_attn import flash_attn_varlen_func
 
     reach = (-1, -1) if window is None else (window - 1, 0)
@@ -1448,7 +1449,7 @@ def _flash(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tenso
 
 
 def _varlen(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
-    """The same kernel as torch ships it."""
+    """The same kernel in torch."""
     from torch.nn.attention.varlen import varlen_attn
 
     reach, edges = (-1, 0) if window is None else (window - 1, 0), (ragged.starts, ragged.starts, ragged.longest, ragged.longest)
@@ -1466,14 +1467,14 @@ def _xformers(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Te
 
 
 class Kernel(NamedTuple):
-    """An attention kernel, and the tensors that it serves."""
+    """An attention kernel, and the tensors that it supports."""
 
     attend: Callable
-    ragged: bool = False  # takes joined sequences
+    ragged: bool = False  # takes concatenated sequences
     float32: bool = True
     dropout: bool = True
-    device: str = ""  # device type that it needs; "" is any
-    needs: str = ""  # what has to be installed
+    device: str = ""  # required device type; "" is any
+    needs: str = ""  # required package
 
     def serves(self, device: torch.device, dtype: torch.dtype, dropout: float) -> bool:
         """Whether the kernel supports tensors of this device and type. A model on the CPU may run on a machine with a GPU."""
@@ -1503,7 +1504,7 @@ def why_not(name: str) -> str | None:
 
 
 def choose_attention(name: str) -> tuple[Callable, list[Kernel]]:
-    """The kernels behind model.attn_implementation: one that takes masks, and those for joined sequences, best first.
+    """The kernels behind model.attn_implementation: one that takes masks, and those for concatenated sequences, best first.
     auto: flash-attn where it is installed, torch's own varlen kernel on CUDA, else torch's scaled_dot_product_attention."""
     if name == "auto":
         return attend_auto, [KERNELS[ragged] for ragged in ("flash_attention_2", "varlen") if why_not(ragged) is None]
@@ -1551,13 +1552,13 @@ class PooledHead(nn.Module):
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of any model: they are compiled and sharded one by one."""
+    """The repeated blocks of any model, which are compiled and sharded separately."""
     own = [module for module in model.modules() if isinstance(module, DecoderLayer)]
     return own or list(max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=[]))
 
 
 def set_checkpointing(model: nn.Module, on: bool) -> None:
-    """Compute the layers' activations again in backward instead of keeping them (Chen 2016)."""
+    """Recompute the layers' activations in backward instead of keeping them (Chen 2016)."""
     for module in model.modules():
         if isinstance(module, Decoder):
             module.gradient_checkpointing = on
@@ -1598,7 +1599,7 @@ def build(config: ModelConfig | str | dict, head: str | tuple = "lm", seed: int 
 
 @torch.no_grad()
 def grow_vocabulary(model: LanguageModel, size: int) -> None:
-    """Embedding and output head get rows for ids up to `size`; the new ones start at the mean of the old."""
+    """Grow the embedding and the output head to `size` rows; new rows start at the mean of the old ones."""
     old = model.config.vocab_size
     if size <= old:
         return
@@ -1625,7 +1626,7 @@ def grow_vocabulary(model: LanguageModel, size: int) -> None:
 
 @dataclass
 class ForeignConfig:
-    """What the stages ask of a model whose architecture transformers computes."""
+    """The settings of a model run by transformers that the stages need."""
 
     model_type: str
     vocab_size: int
@@ -1643,11 +1644,11 @@ class ForeignConfig:
 
 
 class ForeignModel(LanguageModel):
-    """A causal LM of any architecture that transformers knows, run only as transformers runs it.
+    """A causal LM of any architecture in transformers, run exactly as transformers runs it.
 
-    Each document becomes a right-padded row of its own under an attention mask, and `INFER` lets the model's own `generate` run.
-    That is slower than our families, whose documents share rows and whose answers share a cache, but right for all: many
-    architectures take no position ids, apply windows by places in their cache, or keep a recurrent state.
+    Each document becomes a right-padded row with an attention mask, and `INFER` calls the model's own `generate`. This is slower
+    than our families, which pack documents into rows and share one cache, but correct for all: many architectures take no
+    position ids, apply windows by index in their cache, or keep a recurrent state.
     """
 
     caches = False
@@ -1674,7 +1675,7 @@ class ForeignModel(LanguageModel):
 
     @property
     def follows_length(self) -> bool:
-        """Whether the rotary angles depend on the longest row of a batch, so that rows of other lengths would change them."""
+        """Whether the rotary angles depend on the longest row of a batch; then rows of other lengths change them."""
         c = self.inner.config.get_text_config()
         rope = getattr(c, "rope_parameters", None) or {}
         return any(kind in ("dynamic", "longrope") for kind in (rope.get("rope_type"),
@@ -1706,7 +1707,7 @@ class ForeignModel(LanguageModel):
         return hidden, states, []
 
     def _run(self, input_ids: Tensor, keep: bool, mask: Tensor | None = None) -> list[Tensor]:
-        """Rows that begin at their first token -> [logits (B, T, V) or hidden states (B, T, C)] and, on request, all states."""
+        """Right-padded rows -> [logits (B, T, V) or hidden states (B, T, C)], followed by all hidden states if `keep`."""
         lm, keep_all = "lm" in self.heads, keep or "value" in self.heads
         network = self.inner if lm else self.inner.base_model
         out = network(input_ids=input_ids, attention_mask=mask, use_cache=False, output_hidden_states=keep_all)
@@ -1719,16 +1720,16 @@ class ForeignModel(LanguageModel):
         return [hidden, *(out.hidden_states if keep else ())]
 
     def _by_document(self, input_ids: Tensor, positions: Tensor | None, segment_ids: Tensor | None, keep: bool) -> list[Tensor]:
-        """Each document as a row of its own, in batches of similar length."""
+        """Run each document as a separate row, in batches of similar length."""
         batch, length = input_ids.shape
         segments = torch.zeros_like(input_ids) if segment_ids is None else segment_ids
         real = torch.ones_like(input_ids, dtype=torch.bool) if positions is None else (positions >= 0).expand_as(input_ids)
-        if not real.any():  # padding alone: one token runs, so that every weight takes part
+        if not real.any():  # only padding: one token runs, so that every weight gets a gradient
             real = torch.arange(batch * length, device=real.device).view_as(real) == 0
         rows = torch.arange(batch, device=input_ids.device)[:, None].expand_as(input_ids)
         _, owner, sizes = torch.stack((rows[real], segments[real])).unique(dim=1, return_inverse=True, return_counts=True)
         places = real.flatten().nonzero()[:, 0][owner.argsort(stable=True)]  # in the flattened batch
-        # then each process has to run equally often
+        # with sharded weights each process has to run the model equally often
         sharded = any(hasattr(weight, "full_tensor") for weight in self.parameters())
         if sharded and self.follows_length:
             raise UserError(f"training.fsdp: the rotary angles of this {self.config.model_type} depend on each text's length; "
@@ -1761,7 +1762,7 @@ def is_causal(inner: nn.Module) -> bool:
 
 
 class Family(NamedTuple):
-    """How Hugging Face spells an architecture in config.json and in its files."""
+    """The keys of an architecture in config.json, and its tensor names."""
 
     prefix: str  # of its class names
     has: tuple  # knobs that it has keys for, beyond those that all families share
@@ -1853,8 +1854,8 @@ CUSTOM = "custom"  # model_type of a mixture of knobs that no Hugging Face class
 
 
 def config_from_hub(raw: dict) -> ModelConfig:
-    """A Hugging Face config.json -> ModelConfig. RoPE is read in v4's spelling (rope_theta, rope_scaling) and in v5's
-    (rope_parameters); keys that this network has no use for are ignored."""
+    """A Hugging Face config.json -> ModelConfig. RoPE is read from v4's keys (rope_theta, rope_scaling) and from v5's
+    (rope_parameters); keys without a meaning here are ignored."""
     kind = raw.get("model_type")
     kind = ALIASES.get(kind, kind)
     if kind == CUSTOM:
@@ -1885,12 +1886,12 @@ def config_from_hub(raw: dict) -> ModelConfig:
 
 
 def hub_labels(raw: dict) -> list[str] | None:
-    """The names of a config.json's labels in their order."""
+    """The label names of a config.json in order."""
     return [name for _, name in sorted(raw["id2label"].items(), key=lambda item: int(item[0]))] if raw.get("id2label") else None
 
 
 def _hub_knobs(kind: str) -> list[str]:
-    """Knobs that a family's config.json has a key for."""
+    """The settings that have a key in a family's config.json."""
     learned = FAMILIES[kind].implied.get("position_embedding_type") == "learned"
     lacks = (*FAMILIES[kind].implied, *(("num_key_value_heads", "head_dim") if learned else ()),
              *(("head_dim",) if kind == "deepseek_v3" else ()))
@@ -1905,7 +1906,7 @@ UNSUPPORTED = {  # family -> key: the only value that is computed here
 
 
 def _family_quirks(kind: str, raw: dict, knobs: dict) -> None:
-    """What single families spell in a way of their own."""
+    """The special keys of single families."""
     for key, only in UNSUPPORTED.get(kind, {}).items():
         if raw.get(key, only) != only:
             raise UserError(f"config.json: {key} {json.dumps(raw[key])} is not supported")
@@ -1961,12 +1962,12 @@ def config_to_hub(config: ModelConfig, heads: tuple = ("lm",)) -> dict:
 
 
 def say_portability(config: ModelConfig) -> None:
-    """One line where a model's folder will not be of the family that its config names."""
+    """Print a line if a model cannot be saved as the family that its config names."""
     kind = config_to_hub(config)["model_type"]
     if kind == CUSTOM:
-        say("model: no Hugging Face class has this mixture of knobs; only this program will open the folder")
+        say("model: this architecture matches no Hugging Face class, so only this program can open the folder")
     elif kind != config.model_type:
-        say(f"model.model_type: a {config.model_type} has other knobs; the folder will be a {kind}")
+        say(f"model.model_type: a {config.model_type} has other settings; the folder will be saved as {kind}")
 
 
 # Buffers and heads of published files that nothing here computes with.
@@ -2004,7 +2005,7 @@ def weights_to_hub(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Piece(NamedTuple):
-    """A hub tensor in our names: the parameter it belongs to, and which part of that (an expert's, say); () is all."""
+    """A tensor of a hub file: the parameter it belongs to, and the index of its part (an expert's, say); () is all."""
 
     name: str
     index: tuple
@@ -2012,8 +2013,8 @@ class Piece(NamedTuple):
 
 
 def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor, extra_layers: int = 0) -> list[Piece]:
-    """One tensor of a hub file -> ours; an empty list for one that is known and not needed, as are the layers for
-    multi-token prediction that published DeepSeek-V3 files hold behind the others."""
+    """One tensor of a hub file -> ours; an empty list for a known tensor that is not needed, such as DeepSeek-V3's extra layers
+    for multi-token prediction."""
     kind = config.model_type
     if KNOWN_BUFFERS.search(name) or kind not in FAMILIES:
         return [] if KNOWN_BUFFERS.search(name) else [Piece(name, (), tensor)]
@@ -2042,7 +2043,7 @@ def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor, extra_layer
 
 @contextmanager
 def staged(folder: str | Path, key: str = "", parts: str = ""):
-    """A scratch folder inside `folder`; on success its files replace those of the same name, one atomic rename each.
+    """A temporary folder inside `folder`; on success its files replace those of the same name, one atomic rename each.
 
     `key` names the file without which no program opens the folder (config.json). If more than one file of `parts` (a glob)
     changes, or the key itself, the key is removed first and written last: a kill in between leaves a folder that is refused,
@@ -2054,7 +2055,7 @@ def staged(folder: str | Path, key: str = "", parts: str = ""):
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        raise UserError(f"{folder}: this folder cannot be made ({error.strerror})") from None
+        raise UserError(f"{folder}: the folder cannot be created ({error.strerror})") from None
     scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
     try:
         yield scratch
@@ -2083,7 +2084,7 @@ def _umask() -> int:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's (or folder's) bytes are on the disk."""
+    """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -2092,7 +2093,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """A small file, whole or not at all."""
+    """Write a small file atomically."""
     with staged(Path(path).parent) as scratch:
         (scratch / Path(path).name).write_text(text, encoding="utf-8")
 
@@ -2101,7 +2102,7 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
-            raise UserError(f"{path}: names and values are expected, not {type(value).__name__}")
+            raise UserError(f"{path}: expected an object, found {type(value).__name__}")
         return value
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
@@ -2110,7 +2111,7 @@ def read_json(path: Path) -> dict:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, in one line; torch puts the matter into the second."""
+    """The message of an exception in one line; torch puts the reason into the second line."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return (f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and lines[1:] else lines[0])[:240]
 
@@ -2118,7 +2119,7 @@ def first_line(error: Exception) -> str:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded over processes (all of them have to call)."""
+    """The full tensor of one that may be sharded over processes (all of them have to call)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -2169,7 +2170,7 @@ def save(model: LanguageModel, folder: str | Path) -> None:
 
 
 def _with_score(model: ForeignModel, state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """transformers' sequence classifier of a foreign architecture, without weights, and its weights."""
+    """transformers' sequence classifier of an architecture on `meta`, and its weights."""
     import copy
 
     from transformers import AutoModelForSequenceClassification
@@ -2184,7 +2185,7 @@ def _with_score(model: ForeignModel, state: dict[str, Tensor]) -> tuple[nn.Modul
     state = {name.removeprefix("inner."): tensor for name, tensor in state.items()}
     if wanted - set(state):
         raise UserError(f"model.name: transformers' classifier of a {model.config.model_type} has "
-                        f"{sorted(wanted - set(state))[0]}, which is not made here")
+                        f"{sorted(wanted - set(state))[0]}, which cannot be created here")
     return shell, {name: state[name] for name in sorted(wanted)}
 
 
@@ -2194,7 +2195,7 @@ OPTIONAL = ("lm_head.", "score.", *TOOLS)  # heads: a file may lack them or hold
 
 
 def is_tool(name: str) -> bool:
-    """Whether a tensor belongs to what training alone needs."""
+    """Whether a tensor is needed in training only."""
     return name.startswith(TOOLS)
 
 # -- loading
@@ -2202,7 +2203,7 @@ def is_tool(name: str) -> bool:
 
 @memoize
 def from_hub(name: str) -> Path:
-    """The files of a repository of the hub, fetched once; pickled weights only where there are no others."""
+    """The files of a hub repository, fetched once; pickled weights only if there are no others."""
     import huggingface_hub
 
     folder = Path(huggingface_hub.snapshot_download(name,
@@ -2213,20 +2214,20 @@ def from_hub(name: str) -> Path:
 
 
 def resolve_folder(name: str, key: str = "model.name") -> Path:
-    """A local folder, or a hub name fetched into the local cache; `key` is what an error blames."""
+    """A local folder, or a hub name fetched into the local cache; errors name the setting `key`."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
         raise UserError(f"{key}: '{name}' is a file; a model is a folder with config.json and weights")
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise UserError(f"{key}: there is no folder '{name}'")
+        raise UserError(f"{key}: folder not found: '{name}'")
     try:
         import huggingface_hub
         from huggingface_hub.errors import HFValidationError
 
         return from_hub(str(name))
     except HFValidationError:
-        raise UserError(f"{key}: '{name}' is neither a folder nor a name that a hub could have") from None
+        raise UserError(f"{key}: '{name}' is neither a folder nor a valid hub name") from None
     except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         remedy = "check the network, or start from --model.preset llama-1m" if key == "model.name" else "check its spelling"
@@ -2247,7 +2248,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_generation_ids(folder: Path, config: ModelConfig | ForeignConfig) -> None:
-    """The special ids of generation_config.json, which may name several ends of text."""
+    """The special ids of generation_config.json, which may list several end-of-text ids."""
     path = folder / "generation_config.json"
     for key, value in (read_json(path) if path.exists() else {}).items():
         if key in ("bos_token_id", "eos_token_id", "pad_token_id") and value is not None:
@@ -2265,13 +2266,13 @@ def weight_files(folder: Path) -> list[Path]:
                 raise UserError(f"{folder / stem}.index.json: weight_map is missing")
             names = sorted(set(weight_map.values()))
             return [folder / name for name in names]
-    raise UserError(f"{folder}: holds no weights (model.safetensors or pytorch_model.bin); name the folder of a finished run "
+    raise UserError(f"{folder}: contains no weights (model.safetensors or pytorch_model.bin); pass the folder of a finished run "
                     "or one of its ckpt-step-*")
 
 
 def read_tensors(path: Path, ending: str = "") -> typing.Iterator[tuple[str, Tensor]]:
-    """The tensors of one file (those whose names end so), mapped from disk: a page is read when it is used. Pickles
-    hold weights only, or fail."""
+    """The tensors of one file whose names have this ending, memory-mapped: a page is read when it is used. Pickles are read with
+    weights_only=True."""
     import pickle
 
     try:
@@ -2287,9 +2288,9 @@ def read_tensors(path: Path, ending: str = "") -> typing.Iterator[tuple[str, Ten
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: refused, it holds more than tensors and could run code when opened") from None
+        raise UserError(f"{path}: refused: it contains more than tensors and could execute code") from None
     except (SafetensorError, RuntimeError, EOFError, AttributeError, OSError) as error:
-        raise UserError(f"{path}: cannot be read, it may be cut short ({first_line(error)})") from None
+        raise UserError(f"{path}: cannot be read; it may be truncated ({first_line(error)})") from None
 
 
 def dequantized(folder: Path, raw: dict) -> typing.Iterator[tuple[Path, str, Tensor]]:
@@ -2298,7 +2299,7 @@ def dequantized(folder: Path, raw: dict) -> typing.Iterator[tuple[Path, str, Ten
     files, quantization = weight_files(folder), raw.get("quantization_config") or {}
     method = quantization.get("quant_method")
     if method not in (None, "fp8"):
-        raise UserError(f"{folder}: its weights are quantized with {method}, which is not read here; name the original model")
+        raise UserError(f"{folder}: its weights are quantized with {method}, which is not supported; use the original model")
     ending = "_scale_inv"
     scales = {name.removesuffix(ending): tensor for path in files if method for name, tensor in read_tensors(path, ending)}
     height, width = quantization.get("weight_block_size") or (128, 128)
@@ -2332,8 +2333,8 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
                 continue
             shape = torch.empty(shapes[name], device="meta")[index].shape if not index or index[0] < shapes[name][0] else ()
             if part.shape != shape:
-                raise UserError(f"{path}: {hub_name} is {tuple(part.shape)}, config.json makes it {tuple(shape)}; "
-                                "is one of its keys missing or changed?")
+                raise UserError(f"{path}: {hub_name} is {tuple(part.shape)}, config.json implies {tuple(shape)}; "
+                                "is a key of config.json missing or changed?")
             # A router's bias is the sum of tiny steps: it stays float32.
             kind = torch.float32 if name.endswith("e_score_correction_bias") else dtype
             if index:
@@ -2368,7 +2369,7 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
 
 
 def folder_heads(raw: dict) -> tuple:
-    """The heads that config.json's `architectures` names; a causal LM where it names none."""
+    """The heads of the classes in config.json's `architectures`; a causal LM if there are none."""
     for architecture in raw.get("architectures") or ():
         for suffix, heads in HEAD_CLASSES.items():
             if architecture.endswith(suffix):
@@ -2381,11 +2382,11 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
          quantization: str | None = None) -> LanguageModel:
     """A trained model from a folder or hub name, in eval mode.
 
-    dtype None is float32, "auto" what computes fastest here (see `auto_dtype`). head None is what config.json names;
-    other heads are initialised from `seed`. `changes` are knobs that fit the trained weights as they are (`CHANGEABLE`).
-    Built on `meta` and assigned, so memory stays near one copy. An architecture without a preset is computed by
-    transformers, behind the same forward. `adapter` is the folder of a LoRA adapter to put on top. `quantization` nf4 or
-    int8 packs the layers' matrices as they are read (`QUANT`); they can no longer be trained, adapters on them can.
+    dtype None is float32, "auto" the fastest suitable type (see `auto_dtype`). head None is the head that config.json names;
+    other heads are initialized from `seed`. `changes` are settings that do not change the shapes of the weights (`CHANGEABLE`).
+    The model is built on `meta` and weights are assigned, so memory stays near one copy. Other architectures are run by
+    transformers, with the same forward. `adapter` is the folder of a LoRA adapter. `quantization` nf4 or int8 quantizes the
+    layers' matrices while loading (`QUANT`); they can no longer be trained, adapters on them can.
     """
     folder = resolve_folder(str(name))
     raw = read_json(folder / "config.json")
@@ -2418,7 +2419,7 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
 
 
 def _fit_to_adapter(model: LanguageModel, adapter: str) -> None:
-    """An adapter's folder holds its tokenizer; where that has more tokens than the base, the base grows."""
+    """Grow the vocabulary if the tokenizer in the adapter's folder has more tokens than the base model."""
     vocabulary = resolve_folder(adapter) / "tokenizer.json"
     if vocabulary.exists():
         raw = read_json(vocabulary)
@@ -2440,7 +2441,7 @@ def _load_own(folder: Path, raw: dict, dtype, device, attn_implementation: str, 
 
 
 def context_length(name: str, changes: dict) -> int:
-    """Tokens that a folder's model reads at once, by its config.json and the knobs that are changed."""
+    """The context length of a folder's model in tokens, from its config.json and changed settings."""
     folder = resolve_folder(name)
     raw = read_json(folder / "config.json")
     if not is_foreign(raw):
@@ -2452,7 +2453,7 @@ CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions")
 
 
 def is_foreign(raw: dict) -> bool:
-    """Whether a config.json names an architecture that is not one of ours."""
+    """Whether a config.json names an architecture that transformers has to run."""
     return ALIASES.get(raw.get("model_type"), raw.get("model_type")) not in (*FAMILIES, CUSTOM)
 
 
@@ -2479,11 +2480,11 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
     changes, heads = dict(changes or {}), (head,) if isinstance(head, str) else head or folder_heads(raw)
     labels = changes.pop("labels", None) or (hub_labels(raw) if "score" in folder_heads(raw) else None)
     if changes:
-        raise UserError(f"model.{sorted(changes)[0]}: {kind} is computed by transformers and cannot be changed here")
+        raise UserError(f"model.{sorted(changes)[0]}: {kind} is run by transformers, so this setting cannot be changed")
     kernels = {"auto": None, "eager": "eager", "sdpa": "sdpa"}
     if attn_implementation not in kernels:
-        raise UserError(f"model.attn_implementation: {attn_implementation} is not for a {kind}, which transformers runs; use "
-                        "auto, eager or sdpa")
+        raise UserError(f"model.attn_implementation: {attn_implementation} is not supported for {kind}, which transformers "
+                        "runs; use auto, eager or sdpa")
     options = {"quantization_config": packing, "device_map": {"": str(device or "cpu")}} if packing else {}
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -2495,13 +2496,13 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
                                                      use_safetensors=None, weights_only=True, **options)
     except (KeyError, ValueError, OSError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError,
             StrictDataclassError) as error:
-        raise UserError(f"{folder}: model_type '{kind}' cannot be opened: it is none of {', '.join(FAMILIES)}, and transformers "
-                        f"says: {first_line(error)}") from None
+        raise UserError(f"{folder}: model_type '{kind}' cannot be loaded: it is not one of {', '.join(FAMILIES)}, and "
+                        f"transformers says: {first_line(error)}") from None
     finally:
         logging.set_verbosity(talk)
     if "score" in heads and type(inner.config) not in AutoModelForSequenceClassification._model_mapping:
-        raise UserError(f"{folder}: transformers has no classifier of a {kind}, so a head for labels or rewards could not be "
-                        "saved; choose another model")
+        raise UserError(f"{folder}: transformers has no sequence classifier for {kind}, so a classification or reward head "
+                        "could not be saved; choose another model")
     model = ForeignModel(inner if packing else inner.to(device or "cpu"), heads, labels).eval()
     read_generation_ids(folder, model.config)
     if "score" in heads:
@@ -2509,18 +2510,18 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
         drawn = torch.empty(model.score.weight.shape).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
         model.score.weight.data = next(iter(stored.values()), drawn).to(model.device, model.dtype)
         if model.score.weight.shape != drawn.shape:
-            raise UserError(f"{folder}: score.weight is {tuple(model.score.weight.shape)}, {len(labels or ())} labels make it "
+            raise UserError(f"{folder}: score.weight is {tuple(model.score.weight.shape)}, {len(labels or ())} labels require "
                             f"{tuple(drawn.shape)}")
     return model
 
 
 def label_names(model: LanguageModel) -> list[str]:
-    """What the outputs of a score head are called; transformers' LABEL_0, ... where they have no names."""
+    """The names of a score head's outputs; LABEL_0, ... as in transformers if they have none."""
     return model.config.labels or [f"LABEL_{i}" for i in range(model.config.num_labels)]
 
 
 def folder_labels(folder: Path) -> list[str] | None:
-    """The labels that a folder's model or adapter tells apart; None for one that writes words."""
+    """The labels of a folder's classifier or adapter; None for a language model."""
     if (folder / "adapter_config.json").exists():
         return adapter_labels(folder)
     raw = read_json(folder / "config.json")
@@ -2530,7 +2531,7 @@ def folder_labels(folder: Path) -> list[str] | None:
 
 
 def import_peft():
-    """peft, without bitsandbytes' talk about kernels that could be fetched."""
+    """peft, without bitsandbytes' messages about kernels that could be downloaded."""
     import logging
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -2552,8 +2553,8 @@ def inject(config, host: nn.Module) -> None:
 
 
 def adapted_product(layer, usual: Callable, hidden: Tensor) -> Tensor:
-    """W x + B (alpha / r A x), as peft's forward, which scales and adds in passes of their own over the full width: here
-    the scale falls on r numbers a token, and the last product adds into W x. Anything but one plain adapter is peft's."""
+    """W x + B (alpha / r A x), the same as peft's forward, which scales and adds in separate passes over the full width: here
+    r numbers per token are scaled, and the last product adds into W x. Other than for one plain adapter, peft's forward runs."""
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
     plain = name in layer.lora_A and not (layer.disable_adapters or layer.merged or name in layer.lora_variant)
     if not plain or layer.lora_B[name].bias is not None:
@@ -2632,7 +2633,7 @@ def adapter_config(folder: Path):
 
 
 def adapter_labels(folder: Path) -> list[str] | None:
-    """The labels that an adapter with a score head tells apart; peft's own keep no names."""
+    """The labels of an adapter with a score head; LABEL_0, ... if peft saved it, which keeps no names."""
     path = folder / "adapter_model.safetensors"
     with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:  # what is wrong is said when it is read
         names = json.loads((file.metadata() or {}).get("labels", "null"))
@@ -2642,43 +2643,44 @@ def adapter_labels(folder: Path) -> list[str] | None:
 
 
 def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) -> None:
-    """Put a saved adapter into its base model; every tensor must fit."""
+    """Load a saved adapter into its base model; every tensor must fit."""
     peft, folder = import_peft(), resolve_folder(str(folder), "--adapter")
     config = adapter_config(folder)
     if config.peft_type != "LORA":
-        raise UserError(f"{folder}: a {config.peft_type} adapter; LoRA and its relatives are read here")
+        raise UserError(f"{folder}: a {config.peft_type} adapter; only LoRA and its variants are supported")
     host = model.inner if isinstance(model, ForeignModel) else model
     for key, kind in (("layer_replication", "repeats layers"), ("alora_invocation_tokens", "is activated by tokens")):
         if getattr(config, key, None):
-            raise UserError(f"{folder}: this adapter {kind} ({key}), which is not computed here")
+            raise UserError(f"{folder}: this adapter {kind} ({key}), which is not supported")
     config.inference_mode = not train
     path = folder / "adapter_model.safetensors"
     path = path if path.exists() else folder / "adapter_model.bin" if (folder / "adapter_model.bin").exists() else path
     state = {name.removeprefix("base_model.model."): tensor for name, tensor in read_tensors(path)}
     if config.use_dora and model.quantization == "int8":
-        raise UserError(f"{folder}: a DoRA adapter, which does not work on int8 weights; take --model.quantization nf4, or none")
+        raise UserError(f"{folder}: DoRA does not work on int8 weights; use --model.quantization nf4 or none")
     if model.quantization != "none" and any(".experts." in name for name in state):
-        raise UserError(f"{folder}: has adapters on experts, which packed weights do not take; leave out model.quantization")
+        raise UserError(f"{folder}: it has adapters on experts, which does not work with quantized weights; leave out "
+                        "model.quantization")
     if not isinstance(model, ForeignModel) and model.config.model_type in RENAMED:
         try:
             config, state = rename_adapter(model.config.model_type, config, state, back=True)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
     if "score" in model.heads and not config.modules_to_save:
-        raise UserError(f"{folder}: an adapter without a head for labels; merge it (SFT.py --merge) and start from the merged "
-                        "folder")
+        raise UserError(f"{folder}: an adapter without a classification head; merge it (SFT.py --merge) and start from the "
+                        "merged folder")
     try:
         inject(config, host)
         if any(re.search(r"\.experts\.\d+\.", name) for name in state):
             state = _stacked(host, config, state, folder)
         result = peft.set_peft_model_state_dict(host, state)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: made for another base ({config.base_model_name_or_path}): {first_line(error)}") from None
+        raise UserError(f"{folder}: made for another base model ({config.base_model_name_or_path}): {first_line(error)}") from None
     weights = dict(host.named_parameters(remove_duplicate=False))
     given = {id(weight) for name, weight in weights.items() if name not in result.missing_keys}  # shared ones stand there once
     missing = [name for name in result.missing_keys if tensor_is_trained(name) and id(weights.get(name)) not in given]
     if missing or result.unexpected_keys:
-        raise UserError(f"{folder}: made for another base ({config.base_model_name_or_path}): "
+        raise UserError(f"{folder}: made for another base model ({config.base_model_name_or_path}): "
                         f"{(missing or result.unexpected_keys)[0]} does not fit")
     model.adapter = config
 
@@ -2687,7 +2689,7 @@ def _stacked(host: nn.Module, config, state: dict[str, Tensor], folder: Path) ->
     """Convert an adapter on separate experts (transformers 4) to peft's form for stacked experts. Adapters that peft converts
     incorrectly are refused."""
     if config.use_rslora or host.config.model_type == "deepseek_v3":
-        raise UserError(f"{folder}: this adapter has layers of single experts; merge it with the versions of peft and "
+        raise UserError(f"{folder}: this adapter has separate layers for each expert; merge it with the versions of peft and "
                         "transformers that trained it")
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -2712,9 +2714,8 @@ def merges_exactly(model: LanguageModel) -> bool:
 
 @torch.no_grad()
 def narrow_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Hold frozen matrices in the type that autocast multiplies them in: the same products bit for bit, half the
-    memory, and nothing to convert at each use. Whatever is used in another way stays as it is: embeddings, norms, and
-    what DoRA takes lengths of or experts' adapters are added to."""
+    """Store frozen matrices in autocast's type: the products are the same bit for bit, with half the memory and no conversion
+    at each use. Weights with other uses keep their type: embeddings, norms, matrices under DoRA, experts with adapters."""
     if model.adapter and (model.adapter.use_dora or model.adapter.target_parameters):
         return
     embedding = model.get_input_embeddings().weight
@@ -2728,7 +2729,7 @@ def narrow_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
 
 
 def merge_adapter(model: LanguageModel) -> None:
-    """Add the adapter to the weights and take it out: W + (alpha / r) B A."""
+    """Add the adapter to the weights and remove it: W + (alpha / r) B A."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -2756,7 +2757,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # training.mixed_pre
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """model.device as a device that is there; auto takes CUDA, then MPS, then the CPU."""
+    """The device of model.device; auto is CUDA, else MPS, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
@@ -2765,13 +2766,13 @@ def choose_device(name: str = "auto") -> torch.device:
     except RuntimeError:
         there = {}
     if not there or not there.get(device.type, False):
-        raise UserError(f"model.device: '{name}' is not there; use cpu, or auto for the best there is")
+        raise UserError(f"model.device: '{name}' is not available; use cpu, or auto for the best available device")
     return device
 
 
 @memoize
 def matmul_flops(dtype: torch.dtype, device: str, size: int = 0) -> float:
-    """Measured FLOP/s of a square matrix product: the peak that training and decoding are compared with."""
+    """Measured FLOP/s of a square matrix product: the peak for MFU."""
     size = size or (8192 if device.startswith("cuda") else 1024)
     random = torch.Generator(device).manual_seed(0)  # its own: dropout draws from the global one
     a, b = (torch.randn(size, size, device=device, generator=random).to(dtype) for _ in range(2))
@@ -2785,8 +2786,8 @@ def matmul_flops(dtype: torch.dtype, device: str, size: int = 0) -> float:
 
 @memoize
 def fast_half(device: str) -> torch.dtype | None:
-    """The 16-bit type whose matrix products clearly beat float32 on this device, measured rather than looked up: of
-    two processors that both list AVX512-BF16, one computes it seven times faster than float32 and one at half speed.
+    """The 16-bit type whose matrix products are clearly faster than float32 on this device, measured rather than looked up: of
+    two processors that both list AVX512-BF16, one is seven times faster in it than in float32 and one half as fast.
     The environment variable FAST_TYPE (bfloat16 or float32) replaces the measurement on a CPU: tests run with both."""
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -2801,7 +2802,7 @@ def fast_half(device: str) -> torch.dtype | None:
 
 
 def supported_dtype(name: str, device=None) -> torch.dtype:
-    """The asked type, or with one line the nearest that the device does well (float16 is slow and narrow on a CPU)."""
+    """The requested type, or float32 with a message if it is float16 on a CPU, which is slow."""
     device = str(device or "cpu")
     if name not in DTYPES:
         raise UserError(f"model.dtype: '{name}' is not one of auto, {', '.join(DTYPES)}")
@@ -2812,8 +2813,8 @@ def supported_dtype(name: str, device=None) -> torch.dtype:
 
 
 def auto_dtype(stored: str | None, parameters: int, device=None) -> torch.dtype:
-    """Inference computes in the type the weights were stored in. Large float32 models decode at the speed of memory,
-    so theirs is halved; small ones keep every bit."""
+    """Inference uses the type in which the weights were stored. Large float32 models use 16 bits, as decoding is limited by
+    memory bandwidth; small ones keep float32."""
     device = str(device or "cpu")
     half = fast_half(device) or torch.bfloat16
     if stored in ("float16", "bfloat16"):
@@ -2824,7 +2825,7 @@ def auto_dtype(stored: str | None, parameters: int, device=None) -> torch.dtype:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, active per token): parameters counted once where they are shared; of the experts a token uses only k."""
+    """(all, active per token): shared parameters are counted once; a token uses only k of the experts."""
     packed = [getattr(weight, "quant_state", None) for weight in model.parameters()]  # 4-bit: two weights a byte
     total = sum(weight.numel() if state is None else math.prod(state.shape) for weight,
                 state in zip(model.parameters(), packed, strict=True))
@@ -2851,7 +2852,7 @@ def flops_per_token(config: ModelConfig, context: int) -> float:
 
 
 def cache_numbers(config: ModelConfig) -> int:
-    """Numbers that the cache holds for each token: keys and values of all layers, or latents and rotary keys."""
+    """Elements in the cache per token: keys and values of all layers, or latents and rotary keys."""
     if not config.causal:
         return 0
     latent = config.kv_lora_rank and config.kv_lora_rank + config.qk_rope_head_dim
@@ -2905,7 +2906,7 @@ def size_text(count: float) -> str:
 
 
 def preset_table() -> str:
-    """Each preset with the parameters that it has when it is trained here: small ones with a trained tokenizer's vocabulary."""
+    """All presets; small ones count parameters with the vocabulary of a tokenizer trained here."""
     lines = [f"{'preset':16} {'family':11} {'parameters':>17} {'active':>15} {'layers':>6} {'width':>6} {'heads':>5} {'kv':>4} "
              f"{'experts':>7} {'context':>8}"]
     for name in PRESETS:
@@ -2944,8 +2945,8 @@ class OutputSection:
 
 
 class Action(NamedTuple):
-    """A flag of one script that is no setting: `convert` makes its value, None marks a plain switch; `bare` is its
-    value where none follows."""
+    """A flag of one script that is not a setting: `convert` parses its value, None marks a switch; `bare` is its value if none
+    follows."""
 
     comment: str
     convert: Callable | None = None
@@ -2953,7 +2954,7 @@ class Action(NamedTuple):
 
 
 def nearest(word: str, words) -> str:
-    """The likeliest meaning of a misspelt name: num_layers -> num_hidden_layers, which has all of its parts."""
+    """The closest name to a misspelt one: num_layers -> num_hidden_layers, which contains all of its parts."""
     words = list(words)
     parts = set(re.split(r"[._]", word))
     whole = [known for known in words if parts <= set(re.split(r"[._]", known))]
@@ -2977,7 +2978,7 @@ def convert(value, kind, where: str, choices: tuple = ()):
     if value is None or (isinstance(value, str) and value.lower() in ("null", "none") and type(None) in options):
         if type(None) in options:
             return None
-        raise UserError(f"{where}: a value is needed, null is none")
+        raise UserError(f"{where}: a value is required, not null")
     if isinstance(value, bool) and "on" in choices:  # YAML reads a bare on or off as true or false
         value = "on" if value else "off"
     if choices and value not in choices:
@@ -3008,7 +3009,7 @@ def field_types(section: type) -> dict:
 
 
 class Layer(NamedTuple):
-    """Settings of one origin: {section: {key: raw value}} and how to name that origin in an error."""
+    """Settings from one source: {section: {key: raw value}}, and the name of the source for errors."""
 
     origin: str
     values: dict
@@ -3036,7 +3037,7 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
     prefixed = {name: flags[own].pop(name) for name in stage_defaults if name in flags[own]}
     for name, value in [*block.items(), *prefixed.items()]:
         if not isinstance(value, (dict, types.NoneType)):
-            raise UserError(f"{own}.{name}: {value!r} is given where keys and values are expected, as in {own}.{name}.KEY")
+            raise UserError(f"{own}.{name}: {value!r} is not a mapping; set single keys, as in {own}.{name}.KEY")
     layers = [Layer("defaults", stage_defaults), Layer(origin, shared),
               Layer(f"{origin}: {own}", {k: v or {} for k, v in block.items()}), Layer("command line", flags),
               Layer(f"command line: {own}", prefixed)]
@@ -3072,12 +3073,12 @@ def _read_yaml(path: Path) -> dict:
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML ({getattr(error, 'problem', error)})") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: sections such as 'model:' are expected at the top")
+        raise UserError(f"{path}: expected sections such as 'model:' at the top level")
     for name, values in raw.items():
         if name not in SECTIONS:
             raise UserError(f"{path}: unknown section '{name}'; nearest is '{nearest(str(name), SECTIONS)}'")
         if values is not None and not isinstance(values, dict):
-            raise UserError(f"{path}: {name}: keys and values are expected, not {values!r}")
+            raise UserError(f"{path}: {name}: expected keys and values, found {values!r}")
     return raw
 
 
@@ -3089,7 +3090,7 @@ def _read_flags(argv, sections, own, actions, shorts):
     while i < len(argv):
         word, i = argv[i], i + 1
         if not word.startswith("--"):
-            raise UserError(f"'{word}' belongs to no flag; flags look like --section.key value (see --help)")
+            raise UserError(f"'{word}': unexpected argument; flags look like --section.key value (see --help)")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if name in actions and actions[name].convert is None:
@@ -3104,8 +3105,8 @@ def _read_flags(argv, sections, own, actions, shorts):
             elif alone and name in actions and actions[name].bare is not None:
                 value = actions[name].bare
             elif i == len(argv) or (alone and not known):
-                raise UserError(f"--{name}: a value is missing" + ("" if i == len(argv) else f" (one that begins with -- is "
-                                                                                             f"given as --{name}=VALUE)"))
+                hint = "" if i == len(argv) else f"; a value that begins with -- is given as --{name}=VALUE"
+                raise UserError(f"--{name}: a value is missing{hint}")
             else:
                 value, i = argv[i], i + 1
         listed = kind is list or (isinstance(kind, types.UnionType) and list in typing.get_args(kind))
@@ -3117,7 +3118,7 @@ def _read_flags(argv, sections, own, actions, shorts):
         if name == "config":
             path = Path(value)
             if not path.exists():
-                raise UserError(f"--config: there is no file '{value}'")
+                raise UserError(f"--config: file not found: '{value}'")
         elif known:
             chosen[name] = actions[name].convert(value)
         else:
@@ -3132,7 +3133,7 @@ def _read_flags(argv, sections, own, actions, shorts):
 
 
 def _find_key(name: str, sections: dict[str, type], own: str, shorts: dict[str, str]) -> tuple[str, str, type]:
-    """Which section and key a flag means: an own key, a short flag, section.key, or own.section.key."""
+    """The section and key of a flag: a key of the own section, a short flag, section.key, or own.section.key."""
     own_types = field_types(sections[own])
     if name in own_types and name not in SECTIONS:
         return own, name, own_types[name]
@@ -3145,17 +3146,17 @@ def _find_key(name: str, sections: dict[str, type], own: str, shorts: dict[str, 
     if section in sections and key in field_types(sections[section]):
         return section, key, field_types(sections[section])[key]
     if section in SECTIONS and section not in sections:
-        raise UserError(f"--{name}: the section '{section}' belongs to another script")
+        raise UserError(f"--{name}: '{section}' is a section of another script")
     words = [*own_types, *shorts, *(f"{s}.{k}" for s, kind in sections.items() for k in field_types(kind))]
-    raise UserError(f"--{name}: unknown; nearest is --{nearest(name, words)}")
+    raise UserError(f"--{name}: unknown flag; nearest is --{nearest(name, words)}")
 
 
 def _apply(values: dict, layer: Layer, sections: dict[str, type]) -> None:
-    """Lay one origin's settings over what stands; a model or a horizon set here displaces the earlier one."""
+    """Apply the settings of one source; a model or horizon set here replaces the earlier one."""
     given = {section: {k: v for k, v in keys.items() if v not in (None, "null")} for section, keys in layer.values.items()}
     model, training = given.get("model", {}), given.get("training", {})
     if {"name", "preset"} <= set(model):
-        raise UserError(f"{layer.origin}: model.name and model.preset exclude each other; keep one")
+        raise UserError(f"{layer.origin}: model.name and model.preset are mutually exclusive; set one")
     if {"name", "preset"} & set(model):
         for key in values["model"]:
             if key not in MODEL_SETTINGS:
@@ -3167,7 +3168,7 @@ def _apply(values: dict, layer: Layer, sections: dict[str, type]) -> None:
         data["validation"] = "hash"  # a file that was held out of other data
     horizons = [key for key in HORIZON if key in training]
     if len(horizons) > 1:
-        raise UserError(f"{layer.origin}: training.{' and training.'.join(horizons)} exclude each other; keep one")
+        raise UserError(f"{layer.origin}: training.{' and training.'.join(horizons)} are mutually exclusive; set one")
     if horizons:
         values["training"].update(dict.fromkeys(HORIZON))
     for section, keys in layer.values.items():
@@ -3175,7 +3176,7 @@ def _apply(values: dict, layer: Layer, sections: dict[str, type]) -> None:
             where = f"{layer.origin}: {section}.{key}"
             optional = section == "model" and key in KNOBS and "None" in KNOBS[key].type
             if optional and value == "null" and PRESETS.get(values["model"]["preset"], {}).get(key) is not None:
-                raise UserError(f"{where}: null means the preset's own value, {PRESETS[values['model']['preset']][key]}; choose "
+                raise UserError(f"{where}: null means the preset's value, {PRESETS[values['model']['preset']][key]}; choose "
                                 "a preset without it")
             hints = field_types(sections[section])
             if key not in hints:
@@ -3204,8 +3205,8 @@ def help_text(doc: str, sections: dict[str, type], own: str, actions: dict[str, 
 
 
 def config_text(config: SimpleNamespace) -> str:
-    """The resolved settings as YAML, from which the run can be repeated: stage blocks, which have been laid over the
-    shared sections, are left out, and unset architecture knobs."""
+    """The resolved settings as YAML, from which the run can be repeated; without stage blocks, which have been merged into the
+    shared sections, and without unset architecture settings."""
     import yaml
 
     sections = {name: {k: v for k, v in dataclasses.asdict(value).items() if not (k in SECTIONS and isinstance(v, dict))}
@@ -3215,12 +3216,12 @@ def config_text(config: SimpleNamespace) -> str:
 
 
 def overrides(section) -> dict:
-    """The architecture knobs that are set in a `model` section."""
+    """The architecture settings that are set in a `model` section."""
     return {k: v for k, v in dataclasses.asdict(section).items() if k in KNOBS and v is not None}
 
 
 def run_main(main: Callable, argv: list[str] | None = None) -> None:
-    """Exit codes of every script: 0, 2 for a user's mistake (one line), 130 for Ctrl-C; a bug keeps its traceback."""
+    """Exit status of every script: 0, 2 for a user error (one line), 130 for Ctrl-C; a bug keeps its traceback."""
     try:
         main(argv)
         sys.stdout.flush()

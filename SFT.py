@@ -79,7 +79,7 @@ class SFTSection:
 
     def __post_init__(self):
         if self.train_on_prompt and self.last_turn_only:
-            raise UserError("sft.train_on_prompt and sft.last_turn_only exclude each other; keep one")
+            raise UserError("sft.train_on_prompt and sft.last_turn_only are mutually exclusive; set one")
         if self.neftune_noise_alpha < 0:
             raise UserError(f"sft.neftune_noise_alpha: {self.neftune_noise_alpha} must not be negative")
         if isinstance(self.class_weights, str) and self.class_weights.startswith("{"):  # from a shell
@@ -102,7 +102,8 @@ def linear_names(model: nn.Module) -> list[str]:
                    if id(m) in layers and any(kind in type(m).__name__ for kind in kinds)})
 
 
-def attach_lora(model: MODEL.LanguageModel, base: str, target_modules: tuple | list = ("all-linear",), seed: int = 0, **options) -> None:
+def attach_lora(model: MODEL.LanguageModel, base: str, target_modules: tuple | list = ("all-linear",), seed: int = 0,
+                **options) -> None:
     """Freeze a model and put peft's low-rank adapters into it (Hu 2021): W x + (alpha / r) B A x, with A random, B zero,
     so that nothing changes until B learns. `options` are those of peft's LoraConfig."""
     peft = MODEL.import_peft()
@@ -125,15 +126,18 @@ def attach_lora(model: MODEL.LanguageModel, base: str, target_modules: tuple | l
             torch.manual_seed(seed)
             MODEL.inject(config, host)
     except ValueError as error:
-        raise UserError(f"lora.target_modules: {', '.join(targets)} cannot get adapters in this model ({MODEL.first_line(error)}); its layers are {', '.join(names)}") from None
+        raise UserError(f"lora.target_modules: {', '.join(targets)} cannot get adapters in this model "
+                        f"({MODEL.first_line(error)}); its layers are {', '.join(names)}") from None
     if packed and config.target_parameters:
-        raise UserError(f"lora.target_modules: {', '.join(targets)} means the experts, and packed ones take no adapter; name layers of the attention")
+        raise UserError(f"lora.target_modules: {', '.join(targets)} means the experts, and packed ones take no adapter; name "
+                        "layers of the attention")
     model.adapter = config
     tuned = tuple(name + "." for name, m in host.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer))
     if everywhere:
         _say_left_out(host, tuned)
     else:
-        _check_targets([target for target in targets if not (mixture and target.endswith("_proj"))], (*tuned, *(f"{name}." for name in config.target_parameters or ())), names)
+        _check_targets([target for target in targets if not (mixture and target.endswith("_proj"))],
+                       (*tuned, *(f"{name}." for name in config.target_parameters or ())), names)
 
 
 def rows_to_train(model: MODEL.LanguageModel, tokens: list[int]) -> list[int] | dict[str, list[int]] | None:

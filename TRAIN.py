@@ -838,9 +838,9 @@ def load_state(folder: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"--resume: {folder} holds no {STATE_FILE}; a checkpoint looks like out/ckpt-step-000500") from None
     except pickle.UnpicklingError:
-        raise UserError(f"{folder / STATE_FILE}: refused, it holds more than tensors and could run code when opened") from None
+        raise UserError(f"{folder / STATE_FILE}: refused: it contains more than tensors and could execute code") from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{folder / STATE_FILE}: cannot be read, it may be cut short ({error})") from None
+        raise UserError(f"{folder / STATE_FILE}: cannot be read; it may be truncated ({error})") from None
 
 
 def restore(model: nn.Module, folder: Path) -> dict:
@@ -1071,7 +1071,7 @@ def find_checkpoint(out: Path, resume: str | None) -> Path | None:
     if resume == "auto":
         return next(reversed(checkpoints(out)), None)
     if not Path(resume).is_dir():
-        raise UserError(f"--resume: there is no folder '{resume}'; use auto for the newest checkpoint of output.dir")
+        raise UserError(f"--resume: folder not found: '{resume}'; use auto for the newest checkpoint of output.dir")
     return Path(resume)
 
 
@@ -1305,7 +1305,7 @@ def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | 
 
     prepare(config, checkpoint, device) -> Stage. `show` is what to try afterwards."""
     if config.actions.overwrite and config.actions.resume:
-        raise UserError("--overwrite and --resume exclude each other; keep one")
+        raise UserError("--overwrite and --resume are mutually exclusive; set one")
     out = Path(config.output.dir)
     check_apart(out, model=config.model.name, adapter=getattr(config.actions, "adapter", None))
     accelerator, device = start_processes(config.training, config.model.device, out)

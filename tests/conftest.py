@@ -35,10 +35,10 @@ def make_text(lines: int, seed: int = 0) -> list[str]:
     return [" ".join(WORDS[draw(len(WORDS))] for _ in range(6 + draw(9))).capitalize() + "." for _ in range(lines)]
 
 
-def launch(folder, *words) -> subprocess.Popen:
+def launch(folder, *words, stdin=None) -> subprocess.Popen:
     """python with these words, in this folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def two_processes(folder: Path, runs: dict[str, list[list[str]]]) -> None:

@@ -358,8 +358,8 @@ def test_experts_are_checked_one_by_one(deepseek):
     state = load_file(deepseek / "model.safetensors")
     name = "model.layers.1.mlp.experts.5.up_proj.weight"
     for damage, message in (({name: None}, "missing tensor model.layers.1.mlp.experts.gate_up_proj"),
-                            ({name: torch.zeros(3, 32)}, r"experts.5.up_proj.weight is \(3, 32\), config.json makes it \(24, 32\)"),
-                            ({name.replace(".5.", ".9."): state[name].clone()}, r"experts.9.up_proj.weight is \(24, 32\), config.json makes it \(\)"),
+                            ({name: torch.zeros(3, 32)}, r"experts.5.up_proj.weight is \(3, 32\), config.json implies \(24, 32\)"),
+                            ({name.replace(".5.", ".9."): state[name].clone()}, r"experts.9.up_proj.weight is \(24, 32\), config.json implies \(\)"),
                             ({"model.layers.1.mlp.experts.5.bias": torch.zeros(2)}, "unexpected tensor .*experts.5.bias")):
         changed = {k: v for k, v in {**state, **damage}.items() if v is not None}
         save_file(changed, deepseek / "model.safetensors")
@@ -638,7 +638,7 @@ def test_a_broken_foreign_folder_is_one_line(damage, abroad, tmp_path):
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     else:
         edit_config(folder, **damage)
-    with pytest.raises(UserError, match="model_type 'gpt_neox' cannot be opened"):
+    with pytest.raises(UserError, match="model_type 'gpt_neox' cannot be loaded"):
         MODEL.load(folder)
 
 
@@ -654,11 +654,11 @@ def test_folders_are_named_for_a_class_that_can_open_them(tmp_path, capsys):
 def test_what_transformers_does_not_know_is_one_line(tmp_path, abroad):
     folder, _ = abroad("gpt_neox")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsuch"}))
-    with pytest.raises(UserError, match="model_type 'nonsuch' cannot be opened"):
+    with pytest.raises(UserError, match="model_type 'nonsuch' cannot be loaded"):
         MODEL.load(tmp_path)
-    with pytest.raises(UserError, match="flash_attention_2 is not for a gpt_neox"):
+    with pytest.raises(UserError, match="flash_attention_2 is not supported for gpt_neox"):
         MODEL.load(folder, attn_implementation="flash_attention_2")
-    with pytest.raises(UserError, match="model.rope_theta: gpt_neox is computed by transformers"):
+    with pytest.raises(UserError, match="model.rope_theta: gpt_neox is run by transformers"):
         MODEL.load(folder, changes={"rope_theta": 5.0})
 
 
@@ -790,13 +790,13 @@ def test_kernels_that_are_not_there_name_another():
     (dict(MOE, n_group=3, topk_group=4), "model.topk_group: 4 of 3 groups"),
     (dict(MOE, num_experts_per_tok=5, n_group=3, topk_group=2), "model.topk_group: 2 of 3 groups of 2 experts must exist and hold num_experts_per_tok 5"),
     (dict(MOE, n_group=6, topk_group=2), "model.n_group: 6 groups of one expert"),
-    (dict(MOE, num_experts_per_tok=7), "model.num_experts_per_tok: 7 must lie between 1 and num_experts 6"),
+    (dict(MOE, num_experts_per_tok=7), "model.num_experts_per_tok: 7 must be between 1 and num_experts 6"),
     (dict(MOE, router_bias_update_speed=0.1), "model.router_bias_update_speed: a selection bias needs model.scoring_func sigmoid"),
     (dict(MOE, mlp_only_layers=[2]), "model.mlp_only_layers: .* names a layer beyond the 2"),
     (dict(MLA, kv_lora_rank=0), "model.kv_lora_rank: 0 must be at least 1"),
     (dict(MLA, q_lora_rank=0), "model.q_lora_rank: 0 must be at least 1"),
     (dict(MLA, v_head_dim=0), "model.v_head_dim: 0 must be at least 1"),
-    (dict(MLA, sliding_window=4), "model.sliding_window: 4 is not possible with latent attention"),
+    (dict(MLA, sliding_window=4), "model.sliding_window: 4 is not supported with latent attention"),
     (dict(MLA, head_dim=64), "model.head_dim: 64, but with latent attention"),
     (dict(MOE, num_experts=0), "model.num_experts: 0 must be at least 1"),
     (dict(MOE, mlp_only_layers=["x"]), "model.mlp_only_layers: .* names a layer beyond the 2"),
@@ -804,14 +804,14 @@ def test_kernels_that_are_not_there_name_another():
     (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor="abc")), "model.rope_scaling: factor 'abc' must be a number, 1 or above"),
     (dict(SIZES, rope_scaling=dict(rope_type="linear", factor=0.5)), "model.rope_scaling: factor 0.5 must be a number, 1 or above"),
     (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor=4, original_max_postion_embeddings=9)), "has no 'original_max_postion_embeddings'; nearest is 'original_max_position"),
-    (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor=4, beta_fast=1, beta_slow=32)), "model.rope_scaling: 32 for slow dimensions must be below 1"),
-    (dict(SIZES, position_embedding_type="learned", rope_theta=500.0), "model.rope_theta: 500.0 has no meaning without model.position_embedding_type rope"),
-    (dict(MLA, num_key_value_heads=2), "model.num_key_value_heads: 2, but the latent serves all 4 heads"),
+    (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor=4, beta_fast=1, beta_slow=32)), "model.rope_scaling: 32 for low frequencies must be below 1"),
+    (dict(SIZES, position_embedding_type="learned", rope_theta=500.0), "model.rope_theta: 500.0 has no effect without model.position_embedding_type rope"),
+    (dict(MLA, num_key_value_heads=2), "model.num_key_value_heads: 2, but latent attention has one latent for all 4 heads"),
     (dict(MOE, scoring_func="tanh"), "model.scoring_func: 'tanh' is not one of softmax, sigmoid"),
-    (dict(SIZES, n_group=2), "model.n_group: 2 has no meaning without model.num_experts"),
-    (dict(SIZES, router_aux_loss_coef=0.1), "model.router_aux_loss_coef: 0.1 has no meaning without model.num_experts"),
-    (dict(SIZES, q_lora_rank=8), "model.q_lora_rank: 8 has no meaning without model.kv_lora_rank"),
-    (dict(SIZES, causal=False, sliding_window=4), "model.sliding_window: an encoder .* has no window"),
+    (dict(SIZES, n_group=2), "model.n_group: 2 has no effect without model.num_experts"),
+    (dict(SIZES, router_aux_loss_coef=0.1), "model.router_aux_loss_coef: 0.1 has no effect without model.num_experts"),
+    (dict(SIZES, q_lora_rank=8), "model.q_lora_rank: 8 has no effect without model.kv_lora_rank"),
+    (dict(SIZES, causal=False, sliding_window=4), "model.sliding_window: an encoder .* cannot have a sliding window"),
     (dict(SIZES, layer_types=["full_attention", "sliding_attention"]), "model.layer_types: sliding_attention needs model.sliding_window"),
 ])
 def test_impossible_knobs_are_named(knobs, named):

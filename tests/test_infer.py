@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, foreign_tokenizer, make_text
+from conftest import ROOT, foreign_tokenizer, launch, make_text
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -595,6 +595,30 @@ def test_lines(infer, model, tokenizer):
     out, _ = infer("--lines", "--batch-size", 4, *GREEDY, stdin="\r\n".join(lines[:2]) + "\n" + "\n".join(lines[2:]))
     expected = [answer_to(model, tokenizer, line).replace("\\", "\\\\").replace("\n", "\\n") for line in lines]
     assert out == "\n".join(expected) + "\n"
+
+
+def test_a_line_is_answered_while_the_next_one_is_awaited(model_folder):
+    """A program that writes one line and reads its answer before it writes the next."""
+    process = launch(ROOT, "INFER.py", "--model", model_folder, "--lines", "--batch-size", 8, *GREEDY, stdin=subprocess.PIPE)
+    answers = []
+    for line in ("The red", "rain"):
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        answers.append(process.stdout.readline())
+    rest, _ = process.communicate("The red\nrain\n", timeout=60)
+    assert process.returncode == 0 and all(answers) and rest == "".join(answers)
+
+
+def test_items_that_arrive_together_are_one_batch():
+    def items():
+        yield from range(5)
+        raise UserError("bad")
+
+    groups = []
+    with pytest.raises(UserError, match="bad"):
+        for group in INFER.batches(items(), 3):
+            groups.append(group)
+    assert groups == [[0, 1, 2], [3, 4]]
 
 
 def test_lines_sampled_do_not_depend_on_the_batch(infer):

@@ -710,7 +710,7 @@ def test_a_folder_without_weights(hub, tmp_path):
     shutil.copy(hub("llama-gqa") / "config.json", tmp_path)
     with pytest.raises(UserError, match="model.safetensors"):
         MODEL.load(tmp_path)
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="folder not found"):
         MODEL.load(tmp_path / "elsewhere")
 
 

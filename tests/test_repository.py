@@ -189,11 +189,11 @@ WRONG = {
     "training: {batch_size: 1.5}": "settings.yaml: training.batch_size: 1.5 is not of type int",
     "training: {batch_size: true}": "settings.yaml: training.batch_size: True is not of type int",
     "training: {fsdp: 1}": "settings.yaml: training.fsdp: 1 is not of type bool",
-    "training: {batch_size: null}": "settings.yaml: training.batch_size: a value is needed, null is none",
+    "training: {batch_size: null}": "settings.yaml: training.batch_size: a value is required, not null",
     "training: {optim: adam}": "settings.yaml: training.optim: 'adam' is not one of .*nearest: adamw",
-    "training: 3": "settings.yaml: training: keys and values are expected, not 3",
-    "- a list": "settings.yaml: sections such as 'model:' are expected",
-    "model: {name: gpt2, preset: llama-1m}": "settings.yaml: model.name and model.preset exclude each other",
+    "training: 3": "settings.yaml: training: expected keys and values, found 3",
+    "- a list": "settings.yaml: expected sections such as 'model:'",
+    "model: {name: gpt2, preset: llama-1m}": "settings.yaml: model.name and model.preset are mutually exclusive",
     "model: {name: gpt2}\ntraining: [1\nb: 2": r"settings.yaml:3: not valid YAML",
     "training: {epochs: 1}\ntraining: {max_length: 8}": "settings.yaml:2: not valid YAML .*'training' stands twice",
     "training:\n  epochs: 1\n  epochs: 2": "settings.yaml:3: not valid YAML .*'epochs' stands twice",
@@ -209,18 +209,18 @@ def test_a_wrong_file_is_one_line_that_names_the_place(text, tmp_path):
 
 
 WRONG_FLAGS = {
-    ("--learnin-rate", "1"): "--learnin_rate: unknown; nearest is --learning_rate",
-    ("--training.epoch", "1"): "--training.epoch: unknown; nearest is --training.epochs",
-    ("--model.num_layers", "2"): "--model.num_layers: unknown; nearest is --model.num_hidden_layers",
+    ("--learnin-rate", "1"): "--learnin_rate: unknown flag; nearest is --learning_rate",
+    ("--training.epoch", "1"): "--training.epoch: unknown flag; nearest is --training.epochs",
+    ("--model.num_layers", "2"): "--model.num_layers: unknown flag; nearest is --model.num_hidden_layers",
     ("--batch-size", "x"): "command line: training.batch_size: 'x' is not of type int",
     ("--batch-size",): "--batch_size: a value is missing",
-    ("--model", "a", "--model.preset", "llama-1m"): "command line: model.name and model.preset exclude each other",
-    ("stray",): "'stray' belongs to no flag",
-    ("--config", "/nowhere.yaml"): "--config: there is no file '/nowhere.yaml'",
-    ("--rl.beta", "1"): "--rl.beta: the section 'rl' belongs to another script",
-    ("--inference.temperature", "1"): "--inference.temperature: the section 'inference' belongs to another script",
-    ("--model.preset", "mixtral-tiny", "--model.num_experts", "null"): "command line: model.num_experts: null means the preset's own value, 8",
-    ("--batch-size", "null"): "command line: training.batch_size: a value is needed",
+    ("--model", "a", "--model.preset", "llama-1m"): "command line: model.name and model.preset are mutually exclusive",
+    ("stray",): "'stray': unexpected argument",
+    ("--config", "/nowhere.yaml"): "--config: file not found: '/nowhere.yaml'",
+    ("--rl.beta", "1"): "--rl.beta: 'rl' is a section of another script",
+    ("--inference.temperature", "1"): "--inference.temperature: 'inference' is a section of another script",
+    ("--model.preset", "mixtral-tiny", "--model.num_experts", "null"): "command line: model.num_experts: null means the preset's value, 8",
+    ("--batch-size", "null"): "command line: training.batch_size: a value is required",
 }
 
 
@@ -232,7 +232,7 @@ def test_a_wrong_flag_is_one_line(argv):
 
 def test_fine_tuning_has_no_say_in_preferences():
     for flag in ("--sft.task", "--inference.temperature"):
-        with pytest.raises(UserError, match=f"{flag}: the section .* belongs to another script"):
+        with pytest.raises(UserError, match=f"{flag}: 'sft' is a section of another script"):
             RL.main([flag, "0.5"])
 
 

@@ -606,7 +606,7 @@ def tensors(completions, **_): return torch.ones(len(completions))
     assert [one.reward for one in both] == [1, 1]
 
 
-@pytest.mark.parametrize("name, message", [("exakt", "'exakt' is none of exact_answer"), ("none.py:f", "there is no file 'none.py'"), ("regex:(", "regex:\\("),
+@pytest.mark.parametrize("name, message", [("exakt", "'exakt' is none of exact_answer"), ("none.py:f", "file not found 'none.py'"), ("regex:(", "regex:\\("),
                                            ("length:-3", "'length:-3' is none of"), ("no/where", "rl.reward_funcs"), ("number_afterwards", "is none of")])
 def test_unknown_rewards_are_one_line(name, message, tmp_path):
     with pytest.raises(UserError, match=message):

@@ -371,7 +371,7 @@ def test_what_counts(tokenizer):
     assert set(whole.weights) == {0.5}
     text = SFT.Sample("x", {"text": "The owl."}, chat, SFT.SFTSection())
     assert chat.decode(text.ids) == "<|endoftext|>The owl.<|endoftext|>" and all(text.weights)
-    with pytest.raises(UserError, match="exclude each other"):
+    with pytest.raises(UserError, match="are mutually exclusive"):
         SFT.SFTSection(train_on_prompt=True, last_turn_only=True)
 
 
@@ -850,7 +850,7 @@ def test_adapters_of_mixtures_agree_with_peft_and_merge(kind, targets, tmp_path,
         MODEL.merge_adapter(loaded)
         torch.testing.assert_close(loaded(ids).logits, logits, atol=1e-4, rtol=1e-4)
     if "experts" in "".join(name for name, weight in model.named_parameters() if weight.requires_grad):
-        with pytest.raises(UserError, match="has adapters on experts, which packed weights do not take"):
+        with pytest.raises(UserError, match="it has adapters on experts, which does not work with quantized weights"):
             MODEL.load(tmp_path / "base", adapter=tmp_path / "adapter", quantization="nf4")
 
 
@@ -862,7 +862,7 @@ def test_adapters_for_another_base_and_targets_that_fit_nothing_are_one_line(mod
     MODEL.save(model, tmp_path / "adapter")
     other = MODEL.build(MODEL.ModelConfig(vocab_size=320, hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
     MODEL.save(other, tmp_path / "other")
-    with pytest.raises(UserError, match="adapter: made for another base"):
+    with pytest.raises(UserError, match="adapter: made for another base model"):
         MODEL.load(tmp_path / "other", adapter=tmp_path / "adapter")
     with pytest.raises(UserError, match="adapter_config.json: missing"):
         MODEL.load(model_folder, adapter=tmp_path / "other")
@@ -1131,7 +1131,7 @@ def test_classifiers_of_every_kind_open_again(label_flags, tmp_path, tokenizer, 
         SFT.main([*label_flags, "--model.num_labels", "3", "--max-steps", "1", "--out", str(tmp_path / "no")])
     write(tmp_path / "chat.jsonl", questions(20))
     SFT.main(["--model", str(model_folder), "--data", str(tmp_path / "chat.jsonl"), "--lora.r", "2", "--max-steps", "1", "--max-length", "32", "--out", str(tmp_path / "chat")])
-    with pytest.raises(UserError, match="an adapter without a head for labels; merge it"):
+    with pytest.raises(UserError, match="an adapter without a classification head; merge it"):
         SFT.main([*label_flags, "--adapter", str(tmp_path / "chat"), "--max-steps", "1", "--out", str(tmp_path / "no")])
 
 
@@ -1313,7 +1313,7 @@ REFUSED = {
     "nothing to choose by": (["--data.validation", "none", "--sft.eval_answers", "0", "--training.sample_tokens", "0", "--training.load_best_model_at_end", "true"],
                              "training.load_best_model_at_end: nothing is held out"),
     "two actions": (["--dry-run", "--merge", "x"], "--merge and --dry-run: train nothing and stand alone"),
-    "a lost adapter": (["--adapter", "./nowhere"], "--adapter: there is no folder './nowhere'"),
+    "a lost adapter": (["--adapter", "./nowhere"], "--adapter: folder not found: './nowhere'"),
 }
 
 
@@ -1336,7 +1336,7 @@ def test_an_adapter_brings_its_settings_and_its_base_may_move(flags, tmp_path, m
     with pytest.raises(UserError, match="--resume: .* was made with another model or adapter .*size mismatch"):
         SFT.main([*flags, *few, "--lora.r", "4", "--resume", "auto", "--out", str(tmp_path / "adapter")])
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="folder not found"):
         SFT.main(["--merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")])
     SFT.main(["--merge", str(tmp_path / "adapter"), "--model", str(tmp_path / "moved"), "--out", str(tmp_path / "merged")])
     ids = torch.arange(12).view(2, 6)
@@ -1428,7 +1428,7 @@ def test_pickles_of_old_peft_and_kinds_that_are_not_computed(model_folder, tmp_p
         raw = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
         (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other/adapter_config.json").write_text(json.dumps({**raw, key: value}))
-        with pytest.raises(UserError, match=f"other: this adapter .* .{key}., which is not computed here"):
+        with pytest.raises(UserError, match=f"other: this adapter .* .{key}., which is not supported"):
             MODEL.load(model_folder, adapter=tmp_path / "other")
 
 
@@ -1475,7 +1475,7 @@ def test_adapters_on_single_experts_of_transformers_4(rslora, tmp_path):
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(tmp_path / "base"), "r": 2, "lora_alpha": 6, "use_rslora": rslora,
         "target_modules": ["w1", "w3", "w2", "q_proj"]}))
     if rslora:
-        with pytest.raises(UserError, match="adapter: this adapter has layers of single experts; merge it"):
+        with pytest.raises(UserError, match="adapter: this adapter has separate layers for each expert; merge it"):
             served(tmp_path / "base", tmp_path / "adapter")
         return
     ids = torch.arange(20).view(2, 10)

@@ -277,7 +277,7 @@ def test_a_later_horizon_displaces_an_earlier_one(tmp_path):
     assert horizon_of(tmp_path, "training: {max_steps: 7}") == (None, 7, None)
     assert horizon_of(tmp_path, "training: {max_steps: 7}", "--max-minutes", "2") == (None, None, 2.0)
     for text, argv in (("training: {max_steps: 7, epochs: 1}", []), ("", ["--epochs", "1", "--max-steps", "7"])):
-        with pytest.raises(UserError, match="training.epochs and training.max_steps exclude each other"):
+        with pytest.raises(UserError, match="training.epochs and training.max_steps are mutually exclusive"):
             horizon_of(tmp_path, text, *argv)
 
 
@@ -356,7 +356,7 @@ def test_changed_settings_are_named(tmp_path, text_file, capsys):
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, text_file, model_folder):
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="folder not found"):
         train(tmp_path, "--resume", tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no trainer_state.pt; a checkpoint looks like"):
         train(tmp_path, "--resume", model_folder)
@@ -1194,7 +1194,7 @@ def test_a_damaged_checkpoint_names_another(tmp_path, text_file):
 
 
 def test_overwrite_and_resume_exclude_each_other():
-    with pytest.raises(UserError, match="exclude each other"):
+    with pytest.raises(UserError, match="are mutually exclusive"):
         TRAIN.main(["--overwrite", "--resume", "auto"])
 
 
