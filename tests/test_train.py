@@ -699,7 +699,7 @@ def test_muon_takes_the_matrices_in_layers_only():
     model = gpt2()
     muon, adamw = TRAIN.make_optimizers(model, settings(optim="muon"))
     matrices = {n for n, w in model.named_parameters() if w.dim() == 2 and ".layers." in n}
-    assert isinstance(muon, torch.optim.Muon) and set(names_of(model, muon)) == matrices and len(matrices) == 4 * 4
+    assert isinstance(muon, TRAIN.Muon) and set(names_of(model, muon)) == matrices and len(matrices) == 4 * 4
     rest = names_of(model, adamw)
     assert set(rest) == {n for n, _ in model.named_parameters()} - matrices and "model.embed_tokens.weight" in rest
     assert {n for n, decay in rest.items() if decay} == {"model.embed_tokens.weight", "model.embed_positions.weight"}
@@ -710,6 +710,24 @@ def test_norms_and_biases_do_not_decay(tmp_path):
     for name, decay in names_of(model, adamw).items():
         assert decay == (0.0 if name.endswith("bias") or "norm" in name else 0.5), name
     assert any(name.endswith("bias") for name in names_of(model, adamw))
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_muon_steps_as_torchs_own(shape):
+    """torch iterates in bfloat16, hence the tolerance; and the result is near U V^T."""
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
+    ours = TRAIN.Muon(weights[:1], lr=0.1, weight_decay=0.2)
+    theirs = torch.optim.Muon(weights[1:], lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step + 1))
+        for weight, optimizer in zip(weights, (ours, theirs)):
+            weight.grad = gradient.clone()
+            optimizer.step()
+        torch.testing.assert_close(weights[0], weights[1], atol=0.01, rtol=0.02)
+    u, _, v = torch.linalg.svd(gradient, full_matrices=False)
+    singular = torch.linalg.svdvals(TRAIN.orthogonalized(gradient))
+    assert singular.min() > 0.6 and singular.max() < 1.3
+    assert (TRAIN.orthogonalized(gradient) - u @ v).norm() < 0.35 * (u @ v).norm()
 
 
 def test_muon_orthogonalizes(tmp_path):
