@@ -110,7 +110,7 @@ class ModelConfig:
     sliding_window: int | None = knob(None, "each token sees this many tokens, itself included (Mistral)")
     layer_types: list | None = knob(None, "per layer full_attention or sliding_attention; null is all alike")
     attention_bias: bool = knob(False, "bias of the query, key and value projections (Qwen2, GPT-2)")
-    fused_qkv: bool = knob(False, "query, key and value from one projection (GPT-2)")
+    fused_qkv: bool | None = knob(None, "query, key and value from one projection; null: in a gpt2 only")
     attention_out_bias: bool = knob(False, "bias of the attention's output projection (GPT-2)")
     mlp_bias: bool = knob(False, "biases of the MLP (GPT-2)")
     tie_word_embeddings: bool = knob(False, "the output head shares the embedding's weights")
@@ -1290,6 +1290,8 @@ def check_architecture(config: ModelConfig):
     if config.labels is not None:
         config.labels = [str(label) for label in config.labels]
         config.num_labels = len(config.labels)
+    if config.fused_qkv is None:
+        config.fused_qkv = config.model_type == "gpt2"
     if config.num_key_value_heads is None:
         config.num_key_value_heads = config.num_attention_heads
     _check_latent(config)
