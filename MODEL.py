@@ -2677,7 +2677,8 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
             state = _stacked(host, config, state, folder)
         result = peft.set_peft_model_state_dict(host, state)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: made for another base model ({config.base_model_name_or_path}): {first_line(error)}") from None
+        base = config.base_model_name_or_path
+        raise UserError(f"{folder}: made for another base model ({base}): {first_line(error)}") from None
     weights = dict(host.named_parameters(remove_duplicate=False))
     given = {id(weight) for name, weight in weights.items() if name not in result.missing_keys}  # shared ones stand there once
     missing = [name for name in result.missing_keys if tensor_is_trained(name) and id(weights.get(name)) not in given]
@@ -2778,12 +2779,13 @@ def matmul_flops(dtype: torch.dtype, device: str, size: int = 0) -> float:
     size = size or (8192 if device.startswith("cuda") else 1024)
     random = torch.Generator(device).manual_seed(0)  # its own: dropout draws from the global one
     a, b = (torch.randn(size, size, device=device, generator=random).to(dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(4):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # .item() waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return 2 * size**3 / min(_seconds(lambda: (a @ b)[0, 0].item()) for _ in range(4))  # .item() waits for the device
+
+
+def _seconds(function: Callable) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 @memoize
@@ -2797,8 +2799,11 @@ def fast_half(device: str) -> torch.dtype | None:
         return None
     if forced := os.environ.get("FAST_TYPE"):
         return torch.bfloat16 if forced == "bfloat16" else None
-    for size in (128, 1024):  # the first excludes processors that emulate bfloat16, for which the second takes 15 s
-        if matmul_flops(torch.bfloat16, "cpu", size) < (1.3 if size > 128 else 0.5) * matmul_flops(torch.float32, "cpu", size):
+    for size, gain in ((128, 0.5), (1024, 1.3)):  # the small product excludes emulated bfloat16: 15 s for the large one
+        whole, half = torch.ones(size, size), torch.ones(size, size, dtype=torch.bfloat16)
+        times = [(_seconds(lambda: whole @ whole), _seconds(lambda: half @ half)) for _ in range(6)]  # noqa: B023
+        seconds, seconds_half = map(min, zip(*times, strict=True))  # alternated, so that other programs slow down both
+        if seconds < gain * seconds_half:
             return None
     return torch.bfloat16
 
@@ -2836,12 +2841,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return total, total - round(idle)
 
 
-def flops_per_token(config: ModelConfig, context: int) -> float:
+def flops_per_token(config: ModelConfig, context: int, head: str | tuple = "lm") -> float:
     """FLOPs of the forward pass of one token with `context` tokens before it, counted from the modules of a model on `meta`: two
     for each weight of a product; for each key, two times its width and two times its value's. Training costs three times as
     much (Kaplan 2020, section 2.1)."""
     flops = 0.0
-    for module in build(config, device="meta").modules():
+    for module in build(config, head, device="meta").modules():
         if isinstance(module, (nn.Linear, Router)):
             flops += 2 * module.weight.numel()
         elif isinstance(module, Experts):

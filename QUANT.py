@@ -172,7 +172,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("quantization.group_size: int8 has one scale for each row; leave it out")
     device = MODEL.choose_device(config.model.device)
     tokenizer = TOKENIZER.load(config.tokenizer.name or name)
-    texts = list(itertools.islice(TOKENIZER.sample_texts(config.data), 100))
+    texts = list(itertools.islice(TOKENIZER.sample_texts(config.data, part="val"), 100))
+    if not texts:
+        raise UserError(f"data.validation: {config.data.validation} holds out no text to measure perplexity on; use hash, tail or a file")
     rows = []
     for method in dict.fromkeys(("none", section.method)):
         model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation, changes=MODEL.overrides(config.model))
@@ -180,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"model.name: {name} gives texts no probability that could be compared; name a causal language model")
         if method != "none":
             quantize(model, method, section.group_size)
-        say(f"{method}: reading {len(texts)} texts")
+        say(f"{method}: measuring perplexity on {len(texts)} held-out texts")
         start = time.perf_counter()
         score = INFER.score(model, tokenizer, texts)
         rows.append((method, weight_bytes(model), score, time.perf_counter() - start))

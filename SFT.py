@@ -418,7 +418,8 @@ class Confusion:
         *counts, nats = TRAIN.all_sum(sums.tolist(), model.device)
         self.counts = np.array(counts).reshape(size, size).astype(int)
         say(self.table())
-        return {"accuracy": float(np.trace(self.counts) / self.counts.sum()), "f1": self.f1(), "loss": nats / self.counts.sum()}
+        return {"accuracy": float(np.trace(self.counts) / self.counts.sum()),
+                f"f1_{'binary' if size == 2 else 'macro'}": self.f1(), "loss": nats / self.counts.sum()}
 
     def f1(self) -> float:
         """2 TP / (2 TP + FP + FN). Of two labels that of the rarer; else the mean over the labels that occur."""

@@ -1189,12 +1189,13 @@ def choose(section: TokenizerSection, data: DataSection, model_name: str | None 
     return tokenizer
 
 
-def sample_texts(data: DataSection, limit: int = 64_000_000) -> Iterator[str]:
-    """Training text for a tokenizer: an equal share of each file's beginning, at most `limit` characters in all."""
-    groups, _ = data_files(data)
+def sample_texts(data: DataSection, limit: int = 64_000_000, part: str = "train") -> Iterator[str]:
+    """Training or held-out ("val") texts: an equal share of each file's beginning, at most `limit` characters in all."""
+    groups, held_out = data_files(data)
+    groups = [held_out] if held_out and part == "val" else groups
     share = limit // sum(map(len, groups))
     for files in groups:
-        yield from (text for part, text in documents(data, files, Counter(), share=share) if part == "train")
+        yield from (text for found, text in documents(data, files, Counter(), share=share) if found == part or files is held_out)
 
 
 # -- token files

@@ -379,7 +379,7 @@ class Trainer:
         self.main = self.run.rank == 0
         self.loss_scale = LossScale(self.mixed == "fp16")
         self.steps = self.skipped = self.skipped_in_row = 0
-        self.tokens = 0
+        self.tokens, self.computed = 0, 0.0  # tokens read; FLOPs since the start of this process
         self.routers: dict = {}  # the load of the experts in the last step
         self.elapsed_before = 0.0  # seconds of earlier parts of this run
         self.before, self.best = {}, None
@@ -412,7 +412,7 @@ class Trainer:
         self.total_steps = self._total_steps()
         if self.total_steps is not None and self.steps > self.total_steps:
             self.log.tell(f"the checkpoint stands at step {self.steps}, beyond the {self.total_steps} that are asked for: nothing is trained")
-        self.flops = self._flops_per_token()
+        self.flops, self.head_flops = self._flops_per_token()
         self.started = time.perf_counter()
         if not self.before:
             self.before = self._evaluate()
@@ -449,9 +449,13 @@ class Trainer:
             raise UserError("training.epochs: this stream has no known length; set training.max_steps or max_minutes")
         return max(1, math.ceil(training.epochs * self.stream.steps_per_epoch - 1e-9))
 
-    def _flops_per_token(self) -> float:
-        config = getattr(self.model, "config", None)
-        return 3 * MODEL.flops_per_token(config, self.training.max_length // 2) if isinstance(config, MODEL.ModelConfig) else 0.0
+    def _flops_per_token(self) -> tuple[float, float]:
+        """FLOPs of training on one token, without the vocabulary's head, and of that head, which is computed for targets only."""
+        config, context = getattr(self.model, "config", None), self.training.max_length // 2
+        if not isinstance(config, MODEL.ModelConfig):
+            return 0.0, 0.0
+        body, whole = (3 * MODEL.flops_per_token(config, context, head) for head in ((), "lm"))
+        return body, (whole - body) * ("lm" in self.model.heads)
 
     # -- one optimizer step
 
@@ -486,7 +490,9 @@ class Trainer:
             for name, share in shares.items():
                 metrics[name] = metrics.get(name, 0.0) + share.detach()
         self._update(metrics)
-        self.tokens += totals.get("read", totals.get("tokens", 0))  # more are read than predicted where a loss skips some
+        read = totals.get("read", totals.get("tokens", 0))  # more than the targets where a loss skips some
+        self.tokens += read
+        self.computed += self.flops * read + self.head_flops * totals.get("targets", totals.get("tokens", 0))
 
     def _totals(self, batches: list[dict]) -> dict[str, float]:
         names = sorted(batches[0]["counts"])
@@ -569,11 +575,11 @@ class Trainer:
             record["epoch"] = round(self.steps / self.stream.steps_per_epoch, 4)
         if self.skipped:
             record["skipped_steps"] = self.skipped
-        speed = self.log.tokens_per_second(self.tokens)
+        speed, flops = self.log.rates(self.tokens, self.computed)
         record["tokens_per_second"] = round(speed, 1)
         if self.flops:
             peak = MODEL.matmul_flops(MODEL.AUTOCAST.get(self.mixed, torch.float32), self.device.type)
-            record["peak_share"] = round(self.flops * speed / (peak * self.run.world_size), 4)
+            record["mfu"] = round(flops / (peak * self.run.world_size), 4)
         self.log.write(record)
         share = self.steps / self.total_steps if self.total_steps else min(1.0, self.elapsed() / (60 * self.training.max_minutes))
         self.log.show(record, self.total_steps, share, self.elapsed() * (1 - share) / max(share, 1e-9), peak_memory(self.device))
@@ -676,6 +682,7 @@ class Trainer:
         self.before, self.since_best, self.skipped = state["before"], state["since_best"], state["skipped"]
         self.best = tuple(state["best"]) if state["best"] else None
         self.measured = state["measured"]
+        self.log.rates(self.tokens, self.computed)  # speeds are those of this process
         self.log.counts = Counter(state["log"]["counts"])
         self.log.sums = {name: value if self.main else 0.0 for name, value in state["log"]["sums"].items()}  # they are of all processes
         self.loss_scale.scale, self.loss_scale.good = state["loss_scale"]
@@ -907,7 +914,7 @@ class Log:
         self.sums: dict[str, Tensor] = {}
         self.counts: Counter = Counter()
         self.norm = self.rate = 0.0
-        self.clock, self.clock_tokens = time.perf_counter(), 0
+        self.clock, self.clock_counts = time.perf_counter(), (0, 0.0)
         self.line = StatusLine()
 
     def add(self, metrics: dict[str, Tensor], norm: float, rate: float) -> None:
@@ -928,11 +935,12 @@ class Log:
         self.sums, self.counts = {}, Counter()
         return {**means, "grad_norm": self.norm, "learning_rate": self.rate}
 
-    def tokens_per_second(self, tokens: int) -> float:
+    def rates(self, *counts: float) -> list[float]:
+        """How much these counters grew per second since the last call."""
         now = time.perf_counter()
-        speed = (tokens - self.clock_tokens) / max(now - self.clock, 1e-9)
-        self.clock, self.clock_tokens = now, tokens
-        return speed
+        rates = [(count - before) / max(now - self.clock, 1e-9) for count, before in zip(counts, self.clock_counts, strict=True)]
+        self.clock, self.clock_counts = now, counts
+        return rates
 
     def pause(self) -> None:
         """Time spent on validation is not training time."""
@@ -955,7 +963,7 @@ class Log:
         if not self.main:
             return
         bar = "#" * int(20 * share)
-        machine = f" | {100 * record['peak_share']:.0f}% of peak" if "peak_share" in record else ""
+        machine = f" | MFU {100 * record['mfu']:.0f}%" if "mfu" in record else ""
         reward = f" | reward {record['reward']:.3f}" if "reward" in record else ""
         line = (f"[{bar:<20}] step {record['step']}{f'/{total}' if total else ''} | loss {record.get('loss', math.nan):.4f}{reward} | "
                 f"{record['tokens_per_second']:,.0f} tok/s{machine} | {memory / 2**30:.1f} GiB | {left:.0f} s left")

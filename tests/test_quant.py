@@ -157,7 +157,7 @@ def test_the_table_of_what_packing_costs(tmp_path, model_folder, text_file, caps
     assert head.split() == ["form", "weights", "nats", "a", "token", "perplexity", "tokens/s"]
     plain, packed = plain.split(), packed.split()
     assert plain[0] == "none" and packed[0] == "int8" and float(packed[1]) < float(plain[1])
-    texts = TOKENIZER.sample_texts(TOKENIZER.DataSection(train=[str(text_file)]))
+    texts = TOKENIZER.sample_texts(TOKENIZER.DataSection(train=[str(text_file)]), part="val")
     with pytest.raises(UserError, match="gives texts no probability"):
         MODEL.save(MODEL.build(MODEL.read_config(model_folder), head="score"), tmp_path / "labels")
         TOKENIZER.save(TOKENIZER.load(model_folder), tmp_path / "labels")

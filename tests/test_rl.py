@@ -606,7 +606,7 @@ def tensors(completions, **_): return torch.ones(len(completions))
     assert [one.reward for one in both] == [1, 1]
 
 
-@pytest.mark.parametrize("name, message", [("exakt", "'exakt' is none of exact_answer"), ("none.py:f", "file not found 'none.py'"), ("regex:(", "regex:\\("),
+@pytest.mark.parametrize("name, message", [("exakt", "'exakt' is none of exact_answer"), ("none.py:f", "there is no file 'none.py'"), ("regex:(", "regex:\\("),
                                            ("length:-3", "'length:-3' is none of"), ("no/where", "rl.reward_funcs"), ("number_afterwards", "is none of")])
 def test_unknown_rewards_are_one_line(name, message, tmp_path):
     with pytest.raises(UserError, match=message):
@@ -1218,5 +1218,5 @@ def test_a_batch_of_padding_runs_in_models_that_know_no_masks(tmp_path):
     nothing = torch.zeros(1, 3, dtype=torch.long)
     out = model(nothing, positions=torch.full((1, 3), -1), segment_ids=torch.full((1, 3), -1), targets=torch.full((1, 3), -100))
     assert not out.logprobs.any()
-    with pytest.raises(UserError, match="no classifier of a mamba"):
+    with pytest.raises(UserError, match="no sequence classifier for mamba"):
         MODEL.load(tmp_path, head="score", changes={"labels": ["reward"]})

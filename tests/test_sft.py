@@ -1058,7 +1058,7 @@ def test_accuracy_f1_and_confusion_are_counted_right(tokenizer):
     precision = [((true == name) & (given == name)).sum() / max((given == name).sum(), 1) for name in names]
     recall = [((true == name) & (given == name)).sum() / (true == name).sum() for name in names]
     f1 = np.mean([2 * p * r / (p + r) if p + r else 0.0 for p, r in zip(precision, recall, strict=True)])
-    assert math.isclose(measures["accuracy"], (true == given).mean()) and math.isclose(measures["f1"], f1)
+    assert math.isclose(measures["accuracy"], (true == given).mean()) and math.isclose(measures["f1_macro"], f1)
     two = SFT.Confusion([], ["ham", "spam"], True)
     two.counts = np.array([[90, 2], [3, 7]])
     assert math.isclose(two.f1(), 2 * 7 / (2 * 7 + 2 + 3))  # of the rarer label
@@ -1077,7 +1077,7 @@ def label_flags(tmp_path, model_folder):
 
 def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, tokenizer, capsys, monkeypatch):
     result = SFT.main([*label_flags, "--max-steps", "40", "--out", str(tmp_path / "whole")])
-    assert list(result.after) == ["accuracy", "f1", "loss"] and result.after["accuracy"] > result.before["accuracy"] + 0.3
+    assert list(result.after) == ["accuracy", "f1_macro", "loss"] and result.after["accuracy"] > result.before["accuracy"] + 0.3
     assert "true / given" in capsys.readouterr().err and (tmp_path / "whole" / "confusion.png").exists()
     assert not (tmp_path / "whole" / "ckpt-step-000040" / "confusion.png").exists()
     SFT.main([*label_flags, "--max-steps", "20", "--out", str(tmp_path / "halves")])

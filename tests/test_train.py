@@ -40,7 +40,7 @@ import TOKENIZER
 import TRAIN
 from MODEL import UserError
 
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 2))
 CPU = torch.device("cpu")
 SMALL = ("--model.preset llama-1m --model.hidden_size 32 --model.num_hidden_layers 2 --model.num_attention_heads 4 "
          "--model.intermediate_size 48 --model.max_position_embeddings 128 --model.device cpu --tokenizer.kind byte "
