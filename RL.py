@@ -50,7 +50,8 @@ OFFLINE = (*PAIRED, "kto")
 ON_POLICY = ("ppo", "grpo", "rloo")
 BETA = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
 LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust"), "grpo": ("dapo", "grpo", "dr_grpo")}
-SHIPPED = {True: "data/prompts", False: "data/preferences"}  # what on-policy methods and the others read unless told
+SHIPPED = {True: "data/prompts", False: "data/preferences"}  # default data of on-policy methods and of the others
+SHIPPED_QUESTIONS = "data/chat_test.jsonl"
 
 
 @dataclass
@@ -59,6 +60,7 @@ class RLSection:
     beta: float | None = knob(None, "pull towards the reference; null is 0.1 for dpo, kto and orpo (there the weight of the odds), 2 for simpo (there a scale), 0.05 for ppo and rloo, 0.04 for grpo; 0 does without a reference")
     loss_type: str = knob("auto", "dpo: sigmoid, hinge, ipo, robust; grpo: dapo (a mean over tokens), grpo (over texts), dr_grpo (by a constant); auto is the first")
     label_smoothing: float = knob(0.0, "dpo: share of pairs that are taken to be the wrong way round; robust needs it")
+    rpo_alpha: float | None = knob(None, "weight of the chosen text's negative log-likelihood (Pang 2024); null: 1 for dpo, orpo, simpo")
     simpo_gamma: float = knob(0.5, "simpo: margin by which the better text should be ahead")
     desirable_weight: float = knob(1.0, "kto: how much wanted texts count")
     undesirable_weight: float = knob(1.0, "kto: how much unwanted texts count")
@@ -88,6 +90,7 @@ class RLSection:
     vf_coef: float = knob(0.1, "ppo: weight of the critic's loss")
     kl_target: float | None = knob(None, "ppo: beta follows so that the KL of a text stays near this (nats); null is a fixed beta")
     kl_horizon: int = knob(10000, "ppo: texts over which that beta adapts")
+    kept: str | None = knob("auto", "questions answered in each validation to see what is forgotten; auto: those of the shipped data")
     eval_prompts: int = knob(200, "held-out prompts answered (greedily) in a validation of ppo, grpo and rloo; 0 is off")
     model: dict = knob({"name": "./out/sft"}, "stage block over `model`")
     data: dict = knob({"train": ["auto"]}, "stage block over `data`; auto is data/prompts.jsonl for ppo, grpo and rloo, data/preferences.jsonl for the others, each with its ..._test.jsonl")
@@ -99,6 +102,8 @@ class RLSection:
         """Put in what null and auto mean to the method."""
         self.beta = BETA.get(self.method) if self.beta is None else self.beta
         self.loss_type = LOSS_TYPES.get(self.method, ("auto",))[0] if self.loss_type == "auto" else self.loss_type
+        if self.rpo_alpha is None and self.method in OWNERS["rpo_alpha"]:
+            self.rpo_alpha = 1.0
         if self.method in ON_POLICY:
             usual = (1, 4) if self.method == "ppo" else (8, 1)
             self.num_generations = usual[0] if self.num_generations is None else self.num_generations
@@ -126,7 +131,7 @@ class RLSection:
                 raise UserError(f"rl.top_p: {self.top_p} must be above 0 and at most 1")
             if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
                 raise UserError(f"rl.reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} rl.reward_funcs; one for each is expected")
-        limits = {"beta": 0, "label_smoothing": 0, "desirable_weight": 0, "undesirable_weight": 0, "center_rewards_coefficient": 0, "temperature": 1e-3,
+        limits = {"beta": 0, "label_smoothing": 0, "rpo_alpha": 0, "desirable_weight": 0, "undesirable_weight": 0, "center_rewards_coefficient": 0, "temperature": 1e-3,
                   "rollout_size": 1, "num_generations": 1, "num_iterations": 1, "max_completion_length": 1, "rollout_batch_size": 1, "epsilon": 0,
                   "epsilon_high": 0, "missing_eos_penalty": 0, "top_k": 0, "cliprange_value": 0, "vf_coef": 0, "kl_target": 1e-9, "kl_horizon": 1, "gamma": 0, "lam": 0, "eval_prompts": 0}
         for key, low in limits.items():
@@ -147,7 +152,7 @@ class RLSection:
 
 
 OWNERS = {  # key -> the methods that it means something to
-    "beta": tuple(BETA), "label_smoothing": ("dpo",), "simpo_gamma": ("simpo",), "desirable_weight": ("kto",), "undesirable_weight": ("kto",),
+    "beta": tuple(BETA), "label_smoothing": ("dpo",), "simpo_gamma": ("simpo",), "rpo_alpha": ("dpo", "orpo", "simpo"), "desirable_weight": ("kto",), "undesirable_weight": ("kto",),
     "center_rewards_coefficient": ("reward",), "ref_model": ("dpo", "kto", *ON_POLICY), "scale_rewards": ("grpo",),
     **dict.fromkeys(("gamma", "lam", "cliprange_value", "vf_coef", "kl_target", "kl_horizon"), ("ppo",)),
     **dict.fromkeys(("reward_funcs", "reward_weights", "rollout_size", "num_generations", "max_completion_length", "temperature", "top_k", "top_p",
@@ -548,7 +553,7 @@ class Pairs(TOKENIZER.TokenStream):
         label = torch.tensor([pair.label for pair in pairs])
         batch |= {"rows": rows, "real": real, "label": label, "margin": torch.tensor([pair.margin for pair in pairs])}
         counts = {**batch["counts"], "pairs": int(real.sum())}
-        if self.settings.method == "orpo":
+        if self.settings.rpo_alpha:
             counts["chosen"] = int((batch["targets"][::2] != -100).sum())
         if self.settings.method == "kto":
             counts |= {"desirable": int((real & label).sum()), "undesirable": int((real & ~label).sum())}
@@ -641,10 +646,10 @@ def preference_loss(settings: RLSection) -> Callable:
         loss = share(losses)
         metrics = preference_metrics(rewards.detach(), share)
         metrics |= {"logps/chosen": share(sums[:, 0].detach()), "logps/rejected": share(sums[:, 1].detach())}
-        if method == "orpo":
+        if settings.rpo_alpha:  # keeps the chosen text likely: the pair's loss alone may lower both, if it lowers the rejected one more
             nll = -sums[:, 0].sum() / totals["chosen"]
-            metrics |= {"nll_loss": nll.detach(), "odds_loss": loss.detach()}
-            loss = loss + nll
+            metrics |= {"nll_loss": nll.detach(), "odds_loss" if method == "orpo" else "preference_loss": loss.detach()}
+            loss = loss + settings.rpo_alpha * nll
         return loss + balance / totals["micro_batches"], {**metrics, "loss": loss.detach()}
 
     def loss_of_singles(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
@@ -1544,7 +1549,26 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     still(model)
     frozen = frozen_model(config, tokenizer, device)
     build = rollout_stage if settings.method in ON_POLICY else pair_stage
-    return build(config, model, tokenizer, records, held, left, frozen, judges)
+    stage = build(config, model, tokenizer, records, held, left, frozen, judges)
+    if not settings.kept or settings.kept == SHIPPED_QUESTIONS and not tokenizer.chat_template:
+        return stage
+    return stage._replace(evaluate=with_kept(stage.evaluate, config, tokenizer))
+
+
+def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable:
+    """Validation with one more measure, `kept`: exact match on conversations that the stage does not train on. It shows what a model
+    forgets while it learns a preference."""
+    path, form = Path(config.rl.kept), TOKENIZER.Form(SFT.conversation, "rl", None, config.rl.system)
+    if not path.exists():
+        raise UserError(f"rl.kept: file not found: '{path}'")
+    if not tokenizer.chat_template:
+        raise UserError("rl.kept: conversations need a chat template, which this tokenizer lacks; set --rl.kept null")
+    samples = [SFT.Sample(where, record, tokenizer, SFT.SFTSection()) for where, record in form.read(path, TOKENIZER.LeftOut())]
+    questions = SFT.questions_of(samples, config.rl.eval_prompts or 200)
+    if not questions:
+        raise UserError(f"rl.kept: {path} has no conversation with an 'answer' to compare with")
+    match = SFT.exact_match(questions, tokenizer, INFER.Sampling(64, temperature=0), config.training.fsdp)
+    return lambda model: {**(evaluate(model) if evaluate else {}), "kept": match(model)}
 
 
 def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAIN.Stage:
@@ -1606,6 +1630,9 @@ def main(argv: list[str] | None = None) -> TRAIN.Result:
         name = SHIPPED[config.rl.method in ON_POLICY]
         config.data.train = [f"{name}.jsonl"]
         config.data.validation = f"{name}_test.jsonl" if config.data.validation == "hash" else config.data.validation
+        shipped = config.rl.method != "reward" and Path(SHIPPED_QUESTIONS).exists()
+        config.rl.kept = SHIPPED_QUESTIONS if config.rl.kept == "auto" and shipped else config.rl.kept
+    config.rl.kept = None if config.rl.kept == "auto" else config.rl.kept
     model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
     show = f'echo "..." | python INFER.py {model}'
     if config.rl.method == "reward":

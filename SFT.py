@@ -344,31 +344,44 @@ def same_answer(answer: str, expected: str) -> bool:
     return " ".join(answer.split()).lower() == " ".join(expected.split()).lower()
 
 
-def with_answers(evaluate: Callable | None, samples: list[Sample], tokenizer, config) -> Callable | None:
-    """The held-out loss, preceded by the share of held-out questions that are answered word for word; a few are shown."""
+def question_ids(tokenizer, sample: Sample, messages: list[dict]) -> list[int]:
+    return TOKENIZER.render_chat(tokenizer, messages, sample.record.get("tools"), add_generation_prompt=True).ids
+
+
+def questions_of(samples: list[Sample], limit: int) -> list[tuple[Sample, list[dict], str]]:
+    """At most `limit` of the samples whose answers can be checked, spread over all of them."""
     questions = [(sample, *question) for sample in samples if (question := question_of(sample))]
-    chosen = np.linspace(0, len(questions) - 1, min(len(questions), config.sft.eval_answers)).astype(int)  # from all of them
-    questions = [questions[i] for i in chosen]
-    chats = [(sample, sample.record.get("messages", ())) for sample in samples]
-    shown = questions or [(sample, messages[:-1], "") for sample, messages in chats if len(messages) > 1]
-    greedy = INFER.Sampling(config.sft.answer_tokens, temperature=0)
+    return [questions[i] for i in np.linspace(0, len(questions) - 1, min(len(questions), limit)).astype(int)]
 
-    def prompt_ids(sample: Sample, messages: list[dict]) -> list[int]:
-        return TOKENIZER.render_chat(tokenizer, messages, sample.record.get("tools"), add_generation_prompt=True).ids
 
-    def exact_match(model) -> float:
-        shared = not config.training.fsdp and TRAIN.world_size() > 1  # sharded weights need everyone for each token
+def exact_match(questions: list, tokenizer, sampling: INFER.Sampling, sharded: bool) -> Callable:
+    """measure(model) -> the share of questions that are answered word for word."""
+
+    def measure(model) -> float:
+        shared = not sharded and TRAIN.world_size() > 1  # sharded weights need everyone for each token
         part = questions[MODEL.process_rank() :: TRAIN.world_size()] if shared else questions
-        prompts = [prompt_ids(sample, messages)[1 - model.config.max_position_embeddings :] for sample, messages, _ in part]
-        answers = INFER.generate(model, prompts, greedy, tokenizer, batch_size=64) if prompts else []
+        room = 1 - model.config.max_position_embeddings
+        prompts = [question_ids(tokenizer, sample, messages)[room:] for sample, messages, _ in part]
+        answers = INFER.generate(model, prompts, sampling, tokenizer, batch_size=64) if prompts else []
         right = sum(same_answer(answer.text, expected) for [answer], (_, _, expected) in zip(answers, part, strict=True))
         return (TRAIN.all_sum([float(right)], model.device)[0] if shared else right) / len(questions)
 
+    return measure
+
+
+def with_answers(evaluate: Callable | None, samples: list[Sample], tokenizer, config) -> Callable | None:
+    """The held-out loss, preceded by the share of held-out questions that are answered word for word; a few are shown."""
+    questions = questions_of(samples, config.sft.eval_answers)
+    chats = [(sample, sample.record.get("messages", ())) for sample in samples]
+    shown = questions or [(sample, messages[:-1], "") for sample, messages in chats if len(messages) > 1]
+    greedy = INFER.Sampling(config.sft.answer_tokens, temperature=0)
+    match = exact_match(questions, tokenizer, greedy, config.training.fsdp)
+
     def measure(model) -> dict:
-        return {"exact_match": exact_match(model), **(evaluate(model) if evaluate else {})}
+        return {"exact_match": match(model), **(evaluate(model) if evaluate else {})}
 
     shown = shown[:: max(1, len(shown) // 3)][:3]
-    prompts = [(messages[-1]["content"], prompt_ids(sample, messages)) for sample, messages, _ in shown]
+    prompts = [(messages[-1]["content"], question_ids(tokenizer, sample, messages)) for sample, messages, _ in shown]
     return TRAIN.with_samples(measure if questions else evaluate, tokenizer, config.training, prompts, greedy)
 
 

@@ -775,6 +775,10 @@ class Trainer:
                 "stage": self.stage, "measure": measure, "before": self.before, "after": after, "steps": self.steps,
                 "seconds": result.seconds, "peak_memory_bytes": result.peak_memory_bytes}, indent=1) + "\n")
             self.log.plot()
+        for name, value in after.items():  # shares, of which more is better
+            if 0 <= value <= self.before.get(name, 0) - 0.1 and self.before[name] <= 1 and not lower_is_better(name):
+                self.log.tell(f"warning: held-out {name} fell from {100 * self.before[name]:.1f}% to {100 * value:.1f}%; "
+                              "a lower training.learning_rate or fewer training.max_steps lose less")
         barrier()
         return result
 

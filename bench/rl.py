@@ -8,8 +8,11 @@
     python bench/rl.py trl                           # DPO and GRPO beside TRL's trainers: seconds, and DPO's losses step by step
 
 Solved: greedy answers to the 500 prompts of data/prompts_test.jsonl that end with the right number. Introduced: stories (at
-temperature 0.8, the first 32 tokens) for the 500 prompts of data/preferences_test.jsonl that say who it is about before they say when
-it was: the first sentence names a home, a job or a kind of creature, and no day, month or time before it. Pairs: held-out pairs whose better side has the higher reward (or, without reference, log-probability per token).
+temperature 0.8, the first 32 tokens) for the 500 prompts of data/preferences_test.jsonl whose first sentence introduces the hero (it
+names a home, a job or a kind of creature, and no day, month or time before it), and which are fluent: under the model before the stage,
+they are at least as likely per token as all but 1% of the held-out chosen texts. Kept: exact match on the 990 questions of
+data/chat_test.jsonl, which no method trains on. Pairs: held-out pairs whose chosen text has the higher reward (or, without reference,
+log-probability per token).
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ import torch
 import INFER
 import MODEL
 import RL
+import SFT
 import TOKENIZER
 
 STORIES = ["--data", str(ROOT / "data/preferences.jsonl"), "--data.validation", str(ROOT / "data/preferences_test.jsonl")]
@@ -81,10 +85,31 @@ def is_introduction(text: str) -> bool:
     return who is not None and not (when and when.start() < who.start())
 
 
-def introduced(model, tokenizer, seed: int) -> tuple[list[bool], list[str]]:
+@torch.no_grad()
+def nats_per_token(model, tokenizer, prompts: list[str], texts: list[str]) -> torch.Tensor:
+    """Mean negative log-likelihood of the first 32 tokens of each text (N,)."""
+    found = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        asked = RL.prompt_ids(tokenizer, prompt)
+        ids = torch.tensor([asked + tokenizer(text, add_special_tokens=False).input_ids[:32]])
+        logprobs = model(ids[:, :-1], targets=ids[:, 1:]).logprobs[0, len(asked) - 1 :]
+        found.append(-logprobs.mean() if len(logprobs) else torch.tensor(math.inf))
+    return torch.stack(found)
+
+
+def introduced(model, tokenizer, seed: int, start) -> tuple[list[bool], list[str]]:
     tests = records("preferences_test.jsonl")
-    said = answers(model, tokenizer, [test["prompt"] for test in tests], INFER.Sampling(32, 0.8, seed=seed))
-    return [is_introduction(text) for text in said], said
+    prompts = [test["prompt"] for test in tests]
+    said = answers(model, tokenizer, prompts, INFER.Sampling(32, 0.8, seed=seed))
+    bound = nats_per_token(start, tokenizer, prompts, [test["chosen"] for test in tests]).quantile(0.99)
+    fluent = nats_per_token(start, tokenizer, prompts, said) <= bound
+    return [is_introduction(text) and bool(good) for text, good in zip(said, fluent, strict=True)], said
+
+
+def kept(model, tokenizer) -> float:
+    form = TOKENIZER.Form(SFT.conversation, "sft")
+    samples = [SFT.Sample(where, record, tokenizer, SFT.SFTSection()) for where, record in form.read(ROOT / "data/chat_test.jsonl", TOKENIZER.LeftOut())]
+    return SFT.exact_match(SFT.questions_of(samples, len(samples)), tokenizer, INFER.Sampling(64, temperature=0), sharded=False)(model)
 
 
 @torch.no_grad()
@@ -116,10 +141,9 @@ def measure(method: str, folder: str, start: str, reward: str, seed: int) -> dic
     model = MODEL.load(folder)
     if what == "solved":
         right = solved(model, tokenizer)
-        found["solved"] = sum(right) / len(right)
-        return found
-    right, said = introduced(model, tokenizer, seed)
-    found["introduced"] = sum(right) / len(right)
+        return {"solved": sum(right) / len(right), "kept": kept(model, tokenizer)}
+    right, said = introduced(model, tokenizer, seed, MODEL.load(start))
+    found |= {"introduced": sum(right) / len(right), "kept": kept(model, tokenizer)}
     if method == "ppo-reward-model":
         judge, asked = RL.reward_model(reward, tokenizer, "cpu"), [test["prompt"] for test in records("preferences_test.jsonl")]
         samples = [RL.Sample(RL.Prompt("", "", RL.prompt_ids(tokenizer, prompt), {}), 0, tokenizer(text, add_special_tokens=False).input_ids, "length", text, None)
@@ -234,7 +258,7 @@ STEPS = 10
 TURNS = ("{{ bos_token }}{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + ('' if loop.last and message.role == 'assistant' else '\\n') }}"
          "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}")
 PLAIN = ["--training.optim", "adamw", "--training.lr_scheduler_type", "constant", "--training.warmup_steps", "0", "--training.weight_decay", "0", "--training.adam_beta2", "0.999",
-         "--training.mixed_precision", "no", "--max-steps", str(STEPS), "--data.validation", "none",
+         "--training.mixed_precision", "no", "--max-steps", str(STEPS), "--data.validation", "none", "--rl.kept", "null",
          "--training.logging_steps", "1", "--training.eval_steps", "0", "--training.save_steps", "0", "--training.sample_tokens", "0"]
 
 
@@ -248,7 +272,8 @@ def ours_beside(method: str, options) -> tuple[float, list[float], list[str]]:
 
     RL.Pairs.make = noted
     with contextlib.redirect_stderr(io.StringIO()):
-        RL.main(["--config", str(ROOT / "config.yaml"), "--model", options.model, "--out", str(out), "--overwrite", "--rl.method", method, "--learning-rate", "1e-4", "--batch-size", "64", *PLAIN])
+        plain = [*PLAIN, *(["--rl.rpo_alpha", "0"] if method == "dpo" else [])]
+        RL.main(["--config", str(ROOT / "config.yaml"), "--model", options.model, "--out", str(out), "--overwrite", "--rl.method", method, "--learning-rate", "1e-4", "--batch-size", "64", *plain])
     RL.Pairs.make = make
     losses = [record["loss"] for record in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in record]
     return json.loads((out / "result.json").read_text())["seconds"], losses, order

@@ -11,7 +11,7 @@ Every draw comes from a seed, so any Python from 3.10 on writes the same bytes.
     chat_test.jsonl   questions of `questions("test")`, which stand in no other file, with the answer to check against
     notes.tsv         short notes between the inhabitants, labelled by what they are for
     prompts.jsonl     sums and differences in new words with the answer alone, to be solved by trial; prompts_test.jsonl others
-    preferences.jsonl two openings of a story, the better one saying first who it is about; preferences_test.jsonl others
+    preferences.jsonl two openings of one story; the better one first introduces its hero; preferences_test.jsonl others
 """
 import argparse
 import hashlib
@@ -733,9 +733,9 @@ def prompts(split):
 
 
 def preferences(split):
-    """Two openings of a story: the better one says first who it is about. The other one says when it was, or is the answer to some
-    question, as small models will give it."""
-    draw, found, sentences = Draw("preferences", split), [], [item.sentence for item in questions("train")]
+    """Two openings of the same story, of about the same length: the better one first introduces the hero, the other one goes on with
+    the story instead. They differ in nothing else."""
+    draw, found = Draw("preferences", split), []
     for hero in PEOPLE:
         for thing in (part.strip() for part in THINGS.split(",")):
             for ask in ("Tell me a story about {hero} and a {thing}.", "Please tell me about {hero} and a {thing}.", "Do you know a story about {hero} and a {thing}?",
@@ -744,10 +744,13 @@ def preferences(split):
                 digest = hashlib.blake2b(asked.encode(), digest_size=8, person=b"preferences").digest()
                 if (int.from_bytes(digest, "big") % 2 == 0) == (split == "test"):
                     slots = scene(hero, draw.pick(("spring", "summer", "autumn")), draw) | {"thing": thing, "item": thing.split()[1]}
-                    plot = draw.pick([plot for plot in PLOTS.values() if plot.startswith("<lead>")]).replace("<lead>", "<when> {hero} the {hero.job}", 1)
-                    who, when = (polish(expand(text, draw).format(**slots)) for text in ("<intro>", plot))
-                    worse = draw.pick((draw.pick(sentences), *[re.split(r"(?<=[.!?]) (?=[A-Z\"])", when)[0]] * 2))
-                    found.append({"prompt": asked, "chosen": who, "rejected": worse})
+                    plot = draw.pick([plot for plot in PLOTS.values() if plot.startswith("<lead>")]).removeprefix("<lead>")
+                    intro, when, story = (expand(text, draw) for text in ("<intro>", "<when>", plot))
+                    better, worse = (re.split(r"(?<=[.!?]) (?=[A-Z\"])", polish(text.format(**slots)))
+                                     for text in (f"{intro} {when} {{hero.he}}{story}", f"{when} {{hero}} the {{hero.job}}{story}"))
+                    better = " ".join(better[: len(re.findall(r"[.!?](?=\s|$)", intro)) + 1])  # the introduction and a sentence
+                    worse = " ".join(worse[:2])
+                    found.append({"prompt": asked, "chosen": better, "rejected": worse})
     return [json.dumps(record) for record in draw.sample(found, 500 if split == "test" else 650)]
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -468,8 +469,19 @@ def test_the_first_loss_of_dpo_is_log_two_and_the_reference_stays(model_folder, 
     own = some_pairs(tokenizer, 4)
     stream = stream_of(own, own[:2], "dpo", 4, 1, model)
     batch, loss_fn = next(stream), RL.preference_loss(stream.settings)
-    loss, metrics = loss_fn(model, batch, {"pairs": 4, "micro_batches": 1})
-    assert float(loss) == pytest.approx(math.log(2), abs=1e-6) and float(metrics["rewards/accuracies"]) == pytest.approx(0.5)
+    loss, metrics = loss_fn(model, batch, {**batch["counts"], "micro_batches": 1})
+    texts = [pair.examples[0] for pair in own]  # and beside it the chosen texts' cross-entropy, by transformers' logits
+    theirs, nats, tokens = transformers.AutoModelForCausalLM.from_pretrained(model_folder), 0.0, 0
+    for text in texts:
+        with torch.no_grad():
+            logprobs = theirs(tensor([text.ids])).logits[0].float().log_softmax(-1)
+        nats -= sum(float(logprobs[t - 1, text.ids[t]]) for t in range(text.start, len(text.ids)))
+        tokens += len(text.ids) - text.start
+    assert float(loss) == pytest.approx(math.log(2) + nats / tokens, abs=1e-4) and float(metrics["rewards/accuracies"]) == pytest.approx(0.5)
+    assert float(metrics["preference_loss"]) == pytest.approx(math.log(2), abs=1e-6)
+    alone = stream_of(own, [], "dpo", 4, 1, model, rpo_alpha=0.0)
+    loss, _ = RL.preference_loss(alone.settings)(model, batch, {"pairs": 4, "micro_batches": 1})
+    assert float(loss) == pytest.approx(math.log(2), abs=1e-6)
     state = stream.state_dict()
     other = stream_of(own, own[:2], "dpo", 4, 1, moved(model_folder))  # resumed: the policy is no longer the reference
     other.load_state_dict(state)
@@ -932,9 +944,30 @@ def test_another_reference_can_be_named(world, tmp_path):
     MODEL.save(model, tmp_path / "other")
     TOKENIZER.save(TOKENIZER.load(str(world / "base")), tmp_path / "other")
     for method in ("dpo", "grpo"):
-        RL.main([*flags_of(world, method), "--max-steps", "2", "--rl.ref_model", str(tmp_path / "other"), "--out", str(tmp_path / method)])
+        alone = ["--rl.rpo_alpha", "0"] if method == "dpo" else []
+        RL.main([*flags_of(world, method), *alone, "--max-steps", "2", "--rl.ref_model", str(tmp_path / "other"), "--out", str(tmp_path / method)])
     first = next(record for record in log_of(tmp_path / "dpo") if "loss" in record)
     assert abs(first["loss"] - math.log(2)) > 1e-3 and next(record for record in log_of(tmp_path / "grpo") if "kl" in record)["kl"] > 1e-3
+
+
+def test_what_is_forgotten_is_measured_and_said(world, tmp_path, capsys):
+    """`kept` is the exact match of greedy answers; a model that loses more than ten points is told of."""
+    model, tokenizer = MODEL.load(str(world / "base")), TOKENIZER.load(str(world / "base"))
+    questions = make_text(6, seed=9)
+    rows = []
+    for question in questions:
+        messages = [{"role": "user", "content": question}]
+        ids = TOKENIZER.render_chat(tokenizer, messages, add_generation_prompt=True).ids
+        [[answer]] = INFER.generate(model, [ids], INFER.Sampling(64, temperature=0), tokenizer)
+        rows.append({"messages": [*messages, {"role": "assistant", "content": answer.text}], "answer": "x"})
+    rows[0]["messages"][-1]["content"] += " other"
+    write(tmp_path / "kept.jsonl", rows)
+    flags = [*flags_of(world, "dpo"), "--rl.kept", str(tmp_path / "kept.jsonl"), "--max-steps", "6", "--learning-rate", "0.05", "--out", str(tmp_path / "out")]
+    result = RL.main(flags)
+    assert result.before["kept"] == pytest.approx(5 / 6) and result.after["kept"] < 0.7
+    assert re.search(r"warning: held-out kept fell from 83.3% to \d+.\d%", capsys.readouterr().err)
+    with pytest.raises(UserError, match="rl.kept: file not found"):
+        RL.main([*flags_of(world, "dpo"), "--rl.kept", "none.jsonl", "--out", str(tmp_path / "none")])
 
 
 def test_an_adapter_can_be_the_reference(world, tmp_path):
