@@ -578,7 +578,11 @@ class Trainer:
         speed, flops = self.log.rates(self.tokens, self.computed)
         record["tokens_per_second"] = round(speed, 1)
         if self.flops:
-            peak = MODEL.matmul_flops(MODEL.AUTOCAST.get(self.mixed, torch.float32), self.device.type)
+            dtype = MODEL.AUTOCAST.get(self.mixed, torch.float32)
+            peak = MODEL.matmul_flops(dtype, self.device.type)
+            if flops > peak * self.run.world_size:  # measured while other programs ran
+                MODEL.matmul_flops.cache_clear()
+                peak = max(peak, MODEL.matmul_flops(dtype, self.device.type))
             record["mfu"] = round(flops / (peak * self.run.world_size), 4)
         self.log.write(record)
         share = self.steps / self.total_steps if self.total_steps else min(1.0, self.elapsed() / (60 * self.training.max_minutes))
