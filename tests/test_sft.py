@@ -1230,7 +1230,7 @@ def test_the_recipe_for_labels(tmp_path):
 
 def test_the_recipe_for_alpaca_with_adapters(tmp_path):
     gpt2_folder(tmp_path / "gpt2-xl")
-    write(tmp_path / "alpaca_data.json", [{"instruction": f"Say {label} {number}.", "input": "", "output": text} for number, (text, label) in enumerate(sayings(80))])
+    write(tmp_path / "alpaca_data.json", [{"instruction": f"Say {label} {number}.", "input": "", "output": text} for number, (text, label) in enumerate(sayings(40))])
     command(tmp_path, *"SFT.py --model gpt2-xl --data alpaca_data.json --lora.r 16".split())
     report = json.loads((tmp_path / "out" / "sft" / "result.json").read_text())
     assert report["after"]["loss"] < report["before"]["loss"]
