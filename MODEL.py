@@ -814,11 +814,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, (dense, self.ragged_kernels) = config, attention
         self.gradient_checkpointing = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = embedding(config.max_position_embeddings, config.hidden_size)
         if config.type_vocab_size:
-            self.embed_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
+            self.embed_types = embedding(config.type_vocab_size, config.hidden_size)
         if config.position_embedding_type == "rope":
             # A plain attribute: as a buffer it would be rounded when the model is converted to 16 bits.
             self.rope_frequencies, self.rope_factor = rope_frequencies(config)
@@ -1551,6 +1551,11 @@ class PooledHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.out_proj(self.dropout(torch.tanh(self.dense(hidden))))
+
+
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding without initial values: nn.Embedding draws them, which on `meta` imports torch's compiler (2 s)."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

@@ -751,7 +751,7 @@ def preferences(split):
                     better = " ".join(better[: len(re.findall(r"[.!?](?=\s|$)", intro)) + 1])  # the introduction and a sentence
                     worse = " ".join(worse[:2])
                     found.append({"prompt": asked, "chosen": better, "rejected": worse})
-    return [json.dumps(record) for record in draw.sample(found, 500 if split == "test" else 650)]
+    return [json.dumps(record) for record in draw.sample(found, 500 if split == "test" else 375)]
 
 
 def notes():
