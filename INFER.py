@@ -663,7 +663,8 @@ class Session:
 def read_stdin() -> Iterator[str]:
     """The lines of stdin as UTF-8; an error names the line."""
     try:
-        raw = open(sys.stdin.fileno(), "rb", closefd=False)  # not sys.stdin: a thread may still wait for a line when the program ends
+        # A file object of its own: a thread may still wait for a line when Python closes sys.stdin.
+        raw = open(sys.stdin.fileno(), "rb", closefd=False)
     except (OSError, AttributeError):
         raw = getattr(sys.stdin, "buffer", None)
     for number, line in enumerate(raw or sys.stdin, 1):
@@ -684,7 +685,7 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
             for item in items:
                 arrived.put((item, None))
             arrived.put((None, StopIteration()))
-        except BaseException as error:
+        except BaseException as error:  # whatever ends the reading is raised by the consumer below
             arrived.put((None, error))
 
     threading.Thread(target=read, daemon=True).start()

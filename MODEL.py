@@ -63,7 +63,7 @@ def say(line: str) -> None:
 
 
 def knob(default, comment: str, choices: tuple = ()):
-    """A dataclass field; its comment is also printed by --help and stands in config.yaml."""
+    """A dataclass field; its comment is also the description in --help and config.yaml."""
     metadata = {"comment": comment, "choices": choices}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -2328,10 +2328,10 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
 
     packer(name, weight) -> whether it has put the weight into the model itself, in another form."""
     config, raw = model.config, read_json(folder / "config.json")
-    embedding, head = "model.embed_tokens.weight", model.tied_name
+    head = model.tied_name
     expected = dict(model.state_dict())
     shapes = {name: weight.shape for name, weight in expected.items()}
-    shapes[head] = shapes.get(head, shapes[embedding])
+    shapes[head] = shapes.get(head, shapes["model.embed_tokens.weight"])
     state, filled, unexpected = {}, Counter(), []
     for path, hub_name, tensor in dequantized(folder, raw):
         for name, index, part in weights_from_hub(config, hub_name, tensor, raw.get("num_nextn_predict_layers") or 0):
@@ -2353,14 +2353,9 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
             filled[name] += part.numel()
             if packer and filled[name] == shapes[name].numel() and packer(name, state[name]):
                 del state[name]
-    if config.tie_word_embeddings and filled[head]:
-        if not filled[embedding]:  # the shared tensor under the head's name
-            state[embedding], filled[embedding] = state[head], filled[head]
-        if "lm" in model.heads and not torch.equal(state[head], state[embedding]):
-            config.tie_word_embeddings = False  # config.json says tied, the tensors differ: transformers unties them
-        else:
-            del state[head]
-    elif config.tie_word_embeddings:
+    if config.tie_word_embeddings:
+        settle_tied_head(model, state, filled)
+    if config.tie_word_embeddings:
         expected.pop(head, None)
     missing = [name for name, weight in expected.items() if filled[name] < weight.numel()]
     may_lack = tuple(part for part in OPTIONAL if part != "lm_head." or "lm" not in folder_heads(raw))
@@ -2373,6 +2368,20 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     init_weights(model, seed, fresh or ("no parameter",))
+
+
+def settle_tied_head(model: Transformer, state: dict[str, Tensor], filled: Counter) -> None:
+    """A file may hold the shared tensor under the head's name, or under both. If config.json says tied but the two tensors differ,
+    the model is not tied, as in transformers."""
+    embedding, head = "model.embed_tokens.weight", model.tied_name
+    if head not in state:
+        return
+    if embedding not in state:
+        state[embedding], filled[embedding] = state[head], filled[head]
+    if "lm" in model.heads and not torch.equal(state[head], state[embedding]):
+        model.config.tie_word_embeddings = False
+    else:
+        del state[head]
 
 
 def folder_heads(raw: dict) -> tuple:
@@ -2549,6 +2558,11 @@ def import_peft():
     return peft
 
 
+def host_of(model: LanguageModel) -> nn.Module:
+    """The module into which peft puts adapters: the model, or the one that transformers runs."""
+    return model.inner if isinstance(model, ForeignModel) else model
+
+
 def inject(config, host: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # about patterns that peft itself made for experts
@@ -2577,7 +2591,7 @@ def _save_adapter(model: LanguageModel, folder: str | Path) -> None:
     """adapter_config.json and adapter_model.safetensors as peft writes them, under the names of transformers' model."""
     from safetensors.torch import save_file
 
-    host = model.inner if isinstance(model, ForeignModel) else model
+    host = host_of(model)
     state = {name: gathered(tensor) for name, tensor in host.state_dict().items() if tensor_is_trained(name)}
     state = import_peft().get_peft_model_state_dict(host, state, save_embedding_layers=False)
     if process_rank() != 0:
@@ -2655,7 +2669,7 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
     config = adapter_config(folder)
     if config.peft_type != "LORA":
         raise UserError(f"{folder}: a {config.peft_type} adapter; only LoRA and its variants are supported")
-    host = model.inner if isinstance(model, ForeignModel) else model
+    host = host_of(model)
     for key, kind in (("layer_replication", "repeats layers"), ("alora_invocation_tokens", "is activated by tokens")):
         if getattr(config, key, None):
             raise UserError(f"{folder}: this adapter {kind} ({key}), which is not supported")

@@ -174,7 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = TOKENIZER.load(config.tokenizer.name or name)
     texts = list(itertools.islice(TOKENIZER.sample_texts(config.data, part="val"), 100))
     if not texts:
-        raise UserError(f"data.validation: {config.data.validation} holds out no text to measure perplexity on; use hash, tail or a file")
+        raise UserError(f"data.validation: '{config.data.validation}' holds out no text, and perplexity is measured on held-out text; "
+                        "use hash, tail or a file")
     rows = []
     for method in dict.fromkeys(("none", section.method)):
         model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation, changes=MODEL.overrides(config.model))

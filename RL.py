@@ -50,8 +50,11 @@ OFFLINE = (*PAIRED, "kto")
 ON_POLICY = ("ppo", "grpo", "rloo")
 BETA = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
 LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust"), "grpo": ("dapo", "grpo", "dr_grpo")}
-SHIPPED = {True: "data/prompts", False: "data/preferences"}  # default data of on-policy methods and of the others
 SHIPPED_QUESTIONS = "data/chat_test.jsonl"
+
+
+def shipped_data(method: str) -> str:
+    return "data/prompts.jsonl" if method in ON_POLICY else "data/preferences.jsonl"
 
 
 @dataclass
@@ -60,7 +63,7 @@ class RLSection:
     beta: float | None = knob(None, "pull towards the reference; null is 0.1 for dpo, kto and orpo (there the weight of the odds), 2 for simpo (there a scale), 0.05 for ppo and rloo, 0.04 for grpo; 0 does without a reference")
     loss_type: str = knob("auto", "dpo: sigmoid, hinge, ipo, robust; grpo: dapo (a mean over tokens), grpo (over texts), dr_grpo (by a constant); auto is the first")
     label_smoothing: float = knob(0.0, "dpo: share of pairs that are taken to be the wrong way round; robust needs it")
-    rpo_alpha: float | None = knob(None, "weight of the chosen text's negative log-likelihood (Pang 2024); null: 1 for dpo, orpo, simpo")
+    rpo_alpha: float | None = knob(None, "weight of the chosen text's negative log-likelihood (Pang 2024); null: 1")
     simpo_gamma: float = knob(0.5, "simpo: margin by which the better text should be ahead")
     desirable_weight: float = knob(1.0, "kto: how much wanted texts count")
     undesirable_weight: float = knob(1.0, "kto: how much unwanted texts count")
@@ -90,7 +93,7 @@ class RLSection:
     vf_coef: float = knob(0.1, "ppo: weight of the critic's loss")
     kl_target: float | None = knob(None, "ppo: beta follows so that the KL of a text stays near this (nats); null is a fixed beta")
     kl_horizon: int = knob(10000, "ppo: texts over which that beta adapts")
-    kept: str | None = knob("auto", "questions answered in each validation to see what is forgotten; auto: those of the shipped data")
+    kept: str | None = knob("auto", "file of questions that measures forgetting; auto: the shipped one, with shipped data")
     eval_prompts: int = knob(200, "held-out prompts answered (greedily) in a validation of ppo, grpo and rloo; 0 is off")
     model: dict = knob({"name": "./out/sft"}, "stage block over `model`")
     data: dict = knob({"train": ["auto"]}, "stage block over `data`; auto is data/prompts.jsonl for ppo, grpo and rloo, data/preferences.jsonl for the others, each with its ..._test.jsonl")
@@ -131,7 +134,8 @@ class RLSection:
                 raise UserError(f"rl.top_p: {self.top_p} must be above 0 and at most 1")
             if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
                 raise UserError(f"rl.reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} rl.reward_funcs; one for each is expected")
-        limits = {"beta": 0, "label_smoothing": 0, "rpo_alpha": 0, "desirable_weight": 0, "undesirable_weight": 0, "center_rewards_coefficient": 0, "temperature": 1e-3,
+        limits = {"beta": 0, "label_smoothing": 0, "rpo_alpha": 0,
+                  "desirable_weight": 0, "undesirable_weight": 0, "center_rewards_coefficient": 0, "temperature": 1e-3,
                   "rollout_size": 1, "num_generations": 1, "num_iterations": 1, "max_completion_length": 1, "rollout_batch_size": 1, "epsilon": 0,
                   "epsilon_high": 0, "missing_eos_penalty": 0, "top_k": 0, "cliprange_value": 0, "vf_coef": 0, "kl_target": 1e-9, "kl_horizon": 1, "gamma": 0, "lam": 0, "eval_prompts": 0}
         for key, low in limits.items():
@@ -152,7 +156,8 @@ class RLSection:
 
 
 OWNERS = {  # key -> the methods that it means something to
-    "beta": tuple(BETA), "label_smoothing": ("dpo",), "simpo_gamma": ("simpo",), "rpo_alpha": ("dpo", "orpo", "simpo"), "desirable_weight": ("kto",), "undesirable_weight": ("kto",),
+    "beta": tuple(BETA), "label_smoothing": ("dpo",), "simpo_gamma": ("simpo",), "rpo_alpha": ("dpo", "orpo", "simpo"),
+    "kept": ("dpo", "kto", "orpo", "simpo", *ON_POLICY), "desirable_weight": ("kto",), "undesirable_weight": ("kto",),
     "center_rewards_coefficient": ("reward",), "ref_model": ("dpo", "kto", *ON_POLICY), "scale_rewards": ("grpo",),
     **dict.fromkeys(("gamma", "lam", "cliprange_value", "vf_coef", "kl_target", "kl_horizon"), ("ppo",)),
     **dict.fromkeys(("reward_funcs", "reward_weights", "rollout_size", "num_generations", "max_completion_length", "temperature", "top_k", "top_p",
@@ -646,7 +651,8 @@ def preference_loss(settings: RLSection) -> Callable:
         loss = share(losses)
         metrics = preference_metrics(rewards.detach(), share)
         metrics |= {"logps/chosen": share(sums[:, 0].detach()), "logps/rejected": share(sums[:, 1].detach())}
-        if settings.rpo_alpha:  # keeps the chosen text likely: the pair's loss alone may lower both, if it lowers the rejected one more
+        # The pair's loss alone may make both texts unlikely, as long as the rejected one loses more.
+        if settings.rpo_alpha:
             nll = -sums[:, 0].sum() / totals["chosen"]
             metrics |= {"nll_loss": nll.detach(), "odds_loss" if method == "orpo" else "preference_loss": loss.detach()}
             loss = loss + settings.rpo_alpha * nll
@@ -1550,15 +1556,19 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     frozen = frozen_model(config, tokenizer, device)
     build = rollout_stage if settings.method in ON_POLICY else pair_stage
     stage = build(config, model, tokenizer, records, held, left, frozen, judges)
-    if not settings.kept or settings.kept == SHIPPED_QUESTIONS and not tokenizer.chat_template:
-        return stage
     return stage._replace(evaluate=with_kept(stage.evaluate, config, tokenizer))
 
 
-def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable:
-    """Validation with one more measure, `kept`: exact match on conversations that the stage does not train on. It shows what a model
-    forgets while it learns a preference."""
-    path, form = Path(config.rl.kept), TOKENIZER.Form(SFT.conversation, "rl", None, config.rl.system)
+def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable | None:
+    """Validation with one more measure, `kept`: exact match on conversations on which the stage does not train. It shows what a
+    model forgets while it learns a preference."""
+    name = config.rl.kept
+    if name == "auto":
+        shipped = config.data.train == [shipped_data(config.rl.method)] and tokenizer.chat_template and Path(SHIPPED_QUESTIONS).exists()
+        name = SHIPPED_QUESTIONS if shipped and config.rl.method != "reward" else None
+    if name is None:
+        return evaluate
+    path, form = Path(name), TOKENIZER.Form(SFT.conversation, "rl", None, config.rl.system)
     if not path.exists():
         raise UserError(f"rl.kept: file not found: '{path}'")
     if not tokenizer.chat_template:
@@ -1627,12 +1637,9 @@ SECTIONS = {**TRAIN.SECTIONS, "lora": SFT.LoraSection, "rl": RLSection}
 def main(argv: list[str] | None = None) -> TRAIN.Result:
     config = load_config(argv, SECTIONS, "rl", ACTIONS, __doc__)
     if config.data.train == ["auto"]:
-        name = SHIPPED[config.rl.method in ON_POLICY]
-        config.data.train = [f"{name}.jsonl"]
-        config.data.validation = f"{name}_test.jsonl" if config.data.validation == "hash" else config.data.validation
-        shipped = config.rl.method != "reward" and Path(SHIPPED_QUESTIONS).exists()
-        config.rl.kept = SHIPPED_QUESTIONS if config.rl.kept == "auto" and shipped else config.rl.kept
-    config.rl.kept = None if config.rl.kept == "auto" else config.rl.kept
+        config.data.train = [shipped_data(config.rl.method)]
+        held_out = config.data.train[0].replace(".jsonl", "_test.jsonl")
+        config.data.validation = held_out if config.data.validation == "hash" else config.data.validation
     model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
     show = f'echo "..." | python INFER.py {model}'
     if config.rl.method == "reward":

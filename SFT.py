@@ -95,7 +95,7 @@ class SFTSection:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Last parts of the names of all linear layers but the heads: what `all-linear` means (Dettmers 2023, section 4)."""
+    """The last parts of the names of all linear layers except heads, which `all-linear` stands for (Dettmers 2023, section 4)."""
     layers = {id(m) for layer in MODEL.layers_of(model) for m in layer.modules()}
     kinds = ("Linear", "Conv1D")
     return sorted({name.rpartition(".")[2] for name, m in model.named_modules()
@@ -104,20 +104,20 @@ def linear_names(model: nn.Module) -> list[str]:
 
 def attach_lora(model: MODEL.LanguageModel, base: str, target_modules: tuple | list = ("all-linear",), seed: int = 0,
                 **options) -> None:
-    """Freeze a model and put peft's low-rank adapters into it (Hu 2021): W x + (alpha / r) B A x, with A random, B zero,
-    so that nothing changes until B learns. `options` are those of peft's LoraConfig."""
+    """Freeze a model and add peft's low-rank adapters to it (Hu 2021): W x + (alpha / r) B A x, with A random and B zero, so
+    that the function is unchanged at first. `options` are those of peft's LoraConfig."""
     peft = MODEL.import_peft()
-    host = model.inner if isinstance(model, MODEL.ForeignModel) else model
+    host = MODEL.host_of(model)
     names, everywhere = linear_names(host), list(target_modules) == ["all-linear"]
     packed, mixture = model.quantization != "none", any(isinstance(m, MODEL.Experts) for m in host.modules())
-    if packed and mixture:  # peft would mean the experts by these
+    if packed and mixture:  # peft maps these names to the experts
         names = [name for name in names if name not in ("gate_proj", "up_proj", "down_proj")]
     targets = names if everywhere else list(target_modules)
     if options.get("use_dora") and model.quantization == "int8":
-        raise UserError("lora.use_dora: does not work on int8 weights; take --model.quantization nf4, or leave it out")
+        raise UserError("lora.use_dora: does not work on int8 weights; use --model.quantization nf4, or leave it out")
     if "lm_head" in targets and getattr(model.config, "tie_word_embeddings", False):
-        raise UserError("lora.target_modules: lm_head shares its weights with the embedding and cannot have an adapter of its own")
-    if "score" in model.heads:  # the new head learns whole, and is saved beside the adapter
+        raise UserError("lora.target_modules: lm_head shares its weights with the embedding and cannot have a separate adapter")
+    if "score" in model.heads:  # the new head is trained in full and saved with the adapter
         options.update(modules_to_save=["score"])
     task = "SEQ_CLS" if model.heads == ("score",) else "CAUSAL_LM" if getattr(model.config, "causal", True) else None
     config = peft.LoraConfig(task_type=task, base_model_name_or_path=str(base), target_modules=targets, **options)
@@ -129,21 +129,22 @@ def attach_lora(model: MODEL.LanguageModel, base: str, target_modules: tuple | l
         raise UserError(f"lora.target_modules: {', '.join(targets)} cannot get adapters in this model "
                         f"({MODEL.first_line(error)}); its layers are {', '.join(names)}") from None
     if packed and config.target_parameters:
-        raise UserError(f"lora.target_modules: {', '.join(targets)} means the experts, and packed ones take no adapter; name "
-                        "layers of the attention")
+        raise UserError(f"lora.target_modules: {', '.join(targets)} means the experts, and quantized experts cannot have "
+                        "adapters; name attention layers")
     model.adapter = config
     tuned = tuple(name + "." for name, m in host.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer))
     if everywhere:
         _say_left_out(host, tuned)
     else:
+        # peft has other names for the projections of experts
         _check_targets([target for target in targets if not (mixture and target.endswith("_proj"))],
                        (*tuned, *(f"{name}." for name in config.target_parameters or ())), names)
 
 
 def rows_to_train(model: MODEL.LanguageModel, tokens: list[int]) -> list[int] | dict[str, list[int]] | None:
-    """peft's `trainable_token_indices` for tokens that the base never saw: their rows of the embedding, and of an output head
-    that has weights of its own, else the model could not say them."""
-    host = model.inner if isinstance(model, MODEL.ForeignModel) else model
+    """peft's `trainable_token_indices` for tokens that are new to the base model: their rows of the embedding and of an untied
+    output head, without which the model could not generate them."""
+    host = MODEL.host_of(model)
     modules = [host.get_input_embeddings(), host.get_output_embeddings()]
     tied = len(modules) < 2 or modules[1] is None or modules[1].weight is modules[0].weight
     if not tokens or tied or model.config.model_type == "bert":
@@ -153,19 +154,19 @@ def rows_to_train(model: MODEL.LanguageModel, tokens: list[int]) -> list[int] | 
 
 
 def _check_targets(targets: list[str], tuned: tuple, names: list[str]) -> None:
-    """Each name that was asked for (but a mixture's projections, which peft calls otherwise) has found a layer."""
+    """Check that each target name matches a layer with an adapter."""
     for target in targets:
         if not any(f".{name}".endswith(f".{target}.") for name in tuned):
-            raise UserError(f"lora.target_modules: '{target}' is no layer of this model; its layers are {', '.join(names)}")
+            raise UserError(f"lora.target_modules: '{target}' is not a layer of this model; its layers are {', '.join(names)}")
 
 
 def _say_left_out(host: nn.Module, tuned: tuple) -> None:
-    """By all-linear peft means some of a mixture's parts only."""
+    """Print which linear layers have no adapter: in a mixture of experts, peft's all-linear covers only some."""
     inside = {id(m) for layer in MODEL.layers_of(host) for m in layer.modules()}
     left = {".".join(name.split(".")[-2:]) for name, m in host.named_modules()
             if isinstance(m, (MODEL.Experts, nn.Linear)) and id(m) in inside and not f"{name}.".startswith(tuned)}
     if left:
-        say(f"lora: no adapter on {', '.join(sorted(left))}, which stay as they are")
+        say(f"lora: no adapter on {', '.join(sorted(left))}; these layers stay frozen")
 
 
 # -------------------------------------------------------------------------------------------------------- data

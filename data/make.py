@@ -11,7 +11,7 @@ Every draw comes from a seed, so any Python from 3.10 on writes the same bytes.
     chat_test.jsonl   questions of `questions("test")`, which stand in no other file, with the answer to check against
     notes.tsv         short notes between the inhabitants, labelled by what they are for
     prompts.jsonl     sums and differences in new words with the answer alone, to be solved by trial; prompts_test.jsonl others
-    preferences.jsonl two openings of one story; the better one first introduces its hero; preferences_test.jsonl others
+    preferences.jsonl two openings of one story; the chosen one first introduces the hero; preferences_test.jsonl others
 """
 import argparse
 import hashlib
@@ -733,8 +733,8 @@ def prompts(split):
 
 
 def preferences(split):
-    """Two openings of the same story, of about the same length: the better one first introduces the hero, the other one goes on with
-    the story instead. They differ in nothing else."""
+    """Pairs of openings of the same story, of about the same length. The chosen one first introduces the hero; the rejected one
+    continues the story instead."""
     draw, found = Draw("preferences", split), []
     for hero in PEOPLE:
         for thing in (part.strip() for part in THINGS.split(",")):

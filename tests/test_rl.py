@@ -951,7 +951,7 @@ def test_another_reference_can_be_named(world, tmp_path):
 
 
 def test_what_is_forgotten_is_measured_and_said(world, tmp_path, capsys):
-    """`kept` is the exact match of greedy answers; a model that loses more than ten points is told of."""
+    """`kept` is the exact match of greedy answers; losing more than ten points prints a warning."""
     model, tokenizer = MODEL.load(str(world / "base")), TOKENIZER.load(str(world / "base"))
     questions = make_text(6, seed=9)
     rows = []

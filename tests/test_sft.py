@@ -1307,7 +1307,7 @@ def test_overwriting_waits_until_the_new_run_is_sound(flags, tmp_path, model_fol
 REFUSED = {
     "fresh weights": (["--model.preset", "llama-1m"], "model.preset: fine-tuning starts from a trained model"),
     "no adapter": (["--lora.use_dora", "true"], "lora.use_dora: needs an adapter; set lora.r"),
-    "unknown layer": (["--lora.r", "2", "--lora.target_modules", "[q_proj, nonsense]"], "lora.target_modules: 'nonsense' is no layer"),
+    "unknown layer": (["--lora.r", "2", "--lora.target_modules", "[q_proj, nonsense]"], "lora.target_modules: 'nonsense' is not a layer"),
     "muon": (["--lora.r", "2", "--lora.loraplus_lr_ratio", "4", "--training.optim", "muon"], "lora.loraplus_lr_ratio: has no effect with training.optim muon"),
     "labels in a chat": (["--model.labels", "[a, b]"], "model.labels: belong to sft.task classify"),
     "nothing to choose by": (["--data.validation", "none", "--sft.eval_answers", "0", "--training.sample_tokens", "0", "--training.load_best_model_at_end", "true"],
