@@ -3,11 +3,15 @@
 import json
 import os
 import random
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,18 +39,58 @@ def make_text(lines: int, seed: int = 0) -> list[str]:
     return [" ".join(WORDS[draw(len(WORDS))] for _ in range(6 + draw(9))).capitalize() + "." for _ in range(lines)]
 
 
-def launch(folder, *words, stdin=None) -> subprocess.Popen:
-    """python with these words, in this folder."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def run_here(script: Path, words: tuple, environment: dict) -> None:
+    """In a forked child: everything that the program needs is imported already, which otherwise takes longer than these runs."""
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        signal.signal(number, handler)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = [str(script), *map(str, words)]
+    code: object = 1
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def launch(folder, script, *words, stdin=subprocess.DEVNULL, fork=True, **environment) -> subprocess.Popen:
+    """A script in a process of its own: forked from this one, or a new python (with `fork` False, and where CUDA may be in use)."""
+    if fork := fork and not torch.cuda.is_available():
+        import accelerate  # noqa: F401 (once for all children)
+        import peft  # noqa: F401
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    command, become = [sys.executable, str(script), *map(str, words)], partial(run_here, Path(folder, script), words, environment)
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, **environment}, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=become if fork else None)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def two_ranks(*words) -> None:
+    """tests/two_ranks.py in two processes, as torchrun starts them."""
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [launch(ROOT, "tests/two_ranks.py", *words, RANK=rank, LOCAL_RANK=rank, **both) for rank in "01"]
+    for process in processes:
+        _, talk = process.communicate(timeout=280)
+        assert process.returncode == 0, talk
 
 
 def two_processes(folder: Path, runs: dict[str, list[list[str]]]) -> None:
     """Two processes run scripts, each with its lists of arguments one after another."""
     (folder / "runs.json").write_text(json.dumps(runs))
-    process = launch(ROOT, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "two_ranks.py", folder / "runs.json")
-    _, talk = process.communicate(timeout=280)
-    assert process.returncode == 0, talk
+    two_ranks(folder / "runs.json")
 
 
 def wait_for_steps(process: subprocess.Popen, count: int = 1) -> str:

@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, kills, launch, make_text, wait_for_steps
+from conftest import ROOT, free_port, kills, launch, make_text, two_ranks, wait_for_steps
 from safetensors.torch import load_file, save_file
 from torch import nn
 from two_ranks import (
@@ -472,7 +471,7 @@ def test_the_commands_of_the_readme_word_for_word(tmp_path, forged_gpt2):
     words = ("--model gpt2 --data data/train.txt data/train.jsonl --out ./out --epochs 3 --batch-size 2 --grad-accum 16").split()
     flags, file = workshop(tmp_path / "flags", forged_gpt2), workshop(tmp_path / "file", forged_gpt2)
     (file / "mine.yaml").write_text(ASKED)
-    processes = [launch(flags, "TRAIN.py", *words), launch(file, "TRAIN.py", "--config", "mine.yaml")]
+    processes = [launch(flags, "TRAIN.py", *words, fork=False), launch(file, "TRAIN.py", "--config", "mine.yaml", fork=False)]
     for folder, process in zip((flags, file), processes, strict=True):
         _, talk = process.communicate(timeout=120)
         assert process.returncode == 0, talk
@@ -1104,12 +1103,6 @@ def test_float16_on_a_cpu_falls_back(tmp_path, text_file, capsys):
 # -------------------------------------------------------------------------------------------------- two processes
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def torchrun(*words) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -1122,10 +1115,10 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     write(folder / "text.txt", make_text(31))
     argv = arguments(folder, "--epochs", 2, "--batch-size", 5, "--grad-accum", 2, "--training.optim", "adamw", "--training.eval_steps", 3)
-    processes = [torchrun(ROOT / "tests" / "two_ranks.py", folder), torchrun(ROOT / "TRAIN.py", *argv)]
-    for process in processes:
-        talk, _ = process.communicate(timeout=180)
-        assert process.returncode == 0, talk
+    as_a_user = torchrun(ROOT / "TRAIN.py", *argv)
+    two_ranks(folder)
+    talk, _ = as_a_user.communicate(timeout=180)
+    assert as_a_user.returncode == 0, talk
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["world_size"] == 2
     return SimpleNamespace(folder=folder, ranks=ranks, talk=talk)
