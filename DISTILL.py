@@ -933,7 +933,7 @@ def read_rows(config, tokenizer, teacher: Teacher, task: str) -> tuple[object, C
         stream, evaluate = TRAIN.prepare_data(config, tokenizer, masked=not teacher.causal)
         if is_fixed(stream, config):
             stream.make_plan = TOKENIZER.cut_once(stream.make_plan)
-        return stream, TRAIN.with_samples(evaluate, tokenizer, config.training), None
+        return stream, evaluate, None
     settings = as_sft(config)
     samples, kept = SFT.read_conversations(settings, tokenizer)
     stream, batches = SFT.in_batches(settings, samples, kept)

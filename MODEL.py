@@ -2794,11 +2794,11 @@ def choose_device(name: str = "auto") -> torch.device:
 
 @memoize
 def matmul_flops(dtype: torch.dtype, device: str, size: int = 0) -> float:
-    """Measured FLOP/s of a square matrix product: the peak for MFU."""
+    """Measured FLOP/s of a square matrix product as layers compute it: the peak for MFU."""
     size = size or (8192 if device.startswith("cuda") else 1024)
     random = torch.Generator(device).manual_seed(0)  # its own: dropout draws from the global one
     a, b = (torch.randn(size, size, device=device, generator=random).to(dtype) for _ in range(2))
-    return 2 * size**3 / min(_seconds(lambda: (a @ b)[0, 0].item()) for _ in range(4))  # .item() waits for the device
+    return 2 * size**3 / min(_seconds(lambda: F.linear(a, b)[0, 0].item()) for _ in range(4))  # .item() waits for the device
 
 
 def _seconds(function: Callable) -> float:

@@ -1334,7 +1334,7 @@ def held_out_rewards(stream: Rollouts, held: list[Prompt], config) -> Callable |
         if config.training.sample_tokens:
             for sample in samples[:: max(1, len(samples) // 3)][:3]:
                 question = sample.prompt if isinstance(sample.prompt, str) else sample.prompt[-1]["content"]
-                say(f"  | {question}\n  |   {sample.text}   ({sample.reward:.3g})".replace("\n", "\n  | "))
+                TRAIN.say_sample(question, f"{sample.text}   ({sample.reward:.3g})")
         found = {"reward": sum(sample.reward for sample in samples) / len(samples)}
         for i, name in enumerate(stream.judges.names) if len(stream.judges.names) > 1 else ():
             given = [sample.rewards[i] for sample in samples if sample.rewards[i] is not None]

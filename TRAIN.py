@@ -74,7 +74,7 @@ class TrainingSection:
     load_best_model_at_end: bool = knob(False, "the final model is the one with the best validation")
     early_stopping_patience: int | None = knob(None, "stop after this many validations without a new best")
     max_skipped_steps: int = knob(10, "steps in a row with a non-finite gradient before the run ends")
-    sample_prompts: list = knob(["", "What is 2 plus 3?"], "texts continued after each validation")
+    sample_prompts: list | None = knob(None, "texts continued after each validation; null: how three held-out documents begin")
     sample_tokens: int = knob(48, "length of those samples; 0 is off")
     report_to: str = knob("none", "tracker, through accelerate", ("none", "tensorboard", "wandb"))
     seed: int = knob(0, "of initial weights, data order and dropout")
@@ -987,7 +987,7 @@ class Log:
         self.line.close()
 
     def plot(self) -> None:
-        """loss.png: training and held-out loss over the steps."""
+        """loss.png: training and held-out loss over the steps, and held-out shares such as exact match."""
         records = json_lines(self.out / "log.jsonl") if self.main else []
         key = "nll" if any("nll" in r for r in records) else "loss"  # what is held out is measured by: of a sum of losses that part
         train = [(r["step"], r[key]) for r in records if key in r]
@@ -1008,7 +1008,15 @@ class Log:
         axes.set(xlabel="optimizer step", ylabel="loss")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        shares = {name: found for name in SHARES if (found := [(r["step"], 100 * r[f"eval_{name}"]) for r in records if f"eval_{name}" in r])}
+        if shares:
+            percent = axes.twinx()
+            for (name, points), color in zip(shares.items(), ("#2a9d5c", "#e09f3e", "#7b5ea7"), strict=False):
+                percent.plot(*zip(*points, strict=True), "s--", color=color, linewidth=1.2, markersize=4, label=f"held-out {name.rpartition('/')[2].replace('_', ' ')}")
+            percent.set(ylabel="% (dashed)", ylim=(0, 103))
+            percent.spines["top"].set_visible(False)
+        lines = [line for each in figure.axes for line in each.get_lines()]
+        axes.legend(lines, [line.get_label() for line in lines], frameon=False, loc="center right")
         with MODEL.staged(self.out) as scratch:
             figure.savefig(scratch / "loss.png", dpi=120)
 
@@ -1177,14 +1185,10 @@ def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callabl
     return evaluate
 
 
-def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection, prompts: list[tuple[str, list[int]]] | None = None,
+def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection, prompts: list[tuple[str, list[int]]],
                  sampling: INFER.Sampling | None = None) -> Callable | None:
-    """The same validation, followed by completions of a few prompts on stderr: a loss is a number, a text shows what was learned.
-
-    prompts: (text, ids) of questions; None stands for training.sample_prompts, which are continued."""
-    between = "\n  " if prompts else ""
-    if prompts is None and training.objective != "mlm":
-        prompts = [(text, TOKENIZER.encode_prompt(tokenizer, text)) for text in training.sample_prompts or ()]
+    """The same validation, followed by completions of a few prompts (text, ids) on stderr: a loss is a number, a text shows what
+    was learned."""
     if evaluate is None or not training.sample_tokens or not prompts:
         return evaluate
 
@@ -1192,11 +1196,26 @@ def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection
         measures, room = evaluate(model), model.config.max_position_embeddings - 1
         settings = sampling or INFER.Sampling(training.sample_tokens, 0.7, seed=0)
         completions = INFER.generate(model, [ids[-room:] for _, ids in prompts], settings, tokenizer)
-        for (text, _), [completion] in zip(prompts, completions, strict=True):
-            say("  | " + (text + between + completion.text).replace("\n", "\n  | "))
+        for (prompt, _), [completion] in zip(prompts, completions, strict=True):
+            say_sample(prompt, completion.text)
         return measures
 
     return evaluate_and_show
+
+
+def say_sample(prompt: str, completion: str) -> None:
+    for mark, text in ((">", prompt), ("|", completion)):
+        for line in filter(str.strip, text.splitlines()):
+            say(f"  {mark} {line}")
+
+
+def openings(spans: TOKENIZER.Spans, tokenizer, count: int = 3) -> list[tuple[str, list[int]]]:
+    """How a few documents, spread over all of them, begin: (text, ids), at most half a document and whole words."""
+    chosen = (2 * np.arange(count) + 1) * len(spans.starts) // (2 * count)
+    begun = [tokenizer.decode(spans.ids[start : start + 1 + min(length // 2, 12)].tolist(), skip_special_tokens=True)
+             for start, length in zip(spans.starts[chosen], spans.lengths[chosen], strict=True)]
+    texts = [text.rpartition(" ")[0] or text for text in begun]
+    return [(text, TOKENIZER.encode_prompt(tokenizer, text)) for text in texts]
 
 
 def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, head: str | tuple = "lm") -> MODEL.LanguageModel:
@@ -1245,7 +1264,7 @@ def fit_length(config, context: int, whose: str = "the model's") -> None:
 
 
 def prepare_data(config, tokenizer, masked: bool = False):
-    """(stream, evaluate or None) from config.data; warns where there is little of it."""
+    """(stream, evaluate or None) from config.data, with samples after each validation; warns where there is little of it."""
     data, training = config.data, config.training
 
     def hide(stream):
@@ -1274,7 +1293,9 @@ def prepare_data(config, tokenizer, masked: bool = False):
             say("too little data to hold some out: training without validation")
         return stream, None
     per_token = held_out.bytes / spans.pairs if held_out.bytes and not masked else None
-    return stream, held_out_loss(batches, per_token)
+    prompts = openings(spans, tokenizer) if training.sample_prompts is None else [
+        (text, TOKENIZER.encode_prompt(tokenizer, text)) for text in training.sample_prompts]
+    return stream, with_samples(held_out_loss(batches, per_token), tokenizer, training, [] if masked else prompts)
 
 
 def save_product(config_text: str, tokenizer, model, folder: Path) -> None:
@@ -1375,7 +1396,7 @@ def pretraining(config, checkpoint: Path | None, device: torch.device) -> Stage:
     model = prepare_model(config, tokenizer)
     masked = objective(config.training, model, tokenizer) == "mlm"
     stream, evaluate = prepare_data(config, tokenizer, masked)
-    return Stage(model, tokenizer, stream, token_loss, with_samples(evaluate, tokenizer, config.training), save_product)
+    return Stage(model, tokenizer, stream, token_loss, evaluate, save_product)
 
 
 def main(argv: list[str] | None = None) -> Result:

@@ -902,7 +902,7 @@ def test_a_run_goes_on_in_its_folder_without_writing_texts_twice(world, tmp_path
 
 
 def test_inside_a_rollout_a_run_goes_on_however_a_step_is_cut(world, tmp_path):
-    flags = [*flags_of(world, "ppo"), "--max-steps", "8"]
+    flags = [*flags_of(world, "ppo"), "--max-steps", "8", "--training.mixed_precision", "no"]
     RL.main([*flags, "--training.save_steps", "3", "--training.save_total_limit", "9", "--out", str(tmp_path / "whole")])
     cut = [*flags, "--batch-size", "4", "--grad-accum", "2", "--resume", str(tmp_path / "whole" / "ckpt-step-000003")]
     RL.main([*cut, "--out", str(tmp_path / "cut")])
@@ -963,6 +963,7 @@ def test_what_is_forgotten_is_measured_and_said(world, tmp_path, capsys):
     rows[0]["messages"][-1]["content"] += " other"
     write(tmp_path / "kept.jsonl", rows)
     flags = [*flags_of(world, "dpo"), "--rl.kept", str(tmp_path / "kept.jsonl"), "--max-steps", "6", "--learning-rate", "0.05", "--out", str(tmp_path / "out")]
+    flags += ["--training.mixed_precision", "no"]
     result = RL.main(flags)
     assert result.before["kept"] == pytest.approx(5 / 6) and result.after["kept"] < 0.7
     assert re.search(r"warning: held-out kept fell from 83.3% to \d+.\d%", capsys.readouterr().err)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from two_ranks import (
     two_counts_loss,
 )
 
+import INFER
 import MODEL
 import TOKENIZER
 import TRAIN
@@ -968,6 +970,18 @@ def test_the_folder_that_a_run_leaves(trained, real_plot):
         assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**24)) > 20
 
 
+def test_held_out_shares_are_drawn_beside_the_loss(tmp_path, real_plot):
+    from matplotlib.figure import Figure
+
+    rows = [{"step": 0, "eval_loss": 3.0, "eval_exact_match": 0.1}, {"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0, "eval_exact_match": 0.6}]
+    write(tmp_path / "log.jsonl", map(json.dumps, rows))
+    with mock.patch.object(Figure, "savefig", autospec=True) as saved:
+        TRAIN.Log(tmp_path, True).plot()
+    loss, percent = saved.call_args[0][0].axes
+    assert [line.get_label() for line in (*loss.get_lines(), *percent.get_lines())] == ["training", "held out", "held-out exact match"]
+    assert list(percent.get_lines()[0].get_ydata()) == [10, 60]
+
+
 def test_result_and_log(trained):
     result = json.loads((trained.out / "result.json").read_text())
     assert {"stage", "measure", "before", "after", "seconds", "peak_memory_bytes"} <= set(result)
@@ -1022,7 +1036,23 @@ def test_settings_are_saved_beside_the_model(trained):
 def test_samples_are_shown_after_a_validation(tmp_path, text_file, capsys):
     train(tmp_path, "--training.sample_tokens", 4, "--training.sample_prompts", '["The red"]', "--training.eval_batches", 1)
     captured = capsys.readouterr()
-    assert captured.err.count("  | The red") == 2 and captured.out == ""  # before and after; stdout stays clean
+    assert captured.err.count("  > The red\n  | ") == 2 and captured.out == ""  # before and after; stdout stays clean
+
+
+def test_samples_are_held_out_documents_gone_on_with(tmp_path, text_file, capsys):
+    train(tmp_path, "--training.sample_tokens", 4)
+    shown = [line.removeprefix("  > ") for line in capsys.readouterr().err.splitlines() if line.startswith("  > ")]
+    documents = text_file.read_text().splitlines()
+    assert len(shown) == 6 and shown[:3] == shown[3:]
+    assert all(any(document.startswith(line) and document != line for document in documents) for line in shown)
+
+
+def test_samples_have_no_empty_lines(capsys):
+    completion = SimpleNamespace(text="a\n\n \n\nb\n\n")
+    with mock.patch.object(INFER, "generate", lambda *_: [[completion]]):
+        model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=8))
+        assert TRAIN.with_samples(lambda _: {"loss": 1.0}, None, TRAIN.TrainingSection(), [("q\n\nr", [1])])(model) == {"loss": 1.0}
+    assert capsys.readouterr().err == "  > q\n  > r\n  | a\n  | b\n"
 
 
 # --------------------------------------------------------------------------------------------------------- data
