@@ -97,7 +97,7 @@ class RLSection:
     eval_prompts: int = knob(200, "held-out prompts answered (greedily) in a validation of ppo, grpo and rloo; 0 is off")
     model: dict = knob({"name": "./out/sft"}, "stage block over `model`")
     data: dict = knob({"train": ["auto"]}, "stage block over `data`; auto is data/prompts.jsonl for ppo, grpo and rloo, data/preferences.jsonl for the others, each with its ..._test.jsonl")
-    training: dict = knob({"max_steps": 200, "batch_size": 64}, "stage block over `training`")
+    training: dict = knob({"max_steps": 100, "batch_size": 64}, "stage block over `training`")
     lora: dict = knob({}, "stage block over `lora`")
     output: dict = knob({"dir": "./out/rl"}, "stage block over `output`")
 
@@ -1481,9 +1481,6 @@ def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str 
 
 # ------------------------------------------------------------------------------------------------- command line
 
-RATES = {**dict.fromkeys((*ON_POLICY, "reward"), 0.1), **dict.fromkeys(("dpo", "kto", "orpo", "simpo"), 1 / 30)}  # of fine-tuning's learning rate
-
-
 def still(model: nn.Module) -> None:
     """No dropout: the probabilities that are compared must be one model's. Some of transformers' layers ask their config for it;
     they get a copy, so that the one that is saved stays as it is."""
@@ -1544,7 +1541,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r), head=head)
     if not model.config.causal:
         raise UserError(f"model.name: {name} is an encoder; rewards and preferences are learnt by causal models here")
-    SFT.finish_model(config, model, *requested, share=RATES[settings.method])
+    SFT.finish_model(config, model, *requested, share=0.1 if settings.method == "reward" else 1 / 30)
     if head == ("lm", "value"):
         model.value_head.requires_grad_(True)
     if settings.method == "reward":

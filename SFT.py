@@ -72,7 +72,7 @@ class SFTSection:
     class_weights: str | dict = knob("none", "classify: none, balanced (rare labels count more), or {label: weight}")
     model: dict = knob({"name": "./out"}, "stage block over `model`")
     data: dict = knob({"train": ["data/chat.jsonl"], "validation": "data/chat_test.jsonl"}, "stage block over `data`")
-    training: dict = knob({"epochs": 6, "batch_size": 8}, "stage block over `training`")
+    training: dict = knob({"epochs": 5, "batch_size": 8, "eval_steps": 300}, "stage block over `training`")
     lora: dict = knob({}, "stage block over `lora`")
     output: dict = knob({"dir": "./out/sft"}, "stage block over `output`")
     section = "sft"  # whose settings errors name; DISTILL.py reads conversations under its own

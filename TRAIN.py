@@ -50,7 +50,7 @@ class TrainingSection:
     max_length: int = knob(256, "tokens of one row")
     objective: str = knob("auto", "causal predicts the next token, mlm hidden ones (BERT); auto is mlm for an encoder", ("auto", "causal", "mlm"))
     mlm_probability: float = knob(0.15, "mlm: share of the tokens that are predicted")
-    learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for trained ones; in SFT 3e-3 * (128 / width)^2, in RL a tenth of that or (kto, dpo and its kind) a thirtieth, in DISTILL as in SFT; ten times as much for adapters")
+    learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for trained ones; in SFT 3e-3 * (128 / width)^2, in RL a thirtieth of that, for a reward model a tenth, in DISTILL as in SFT; ten times as much for adapters")
     optim: str = knob("auto", "Muon (AdamW on all but matrices), AdamW, its 8-bit form; auto is muon for fresh weights, adamw for trained; in SFT muon up to width 256",
                       ("auto", "muon", "adamw", "adamw_8bit"))
     weight_decay: float = knob(0.1, "decoupled weight decay on matrices")

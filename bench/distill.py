@@ -7,7 +7,7 @@
     python bench/distill.py stories --teacher FOLDER --data FILE   # a real model and real text: the student alone and taught
     python bench/distill.py trl                      # on-policy and off-policy steps beside TRL's GKDTrainer
 
-Loss: nats per held-out token (of conversations: of the answers). Answered: of the 990 questions of data/chat_test.jsonl, those whose greedy answer is word
+Loss: nats per held-out token (of conversations: of the answers). Answered: of the questions of data/chat_test.jsonl, those whose greedy answer is word
 for word the right one; text models read the question and go on. All students have 225,000 parameters, their teachers (out, out/sft) four times as many.
 """
 
@@ -101,11 +101,11 @@ BESIDE = {"text-logits": "text-alone", "text-cache": "text-logits", "text-hidden
 
 
 def two_errors(own: list[float], other: list[float], share: bool) -> float:
-    """Two standard errors of a difference of means: of the seeds, and for shares of the 990 answers where those spread more."""
+    """Two standard errors of a difference of means: of the seeds, and for shares of the answers where those spread more."""
     def variance(values: list[float]) -> float:
         mean = sum(values) / len(values)
         seeds = sum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1) / len(values)
-        return max(seeds, mean * (1 - mean) / 990 / len(values)) if share else seeds
+        return max(seeds, mean * (1 - mean) / len(questions()) / len(values)) if share else seeds
     return 2 * math.sqrt(variance(own) + variance(other))
 
 

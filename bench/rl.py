@@ -1,7 +1,8 @@
-"""What RL.py's methods do to a model, measured on held-out prompts, and where a step's time goes.
+"""What fine-tuning and RL.py's methods do to a model, measured on held-out prompts, and where a step's time goes.
 
-    python bench/rl.py --method grpo                 # three seeds from out/sft; rows go to out/bench/rl.jsonl, and what is there is not run again
-    python bench/rl.py --method all
+    python bench/rl.py                               # three seeds, both precisions, each with a base and an SFT model of its own: hours
+    python bench/rl.py --method grpo --seeds 0 --precisions no      # rows go to out/bench/rl.jsonl, and what is there is not run again
+    python bench/rl.py --model out/sft               # all from this model
     python bench/rl.py --table                       # the rows as a table
     python bench/rl.py rollouts                      # 64 prompts x 8 texts x 64 tokens beside one by one and transformers' generate
     python bench/rl.py time                          # rollout, scores and training as shares of a GRPO step
@@ -10,7 +11,7 @@
 Solved: greedy answers to the 500 prompts of data/prompts_test.jsonl that end with the right number. Introduced: stories (at
 temperature 0.8, the first 32 tokens) for the 500 prompts of data/preferences_test.jsonl whose first sentence introduces the hero (it
 names a home, a job or a kind of creature, and no day, month or time before it), and which are fluent: under the model before the stage,
-they are at least as likely per token as all but 1% of the held-out chosen texts. Kept: exact match on the 990 questions of
+they are at least as likely per token as all but 1% of the held-out chosen texts. Kept: exact match on the questions of
 data/chat_test.jsonl, which no method trains on. Pairs: held-out pairs whose chosen text has the higher reward (or, without reference,
 log-probability per token).
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -45,6 +47,7 @@ import TOKENIZER
 
 STORIES = ["--data", str(ROOT / "data/preferences.jsonl"), "--data.validation", str(ROOT / "data/preferences_test.jsonl")]
 RUNS = {  # name -> flags of RL.py, what is measured
+    "sft": ([], "answered"),
     "grpo": (["--rl.method", "grpo"], "solved"),
     "rloo": (["--rl.method", "rloo"], "solved"),
     "ppo": (["--rl.method", "ppo"], "solved"),
@@ -56,6 +59,7 @@ RUNS = {  # name -> flags of RL.py, what is measured
     "orpo": (["--rl.method", "orpo"], "introduced"),
     "kto": (["--rl.method", "kto"], "introduced"),
 }
+PRECISIONS = {"no": "float32", "bf16": "bfloat16"}
 WORLD = (ROOT / "data/make.py").read_text()
 CAST = re.findall(r"^(\w+) +(?:he|she) +(\w+) +(\w+) +\| ([\w ]+?) +\|", WORLD, re.M)
 WHO = re.compile(r"\b(" + "|".join(sorted({word for _, *words in CAST for word in words})) + r")\b")
@@ -74,7 +78,7 @@ def answers(model, tokenizer, asked: list[str], sampling: INFER.Sampling) -> lis
 def solved(model, tokenizer) -> list[bool]:
     """Whether each held-out sum is answered rightly; the answer is read off here, not by the reward that was trained on."""
     tests = records("prompts_test.jsonl")
-    said = answers(model, tokenizer, [test["prompt"] for test in tests], INFER.Sampling(32, 0.0))
+    said = answers(model, tokenizer, [test["prompt"] for test in tests], INFER.Sampling(64, 0.0))
     return [re.findall(r"\d+", text)[-1:] == [test["answer"]] for text, test in zip(said, tests, strict=True)]
 
 
@@ -88,13 +92,16 @@ def is_introduction(text: str) -> bool:
 @torch.no_grad()
 def nats_per_token(model, tokenizer, prompts: list[str], texts: list[str]) -> torch.Tensor:
     """Mean negative log-likelihood of the first 32 tokens of each text (N,)."""
-    found = []
+    examples = []
     for prompt, text in zip(prompts, texts, strict=True):
-        asked = RL.prompt_ids(tokenizer, prompt)
-        ids = torch.tensor([asked + tokenizer(text, add_special_tokens=False).input_ids[:32]])
-        logprobs = model(ids[:, :-1], targets=ids[:, 1:]).logprobs[0, len(asked) - 1 :]
-        found.append(-logprobs.mean() if len(logprobs) else torch.tensor(math.inf))
-    return torch.stack(found)
+        asked, ids = RL.prompt_ids(tokenizer, prompt), tokenizer(text, add_special_tokens=False).input_ids[:32]
+        examples.append(RL.Example([*asked, *ids], [0] * len(asked) + [1] * len(ids)))
+    found = []
+    for start in range(0, len(examples), 100):
+        batch = RL.make_batch([RL.Pair("", [example], "") for example in examples[start : start + 100]])
+        sums, tokens, _ = RL.text_logps(model, batch, 1)
+        found.append(-sums[:, 0] / tokens[:, 0])  # 0 / 0 of an empty text is no number, and below no bound
+    return torch.cat(found)
 
 
 def introduced(model, tokenizer, seed: int, start) -> tuple[list[bool], list[str]]:
@@ -154,22 +161,37 @@ def measure(method: str, folder: str, start: str, reward: str, seed: int) -> dic
     return found
 
 
-def run(method: str, seed: int, options) -> dict:
-    """One row; an interrupted run goes on from its newest checkpoint."""
-    out = Path(options.out) / f"{method}-{seed}"
-    reward = str(Path(options.out) / f"reward-{seed}")
-    if method == "ppo-reward-model" and not (Path(reward) / "result.json").exists():
-        save(run("reward", seed, options), options.rows)
-    flags = [flag.format(reward=reward) for flag in RUNS[method][0]]
-    command = [sys.executable, str(ROOT / "RL.py"), "--config", str(ROOT / "config.yaml"), "--model", options.model, "--out", str(out), "--seed", str(seed), *flags, *options.flags]
-    clock = time.perf_counter()
+def train(program: str, out: Path, options, *flags: str) -> dict:
+    """The result of a run, which is not run again where it stands; an interrupted one goes on from its newest checkpoint."""
     if not (out / "result.json").exists():
-        subprocess.run([*command, "--resume", "auto"], check=True, cwd=ROOT, stderr=None if options.loud else subprocess.DEVNULL)
-    seconds = time.perf_counter() - clock
+        command = [sys.executable, str(ROOT / program), "--config", str(ROOT / "config.yaml"), "--out", str(out), *flags, "--resume", "auto"]
+        subprocess.run(command, check=True, cwd=ROOT, stderr=None if options.loud else subprocess.DEVNULL)
+    return json.loads((out / "result.json").read_text())
+
+
+def run(method: str, seed: int, precision: str, options) -> dict:
+    """One row."""
+    def folder(name: str) -> Path:
+        return Path(options.out) / f"{name}-{seed}-{precision}"
+
+    same = ["--seed", str(seed), "--training.mixed_precision", precision]
+    start = options.model or str(folder("sft"))
+    row = {"method": method, "seed": seed, "precision": precision}
+    if not options.model:
+        train("TRAIN.py", folder("base"), options, *same)
+        fine_tuned = train("SFT.py", folder("sft"), options, "--model", str(folder("base")), *same)
+    if method == "sft":
+        after = {"answered": kept(MODEL.load(start), TOKENIZER.load(start))}
+        return row | {"before": {"answered": fine_tuned["before"]["exact_match"]}, "after": after, "kl": None, "seconds": round(fine_tuned["seconds"])}
+    reward = str(folder("reward"))
+    if method == "ppo-reward-model" and not (Path(reward) / "result.json").exists():
+        save(run("reward", seed, precision, options), options.rows)
+    out, flags = folder(method), [flag.format(reward=reward) for flag in RUNS[method][0]]
+    result = train("RL.py", out, options, "--model", start, *same, *flags, *options.flags)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     kl = next((record["kl"] for record in reversed(log) if "kl" in record), None)
-    before = measure(method, options.model, options.model, reward, seed)
-    return {"method": method, "seed": seed, "before": before, "after": measure(method, str(out), options.model, reward, seed), "kl": kl, "seconds": round(seconds)}
+    before, after = (measure(method, each, start, reward, seed) for each in (start, str(out)))
+    return row | {"before": before, "after": after, "kl": kl, "seconds": round(result["seconds"])}
 
 
 def save(row: dict, path: Path) -> None:
@@ -183,22 +205,29 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def each_seed(own: list[dict], name: str, text: str = "{:.1%}") -> tuple[str, str]:
+    """(mean before, mean after with each seed's) of one measure."""
+    starts, ends = ([row[when][name] for row in own] for when in ("before", "after"))
+    return text.format(statistics.mean(starts)), f"{text.format(statistics.mean(ends))} ({', '.join(text.format(x) for x in ends)})"
+
+
 def table(found: list[dict]) -> str:
-    """Means over the seeds, their spread, and the gain in standard errors (of 500 answers, or of the seeds where they spread more)."""
-    lines = ["| method | measure | start | end (each seed) | gain | 2 standard errors | KL | seconds (first seed) |", "|---|---|---|---|---|---|---|---|"]
-    for method in RUNS:
-        own = sorted((row for row in found if row["method"] == method), key=lambda row: row["seed"])
-        for name in own[0]["after"] if own else ():
+    """Means over the seeds, and the gain with two standard errors (of 500 answers, or of the seeds where they spread more)."""
+    lines = ["| method | precision | measure | before | after (each seed) | gain | kept before | kept after (each seed) | KL | seconds (each seed) |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for method, precision in itertools.product(RUNS, PRECISIONS):
+        own = sorted((row for row in found if (row["method"], row["precision"]) == (method, precision)), key=lambda row: row["seed"])
+        for name in [name for name in own[0]["after"] if name != "kept"] if own else ():
             starts, ends = [row["before"][name] for row in own], [row["after"][name] for row in own]
-            start, end = sum(starts) / len(own), sum(ends) / len(own)
+            start, end = statistics.mean(starts), statistics.mean(ends)
             spread = math.sqrt(sum((x - end) ** 2 for x in ends) / max(len(own) - 1, 1) / len(own))
             share = name != "score"
             chance = math.sqrt(start * (1 - start) / 500 + end * (1 - end) / 500 / len(own)) if share else 0.0
             text = "{:.1%}" if share else "{:.2f}"
-            each = ", ".join(text.format(x) for x in ends)
+            kept = each_seed(own, "kept") if "kept" in own[0]["after"] else ("", "")
             kl = [row["kl"] for row in own if row["kl"] is not None and method != "kto"]  # there it is the loss's baseline
-            lines.append(f"| {method} | {name} | {text.format(start)} | {text.format(end)} ({each}) | {text.format(end - start)} | {text.format(2 * max(chance, spread))} | "
-                         f"{f'{sum(kl) / len(kl):.1f}' if kl else ''} | {own[0]['seconds']} |")
+            cells = [method, PRECISIONS[precision], name, *each_seed(own, name, text), f"{text.format(end - start)} ± {text.format(2 * max(chance, spread))}", *kept,
+                     f"{statistics.mean(kl):.1f}" if kl else "", ", ".join(str(row["seconds"]) for row in own)]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -330,7 +359,8 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("gains", "rollouts", "time", "trl"), default="gains")
     parser.add_argument("--method", choices=(*RUNS, "all"), default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--model", default=str(ROOT / "out/sft"))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--model", help="start from this model, not from one of the seed's own; out/sft for the timings")
     parser.add_argument("--out", default=str(ROOT / "out/bench"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--table", action="store_true")
@@ -339,12 +369,12 @@ def main() -> None:
     options = parser.parse_args()
     options.rows = Path(options.out) / "rl.jsonl"
     if options.what != "gains":
+        options.model = options.model or str(ROOT / "out/sft")
         return {"rollouts": time_rollouts, "time": time_step, "trl": time_beside_trl}[options.what](options)
-    known = {(row["method"], row["seed"]) for row in rows(options.rows)}
-    for method in () if options.table else (RUNS if options.method == "all" else [options.method]):
-        for seed in options.seeds:
-            if (method, seed) not in known and (method, seed) not in {(row["method"], row["seed"]) for row in rows(options.rows)}:
-                save(run(method, seed, options), options.rows)
+    methods = [name for name in RUNS if options.method in (name, "all") and not (name == "sft" and options.model)]
+    for seed, precision, method in itertools.product(options.seeds, options.precisions, [] if options.table else methods):
+        if (method, seed, precision) not in {(row["method"], row["seed"], row["precision"]) for row in rows(options.rows)}:
+            save(run(method, seed, precision, options), options.rows)
     print(table(rows(options.rows)))
 
 
