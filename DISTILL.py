@@ -64,7 +64,7 @@ class DistillSection:
     train_on_prompt: bool = knob(False, "chat: learn what the user says as well")
     columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, completion: another}")
     system: str | None = knob(None, "system message of conversations that have none")
-    eval_answers: int = knob(200, "chat: held-out questions with a known answer that are answered in a validation; 0 is off")
+    eval_answers: int = knob(1000, "chat: held-out questions with a known answer that are answered in a validation; 0 is off")
     max_completion_length: int = knob(64, "tokens of an answer at most")
     sampling_temperature: float | None = knob(None, "of texts that are written; null is 1, and 0 for --generate with one answer a prompt")
     top_k: int = knob(0, "sampling: only the k likeliest tokens; 0 is off")

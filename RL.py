@@ -94,7 +94,7 @@ class RLSection:
     kl_target: float | None = knob(None, "ppo: beta follows so that the KL of a text stays near this (nats); null is a fixed beta")
     kl_horizon: int = knob(10000, "ppo: texts over which that beta adapts")
     kept: str | None = knob("auto", "file of questions that measures forgetting; auto: the shipped one, with shipped data")
-    eval_prompts: int = knob(200, "held-out prompts answered (greedily) in a validation of ppo, grpo and rloo; 0 is off")
+    eval_prompts: int = knob(1000, "held-out prompts answered (greedily) in a validation of ppo, grpo and rloo; 0 is off")
     model: dict = knob({"name": "./out/sft"}, "stage block over `model`")
     data: dict = knob({"train": ["auto"]}, "stage block over `data`; auto is data/prompts.jsonl for ppo, grpo and rloo, data/preferences.jsonl for the others, each with its ..._test.jsonl")
     training: dict = knob({"max_steps": 100, "batch_size": 64}, "stage block over `training`")
@@ -1571,7 +1571,7 @@ def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable | None:
     if not tokenizer.chat_template:
         raise UserError("rl.kept: conversations need a chat template, which this tokenizer lacks; set --rl.kept null")
     samples = [SFT.Sample(where, record, tokenizer, SFT.SFTSection()) for where, record in form.read(path, TOKENIZER.LeftOut())]
-    questions = SFT.questions_of(samples, config.rl.eval_prompts or 200)
+    questions = SFT.questions_of(samples, config.rl.eval_prompts or 1000)
     if not questions:
         raise UserError(f"rl.kept: {path} has no conversation with an 'answer' to compare with")
     match = SFT.exact_match(questions, tokenizer, INFER.Sampling(64, temperature=0), config.training.fsdp)

@@ -67,7 +67,7 @@ class SFTSection:
     last_turn_only: bool = knob(False, "learn the last answer of a conversation only")
     too_long: str = knob("cut", "what happens to conversations beyond max_length", ("cut", "drop"))
     neftune_noise_alpha: float = knob(0.0, "noise on the embeddings while training (Jain 2023); 5 is usual, 0 is off")
-    eval_answers: int = knob(200, "held-out questions with a known answer that are answered in a validation; 0 is off")
+    eval_answers: int = knob(1000, "held-out questions with a known answer that are answered in a validation; 0 is off")
     answer_tokens: int = knob(64, "length of those answers")
     class_weights: str | dict = knob("none", "classify: none, balanced (rare labels count more), or {label: weight}")
     model: dict = knob({"name": "./out"}, "stage block over `model`")
