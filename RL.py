@@ -80,7 +80,7 @@ class RLSection:
     top_k: int = knob(0, "sampling: only the k likeliest tokens; 0 is off")
     top_p: float = knob(1.0, "sampling: only the likeliest tokens that hold this probability together")
     rollout_batch_size: int = knob(256, "texts generated together on one device")
-    num_iterations: int | None = knob(None, "passes over each rollout; null is 1, and 4 for ppo")
+    num_iterations: int | None = knob(None, "passes over each rollout; null is 1, and 2 for ppo")
     epsilon: float = knob(0.2, "a probability may move by this share within a rollout before its gradient is cut")
     epsilon_high: float | None = knob(None, "another limit upwards (clip-higher); null is the same")
     scale_rewards: str = knob("group", "grpo: advantages in units of the rewards' deviation in the group, in the batch, or as they are", ("group", "batch", "none"))
@@ -108,7 +108,7 @@ class RLSection:
         if self.rpo_alpha is None and self.method in OWNERS["rpo_alpha"]:
             self.rpo_alpha = 1.0
         if self.method in ON_POLICY:
-            usual = (1, 4) if self.method == "ppo" else (8, 1)
+            usual = (1, 2) if self.method == "ppo" else (8, 1)
             self.num_generations = usual[0] if self.num_generations is None else self.num_generations
             self.num_iterations = usual[1] if self.num_iterations is None else self.num_iterations
         return self
