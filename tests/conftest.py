@@ -46,8 +46,12 @@ def run_here(script: Path, words: tuple, environment: dict) -> None:
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, handler)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
-    os.environ.update(environment)
+    os.environ.update(environment, TOKENIZERS_PARALLELISM="false")  # the threads of this process did not come along
     torch.set_num_threads(1)
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of a test here
+    GradientState._reset_state()
     sys.argv = [str(script), *map(str, words)]
     code: object = 1
     try:
