@@ -902,7 +902,7 @@ def test_a_run_goes_on_in_its_folder_without_writing_texts_twice(world, tmp_path
 
 
 def test_inside_a_rollout_a_run_goes_on_however_a_step_is_cut(world, tmp_path):
-    flags = [*flags_of(world, "ppo"), "--max-steps", "8", "--training.mixed_precision", "no"]
+    flags = [*flags_of(world, "ppo"), "--max-steps", "8", "--rl.num_iterations", "4", "--training.mixed_precision", "no"]
     RL.main([*flags, "--training.save_steps", "3", "--training.save_total_limit", "9", "--out", str(tmp_path / "whole")])
     cut = [*flags, "--batch-size", "4", "--grad-accum", "2", "--resume", str(tmp_path / "whole" / "ckpt-step-000003")]
     RL.main([*cut, "--out", str(tmp_path / "cut")])
@@ -927,7 +927,7 @@ def test_ppo_learns_from_a_reward_model(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(RL.Rollouts, "write_transcripts", lambda self: (kept.extend(self.samples), usual(self)))
     flags = flags_of(world, "ppo")
     flags[flags.index("--rl.reward_funcs") + 1 : flags.index("--rl.reward_funcs") + 3] = [str(tmp_path / "reward")]
-    RL.main([*flags, "--data", str(world / "pairs.jsonl"), "--max-steps", "16", "--rl.missing_eos_penalty", "0.5", "--out", str(tmp_path / "ppo")])
+    RL.main([*flags, "--data", str(world / "pairs.jsonl"), "--max-steps", "8", "--rl.missing_eos_penalty", "0.5", "--out", str(tmp_path / "ppo")])
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
     assert len(kept) == 32
     for one in kept:
