@@ -2371,8 +2371,8 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
 
 
 def settle_tied_head(model: Transformer, state: dict[str, Tensor], filled: Counter) -> None:
-    """A file may hold the shared tensor under the head's name, or under both. If config.json says tied but the two tensors differ,
-    the model is not tied, as in transformers."""
+    """A file may hold the shared tensor under the head's name, or under both names. If config.json says tied but the two tensors
+    differ, the model is not tied, as in transformers."""
     embedding, head = "model.embed_tokens.weight", model.tied_name
     if head not in state:
         return

@@ -1571,7 +1571,7 @@ def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable | None:
     if not tokenizer.chat_template:
         raise UserError("rl.kept: conversations need a chat template, which this tokenizer lacks; set --rl.kept null")
     samples = [SFT.Sample(where, record, tokenizer, SFT.SFTSection()) for where, record in form.read(path, TOKENIZER.LeftOut())]
-    questions = SFT.questions_of(samples, config.rl.eval_prompts or 1000)
+    questions = SFT.questions_of(samples, SFT.SFTSection().eval_answers)
     if not questions:
         raise UserError(f"rl.kept: {path} has no conversation with an 'answer' to compare with")
     match = SFT.exact_match(questions, tokenizer, INFER.Sampling(64, temperature=0), config.training.fsdp)

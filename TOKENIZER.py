@@ -841,7 +841,7 @@ class Marks:
         return None
 
     def left_out(self, marked: str) -> list[str]:
-        """What the rendering omits of the conversation; reasoning of the last answer alone, as templates drop earlier reasoning."""
+        """What the rendering omits of the conversation. Only the last answer's reasoning counts: templates drop earlier ones."""
         shown = {self.marks[name].message for name in self.pattern.findall(marked)}
         words = {mark.message for mark in self.marks.values()}
         lost = {self.messages[i]["role"]: i for i in words - shown if self.messages[i]["role"] != "assistant"}

@@ -74,7 +74,7 @@ class TrainingSection:
     load_best_model_at_end: bool = knob(False, "the final model is the one with the best validation")
     early_stopping_patience: int | None = knob(None, "stop after this many validations without a new best")
     max_skipped_steps: int = knob(10, "steps in a row with a non-finite gradient before the run ends")
-    sample_prompts: list | None = knob(None, "texts continued after each validation; null: how three held-out documents begin")
+    sample_prompts: list | None = knob(None, "prompts completed after each validation; null: beginnings of three held-out documents")
     sample_tokens: int = knob(48, "length of those samples; 0 is off")
     report_to: str = knob("none", "tracker, through accelerate", ("none", "tensorboard", "wandb"))
     seed: int = knob(0, "of initial weights, data order and dropout")
@@ -1008,11 +1008,13 @@ class Log:
         axes.set(xlabel="optimizer step", ylabel="loss")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        shares = {name: found for name in SHARES if (found := [(r["step"], 100 * r[f"eval_{name}"]) for r in records if f"eval_{name}" in r])}
+        shares = [name for name in SHARES if any(f"eval_{name}" in r for r in records)]
         if shares:
             percent = axes.twinx()
-            for (name, points), color in zip(shares.items(), ("#2a9d5c", "#e09f3e", "#7b5ea7"), strict=False):
-                percent.plot(*zip(*points, strict=True), "s--", color=color, linewidth=1.2, markersize=4, label=f"held-out {name.rpartition('/')[2].replace('_', ' ')}")
+            for name, color in zip(shares, ("#2a9d5c", "#e09f3e", "#7b5ea7"), strict=False):
+                points = [(r["step"], 100 * r[f"eval_{name}"]) for r in records if f"eval_{name}" in r]
+                label = "held-out " + name.rpartition("/")[2].replace("_", " ")
+                percent.plot(*zip(*points, strict=True), "s--", color=color, linewidth=1.2, markersize=4, label=label)
             percent.set(ylabel="% (dashed)", ylim=(0, 103))
             percent.spines["top"].set_visible(False)
         lines = [line for each in figure.axes for line in each.get_lines()]
@@ -1187,8 +1189,7 @@ def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callabl
 
 def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection, prompts: list[tuple[str, list[int]]],
                  sampling: INFER.Sampling | None = None) -> Callable | None:
-    """The same validation, followed by completions of a few prompts (text, ids) on stderr: a loss is a number, a text shows what
-    was learned."""
+    """The same validation, followed by completions of a few prompts (text, ids), which are printed to stderr."""
     if evaluate is None or not training.sample_tokens or not prompts:
         return evaluate
 
@@ -1204,17 +1205,18 @@ def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection
 
 
 def say_sample(prompt: str, completion: str) -> None:
+    """Lines of the prompt marked with >, lines of the completion with |, without empty ones."""
     for mark, text in ((">", prompt), ("|", completion)):
         for line in filter(str.strip, text.splitlines()):
             say(f"  {mark} {line}")
 
 
 def openings(spans: TOKENIZER.Spans, tokenizer, count: int = 3) -> list[tuple[str, list[int]]]:
-    """How a few documents, spread over all of them, begin: (text, ids), at most half a document and whole words."""
+    """The beginnings (text, ids) of a few evenly spaced documents: at most half of each, and whole words."""
     chosen = (2 * np.arange(count) + 1) * len(spans.starts) // (2 * count)
-    begun = [tokenizer.decode(spans.ids[start : start + 1 + min(length // 2, 12)].tolist(), skip_special_tokens=True)
-             for start, length in zip(spans.starts[chosen], spans.lengths[chosen], strict=True)]
-    texts = [text.rpartition(" ")[0] or text for text in begun]
+    decoded = [tokenizer.decode(spans.ids[start : start + 1 + min(length // 2, 12)].tolist(), skip_special_tokens=True)
+               for start, length in zip(spans.starts[chosen], spans.lengths[chosen], strict=True)]
+    texts = [text.rpartition(" ")[0] or text for text in decoded]
     return [(text, TOKENIZER.encode_prompt(tokenizer, text)) for text in texts]
 
 

@@ -1,8 +1,8 @@
 """What fine-tuning and RL.py's methods do to a model, measured on held-out prompts, and where a step's time goes.
 
-    python bench/rl.py                               # three seeds, both precisions, each with a base and an SFT model of its own: hours
-    python bench/rl.py --method grpo --seeds 0 --precisions no      # rows go to out/bench/rl.jsonl, and what is there is not run again
-    python bench/rl.py --model out/sft               # all from this model
+    python bench/rl.py                               # all methods, three seeds, both precisions (hours); trains a base and an SFT model for each
+    python bench/rl.py --method grpo --seeds 0 --precisions no      # appends rows to out/bench/rl.jsonl; existing rows are not run again
+    python bench/rl.py --model out/sft               # start all methods from this model
     python bench/rl.py --table                       # the rows as a table
     python bench/rl.py rollouts                      # 64 prompts x 8 texts x 64 tokens beside one by one and transformers' generate
     python bench/rl.py time                          # rollout, scores and training as shares of a GRPO step
@@ -162,7 +162,7 @@ def measure(method: str, folder: str, start: str, reward: str, seed: int) -> dic
 
 
 def train(program: str, out: Path, options, *flags: str) -> dict:
-    """The result of a run, which is not run again where it stands; an interrupted one goes on from its newest checkpoint."""
+    """Run a program, unless its result exists; an interrupted run resumes from its newest checkpoint. Returns its result.json."""
     if not (out / "result.json").exists():
         command = [sys.executable, str(ROOT / program), "--config", str(ROOT / "config.yaml"), "--out", str(out), *flags, "--resume", "auto"]
         subprocess.run(command, check=True, cwd=ROOT, stderr=None if options.loud else subprocess.DEVNULL)
@@ -360,7 +360,7 @@ def main() -> None:
     parser.add_argument("--method", choices=(*RUNS, "all"), default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--model", help="start from this model, not from one of the seed's own; out/sft for the timings")
+    parser.add_argument("--model", help="start from this model instead of training one for each seed; timings use out/sft")
     parser.add_argument("--out", default=str(ROOT / "out/bench"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--table", action="store_true")

@@ -553,7 +553,9 @@ def story_words(shortest, longest):
 
 
 def worked(a, sign, b):
-    """48 plus 37 -> 8 plus 7 is 15, 40 plus 30 is 70, so 48 plus 37 is 85. A small model that writes its steps down gets them right."""
+    """48 plus 37 -> 8 plus 7 is 15, 40 plus 30 is 70, so 48 plus 37 is 85. A small model learns each step, but not all in one.
+
+    Up to 9 plus 9, and 18 minus 9, one step is enough."""
     answer, word = (a + b, "plus") if sign > 0 else (a - b, "minus")
     steps, borrowed = [], 10 * (sign < 0 and a % 10 < b % 10)
     if a > 9 and answer > 9 or b > 9:

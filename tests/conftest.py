@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -41,16 +42,16 @@ def make_text(lines: int, seed: int = 0) -> list[str]:
 
 
 def run_here(script: Path, words: tuple, environment: dict) -> None:
-    """In a forked child: everything that the program needs is imported already, which otherwise takes longer than these runs."""
+    """Run a script in a forked child. Its imports are already loaded, which would otherwise take longer than these short runs."""
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, handler)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
-    os.environ.update(environment, TOKENIZERS_PARALLELISM="false")  # the threads of this process did not come along
+    os.environ.update(environment, TOKENIZERS_PARALLELISM="false")  # its thread pool does not survive a fork
     torch.set_num_threads(1)
     from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # that of a test here
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test may have set it
     GradientState._reset_state()
     sys.argv = [str(script), *map(str, words)]
     code: object = 1
@@ -67,7 +68,7 @@ def run_here(script: Path, words: tuple, environment: dict) -> None:
 
 
 def launch(folder, script, *words, stdin=subprocess.DEVNULL, fork=True, **environment) -> subprocess.Popen:
-    """A script in a process of its own: forked from this one, or a new python (with `fork` False, and where CUDA may be in use)."""
+    """Start a script in a separate process: a fork of this one, or a new interpreter if `fork` is False or CUDA is available."""
     if fork := fork and not torch.cuda.is_available():
         import accelerate  # noqa: F401 (once for all children)
         import peft  # noqa: F401
@@ -122,8 +123,8 @@ def kills(times: int, *words) -> Iterator[subprocess.Popen]:
 
 
 def emulate_bfloat16() -> None:
-    """Products of bfloat16 from rounded inputs in float32, rounded again: what processors with bfloat16 compute, and what torch itself
-    does on others, there up to a hundred times slower."""
+    """Compute bfloat16 products in float32 from rounded inputs and round the result: equal to torch's own, which is up to 100 times
+    slower on processors without bfloat16."""
     half, linear, attention = torch.bfloat16, F.linear, F.scaled_dot_product_attention
 
     def chosen(x) -> bool:
@@ -147,10 +148,17 @@ def emulate_bfloat16() -> None:
     F.linear, F.scaled_dot_product_attention = linear_of_half, attention_of_half
 
 
-if (forced := os.environ.pop("FAST_TYPE", None)) == "bfloat16" and MODEL.fast_half("cpu") is None:
+def lacks_bfloat16() -> bool:
+    """Whether the program chooses float32 on this processor unless FAST_TYPE is set."""
+    with mock.patch.dict(os.environ):
+        os.environ.pop("FAST_TYPE", None)
+        slow = MODEL.fast_half("cpu") is None
+    MODEL.fast_half.cache_clear()
+    return slow
+
+
+if os.environ.get("FAST_TYPE") == "bfloat16" and lacks_bfloat16():
     emulate_bfloat16()
-MODEL.fast_half.cache_clear()
-os.environ |= {"FAST_TYPE": forced} if forced else {}
 
 
 @pytest.fixture(scope="module")

@@ -453,6 +453,13 @@ def test_the_default_runs_give_the_answers_that_the_readme_promises(tmp_path):
         assert subprocess.run(["sh", "-c", command.replace("python", sys.executable)], cwd=tmp_path, capture_output=True, text=True).stdout.strip() == answer
 
 
+def test_every_step_of_a_worked_answer_is_right(make):
+    asked = [item for split in ("train", "test") for item in make.questions(split) if item.kind in ("sums", "differences", "sequences")]
+    steps = [step for item in asked for step in re.findall(r"(\d+) (plus|minus) (\d+) is (-?\d+)", item.sentence)]
+    assert all(int(result) == (int(a) + int(b) if word == "plus" else int(a) - int(b)) >= 0 for a, word, b, result in steps)
+    assert len(steps) > 2 * len(asked) and all(item.sentence.endswith(f" is {item.answer}.") for item in asked)
+
+
 def test_prompts_and_preferences_are_right_and_held_out(make):
     def read(name):
         return [json.loads(line) for line in (ROOT / "data" / name).read_text().splitlines()]
