@@ -646,15 +646,14 @@ def sorting():
 
 
 def sequences():
-    for level in (1, 2, 3):
+    for level, limit, most in ((1, 40, 5), (2, 60, 9), (3, 60, 9)):
         draw = Draw("sequences", level)
         for _ in range(400):
-            first, step = draw.between(0, 20 * level), draw.between(1, 5 * level)
-            row = [first + step * place + (place * (place - 1) // 2 if level == 3 else 0) for place in range(5)]
-            row = row[::-1] if level == 2 and draw.below(2) else row
-            told = [f"{max(a, b)} minus {min(a, b)} is {abs(b - a)}" for a, b in zip(row[:4], row[1:4], strict=False)]
-            last = f"{row[3]} {'plus' if row[4] > row[3] else 'minus'} {abs(row[4] - row[3])} is {row[4]}"
-            yield level, f"What comes next in {', '.join(map(str, row[:4]))}?", row[4], f"{', '.join(told)}, so {last}."
+            first, step = draw.between(0, limit), draw.between(1, most)
+            row = [first + step * place for place in range(5)][:: 1 if level < 3 else -1]
+            a, b, last = row[1:4]
+            told = worked(max(a, b), -1, min(a, b)).rstrip(".")
+            yield level, f"What comes next in {', '.join(map(str, row[:4]))}?", row[4], f"{told}, and {worked(last, 1 if b > a else -1, step)}"
 
 
 def facts():
