@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import inspect
 import itertools
 import json
 import math
@@ -424,13 +425,16 @@ def attend_ragged(query: Tensor, key: Tensor, value: Tensor, rows: Ragged, windo
     batch, heads, length, width = query.shape
     if rows.longest == 0:
         return torch.zeros_like(query)
+    if spare := -width % 8:  # such kernels require a multiple of 8, and scale by it
+        query = query * (1 + spare / width) ** 0.5
+        query, key, value = (F.pad(states, (0, spare)) for states in (query, key, value))
     q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # (B*T, H, D)
     if rows.tokens is not None:
         q, k, v = (states[rows.tokens] for states in (q, k, v))  # (n, H, D)
     output = rows.kernel(q, k, v, rows, window, dropout).to(query.dtype)
     if rows.tokens is not None:
-        output = query.new_zeros(batch * length, heads, width).index_copy(0, rows.tokens, output)
-    return output.view(batch, length, heads, width).transpose(1, 2)  # (B, H, T, D)
+        output = query.new_zeros(batch * length, heads, width + spare).index_copy(0, rows.tokens, output)
+    return output.view(batch, length, heads, -1).transpose(1, 2)[..., :width]  # (B, H, T, D)
 
 
 def attend(dense: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Ragged | None, window=None,
@@ -1451,11 +1455,14 @@ def _flash(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tenso
 
 
 def _varlen(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
-    """The same kernel in torch."""
+    """The same kernel in torch. An older torch has no groups: as many key heads as query heads."""
     from torch.nn.attention.varlen import varlen_attn
 
-    reach, edges = (-1, 0) if window is None else (window - 1, 0), (ragged.starts, ragged.starts, ragged.longest, ragged.longest)
-    return varlen_attn(q, k, v, *edges, window_size=reach, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    if grouped and "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+        grouped, k, v = {}, *(states.repeat_interleave(q.shape[1] // k.shape[1], 1) for states in (k, v))
+    reach = (-1, 0) if window is None else (window - 1, 0)
+    return varlen_attn(q, k, v, ragged.starts, ragged.starts, ragged.longest, ragged.longest, window_size=reach, **grouped)
 
 
 def _xformers(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:

@@ -31,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 import torch
-from rl import PLAIN, STEPS, TURNS, rows, save
+from rl import PLAIN, STEPS, TURNS, load, rows, save
 
 import INFER
 import MODEL
@@ -49,7 +49,7 @@ RUNS = {  # row -> flags of DISTILL.py; {start}: what it starts from
     "chat-logits": [*CHAT],
     "chat-hidden": [*CHAT, "--method", "hidden"],
     "off-policy": [*AFTER, "--max-steps", "200", "--data", "{out}/answers.jsonl", "--data.validation", "data/chat_test.jsonl"],
-    "on-policy": [*AFTER, "--max-steps", "200", "--lmbda", "1", "--max-completion-length", "32"],
+    "on-policy": [*AFTER, "--max-steps", "200", "--lmbda", "1", "--max-completion-length", "64"],
     "off-policy-equal-time": [*AFTER, "--max-minutes", "{minutes}", "--data", "{out}/answers.jsonl", "--data.validation", "data/chat_test.jsonl"],
 }
 NEEDS = {"off-policy": "chat-hidden", "on-policy": "chat-hidden", "off-policy-equal-time": "on-policy"}
@@ -61,10 +61,10 @@ def questions() -> list[dict]:
 
 def answered(folder: str) -> float:
     """The share of the questions that are answered word for word."""
-    model, tokenizer, asked = MODEL.load(folder), TOKENIZER.load(folder), questions()
+    model, tokenizer, asked = load(folder), TOKENIZER.load(folder), questions()
     chat = bool(tokenizer.chat_template)
     prompts = [TOKENIZER.render_chat(tokenizer, one["messages"][:1], add_generation_prompt=True).ids if chat else TOKENIZER.encode_prompt(tokenizer, one["messages"][0]["content"]) for one in asked]
-    said = [one.text for [one] in INFER.generate(model, prompts, INFER.Sampling(48, 0), tokenizer, batch_size=256)]
+    said = [one.text for [one] in INFER.generate(model, prompts, INFER.Sampling(64, 0), tokenizer, batch_size=256)]
     expected = [one["messages"][1]["content"].strip() for one in asked]
     return sum(text.strip() == right if chat else text.strip().startswith(right) for text, right in zip(said, expected, strict=True)) / len(asked)
 
@@ -83,7 +83,7 @@ def run(name: str, seed: int, options) -> dict:
     home = Path(options.out).resolve()
     out = home / f"{name}-{seed}"
     if name in NEEDS and not (home / f"{NEEDS[name]}-{seed}" / "result.json").exists():
-        save(run(NEEDS[name], seed, options), options.rows)
+        save(run(NEEDS[name], seed, options), options.file)
     if "off-policy" in name and not (home / "answers.jsonl").exists():
         distill(["--generate", "--teacher", "out/sft", "--data", "data/chat.jsonl", "--out", home / "answers.jsonl"], options)
     if name == "text-cache" and not (home / "told" / "cache.json").exists():
@@ -316,14 +316,14 @@ def main() -> None:
     parser.add_argument("--loud", action="store_true", help="show what DISTILL.py says")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to DISTILL.py")
     options = parser.parse_args()
-    options.rows = Path(options.out) / "distill.jsonl"
+    options.file = Path(options.out) / "distill.jsonl"
     if options.what != "gains":
         return {"cache": time_cache, "stories": stories, "trl": time_beside_trl}[options.what](options)
     for seed in () if options.table else options.seeds:
         for name in options.rows:
-            if (name, seed) not in {(row["row"], row["seed"]) for row in rows(options.rows)}:
-                save(run(name, seed, options), options.rows)
-    print(table(rows(options.rows)))
+            if (name, seed) not in {(row["row"], row["seed"]) for row in rows(options.file)}:
+                save(run(name, seed, options), options.file)
+    print(table(rows(options.file)))
 
 
 if __name__ == "__main__":

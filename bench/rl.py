@@ -44,6 +44,7 @@ import MODEL
 import RL
 import SFT
 import TOKENIZER
+import TRAIN
 
 STORIES = ["--data", str(ROOT / "data/preferences.jsonl"), "--data.validation", str(ROOT / "data/preferences_test.jsonl")]
 RUNS = {  # name -> flags of RL.py, what is measured
@@ -64,6 +65,10 @@ WORLD = (ROOT / "data/make.py").read_text()
 CAST = re.findall(r"^(\w+) +(?:he|she) +(\w+) +(\w+) +\| ([\w ]+?) +\|", WORLD, re.M)
 WHO = re.compile(r"\b(" + "|".join(sorted({word for _, *words in CAST for word in words})) + r")\b")
 WHEN = re.compile(r"^(One|On|Early|It was|That|Every|Once)\b|\b(\w+day|day|morning|afternoon)\b")
+
+
+def load(name: str):
+    return MODEL.load(name, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def records(name: str) -> list[dict]:
@@ -99,8 +104,8 @@ def nats_per_token(model, tokenizer, prompts: list[str], texts: list[str]) -> to
     found = []
     for start in range(0, len(examples), 100):
         batch = RL.make_batch([RL.Pair("", [example], "") for example in examples[start : start + 100]])
-        sums, tokens, _ = RL.text_logps(model, batch, 1)
-        found.append(-sums[:, 0] / tokens[:, 0])  # 0 / 0 of an empty text is no number, and below no bound
+        sums, tokens, _ = RL.text_logps(model, TRAIN.on_device(batch, model.device), 1)
+        found.append((-sums[:, 0] / tokens[:, 0]).cpu())  # 0 / 0 of an empty text is no number, and below no bound
     return torch.cat(found)
 
 
@@ -131,9 +136,9 @@ def pairs(folder: str, start: str, kind: str) -> float:
                               for pair in read])
     else:
         def logps(name: str) -> torch.Tensor:
-            model = MODEL.load(name)
+            model = load(name)
             batches = [RL.make_batch(read[i : i + 50]) for i in range(0, len(read), 50)]
-            sums, tokens = (torch.cat(part) for part in zip(*(RL.text_logps(model, batch, 2)[:2] for batch in batches), strict=True))
+            sums, tokens = (torch.cat(part).cpu() for part in zip(*(RL.text_logps(model, TRAIN.on_device(batch, model.device), 2)[:2] for batch in batches), strict=True))
             return sums / tokens if kind in ("simpo", "orpo") else sums
 
         given = logps(folder) - (0 if kind in ("simpo", "orpo") else logps(start))
@@ -145,11 +150,11 @@ def measure(method: str, folder: str, start: str, reward: str, seed: int) -> dic
     tokenizer = TOKENIZER.load(folder)
     if what == "pairs":
         return {"pairs": pairs(folder, start, "reward") if folder != start else 0.5}
-    model = MODEL.load(folder)
+    model = load(folder)
     if what == "solved":
         right = solved(model, tokenizer)
         return {"solved": sum(right) / len(right), "kept": kept(model, tokenizer)}
-    right, said = introduced(model, tokenizer, seed, MODEL.load(start))
+    right, said = introduced(model, tokenizer, seed, load(start))
     found |= {"introduced": sum(right) / len(right), "kept": kept(model, tokenizer)}
     if method == "ppo-reward-model":
         judge, asked = RL.reward_model(reward, tokenizer, "cpu"), [test["prompt"] for test in records("preferences_test.jsonl")]
@@ -181,7 +186,7 @@ def run(method: str, seed: int, precision: str, options) -> dict:
         train("TRAIN.py", folder("base"), options, *same)
         fine_tuned = train("SFT.py", folder("sft"), options, "--model", str(folder("base")), *same)
     if method == "sft":
-        after = {"answered": kept(MODEL.load(start), TOKENIZER.load(start))}
+        after = {"answered": kept(load(start), TOKENIZER.load(start))}
         return row | {"before": {"answered": fine_tuned["before"]["exact_match"]}, "after": after, "kl": None, "seconds": round(fine_tuned["seconds"])}
     reward = str(folder("reward"))
     if method == "ppo-reward-model" and not (Path(reward) / "result.json").exists():

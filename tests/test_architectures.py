@@ -716,28 +716,34 @@ def pretend(monkeypatch):
             monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
             monkeypatch.setitem(sys.modules, "xformers.ops", types.SimpleNamespace(fmha=fmha))
         else:
+            def without_groups(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+                return varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)
+
             def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False):
                 assert query.dtype in (torch.float16, torch.bfloat16) and cu_seq_q.dtype == torch.int32 and window_size[1] == 0
+                assert query.shape[2] % 8 == 0
                 groups = query.shape[1] // key.shape[1]
                 assert groups == 1 or enable_gqa
                 return run(query, *(states.repeat_interleave(groups, 1) for states in (key, value)), cu_seq_q.tolist(), window_size)
 
-            monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", types.SimpleNamespace(varlen_attn=varlen_attn))
+            monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", types.SimpleNamespace(varlen_attn=without_groups if "without" in name else varlen_attn))
         monkeypatch.setattr(MODEL, "_installed", lambda package: package == "xformers")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        name = name.split()[0]
         monkeypatch.setitem(MODEL.KERNELS, name, MODEL.KERNELS[name]._replace(device="cpu"))
         return calls
 
     return install
 
 
-@pytest.mark.parametrize("kernel", ["xformers", "varlen"])
-@pytest.mark.parametrize("knobs", [SIZES, dict(SIZES, sliding_window=4), MLA])
+@pytest.mark.parametrize("kernel", ["xformers", "varlen", "varlen without groups"])
+@pytest.mark.parametrize("knobs", [SIZES, dict(SIZES, sliding_window=4), dict(SIZES, head_dim=20), MLA])
 def test_kernels_for_joined_sequences(kernel, knobs, pretend):
     config = ModelConfig(**knobs)
     eager = MODEL.build(config, seed=1, attn_implementation="eager").half().eval()
     calls = pretend(kernel)
     assert MODEL.choose_attention("auto")[1] == [MODEL.KERNELS["varlen"]]  # without flash-attn
+    kernel = kernel.split()[0]
     model = MODEL.build(config, seed=1, attn_implementation=kernel).half().eval()
     ids, positions, segments, _ = pack()
     real = positions >= 0
@@ -758,6 +764,22 @@ def test_kernels_for_joined_sequences(kernel, knobs, pretend):
         assert (ours.float() - theirs).norm() <= 3e-2 * theirs.norm() + 1e-2, name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("knobs", [SIZES, dict(SIZES, sliding_window=4), dict(SIZES, num_key_value_heads=4), dict(SIZES, head_dim=20), MLA])
+def test_the_kernel_of_this_card_is_as_near_as_plain_attention(knobs):
+    """What `auto` chooses and plain attention, both in bfloat16: values and gradients beside float32's."""
+    models = [MODEL.build(ModelConfig(**knobs), seed=1, attn_implementation=kind).to("cuda", dtype).train()
+              for kind, dtype in (("eager", torch.float32), ("eager", torch.bfloat16), ("auto", torch.bfloat16))]
+    ids, positions, segments = (one.cuda() for one in pack()[:3])
+    for arguments in (dict(), dict(positions=positions, segment_ids=segments)):
+        real = positions >= 0 if arguments else torch.ones_like(ids, dtype=torch.bool)
+        losses = [model(ids, targets=ids, **arguments).logprobs[real] for model in models]
+        exact, plain, ours = ({"values": loss.detach(), **gradients_of(model, loss.sum())} for model, loss in zip(models, losses))
+        for name in exact:
+            errors = [(found[name].float() - exact[name]).norm() for found in (plain, ours)]
+            assert errors[1] <= 1.5 * errors[0] + 1e-3 * exact[name].norm(), name
+
+
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("case", ["dropout", "float32", "another device"])
 def test_a_kernel_is_left_alone_where_it_does_not_serve(window, case, pretend):
@@ -776,7 +798,8 @@ def test_a_kernel_is_left_alone_where_it_does_not_serve(window, case, pretend):
     assert not calls
 
 
-def test_kernels_that_are_not_there_name_another():
+def test_kernels_that_are_not_there_name_another(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, reason in (("xformers", "needs a CUDA device"), ("flash_attention_2", "needs a CUDA device")):
         with pytest.raises(UserError, match=f"{name} {reason}; sdpa"):
             MODEL.choose_attention(name)
