@@ -48,7 +48,7 @@ from MODEL import UserError, knob, load_config, run_main, say
 PAIRED = ("reward", "dpo", "orpo", "simpo")
 OFFLINE = (*PAIRED, "kto")
 ON_POLICY = ("ppo", "grpo", "rloo")
-BETA = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
+BETA = {"dpo": 0.1, "ipo": 0.5, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
 LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust"), "grpo": ("dapo", "grpo", "dr_grpo")}
 SHIPPED_QUESTIONS = "data/chat_test.jsonl"
 
@@ -60,7 +60,7 @@ def shipped_data(method: str) -> str:
 @dataclass
 class RLSection:
     method: str = knob("dpo", "what is learnt from: pairs (reward to kto), or a reward on the model's own texts", (*OFFLINE, *ON_POLICY))
-    beta: float | None = knob(None, "pull towards the reference; null is 0.1 for dpo, kto and orpo (there the weight of the odds), 2 for simpo (there a scale), 0.05 for ppo and rloo, 0.04 for grpo; 0 does without a reference")
+    beta: float | None = knob(None, "pull towards the reference; null is 0.1 for dpo, kto and orpo (there the weight of the odds), 0.5 for loss_type ipo, 2 for simpo (there a scale), 0.05 for ppo and rloo, 0.04 for grpo; 0 does without a reference")
     loss_type: str = knob("auto", "dpo: sigmoid, hinge, ipo, robust; grpo: dapo (a mean over tokens), grpo (over texts), dr_grpo (by a constant); auto is the first")
     label_smoothing: float = knob(0.0, "dpo: share of pairs that are taken to be the wrong way round; robust needs it")
     rpo_alpha: float | None = knob(None, "weight of the chosen text's negative log-likelihood (Pang 2024); null: 1")
@@ -103,8 +103,8 @@ class RLSection:
 
     def fill(self) -> RLSection:
         """Put in what null and auto mean to the method."""
-        self.beta = BETA.get(self.method) if self.beta is None else self.beta
         self.loss_type = LOSS_TYPES.get(self.method, ("auto",))[0] if self.loss_type == "auto" else self.loss_type
+        self.beta = BETA.get("ipo" if self.loss_type == "ipo" else self.method) if self.beta is None else self.beta
         if self.rpo_alpha is None and self.method in OWNERS["rpo_alpha"]:
             self.rpo_alpha = 1.0
         if self.method in ON_POLICY:
@@ -156,7 +156,7 @@ class RLSection:
 
 
 OWNERS = {  # key -> the methods that it means something to
-    "beta": tuple(BETA), "label_smoothing": ("dpo",), "simpo_gamma": ("simpo",), "rpo_alpha": ("dpo", "orpo", "simpo"),
+    "beta": tuple(name for name in BETA if name != "ipo"), "label_smoothing": ("dpo",), "simpo_gamma": ("simpo",), "rpo_alpha": ("dpo", "orpo", "simpo"),
     "kept": ("dpo", "kto", "orpo", "simpo", *ON_POLICY), "desirable_weight": ("kto",), "undesirable_weight": ("kto",),
     "center_rewards_coefficient": ("reward",), "ref_model": ("dpo", "kto", *ON_POLICY), "scale_rewards": ("grpo",),
     **dict.fromkeys(("gamma", "lam", "cliprange_value", "vf_coef", "kl_target", "kl_horizon"), ("ppo",)),
