@@ -38,61 +38,51 @@ import RL
 import SFT
 import TOKENIZER
 import TRAIN
-from MODEL import Action, UserError, knob, load_config, run_main, say
+from MODEL import Action, UserError, check, knob, load_config, run_main, say
 
 # ---------------------------------------------------------------------------------------------------- settings
 
 @dataclass
 class DistillSection:
-    teacher: str = knob("./out", "who teaches: a folder (of a model or of an adapter) or a hub name")
+    teacher: str = knob("./out", "the large one: a folder or a hub name; an adapter's folder as well", often=True)
     teacher_dtype: str = knob("auto", "type of the teacher's weights; auto is the one they are stored in, where the device does it well", ("auto", *MODEL.DTYPES))
     teacher_quantization: str = knob("none", "packed form of the teacher's matrices", MODEL.QUANTIZATIONS)
-    method: str = knob("logits", "what the teacher tells: the probabilities of each token, its hidden states as well, or the probabilities over another tokenizer's vocabulary",
-                      ("logits", "hidden", "universal"))
-    task: str = knob("auto", "what is read: text as TRAIN.py does, or conversations as SFT.py does; auto is chat for records and a teacher with a chat template", ("auto", "text", "chat"))
-    alpha: float = knob(0.1, "share of the data's own cross-entropy; 0 learns from the teacher alone, 1 from the data alone (and, with hidden, from hidden states)")
-    beta: float = knob(0.0, "which divergence: 0 is KL(teacher || student), 1 KL(student || teacher), between them Jensen-Shannon's")
-    temperature: float = knob(1.0, "both distributions are flattened by this before they are compared (Hinton 2015)")
-    lmbda: float = knob(0.0, "share of the steps that learn on texts that the student writes itself (on-policy)")
-    hidden_weight: float = knob(1.0, "hidden: weight of the mean squared error of hidden states")
-    cosine_weight: float = knob(1.0, "hidden: weight of one minus the cosine between them")
-    layer_map: dict | None = knob(None, "hidden: {student layer: teacher layer}, 0 being the embeddings; null spreads the student's over the teacher's")
-    init_layers: list | None = knob(None, "the student is the teacher with these of its layers alone, as in [0, 2]; null builds or loads what `model` names")
-    cache_dir: str | None = knob(None, "folder of a teacher's cached probabilities (--cache writes it), read in place of the teacher")
-    cache_top_k: int = knob(64, "cached for each token: the k likeliest, and how likely all others are together")
+    method: str = knob("logits", "logits (its probabilities), hidden (its hidden states too), universal (another tokenizer)",
+                      ("logits", "hidden", "universal"), often=True)
+    task: str = knob("auto", "what is read: text as TRAIN.py does, or conversations as SFT.py does; auto is chat for records and a teacher with a chat template", ("auto", "text", "chat"), often=True)
+    alpha: float = knob(0.1, "share of the data itself in what is learnt; 0 is the teacher alone, 1 the data alone (and, with hidden, hidden states)", low=0, high=1, often=True)
+    beta: float = knob(0.0, "which divergence: 0 is KL(teacher || student), 1 KL(student || teacher), between them Jensen-Shannon's", low=0, high=1, only=("method", "logits", "hidden"), often=True)
+    temperature: float = knob(1.0, "above 1 shows more of the teacher's unlikely words (Hinton 2015)", low=1e-3, often=True)
+    lmbda: float = knob(0.0, "share of the steps on the student's own texts (on-policy)", low=0, high=1, often=True)
+    hidden_weight: float = knob(1.0, "hidden: weight of the mean squared error of hidden states", low=0, only=("method", "hidden"), often=True)
+    cosine_weight: float = knob(1.0, "hidden: weight of one minus the cosine between them", low=0, only=("method", "hidden"), often=True)
+    layer_map: dict | None = knob(None, "hidden: {student layer: teacher layer}, 0 being the embeddings; null spreads the student's over the teacher's", only=("method", "hidden"))
+    init_layers: list[int] | None = knob(None, "the student is the teacher with these of its layers alone, as in [0, 2]; null builds or loads what `model` names", often=True)
+    cache_dir: str | None = knob(None, "folder of a teacher's cached probabilities (--cache writes it), read in place of the teacher", often=True)
+    cache_top_k: int = knob(64, "cached for each token: the k likeliest, and how likely all others are together", low=1)
     cache_dtype: str = knob("float16", "type of the cached numbers", ("float16", "float32"))
     train_on_prompt: bool = knob(False, "chat: learn what the user says as well")
     columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, completion: another}")
     system: str | None = knob(None, "system message of conversations that have none")
-    eval_answers: int = knob(1000, "chat: held-out questions with a known answer that are answered in a validation; 0 is off")
-    max_completion_length: int = knob(64, "tokens of an answer at most")
-    sampling_temperature: float | None = knob(None, "of texts that are written; null is 1, and 0 for --generate with one answer a prompt")
-    top_k: int = knob(0, "sampling: only the k likeliest tokens; 0 is off")
-    top_p: float = knob(1.0, "sampling: only the likeliest tokens that hold this probability together")
-    rollout_size: int = knob(256, "lmbda: texts written at once, over all processes; whole optimizer steps")
-    rollout_batch_size: int = knob(256, "texts generated together on one device")
-    num_generations: int = knob(1, "--generate: answers to each prompt")
-    reward_funcs: list = knob([], "--generate: judges as in rl.reward_funcs, by which the best answer alone is kept")
-    reward_weights: list | None = knob(None, "one factor for each of them; null is 1")
+    eval_answers: int = knob(1000, "chat: held-out questions with a known answer that are answered in a validation; 0 is off", low=0)
+    max_completion_length: int = knob(64, "tokens of an answer at most", low=1, often=True)
+    sampling_temperature: float | None = knob(None, "of texts that are written; null is 1, and 0 for --generate with one answer a prompt", low=0)
+    top_k: int = knob(0, "sampling: only the k likeliest tokens; 0 is off", low=0)
+    top_p: float = knob(1.0, "sampling: only the likeliest tokens that hold this probability together", above=0, high=1)
+    rollout_size: int = knob(256, "lmbda: texts written at once, over all processes; whole optimizer steps", low=1)
+    rollout_batch_size: int = knob(256, "texts generated together on one device", low=1)
+    num_generations: int = knob(1, "--generate: answers to each prompt", low=1)
+    reward_funcs: list[str] = knob([], "--generate: judges as in rl.reward_funcs, by which the best answer alone is kept")
+    reward_weights: list[float] | None = knob(None, "one factor for each of them; null is 1")
     reward_threshold: float | None = knob(None, "--generate: answers with a smaller reward are left out")
-    model: dict = knob({"preset": "llama-225k"}, "stage block over `model`: the student")
+    model: dict = knob({"preset": "llama-225k"}, "the student")
     data: dict = knob({}, "stage block over `data`; unless files are named, conversations are data/chat.jsonl")
     training: dict = knob({}, "stage block over `training`")
     lora: dict = knob({}, "stage block over `lora`")
     output: dict = knob({"dir": "./out/distill"}, "stage block over `output`")
 
     def __post_init__(self):
-        limits = {"alpha": (0, 1), "beta": (0, 1), "lmbda": (0, 1), "temperature": (1e-3, math.inf), "hidden_weight": (0, math.inf), "cosine_weight": (0, math.inf),
-                  "cache_top_k": (1, math.inf), "eval_answers": (0, math.inf), "max_completion_length": (1, math.inf), "sampling_temperature": (0, math.inf),
-                  "top_k": (0, math.inf), "top_p": (1e-9, 1), "rollout_size": (1, math.inf), "rollout_batch_size": (1, math.inf), "num_generations": (1, math.inf)}
-        for key, (low, high) in limits.items():
-            value = getattr(self, key)
-            if value is not None and not (low <= value <= high and math.isfinite(value)):
-                raise UserError(f"distill.{key}: {value} must be {f'{low:g} or above' if high == math.inf else f'between {low:g} and {high:g}'}")
-        for key in ("hidden_weight", "cosine_weight", "layer_map") if self.method != "hidden" else ():
-            self._unused(key, "without distill.method hidden")
-        for key in ("beta",) if self.method == "universal" else ():
-            self._unused(key, "with distill.method universal, which compares sorted probabilities")
+        check(self, "distill")
         if self.method != "logits" and self.cache_dir:
             raise UserError(f"distill.cache_dir: a cache holds probabilities over the student's own vocabulary; distill.method {self.method} needs the teacher itself")
         if self.lmbda and self.cache_dir:
@@ -103,14 +93,8 @@ class DistillSection:
             raise UserError(f"distill.alpha: 1 asks no teacher, and {'distill.lmbda' if self.lmbda else 'distill.method universal'} needs one; choose a smaller one")
         if self.method == "hidden" and not (self.hidden_weight or self.cosine_weight):
             raise UserError("distill.hidden_weight and distill.cosine_weight: one of them must be above 0 for distill.method hidden")
-        if self.reward_weights is not None:
-            self.reward_weights = [MODEL.convert(weight, float, "distill.reward_weights") for weight in self.reward_weights]
-            if len(self.reward_weights) != len(self.reward_funcs):
-                raise UserError(f"distill.reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} distill.reward_funcs; one for each is expected")
-
-    def _unused(self, key: str, why: str) -> None:
-        if getattr(self, key) != MODEL.default_of(self.__dataclass_fields__[key]):
-            raise UserError(f"distill.{key}: has no effect {why}; leave it out")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise UserError(f"distill.reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} distill.reward_funcs; one for each is expected")
 
     @property
     def asks_teacher(self) -> bool:
@@ -960,8 +944,6 @@ def choose_tokenizer(config, checkpoint: Path | None, teacher: Teacher):
 def make_student(config, tokenizer, teacher: Teacher, device) -> MODEL.LanguageModel:
     settings, training, section, adapter = config.distill, config.training, config.model, config.actions.adapter
     requested = training.learning_rate, training.optim
-    if section.labels or section.num_labels:
-        raise UserError("model.labels: belong to SFT.py's sft.task classify; leave model.labels and model.num_labels out")
     if settings.init_layers is not None:
         if adapter or config.lora.r:
             raise UserError("lora.r: the student of distill.init_layers is on no disk yet, where an adapter could find it again; train it as a whole first")
@@ -1009,8 +991,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
         TRAIN.fit_length(config, teacher.context, "the teacher's")
     if MODEL.process_rank() == 0:
         introduce(teacher, MODEL.count_parameters(model)[0], settings)
-    if config.training.objective != "auto" or not model.config.causal:
-        TRAIN.objective(training, model, tokenizer)
+    TRAIN.is_masked(model, tokenizer)
     stream, evaluate, samples = read_rows(config, tokenizer, teacher, task)
     if samples is not None:
         TOKENIZER.end_with_turns(model, tokenizer)
@@ -1235,8 +1216,7 @@ def main(argv: list[str] | None = None) -> TRAIN.Result | None:
     what = check_actions(config)
     if what != "train":
         return {"cache": write_cache, "generate": write_answers}[what](config)
-    model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
-    return TRAIN.run_stage("distill", config, prepare, f'echo "..." | python INFER.py {model}')
+    return TRAIN.run_stage("distill", config, prepare)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ scoring (`score`), what makes a model fast here (`configure_for_hardware`), and 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import itertools
 import json
 import math
@@ -29,51 +30,43 @@ from torch import Tensor, nn
 
 import MODEL
 import TOKENIZER
-from MODEL import Action, UserError, knob, load_config, run_main, say
+from MODEL import Action, UserError, check, knob, load_config, run_main, say
 
 
 @dataclass
 class Sampling:
     """How one request is sampled. Names and meaning are those of the OpenAI API and vLLM."""
 
-    max_new_tokens: int = knob(256, "tokens generated at most")
-    temperature: float = knob(0.8, "0 is greedy; below 1 sharper, above 1 flatter")
-    top_k: int = knob(0, "only the k likeliest tokens; 0 is off")
-    top_p: float = knob(1.0, "only the likeliest tokens that hold this probability together (Holtzman 2019)")
-    min_p: float = knob(0.0, "only tokens at least this fraction as likely as the likeliest")
-    repetition_penalty: float = knob(1.0, "above 1 lowers tokens of prompt and answer (Keskar 2019)")
-    presence_penalty: float = knob(0.0, "subtracted once from the logits of tokens already generated")
-    frequency_penalty: float = knob(0.0, "subtracted for each time a token was generated")
-    stop: list | None = knob(None, "texts that end the answer; they are not part of it")
-    seed: int | None = knob(None, "the same seed gives the same text, whatever else is in the batch")
-    logprobs: bool = knob(False, "return the log-probability of each token")
-    n: int = knob(1, "answers for each prompt")
+    max_new_tokens: int = knob(256, "tokens of an answer at most", low=1, often=True)
+    temperature: float = knob(0.8, "0 always takes the likeliest token; higher is freer", low=0, often=True)
+    top_k: int = knob(0, "choose among the k likeliest tokens; 0 is off", low=0, often=True)
+    top_p: float = knob(1.0, "choose among the likeliest that hold this probability together (Holtzman 2019)", low=0, high=1, often=True)
+    min_p: float = knob(0.0, "only tokens at least this fraction as likely as the likeliest", low=0, high=1, often=True)
+    repetition_penalty: float = knob(1.0, "above 1 repeats less (Keskar 2019)", above=0, often=True)
+    presence_penalty: float = knob(0.0, "subtracted once from the logits of tokens already generated", often=True)
+    frequency_penalty: float = knob(0.0, "subtracted for each time a token was generated", often=True)
+    stop: list[str] | str | None = knob(None, "texts that end the answer; they are not part of it", often=True)
+    seed: int | None = knob(None, "the same seed gives the same text, whatever else is in the batch", low=0, high=2**63 - 1, often=True)
+    logprobs: bool = knob(False, "return the log-probability of each token", often=True)
+    n: int = knob(1, "answers for each prompt", low=1, often=True)
     ignore_eos: bool = knob(False, "go on after the end-of-text token")
 
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        limits = {"max_new_tokens": (1, math.inf), "temperature": (0, math.inf), "top_k": (0, math.inf), "top_p": (0, 1),
-                  "min_p": (0, 1), "repetition_penalty": (1e-6, math.inf), "n": (1, math.inf)}
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"inference.{name}: {getattr(self, name)} must lie between {low:g} and {high:g}")
+        check(self, "inference")
 
 
 @dataclass
 class InferenceSection(Sampling):
-    use_cache: bool = knob(True, "keep keys and values of past tokens; false computes them anew each step")
-    batch_size: int = knob(8, "prompts computed together")
-    chat: str = knob("auto", "wrap prompts in the chat template; auto does where the tokenizer has one", ("auto", "on", "off"))
-    system: str | None = knob(None, "system message of a chat")
-    model: dict = knob({"name": "./out"}, "this stage's own model block")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.batch_size < 1:
-            raise UserError(f"inference.batch_size: {self.batch_size} must be at least 1")
+    use_cache: bool = knob(True, "KV cache: keep the keys and values of past tokens; false computes them anew each step", often=True)
+    batch_size: int = knob(8, "prompts computed together", low=1, often=True)
+    chat: str = knob("auto", "put prompts into the chat template: on, off, or auto where there is one", ("auto", "on", "off"), often=True)
+    system: str | None = knob(None, "system message of a chat", often=True)
+    model: dict = knob({"name": "./out"}, "stage block over `model`")
 
 
 SAMPLING_KEYS = [f.name for f in fields(Sampling)]
+REQUEST_KEYS = (*SAMPLING_KEYS, "prompt", "messages", "tools", "system", "history")
 
 
 class Completion(NamedTuple):
@@ -591,12 +584,8 @@ class Session:
         name = config.model.name
         if not name:
             raise UserError("model.preset: fresh weights have nothing to say; name a trained model with --model")
-        if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-            newest = max(Path(name).glob("ckpt-step-*"), default=None)
-            hint = f"--model {newest} holds its newest checkpoint" if newest else "train one with `python TRAIN.py`"
-            raise UserError(f"model.name: {name} holds no finished model; {hint}")
         device = MODEL.choose_device(config.model.device)
-        MODEL.read_json(MODEL.resolve_folder(name) / "config.json")  # before the tokenizer, whose errors would blame the tokenizer
+        MODEL.read_json(MODEL.model_folder(name) / "config.json")  # before the tokenizer, whose errors would blame the tokenizer
         adapter = config.actions.adapter
         self.tokenizer = TOKENIZER.load(config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
         self.model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation, changes=MODEL.overrides(config.model),
@@ -759,12 +748,17 @@ def _record(line: str, where: str, base: Sampling):
     if isinstance(prompt, list) or context or extras:
         request = {"messages" if isinstance(prompt, list) else "prompt": prompt, **context}
         prompt = {"messages": TOKENIZER.as_messages(TOKENIZER.prompt_of(request, where)), **extras}
+    for key in record:
+        plain = key.lower().replace("-", "_")
+        if key not in REQUEST_KEYS and (meant := difflib.get_close_matches(plain, REQUEST_KEYS, 1, 0.8)):
+            raise UserError(f"{where}: unknown key '{key}'; did you mean '{meant[0]}'? (keys unlike any known one are passed through)")
     kinds = MODEL.field_types(Sampling)
     stop = record.get("stop")
     if stop is not None and not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):
         raise UserError(f"{where}: stop: {stop!r} is no text or list of texts")
-    own = {key: MODEL.convert(record[key], kinds[key], f"{where}: {key}") for key in SAMPLING_KEYS if key in record and key != "stop"}
-    own.update({"stop": stop} if "stop" in record else {})
+    own = {key: MODEL.convert(record[key], kinds[key], f"{where}: {key}") for key in SAMPLING_KEYS
+           if record.get(key) is not None and key != "stop"}  # null is a key that is not set
+    own.update({"stop": stop} if stop is not None else {})
     try:
         return record, prompt, replace(base, **own)
     except UserError as error:

@@ -30,7 +30,7 @@ import typing
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache as memoize
@@ -54,21 +54,68 @@ def process_rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
 
 
+QUIET = False  # --quiet: nothing but errors
+
+
 def say(line: str) -> None:
     """Print a line to stderr on the first process only; stdout is for results."""
-    if process_rank() == 0:
+    if process_rank() == 0 and not QUIET:
         print(line, file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- knobs
 
 
-def knob(default, comment: str, choices: tuple = ()):
-    """A dataclass field; its comment is also the description in --help and config.yaml."""
-    metadata = {"comment": comment, "choices": choices}
+def knob(default, comment: str, choices: tuple = (), *, low: float | None = None, high: float | None = None, above: float | None = None,
+         below: float | None = None, only: tuple | str = (), often: bool = False):
+    """A dataclass field with all that the settings need to know of it. `comment` describes it in --help and config.yaml.
+
+    `check` refuses words that are not in `choices`, numbers unless low <= number <= high and above < number < below, and, where
+    only = (key, *values) is given, any value but the default unless the section's `key` has one of the values (without
+    values: is set). A knob that people change `often` stands in config.yaml and in the first page of --help.
+    """
+    only = (only,) if isinstance(only, str) else only
+    metadata = dict(comment=comment, choices=choices, low=low, high=high, above=above, below=below, only=only, often=often)
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def default_of(f: dataclasses.Field):
+    return f.default if f.default is not dataclasses.MISSING else f.default_factory()
+
+
+def check(section, name: str) -> None:
+    """Hold the values of a section to what their knobs say; UserError names the first that cannot be."""
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) in (int, float):
+                check_number(number, f.metadata, f"{name}.{f.name}")
+        if f.metadata["choices"] and value is not None and value not in f.metadata["choices"]:
+            raise UserError(f"{name}.{f.name}: '{value}' is not one of {', '.join(map(str, f.metadata['choices']))}")
+        if not_used(section, f) and value != default_of(f):
+            key, *values = f.metadata["only"]
+            why = f"with {name}.{key} {getattr(section, key)} (only with {', '.join(map(str, values))})" if values else f"without {name}.{key}"
+            raise UserError(f"{name}.{f.name}: has no effect {why}; leave it out")
+
+
+def check_number(number: float, limits: dict, where: str) -> None:
+    low, high, above, below = (limits[key] for key in ("low", "high", "above", "below"))
+    largest = 2**63 - 1 if high else 2**31 - 1 if isinstance(number, int) else 1e15  # a mistake, and may not fit where it is used
+    right = math.isfinite(number) and abs(number) <= largest and (low is None or number >= low) and (high is None or number <= high)
+    if not (right and (above is None or number > above) and (below is None or number < below)):
+        words = {"at least": low, "above": above, "at most": high, "below": below}
+        bounds = [f"{word} {bound:,}" for word, bound in words.items() if bound is not None]
+        raise UserError(f"{where}: {number} must be {' and '.join(bounds) or 'a number'}{'' if abs(number) <= largest else f', not beyond {largest:,}'}")
+
+
+def not_used(section, f: dataclasses.Field) -> bool:
+    """Whether a knob has no effect beside the section's other values."""
+    if not f.metadata["only"]:
+        return False
+    key, *values = f.metadata["only"]
+    return getattr(section, key) not in values if values else getattr(section, key) is None
 
 
 ROPE_TYPES = {  # what each takes, the first being required (llama3: all)
@@ -92,60 +139,66 @@ class ModelConfig:
     """The architecture. Names are those of Hugging Face's config.json."""
 
     model_type: str = knob("llama", "family whose config.json is written")
-    vocab_size: int = knob(32000, "rows of the embedding; a preset's follows the tokenizer unless set")
-    hidden_size: int = knob(256, "width C of the residual stream")
-    intermediate_size: int = knob(704, "width of the (dense) MLP")
-    num_hidden_layers: int = knob(6, "decoder layers")
-    num_attention_heads: int = knob(4, "query heads H")
-    num_key_value_heads: int | None = knob(None, "key/value heads: H is MHA, 1 is MQA, between is GQA")
-    head_dim: int | None = knob(None, "width of one head; hidden_size / heads unless set")
-    max_position_embeddings: int = knob(2048, "context length in tokens")
+    vocab_size: int = knob(32000, "rows of the embedding; a preset's follows the tokenizer unless set", low=1)
+    hidden_size: int = knob(256, "width C of the residual stream", low=1)
+    intermediate_size: int = knob(704, "width of the (dense) MLP", low=1)
+    num_hidden_layers: int = knob(6, "decoder layers", low=1)
+    num_attention_heads: int = knob(4, "query heads H", low=1)
+    num_key_value_heads: int | None = knob(None, "key/value heads: H is MHA, 1 is MQA, between is GQA", low=1)
+    head_dim: int | None = knob(None, "width of one head; hidden_size / heads unless set", low=1)
+    max_position_embeddings: int = knob(2048, "context length in tokens", low=1)
     hidden_act: str = knob("silu", "activation of the MLP", tuple(ACTIVATIONS))
     mlp_gated: bool = knob(True, "SwiGLU-style gate (Shazeer 2020); false is GPT-2's plain MLP")
     norm_type: str = knob("rmsnorm", "normalisation before attention and MLP", ("rmsnorm", "layernorm"))
-    rms_norm_eps: float = knob(1e-5, "epsilon of either norm")
+    rms_norm_eps: float = knob(1e-5, "epsilon of either norm", above=0)
     qk_norm: bool = knob(False, "RMSNorm on each query and key head (Qwen3)")
     position_embedding_type: str = knob("rope", "rotary, or GPT-2's learned table", ("rope", "learned"))
-    rope_theta: float = knob(10000.0, "base of the rotary frequencies")
-    rope_scaling: dict | None = knob(None, "context extension: {rope_type: linear | llama3 | yarn, factor: 8, ...}")
-    sliding_window: int | None = knob(None, "each token sees this many tokens, itself included (Mistral)")
-    layer_types: list | None = knob(None, "per layer full_attention or sliding_attention; null is all alike")
+    rope_theta: float = knob(10000.0, "base of the rotary frequencies", above=0, only=("position_embedding_type", "rope"))
+    rope_scaling: dict | None = knob(None, "context extension: {rope_type: linear | llama3 | yarn, factor: 8, ...}",
+                                     only=("position_embedding_type", "rope"))
+    sliding_window: int | None = knob(None, "each token sees this many tokens, itself included (Mistral)", low=1)
+    layer_types: list[str] | None = knob(None, "per layer full_attention or sliding_attention; null is all alike")
     attention_bias: bool = knob(False, "bias of the query, key and value projections (Qwen2, GPT-2)")
     fused_qkv: bool | None = knob(None, "query, key and value from one projection; null: in a gpt2 only")
     attention_out_bias: bool = knob(False, "bias of the attention's output projection (GPT-2)")
     mlp_bias: bool = knob(False, "biases of the MLP (GPT-2)")
     tie_word_embeddings: bool = knob(False, "the output head shares the embedding's weights")
-    attention_dropout: float = knob(0.0, "dropout on attention probabilities")
-    resid_pdrop: float = knob(0.0, "dropout on what attention and MLP add to the residual stream")
-    embd_pdrop: float = knob(0.0, "dropout on the embeddings")
-    initializer_range: float = knob(0.02, "standard deviation of the initial weights")
-    bos_token_id: int | None = knob(None, "beginning-of-text id; follows the tokenizer")
-    eos_token_id: int | list | None = knob(None, "end-of-text id or ids; follows the tokenizer")
-    pad_token_id: int | None = knob(None, "padding id; follows the tokenizer")
-    num_labels: int = knob(1, "outputs of the score head")
-    labels: list | None = knob(None, "names of those outputs")
-    num_experts: int | None = knob(None, "experts of a mixture-of-experts layer; null is one dense MLP a layer")
-    num_experts_per_tok: int = knob(2, "experts that each token visits (top-k)")
-    moe_intermediate_size: int | None = knob(None, "width of one expert; intermediate_size unless set")
-    n_shared_experts: int = knob(0, "experts that every token visits besides (DeepSeek)")
-    mlp_only_layers: list | None = knob(None, "numbers of the layers that keep a dense MLP")
-    scoring_func: str = knob("softmax", "router scores; sigmoid has a selection bias (DeepSeek-V3)", ("softmax", "sigmoid"))
-    norm_topk_prob: bool = knob(True, "weights of a token's experts add up to 1")
-    routed_scaling_factor: float = knob(1.0, "factor on what the chosen experts add")
-    n_group: int = knob(1, "groups that the experts are divided into")
-    topk_group: int = knob(1, "groups in which a token looks for its experts")
-    router_aux_loss_coef: float = knob(0.0, "weight of the load-balancing loss")
-    seq_aux: bool = knob(False, "balance within each sequence, not over the whole batch (DeepSeek-V3)")
-    router_bias_update_speed: float = knob(0.0, "step of the selection bias after each optimizer step (Wang 2024)")
-    kv_lora_rank: int | None = knob(None, "width of the latent that stands for keys and values (MLA); null is plain attention")
-    q_lora_rank: int | None = knob(None, "width of the queries' latent in MLA; null projects them directly")
-    qk_nope_head_dim: int = knob(128, "MLA: width of a query and key head's part without position")
-    qk_rope_head_dim: int = knob(64, "MLA: width of the part with a rotary position, its key shared by all heads")
-    v_head_dim: int = knob(128, "MLA: width of a value head")
+    attention_dropout: float = knob(0.0, "dropout on attention probabilities", low=0, below=1)
+    resid_pdrop: float = knob(0.0, "dropout on what attention and MLP add to the residual stream", low=0, below=1)
+    embd_pdrop: float = knob(0.0, "dropout on the embeddings", low=0, below=1)
+    initializer_range: float = knob(0.02, "standard deviation of the initial weights", above=0)
+    bos_token_id: int | None = knob(None, "beginning-of-text id; follows the tokenizer", low=0)
+    eos_token_id: int | list[int] | None = knob(None, "end-of-text id or ids; follows the tokenizer", low=0)
+    pad_token_id: int | None = knob(None, "padding id; follows the tokenizer", low=0)
+    num_labels: int = knob(1, "outputs of the score head", low=1)
+    labels: list[str] | None = knob(None, "names of those outputs")
+    num_experts: int | None = knob(None, "experts of a mixture-of-experts layer; null is one dense MLP a layer", low=1)
+    num_experts_per_tok: int = knob(2, "experts that each token visits (top-k)", low=1, only="num_experts")
+    moe_intermediate_size: int | None = knob(None, "width of one expert; intermediate_size unless set", low=1, only="num_experts")
+    n_shared_experts: int = knob(0, "experts that every token visits besides (DeepSeek)", low=0, only="num_experts")
+    mlp_only_layers: list[int] | None = knob(None, "numbers of the layers that keep a dense MLP", low=0, only="num_experts")
+    scoring_func: str = knob("softmax", "router scores; sigmoid has a selection bias (DeepSeek-V3)", ("softmax", "sigmoid"),
+                             only="num_experts")
+    norm_topk_prob: bool = knob(True, "weights of a token's experts add up to 1", only="num_experts")
+    routed_scaling_factor: float = knob(1.0, "factor on what the chosen experts add", above=0, only="num_experts")
+    n_group: int = knob(1, "groups that the experts are divided into", low=1, only="num_experts")
+    topk_group: int = knob(1, "groups in which a token looks for its experts", low=1, only="num_experts")
+    router_aux_loss_coef: float = knob(0.0, "weight of the load-balancing loss", low=0, only="num_experts")
+    seq_aux: bool = knob(False, "balance within each sequence, not over the whole batch (DeepSeek-V3)", only="num_experts")
+    router_bias_update_speed: float = knob(0.0, "step of the selection bias after each optimizer step (Wang 2024)",
+                                           low=0, only="num_experts")
+    kv_lora_rank: int | None = knob(None, "width of the latent that stands for keys and values (MLA); null is plain attention",
+                                    low=1)
+    q_lora_rank: int | None = knob(None, "width of the queries' latent in MLA; null projects them directly",
+                                   low=1, only="kv_lora_rank")
+    qk_nope_head_dim: int = knob(128, "MLA: width of a query and key head's part without position", low=1, only="kv_lora_rank")
+    qk_rope_head_dim: int = knob(64, "MLA: width of the part with a rotary position, its key shared by all heads",
+                                 low=1, only="kv_lora_rank")
+    v_head_dim: int = knob(128, "MLA: width of a value head", low=1, only="kv_lora_rank")
     rope_interleave: bool = knob(False, "rotary pairs stand side by side, not half a head apart (DeepSeek)")
     causal: bool = knob(True, "each token sees only what is before it; false is an encoder (BERT)")
     post_norm: bool = knob(False, "norms after the residual sums and on the embeddings (BERT)")
-    type_vocab_size: int = knob(0, "token types with an embedding of their own (BERT: first and second text)")
+    type_vocab_size: int = knob(0, "token types with an embedding of their own (BERT: first and second text)", low=0)
     lm_head_transform: bool = knob(False, "the output head has a layer of its own and a bias (BERT)")
 
     def __post_init__(self):
@@ -1291,6 +1344,7 @@ def preset_config(name: str, **overrides) -> ModelConfig:
 
 def check_architecture(config: ModelConfig):
     """Derive the knobs that follow from others, and refuse an impossible combination."""
+    check(config, "model")
     if config.labels is not None:
         config.labels = [str(label) for label in config.labels]
         config.num_labels = len(config.labels)
@@ -1300,10 +1354,6 @@ def check_architecture(config: ModelConfig):
         config.num_key_value_heads = config.num_attention_heads
     _check_latent(config)
     _check_experts(config)
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "max_position_embeddings", "num_labels"):
-        if getattr(config, name) < 1:
-            raise UserError(f"model.{name}: {getattr(config, name)} must be at least 1")
     if config.head_dim is None:
         if config.hidden_size % config.num_attention_heads:
             raise UserError(f"model.num_attention_heads: {config.num_attention_heads} heads do not divide hidden_size "
@@ -1314,41 +1364,17 @@ def check_architecture(config: ModelConfig):
                         f"num_attention_heads {config.num_attention_heads}; GQA needs equal groups")
     if config.position_embedding_type == "rope" and config.head_dim % 2:
         raise UserError(f"model.head_dim: {config.head_dim} is odd; rotary embeddings rotate pairs, so it must be even")
-    if config.type_vocab_size < 0:
-        raise UserError(f"model.type_vocab_size: {config.type_vocab_size} must be 0 (none) or above")
-    for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"model.{name}: {getattr(config, name)} must be a positive number")
-    for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"model.{name}: {getattr(config, name)} must be at least 0 and below 1")
     if config.model_type not in (*FAMILIES, CUSTOM):
         raise UserError(f"model.model_type: '{config.model_type}' is not one of {', '.join(FAMILIES)}")
-    for f in dataclasses.fields(config):
-        choices = f.metadata["choices"]
-        if choices and getattr(config, f.name) not in choices:
-            raise UserError(f"model.{f.name}: '{getattr(config, f.name)}' is not one of {', '.join(choices)}")
-    if config.sliding_window is not None and config.sliding_window < 1:
-        raise UserError(f"model.sliding_window: {config.sliding_window} must be at least 1, or null for none")
     if config.sliding_window is not None and not config.causal:
         raise UserError("model.sliding_window: an encoder (model.causal false) cannot have a sliding window; leave it out")
     _check_layer_types(config)
     _check_rope_scaling(config)
 
 
-def _check_alone(config: ModelConfig, owner: str, *names: str):
-    """Refuse a setting that would have no effect."""
-    for name in names:
-        if getattr(config, name) != config.__dataclass_fields__[name].default:
-            raise UserError(f"model.{name}: {getattr(config, name)} has no effect without model.{owner}")
-
-
 def _check_latent(config: ModelConfig):
     if config.kv_lora_rank is None:
-        return _check_alone(config, "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    for name in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise UserError(f"model.{name}: {getattr(config, name)} must be at least 1")
+        return
     for name, only in (("sliding_window", None), ("position_embedding_type", "rope"), ("qk_norm", False), ("fused_qkv", False)):
         if getattr(config, name) != only:
             raise UserError(f"model.{name}: {getattr(config, name)} is not supported with latent attention (model.kv_lora_rank)")
@@ -1366,18 +1392,13 @@ def _check_latent(config: ModelConfig):
 
 def _check_experts(config: ModelConfig):
     if config.num_experts is None:
-        return _check_alone(config, "num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts",
-                            "mlp_only_layers",
-                                 "scoring_func", "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group",
-                                 "router_aux_loss_coef", "seq_aux", "router_bias_update_speed")
+        return
     if config.moe_intermediate_size is None:
         config.moe_intermediate_size = config.intermediate_size
     experts, groups = config.num_experts, config.n_group
-    if experts < 1:
-        raise UserError(f"model.num_experts: {experts} must be at least 1, or null for none")
-    if not 1 <= config.num_experts_per_tok <= experts:
+    if config.num_experts_per_tok > experts:
         raise UserError(f"model.num_experts_per_tok: {config.num_experts_per_tok} must be between 1 and num_experts {experts}")
-    if groups < 1 or experts % groups:
+    if experts % groups:
         raise UserError(f"model.n_group: {groups} groups do not divide num_experts {experts}")
     if not 1 <= config.topk_group <= groups or config.topk_group * (experts // groups) < config.num_experts_per_tok:
         raise UserError(f"model.topk_group: {config.topk_group} of {groups} groups of {experts // groups} experts must exist "
@@ -1386,9 +1407,6 @@ def _check_experts(config: ModelConfig):
         raise UserError(f"model.n_group: {groups} groups of one expert; a group is scored by its two best experts")
     if config.router_bias_update_speed and config.scoring_func != "sigmoid":
         raise UserError("model.router_bias_update_speed: a selection bias needs model.scoring_func sigmoid")
-    for name in ("moe_intermediate_size", "n_shared_experts", "router_aux_loss_coef", "router_bias_update_speed"):
-        if not (0 if name != "moe_intermediate_size" else 1) <= getattr(config, name) < math.inf:
-            raise UserError(f"model.{name}: {getattr(config, name)} is too small")
     with suppress(ValueError, TypeError):
         config.mlp_only_layers = [int(layer) for layer in config.mlp_only_layers or ()]
     if not all(isinstance(layer, int) and 0 <= layer < config.num_hidden_layers for layer in config.mlp_only_layers or ()):
@@ -1415,8 +1433,6 @@ def _check_layer_types(config: ModelConfig):
 
 
 def _check_rope_scaling(config: ModelConfig):
-    if config.position_embedding_type == "learned":
-        _check_alone(config, "position_embedding_type rope", "rope_scaling", "rope_theta")
     if config.rope_scaling is None:
         return
     scaling = dict(config.rope_scaling)
@@ -2066,11 +2082,11 @@ def staged(folder: str | Path, key: str = "", parts: str = ""):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        raise UserError(f"{folder}: the folder cannot be created ({error.strerror})") from None
-    scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
+        raise UserError(f"{folder}: the folder cannot be written ({error.strerror})") from None
     try:
         yield scratch
         new = {path.name for path in scratch.iterdir()}
@@ -2247,6 +2263,19 @@ def resolve_folder(name: str, key: str = "model.name") -> Path:
         remedy = "check the network, or start from --model.preset llama-1m" if key == "model.name" else "check its spelling"
         raise UserError(f"{key}: '{name}' is no local folder and could not be fetched from the hub ({reason}); {remedy}"
                         ) from None
+
+
+def model_folder(name: str, key: str = "model.name") -> Path:
+    """As `resolve_folder`, of a whole model or an adapter; where there is none yet, the error says what makes one."""
+    folder = Path(name)
+    if name in PRESETS and not folder.is_dir():
+        raise UserError(f"{key}: '{name}' is a preset, which has no weights yet: python TRAIN.py --preset {name} trains some")
+    program = {"out": "TRAIN.py", "out/sft": "SFT.py", "out/rl": "RL.py", "out/distill": "DISTILL.py"}.get(folder.as_posix())
+    if (folder.is_dir() or program) and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+        newest = max(folder.glob("ckpt-step-*"), default=None)
+        hint = f"--model {newest} is its newest checkpoint" if newest else f"train one first: python {program or 'TRAIN.py'}"
+        raise UserError(f"{key}: {name} holds no finished model; {hint}")
+    return resolve_folder(name, key)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -2952,29 +2981,33 @@ def preset_table() -> str:
 
 # -- config.yaml and flags
 
+VERSION = "0.1.0"
 SECTIONS = ("model", "tokenizer", "data", "training", "lora", "sft", "rl", "distill", "inference", "quantization", "output")
-SHORT_FLAGS = {"model": "model.name", "data": "data.train", "out": "output.dir", "epochs": "training.epochs",
-               "max_steps": "training.max_steps", "batch_size": "training.batch_size", "seed": "training.seed",
-               "grad_accum": "training.grad_accum", "learning_rate": "training.learning_rate",
-               "max_length": "training.max_length", "max_minutes": "training.max_minutes"}
+SHORT_FLAGS = {"model": "model.name", "preset": "model.preset", "data": "data.train", "validation": "data.validation",
+               "out": "output.dir", "lora_r": "lora.r", "epochs": "training.epochs",
+               "max_steps": "training.max_steps", "max_minutes": "training.max_minutes", "batch_size": "training.batch_size",
+               "grad_accum": "training.grad_accum", "learning_rate": "training.learning_rate", "lr": "training.learning_rate",
+               "max_length": "training.max_length", "seed": "training.seed"}
 HORIZON = ("epochs", "max_steps", "max_minutes")
+EXCLUSIVE = (("model.name", "model.preset"), tuple(f"training.{key}" for key in HORIZON))
 # `model:` holds what to load or build and how to compute it; every architecture knob may be overridden beside it.
 ModelSection = dataclasses.make_dataclass("ModelSection", [
-    ("name", str | None, knob(None, "trained weights: a folder or a hub name (gpt2); replaces preset")),
-    ("preset", str | None, knob("llama-1m", "fresh weights: python MODEL.py --list shows all; replaces name")),
-    ("dtype", str, knob("auto", "type of computation; training keeps float32 weights", ("auto", *DTYPES))),
-    ("attn_implementation", str, knob("auto", "attention kernel", tuple(ATTENTION))),
-    ("device", str, knob("auto", "auto, cpu, cuda, cuda:1 or mps")),
-    ("quantization", str,
-     knob("none", "packed form of a frozen model's matrices, for adapters (QLoRA) and inference", QUANTIZATIONS)),
-    *[(name, f.type + " | None" if "None" not in f.type else f.type, knob(None, f.metadata["comment"], f.metadata["choices"]))
-      for name, f in KNOBS.items()]], namespace={"__module__": __name__})
+    ("name", str | None, knob(None, "trained weights: a folder or a hub name (gpt2); replaces preset", often=True)),
+    ("preset", str | None, knob("llama-1m", "fresh weights of this family and size: python MODEL.py --list shows all", often=True)),
+    ("dtype", str, knob("auto", "type of the arithmetic: float32, bfloat16 or float16; training keeps float32 weights", ("auto", *DTYPES), often=True)),
+    ("attn_implementation", str, knob("auto", "attention kernel: eager, sdpa, flash_attention_2 or xformers", tuple(ATTENTION), often=True)),
+    ("device", str, knob("auto", "cpu, cuda, cuda:1 or mps", often=True)),
+    ("quantization", str, knob("none", "nf4 or int8: the model's matrices packed, under adapters (QLoRA) and for inference",
+                               QUANTIZATIONS, often=True)),
+    *[(name, f.type + " | None" if "None" not in f.type else f.type, field(default=None, metadata={**f.metadata, "only": ()}))
+      for name, f in KNOBS.items() if name not in ("labels", "num_labels")]],
+    namespace={"__module__": __name__, "__post_init__": lambda self: check(self, "model")})
 MODEL_SETTINGS = ("dtype", "attn_implementation", "device", "quantization")  # how to compute, whatever the model
 
 
 @dataclass
 class OutputSection:
-    dir: str = knob("./out", "folder of checkpoints, log, plot and the final model")
+    dir: str = knob("./out", "folder of the model, its checkpoints, log and plot", often=True)
 
 
 class Action(NamedTuple):
@@ -2995,14 +3028,15 @@ def nearest(word: str, words) -> str:
 
 
 def convert(value, kind, where: str, choices: tuple = ()):
-    """A YAML value or a command-line string -> the field's type. PyYAML reads 3e-5 as a string; so does a shell."""
+    """A YAML value or a word of the command line -> the knob's type. PyYAML reads 3e-5 as a string; so does a shell."""
     import yaml
 
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if isinstance(value, str) and list in options and value != "null":  # one text is a list of one, taken as it stands
-        with suppress(yaml.YAMLError):
-            value = yaml.safe_load(value) if value.startswith("[") else value
-    elif isinstance(value, str) and str not in options:
+    listed = next((option for option in options if typing.get_origin(option) is list), None)
+    if isinstance(value, str) and (value[:1] == "[" and listed or value[:1] == "{" and dict in options):
+        with suppress(ValueError, yaml.YAMLError):  # where a text may stand, [INST] is one, and ["INST"] a list
+            value = json.loads(value) if listed and str in options else yaml.safe_load(value)
+    elif isinstance(value, str) and str not in options and not listed:
         if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
             value = float(value) if re.search(r"[.eE]", value) else int(value)
         else:
@@ -3012,27 +3046,24 @@ def convert(value, kind, where: str, choices: tuple = ()):
         if type(None) in options:
             return None
         raise UserError(f"{where}: a value is required, not null")
-    if isinstance(value, bool) and "on" in choices:  # YAML reads a bare on or off as true or false
-        value = "on" if value else "off"
+    if isinstance(value, bool) and choices:  # YAML reads a bare on or no as true or false
+        value = next((word for word in (("on", "yes") if value else ("off", "no")) if word in choices), value)
     if choices and value not in choices:
         raise UserError(f"{where}: '{value}' is not one of {', '.join(map(str, choices))}"
                         f" (nearest: {nearest(str(value), map(str, choices))})")
+    if listed and (isinstance(value, list) or set(options) <= {listed, type(None)} and not isinstance(value, (dict, bool))):
+        return [convert(item, *typing.get_args(listed), where) for item in (value if isinstance(value, list) else [value])]
     for option in options:
-        if option is bool and isinstance(value, bool):
-            return value
-        if option is int and not isinstance(value, bool) and isinstance(value, (int, float)) and int(value) == value:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if option is int and number and math.isfinite(value) and int(value) == value:
             return int(value)
-        if option is float and not isinstance(value, bool) and isinstance(value, (int, float)):
+        if option is float and number:
             return float(value)
-        if option is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        if option is str and (number or isinstance(value, str)):
             return str(value)
-        if option is list and isinstance(value, list):
+        if option in (bool, dict) and isinstance(value, option):
             return value
-        if option is list and str not in options and isinstance(value, str):
-            return [value]
-        if option is dict and isinstance(value, dict):
-            return value
-    names = " or ".join(option.__name__ for option in options if option is not type(None))
+    names = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
     raise UserError(f"{where}: {value!r} is not of type {names}")
 
 
@@ -3041,52 +3072,93 @@ def field_types(section: type) -> dict:
     return typing.get_type_hints(section, vars(sys.modules[section.__module__]))
 
 
-class Layer(NamedTuple):
-    """Settings from one source: {section: {key: raw value}}, and the name of the source for errors."""
+class Setting(NamedTuple):
+    """One key that a source sets; a higher rank wins over a lower one, a later source over an earlier one."""
 
+    rank: int
     origin: str
-    values: dict
+    key: str
+    value: object
+
+
+ORIGINS: dict[str, str] = {}  # which file set what for this process: {"training.epochs": "training.epochs of mine.yaml"}, for errors
 
 
 def load_config(argv: list[str] | None, sections: dict[str, type], own: str, actions: dict[str, Action] | None = None,
-                doc: str = "", shorts: dict[str, str] | None = None) -> SimpleNamespace:
+                doc: str = "", shorts: dict[str, str] | None = None, saved: Path | None = None) -> SimpleNamespace:
     """The typed settings of one script: an attribute for each section it owns, plus `actions`.
 
-    Order: dataclass defaults < config.yaml < the stage's block there < command line. `own` is the section whose keys
-    need no prefix; `shorts` adds to or replaces the short flags.
+    Order: dataclass defaults < the shared sections of the --config files, one after another < the stage's blocks there <
+    command line < the stage's blocks there. `own` is the section whose keys need no prefix; `shorts` adds to or replaces the
+    short flags. A run that goes on has its `saved` file in place of --config.
     """
+    global QUIET
     argv = list(sys.argv[1:] if argv is None else argv)
-    actions, shorts = actions or {}, {**SHORT_FLAGS, **(shorts or {})}
-    if {"--help", "-h"} & set(argv):
-        print(help_text(doc, sections, own, actions, shorts))
+    actions, shorts = {**COMMON, **(actions or {})}, {**SHORT_FLAGS, **(shorts or {})}
+    kinds = {f"{name}.{key}": hint for name, kind in sections.items() for key, hint in field_types(kind).items()}
+    blocks = [f.name for f in dataclasses.fields(sections[own]) if f.name in SECTIONS and f.default_factory is not dataclasses.MISSING]
+    words, chosen = read_words(argv, kinds, own, blocks, actions, shorts)
+    if chosen["version"]:
+        print(VERSION)
         raise SystemExit(0)
-    path, flags, chosen = _read_flags(argv, sections, own, actions, shorts)
-    raw = _read_yaml(path) if path else {}
-    origin = str(path)
-    stage_defaults = {f.name: f.default_factory() for f in dataclasses.fields(sections[own])
-                      if f.name in SECTIONS and f.default_factory is not dataclasses.MISSING}
-    shared = {name: dict(raw.get(name) or {}) for name in sections}
-    block = {name: shared[own].pop(name) for name in stage_defaults if name in shared[own]}
-    prefixed = {name: flags[own].pop(name) for name in stage_defaults if name in flags[own]}
-    for name, value in [*block.items(), *prefixed.items()]:
-        if not isinstance(value, (dict, types.NoneType)):
-            raise UserError(f"{own}.{name}: {value!r} is not a mapping; set single keys, as in {own}.{name}.KEY")
-    layers = [Layer("defaults", stage_defaults), Layer(origin, shared),
-              Layer(f"{origin}: {own}", {k: v or {} for k, v in block.items()}), Layer("command line", flags),
-              Layer(f"command line: {own}", prefixed)]
-    values = {name: {f.name: default_of(f) for f in dataclasses.fields(kind)} for name, kind in sections.items()}
-    for layer in layers:
-        _apply(values, layer, sections)
-    config = SimpleNamespace(**{name: sections[name](**values[name]) for name in sections}, actions=SimpleNamespace(**chosen))
-    config.file = path
+    beside = Path(sys.argv[0]).resolve().parent / "config.yaml"
+    files = [saved] if saved else chosen["config"] or [beside] * beside.exists()
+    if saved and chosen["config"]:
+        say(f"a run that goes on keeps its own settings, {saved}; --config is not read, flags are")
+    usual = {f"{own}.{name}.{key}": value for name in blocks for key, value in default_of(sections[own].__dataclass_fields__[name]).items()}
+    sources = [("defaults", -1, usual), *((str(path), 1, read_settings(path)) for path in files), ("command line", 3, words)]
+    given = [setting for origin, rank, values in sources for setting in ranked(origin, rank, values, own, blocks, sections)]
+    defaults, _ = resolve([setting for setting in given if setting.rank == 0], kinds, sections)
+    values, origins = resolve(given, kinds, sections)
+    if chosen["help"] is not None:
+        print(help_page(chosen["help"], doc, sections, own, actions, shorts, values))
+        raise SystemExit(0)
+    try:
+        config = SimpleNamespace(**{name: kind(**{f.name: values[f"{name}.{f.name}"] for f in dataclasses.fields(kind)})
+                                    for name, kind in sections.items()})
+        for name in sections:
+            check(getattr(config, name), name)
+    except UserError as error:
+        key = str(error).partition(":")[0]
+        raise UserError(f"{origins[key]}: {error}" if key in origins else str(error)) from None
+    if chosen["print_config"]:
+        print(config_text(config, comments=True))
+        raise SystemExit(0)
+    QUIET = chosen["quiet"]
+    ORIGINS.clear()
+    for rank, origin, key, _ in given:
+        if rank in (1, 2) and values[key] != defaults[key]:
+            taken = rank == 1 and key.partition(".")[0] in blocks
+            ORIGINS[key] = f"{key} of {origin}" + (f", which {own} takes over; {own}.{key} is for {own} alone" if taken else "")
+    config.actions, config.origins = SimpleNamespace(**chosen), origins
+    config.defaults, config.given = defaults, settings(config)
+    config.reload = partial(load_config, argv, sections, own, actions, doc, shorts)
     return config
 
 
-def default_of(f: dataclasses.Field):
-    return f.default if f.default is not dataclasses.MISSING else f.default_factory()
+def ranked(origin: str, rank: int, values: dict, own: str, blocks: list[str], sections: dict[str, type]) -> Iterator[Setting]:
+    """What one source says to a script: sft.training.epochs is training.epochs, of a higher rank."""
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        if section == own and "." in name:
+            if name.partition(".")[0] not in blocks:
+                raise UserError(f"{origin}: {key}: unknown key; the blocks of {own} are {', '.join(blocks) or 'none'}")
+            yield Setting(rank + 1, f"{origin}: {own}", name, value)
+        elif section in sections and "." not in name:
+            yield Setting(rank, origin, key, value)
 
 
-def _read_yaml(path: Path) -> dict:
+COMMON = {
+    "config": Action("a file of settings; several lie one over the other; config.yaml beside the script unless given", Path),
+    "print_config": Action("print all settings, each with its comment, as a file for --config"),
+    "help": Action("this page, or all of a section: --help training", str, ""),
+    "version": Action("print the version"),
+    "quiet": Action("say nothing but errors"),
+}
+
+
+def read_settings(path: Path) -> dict:
+    """A YAML file -> {"training.epochs": value, "sft.training.epochs": value}."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -3107,145 +3179,154 @@ def _read_yaml(path: Path) -> dict:
         raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML ({getattr(error, 'problem', error)})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected sections such as 'model:' at the top level")
+    found = {}
     for name, values in raw.items():
         if name not in SECTIONS:
             raise UserError(f"{path}: unknown section '{name}'; nearest is '{nearest(str(name), SECTIONS)}'")
         if values is not None and not isinstance(values, dict):
             raise UserError(f"{path}: {name}: expected keys and values, found {values!r}")
-    return raw
+        for key, value in (values or {}).items():
+            is_block = key in SECTIONS and name not in ("model", "tokenizer", "data", "training", "lora", "output")
+            if is_block and not isinstance(value, (dict, types.NoneType)):
+                raise UserError(f"{path}: {name}.{key}: {value!r} is not a mapping; set single keys, as in {name}.{key}.KEY")
+            found.update({f"{name}.{key}.{inner}": v for inner, v in (value or {}).items()} if is_block else {f"{name}.{key}": value})
+    return found
 
 
-def _read_flags(argv, sections, own, actions, shorts):
-    """--config FILE, --section.key value, own keys and short flags -> (path, {section: {key: raw}}, actions)."""
-    flags = {name: {} for name in sections}
-    chosen = {name: None if action.convert else False for name, action in actions.items()}
-    path, i = None, 0
+def resolve(given: list[Setting], kinds: dict, sections: dict[str, type]) -> tuple[dict, dict]:
+    """({"training.epochs": value}, {"training.epochs": the source that set it}).
+
+    A model or a horizon that is set displaces the one before, with the settings that belong to it."""
+    fields = {f"{name}.{f.name}": f for name, kind in sections.items() for f in dataclasses.fields(kind)}
+    values, origins = {key: default_of(f) for key, f in fields.items()}, {}
+    for (_, origin), source in itertools.groupby(sorted(given, key=lambda setting: setting.rank), lambda setting: setting[:2]):
+        source = list(source)
+        chosen = {key for _, _, key, value in source if value not in (None, "null")}
+        for group in EXCLUSIVE:
+            if len(both := [key for key in group if key in chosen]) > 1:
+                raise UserError(f"{origin}: {' and '.join(both)} are mutually exclusive; set one")
+            values.update(dict.fromkeys(group if both else ()))
+        displaced = {"model.name": ("model.", "tokenizer."), "model.preset": ("model.",)}
+        prefixes = tuple(prefix for key in chosen for prefix in displaced.get(key, ()))
+        values.update({key: default_of(f) for key, f in fields.items() if prefixes and key.startswith(prefixes)
+                       and key not in EXCLUSIVE[0] and key.partition(".")[2] not in MODEL_SETTINGS})
+        if "data.train" in chosen and values.get("data.validation") not in ("hash", "tail", "none"):
+            values["data.validation"] = "hash"  # a file that was held out of other data
+        for _, _, key, value in source:
+            where, name = f"{origin}: {key}", key.partition(".")[2]
+            if key not in fields:
+                raise UserError(f"{where}: unknown key; nearest is '{nearest(name, field_types(sections[key.partition('.')[0]]))}'")
+            standard = PRESETS.get(values.get("model.preset"), {}).get(name) if key.startswith("model.") else None
+            if value == "null" and standard is not None and "None" in KNOBS[name].type:
+                raise UserError(f"{where}: null means the preset's value, {standard}; choose a preset without it")
+            values[key] = convert(value, kinds[key], where, fields[key].metadata["choices"])
+            origins[key] = origin
+    return values, origins
+
+
+def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], actions: dict[str, Action], shorts: dict[str, str]) -> tuple[dict, dict]:
+    """({"training.epochs": raw value}, {action: value}) of a command line; `-` and `_` are alike in the names of flags."""
+    names = {**{key: key for key in kinds}, **{f"{own}.{key}": f"{own}.{key}" for key in kinds if key.partition(".")[0] in blocks},
+             **{short: key for short, key in shorts.items() if key in kinds},
+             **{key.partition(".")[2]: key for key in kinds if key.startswith(f"{own}.") and key.partition(".")[2] not in blocks}}
+    for block in blocks:  # its keys are set one by one
+        del names[f"{own}.{block}"]
+    values, chosen, i = {}, {name: None if action.convert else False for name, action in actions.items()} | {"config": []}, 0
     while i < len(argv):
-        word, i = argv[i], i + 1
+        word, i = "--help" if argv[i] == "-h" else argv[i], i + 1
         if not word.startswith("--"):
             raise UserError(f"'{word}': unexpected argument; flags look like --section.key value (see --help)")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        if name in actions and actions[name].convert is None:
+        action, key = actions.get(name), names.get(name)
+        if action and action.convert is None:
             chosen[name] = True
             continue
-        known = name in ("config", *actions)
-        section, key, kind = (None, None, str) if known else _find_key(name, sections, own, shorts)
+        if not action and not key:
+            section = shorts.get(name, name).partition(".")[0]
+            other = section in SECTIONS and not any(known.startswith(f"{section}.") for known in kinds)
+            raise UserError(f"--{name}: " + (f"'{section}' is a section of another script" if other else f"unknown flag; nearest is --{nearest(name, names)}"))
+        kind = str if action else kinds.get(key) or kinds[key.removeprefix(f"{own}.")]
         if not equals:
-            alone = i == len(argv) or argv[i].startswith("--")
-            if kind is bool and alone:
-                value = "true"
-            elif alone and name in actions and actions[name].bare is not None:
-                value = actions[name].bare
-            elif i == len(argv) or (alone and not known):
+            if i < len(argv) and (not argv[i].startswith("--") or action and action.bare is None):  # any text may follow --prompt
+                value, i = argv[i], i + 1
+            elif kind is bool or action and action.bare is not None:
+                value = "true" if kind is bool else action.bare
+            else:
                 hint = "" if i == len(argv) else f"; a value that begins with -- is given as --{name}=VALUE"
                 raise UserError(f"--{name}: a value is missing{hint}")
-            else:
-                value, i = argv[i], i + 1
-        listed = kind is list or (isinstance(kind, types.UnionType) and list in typing.get_args(kind))
-        if listed and not value.startswith("[") and value != "null":  # --data a.txt b.jsonl
-            value = [value]
-            while i < len(argv) and not argv[i].startswith("--"):
-                value.append(argv[i])
-                i += 1
+        listed = "list" in str(kind)
+        following = list(itertools.takewhile(lambda word: not word.startswith("--"), argv[i:])) if listed else []
+        value, i = [value, *following] if following else value, i + len(following)  # --data a.txt b.jsonl
         if name == "config":
-            path = Path(value)
-            if not path.exists():
+            if not Path(value).exists():
                 raise UserError(f"--config: file not found: '{value}'")
-        elif known:
-            chosen[name] = actions[name].convert(value)
+            chosen["config"].append(Path(value))
+        elif chosen.get(name) is not None or key in values and not listed:
+            raise UserError(f"--{name}: stands twice, and takes one value")
+        elif action:
+            chosen[name] = action.convert(value)
         else:
-            *inner, key = key.split(".")
-            target = flags[section]
-            for part in inner:
-                target = target.setdefault(part, {})
-            target[key] = value
-    if path is None and (Path(sys.argv[0]).resolve().parent / "config.yaml").exists():
-        path = Path(sys.argv[0]).resolve().parent / "config.yaml"
-    return path, flags, chosen
+            values[key] = [item for part in (values[key], value) for item in convert(part, kind, f"--{name}")] if key in values else value
+    return values, chosen
 
 
-def _find_key(name: str, sections: dict[str, type], own: str, shorts: dict[str, str]) -> tuple[str, str, type]:
-    """The section and key of a flag: a key of the own section, a short flag, section.key, or own.section.key."""
-    own_types = field_types(sections[own])
-    if name in own_types and name not in SECTIONS:
-        return own, name, own_types[name]
-    name = shorts.get(name, name)
-    section, _, key = name.partition(".")
-    if section == own and key.partition(".")[0] in own_types and key.partition(".")[0] in sections:
-        block, _, inner = key.partition(".")
-        if inner in field_types(sections[block]):
-            return own, key, field_types(sections[block])[inner]
-    if section in sections and key in field_types(sections[section]):
-        return section, key, field_types(sections[section])[key]
-    if section in SECTIONS and section not in sections:
-        raise UserError(f"--{name}: '{section}' is a section of another script")
-    words = [*own_types, *shorts, *(f"{s}.{k}" for s, kind in sections.items() for k in field_types(kind))]
-    raise UserError(f"--{name}: unknown flag; nearest is --{nearest(name, words)}")
-
-
-def _apply(values: dict, layer: Layer, sections: dict[str, type]) -> None:
-    """Apply the settings of one source; a model or horizon set here replaces the earlier one."""
-    given = {section: {k: v for k, v in keys.items() if v not in (None, "null")} for section, keys in layer.values.items()}
-    model, training = given.get("model", {}), given.get("training", {})
-    if {"name", "preset"} <= set(model):
-        raise UserError(f"{layer.origin}: model.name and model.preset are mutually exclusive; set one")
-    if {"name", "preset"} & set(model):
-        for key in values["model"]:
-            if key not in MODEL_SETTINGS:
-                values["model"][key] = None
-        if "name" in model and "tokenizer" in values:
-            values["tokenizer"] = {f.name: default_of(f) for f in dataclasses.fields(sections["tokenizer"])}
-    data = values.get("data", {})
-    if "train" in given.get("data", {}) and data.get("validation") not in ("hash", "tail", "none"):
-        data["validation"] = "hash"  # a file that was held out of other data
-    horizons = [key for key in HORIZON if key in training]
-    if len(horizons) > 1:
-        raise UserError(f"{layer.origin}: training.{' and training.'.join(horizons)} are mutually exclusive; set one")
-    if horizons:
-        values["training"].update(dict.fromkeys(HORIZON))
-    for section, keys in layer.values.items():
-        for key, value in keys.items():
-            where = f"{layer.origin}: {section}.{key}"
-            optional = section == "model" and key in KNOBS and "None" in KNOBS[key].type
-            if optional and value == "null" and PRESETS.get(values["model"]["preset"], {}).get(key) is not None:
-                raise UserError(f"{where}: null means the preset's value, {PRESETS[values['model']['preset']][key]}; choose "
-                                "a preset without it")
-            hints = field_types(sections[section])
-            if key not in hints:
-                raise UserError(f"{where}: unknown key; nearest is '{nearest(str(key), hints)}'")
-            choices = sections[section].__dataclass_fields__[key].metadata["choices"]
-            values[section][key] = convert(value, hints[key], where, choices)
-
-
-def help_text(doc: str, sections: dict[str, type], own: str, actions: dict[str, Action], shorts: dict[str, str]) -> str:
-    lines = [doc.strip(), "", "flags", f"  {'--config FILE':34} settings; config.yaml beside the script unless given"]
-    for name, action in actions.items():
-        value = "" if action.convert is None else " VALUE"
-        lines.append(f"  --{name.replace('_', '-') + value:32} {action.comment}")
-    own_keys = field_types(sections[own])
-    usable = [flag for flag,
-              key in shorts.items() if key.split(".")[0] in sections and (flag not in own_keys or flag in SECTIONS)]
-    lines.append("  " + " ".join(f"--{flag.replace('_', '-')}" for flag in usable) + "   short for "
-                 + " ".join(shorts[flag] for flag in usable))
-    for name, kind in sections.items():
-        lines += ["", f"--{name}.KEY VALUE" + (", or --KEY VALUE" if name == own else "")]
-        for f in dataclasses.fields(kind):
-            shown = json.dumps(default_of(f)) if default_of(f) is not None else "null"
-            choices = f" ({' | '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else ""
-            lines.append(f"  {f.name:26} {shown:>16}  {f.metadata['comment']}{choices}")
+def help_page(topic: str, doc: str, sections: dict[str, type], own: str, actions: dict[str, Action], shorts: dict[str, str],
+              values: dict) -> str:
+    """What a script will use, as defaults and config.yaml say it: the knobs that people change, or all of one section."""
+    if topic and topic not in sections:
+        raise UserError(f"--help {topic}: " + (f"'{topic}' is a section of another script" if topic in SECTIONS else
+                                               f"no section of that name; there are {', '.join(sections)}"))
+    flags = {shorts[name]: name for name in reversed(shorts)}
+    lines, hidden = [] if topic else [doc.strip()], []
+    for name in [topic] if topic else [own, *(name for name in sections if name != own)]:
+        fields = dataclasses.fields(sections[name])
+        section = SimpleNamespace(**{f.name: values[f"{name}.{f.name}"] for f in fields})
+        shown = [f for f in fields if topic or f.metadata["often"] and (name == own or f"{name}.{f.name}" in flags) and not not_used(section, f)]
+        hidden += [f"--help {name}"] * (len(shown) < len(fields))
+        lines += ["", f"{name}:"] * bool(shown)
+        for f in shown:
+            flag = flags.get(f"{name}.{f.name}", f.name if name == own else f"{name}.{f.name}").replace("_", "-")
+            value = json.dumps(getattr(section, f.name), ensure_ascii=False).strip('"')
+            comment = f.metadata["comment"] if topic else f.metadata["comment"].partition(";")[0]
+            words = f" ({' | '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else ""
+            lines.append(f"  {f.name:22} {value:>14}  {comment}{words} [--{flag}]")
+    if not topic:
+        lines += ["", f"All others, as --section.key VALUE: {', '.join(hidden)}", ""]
+        lines += [f"  {'--' + name.replace('_', '-') + ({Path: ' FILE', None: ''}.get(action.convert, ' VALUE')):20} {action.comment}" for name, action in actions.items()]
     return "\n".join(lines)
 
 
-def config_text(config: SimpleNamespace) -> str:
+def config_text(config: SimpleNamespace, comments: bool = False) -> str:
     """The resolved settings as YAML, from which the run can be repeated; without stage blocks, which have been merged into the
-    shared sections, and without unset architecture settings."""
+    shared sections, and without unset architecture settings (all of them with `comments`)."""
     import yaml
 
-    sections = {name: {k: v for k, v in dataclasses.asdict(value).items() if not (k in SECTIONS and isinstance(v, dict))}
-                for name, value in vars(config).items() if name in SECTIONS}
-    sections["model"] = {k: v for k, v in sections["model"].items() if v is not None}
-    return yaml.safe_dump(sections, sort_keys=False, width=120)
+    lines = []
+    for name, section in vars(config).items():
+        if name in SECTIONS:
+            lines.append(f"{name}:")
+            for f in dataclasses.fields(section):
+                value = getattr(section, f.name)
+                if f.name in SECTIONS and isinstance(value, dict) or name == "model" and value is None and not comments:
+                    continue
+                text = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True).strip()[1:-1]
+                text = json.dumps(value) if "\n" in text else text
+                lines.append(f"  {f.name + ': ' + text:44} # {f.metadata['comment']}" if comments else f"  {f.name}: {text}")
+    return "\n".join(lines) + "\n"
+
+
+def settings(config: SimpleNamespace) -> dict:
+    """{"training.epochs": value} of all sections as they are now."""
+    return {f"{name}.{f.name}": getattr(section, f.name) for name, section in vars(config).items() if name in SECTIONS for f in dataclasses.fields(section)}
+
+
+def changes(config: SimpleNamespace) -> list[str]:
+    """Two lines for the start of a run: the settings that differ from the defaults, and what was chosen where they left it open."""
+    now = settings(config)
+    told = {"set": [key for key in now if config.given[key] != config.defaults[key] and key != "output.dir"],
+            "chosen": [key for key in now if now[key] != config.given[key]]}
+    return [f"{word}: {', '.join(f'{key} {json.dumps(now[key], default=str, ensure_ascii=False)}' for key in keys)}" for word, keys in told.items() if keys]
 
 
 def overrides(section) -> dict:
@@ -3259,7 +3340,9 @@ def run_main(main: Callable, argv: list[str] | None = None) -> None:
         main(argv)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        key = re.match(r"\w+\.\w+(?=:)", str(error))
+        origin = f" ({ORIGINS[key[0]]})" if key and key[0] in ORIGINS else ""
+        print(f"error: {error}{origin}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except BrokenPipeError:  # the reader went away (| head): nobody is left to write to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -3269,7 +3352,7 @@ def run_main(main: Callable, argv: list[str] | None = None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     actions = {"list": Action("show families and sizes")}
-    config = load_config(argv, {"model": ModelSection, "output": OutputSection}, "model", actions, __doc__)
+    config = load_config(argv, {"model": ModelSection}, "model", actions, __doc__)
     if config.actions.list:
         print(preset_table())
     elif config.model.name:

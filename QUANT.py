@@ -27,8 +27,8 @@ from MODEL import UserError, knob, load_config, run_main, say
 
 @dataclass
 class QuantizationSection:
-    method: str = knob("nf4", "form of the layers' matrices; none leaves them as they are", MODEL.QUANTIZATIONS)
-    group_size: int = knob(64, "nf4: weights that share a scale", (32, 64, 128, 256, 512, 1024))
+    method: str = knob("nf4", "nf4 (4 bits), int8 (8 bits) or none; none leaves them as they are", MODEL.QUANTIZATIONS, often=True)
+    group_size: int = knob(64, "weights that share a scale", (32, 64, 128, 256, 512, 1024), often=True)
 
 
 def bitsandbytes():

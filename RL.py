@@ -12,6 +12,7 @@ stream and one loss, reward functions, rollouts as another stream and loss, and 
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import copy
@@ -41,7 +42,7 @@ import MODEL
 import SFT
 import TOKENIZER
 import TRAIN
-from MODEL import UserError, knob, load_config, run_main, say
+from MODEL import UserError, check, knob, load_config, run_main, say
 
 # ---------------------------------------------------------------------------------------------------- settings
 
@@ -59,44 +60,44 @@ def shipped_data(method: str) -> str:
 
 @dataclass
 class RLSection:
-    method: str = knob("dpo", "what is learnt from: pairs (reward to kto), or a reward on the model's own texts", (*OFFLINE, *ON_POLICY))
-    beta: float | None = knob(None, "pull towards the reference; null is 0.1 for dpo, kto and orpo (there the weight of the odds), 0.5 for loss_type ipo, 2 for simpo (there a scale), 0.05 for ppo and rloo, 0.04 for grpo; 0 does without a reference")
-    loss_type: str = knob("auto", "dpo: sigmoid, hinge, ipo, robust; grpo: dapo (a mean over tokens), grpo (over texts), dr_grpo (by a constant); auto is the first")
-    label_smoothing: float = knob(0.0, "dpo: share of pairs that are taken to be the wrong way round; robust needs it")
-    rpo_alpha: float | None = knob(None, "weight of the chosen text's negative log-likelihood (Pang 2024); null: 1")
-    simpo_gamma: float = knob(0.5, "simpo: margin by which the better text should be ahead")
-    desirable_weight: float = knob(1.0, "kto: how much wanted texts count")
-    undesirable_weight: float = knob(1.0, "kto: how much unwanted texts count")
-    center_rewards_coefficient: float = knob(0.01, "reward: pull of a pair's two rewards towards a sum of zero")
-    columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, chosen: another}")
-    system: str | None = knob(None, "system message of prompts that have none")
-    ref_model: str | None = knob(None, "folder of the reference; null is the model as it starts")
-    reward_funcs: list = knob(["exact_answer"], "what judges: exact_answer, number_after:####, format:REGEX, regex:REGEX, length:60, file.py:function, the folder of a reward model; several are added up")
-    reward_weights: list | None = knob(None, "one factor for each of them; null is 1")
-    rollout_size: int = knob(256, "texts of one rollout, over all prompts and processes; whole optimizer steps")
-    num_generations: int | None = knob(None, "texts for each prompt; null is 8, and 1 for ppo")
-    max_completion_length: int = knob(64, "tokens of a text at most")
-    temperature: float = knob(1.0, "of sampling, and of the probabilities that are learnt")
-    top_k: int = knob(0, "sampling: only the k likeliest tokens; 0 is off")
-    top_p: float = knob(1.0, "sampling: only the likeliest tokens that hold this probability together")
-    rollout_batch_size: int = knob(256, "texts generated together on one device")
-    num_iterations: int | None = knob(None, "passes over each rollout; null is 1, and 2 for ppo")
-    epsilon: float = knob(0.2, "a probability may move by this share within a rollout before its gradient is cut")
-    epsilon_high: float | None = knob(None, "another limit upwards (clip-higher); null is the same")
-    scale_rewards: str = knob("group", "grpo: advantages in units of the rewards' deviation in the group, in the batch, or as they are", ("group", "batch", "none"))
-    mask_truncated_completions: bool = knob(False, "texts that were cut off at max_completion_length are not learnt")
-    entropy_coef: float = knob(0.0, "reward for an undecided distribution, which keeps exploring")
-    missing_eos_penalty: float = knob(0.0, "subtracted from the score of a text that was cut off")
-    gamma: float = knob(1.0, "ppo: worth of a reward one token later")
-    lam: float = knob(0.95, "ppo: how far advantages look ahead (lambda of GAE)")
-    cliprange_value: float = knob(0.2, "ppo: the critic may move this far within a rollout before its gradient is cut")
-    vf_coef: float = knob(0.1, "ppo: weight of the critic's loss")
-    kl_target: float | None = knob(None, "ppo: beta follows so that the KL of a text stays near this (nats); null is a fixed beta")
-    kl_horizon: int = knob(10000, "ppo: texts over which that beta adapts")
-    kept: str | None = knob("auto", "file of questions that measures forgetting; auto: the shipped one, with shipped data")
-    eval_prompts: int = knob(1000, "held-out prompts answered (greedily) in a validation of ppo, grpo and rloo; 0 is off")
+    method: str = knob("dpo", "reward, dpo, orpo, simpo, kto, ppo, grpo or rloo", (*OFFLINE, *ON_POLICY), often=True)
+    beta: float | None = knob(None, "pull towards the reference; null is 0.1 for dpo, kto and orpo (there the weight of the odds), 0.5 for loss_type ipo, 2 for simpo (there a scale), 0.05 for ppo and rloo, 0.04 for grpo; 0 does without a reference", low=0, only=("method", *(name for name in BETA if name != "ipo")), often=True)
+    loss_type: str = knob("auto", "dpo: sigmoid, hinge, ipo or robust; grpo: dapo, grpo or dr_grpo; means over all tokens, over texts, by a constant; auto is the first", often=True)
+    label_smoothing: float = knob(0.0, "dpo: share of pairs that are taken to be the wrong way round; robust needs it", low=0, below=0.5, only=("method", "dpo"), often=True)
+    rpo_alpha: float | None = knob(None, "weight of the chosen text's negative log-likelihood (Pang 2024); null: 1", low=0, only=("method", "dpo", "orpo", "simpo"), often=True)
+    simpo_gamma: float = knob(0.5, "simpo: margin by which the better text should be ahead", only=("method", "simpo"), often=True)
+    desirable_weight: float = knob(1.0, "kto: how much wanted texts count", low=0, only=("method", "kto"), often=True)
+    undesirable_weight: float = knob(1.0, "kto: how much unwanted texts count", low=0, only=("method", "kto"), often=True)
+    center_rewards_coefficient: float = knob(0.01, "reward: pull of a pair's two rewards towards a sum of zero", low=0, only=("method", "reward"), often=True)
+    columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, chosen: another}", often=True)
+    system: str | None = knob(None, "system message of prompts that have none", often=True)
+    ref_model: str | None = knob(None, "folder of the reference; null is the model as it starts", only=("method", "dpo", "kto", *ON_POLICY), often=True)
+    reward_funcs: list[str] = knob(["exact_answer"], "ppo, grpo, rloo: who judges; also length:60, regex:..., judge.py:function, out/reward; in full: exact_answer, number_after:####, format:REGEX, regex:REGEX, length:60, file.py:function, the folder of a reward model; several are added up", only=("method", *ON_POLICY), often=True)
+    reward_weights: list[float] | None = knob(None, "one factor for each of them; null is 1", only=("method", *ON_POLICY))
+    rollout_size: int = knob(256, "ppo, grpo, rloo: texts written, judged and then learnt from; over all prompts and processes, whole optimizer steps", low=1, only=("method", *ON_POLICY), often=True)
+    num_generations: int | None = knob(None, "texts for each prompt; null is 8, and 1 for ppo", low=1, only=("method", *ON_POLICY), often=True)
+    max_completion_length: int = knob(64, "ppo, grpo, rloo: tokens of such a text", low=1, only=("method", *ON_POLICY), often=True)
+    temperature: float = knob(1.0, "ppo, grpo, rloo: how freely it is written", low=1e-3, only=("method", *ON_POLICY), often=True)
+    top_k: int = knob(0, "sampling: only the k likeliest tokens; 0 is off", low=0, only=("method", *ON_POLICY))
+    top_p: float = knob(1.0, "sampling: only the likeliest tokens that hold this probability together", above=0, high=1, only=("method", *ON_POLICY))
+    rollout_batch_size: int = knob(256, "texts generated together on one device", low=1, only=("method", *ON_POLICY), often=True)
+    num_iterations: int = knob(1, "passes over each rollout", low=1, only=("method", *ON_POLICY), often=True)
+    epsilon: float = knob(0.2, "ppo, grpo, rloo: how far one rollout may move a probability", low=0, only=("method", *ON_POLICY), often=True)
+    epsilon_high: float | None = knob(None, "another limit upwards (clip-higher); null is the same", low=0, only=("method", *ON_POLICY))
+    scale_rewards: str = knob("group", "grpo: advantages in units of the rewards' deviation in the group, in the batch, or as they are", ("group", "batch", "none"), only=("method", "grpo"), often=True)
+    mask_truncated_completions: bool = knob(False, "texts that were cut off at max_completion_length are not learnt", only=("method", *ON_POLICY))
+    entropy_coef: float = knob(0.0, "reward for an undecided distribution, which keeps exploring", only=("method", *ON_POLICY))
+    missing_eos_penalty: float = knob(0.0, "subtracted from the score of a text that was cut off", low=0, only=("method", *ON_POLICY))
+    gamma: float = knob(1.0, "ppo: worth of a reward one token later", low=0, high=1, only=("method", "ppo"))
+    lam: float = knob(1.0, "ppo: 1 trusts the rewards alone, less the critic as well (GAE)", low=0, high=1, only=("method", "ppo"), often=True)
+    cliprange_value: float = knob(0.2, "ppo: the critic may move this far within a rollout before its gradient is cut", low=0, only=("method", "ppo"))
+    vf_coef: float = knob(0.1, "ppo: weight of the critic's loss", low=0, only=("method", "ppo"), often=True)
+    kl_target: float | None = knob(None, "ppo: beta follows so that the KL of a text stays near this (nats); null is a fixed beta", above=0, only=("method", "ppo"))
+    kl_horizon: int = knob(10000, "ppo: texts over which that beta adapts", low=1, only=("method", "ppo"))
+    kept: str | None = knob("auto", "file of questions that measures forgetting; auto: the shipped one, with shipped data", only=("method", "dpo", "kto", "orpo", "simpo", *ON_POLICY), often=True)
+    eval_prompts: int = knob(1000, "held-out prompts answered (greedily) in a validation of ppo, grpo and rloo; 0 is off", low=0, only=("method", *ON_POLICY), often=True)
     model: dict = knob({"name": "./out/sft"}, "stage block over `model`")
-    data: dict = knob({"train": ["auto"]}, "stage block over `data`; auto is data/prompts.jsonl for ppo, grpo and rloo, data/preferences.jsonl for the others, each with its ..._test.jsonl")
+    data: dict = knob({"train": ["auto"]}, "data/preferences.jsonl, for ppo, grpo and rloo data/prompts.jsonl; each with its ..._test.jsonl")
     training: dict = knob({"max_steps": 100, "batch_size": 64}, "stage block over `training`")
     lora: dict = knob({}, "stage block over `lora`")
     output: dict = knob({"dir": "./out/rl"}, "stage block over `output`")
@@ -105,64 +106,37 @@ class RLSection:
         """Put in what null and auto mean to the method."""
         self.loss_type = LOSS_TYPES.get(self.method, ("auto",))[0] if self.loss_type == "auto" else self.loss_type
         self.beta = BETA.get("ipo" if self.loss_type == "ipo" else self.method) if self.beta is None else self.beta
-        if self.rpo_alpha is None and self.method in OWNERS["rpo_alpha"]:
+        if self.rpo_alpha is None and self.method in ("dpo", "orpo", "simpo"):
             self.rpo_alpha = 1.0
         if self.method in ON_POLICY:
-            usual = (1, 2) if self.method == "ppo" else (8, 1)
-            self.num_generations = usual[0] if self.num_generations is None else self.num_generations
-            self.num_iterations = usual[1] if self.num_iterations is None else self.num_iterations
+            self.num_generations = self.num_generations or (1 if self.method == "ppo" else 8)
         return self
 
     def __post_init__(self):
-        if self.reward_weights is not None:  # a shell's are texts
-            self.reward_weights = [MODEL.convert(weight, float, "rl.reward_weights") for weight in self.reward_weights]
-        copy.copy(self).fill().check()
+        check(self, "rl")
+        copy.copy(self).fill().check_together()
 
-    def check(self) -> None:
-        for key, methods in OWNERS.items():
-            if self.method not in methods and getattr(self, key) != MODEL.default_of(self.__dataclass_fields__[key]):
-                raise UserError(f"rl.{key}: has no effect with rl.method {self.method} (only with {', '.join(methods)}); leave it out")
+    def check_together(self) -> None:
         known = LOSS_TYPES.get(self.method, ("auto",))
         if self.loss_type not in known:
             raise UserError(f"rl.loss_type: '{self.loss_type}' is none of {', '.join(known)}" if known[1:] else f"rl.loss_type: {self.method} has only one; leave it out")
         if self.method in ON_POLICY:
             if self.method != "ppo" and self.num_generations < 2:
                 raise UserError(f"rl.num_generations: {self.num_generations}, but {self.method} compares a prompt's texts with each other; at least 2")
-            if self.num_generations < 1 or self.rollout_size % self.num_generations:
+            if self.rollout_size % self.num_generations:
                 raise UserError(f"rl.rollout_size: {self.rollout_size} does not hold whole groups of rl.num_generations {self.num_generations}")
-            if not 0 < self.top_p <= 1:
-                raise UserError(f"rl.top_p: {self.top_p} must be above 0 and at most 1")
             if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
                 raise UserError(f"rl.reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} rl.reward_funcs; one for each is expected")
-        limits = {"beta": 0, "label_smoothing": 0, "rpo_alpha": 0,
-                  "desirable_weight": 0, "undesirable_weight": 0, "center_rewards_coefficient": 0, "temperature": 1e-3,
-                  "rollout_size": 1, "num_generations": 1, "num_iterations": 1, "max_completion_length": 1, "rollout_batch_size": 1, "epsilon": 0,
-                  "epsilon_high": 0, "missing_eos_penalty": 0, "top_k": 0, "cliprange_value": 0, "vf_coef": 0, "kl_target": 1e-9, "kl_horizon": 1, "gamma": 0, "lam": 0, "eval_prompts": 0}
-        for key, low in limits.items():
-            if getattr(self, key) is not None and not low <= getattr(self, key) < math.inf:
-                raise UserError(f"rl.{key}: {getattr(self, key)} must be {low:g} or above")
-        if max(self.gamma, self.lam) > 1:
-            raise UserError("rl.gamma and rl.lam: must not be above 1")
         if self.method in ("dpo", "kto", "simpo") and not self.beta:
             raise UserError(f"rl.beta: {self.method} needs one above 0")
-        if not self.label_smoothing < 0.5 or (self.loss_type == "robust" and not self.label_smoothing):
-            raise UserError(f"rl.label_smoothing: {self.label_smoothing} must be below 0.5, and above 0 for rl.loss_type robust")
+        if self.loss_type == "robust" and not self.label_smoothing:
+            raise UserError("rl.label_smoothing: must be above 0 for rl.loss_type robust")
         if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
             raise UserError(f"rl.label_smoothing: has no effect with rl.loss_type {self.loss_type}; leave it out")
         if self.kl_target and not self.beta:
             raise UserError("rl.kl_target: moves rl.beta, which has to start above 0")
         if self.ref_model and not self.beta:
             raise UserError("rl.ref_model: with rl.beta 0 no reference is asked; leave one of them out")
-
-
-OWNERS = {  # key -> the methods that it means something to
-    "beta": tuple(name for name in BETA if name != "ipo"), "label_smoothing": ("dpo",), "simpo_gamma": ("simpo",), "rpo_alpha": ("dpo", "orpo", "simpo"),
-    "kept": ("dpo", "kto", "orpo", "simpo", *ON_POLICY), "desirable_weight": ("kto",), "undesirable_weight": ("kto",),
-    "center_rewards_coefficient": ("reward",), "ref_model": ("dpo", "kto", *ON_POLICY), "scale_rewards": ("grpo",),
-    **dict.fromkeys(("gamma", "lam", "cliprange_value", "vf_coef", "kl_target", "kl_horizon"), ("ppo",)),
-    **dict.fromkeys(("reward_funcs", "reward_weights", "rollout_size", "num_generations", "max_completion_length", "temperature", "top_k", "top_p",
-                     "rollout_batch_size", "num_iterations", "epsilon", "epsilon_high", "mask_truncated_completions", "entropy_coef",
-                     "missing_eos_penalty", "eval_prompts"), ON_POLICY)}
 
 
 # ------------------------------------------------------------------------------------ losses of preference pairs
@@ -846,9 +820,7 @@ def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[[list[S
 
 def base_and_tokenizer(name: str, key: str) -> tuple:
     """(the model that an adapter's folder stands on, or None where it holds a whole one, its tokenizer)."""
-    folder = MODEL.resolve_folder(name, key)
-    if not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
-        raise UserError(f"{key}: {name} holds no model")
+    folder = MODEL.model_folder(name, key)
     base = MODEL.adapter_config(folder).base_model_name_or_path if (folder / "adapter_config.json").exists() else None
     return base, TOKENIZER.load(TOKENIZER.folder_of(name, base) if base else name)
 
@@ -923,6 +895,9 @@ class Judges:
             return custom_function(name, key)
         if Path(name).is_dir() or ("/" in name and ":" not in name):
             return reward_model(name, tokenizer, device, key)
+        if name.endswith(".py") and Path(name).is_file():
+            found = [node.name for node in ast.parse(Path(name).read_text()).body if isinstance(node, ast.FunctionDef)]
+            raise UserError(f"{key}: name a function of {name}: " + (", ".join(f"{name}:{function}" for function in found) or "it has none yet"))
         raise UserError(f"{key}: '{name}' is none of exact_answer, number_after:MARKER, format:REGEX, regex:REGEX, length:TOKENS, "
                         "file.py:function, or the folder of a reward model")
 
@@ -1519,8 +1494,6 @@ def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
     settings, training, name, adapter = config.rl.fill(), config.training, config.model.name, config.actions.adapter
     SFT.need_model(config)
-    if config.model.labels not in (None, ["reward"] if settings.method == "reward" else None) or config.model.num_labels:
-        raise UserError("model.labels: belong to SFT.py's sft.task classify; leave model.labels and model.num_labels out")
     for key in ("lora.lora_dropout", "model.attention_dropout", "model.resid_pdrop", "model.embd_pdrop"):
         if getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]):
             raise UserError(f"{key}: dropout is off here, as it would change the probabilities that are compared; leave it out")
@@ -1536,9 +1509,9 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     requested = training.learning_rate, training.optim
     head = {"reward": "score", "ppo": ("lm", "value")}.get(settings.method, "lm")
     if settings.method == "reward":
-        config.model.labels = ["reward"]
         SFT.pad_id(tokenizer)
-    model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r), head=head)
+    model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r), head=head,
+                                labels=["reward"] if settings.method == "reward" else None)
     if not model.config.causal:
         raise UserError(f"model.name: {name} is an encoder; rewards and preferences are learnt by causal models here")
     SFT.finish_model(config, model, *requested, share=0.1 if settings.method == "reward" else 1 / 30)
@@ -1637,10 +1610,9 @@ def main(argv: list[str] | None = None) -> TRAIN.Result:
         config.data.train = [shipped_data(config.rl.method)]
         held_out = config.data.train[0].replace(".jsonl", "_test.jsonl")
         config.data.validation = held_out if config.data.validation == "hash" else config.data.validation
-    model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
-    show = f'echo "..." | python INFER.py {model}'
+    show = 'echo "..." | python INFER.py MODEL'
     if config.rl.method == "reward":
-        show = f'python INFER.py {model} --jsonl < conversations.jsonl    # the reward of each {{{{"messages": [...]}}}}, or {{{{"text": ...}}}} without a chat template'
+        show = 'python INFER.py MODEL --jsonl < conversations.jsonl    # the reward of each {"messages": [...]}, or {"text": ...} without a chat template'
     return TRAIN.run_stage("rl", config, prepare, show)
 
 

@@ -30,28 +30,20 @@ import INFER
 import MODEL
 import TOKENIZER
 import TRAIN
-from MODEL import Action, UserError, knob, load_config, run_main, say
+from MODEL import Action, UserError, check, knob, load_config, run_main, say
 
 # ---------------------------------------------------------------------------------------------------- settings
 
 
 @dataclass
 class LoraSection:
-    r: int = knob(0, "rank of the adapters (Hu 2021); 0 trains all weights")
-    lora_alpha: float = knob(16.0, "an adapter counts alpha / r, or with use_rslora alpha / sqrt(r)")
-    lora_dropout: float = knob(0.0, "dropout on what goes into the adapters")
-    target_modules: list = knob(["all-linear"], "layers that get one: all-linear, or names such as [q_proj, v_proj]")
-    use_dora: bool = knob(False, "learn length and direction of each column apart (Liu 2024)")
+    r: int = knob(0, "rank of adapters, 8 to 64; 0 trains all weights (Hu 2021)", low=0, often=True)
+    lora_alpha: float = knob(16.0, "their strength: they count lora_alpha / r; with use_rslora lora_alpha / sqrt(r)", above=0, often=True)
+    lora_dropout: float = knob(0.0, "dropout on what goes into the adapters", low=0, below=1, often=True)
+    target_modules: list[str] = knob(["all-linear"], "the layers that get one, such as [q_proj, v_proj]; all-linear is all but heads (Dettmers 2023)", often=True)
+    use_dora: bool = knob(False, "learn length and direction of each column apart (Liu 2024)", often=True)
     use_rslora: bool = knob(False, "alpha / sqrt(r), so that high ranks learn as fast (Kalajdzievski 2023)")
-    loraplus_lr_ratio: float | None = knob(None, "B learns this many times faster than A (LoRA+, Hayou 2024); 16 is usual")
-
-    def __post_init__(self):
-        if self.r < 0:
-            raise UserError(f"lora.r: {self.r} must be 0 (off) or above")
-        if self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
-            raise UserError("lora.lora_alpha must be positive, lora.lora_dropout at least 0 and below 1")
-        if self.loraplus_lr_ratio is not None and self.loraplus_lr_ratio <= 0:
-            raise UserError(f"lora.loraplus_lr_ratio: {self.loraplus_lr_ratio} must be positive, or null for one rate")
+    loraplus_lr_ratio: float | None = knob(None, "B learns this many times faster than A (LoRA+, Hayou 2024); 16 is usual", above=0)
 
     def attach(self, model: MODEL.LanguageModel, base: str, tokens: list[int], seed: int) -> None:
         options = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")}
@@ -60,16 +52,16 @@ class LoraSection:
 
 @dataclass
 class SFTSection:
-    task: str = knob("chat", "conversations, or a label for each text", ("chat", "classify"))
-    columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, completion: another}")
-    system: str | None = knob(None, "system message of conversations that have none")
-    train_on_prompt: bool = knob(False, "learn what the user says as well")
-    last_turn_only: bool = knob(False, "learn the last answer of a conversation only")
-    too_long: str = knob("cut", "what happens to conversations beyond max_length", ("cut", "drop"))
-    neftune_noise_alpha: float = knob(0.0, "noise on the embeddings while training (Jain 2023); 5 is usual, 0 is off")
-    eval_answers: int = knob(1000, "held-out questions with a known answer that are answered in a validation; 0 is off")
-    answer_tokens: int = knob(64, "length of those answers")
-    class_weights: str | dict = knob("none", "classify: none, balanced (rare labels count more), or {label: weight}")
+    task: str = knob("chat", "learn to answer (chat), or to label texts (classify)", ("chat", "classify"), often=True)
+    columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, completion: another}", often=True)
+    system: str | None = knob(None, "system message of conversations that have none", only=("task", "chat"), often=True)
+    train_on_prompt: bool = knob(False, "learn the user's words as well", only=("task", "chat"), often=True)
+    last_turn_only: bool = knob(False, "learn the last answer of a conversation only", only=("task", "chat"))
+    too_long: str = knob("cut", "what happens to conversations beyond max_length", ("cut", "drop"), often=True)
+    neftune_noise_alpha: float = knob(0.0, "noise on the embeddings while training (Jain 2023); 5 is usual, 0 is off", low=0, high=1000)
+    eval_answers: int = knob(1000, "held-out questions answered in each validation; 0 is off", low=0, often=True)
+    answer_tokens: int = knob(64, "length of those answers", low=1)
+    class_weights: str | dict = knob("none", "classify: none, balanced (rare labels count more), or {label: weight}", only=("task", "classify"), often=True)
     model: dict = knob({"name": "./out"}, "stage block over `model`")
     data: dict = knob({"train": ["data/chat.jsonl"], "validation": "data/chat_test.jsonl"}, "stage block over `data`")
     training: dict = knob({"epochs": 5, "batch_size": 8, "eval_steps": 300}, "stage block over `training`")
@@ -78,17 +70,11 @@ class SFTSection:
     section = "sft"  # whose settings errors name; DISTILL.py reads conversations under its own
 
     def __post_init__(self):
+        check(self, "sft")
         if self.train_on_prompt and self.last_turn_only:
             raise UserError("sft.train_on_prompt and sft.last_turn_only are mutually exclusive; set one")
-        if self.neftune_noise_alpha < 0:
-            raise UserError(f"sft.neftune_noise_alpha: {self.neftune_noise_alpha} must not be negative")
-        if isinstance(self.class_weights, str) and self.class_weights.startswith("{"):  # from a shell
-            self.class_weights = MODEL.convert(self.class_weights, dict, "sft.class_weights")
         if isinstance(self.class_weights, str) and self.class_weights not in ("none", "balanced"):
             raise UserError(f"sft.class_weights: '{self.class_weights}' is none of none, balanced, {{label: weight}}")
-        for key in ("class_weights",) if self.task == "chat" else ("system", "train_on_prompt", "last_turn_only"):
-            if getattr(self, key) != self.__dataclass_fields__[key].default:
-                raise UserError(f"sft.{key}: has no effect with sft.task {self.task}; leave it out")
 
 
 # ---------------------------------------------------------------------------------------------------- adapters
@@ -484,11 +470,8 @@ def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRA
     known = MODEL.folder_labels(MODEL.resolve_folder(adapter or name))
     check_new_head(config)
     train, kept, labels = read_labelled(config, tokenizer, known)
-    if config.model.num_labels is not None or config.model.labels not in (None, labels):
-        raise UserError(f"model.labels: those of the data are {', '.join(labels)}; leave model.labels and model.num_labels out")
-    config.model.labels = labels
     requested = config.training.learning_rate, config.training.optim
-    model = TRAIN.prepare_model(config, tokenizer, adapter=bool(adapter or config.lora.r), head="score")
+    model = TRAIN.prepare_model(config, tokenizer, adapter=bool(adapter or config.lora.r), head="score", labels=labels)
     model.config.pad_token_id = tokenizer.pad_token_id
     finish_model(config, model, *requested, config.sft.neftune_noise_alpha)
     stream, batches = in_batches(config, train, kept)
@@ -556,9 +539,7 @@ def finish_model(config, model, rate: float | None, optim: str, noise: float = 0
 def need_model(config) -> None:
     if not config.model.name:
         raise UserError("model.preset: fine-tuning starts from a trained model; name one with --model, or make one with TRAIN.py")
-    if config.training.objective == "mlm":
-        raise UserError("training.objective: mlm belongs to pretraining; leave it out")
-    folder = MODEL.resolve_folder(config.model.name)
+    folder = MODEL.model_folder(config.model.name)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise UserError(f"model.name: {folder} holds an adapter; name its base with --model, the adapter with --adapter {folder}")
 
@@ -566,8 +547,6 @@ def need_model(config) -> None:
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
     adapter = config.actions.adapter
     need_model(config)
-    if config.sft.task == "chat" and (config.model.labels or config.model.num_labels):
-        raise UserError("model.labels: belong to sft.task classify; leave model.labels and model.num_labels out")
     if config.sft.task == "classify":
         return prepare_labels(config, checkpoint, device)
     tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, config.model.name))
@@ -751,9 +730,8 @@ def main(argv: list[str] | None = None) -> TRAIN.Result | None:
         raise UserError(f"{names}: train nothing and stand alone; leave out the other actions")
     if actions:
         return {"convert": convert, "merge": merge, "dry_run": dry_run}[actions[0]](config)
-    model = f"--model {config.model.name} --adapter {{out}}" if config.lora.r or config.actions.adapter else "--model {out}"
-    show = {"chat": f'echo "..." | python INFER.py {model}',
-            "classify": f"python INFER.py {model} < lines.txt    # a label and its probability for each line"}
+    show = {"chat": 'echo "..." | python INFER.py MODEL',
+            "classify": "python INFER.py MODEL < lines.txt    # a label and its probability for each line"}
     return TRAIN.run_stage("sft", config, prepare, show[config.sft.task])
 
 

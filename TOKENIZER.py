@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 import MODEL
-from MODEL import ModelSection, UserError, first_line, knob, load_config, read_json, resolve_folder, run_main, say, staged, sync
+from MODEL import ModelSection, UserError, check, first_line, knob, load_config, read_json, resolve_folder, run_main, say, staged, sync
 
 # ---------------------------------------------------------------------------------------------------- settings
 
@@ -48,38 +48,34 @@ KINDS = ("bpe", "char", "byte")
 @dataclass
 class TokenizerSection:
     name: str | None = knob(None, "tokenizer to use: folder or hub name; null is the model's own, or one trained here")
-    kind: str = knob("bpe", "kind of a trained tokenizer: byte-level BPE, characters or bytes", KINDS)
-    vocab_size: int = knob(MODEL.TRAINED_VOCABULARY, "vocabulary size of a trained tokenizer, special tokens included")
+    kind: str = knob("bpe", "kind of tokenizer to train: byte-level BPE, characters (char) or bytes (byte)", KINDS, often=True)
+    vocab_size: int = knob(MODEL.TRAINED_VOCABULARY, "its number of tokens", low=1, often=True)
 
 
 @dataclass
 class DataSection:
-    train: list | str = knob(["data/train.txt", "data/train.jsonl"],
-                             "files, folders, globs (txt jsonl json csv tsv parquet, .gz), hub datasets or one .bin")
-    validation: str = knob("hash", "held-out set: hash (of each document or prompt), tail, none, or a file of its own")
-    validation_fraction: float = knob(0.05, "fraction of the documents (hash, tail) that is held out")
-    text_unit: str = knob("line", "what one document of a .txt is", ("line", "file", "blank_line"))
+    train: list[str] = knob(["data/train.txt", "data/train.jsonl"],
+                             "files, folders, globs (txt jsonl json csv tsv parquet, .gz), hub datasets or one .bin", often=True)
+    validation: str = knob("hash", "what is held out: hash (some of all documents or prompts), tail (the last), none, or a file", often=True)
+    validation_fraction: float = knob(0.05, "fraction of the documents (hash, tail) that is held out", above=0, below=1)
+    text_unit: str = knob("line", "one document of a .txt: line, file or blank_line", ("line", "file", "blank_line"), often=True)
     text_field: str = knob("text", "column or key that holds the text in jsonl, json, csv, tsv and parquet")
-    weights: list | None = knob(None, "share of the batches for each path of data.train; null takes each token once")
-    packing: bool = knob(True, "join documents into full rows (they do not attend to each other); false pads one per row")
+    weights: list[float] | None = knob(None, "share of the batches for each path of data.train; null takes each token once", above=0)
+    packing: bool = knob(True, "several documents share a row, without seeing each other; false pads one per row", often=True)
     streaming: bool = knob(False, "tokenize while training instead of writing .bin files first")
     normalize: str = knob("NFC", "Unicode normalization", ("NFC", "NFKC", "none"))
     remove_control: bool = knob(True, "drop control characters other than newline and tab")
     deduplicate: bool = knob(True, "drop exact duplicates (never single lines of a .txt)")
-    min_chars: int = knob(1, "shorter documents are dropped")
+    min_chars: int = knob(1, "shorter documents are dropped", low=0)
     dir: str = knob("data", "folder of the trained tokenizer and the .bin files")
 
     def __post_init__(self):
+        check(self, "data")
         self.train = [self.train] if isinstance(self.train, str) else [str(path) for path in self.train]
         if not self.train:
             raise UserError("data.train: no file is named")
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(f"data.validation_fraction: {self.validation_fraction} must lie between 0 and 1")
-        if self.weights is not None:
-            if len(self.weights) != len(self.train):
-                raise UserError(f"data.weights: {len(self.weights)} weights for {len(self.train)} paths of data.train")
-            if not all(isinstance(w, (int, float)) and w > 0 for w in self.weights):
-                raise UserError(f"data.weights: {self.weights} must all be positive numbers")
+        if self.weights is not None and len(self.weights) != len(self.train):
+            raise UserError(f"data.weights: {len(self.weights)} weights for {len(self.train)} paths of data.train")
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -1432,7 +1428,9 @@ def text_of(record, field: str, where: str) -> str:
         raise UserError(f"{where}: an object with '{field}' is expected, not {type(record).__name__}")
     if field not in record:
         keys = ", ".join(map(str, list(record)[:6])) or "none"
-        raise UserError(f"{where}: no key '{field}' (keys: {keys}); set data.text_field")
+        talks = {"messages", "conversations", "prompt", "instruction", "chosen"} & set(record)
+        hint = "conversations are for SFT.py, or for a teacher with a chat template (DISTILL.py)" if talks else "set data.text_field"
+        raise UserError(f"{where}: no key '{field}' (keys: {keys}); {hint}")
     if not isinstance(record[field], str):
         raise UserError(f"{where}: '{field}' is {type(record[field]).__name__}, text is expected")
     return checked(record[field], f"{where}: '{field}'")
@@ -1453,7 +1451,7 @@ def read_records(path: Path, field: str | None = None) -> Iterator[tuple[str, di
     """(file:line, record) of a file of records; of a parquet file only one column is read where `field` names it."""
     suffix = suffix_of(path)
     if suffix not in RECORDS:
-        raise UserError(f"{path}: records are expected ({', '.join(RECORDS[:-1])})")
+        raise UserError(f"{path}: records are expected ({', '.join(RECORDS[:-1])}); plain text is for TRAIN.py")
     with Reading(path) as at:
         if suffix in LIBRARIES:
             for row, record in enumerate(read_parquet(path, field) if suffix == ".parquet" else read_hub(path), 1):

@@ -35,62 +35,54 @@ from torch import Tensor, nn
 import INFER
 import MODEL
 import TOKENIZER
-from MODEL import Action, OutputSection, UserError, gathered, knob, load_config, run_main, say
+from MODEL import Action, OutputSection, UserError, check, gathered, knob, load_config, run_main, say
 
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 
 @dataclass
 class TrainingSection:
-    epochs: float | None = knob(2.5, "passes over the data; one of epochs, max_steps and max_minutes is the horizon")
-    max_steps: int | None = knob(None, "optimizer steps")
-    max_minutes: float | None = knob(None, "wall-clock time; the schedule follows the clock")
-    batch_size: int = knob(16, "rows of one forward pass on one device")
-    grad_accum: int = knob(1, "forward passes that are added up to one optimizer step")
-    max_length: int = knob(256, "tokens of one row")
-    objective: str = knob("auto", "causal predicts the next token, mlm hidden ones (BERT); auto is mlm for an encoder", ("auto", "causal", "mlm"))
-    mlm_probability: float = knob(0.15, "mlm: share of the tokens that are predicted")
-    learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for trained ones; in SFT 3e-3 * (128 / width)^2, in RL a thirtieth of that, for a reward model a tenth, in DISTILL as in SFT; ten times as much for adapters")
-    optim: str = knob("auto", "Muon (AdamW on all but matrices), AdamW, its 8-bit form; auto is muon for fresh weights, adamw for trained; in SFT muon up to width 256",
-                      ("auto", "muon", "adamw", "adamw_8bit"))
-    weight_decay: float = knob(0.1, "decoupled weight decay on matrices")
-    adam_beta1: float = knob(0.9, "AdamW: decay of the gradient's mean")
-    adam_beta2: float = knob(0.95, "AdamW: decay of the squared gradient's mean")
-    adam_epsilon: float = knob(1e-8, "AdamW: added to the root")
-    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm; 0 is off")
-    lr_scheduler_type: str = knob("warmup_stable_decay", "shape of the learning rate over the horizon", SCHEDULES)
-    warmup_steps: float = knob(20.0, "steps of linear warmup; below 1 a share of the horizon")
-    min_lr_rate: float = knob(0.0, "the schedule's last learning rate as a share of the peak")
-    decay_share: float = knob(0.5, "warmup_stable_decay: last share of the horizon, in which the rate falls linearly")
-    mixed_precision: str = knob("auto", "autocast type over float32 weights; auto follows model.dtype and the machine", ("auto", "no", "fp16", "bf16"))
-    gradient_checkpointing: bool = knob(False, "compute activations again in backward: less memory, a third more time")
-    torch_compile: bool = knob(False, "compile the layers (half a minute at the start, then faster)")
-    fsdp: bool = knob(False, "shard weights, gradients and optimizer over the processes (FSDP2) instead of copying (DDP)")
-    logging_steps: int = knob(10, "steps between two lines of out/log.jsonl")
-    eval_steps: int = knob(100, "steps between two validations; 0 is at the end only")
-    eval_batches: int = knob(16, "batches of a validation, spread over the held-out part")
-    save_steps: int = knob(200, "steps between two checkpoints; 0 is at the end only")
-    save_total_limit: int = knob(2, "checkpoints kept, besides the best one")
+    epochs: float | None = knob(2.5, "passes over the data; in place of it max_steps or max_minutes", above=0, often=True)
+    max_steps: int | None = knob(None, "optimizer steps", low=1, often=True)
+    max_minutes: float | None = knob(None, "wall-clock time; the schedule follows the clock", above=0, often=True)
+    batch_size: int = knob(16, "rows computed at once on one device", low=1, often=True)
+    grad_accum: int = knob(1, "such batches for one optimizer step: more rows a step in the same memory", low=1, often=True)
+    max_length: int = knob(256, "tokens of a row", low=1, often=True)
+    mlm_probability: float = knob(0.15, "mlm: share of the tokens that are predicted", above=0, below=1)
+    learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for trained ones; in SFT 3e-3 * (128 / width)^2, in RL a thirtieth of that, for a reward model a tenth, in DISTILL as in SFT; ten times as much for adapters", above=0, high=100, often=True)
+    optim: str = knob("auto", "muon, adamw or adamw_8bit; auto is muon for fresh weights, adamw for trained; in SFT muon up to width 256",
+                      ("auto", "muon", "adamw", "adamw_8bit"), often=True)
+    weight_decay: float = knob(0.1, "decoupled weight decay on matrices", low=0, high=100)
+    adam_beta1: float = knob(0.9, "AdamW: decay of the gradient's mean", low=0, below=1)
+    adam_beta2: float = knob(0.95, "AdamW: decay of the squared gradient's mean", low=0, below=1)
+    adam_epsilon: float = knob(1e-8, "AdamW: added to the root", above=0, high=1)
+    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm; 0 is off", low=0)
+    lr_scheduler_type: str = knob("warmup_stable_decay", "course of the learning rate: cosine, linear, constant or warmup_stable_decay", SCHEDULES, often=True)
+    warmup_steps: float = knob(20.0, "steps in which the learning rate rises to its peak; below 1 a share of the run", low=0, often=True)
+    min_lr_rate: float = knob(0.0, "the schedule's last learning rate as a share of the peak", low=0, high=1)
+    decay_share: float = knob(0.5, "warmup_stable_decay: last share of the horizon, in which the rate falls linearly", low=0, high=1)
+    mixed_precision: str = knob("auto", "AMP: the type of forward and backward, bf16, fp16 or no, over float32 weights; auto follows model.dtype and the machine", ("auto", "no", "fp16", "bf16"), often=True)
+    gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them: less memory, a third more time", often=True)
+    torch_compile: bool = knob(False, "compile the layers: half a minute at the start, then faster", often=True)
+    fsdp: bool = knob(False, "with several processes (torchrun): shard the model over them (FSDP2) instead of copying it (DDP)", often=True)
+    logging_steps: int = knob(10, "steps between two lines of log.jsonl", low=1, often=True)
+    eval_steps: int = knob(100, "steps between two validations; 0 is at the end only", low=0, often=True)
+    eval_batches: int = knob(16, "batches of a validation, spread over the held-out part", low=1)
+    save_steps: int = knob(200, "steps between two checkpoints; 0 is at the end only", low=0, often=True)
+    save_total_limit: int = knob(2, "checkpoints kept, besides the best one", low=1, often=True)
     load_best_model_at_end: bool = knob(False, "the final model is the one with the best validation")
-    early_stopping_patience: int | None = knob(None, "stop after this many validations without a new best")
-    max_skipped_steps: int = knob(10, "steps in a row with a non-finite gradient before the run ends")
-    sample_prompts: list | None = knob(None, "prompts completed after each validation; null: beginnings of three held-out documents")
-    sample_tokens: int = knob(48, "length of those samples; 0 is off")
-    report_to: str = knob("none", "tracker, through accelerate", ("none", "tensorboard", "wandb"))
-    seed: int = knob(0, "of initial weights, data order and dropout")
+    early_stopping_patience: int | None = knob(None, "stop after this many validations without a new best", low=1)
+    max_skipped_steps: int = knob(10, "steps in a row with a non-finite gradient before the run ends", low=1)
+    sample_prompts: list[str] | str | None = knob(None, "prompts completed after each validation; null: beginnings of three held-out documents")
+    sample_tokens: int = knob(48, "length of those samples; 0 is off", low=0)
+    report_to: str = knob("none", "tracker, through accelerate", ("none", "tensorboard", "wandb"), often=True)
+    seed: int = knob(0, "the same seed gives the same run", low=0, high=2**63 - 1, often=True)
 
     def __post_init__(self):
         if all(getattr(self, key) is None for key in MODEL.HORIZON):
             self.epochs = 1.0
-        for key in (*MODEL.HORIZON, "batch_size", "grad_accum", "max_length", "learning_rate", "logging_steps", "save_total_limit",
-                    "eval_batches", "max_skipped_steps"):
-            if getattr(self, key) is not None and not getattr(self, key) > 0:
-                raise UserError(f"training.{key}: {getattr(self, key)} must be positive")
-        if not 0 < self.mlm_probability < 1:
-            raise UserError(f"training.mlm_probability: {self.mlm_probability} must be above 0 and below 1")
-        for key in ("warmup_steps", "eval_steps", "save_steps", "weight_decay", "max_grad_norm", "sample_tokens", "seed"):
-            if getattr(self, key) < 0:
-                raise UserError(f"training.{key}: {getattr(self, key)} must not be negative")
+        check(self, "training")
+        self.sample_prompts = [self.sample_prompts] if isinstance(self.sample_prompts, str) else self.sample_prompts
 
 
 # ------------------------------------------------------------------------------------ schedule and optimizers
@@ -1146,17 +1138,11 @@ class MaskedStream:
         return mask_tokens(batch, self.tokenizer, keys, self.probability)
 
 
-def objective(training: TrainingSection, model, tokenizer) -> str:
-    """What the model learns to predict, if it can."""
-    causal = model.config.causal
-    if training.objective == "causal" and not causal:
-        raise UserError("training.objective: causal, but an encoder sees the next token; use mlm")
-    if training.objective == "mlm" and causal:
-        raise UserError("training.objective: mlm needs an encoder, such as --model.preset bert-2m")
-    if not causal and tokenizer.mask_token_id is None:
-        raise UserError("training.objective: mlm needs a tokenizer with a mask token; the ones trained here have one (--tokenizer.name names another)")
-    training.objective = "causal" if causal else "mlm"
-    return training.objective
+def is_masked(model, tokenizer) -> bool:
+    """Whether hidden tokens are predicted, as an encoder does, or the next one."""
+    if not model.config.causal and tokenizer.mask_token_id is None:
+        raise UserError("tokenizer.name: an encoder learns to fill in a mask token, and this tokenizer has none; the ones trained here have one")
+    return not model.config.causal
 
 
 EMPTY = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full((1, 1), -100), "positions": torch.full((1, 1), -1),
@@ -1220,10 +1206,10 @@ def openings(spans: TOKENIZER.Spans, tokenizer, count: int = 3) -> list[tuple[st
     return [(text, TOKENIZER.encode_prompt(tokenizer, text)) for text in texts]
 
 
-def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, head: str | tuple = "lm") -> MODEL.LanguageModel:
+def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, head: str | tuple = "lm", labels: list | None = None) -> MODEL.LanguageModel:
     """The named model (with rows for new tokens where it may `grow`), or a preset with the tokenizer's vocabulary; float32
-    weights, packed ones where an `adapter` will learn in their place. `head` is what will be trained on top."""
-    section = config.model
+    weights, packed ones where an `adapter` will learn in their place. `head` is what will be trained on top, `labels` name its outputs."""
+    section, changes = config.model, MODEL.overrides(config.model) | ({"labels": labels} if labels else {})
     packed = section.quantization != "none"
     if packed and not (adapter and section.name):
         raise UserError(f"model.quantization: {section.quantization} weights cannot learn; adapters on a trained model's can: --lora.r 16 (SFT.py, RL.py)")
@@ -1234,16 +1220,16 @@ def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, 
             raise UserError(f"model.name: {section.name} has no head for words, only one for labels; name the model that it was made from")
         device = MODEL.choose_device(section.device) if packed else None  # they are packed where they will be used
         model = MODEL.load(section.name, "float32", device, section.attn_implementation, head if head != "lm" else None,
-                           config.training.seed, MODEL.overrides(section), quantization=section.quantization)
+                           config.training.seed, changes, quantization=section.quantization)
     else:
         knobs = {"vocab_size": TOKENIZER.vocab_size(tokenizer), "bos_token_id": TOKENIZER.begin_id(tokenizer),
                  "eos_token_id": TOKENIZER.end_id(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-        knobs |= MODEL.overrides(section)
+        knobs |= changes
         model = MODEL.build(MODEL.preset_config(section.preset, **knobs), head, config.training.seed,
                             attn_implementation=section.attn_implementation)
         MODEL.say_portability(model.config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        chosen = MODEL.overrides(section).get(name)
+        chosen = changes.get(name)
         for i in chosen if isinstance(chosen, list) else [] if chosen is None else [chosen]:
             if not 0 <= i < model.config.vocab_size:
                 raise UserError(f"model.{name}: {i} is no id of a vocabulary of {model.config.vocab_size}")
@@ -1341,19 +1327,33 @@ class Stage(NamedTuple):
     save: Callable  # save(config_text, tokenizer, model, folder)
 
 
-def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | python INFER.py --model {out}") -> Result:
+def resumed(config, resume: str):
+    """The settings of the run that goes on: its checkpoint's, and over them the flags that are given again."""
+    found = find_checkpoint(Path(config.output.dir), resume)
+    if found is None or not (found / "config.yaml").exists():
+        return config
+    again = config.reload(saved=found / "config.yaml")
+    before = saved_settings(found).get("model", {})
+    for key, value in vars(again.model).items():
+        if (key == "preset" or key in MODEL.KNOBS) and value != before.get(key):
+            raise UserError(f"model.{key}: {value}, but the run in {found} was begun with {before.get(key)}; another architecture is another run (--out)")
+    given_again = again.origins.get("output.dir") == "command line"
+    again.output.dir = config.output.dir if given_again or resume == "auto" else str(found.parent)
+    return again
+
+
+def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | python INFER.py MODEL') -> Result:
     """The frame of every training program: processes, the run's folder, settings, trackers, `fit`.
 
-    prepare(config, checkpoint, device) -> Stage. `show` is what to try afterwards."""
+    prepare(config, checkpoint, device) -> Stage. `show` is what to try afterwards, with MODEL for the flags that name the result."""
     if config.actions.overwrite and config.actions.resume:
         raise UserError("--overwrite and --resume are mutually exclusive; set one")
+    config = resumed(config, config.actions.resume) if config.actions.resume else config
     out = Path(config.output.dir)
     check_apart(out, model=config.model.name, adapter=getattr(config.actions, "adapter", None))
     accelerator, device = start_processes(config.training, config.model.device, out)
     MODEL.choose_attention(config.model.attn_implementation)  # what cannot work is said before any work
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
-        if checkpoint and config.training.mixed_precision == "auto":  # measured once: another day it could come out otherwise
-            config.training.mixed_precision = saved_settings(checkpoint).get("training", {}).get("mixed_precision", "auto")
         mixed = config.training.mixed_precision = from_first(precision(config.training, config.model.dtype, device))  # a measurement
         stage = prepare(config, checkpoint, device)
         for key in ("load_best_model_at_end", "early_stopping_patience"):
@@ -1363,7 +1363,8 @@ def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | 
             MODEL.narrow_frozen(stage.model, MODEL.AUTOCAST[mixed])
         text = MODEL.config_text(config)
         if MODEL.process_rank() == 0:
-            say(text.rstrip())
+            for line in MODEL.changes(config):
+                say(line)
             total, _ = MODEL.count_parameters(stage.model)
             trained = sum(weight.numel() for weight in stage.model.parameters() if weight.requires_grad)
             share = f", {trained:,} of them trained" if trained != total else ""
@@ -1378,7 +1379,8 @@ def run_stage(name: str, config, prepare: Callable, show: str = "echo \"...\" | 
                      resume=checkpoint, stage=name, mixed=mixed, accelerator=accelerator, device=device, overwrite=bool(config.actions.overwrite) or checkpoint is None)
         if accelerator and accelerator.log_with:
             accelerator.end_training()
-        say(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {out}: {show.format(out=out)}")
+        result_flags = f"--model {config.model.name} --adapter {out}" if getattr(stage.model, "adapter", None) else f"--model {out}"
+        say(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {out}: {show.replace('MODEL', result_flags)}")
     return result
 
 
@@ -1396,8 +1398,7 @@ def one_after_another(function: Callable, *arguments):
 def pretraining(config, checkpoint: Path | None, device: torch.device) -> Stage:
     tokenizer = TOKENIZER.load(checkpoint) if checkpoint else one_after_another(TOKENIZER.choose, config.tokenizer, config.data, config.model.name)
     model = prepare_model(config, tokenizer)
-    masked = objective(config.training, model, tokenizer) == "mlm"
-    stream, evaluate = prepare_data(config, tokenizer, masked)
+    stream, evaluate = prepare_data(config, tokenizer, is_masked(model, tokenizer))
     return Stage(model, tokenizer, stream, token_loss, evaluate, save_product)
 
 

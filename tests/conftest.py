@@ -41,6 +41,28 @@ def make_text(lines: int, seed: int = 0) -> list[str]:
     return [" ".join(WORDS[draw(len(WORDS))] for _ in range(6 + draw(9))).capitalize() + "." for _ in range(lines)]
 
 
+def in_file(path: Path, words: list, script, own: str) -> list[str]:
+    """Usual flags as a file of settings, over which a test's own flags can lie: a flag itself may stand once only."""
+    settings, files, sections = {}, [], script.SECTIONS
+    kinds = {f"{name}.{key}": hint for name, kind in sections.items() for key, hint in MODEL.field_types(kind).items()}
+    blocks = [name for name in MODEL.field_types(sections[own]) if name in MODEL.SECTIONS]
+    words = [str(word) for word in words]
+    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    for start, stop in zip(starts, [*starts[1:], len(words)], strict=True):
+        if words[start] == "--config":
+            files += words[start:stop]
+            continue
+        for key, value in MODEL.read_words(words[start:stop], kinds, own, blocks, {}, MODEL.SHORT_FLAGS)[0].items():
+            *above, name = key.split(".")
+            inner = settings
+            for part in above:
+                inner = inner.setdefault(part, {})
+            inner[name] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings))
+    return [*files, "--config", str(path)]
+
+
 def run_here(script: Path, words: tuple, environment: dict) -> None:
     """Run a script in a forked child. Its imports are already loaded, which would otherwise take longer than these short runs."""
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))

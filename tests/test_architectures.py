@@ -823,17 +823,17 @@ def test_kernels_that_are_not_there_name_another(monkeypatch):
     (dict(MLA, head_dim=64), "model.head_dim: 64, but with latent attention"),
     (dict(MOE, num_experts=0), "model.num_experts: 0 must be at least 1"),
     (dict(MOE, mlp_only_layers=["x"]), "model.mlp_only_layers: .* names a layer beyond the 2"),
-    (dict(SIZES, type_vocab_size=-2), "model.type_vocab_size: -2 must be 0"),
+    (dict(SIZES, type_vocab_size=-2), "model.type_vocab_size: -2 must be at least 0"),
     (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor="abc")), "model.rope_scaling: factor 'abc' must be a number, 1 or above"),
     (dict(SIZES, rope_scaling=dict(rope_type="linear", factor=0.5)), "model.rope_scaling: factor 0.5 must be a number, 1 or above"),
     (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor=4, original_max_postion_embeddings=9)), "has no 'original_max_postion_embeddings'; nearest is 'original_max_position"),
     (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor=4, beta_fast=1, beta_slow=32)), "model.rope_scaling: 32 for low frequencies must be below 1"),
-    (dict(SIZES, position_embedding_type="learned", rope_theta=500.0), "model.rope_theta: 500.0 has no effect without model.position_embedding_type rope"),
+    (dict(SIZES, position_embedding_type="learned", rope_theta=500.0), "model.rope_theta: has no effect with model.position_embedding_type learned .only with rope."),
     (dict(MLA, num_key_value_heads=2), "model.num_key_value_heads: 2, but latent attention has one latent for all 4 heads"),
     (dict(MOE, scoring_func="tanh"), "model.scoring_func: 'tanh' is not one of softmax, sigmoid"),
-    (dict(SIZES, n_group=2), "model.n_group: 2 has no effect without model.num_experts"),
-    (dict(SIZES, router_aux_loss_coef=0.1), "model.router_aux_loss_coef: 0.1 has no effect without model.num_experts"),
-    (dict(SIZES, q_lora_rank=8), "model.q_lora_rank: 8 has no effect without model.kv_lora_rank"),
+    (dict(SIZES, n_group=2), "model.n_group: has no effect without model.num_experts"),
+    (dict(SIZES, router_aux_loss_coef=0.1), "model.router_aux_loss_coef: has no effect without model.num_experts"),
+    (dict(SIZES, q_lora_rank=8), "model.q_lora_rank: has no effect without model.kv_lora_rank"),
     (dict(SIZES, causal=False, sliding_window=4), "model.sliding_window: an encoder .* cannot have a sliding window"),
     (dict(SIZES, layer_types=["full_attention", "sliding_attention"]), "model.layer_types: sliding_attention needs model.sliding_window"),
 ])
@@ -864,12 +864,11 @@ def test_tiny_presets_train_resume_and_answer(preset, tmp_path, text_file, capsy
     assert len(capsys.readouterr().out) >= 2
 
 
-def test_objectives_fit_the_model(tmp_path, text_file):
-    flags = ["--data", str(text_file), "--data.dir", str(tmp_path / "data"), "--tokenizer.vocab_size", "300", "--out", str(tmp_path / "out"), "--max-steps", "1"]
-    with pytest.raises(UserError, match="training.objective: causal, but an encoder"):
-        TRAIN.main([*flags, "--model.preset", "bert-2m", "--training.objective", "causal"])
-    with pytest.raises(UserError, match="training.objective: mlm needs an encoder"):
-        TRAIN.main([*flags, "--training.objective", "mlm"])
+def test_an_encoder_needs_a_mask_token():
+    tokenizer = types.SimpleNamespace(mask_token_id=None)
+    with pytest.raises(UserError, match="tokenizer.name: an encoder learns to fill in a mask token, and this tokenizer has none"):
+        TRAIN.is_masked(MODEL.build("bert-2m", device="meta"), tokenizer)
+    assert not TRAIN.is_masked(MODEL.build("llama-225k", device="meta"), tokenizer)
 
 
 def test_published_sizes(capsys):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY, foreign_tokenizer, kills, launch, make_text, two_processes
+from conftest import ROOT, TINY, foreign_tokenizer, in_file, kills, launch, make_text, two_processes
 from safetensors.torch import load_file
 
 import DISTILL
@@ -232,7 +232,7 @@ def flags_of(world, name: str, folder) -> list[str]:
     adapted = [*QUICK, "--teacher", world / "talker", "--data", world / "talks.jsonl", "--model", world / "learner"]
     text, talks = [*STUDENT, *trained], [*STUDENT, *adapted[:-2]]
     texts = ["--lmbda", "0.5", "--rollout-size", "8", "--max-completion-length", "8"]
-    return [str(flag) for flag in {
+    words = {
         "text": text, "talks": talks, "jsd": [*talks, "--beta", "0.5", "--temperature", "2", "--alpha", "0.3"], "hidden": [*text, "--method", "hidden"],
         "hidden-talks": [*talks, "--method", "hidden", "--alpha", "1", "--layer-map", "{2: 3}"],
         "on-policy": [*talks, *texts], "on-policy-alone": [*talks, *texts, "--lmbda", "1", "--beta", "1", "--alpha", "0"],
@@ -240,7 +240,8 @@ def flags_of(world, name: str, folder) -> list[str]:
         "universal": [*text, "--teacher", world / "other", "--method", "universal", "--tokenizer.name", world / "teacher"],
         "universal-talks": [*talks, "--teacher", world / "other", "--method", "universal", "--tokenizer.name", world / "teacher"],
         "layers": [*trained, "--init-layers", "[0, 2]"], "lora": [*adapted, "--lora.r", "4", "--alpha", "0.5"],
-    }[name]]
+    }[name]
+    return in_file(Path(folder) / f"{name}.yaml", words, DISTILL, "distill")
 
 
 KINDS = ("text", "talks", "jsd", "hidden", "hidden-talks", "on-policy", "on-policy-alone", "cache", "cache-talks", "universal", "universal-talks", "layers", "lora")
@@ -257,7 +258,7 @@ def losses_of(folder, key="loss") -> list[float]:
 def need_cache(world, name: str, folder) -> None:
     for kind in ("cache", "cache-talks") if name.startswith("cache") else ():
         flags = flags_of(world, kind, folder)
-        if not (Path(flags[-1]) / "cache.json").exists():
+        if not (world / {"cache": "told", "cache-talks": "told-talks"}[kind] / "cache.json").exists():
             DISTILL.main(["--cache", *flags, "--cache-top-k", "9999"])
 
 
@@ -895,7 +896,6 @@ def test_mistakes_are_one_line(world, tmp_path):
         ([*flags_of(world, "layers", tmp_path), "--lora.r", "4"], "lora.r: the student of distill.init_layers is on no disk"),
         ([*text, "--cache"], "name the folder to write with --cache-dir"),
         ([*text, "--model.vocab_size", "99"], "model.vocab_size: 99 is smaller than the tokenizer's"),
-        ([*text, "--model.num_labels", "3"], "model.labels: belong to SFT.py"),
         ([*text, "--teacher", "--alpha", "0"], "--teacher: a value is missing"),
         ([*text, "--adapter", "nowhere"], "--adapter: adapters learn on trained weights"),
         (["--generate", "--teacher", world / "talker", "--data", world / "prompts.jsonl", "--out", tmp_path / "x.jsonl", "--reward-threshold", "1"], "nothing judges"),

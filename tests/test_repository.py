@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, make_text
+from conftest import ROOT, in_file, make_text
 
+import DISTILL
 import INFER
 import MODEL
+import QUANT
 import RL
+import SFT
 import TOKENIZER
 import TRAIN
 from MODEL import UserError
@@ -127,36 +131,71 @@ def default(field: dataclasses.Field):
     return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
 
-def config_lines() -> dict[str, dict[str, tuple]]:
-    """config.yaml as {section: {key: (value text, comment)}}, read line by line."""
-    found, section = {}, None
-    for line in (ROOT / "config.yaml").read_text().splitlines():
-        if match := re.fullmatch(r"(\w+):\s*(#.*)?", line):
-            section = found.setdefault(match[1], {})
+def test_config_yaml_shows_what_people_change():
+    """At most 90 lines; keys, defaults and comments are those of the dataclasses, whose comments may go on after a semicolon."""
+    lines, sections, section, seen = (ROOT / "config.yaml").read_text().splitlines(), all_sections(), None, []
+    assert len(lines) <= 90
+    for line in lines:
+        if match := re.fullmatch(r"(\w+):", line):
+            section = match[1]
         elif line.startswith("  "):
-            match = re.fullmatch(r"  (\w+): (.*?)\s+# (.*)", line)
-            assert match, f"not '  key: value  # comment': {line}"
-            assert match[1] not in section, f"twice: {line}"
-            section[match[1]] = (match[2], match[3])
-    return found
-
-
-def test_config_yaml_and_the_dataclasses_say_the_same():
-    written, sections = config_lines(), all_sections()
-    assert list(written) == [name for name in MODEL.SECTIONS if name in sections]
-    for name, kind in sections.items():
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        assert list(written[name]) == list(fields), name
-        for key, (text, comment) in written[name].items():
-            assert comment == fields[key].metadata["comment"], (name, key)
-            value = MODEL.convert(yaml.safe_load(text), MODEL.field_types(kind)[key], key, fields[key].metadata["choices"])
-            assert value == default(fields[key]) and type(value) is type(default(fields[key])), (name, key)
+            key, text, comment = re.fullmatch(r"  (\w+): (.*?)(?:\s+# (.*))?", line).groups()
+            field = {f.name: f for f in dataclasses.fields(sections[section])}[key]
+            value = MODEL.convert(yaml.safe_load(text), MODEL.field_types(sections[section])[key], key, field.metadata["choices"])
+            assert value == default(field) and type(value) is type(default(field)) and value is not None, line
+            assert field.metadata["comment"].startswith(comment or "stage block"), line
+            seen.append((section, key))
+        else:
+            assert not line or line.startswith("# "), line
+    assert len(set(seen)) == len(seen) > 55
+    for shown in ("model.preset", "model.dtype", "training.grad_accum", "training.mixed_precision", "training.fsdp", "lora.r", "rl.method", "rl.epsilon",
+                  "quantization.method", "inference.use_cache"):
+        assert tuple(shown.split(".")) in seen
 
 
 def test_the_shipped_file_is_the_defaults():
-    config = MODEL.load_config(["--config", str(ROOT / "config.yaml")], TRAIN.SECTIONS, "training", TRAIN.ACTIONS)
-    for name, kind in TRAIN.SECTIONS.items():
-        assert getattr(config, name) == kind(), name
+    for script, own in ((TRAIN, "training"), (SFT, "sft"), (RL, "rl"), (DISTILL, "distill"), (INFER, "inference"), (QUANT, "quantization")):
+        file, bare = (MODEL.load_config(argv, script.SECTIONS, own) for argv in (["--config", str(ROOT / "config.yaml")], ["--config", os.devnull]))
+        assert {name: getattr(file, name) for name in script.SECTIONS} == {name: getattr(bare, name) for name in script.SECTIONS}, own
+
+
+def test_the_printed_settings_are_a_file(tmp_path, capsys):
+    flags = ["--max-steps", "7", "--rl.reward_funcs", "length:60", "regex:a # \"b\": [c]", "--rl.method", "grpo", "--rl.system", "two\nlines", "--learning-rate", "1e-05"]
+    with pytest.raises(SystemExit):
+        MODEL.load_config([*flags, "--print-config"], RL.SECTIONS, "rl")
+    (tmp_path / "all.yaml").write_text(capsys.readouterr().out)
+    again, given = (MODEL.load_config(argv, RL.SECTIONS, "rl") for argv in (["--config", str(tmp_path / "all.yaml")], flags))
+    assert {name: getattr(again, name) for name in RL.SECTIONS} == {name: getattr(given, name) for name in RL.SECTIONS}
+    for name, kind in RL.SECTIONS.items():
+        for field in dataclasses.fields(kind):
+            if not isinstance(default(field), dict) or field.name not in MODEL.SECTIONS:
+                assert re.search(rf"^  {field.name}: .*# {re.escape(field.metadata['comment'])}$", (tmp_path / "all.yaml").read_text(), re.M), (name, field.name)
+
+
+NUMBERS = [(name, field.name) for name, kind in (("training", TRAIN.TrainingSection), ("data", TRAIN.SECTIONS["data"]), ("tokenizer", TRAIN.SECTIONS["tokenizer"]), ("model", MODEL.ModelSection),
+                                                 ("lora", SFT.LoraSection), ("sft", SFT.SFTSection), ("rl", RL.RLSection), ("distill", DISTILL.DistillSection),
+                                                 ("inference", INFER.InferenceSection), ("quantization", QUANT.QuantizationSection))
+           for field in dataclasses.fields(kind) if re.search(r"\b(int|float)\b", str(MODEL.field_types(kind)[field.name]))]
+
+
+@pytest.mark.parametrize("section, key", NUMBERS)
+def test_every_number_is_used_or_refused_by_name(section, key):
+    """Values that cannot be are one error that names the key, whatever the source."""
+    script, own = next((script, own) for script, own in ((TRAIN, "training"), (SFT, "sft"), (RL, "rl"), (DISTILL, "distill"), (INFER, "inference"), (QUANT, "quantization"))
+                       if section in script.SECTIONS)
+    kind = MODEL.field_types(script.SECTIONS[section])[key]
+    field = {f.name: f for f in dataclasses.fields(script.SECTIONS[section])}[key]
+    needs = [f"--{section}.{field.metadata['only'][0]}", str(field.metadata["only"][1])] if field.metadata["only"][1:] else []
+    for text in (".nan", ".inf", "-.inf", "1e999", "-1", "0", "1e30", "words", "[1, 2]", "{a: 1}", "null", "true", str(2**64)):
+        try:
+            config = MODEL.load_config(["--config", os.devnull, *needs, f"--{section}.{key}={text}"], script.SECTIONS, own)
+        except UserError as error:
+            assert f"{section}.{key}" in str(error) and "\n" not in str(error), (text, error)
+            continue
+        value = getattr(getattr(config, section), key)
+        for number in value if isinstance(value, list) else [value]:
+            assert number is None or isinstance(number, str) or math.isfinite(number) and abs(number) <= 2**63, (text, value)
+        assert text not in (".nan", ".inf", "-.inf", "1e999", "words") or "str" in str(kind), (text, value)
 
 
 def test_every_key_takes_its_own_default():
@@ -253,8 +292,8 @@ def test_a_later_model_displaces_an_earlier_one_and_its_knobs(tmp_path):
     assert (kept.model.preset, kept.model.name, kept.model.hidden_size, kept.tokenizer.kind) == ("llama-1m", None, 64, "char")
     fresh = load(["--model.preset", "llama-14m"], text, tmp_path)
     assert (fresh.model.preset, fresh.model.hidden_size, fresh.tokenizer.kind) == ("llama-14m", None, "char")
-    named = load(["--model", "gpt2", "--model.num_labels", "3"], text, tmp_path)
-    assert (named.model.name, named.model.preset, named.model.hidden_size, named.model.num_labels) == ("gpt2", None, None, 3)
+    named = load(["--model", "gpt2", "--model.sliding_window", "3"], text, tmp_path)
+    assert (named.model.name, named.model.preset, named.model.hidden_size, named.model.sliding_window) == ("gpt2", None, None, 3)
     assert named.tokenizer.kind == "bpe" and named.model.dtype == "float32"  # how to compute stays
 
 
@@ -295,6 +334,89 @@ def test_short_flags_belong_to_who_owns_their_section():
             load([flag, "1"], script=INFER, own="inference")
 
 
+def test_files_lie_one_over_the_other(tmp_path):
+    for name, text in (("a", "model: {preset: llama-225k, hidden_size: 64}\ntraining: {max_steps: 7, max_length: 48, seed: 1}"), ("b", "model: {name: some/folder}\ntraining: {epochs: 3, seed: 2}")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    config = load(["--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml", "--seed", "3"])
+    assert (config.model.name, config.model.preset, config.model.hidden_size) == ("some/folder", None, None)
+    assert (config.training.epochs, config.training.max_steps, config.training.max_length, config.training.seed) == (3.0, None, 48, 3)
+    (tmp_path / "a.yaml").write_text("training: {learing_rate: 1}")
+    with pytest.raises(UserError, match=r"a\.yaml: training.learing_rate: unknown key; nearest is 'learning_rate'"):
+        load(["--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml"])
+
+
+def test_a_repeated_flag_adds_to_a_list_and_is_refused_elsewhere():
+    assert load(["--data", "a.txt", "--data", "b.txt", "c.txt"]).data.train == ["a.txt", "b.txt", "c.txt"]
+    assert load(["--data.weights", "[1]", "--data.weights", "2"]).data.weights == [1.0, 2.0]
+    for argv in (["--seed", "1", "--seed", "2"], ["--lr", "1", "--learning-rate", "1"], ["--resume", "a", "--resume", "b"]):
+        with pytest.raises(UserError, match="stands twice, and takes one value"):
+            load(argv)
+    with pytest.raises(UserError, match="--prompt: stands twice"):
+        load(["--prompt", "a", "--prompt", "b"], script=INFER, own="inference")
+
+
+def test_values_as_people_write_them(tmp_path):
+    def answer(*argv):
+        return load(argv, script=INFER, own="inference")
+
+    for text in ("no", "No", "off", "false", '"no"'):
+        assert load(text=f"training: {{mixed_precision: {text}}}", folder=tmp_path).training.mixed_precision == "no"
+    for words, stop in ((["[INST]"], ["[INST]"]), (['["[INST]", "b"]'], ["[INST]", "b"]), (["a", "[INST]"], ["a", "[INST]"]), (["a, b"], ["a, b"])):
+        assert answer("--stop", *words).inference.stop == stop
+    for prompt in ("-h", "--help", "--config", "-1"):
+        assert answer("--prompt", prompt).actions.prompt == answer(f"--prompt={prompt}").actions.prompt == prompt
+    assert load(["--lora.target_modules", "[q_proj]"], script=SFT, own="sft").lora.target_modules == ["q_proj"]
+    assert load(["--task", "classify", "--class-weights", "{a: 2}"], script=SFT, own="sft").sft.class_weights == {"a": 2}
+
+
+def test_what_has_no_effect_is_refused_and_not_shown(capsys):
+    for script, own, argv, message in ((RL, "rl", ["--lam", "0.9"], "rl.lam: has no effect with rl.method dpo .only with ppo."),
+                                       (SFT, "sft", ["--class-weights", "balanced"], "sft.class_weights: has no effect with sft.task chat"),
+                                       (DISTILL, "distill", ["--hidden-weight", "2"], "distill.hidden_weight: has no effect with distill.method logits"),
+                                       (DISTILL, "distill", ["--method", "universal", "--distill.beta", "1"], "distill.beta: has no effect with distill.method universal")):
+        with pytest.raises(UserError, match=message):
+            load(argv, script=script, own=own)
+    with pytest.raises(UserError, match="model.v_head_dim: has no effect without model.kv_lora_rank"):
+        MODEL.preset_config("llama-1m", v_head_dim=8)
+    pages = {}
+    for method in ("dpo", "ppo"):
+        with pytest.raises(SystemExit):
+            load(["--help", "--method", method] if method == "dpo" else ["--method", method, "--help"], script=RL, own="rl")
+        pages[method] = capsys.readouterr().out
+    assert "label_smoothing" in pages["dpo"] and "\n  lam " not in pages["dpo"] and "\n  lam " in pages["ppo"] and "label_smoothing" not in pages["ppo"]
+
+
+@pytest.mark.parametrize("script, own, shown", [(TRAIN, "training", {"epochs": "2.5"}), (SFT, "sft", {"epochs": "5.0", "batch_size": "8", "dir": "./out/sft"}),
+                                                (RL, "rl", {"max_steps": "100", "epochs": "null", "name": "./out/sft"}), (DISTILL, "distill", {"preset": "llama-225k"}),
+                                                (INFER, "inference", {"name": "./out"}), (QUANT, "quantization", {"group_size": "64"})])
+def test_help_shows_what_the_script_will_use(script, own, shown, capsys):
+    def page(*argv):
+        with pytest.raises(SystemExit) as stop:
+            MODEL.load_config(list(argv), script.SECTIONS, own, getattr(script, "ACTIONS", {}), script.__doc__)
+        assert not stop.value.code
+        return capsys.readouterr().out
+
+    first = page("--config", str(ROOT / "config.yaml"), "--help")
+    assert len(first.splitlines()) <= 60
+    assert re.findall(r"^(\w+):$", first, re.M)[0] == own
+    for key, value in shown.items():
+        assert re.search(rf"^  {key} +{re.escape(value)} ", first, re.M), key
+    assert "initializer_range" not in first and "initializer_range" in page("--help", "model") and "--seed" not in page("--help", "model")
+    with pytest.raises(UserError, match="no section of that name"):
+        page("--help", "nothing")
+    assert page("--version") == f"{MODEL.VERSION}\n" and f'version = "{MODEL.VERSION}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_errors_name_the_file_that_set_the_value(tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("data: {train: nowhere.txt}\nmodel: {preset: llama-225k}\nsft: {model: {name: nowhere}}\n")
+    for main, said in ((TRAIN.main, "data.train of {}"), (SFT.main, "model.name of {}: sft")):
+        with pytest.raises(SystemExit):
+            MODEL.run_main(main, ["--config", str(tmp_path / "own.yaml"), "--out", str(tmp_path / "out")])
+        assert said.format(tmp_path / "own.yaml") in capsys.readouterr().err.splitlines()[-1]
+    MODEL.load_config(["--config", str(tmp_path / "own.yaml")], SFT.SECTIONS, "sft")
+    assert MODEL.ORIGINS["data.train"] == f"data.train of {tmp_path / 'own.yaml'}, which sft takes over; sft.data.train is for sft alone"
+
+
 def test_a_mistake_is_one_line_and_status_2(capsys):
     with pytest.raises(SystemExit) as stop:
         MODEL.run_main(TRAIN.main, ["--training.epoch", "1"])
@@ -328,7 +450,7 @@ error(TRAIN.main, [*argv, "--out", "d"])
 def test_missing_packages_are_missed_only_by_what_uses_them(tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(make_text(60)))
     (tmp_path / "table.parquet").write_bytes(b"PAR1")
-    done = python(HIDDEN, tmp_path, json.dumps([*TINY, "--data", "text.txt", "--data.dir", "ids"]))
+    done = python(HIDDEN, tmp_path, json.dumps(in_file(tmp_path / "usual.yaml", [*TINY, "--data", "text.txt", "--data.dir", "ids"], TRAIN, "training")))
     assert done.returncode == 0, done.stderr
     assert "no plot: matplotlib is not installed" in done.stderr and not (tmp_path / "out" / "loss.png").exists()
     assert (tmp_path / "out" / "model.safetensors").exists()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, kills, launch, make_text, two_processes
+from conftest import ROOT, in_file, kills, launch, make_text, two_processes
 from safetensors.torch import load_file
 from torch import tensor
 
@@ -730,7 +730,6 @@ def test_an_unchanged_policy_has_ratio_one(method, temperature, top_k, model_fol
     for size in (16, 4):
         stream = rollouts(model, asked(tokenizer), tmp_path, size, method, Named(), tokenizer, temperature=temperature, top_k=top_k)
         batches = [next(stream) for _ in range(16 // size)]
-        assert bool(stream.queue) == (method == "ppo")
         found = stream.metrics()
         assert found["sampling/logp_difference_max"] < 1e-5 and abs(found["kl"]) < 1e-6
         totals = {name: sum(batch["counts"][name] for batch in batches) for name in ("tokens", "texts")} | {"micro_batches": 1}
@@ -846,7 +845,7 @@ def flags_of(world, method: str) -> list[str]:
     flags = ["--model", world / "base", "--data", world / ("prompts.jsonl" if online else "pairs.jsonl"), "--rl.method", method, "--batch-size", "8", "--learning-rate", "3e-3",
              "--training.logging_steps", "1", "--training.sample_tokens", "4", "--training.warmup_steps", "0"]
     flags += ["--rl.rollout_size", "16", "--rl.max_completion_length", "6", "--rl.reward_funcs", "regex:o", "length:3", "--rl.eval_prompts", "6"] if online else []
-    return [str(flag) for flag in flags]
+    return in_file(world / f"{method}.yaml", flags, RL, "rl")
 
 
 def log_of(folder) -> list[dict]:
@@ -904,8 +903,8 @@ def test_a_run_goes_on_in_its_folder_without_writing_texts_twice(world, tmp_path
 def test_inside_a_rollout_a_run_goes_on_however_a_step_is_cut(world, tmp_path):
     flags = [*flags_of(world, "ppo"), "--max-steps", "8", "--rl.num_iterations", "4", "--training.mixed_precision", "no"]
     RL.main([*flags, "--training.save_steps", "3", "--training.save_total_limit", "9", "--out", str(tmp_path / "whole")])
-    cut = [*flags, "--batch-size", "4", "--grad-accum", "2", "--resume", str(tmp_path / "whole" / "ckpt-step-000003")]
-    RL.main([*cut, "--out", str(tmp_path / "cut")])
+    cut = ["--batch-size", "4", "--resume", str(tmp_path / "whole" / "ckpt-step-000003")]
+    RL.main([*cut, "--grad-accum", "2", "--out", str(tmp_path / "cut")])
     whole, other = ([record["loss"] for record in log_of(tmp_path / name) if "loss" in record and record["step"] > 3] for name in ("whole", "cut"))
     assert len(whole) == 5 and other == pytest.approx(whole, abs=1e-5)
     with pytest.raises(UserError, match="inside a rollout of which 40 texts are left, which do not fill whole optimizer steps of 16"):
@@ -925,11 +924,10 @@ def test_ppo_learns_from_a_reward_model(world, tmp_path, capsys, monkeypatch):
     assert served["n"] == 7 and [served["reward"]] == pytest.approx(RL.reward_model(str(tmp_path / "reward"), tokenizer, "cpu")([one]), abs=1e-5)
     kept, usual = [], RL.Rollouts.write_transcripts
     monkeypatch.setattr(RL.Rollouts, "write_transcripts", lambda self: (kept.extend(self.samples), usual(self)))
-    flags = flags_of(world, "ppo")
-    flags[flags.index("--rl.reward_funcs") + 1 : flags.index("--rl.reward_funcs") + 3] = [str(tmp_path / "reward")]
+    flags = [*flags_of(world, "ppo"), "--rl.reward_funcs", str(tmp_path / "reward")]
     RL.main([*flags, "--data", str(world / "pairs.jsonl"), "--max-steps", "8", "--rl.missing_eos_penalty", "0.5", "--out", str(tmp_path / "ppo")])
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
-    assert len(kept) == 32
+    assert len(kept) == 64
     for one in kept:
         assert one.rewards == pytest.approx([float(theirs(tensor([one.ids])).logits)], abs=1e-4)
         assert one.reward == pytest.approx(one.rewards[0] - 0.5 * (one.finish == "length"))
@@ -986,8 +984,8 @@ def test_columns_may_hold_what_json_cannot(world, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": f"Say {i}", "at": day}], "answer": "fox", "day": day, "raw": b"x"} for i in range(8)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     (tmp_path / "judge.py").write_text("def late(completions, day, raw, **_): return [float(d.year + len(r)) for d, r in zip(day, raw)]\n")
-    flags = [*flags_of(world, "grpo"), "--data", str(tmp_path / "rows.parquet"), "--data.validation", "none", "--rl.reward_funcs", f"{tmp_path}/judge.py:late", "--batch-size", "8",
-             "--training.save_steps", "1", "--training.save_total_limit", "9", "--out", str(tmp_path / "run")]
+    flags = in_file(tmp_path / "own.yaml", [*flags_of(world, "grpo"), "--data", tmp_path / "rows.parquet", "--data.validation", "none", "--rl.reward_funcs", f"{tmp_path}/judge.py:late",
+                                            "--batch-size", "8", "--training.save_steps", "1", "--training.save_total_limit", "9", "--out", tmp_path / "run"], RL, "rl")
     RL.main([*flags, "--max-steps", "2"])
     assert json.loads((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()[0])["reward"] == 2021
     RL.main([*flags, "--max-steps", "2", "--resume", str(tmp_path / "run" / "ckpt-step-000001")])
@@ -1013,7 +1011,7 @@ def test_what_cannot_be_compared_is_left_out_and_named(world, tmp_path, capsys):
     good = [{"prompt": f"Say {i}", "chosen": "fox", "rejected": "owl"} for i in range(8)]
     bad = [{"prompt": "a", "chosen": "same", "rejected": "same"}, {"prompt": "b", "chosen": "x", "rejected": " "}, {"prompt": long, "chosen": "x", "rejected": "y"}]
     data = write(tmp_path / "pairs.jsonl", bad + good)
-    flags = [*flags_of(world, "dpo"), "--data", str(data), "--data.validation", "none", "--max-steps", "1"]
+    flags = in_file(tmp_path / "own.yaml", [*flags_of(world, "dpo"), "--data", data, "--data.validation", "none", "--max-steps", "1"], RL, "rl")
     RL.main([*flags, "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
     assert "8 pairs" in said
@@ -1043,11 +1041,10 @@ def test_what_cannot_be_compared_is_left_out_and_named(world, tmp_path, capsys):
     (["--rl.method", "grpo", "--batch-size", "5"], "rl.rollout_size: 16 texts do not fill whole optimizer steps of training.batch_size 5"),
     (["--rl.method", "grpo", "--rl.reward_weights", "[1]"], "rl.reward_weights: 1 for 2 rl.reward_funcs"),
     (["--rl.method", "dpo", "--rl.beta", "0"], "rl.beta: dpo needs one above 0"),
-    (["--rl.method", "dpo", "--rl.loss_type", "robust"], "rl.label_smoothing: 0.0 must be below 0.5, and above 0"),
+    (["--rl.method", "dpo", "--rl.loss_type", "robust"], "rl.label_smoothing: must be above 0 for rl.loss_type robust"),
     (["--rl.method", "dpo", "--lora.r", "2", "--lora.lora_dropout", "0.1"], "lora.lora_dropout: dropout is off here"),
-    (["--rl.method", "grpo", "--rl.temperature", "0"], "rl.temperature: 0.0 must be 0.001 or above"),
+    (["--rl.method", "grpo", "--rl.temperature", "0"], "rl.temperature: 0.0 must be at least 0.001"),
     (["--rl.method", "gppo"], "'gppo' is not one of"),
-    (["--rl.method", "dpo", "--training.objective", "mlm"], "training.objective: mlm belongs to pretraining"),
     (["--rl.method", "dpo", "--training.report_to", "wandb"], "training.report_to: wandb needs `pip install wandb`"),
 ])
 def test_settings_that_cannot_work_are_one_line(flags, message, world, tmp_path):
@@ -1113,7 +1110,7 @@ def test_two_processes_learn_as_one(world, tmp_path):
     kinds = {name: flags_of(world, name.partition("-")[0]) for name in ("dpo", "kto", "reward", "grpo", "ppo", "grpo-sharded", "ppo-lora", "rloo-sharded-lora")}
     more = {"grpo-sharded": ["--training.fsdp", "true"], "ppo-lora": ["--lora.r", "4"], "rloo-sharded-lora": ["--training.fsdp", "true", "--lora.r", "4"]}
     same = ["--batch-size", "4", "--max-steps", "2", "--training.mixed_precision", "no"]  # in bfloat16 other batches sample other texts
-    runs = {name: [*flags, *more.get(name, []), *same, "--out", str(tmp_path / name)] for name, flags in kinds.items()}
+    runs = {name: in_file(tmp_path / f"{name}.yaml", [*flags, *more.get(name, []), *same, "--out", tmp_path / name], RL, "rl") for name, flags in kinds.items()}
     two_processes(tmp_path, {"RL": list(runs.values())})
     for name, argv in runs.items():
         one = tmp_path / f"{name}-one"
@@ -1183,7 +1180,7 @@ def test_pairs_that_changed_are_not_continued(world, tmp_path):
     RL.main(flags)
     resume = [*flags, "--resume", str(tmp_path / "run" / "ckpt-step-000002")]
     with pytest.raises(UserError, match="made with another rl.method"):
-        RL.main([*flags_of(world, "grpo"), "--out", str(tmp_path / "run"), "--resume", "auto"])
+        RL.main(["--rl.method", "orpo", "--out", str(tmp_path / "run"), "--resume", "auto"])
     data.write_text("\n".join(lines[::-1]) + "\n")
     with pytest.raises(UserError, match="the pairs are not those"):
         RL.main(resume)

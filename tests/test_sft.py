@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, kills, launch, two_processes
+from conftest import ROOT, in_file, kills, launch, two_processes
 from safetensors.torch import load_file
 
 import INFER
@@ -491,10 +491,11 @@ def questions(count, answers=True, verb="Say"):
 def flags(tmp_path, model_folder):
     write(tmp_path / "train.jsonl", questions(60))
     write(tmp_path / "test.jsonl", questions(20, verb="Now say")[5:])
-    return ["--model", str(model_folder), "--data", str(tmp_path / "train.jsonl"), "--data.validation", str(tmp_path / "test.jsonl"), "--data.deduplicate", "false",
+    usual = ["--model", str(model_folder), "--data", str(tmp_path / "train.jsonl"), "--data.validation", str(tmp_path / "test.jsonl"), "--data.deduplicate", "false",
             "--max-length", "64", "--batch-size", "4", "--learning-rate", "3e-3", "--training.optim", "adamw", "--training.warmup_steps", "2",
             "--training.lr_scheduler_type", "constant", "--training.eval_steps", "0", "--training.save_steps", "5", "--training.mixed_precision", "no",
             "--sft.answer_tokens", "6"]
+    return in_file(tmp_path / "usual.yaml", usual, SFT, "sft")
 
 
 def test_fine_tuning_learns_resumes_and_opens_elsewhere(flags, tmp_path, tokenizer, capsys):
@@ -869,7 +870,7 @@ def test_adapters_for_another_base_and_targets_that_fit_nothing_are_one_line(mod
 
 
 def test_an_adapter_trains_resumes_and_is_served(flags, tmp_path, model_folder, capsys):
-    flags = [*flags, "--lora.r", "4", "--learning-rate", "1e-2", "--lora.loraplus_lr_ratio", "2"]
+    flags = in_file(tmp_path / "lora.yaml", [*flags, "--lora.r", "4", "--learning-rate", "1e-2", "--lora.loraplus_lr_ratio", "2"], SFT, "sft")
     result = SFT.main([*flags, "--max-steps", "10", "--out", str(tmp_path / "whole")])
     assert result.after["loss"] < result.before["loss"] - 0.3
     SFT.main([*flags, "--max-steps", "5", "--out", str(tmp_path / "halves")])
@@ -1070,9 +1071,10 @@ def test_accuracy_f1_and_confusion_are_counted_right(tokenizer):
 @pytest.fixture()
 def label_flags(tmp_path, model_folder):
     write(tmp_path / "notes.tsv", [{"label": label, "text": text} for text, label in sayings(120)])
-    return ["--model", str(model_folder), "--model.device", "cpu", "--sft.task", "classify", "--data", str(tmp_path / "notes.tsv"), "--data.validation_fraction", "0.3",
+    usual = ["--model", str(model_folder), "--model.device", "cpu", "--sft.task", "classify", "--data", str(tmp_path / "notes.tsv"), "--data.validation_fraction", "0.3",
             "--max-length", "40", "--batch-size", "8", "--learning-rate", "5e-3", "--training.optim", "adamw", "--training.warmup_steps", "2", "--training.eval_steps", "0",
             "--training.save_steps", "10", "--training.mixed_precision", "no", "--training.lr_scheduler_type", "constant"]
+    return in_file(tmp_path / "labels.yaml", usual, SFT, "sft")
 
 
 def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, tokenizer, capsys, monkeypatch):
@@ -1116,7 +1118,7 @@ def test_classifiers_of_every_kind_open_again(label_flags, tmp_path, tokenizer, 
     model = scorer("llama", tokenizer)
     MODEL.save(MODEL.build(dataclasses.replace(model.config, labels=None, num_labels=1, **knobs)), tmp_path / "custom")
     TOKENIZER.save(tokenizer, tmp_path / "custom")
-    flags = [*label_flags, "--model", str(tmp_path / "custom"), "--max-steps", "3", "--training.logging_steps", "1"]
+    flags = in_file(tmp_path / "own.yaml", [*label_flags, "--model", tmp_path / "custom", "--max-steps", "3", "--training.logging_steps", "1"], SFT, "sft")
     result = SFT.main([*flags, "--out", str(tmp_path / "out")])
     again = SFT.main([*flags, "--model", str(tmp_path / "out"), "--out", str(tmp_path / "more")])
     assert math.isclose(again.before["loss"], result.after["loss"], rel_tol=1e-5)
@@ -1127,8 +1129,6 @@ def test_classifiers_of_every_kind_open_again(label_flags, tmp_path, tokenizer, 
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     assert MODEL.load(tmp_path / "bert").config.num_labels == 2
     SFT.main([*label_flags, "--model", str(tmp_path / "custom"), "--lora.r", "2", "--max-steps", "1", "--out", str(tmp_path / "adapter")])
-    with pytest.raises(UserError, match="model.labels: those of the data are"):
-        SFT.main([*label_flags, "--model.num_labels", "3", "--max-steps", "1", "--out", str(tmp_path / "no")])
     write(tmp_path / "chat.jsonl", questions(20))
     SFT.main(["--model", str(model_folder), "--data", str(tmp_path / "chat.jsonl"), "--lora.r", "2", "--max-steps", "1", "--max-length", "32", "--out", str(tmp_path / "chat")])
     with pytest.raises(UserError, match="an adapter without a classification head; merge it"):
@@ -1155,7 +1155,7 @@ def test_a_foreign_model_tells_labels_apart(label_flags, tmp_path, tokenizer):
     config = transformers.GPTNeoXConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
     transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
     TOKENIZER.save(tokenizer, tmp_path / "neox")
-    flags = [*label_flags, "--model", str(tmp_path / "neox")]
+    flags = in_file(tmp_path / "own.yaml", [*label_flags, "--model", tmp_path / "neox"], SFT, "sft")
     result = SFT.main([*flags, "--max-steps", "30", "--out", str(tmp_path / "out")])
     assert result.after["loss"] < result.before["loss"] - 0.2
     texts = [text for text, _ in sayings(5, seed=9)]
@@ -1258,7 +1258,7 @@ def test_two_processes_fine_tune_as_one(flags, label_flags, tmp_path):
     some = ["--max-steps", "4", "--training.logging_steps", "1", "--sft.eval_answers", "5", "--training.sample_tokens", "2"]
     kinds = {"full": flags, "lora": [*flags, "--lora.r", "4"], "sharded": [*flags, "--lora.r", "4", "--training.fsdp", "true"],
              "labels": [*label_flags, "--batch-size", "4"], "label-lora": [*label_flags, "--batch-size", "4", "--lora.r", "4"]}
-    runs = {name: [*kind, *some, "--out", str(tmp_path / name)] for name, kind in kinds.items()}
+    runs = {name: in_file(tmp_path / f"run-{name}.yaml", [*kind, *some, "--out", tmp_path / name], SFT, "sft") for name, kind in kinds.items()}
     two_processes(tmp_path, {"SFT": list(runs.values())})
     for name, argv in runs.items():
         one = tmp_path / f"{name}-one"
@@ -1270,7 +1270,7 @@ def test_two_processes_fine_tune_as_one(flags, label_flags, tmp_path):
         results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path / name, one)]
         for when in ("before", "after"):
             assert results[0][when] == pytest.approx(results[1][when], rel=1e-4), name
-        file = "model.safetensors" if "lora" not in " ".join(argv) else "adapter_model.safetensors"
+        file = "adapter_model.safetensors" if "lora" in name or name == "sharded" else "model.safetensors"
         two, alone = load_file(tmp_path / name / file), load_file(one / file)
         assert set(two) == set(alone)
         for key in two:
@@ -1309,7 +1309,6 @@ REFUSED = {
     "no adapter": (["--lora.use_dora", "true"], "lora.use_dora: needs an adapter; set lora.r"),
     "unknown layer": (["--lora.r", "2", "--lora.target_modules", "[q_proj, nonsense]"], "lora.target_modules: 'nonsense' is not a layer"),
     "muon": (["--lora.r", "2", "--lora.loraplus_lr_ratio", "4", "--training.optim", "muon"], "lora.loraplus_lr_ratio: has no effect with training.optim muon"),
-    "labels in a chat": (["--model.labels", "[a, b]"], "model.labels: belong to sft.task classify"),
     "nothing to choose by": (["--data.validation", "none", "--sft.eval_answers", "0", "--training.sample_tokens", "0", "--training.load_best_model_at_end", "true"],
                              "training.load_best_model_at_end: nothing is held out"),
     "two actions": (["--dry-run", "--merge", "x"], "--merge and --dry-run: train nothing and stand alone"),

@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, free_port, kills, launch, make_text, two_ranks, wait_for_steps
+import yaml
+from conftest import ROOT, free_port, in_file, kills, launch, make_text, two_ranks, wait_for_steps
 from safetensors.torch import load_file, save_file
 from torch import nn
 from two_ranks import (
@@ -75,7 +76,7 @@ def arguments(folder: Path, *more, data=None, model=SMALL) -> list[str]:
     data = data or [folder / "text.txt"]
     horizon = [] if {"--epochs", "--max-steps", "--max-minutes"} & set(more) else ["--max-steps", 4]
     usual = ["--data", *data, "--data.dir", folder / "ids", "--out", folder / "out", *horizon]
-    return [str(word) for word in [*model, *usual, *more]]
+    return [*in_file(folder / "usual.yaml", [*model, *usual], TRAIN, "training"), *map(str, more)]
 
 
 def train(folder: Path, *more, **options):
@@ -340,13 +341,34 @@ def test_a_signal_saves_and_the_rest_is_the_same(tmp_path):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_a_run_goes_on_with_its_own_settings(tmp_path, capsys):
+    """Started with flags, resumed as its last line says; what is given again is named, what cannot change is refused."""
+    write(tmp_path / "text.txt", make_text(60))
+    train(tmp_path, "--max-steps", 4, "--training.save_steps", 2, "--learning-rate", "1e-3", "--model.hidden_size", 48)
+    shutil.rmtree(tmp_path / "out" / "ckpt-step-000004")
+    capsys.readouterr()
+    (tmp_path / "other.yaml").write_text("training: {batch_size: 2, learning_rate: 0.5}")
+    os.chdir(tmp_path)
+    result = TRAIN.main(["--resume", "auto", "--out", str(tmp_path / "out"), "--config", str(tmp_path / "other.yaml")])
+    said = capsys.readouterr().err
+    assert result.steps == 4 and "other.yaml" not in said.replace("--config is not read", "") and "--config is not read" in said and "changed since" not in said
+    settings = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert (settings["training"]["batch_size"], settings["training"]["learning_rate"], settings["model"]["hidden_size"]) == (4, 1e-3, 48)
+    assert TRAIN.main(["--resume", str(tmp_path / "out" / "ckpt-step-000002"), "--max-steps", "6"]).steps == 6  # in its own folder
+    assert "changed since that checkpoint, so this is no exact continuation: training.max_steps" in capsys.readouterr().err
+    for flags, message in ((["--model.num_hidden_layers", "1"], "model.num_hidden_layers: 1, but the run in .* was begun with 2"),
+                           (["--preset", "llama-225k"], "model.preset: llama-225k, but the run in .* was begun with llama-1m")):
+        with pytest.raises(UserError, match=message):
+            TRAIN.main(["--resume", "auto", "--out", str(tmp_path / "out"), *flags])
+
+
 def test_resume_names_a_folder_or_starts_fresh(tmp_path, text_file, capsys):
     train(tmp_path, "--resume", "auto", "--training.save_steps", 2)  # nothing there: a fresh start
     expected = losses(tmp_path / "out")
     assert len(expected) == 4 and "resuming" not in capsys.readouterr().err
-    train(tmp_path, "--out", tmp_path / "b", "--resume", tmp_path / "out" / "ckpt-step-000002")
+    train(tmp_path, "--out", tmp_path / "b", "--training.save_steps", 3, "--resume", tmp_path / "out" / "ckpt-step-000002")
     assert losses(tmp_path / "b") == expected[2:]
-    assert "changed since" in capsys.readouterr().err  # save_steps is another
+    assert "changed since" in capsys.readouterr().err
 
 
 def test_changed_settings_are_named(tmp_path, text_file, capsys):
