@@ -45,28 +45,41 @@ from MODEL import Action, UserError, check, knob, load_config, run_main, say
 @dataclass
 class DistillSection:
     teacher: str = knob("./out", "the large one: a folder or a hub name; an adapter's folder as well", often=True)
-    teacher_dtype: str = knob("auto", "type of the teacher's weights; auto is the one they are stored in, where the device does it well", ("auto", *MODEL.DTYPES))
+    teacher_dtype: str = knob("auto", "type of the teacher's weights; auto is the one they are stored in, where the device does "
+                                      "it well", ("auto", *MODEL.DTYPES))
     teacher_quantization: str = knob("none", "packed form of the teacher's matrices", MODEL.QUANTIZATIONS)
     method: str = knob("logits", "logits (its probabilities), hidden (its hidden states too), universal (another tokenizer)",
                       ("logits", "hidden", "universal"), often=True)
-    task: str = knob("auto", "what is read: text as TRAIN.py does, or conversations as SFT.py does; auto is chat for records and a teacher with a chat template", ("auto", "text", "chat"), often=True)
-    alpha: float = knob(0.1, "share of the data itself in what is learnt; 0 is the teacher alone, 1 the data alone (and, with hidden, hidden states)", low=0, high=1, often=True)
-    beta: float = knob(0.0, "which divergence: 0 is KL(teacher || student), 1 KL(student || teacher), between them Jensen-Shannon's", low=0, high=1, only=("method", "logits", "hidden"), often=True)
-    temperature: float = knob(1.0, "above 1 shows more of the teacher's unlikely words (Hinton 2015)", low=1e-3, often=True)
-    lmbda: float = knob(0.0, "share of the steps on the student's own texts (on-policy)", low=0, high=1, often=True)
-    hidden_weight: float = knob(1.0, "hidden: weight of the mean squared error of hidden states", low=0, only=("method", "hidden"), often=True)
-    cosine_weight: float = knob(1.0, "hidden: weight of one minus the cosine between them", low=0, only=("method", "hidden"), often=True)
-    layer_map: dict | None = knob(None, "hidden: {student layer: teacher layer}, 0 being the embeddings; null spreads the student's over the teacher's", only=("method", "hidden"))
-    init_layers: list[int] | None = knob(None, "the student is the teacher with these of its layers alone, as in [0, 2]; null builds or loads what `model` names", often=True)
-    cache_dir: str | None = knob(None, "folder of a teacher's cached probabilities (--cache writes it), read in place of the teacher", often=True)
+    task: str = knob("auto", "what is read: text as TRAIN.py does, or conversations as SFT.py does; auto is chat for records "
+                             "and a teacher with a chat template", ("auto", "text", "chat"), often=True)
+    alpha: float = knob(0.1, "weight of the usual loss on the data; the rest imitates the teacher; 1 asks no teacher (but for "
+                             "hidden states)", low=0, high=1, often=True)
+    beta: float = knob(0.0, "which divergence: 0 is KL(teacher || student), 1 KL(student || teacher), between them "
+                            "Jensen-Shannon's", low=0, high=1, only=("method", "logits", "hidden"), often=True)
+    temperature: float = knob(1.0, "above 1 flattens both models' probabilities before they are compared (Hinton 2015)", low=1e-3,
+                              often=True)
+    lmbda: float = knob(0.0, "share of the steps (0 to 1) on texts that the student writes, not on the data (on-policy)", low=0,
+                        high=1, often=True)
+    hidden_weight: float = knob(1.0, "hidden: weight of the mean squared error of hidden states", low=0,
+                                only=("method", "hidden"), often=True)
+    cosine_weight: float = knob(1.0, "hidden: weight of one minus the cosine between them", low=0, only=("method", "hidden"),
+                                often=True)
+    layer_map: dict | None = knob(None, "hidden: {student layer: teacher layer}, 0 being the embeddings; null spreads the "
+                                        "student's over the teacher's", only=("method", "hidden"))
+    init_layers: list[int] | None = knob(None, "the student is the teacher with these of its layers alone, as in [0, 2]; null "
+                                               "builds or loads what `model` names", often=True)
+    cache_dir: str | None = knob(None, "folder of a teacher's cached probabilities (--cache writes it), read in place of the "
+                                       "teacher", often=True)
     cache_top_k: int = knob(64, "cached for each token: the k likeliest, and how likely all others are together", low=1)
     cache_dtype: str = knob("float16", "type of the cached numbers", ("float16", "float32"))
     train_on_prompt: bool = knob(False, "chat: learn what the user says as well")
     columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, completion: another}")
     system: str | None = knob(None, "system message of conversations that have none")
-    eval_answers: int = knob(1000, "chat: held-out questions with a known answer that are answered in a validation; 0 is off", low=0)
+    eval_answers: int = knob(1000, "chat: held-out questions with a known answer that are answered in a validation; 0 is off",
+                             low=0)
     max_completion_length: int = knob(64, "tokens of an answer at most", low=1, often=True)
-    sampling_temperature: float | None = knob(None, "of texts that are written; null is 1, and 0 for --generate with one answer a prompt", low=0)
+    sampling_temperature: float | None = knob(None, "of texts that are written; null is 1, and 0 for --generate with one answer "
+                                                    "a prompt", low=0)
     top_k: int = knob(0, "sampling: only the k likeliest tokens; 0 is off", low=0)
     top_p: float = knob(1.0, "sampling: only the likeliest tokens that hold this probability together", above=0, high=1)
     rollout_size: int = knob(256, "lmbda: texts written at once, over all processes; whole optimizer steps", low=1)
@@ -84,17 +97,22 @@ class DistillSection:
     def __post_init__(self):
         check(self, "distill")
         if self.method != "logits" and self.cache_dir:
-            raise UserError(f"distill.cache_dir: a cache holds probabilities over the student's own vocabulary; distill.method {self.method} needs the teacher itself")
+            raise UserError(f"distill.cache_dir: a cache holds probabilities over the student's own vocabulary; distill.method "
+                            f"{self.method} needs the teacher itself")
         if self.lmbda and self.cache_dir:
             raise UserError("distill.lmbda: a cache knows nothing of what the student writes; leave out distill.cache_dir")
         if self.lmbda and self.method == "universal":
-            raise UserError("distill.lmbda: the student's own texts are compared token by token; distill.method universal cannot do that")
+            raise UserError("distill.lmbda: the student's own texts are compared token by token; distill.method universal "
+                            "cannot do that")
         if self.alpha == 1 and (self.lmbda or self.method == "universal"):
-            raise UserError(f"distill.alpha: 1 asks no teacher, and {'distill.lmbda' if self.lmbda else 'distill.method universal'} needs one; choose a smaller one")
+            raise UserError(f"distill.alpha: 1 asks no teacher, and "
+                            f"{'distill.lmbda' if self.lmbda else 'distill.method universal'} needs one; choose a smaller one")
         if self.method == "hidden" and not (self.hidden_weight or self.cosine_weight):
-            raise UserError("distill.hidden_weight and distill.cosine_weight: one of them must be above 0 for distill.method hidden")
+            raise UserError("distill.hidden_weight and distill.cosine_weight: one of them must be above 0 for distill.method "
+                            "hidden")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
-            raise UserError(f"distill.reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} distill.reward_funcs; one for each is expected")
+            raise UserError(f"distill.reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} "
+                            "distill.reward_funcs; one for each is expected")
 
     @property
     def asks_teacher(self) -> bool:
@@ -110,7 +128,8 @@ class Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Tensor:
-        s, t = ((logits.float() / temperature if temperature != 1 else logits.float()).log_softmax(-1) for logits in (student, teacher))
+        s, t = ((logits.float() / temperature if temperature != 1 else logits.float()).log_softmax(-1) for logits in (student,
+                                                                                                                      teacher))
         t = t.clamp_(min=-100)  # e^-100 is never: a word that the teacher masks would be infinitely wrong
         if beta == 0:
             p = t.exp()
@@ -180,7 +199,8 @@ class Buckets(torch.autograd.Function):
         shares, ids, targets, found = ctx.saved_tensors
         chosen = upstream_chosen[:, None]
         bucket = (upstream - found * (upstream.sum(1, keepdim=True) + chosen)) / ctx.temperature  # (N, k + 1)
-        gradient = (shares.float() * bucket[:, -1:]).scatter_(1, ids, bucket[:, :-1]).scatter_add_(1, targets, chosen / ctx.temperature)
+        gradient = (shares.float() * bucket[:, -1:]).scatter_(1, ids, bucket[:, :-1]).scatter_add_(1, targets,
+                                                                                                   chosen / ctx.temperature)
         return gradient.to(shares.dtype), None, None, None
 
 
@@ -205,7 +225,8 @@ def universal_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     """Logits (N, V) and (N, W) over different vocabularies -> (N,): sum |p_(i) - q_(i)| of the probabilities in falling
     order, the shorter list filled up with zeros (Boizard 2024, eq. 5: the Wasserstein distance where every two words are
     equally far apart). It tells how sure the teacher is and between how many words, not which."""
-    student, teacher = ((logits.float() / temperature).softmax(-1).sort(-1, descending=True).values for logits in (student_logits, teacher_logits))
+    student, teacher = ((logits.float() / temperature).softmax(-1).sort(-1, descending=True).values for logits in (student_logits,
+                                                                                                                   teacher_logits))
     width = max(student.shape[-1], teacher.shape[-1])
     student, teacher = (F.pad(p, (0, width - p.shape[-1])) for p in (student, teacher))
     return (student - teacher).abs().sum(-1)
@@ -244,10 +265,12 @@ def load_teacher(config, device, needed: bool = True) -> Teacher:
     if dtype == "float16" and str(device) == "cpu":
         say("distill.teacher_dtype: float16 on a CPU is slow; the teacher computes in float32")
         dtype = "float32"
-    model, tokenizer = RL.second_model(name, "distill.teacher", dtype=dtype, device=device, attn_implementation=config.model.attn_implementation, quantization=form)
+    model, tokenizer = RL.second_model(name, "distill.teacher", dtype=dtype, device=device,
+                                       attn_implementation=config.model.attn_implementation, quantization=form)
     if "lm" not in model.heads:
         raise UserError(f"distill.teacher: {name} gives words no probability, it has a head for labels or rewards")
-    return Teacher(name, model, tokenizer, MODEL.count_parameters(model)[0], model.config.max_position_embeddings, model.config.causal)
+    return Teacher(name, model, tokenizer, MODEL.count_parameters(model)[0], model.config.max_position_embeddings,
+                   model.config.causal)
 
 
 def words_of(teacher: Teacher) -> int:
@@ -312,7 +335,10 @@ def data_mark(cut) -> str:
         digest.update(np.ascontiguousarray(spans.ids[start : start + 2**24]).astype("<i8").tobytes())
     for array in (np.zeros(0) if spans.weights is None else spans.weights, spans.starts, spans.lengths):
         digest.update(np.ascontiguousarray(array).tobytes())
-    digest.update(json.dumps([cut.count, *(map(int, np.concatenate([cut.row(i) for i in {0, cut.count // 2, cut.count - 1}]).flatten()))]).encode())
+    digest.update(json.dumps([cut.count,
+                              *(map(int,
+                                    np.concatenate([cut.row(i) for i in {0, cut.count // 2,
+                                                                         cut.count - 1}]).flatten()))]).encode())
     return digest.hexdigest()
 
 
@@ -377,7 +403,8 @@ def row_starts(cut) -> np.ndarray:
 def trained_of(cut, number: int) -> int:
     """How many targets a row has."""
     weights = cut.spans.weights
-    return sum(stop - start if weights is None else int(np.count_nonzero(weights[start + 1 : stop + 1])) for start, stop in cut.row(number))
+    return sum(stop - start if weights is None else int(np.count_nonzero(weights[start + 1 : stop + 1])) for start,
+               stop in cut.row(number))
 
 
 class Cache:
@@ -395,17 +422,20 @@ class Cache:
                 make_room(path, size)
             if not path.exists() or path.stat().st_size != size:
                 there = f"{path.stat().st_size:,} bytes" if path.exists() else "nothing"
-                raise UserError(f"distill.cache_dir: {path} holds {there}, {size:,} are expected: it was cut short; write it anew with --cache --overwrite")
+                raise UserError(f"distill.cache_dir: {path} holds {there}, {size:,} are expected: it was cut short; write it "
+                                "anew with --cache --overwrite")
             self.arrays[name] = np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode, shape=shape)
 
     @classmethod
     def open(cls, folder: Path) -> Cache:
         if not (folder / "cache.json").exists():
             unfinished = "; an unfinished cache is there" if (folder / "cache.part.json").exists() else ""
-            raise UserError(f"distill.cache_dir: {folder} holds no cache{unfinished}; `DISTILL.py --cache --cache-dir {folder}` writes one")
+            raise UserError(f"distill.cache_dir: {folder} holds no cache{unfinished}; `DISTILL.py --cache --cache-dir {folder}` "
+                            "writes one")
         facts = MODEL.read_json(folder / "cache.json")
         if facts.get("version") != CACHE_VERSION:
-            raise UserError(f"distill.cache_dir: {folder / 'cache.json'} is of version {facts.get('version')}, this program reads {CACHE_VERSION}; write it anew with --cache")
+            raise UserError(f"distill.cache_dir: {folder / 'cache.json'} is of version {facts.get('version')}, this program "
+                            f"reads {CACHE_VERSION}; write it anew with --cache")
         return cls(folder, facts)
 
     def check(self, cut, settings: DistillSection, length: int) -> None:
@@ -418,11 +448,13 @@ class Cache:
             how = f"an earlier {known}, whose weights have changed" if known == settings.teacher else f"the teacher {known}, not by distill.teacher {settings.teacher}: say --teacher {known}"
             raise UserError(f"distill.cache_dir: {self.folder} was made by {how}; or write it anew with --cache --overwrite")
         if self.facts["temperature"] != settings.temperature:
-            raise UserError(f"distill.temperature: {settings.temperature:g}, but {self.folder} was made for {self.facts['temperature']:g}; the unlikely words' share is known for that one alone")
+            raise UserError(f"distill.temperature: {settings.temperature:g}, but {self.folder} was made for "
+                            f"{self.facts['temperature']:g}; the unlikely words' share is known for that one alone")
         if self.facts["max_length"] != length:
             raise UserError(f"training.max_length: rows have {length} tokens, those of {self.folder} {self.facts['max_length']}")
         if self.facts["data_mark"] != data_mark(cut):
-            raise UserError(f"distill.cache_dir: {self.folder} was made from other data (data.train, data.validation, data.packing or the tokenizer changed); write it anew with --cache --overwrite")
+            raise UserError(f"distill.cache_dir: {self.folder} was made from other data (data.train, data.validation, "
+                            "data.packing or the tokenizer changed); write it anew with --cache --overwrite")
 
     def write(self, first: int, ids: Tensor, logprobs: Tensor, tail: Tensor) -> None:
         there = slice(first, first + len(ids))
@@ -432,7 +464,8 @@ class Cache:
     def read(self, pieces: list[slice]) -> dict[str, Tensor]:
         """Entries of several places, one after another."""
         names = {"ids": np.int64, "logprobs": np.float32, "tail": np.float32}
-        return {f"cached_{name}": torch.from_numpy(np.concatenate([np.asarray(self.arrays[name][piece], dtype) for piece in pieces] or [self.arrays[name][:0].astype(dtype)]))
+        return {f"cached_{name}": torch.from_numpy(np.concatenate([np.asarray(self.arrays[name][piece],
+                                                                              dtype) for piece in pieces] or [self.arrays[name][:0].astype(dtype)]))
                 for name, dtype in names.items()}
 
 
@@ -481,7 +514,8 @@ class FromCache:
             beta, temperature = self.settings.beta, self.settings.temperature
             if temperature != 1 or self.words != logits.shape[1]:  # else the data's words are of the same distribution
                 return {"divergence": top_k_loss(logits[:, : self.words], *cached, beta, temperature)}
-            return dict(zip(("divergence", "logprobs"), top_k_loss(logits, *cached, beta, 1.0, batch["targets"].flatten()[rows]), strict=True))
+            return dict(zip(("divergence", "logprobs"), top_k_loss(logits, *cached, beta, 1.0, batch["targets"].flatten()[rows]),
+                            strict=True))
 
         return reduce, []
 
@@ -503,25 +537,30 @@ def write_cache(config) -> None:
     rows.start(BARE_RUN)
     mixed = TRAIN.precision(training, config.model.dtype, device)
     facts = {**cache_facts(settings, training, teacher, rows.plan.plan), "mixed_precision": mixed}
-    with alone_at(folder / ".lock", "distill.cache_dir"), on_interrupt(f"{folder}: what was noted stays there, and the same command goes on"):
+    with alone_at(folder / ".lock", "distill.cache_dir"), on_interrupt(f"{folder}: what was noted stays there, and the same "
+                                                                       "command goes on"):
         done = begin_cache(folder, facts, bool(config.actions.overwrite), teacher.tokenizer)
         hold(teacher.model, mixed)
-        fill_cache(Cache(folder, facts, "r+"), rows.plan.plan, teacher.model, TRAIN.Run(teacher.model, training, device, mixed), training.batch_size, done)
+        fill_cache(Cache(folder, facts, "r+"), rows.plan.plan, teacher.model, TRAIN.Run(teacher.model, training, device, mixed),
+                   training.batch_size, done)
         if MODEL.process_rank() == 0:
             MODEL.write_text(folder / "cache.json", json.dumps(facts, indent=1) + "\n")
             (folder / "cache.part.json").unlink(missing_ok=True)
             size = sum((folder / f"{name}.bin").stat().st_size for name in ("ids", "logprobs", "tail"))
-            say(f"{folder}: {facts['tokens']:,} tokens of {facts['rows']:,} rows, {size / max(facts['tokens'], 1):.0f} bytes each (the {facts['top_k']} likeliest of {facts['vocab_size']:,}); train with --cache-dir {folder}")
+            say(f"{folder}: {facts['tokens']:,} tokens of {facts['rows']:,} rows, {size / max(facts['tokens'], 1):.0f} bytes "
+                f"each (the {facts['top_k']} likeliest of {facts['vocab_size']:,}); train with --cache-dir {folder}")
 
 
 def cache_facts(settings: DistillSection, training, teacher: Teacher, cut) -> dict:
     """All that decides what a cache holds, and what training has to know of a teacher that is not there."""
     words = words_of(teacher)
-    return {"version": CACHE_VERSION, "teacher": teacher.name, "teacher_mark": teacher_mark(teacher.name), "teacher_dtype": settings.teacher_dtype,
-            "teacher_quantization": settings.teacher_quantization, "parameters": teacher.parameters, "context": teacher.context, "causal": teacher.causal,
-            "tokenizer": TOKENIZER.fingerprint(teacher.tokenizer), "vocab_size": words, "data_mark": data_mark(cut), "rows": cut.count,
-            "tokens": int(row_starts(cut)[-1]), "max_length": training.max_length, "temperature": settings.temperature,
-            "top_k": min(settings.cache_top_k, words), "ids": "uint16" if words <= 2**16 else "uint32", "logprobs": settings.cache_dtype}
+    return {"version": CACHE_VERSION, "teacher": teacher.name, "teacher_mark": teacher_mark(teacher.name),
+            "teacher_dtype": settings.teacher_dtype, "teacher_quantization": settings.teacher_quantization,
+            "parameters": teacher.parameters, "context": teacher.context, "causal": teacher.causal,
+            "tokenizer": TOKENIZER.fingerprint(teacher.tokenizer), "vocab_size": words, "data_mark": data_mark(cut),
+            "rows": cut.count, "tokens": int(row_starts(cut)[-1]), "max_length": training.max_length,
+            "temperature": settings.temperature, "top_k": min(settings.cache_top_k, words),
+            "ids": "uint16" if words <= 2**16 else "uint32", "logprobs": settings.cache_dtype}
 
 
 @torch.no_grad()
@@ -557,7 +596,8 @@ def begin_cache(folder: Path, facts: dict, overwrite: bool, tokenizer) -> int:
             raise UserError(f"distill.cache_dir: {folder} holds a whole cache; --overwrite replaces it, or train with it")
         known = MODEL.read_json(part) if part.exists() and not overwrite else None
         if known and (other := [key for key in facts if key != "teacher" and known.get(key) != facts[key]]):
-            raise UserError(f"distill.cache_dir: {folder} was started with {' and '.join(STARTED.get(key, f'another {key}') for key in other[:2])}; --overwrite starts over")
+            raise UserError(f"distill.cache_dir: {folder} was started with "
+                            f"{' and '.join(STARTED.get(key, f'another {key}') for key in other[:2])}; --overwrite starts over")
         if not known:
             for path in (whole, part):
                 path.unlink(missing_ok=True)
@@ -597,7 +637,8 @@ class Progress:
         if MODEL.process_rank() or (now - self.shown < (0.2 if sys.stderr.isatty() else 5) and done < self.total):
             return
         self.shown, speed = now, (done - self.first) / max(now - self.clock, 1e-9)
-        self.line.show(f"[{'#' * int(20 * done / self.total):<20}] {done:,}/{self.total:,} {self.what} | {speed:,.1f} {self.what}/s | {(self.total - done) / max(speed, 1e-9):.0f} s left")
+        self.line.show(f"[{'#' * int(20 * done / self.total):<20}] {done:,}/{self.total:,} {self.what} | {speed:,.1f} "
+                       f"{self.what}/s | {(self.total - done) / max(speed, 1e-9):.0f} s left")
 
 
 # ---------------------------------------------------------------------------------------------- another tokenizer
@@ -641,7 +682,9 @@ class BothTokenizers:
             ids = self.rows.plan.spans.ids[start : stop + 1].tolist()
             teacher_ids, places = self.conversation(start, ids) if self.samples else self.text(ids)
             room = self.teacher.context
-            self.known[start] = (np.array(teacher_ids[: room + 1], np.int64), np.array([(i, j) for i, j in places if i < len(ids) - 1 and j < min(len(teacher_ids) - 1, room)], np.int64).reshape(-1, 2))
+            self.known[start] = (np.array(teacher_ids[: room + 1], np.int64),
+                                 np.array([(i, j) for i, j in places if i < len(ids) - 1 and j < min(len(teacher_ids) - 1, room)],
+                                          np.int64).reshape(-1, 2))
         return self.known[start]
 
     def text(self, ids: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
@@ -658,9 +701,11 @@ class BothTokenizers:
         other, pairs = SFT.Sample(sample.where, sample.record, self.teacher.tokenizer, SFT.SFTSection()), []
         if "text" in sample.record:
             return self.text(ids)
-        for (_, a, b), (_, c, d) in zip(sample.turns, other.turns, strict=True):  # turn by turn: what templates put around them differs
+        # turn by turn: what templates put around them differs
+        for (_, a, b), (_, c, d) in zip(sample.turns, other.turns, strict=True):
             a, c = max(a, 1), max(c, 1)
-            pairs += [(a - 1 + i, c - 1 + j) for i, j in align(spell(self.tokenizer, ids[a:b]), spell(self.teacher.tokenizer, other.ids[c:d]))]
+            pairs += [(a - 1 + i, c - 1 + j) for i,
+                      j in align(spell(self.tokenizer, ids[a:b]), spell(self.teacher.tokenizer, other.ids[c:d]))]
         return other.ids, pairs
 
     def __next__(self) -> dict:
@@ -671,7 +716,8 @@ class BothTokenizers:
         pieces = [ids for row in rows for _, ids, _ in row]
         ends = iter(np.cumsum([len(ids) for ids in pieces]).tolist())
         spans = [[(end - len(ids), end - 1) for _, ids, _ in row for end in [next(ends)]] for row in rows]
-        aligned_batch = TOKENIZER.collate(SimpleNamespace(ids=np.concatenate([*pieces, [0]]).astype(np.int64), weights=None), spans)
+        aligned_batch = TOKENIZER.collate(SimpleNamespace(ids=np.concatenate([*pieces, [0]]).astype(np.int64), weights=None),
+                                          spans)
         width, places = aligned_batch["input_ids"].shape[1], torch.full(batch["input_ids"].shape, -1)
         for r, row in enumerate(rows):
             at = there = 0
@@ -679,7 +725,8 @@ class BothTokenizers:
                 places[r, at + pairs[:, 0]] = torch.from_numpy(r * width + there + pairs[:, 1])
                 at, there = at + length, there + len(ids) - 1
         places[batch["targets"] == -100] = -1
-        batch |= {f"teacher_{name}": value for name, value in aligned_batch.items() if name in ("input_ids", "positions", "segment_ids")}
+        batch |= {f"teacher_{name}": value for name,
+                  value in aligned_batch.items() if name in ("input_ids", "positions", "segment_ids")}
         aligned = (places >= 0).sum() if batch["weights"] is None else batch["weights"][places >= 0].sum()
         return {**batch, "places": places, "counts": {**batch["counts"], "aligned": float(aligned)}}
 
@@ -691,7 +738,9 @@ class ThroughText:
         self.model, self.words, self.settings = teacher.model, words_of(teacher), settings
 
     def __call__(self, batch: dict) -> tuple[Callable, list]:
-        hidden, _ = states_of(self.model, {name.removeprefix("teacher_"): value for name, value in batch.items() if name.startswith("teacher_")})
+        hidden, _ = states_of(self.model,
+                              {name.removeprefix("teacher_"): value for name,
+                               value in batch.items() if name.startswith("teacher_")})
         hidden, places = hidden.flatten(0, 1), batch["places"].flatten()
 
         def reduce(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
@@ -718,7 +767,8 @@ def read_layer_map(given: dict | None, student: int, teacher: int) -> dict[int, 
     for key, value in given.items():
         for layer, count, whose in ((key, student, "student"), (value, teacher, "teacher")):
             if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= count:
-                raise UserError(f"distill.layer_map: {key}: {value}: the {whose} has layers 0 (its embeddings) to {count}, {layer!r} is none of them")
+                raise UserError(f"distill.layer_map: {key}: {value}: the {whose} has layers 0 (its embeddings) to {count}, "
+                                f"{layer!r} is none of them")
     if not given:
         raise UserError("distill.layer_map: no layer is named, as in {0: 0, 3: 6}")
     return dict(given)
@@ -749,13 +799,16 @@ def student_of(teacher: Teacher, layers: list, head_seed: int, attn_implementati
     """The teacher with some of its layers: the same embeddings, head and norms (Sanh 2019, section 3)."""
     source = teacher.model
     if not isinstance(source, MODEL.Transformer) or source.adapter or source.quantization != "none":
-        raise UserError("distill.init_layers: layers are taken from a whole, unpacked model of a family known here (merge an adapter first; distill.teacher_quantization none)")
+        raise UserError("distill.init_layers: layers are taken from a whole, unpacked model of a family known here (merge an "
+                        "adapter first; distill.teacher_quantization none)")
     count = source.config.num_hidden_layers
     if not layers or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < count for i in layers):
         raise UserError(f"distill.init_layers: {layers} must name layers of the teacher, 0 to {count - 1}")
     c = source.config
-    config = dataclasses.replace(c, num_hidden_layers=len(layers), layer_types=[c.layer_types[i] for i in layers] if c.layer_types else c.layer_types,
-                                 mlp_only_layers=[new for new, old in enumerate(layers) if old in c.mlp_only_layers] if c.mlp_only_layers else c.mlp_only_layers)
+    config = dataclasses.replace(c, num_hidden_layers=len(layers),
+                                 layer_types=[c.layer_types[i] for i in layers] if c.layer_types else c.layer_types,
+                                 mlp_only_layers=[new for new,
+                                                  old in enumerate(layers) if old in c.mlp_only_layers] if c.mlp_only_layers else c.mlp_only_layers)
     student = MODEL.build(config, "lm", head_seed, attn_implementation=attn_implementation)
     weights = source.state_dict()
 
@@ -829,7 +882,8 @@ ANSWER_LENGTH = "distill.max_completion_length"
 def student_texts(config, tokenizer, samples: list[SFT.Sample], out: Path) -> StudentTexts:
     """The prompts are the conversations up to their last answers."""
     settings, length = config.distill, config.training.max_length
-    room, left, prompts = RL.Room(ANSWER_LENGTH, settings.max_completion_length, length, "training.max_length"), TOKENIZER.LeftOut(), []
+    room, left, prompts = RL.Room(ANSWER_LENGTH, settings.max_completion_length, length,
+                                  "training.max_length"), TOKENIZER.LeftOut(), []
     room.check()
     for sample in samples:
         messages = sample.record.get("messages") or []
@@ -844,9 +898,11 @@ def student_texts(config, tokenizer, samples: list[SFT.Sample], out: Path) -> St
         raise UserError(f"data.train: no prompt is left for distill.lmbda{left.text()}")
     say(f"{len(prompts):,} prompts for the student's own texts{left.text()}")
     rollouts = RL.RLSection(method="rloo")  # what RL's rollouts ask for and distillation has no word for stays as it is
-    given = {key: getattr(settings, key) for key in ("max_completion_length", "top_k", "top_p", "rollout_size", "rollout_batch_size")}
+    given = {key: getattr(settings, key) for key in ("max_completion_length", "top_k", "top_p", "rollout_size",
+                                                     "rollout_batch_size")}
     temperature = 1.0 if settings.sampling_temperature is None else settings.sampling_temperature
-    rollouts = SimpleNamespace(**{**vars(rollouts), **given, "temperature": temperature, "num_generations": 1, "num_iterations": 1})
+    rollouts = SimpleNamespace(**{**vars(rollouts), **given, "temperature": temperature, "num_generations": 1,
+                                  "num_iterations": 1})
     return StudentTexts(prompts, tokenizer, lambda samples: None, rollouts, config.training, None, out)
 
 
@@ -872,9 +928,11 @@ def distillation(ask: Callable | None, settings: DistillSection, layers: dict[in
         loss, metrics = alpha * nats if alpha else 0.0, {} if batch.get("sampled") else {"nll": nats.detach()}
         if reduce:
             divergence = share(out.reduced["divergence"], "aligned" if "places" in batch else "tokens")
-            loss, metrics = loss + (1 - alpha) * divergence, {**metrics, "divergence_on_policy" if batch.get("sampled") else "divergence": divergence.detach()}
+            loss, metrics = loss + (1 - alpha) * divergence, {**metrics,
+                                                              "divergence_on_policy" if batch.get("sampled") else "divergence": divergence.detach()}
         if layers:
-            pairs = [hidden_losses(student, states[layer]) for student, layer in zip(out.hidden_states, layers.values(), strict=True)]
+            pairs = [hidden_losses(student, states[layer]) for student,
+                     layer in zip(out.hidden_states, layers.values(), strict=True)]
             squared, cosine = (share(sum(values) / len(pairs)) for values in zip(*pairs, strict=True))
             loss = loss + settings.hidden_weight * squared + settings.cosine_weight * cosine
             metrics |= {"hidden_mse": squared.detach(), "hidden_cosine": cosine.detach()}
@@ -893,7 +951,8 @@ def task_of(config, teacher: Teacher) -> str:
         plain = not usual and any(TOKENIZER.suffix_of(path) in texts for group in TOKENIZER.expand_paths(data.train) for path in group)
         task = "chat" if teacher.tokenizer.chat_template and teacher.causal and not plain else "text"
     if task == "chat" and not teacher.tokenizer.chat_template:
-        raise UserError(f"distill.task: {teacher.name} has no chat template, so it has never read a conversation; fine-tune it with SFT.py first, or take text")
+        raise UserError(f"distill.task: {teacher.name} has no chat template, so it has never read a conversation; fine-tune it "
+                        "with SFT.py first, or take text")
     if task == "chat" and usual:
         data.train, data.validation = ["data/chat.jsonl"], "data/chat_test.jsonl" if data.validation == "hash" else data.validation
     if task == "text" and settings.lmbda:
@@ -905,7 +964,8 @@ def task_of(config, teacher: Teacher) -> str:
 def as_sft(config) -> SimpleNamespace:
     """The settings as SFT's readers and measures know them."""
     s = config.distill
-    section = SFT.SFTSection(columns=s.columns, system=s.system, train_on_prompt=s.train_on_prompt, eval_answers=s.eval_answers, answer_tokens=s.max_completion_length)
+    section = SFT.SFTSection(columns=s.columns, system=s.system, train_on_prompt=s.train_on_prompt, eval_answers=s.eval_answers,
+                             answer_tokens=s.max_completion_length)
     section.section = "distill"
     return SimpleNamespace(**{**vars(config), "sft": section})
 
@@ -913,7 +973,8 @@ def as_sft(config) -> SimpleNamespace:
 def read_rows(config, tokenizer, teacher: Teacher, task: str) -> tuple[object, Callable | None, list | None]:
     """(stream, evaluate, conversations) of the data, in rows that stay as they are cut."""
     if task == "text":
-        tell_idle(config.distill, ("train_on_prompt", "columns", "system", "eval_answers", "max_completion_length"), "on text, which holds no conversations")
+        tell_idle(config.distill, ("train_on_prompt", "columns", "system", "eval_answers", "max_completion_length"),
+                  "on text, which holds no conversations")
         stream, evaluate = TRAIN.prepare_data(config, tokenizer, masked=not teacher.causal)
         if is_fixed(stream, config):
             stream.make_plan = TOKENIZER.cut_once(stream.make_plan)
@@ -928,16 +989,19 @@ def read_rows(config, tokenizer, teacher: Teacher, task: str) -> tuple[object, C
 
 def choose_tokenizer(config, checkpoint: Path | None, teacher: Teacher):
     """The student's tokenizer: its own, or the teacher's where that holds all of the student's tokens."""
-    settings, name = config.distill, config.tokenizer.name or (TOKENIZER.folder_of(config.actions.adapter, config.model.name) if config.model.name else None)
+    settings, name = config.distill, config.tokenizer.name or (TOKENIZER.folder_of(config.actions.adapter,
+                                                                                   config.model.name) if config.model.name else None)
     if settings.method == "universal" and not name and not checkpoint:
-        raise UserError("distill.method: universal is for a student with a tokenizer of its own; name one with --tokenizer.name, or a trained student with --model")
+        raise UserError("distill.method: universal is for a student with a tokenizer of its own; name one with "
+                        "--tokenizer.name, or a trained student with --model")
     tokenizer = TOKENIZER.load(checkpoint or name) if checkpoint or name else teacher.tokenizer
     if settings.method == "universal":
         return tokenizer
     known, vocabulary = teacher.tokenizer.get_vocab(), tokenizer.get_vocab()
     if foreign := sorted((i, token) for token, i in vocabulary.items() if known.get(token) != i):
-        raise UserError(f"distill.teacher: {teacher.name} has another vocabulary than the student ({len(known):,} tokens, the student's {len(vocabulary):,}, of which "
-                        f"{len(foreign):,} have another number there or none, such as {foreign[0][1]!r}); --distill.method universal compares across tokenizers")
+        raise UserError(f"distill.teacher: {teacher.name} has another vocabulary than the student ({len(known):,} tokens, the "
+                        f"student's {len(vocabulary):,}, of which {len(foreign):,} have another number there or none, such as "
+                        f"{foreign[0][1]!r}); --distill.method universal compares across tokenizers")
     return teacher.tokenizer if len(known) > len(vocabulary) or not tokenizer.chat_template else tokenizer
 
 
@@ -946,9 +1010,11 @@ def make_student(config, tokenizer, teacher: Teacher, device) -> MODEL.LanguageM
     requested = training.learning_rate, training.optim
     if settings.init_layers is not None:
         if adapter or config.lora.r:
-            raise UserError("lora.r: the student of distill.init_layers is on no disk yet, where an adapter could find it again; train it as a whole first")
+            raise UserError("lora.r: the student of distill.init_layers is on no disk yet, where an adapter could find it "
+                            "again; train it as a whole first")
         if section.name or section.preset != DistillSection().model["preset"] or MODEL.overrides(section):
-            raise UserError("distill.init_layers: the student is the teacher with fewer layers; leave out --model, model.preset and its knobs")
+            raise UserError("distill.init_layers: the student is the teacher with fewer layers; leave out --model, model.preset "
+                            "and its knobs")
         source = teacher if teacher.model else load_teacher(config, "cpu")
         model = student_of(source, settings.init_layers, training.seed, section.attn_implementation)
         MODEL.grow_vocabulary(model, TOKENIZER.vocab_size(tokenizer))
@@ -960,16 +1026,19 @@ def make_student(config, tokenizer, teacher: Teacher, device) -> MODEL.LanguageM
     if section.name or settings.init_layers is not None:
         SFT.finish_model(config, model, *requested)
     elif adapter or config.lora.r:
-        raise UserError(f"{'--adapter' if adapter else 'lora.r'}: adapters learn on trained weights; name the student with --model")
+        raise UserError(f"{'--adapter' if adapter else 'lora.r'}: adapters learn on trained weights; name the student with "
+                        "--model")
     if model.config.causal != teacher.causal:
-        raise UserError(f"distill.teacher: {teacher.name} is {'a causal model' if teacher.causal else 'an encoder'}, the student is not; they do not predict the same")
+        raise UserError(f"distill.teacher: {teacher.name} is {'a causal model' if teacher.causal else 'an encoder'}, the "
+                        "student is not; they do not predict the same")
     return model
 
 
 def introduce(teacher: Teacher, size: int, settings: DistillSection) -> None:
     if not settings.asks_teacher:
         return say(f"teacher {teacher.name}: lends its tokenizer and is not asked, as distill.alpha is 1")
-    say(f"teacher {teacher.name}{' (from the cache)' if settings.cache_dir else ''}: {teacher.parameters:,} parameters, {teacher.parameters / size:.1f} times the student's")
+    say(f"teacher {teacher.name}{' (from the cache)' if settings.cache_dir else ''}: {teacher.parameters:,} parameters, "
+        f"{teacher.parameters / size:.1f} times the student's")
     if teacher.parameters < size:
         say("warning: the teacher is smaller than the student; did you mean it the other way round?")
 
@@ -995,7 +1064,8 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     stream, evaluate, samples = read_rows(config, tokenizer, teacher, task)
     if samples is not None:
         TOKENIZER.end_with_turns(model, tokenizer)
-    layers = read_layer_map(settings.layer_map, model.config.num_hidden_layers, teacher.model.config.num_hidden_layers) if settings.method == "hidden" else {}
+    layers = read_layer_map(settings.layer_map, model.config.num_hidden_layers,
+                            teacher.model.config.num_hidden_layers) if settings.method == "hidden" else {}
     if layers:
         add_projections(model, teacher.model.config.hidden_size, list(layers), training.seed)
     ask = None
@@ -1030,15 +1100,19 @@ def write_answers(config) -> None:
     if config.data.train == TOKENIZER.DataSection().train:
         raise UserError("--generate: name the prompts with --data, as in --data data/prompts.jsonl")
     if settings.reward_funcs and settings.num_generations < 2 and settings.reward_threshold is None:
-        raise UserError("distill.reward_funcs: choose between answers; set distill.num_generations to 2 or more, or distill.reward_threshold")
+        raise UserError("distill.reward_funcs: choose between answers; set distill.num_generations to 2 or more, or "
+                        "distill.reward_threshold")
     if settings.reward_threshold is not None and not settings.reward_funcs:
         raise UserError("distill.reward_threshold: nothing judges; name distill.reward_funcs")
     if settings.num_generations > 1 and settings.sampling_temperature == 0:
-        raise UserError("distill.sampling_temperature: 0 gives the same answer each time; raise it, or ask for one (distill.num_generations 1)")
+        raise UserError("distill.sampling_temperature: 0 gives the same answer each time; raise it, or ask for one "
+                        "(distill.num_generations 1)")
     _, device = TRAIN.start_processes(config.training, config.model.device, out.parent)
     part = out.with_name(f"{out.name}.part")
-    with alone_at(out.with_name(f".{out.name}.lock"), "--out"), on_interrupt(f"{part} holds what was answered, and the same command goes on"):
-        judges = RL.Judges(settings, RL.base_and_tokenizer(settings.teacher, "distill.teacher")[1], device, "distill") if settings.reward_funcs else None
+    with alone_at(out.with_name(f".{out.name}.lock"), "--out"), on_interrupt(f"{part} holds what was answered, and the same "
+                                                                             "command goes on"):
+        judges = RL.Judges(settings, RL.base_and_tokenizer(settings.teacher, "distill.teacher")[1], device,
+                           "distill") if settings.reward_funcs else None
         teacher = load_teacher(config, device)
         if not teacher.causal:
             raise UserError(f"distill.teacher: {teacher.name} is an encoder, which answers nobody")
@@ -1056,21 +1130,26 @@ def write_answers(config) -> None:
 
 def sampling_of(settings: DistillSection, seed: int) -> INFER.Sampling:
     temperature = settings.sampling_temperature if settings.sampling_temperature is not None else float(settings.num_generations > 1)
-    return INFER.Sampling(settings.max_completion_length, temperature, settings.top_k, settings.top_p, seed=seed, n=settings.num_generations)
+    return INFER.Sampling(settings.max_completion_length, temperature, settings.top_k, settings.top_p, seed=seed,
+                          n=settings.num_generations)
 
 
 def made_by(settings: DistillSection, sampling: INFER.Sampling, prompts: list[RL.Prompt]) -> dict:
     """All that decides a file of answers: teacher, sampling, judges as they are now, prompts."""
     def mark(judge: str) -> str | None:
         path = Path(judge.rpartition(":")[0])
-        return teacher_mark(judge) if Path(judge).is_dir() else hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if path.is_file() else None
+        return teacher_mark(judge) if Path(judge).is_dir() else hashlib.blake2b(path.read_bytes(),
+                                                                                digest_size=16).hexdigest() if path.is_file() else None
 
-    return {"teacher": [teacher_mark(settings.teacher), settings.teacher_dtype, settings.teacher_quantization], "sampling": dataclasses.asdict(sampling),
-            "judges": [[judge, mark(judge)] for judge in settings.reward_funcs] + [settings.reward_weights, settings.reward_threshold],
-            "prompts": hashlib.blake2b(repr([prompt.ids for prompt in prompts]).encode(), digest_size=16).hexdigest()}
+    return {"teacher": [teacher_mark(settings.teacher), settings.teacher_dtype, settings.teacher_quantization],
+            "sampling": dataclasses.asdict(sampling),
+            "judges": [[judge, mark(judge)] for judge in settings.reward_funcs] + [settings.reward_weights,
+                                                                                   settings.reward_threshold],
+                                                                                   "prompts": hashlib.blake2b(repr([prompt.ids for prompt in prompts]).encode(), digest_size=16).hexdigest()}
 
 
-def answer_all(teacher: Teacher, prompts: list[RL.Prompt], known: dict[int, list], sampling: INFER.Sampling, judges: RL.Judges | None, settings: DistillSection, part: Path) -> None:
+def answer_all(teacher: Teacher, prompts: list[RL.Prompt], known: dict[int, list], sampling: INFER.Sampling,
+               judges: RL.Judges | None, settings: DistillSection, part: Path) -> None:
     """Answers the prompts that are not `known` yet, block by block; the first process judges them and adds them to `known` and to the file."""
     left, bar = [number for number in range(len(prompts)) if number not in known], Progress(len(prompts), len(known), "prompts")
     size = settings.rollout_batch_size
@@ -1078,17 +1157,21 @@ def answer_all(teacher: Teacher, prompts: list[RL.Prompt], known: dict[int, list
     for start in range(0, len(left), block):
         group = left[start : start + block]
         share = group[MODEL.process_rank() :: TRAIN.world_size()]
-        answers = INFER.generate(teacher.model, [prompts[i].ids for i in share], sampling, teacher.tokenizer, batch_size=size, first=share)
-        samples = RL.gather([RL.Sample(prompts[i], i, completion.ids, completion.finish_reason, completion.text, None) for i, given in zip(share, answers, strict=True) for completion in given])
+        answers = INFER.generate(teacher.model, [prompts[i].ids for i in share], sampling, teacher.tokenizer, batch_size=size,
+                                 first=share)
+        samples = RL.gather([RL.Sample(prompts[i], i, completion.ids, completion.finish_reason, completion.text, None) for i,
+                             given in zip(share, answers, strict=True) for completion in given])
         if MODEL.process_rank() == 0:
             if judges:
                 judges(samples)
             by_prompt: dict[int, list[RL.Sample]] = {i: [] for i in group}
             for sample in samples:
                 by_prompt[sample.number].append(sample)
-            found = {i: chosen_answers(prompts[i], given, settings, bool(teacher.tokenizer.chat_template)) for i, given in by_prompt.items()}
+            found = {i: chosen_answers(prompts[i], given, settings, bool(teacher.tokenizer.chat_template)) for i,
+                     given in by_prompt.items()}
             with open(part, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps({"number": i, "records": records}, ensure_ascii=False, default=str) + "\n" for i, records in found.items()))
+                file.write("".join(json.dumps({"number": i, "records": records}, ensure_ascii=False, default=str) + "\n" for i,
+                                   records in found.items()))
                 file.flush()
                 os.fsync(file.fileno())
             known |= found
@@ -1127,7 +1210,9 @@ def read_prompts(config, teacher: Teacher) -> list[RL.Prompt]:
         seen.add(key)
         ids = RL.prompt_ids(teacher.tokenizer, record["prompt"], record.get("tools"))
         if room.fits(ids, where, left):
-            found.append(RL.Prompt(where, record["prompt"], ids, {key: value for key, value in record.items() if key not in ("prompt", "completion", "system")}))
+            found.append(RL.Prompt(where, record["prompt"], ids,
+                                   {key: value for key,
+                                    value in record.items() if key not in ("prompt", "completion", "system")}))
     if not found:
         raise UserError(f"data.train: no prompt is left{left.text()}")
     say(f"{len(found):,} prompts for {teacher.name}{left.text()}")
@@ -1135,7 +1220,8 @@ def read_prompts(config, teacher: Teacher) -> list[RL.Prompt]:
 
 
 def no_template(where: str, teacher: Teacher) -> None:
-    raise UserError(f"{where}: a conversation, but {teacher.name} has no chat template; give it prompts that are texts, or fine-tune it with SFT.py first")
+    raise UserError(f"{where}: a conversation, but {teacher.name} has no chat template; give it prompts that are texts, or "
+                    "fine-tune it with SFT.py first")
 
 
 def begin_answers(part: Path, made_by: dict, overwrite: bool) -> dict[int, list]:
@@ -1143,10 +1229,12 @@ def begin_answers(part: Path, made_by: dict, overwrite: bool) -> dict[int, list]
     lines = TRAIN.json_lines(part) if part.exists() and not overwrite else []
     lines = lines if len(lines) > 1 else []  # nothing was answered yet
     if lines and lines[0] != json.loads(json.dumps(made_by)):
-        raise UserError(f"--out: {part} was started with other prompts, another teacher or other settings; --overwrite starts over")
+        raise UserError(f"--out: {part} was started with other prompts, another teacher or other settings; --overwrite starts "
+                        "over")
     if lines:
         say(f"{part}: going on after {len(lines) - 1:,} prompts")
-    MODEL.write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines or [made_by]))  # without a line that was cut short
+    # without a line that was cut short
+    MODEL.write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines or [made_by]))
     return {line["number"]: line["records"] for line in lines[1:]}
 
 
@@ -1175,14 +1263,20 @@ ACTIONS = {**TRAIN.ACTIONS, "adapter": SFT.ACTIONS["adapter"],
            "cache": Action("write what the teacher says of --data into --cache-dir, and train nothing"),
            "generate": Action("let the teacher answer the prompts of --data into the JSON lines file --out, and train nothing")}
 SECTIONS = {**TRAIN.SECTIONS, "lora": SFT.LoraSection, "distill": DistillSection}
-TRAINED = ("method", "task", "alpha", "beta", "temperature", "lmbda", "hidden_weight", "cosine_weight", "layer_map", "init_layers", "cache_dir", "train_on_prompt", "eval_answers", "rollout_size")
+TRAINED = ("method", "task", "alpha", "beta", "temperature", "lmbda", "hidden_weight", "cosine_weight", "layer_map",
+           "init_layers", "cache_dir", "train_on_prompt", "eval_answers", "rollout_size")
 IDLE = [  # settings, when they mean nothing, and why: they are told of, not swallowed
     (("beta", "temperature"), lambda s, what: what == "train" and s.alpha == 1, "with distill.alpha 1"),
-    (("teacher_dtype", "teacher_quantization", "cache_dir"), lambda s, what: what == "train" and not s.asks_teacher, "with distill.alpha 1"),
-    (("teacher_dtype", "teacher_quantization"), lambda s, what: what == "train" and s.cache_dir and s.asks_teacher, "with distill.cache_dir"),
-    (("alpha",), lambda s, what: what == "train" and s.lmbda == 1, "with distill.lmbda 1: own texts count the teacher's judgement alone"),
-    (("num_generations", "reward_funcs", "reward_weights", "reward_threshold"), lambda s, what: what != "generate", "without --generate"),
-    (("sampling_temperature", "top_k", "top_p", "rollout_batch_size"), lambda s, what: what != "generate" and not s.lmbda, "without --generate or distill.lmbda"),
+    (("teacher_dtype", "teacher_quantization", "cache_dir"), lambda s, what: what == "train" and not s.asks_teacher,
+     "with distill.alpha 1"),
+    (("teacher_dtype", "teacher_quantization"), lambda s, what: what == "train" and s.cache_dir and s.asks_teacher,
+     "with distill.cache_dir"),
+    (("alpha",), lambda s, what: what == "train" and s.lmbda == 1,
+     "with distill.lmbda 1: own texts count the teacher's judgement alone"),
+    (("num_generations", "reward_funcs", "reward_weights", "reward_threshold"), lambda s, what: what != "generate",
+     "without --generate"),
+    (("sampling_temperature", "top_k", "top_p", "rollout_batch_size"), lambda s, what: what != "generate" and not s.lmbda,
+     "without --generate or distill.lmbda"),
     (("rollout_size",), lambda s, what: what != "generate" and not s.lmbda, "without distill.lmbda"),
     (("cache_top_k", "cache_dtype"), lambda s, what: what != "cache", "without --cache"),
     (("alpha", "beta", "init_layers", "eval_answers"), lambda s, what: what == "cache", "on --cache"),

@@ -40,13 +40,15 @@ class Sampling:
     max_new_tokens: int = knob(256, "tokens of an answer at most", low=1, often=True)
     temperature: float = knob(0.8, "0 always takes the likeliest token; higher is freer", low=0, often=True)
     top_k: int = knob(0, "choose among the k likeliest tokens; 0 is off", low=0, often=True)
-    top_p: float = knob(1.0, "choose among the likeliest that hold this probability together (Holtzman 2019)", low=0, high=1, often=True)
+    top_p: float = knob(1.0, "choose among the likeliest that hold this probability together; 1 is all (Holtzman 2019)", low=0,
+                        high=1, often=True)
     min_p: float = knob(0.0, "only tokens at least this fraction as likely as the likeliest", low=0, high=1, often=True)
     repetition_penalty: float = knob(1.0, "above 1 repeats less (Keskar 2019)", above=0, often=True)
     presence_penalty: float = knob(0.0, "subtracted once from the logits of tokens already generated", often=True)
     frequency_penalty: float = knob(0.0, "subtracted for each time a token was generated", often=True)
     stop: list[str] | str | None = knob(None, "texts that end the answer; they are not part of it", often=True)
-    seed: int | None = knob(None, "the same seed gives the same text, whatever else is in the batch", low=0, high=2**63 - 1, often=True)
+    seed: int | None = knob(None, "the same seed gives the same text, whatever else is in the batch", low=-(10**30), high=10**30,
+                            often=True)
     logprobs: bool = knob(False, "return the log-probability of each token", often=True)
     n: int = knob(1, "answers for each prompt", low=1, often=True)
     ignore_eos: bool = knob(False, "go on after the end-of-text token")
@@ -58,9 +60,11 @@ class Sampling:
 
 @dataclass
 class InferenceSection(Sampling):
-    use_cache: bool = knob(True, "KV cache: keep the keys and values of past tokens; false computes them anew each step", often=True)
+    use_cache: bool = knob(True, "KV cache: keep the keys and values of past tokens; false computes them anew, much slower",
+                           often=True)
     batch_size: int = knob(8, "prompts computed together", low=1, often=True)
-    chat: str = knob("auto", "put prompts into the chat template: on, off, or auto where there is one", ("auto", "on", "off"), often=True)
+    chat: str = knob("auto", "put prompts into the chat template: on, off, or auto where there is one", ("auto", "on", "off"),
+                     often=True)
     system: str | None = knob(None, "system message of a chat", often=True)
     model: dict = knob({"name": "./out"}, "stage block over `model`")
 
@@ -312,12 +316,14 @@ def _decode_without_cache(model, rows: list[Row], together: Callable[[bool], boo
         yield
 
 
-def _decode_by_transformers(model, rows: list[Row], use_cache: bool, together: Callable[[bool], bool] = alone, each: Callable = lambda: None) -> None:
+def _decode_by_transformers(model, rows: list[Row], use_cache: bool, together: Callable[[bool], bool] = alone,
+                            each: Callable = lambda: None) -> None:
     """The rows of a `MODEL.ForeignModel`: the model's own `generate`, in which our sampling names each token. Prompts of one length run
     together, so that nothing is padded. Calls each() after every token."""
     from transformers import GenerationConfig
 
-    waiting = [list(group) for _, group in itertools.groupby(sorted(rows, key=lambda row: len(row.prompt)), lambda row: len(row.prompt))]
+    waiting = [list(group) for _,
+               group in itertools.groupby(sorted(rows, key=lambda row: len(row.prompt)), lambda row: len(row.prompt))]
     while together(bool(waiting)):
         group = waiting.pop(0) if waiting else []
 
@@ -337,8 +343,9 @@ def _decode_by_transformers(model, rows: list[Row], use_cache: bool, together: C
         longest = max((row.budget for row in group), default=1)
         kept, model.inner.generation_config = model.inner.generation_config, GenerationConfig()  # its penalties are not ours
         try:
-            model.inner.generate(prompts, GenerationConfig(max_new_tokens=longest, do_sample=False, use_cache=use_cache), [name_tokens], [finished],
-                                 attention_mask=torch.ones_like(prompts), synced_gpus=together is not alone)
+            model.inner.generate(prompts, GenerationConfig(max_new_tokens=longest, do_sample=False, use_cache=use_cache),
+                                 [name_tokens], [finished], attention_mask=torch.ones_like(prompts),
+                                 synced_gpus=together is not alone)
         finally:
             model.inner.generation_config = kept
 
@@ -387,14 +394,16 @@ def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | lis
             raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in a context of {config.max_position_embeddings}")
         if sampling.stop and tokenizer is None:
             raise ValueError("stop texts need the tokenizer")
-        seed = (sampling.seed if sampling.seed is not None else int(np.random.SeedSequence().entropy)) % 2**64  # numpy takes no sign
+        # numpy takes no sign
+        seed = (sampling.seed if sampling.seed is not None else int(np.random.SeedSequence().entropy)) % 2**64
         groups.append([Row(prompt, sampling, (seed, step, p, s), tokenizer, config.eos_ids, config.max_position_embeddings)
                        for s in range(sampling.n)])
     return groups
 
 
 def generate(model, prompts: list[list[int]], sampling: Sampling | list[Sampling], tokenizer=None, use_cache: bool = True,
-             batch_size: int = 64, step: int = 0, first: int | list[int] = 0, together: Callable[[bool], bool] = alone) -> list[list[Completion]]:
+             batch_size: int = 64, step: int = 0, first: int | list[int] = 0,
+             together: Callable[[bool], bool] = alone) -> list[list[Completion]]:
     """Answers to ragged prompts, computed together: [prompt][sample] -> Completion.
 
     Each answer draws from its own generator keyed by (seed, step, prompt, sample): the same text alone or in any
@@ -425,7 +434,8 @@ def stream(model, tokenizer, prompt_ids: list[int], sampling: Sampling, use_cach
     [[row]] = _make_rows(model, [prompt_ids], [replace(sampling, n=1)], tokenizer, 0)
     told = 0
     foreign = isinstance(model, MODEL.ForeignModel)
-    steps = _in_steps(partial(_decode_by_transformers, model, [row], use_cache, alone)) if foreign else _decode(model, [row], use_cache)
+    steps = _in_steps(partial(_decode_by_transformers, model, [row], use_cache, alone)) if foreign else _decode(model, [row],
+                                                                                                                use_cache)
     for _ in steps:
         if row.told > told:
             yield row.text[told : row.told]
@@ -540,7 +550,8 @@ def configure_for_hardware(model: MODEL.LanguageModel, device=None, quiet: bool 
         chosen.append("TF32")
     if device.type == "cpu":
         chosen.append(f"{torch.get_num_threads()} threads")
-        if model.dtype == torch.bfloat16 and isinstance(model, MODEL.Transformer) and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if model.dtype == torch.bfloat16 and isinstance(model,
+                                                        MODEL.Transformer) and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             _pack(model)
             chosen.append("packed weights")
     if not quiet:
@@ -588,8 +599,8 @@ class Session:
         MODEL.read_json(MODEL.model_folder(name) / "config.json")  # before the tokenizer, whose errors would blame the tokenizer
         adapter = config.actions.adapter
         self.tokenizer = TOKENIZER.load(config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
-        self.model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation, changes=MODEL.overrides(config.model),
-                                adapter=adapter, quantization=config.model.quantization)
+        self.model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation,
+                                changes=MODEL.overrides(config.model), adapter=adapter, quantization=config.model.quantization)
         if adapter:
             TOKENIZER.end_with_turns(self.model, self.tokenizer)
         if len(self.tokenizer) > self.model.config.vocab_size:
@@ -609,7 +620,9 @@ class Session:
     def prompt_ids(self, prompt: str | list[dict] | dict, sampling: Sampling) -> list[int]:
         """A text, the messages of a chat, or {"messages", "tools"} -> ids that fit the context."""
         if self.chat or not isinstance(prompt, str):
-            asked = prompt if isinstance(prompt, dict) else {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+            asked = prompt if isinstance(prompt,
+                                         dict) else {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt,
+                                                                                                                     str) else prompt}
             messages = asked["messages"]
             if self.settings.system and messages[0].get("role") != "system":
                 messages = [{"role": "system", "content": self.settings.system}, *messages]
@@ -751,7 +764,8 @@ def _record(line: str, where: str, base: Sampling):
     for key in record:
         plain = key.lower().replace("-", "_")
         if key not in REQUEST_KEYS and (meant := difflib.get_close_matches(plain, REQUEST_KEYS, 1, 0.8)):
-            raise UserError(f"{where}: unknown key '{key}'; did you mean '{meant[0]}'? (keys unlike any known one are passed through)")
+            raise UserError(f"{where}: unknown key '{key}'; did you mean '{meant[0]}'? (keys unlike any known one are passed "
+                            "through)")
     kinds = MODEL.field_types(Sampling)
     stop = record.get("stop")
     if stop is not None and not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):
@@ -894,7 +908,8 @@ def fill(model, tokenizer, text: str, where: str = "prompt") -> str:
     if not hidden.any():
         raise UserError(f"{where}: this model is an encoder: it fills in {tokenizer.mask_token}, and the text holds none")
     if ids.shape[1] > model.config.max_position_embeddings:
-        raise UserError(f"{where}: {ids.shape[1]} tokens, but this encoder reads {model.config.max_position_embeddings} at once; shorten the text")
+        raise UserError(f"{where}: {ids.shape[1]} tokens, but this encoder reads {model.config.max_position_embeddings} at "
+                        "once; shorten the text")
     logits = model(ids).logits
     logits[..., tokenizer.all_special_ids] = -math.inf
     filled = torch.where(hidden, logits.argmax(-1), ids)[0].tolist()
@@ -903,14 +918,16 @@ def fill(model, tokenizer, text: str, where: str = "prompt") -> str:
 
 def refuse_sampling(session: Session, why: str) -> None:
     usual = InferenceSection()
-    for key in ("n", "top_k", "top_p", "min_p", "logprobs", "stop", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+    for key in ("n", "top_k", "top_p", "min_p", "logprobs", "stop", "repetition_penalty", "presence_penalty",
+                "frequency_penalty"):
         if getattr(session.settings, key) != getattr(usual, key):
             raise UserError(f"inference.{key}: this model {why} and samples nothing")
 
 
 def run_fill(session: Session, actions, prompt: str | None) -> None:
     if actions.score is not None or actions.jsonl:
-        raise UserError("this model is an encoder: it gives no text a probability and answers no JSONL; use --prompt, --lines or a pipe")
+        raise UserError("this model is an encoder: it gives no text a probability and answers no JSONL; use --prompt, --lines "
+                        "or a pipe")
     refuse_sampling(session, "is an encoder; it takes the likeliest piece for each mask")
     lines = (line.rstrip("\r\n") for line in read_stdin()) if prompt is None else [prompt]
     for number, line in enumerate(lines, 1):
@@ -927,7 +944,8 @@ def scores_of(model, rows: list[list[int]]) -> torch.Tensor:
     inputs, positions = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     for row, ids in enumerate(rows):
         inputs[row, : len(ids)], positions[row, : len(ids)] = torch.tensor(ids), torch.arange(len(ids))
-    scores = model(inputs.to(model.device), positions=positions.to(model.device), want=("scores",)).scores.float().cpu()  # (B, T, L)
+    scores = model(inputs.to(model.device), positions=positions.to(model.device),
+                   want=("scores",)).scores.float().cpu()  # (B, T, L)
     return scores[torch.arange(len(rows)), positions.argmax(1) if model.config.causal else 0]  # (B, L)
 
 
@@ -962,7 +980,8 @@ def classify(model, tokenizer, texts: list[str | list[dict]]) -> list[list[float
 def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> None:
     """A label and its probability for each line, or JSON for each line of JSON; nothing for an empty line."""
     if actions.score is not None or actions.echo:
-        raise UserError("this model tells labels apart and writes no words, so --score and --echo mean nothing; use --prompt, --lines, --jsonl or a pipe")
+        raise UserError("this model tells labels apart and writes no words, so --score and --echo mean nothing; use --prompt, "
+                        "--lines, --jsonl or a pipe")
     refuse_sampling(session, "tells labels apart")
     labels = MODEL.label_names(session.model)
 
@@ -975,7 +994,8 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
                 record = TOKENIZER.parse_json(line, f"stdin:{number}")
                 if isinstance(record, dict) and isinstance(record.get("messages"), list):
                     if not session.tokenizer.chat_template:
-                        raise UserError(f"stdin:{number}: messages need a chat template, which this tokenizer lacks; give a 'text'")
+                        raise UserError(f"stdin:{number}: messages need a chat template, which this tokenizer lacks; give a "
+                                        "'text'")
                     yield record, messages_of(record["messages"], f"stdin:{number}")
                     continue
                 line = record.get("text", record.get("prompt")) if isinstance(record, dict) else None
@@ -990,7 +1010,9 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
             shares = dict(zip(labels, next(given), strict=True)) if not isinstance(text, str) or text.strip() else {}
             best = max(shares, key=shares.get) if shares else ""
             if actions.jsonl:
-                print(json.dumps({**record, **({"reward": shares[best]} if len(shares) == 1 else {"label": best, "probabilities": shares})}, ensure_ascii=False))
+                print(json.dumps({**record,
+                                  **({"reward": shares[best]} if len(shares) == 1 else {"label": best, "probabilities": shares})},
+                                  ensure_ascii=False))
             elif len(shares) == 1:
                 print(f"{shares[best]:.4f}")
             else:

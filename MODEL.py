@@ -66,8 +66,8 @@ def say(line: str) -> None:
 # --------------------------------------------------------------------------------------------------------- knobs
 
 
-def knob(default, comment: str, choices: tuple = (), *, low: float | None = None, high: float | None = None, above: float | None = None,
-         below: float | None = None, only: tuple | str = (), often: bool = False):
+def knob(default, comment: str, choices: tuple = (), *, low: float | None = None, high: float | None = None,
+         above: float | None = None, below: float | None = None, only: tuple | str = (), often: bool = False):
     """A dataclass field with all that the settings need to know of it. `comment` describes it in --help and config.yaml.
 
     `check` refuses words that are not in `choices`, numbers unless low <= number <= high and above < number < below, and, where
@@ -102,12 +102,13 @@ def check(section, name: str) -> None:
 
 def check_number(number: float, limits: dict, where: str) -> None:
     low, high, above, below = (limits[key] for key in ("low", "high", "above", "below"))
-    largest = 2**63 - 1 if high else 2**31 - 1 if isinstance(number, int) else 1e15  # a mistake, and may not fit where it is used
-    right = math.isfinite(number) and abs(number) <= largest and (low is None or number >= low) and (high is None or number <= high)
+    largest = 2**31 - 1 if isinstance(number, int) else 1e15  # beyond it a number is a mistake, and may not fit where it is used
+    floor, ceiling = -largest if low is None else low, largest if high is None else high
+    right = (isinstance(number, int) or math.isfinite(number)) and floor <= number <= ceiling
     if not (right and (above is None or number > above) and (below is None or number < below)):
-        words = {"at least": low, "above": above, "at most": high, "below": below}
+        words = {"at least": floor if number < floor else low, "above": above, "at most": ceiling if number > ceiling else high, "below": below}
         bounds = [f"{word} {bound:,}" for word, bound in words.items() if bound is not None]
-        raise UserError(f"{where}: {number} must be {' and '.join(bounds) or 'a number'}{'' if abs(number) <= largest else f', not beyond {largest:,}'}")
+        raise UserError(f"{where}: {number} must be {' and '.join(bounds) or 'a number'}")
 
 
 def not_used(section, f: dataclasses.Field) -> bool:
@@ -134,10 +135,13 @@ ACTIVATIONS = {
 }
 
 
+expert_knob = partial(knob, only="num_experts")
+latent_knob = partial(knob, only="kv_lora_rank")
+
+
 @dataclass
 class ModelConfig:
     """The architecture. Names are those of Hugging Face's config.json."""
-
     model_type: str = knob("llama", "family whose config.json is written")
     vocab_size: int = knob(32000, "rows of the embedding; a preset's follows the tokenizer unless set", low=1)
     hidden_size: int = knob(256, "width C of the residual stream", low=1)
@@ -173,28 +177,25 @@ class ModelConfig:
     num_labels: int = knob(1, "outputs of the score head", low=1)
     labels: list[str] | None = knob(None, "names of those outputs")
     num_experts: int | None = knob(None, "experts of a mixture-of-experts layer; null is one dense MLP a layer", low=1)
-    num_experts_per_tok: int = knob(2, "experts that each token visits (top-k)", low=1, only="num_experts")
-    moe_intermediate_size: int | None = knob(None, "width of one expert; intermediate_size unless set", low=1, only="num_experts")
-    n_shared_experts: int = knob(0, "experts that every token visits besides (DeepSeek)", low=0, only="num_experts")
-    mlp_only_layers: list[int] | None = knob(None, "numbers of the layers that keep a dense MLP", low=0, only="num_experts")
-    scoring_func: str = knob("softmax", "router scores; sigmoid has a selection bias (DeepSeek-V3)", ("softmax", "sigmoid"),
-                             only="num_experts")
-    norm_topk_prob: bool = knob(True, "weights of a token's experts add up to 1", only="num_experts")
-    routed_scaling_factor: float = knob(1.0, "factor on what the chosen experts add", above=0, only="num_experts")
-    n_group: int = knob(1, "groups that the experts are divided into", low=1, only="num_experts")
-    topk_group: int = knob(1, "groups in which a token looks for its experts", low=1, only="num_experts")
-    router_aux_loss_coef: float = knob(0.0, "weight of the load-balancing loss", low=0, only="num_experts")
-    seq_aux: bool = knob(False, "balance within each sequence, not over the whole batch (DeepSeek-V3)", only="num_experts")
-    router_bias_update_speed: float = knob(0.0, "step of the selection bias after each optimizer step (Wang 2024)",
-                                           low=0, only="num_experts")
+    num_experts_per_tok: int = expert_knob(2, "experts that each token visits (top-k)", low=1)
+    moe_intermediate_size: int | None = expert_knob(None, "width of one expert; intermediate_size unless set", low=1)
+    n_shared_experts: int = expert_knob(0, "experts that every token visits besides (DeepSeek)", low=0)
+    mlp_only_layers: list[int] | None = expert_knob(None, "numbers of the layers that keep a dense MLP", low=0)
+    scoring_func: str = expert_knob("softmax", "router scores; sigmoid has a selection bias (DeepSeek-V3)",
+                                    ("softmax", "sigmoid"))
+    norm_topk_prob: bool = expert_knob(True, "weights of a token's experts add up to 1")
+    routed_scaling_factor: float = expert_knob(1.0, "factor on what the chosen experts add", above=0)
+    n_group: int = expert_knob(1, "groups that the experts are divided into", low=1)
+    topk_group: int = expert_knob(1, "groups in which a token looks for its experts", low=1)
+    router_aux_loss_coef: float = expert_knob(0.0, "weight of the load-balancing loss", low=0)
+    seq_aux: bool = expert_knob(False, "balance within each sequence, not over the whole batch (DeepSeek-V3)")
+    router_bias_update_speed: float = expert_knob(0.0, "step of the selection bias after each optimizer step (Wang 2024)", low=0)
     kv_lora_rank: int | None = knob(None, "width of the latent that stands for keys and values (MLA); null is plain attention",
                                     low=1)
-    q_lora_rank: int | None = knob(None, "width of the queries' latent in MLA; null projects them directly",
-                                   low=1, only="kv_lora_rank")
-    qk_nope_head_dim: int = knob(128, "MLA: width of a query and key head's part without position", low=1, only="kv_lora_rank")
-    qk_rope_head_dim: int = knob(64, "MLA: width of the part with a rotary position, its key shared by all heads",
-                                 low=1, only="kv_lora_rank")
-    v_head_dim: int = knob(128, "MLA: width of a value head", low=1, only="kv_lora_rank")
+    q_lora_rank: int | None = latent_knob(None, "width of the queries' latent in MLA; null projects them directly", low=1)
+    qk_nope_head_dim: int = latent_knob(128, "MLA: width of a query and key head's part without position", low=1)
+    qk_rope_head_dim: int = latent_knob(64, "MLA: width of the part with a rotary position, its key shared by all heads", low=1)
+    v_head_dim: int = latent_knob(128, "MLA: width of a value head", low=1)
     rope_interleave: bool = knob(False, "rotary pairs stand side by side, not half a head apart (DeepSeek)")
     causal: bool = knob(True, "each token sees only what is before it; false is an encoder (BERT)")
     post_norm: bool = knob(False, "norms after the residual sums and on the embeddings (BERT)")
@@ -2993,11 +2994,15 @@ EXCLUSIVE = (("model.name", "model.preset"), tuple(f"training.{key}" for key in 
 # `model:` holds what to load or build and how to compute it; every architecture knob may be overridden beside it.
 ModelSection = dataclasses.make_dataclass("ModelSection", [
     ("name", str | None, knob(None, "trained weights: a folder or a hub name (gpt2); replaces preset", often=True)),
-    ("preset", str | None, knob("llama-1m", "fresh weights of this family and size: python MODEL.py --list shows all", often=True)),
-    ("dtype", str, knob("auto", "type of the arithmetic: float32, bfloat16 or float16; training keeps float32 weights", ("auto", *DTYPES), often=True)),
-    ("attn_implementation", str, knob("auto", "attention kernel: eager, sdpa, flash_attention_2 or xformers", tuple(ATTENTION), often=True)),
+    ("preset", str | None, knob("llama-1m", "fresh weights of this family and size (MODEL.py --list); `name: FOLDER` takes "
+                                            "trained ones", often=True)),
+    ("dtype", str, knob("auto", "type of the arithmetic: float32, bfloat16, float16; auto is the fastest that is safe here; "
+                                "training keeps float32 weights", ("auto", *DTYPES), often=True)),
+    ("attn_implementation", str,
+     knob("auto", "eager, sdpa, flash_attention_2 or xformers: the same results at another speed", tuple(ATTENTION), often=True)),
     ("device", str, knob("auto", "cpu, cuda, cuda:1 or mps", often=True)),
-    ("quantization", str, knob("none", "nf4 or int8: the model's matrices packed, under adapters (QLoRA) and for inference",
+    ("quantization", str, knob("none", "frozen weights in 4 (nf4) or 8 bits (int8): to train adapters on (lora.r, QLoRA), or to "
+                                       "run",
                                QUANTIZATIONS, often=True)),
     *[(name, f.type + " | None" if "None" not in f.type else f.type, field(default=None, metadata={**f.metadata, "only": ()}))
       for name, f in KNOBS.items() if name not in ("labels", "num_labels")]],
@@ -3081,7 +3086,8 @@ class Setting(NamedTuple):
     value: object
 
 
-ORIGINS: dict[str, str] = {}  # which file set what for this process: {"training.epochs": "training.epochs of mine.yaml"}, for errors
+# which file set what for this process: {"training.epochs": "training.epochs of mine.yaml"}, for errors
+ORIGINS: dict[str, str] = {}
 
 
 def load_config(argv: list[str] | None, sections: dict[str, type], own: str, actions: dict[str, Action] | None = None,
@@ -3105,7 +3111,8 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
     files = [saved] if saved else chosen["config"] or [beside] * beside.exists()
     if saved and chosen["config"]:
         say(f"a run that goes on keeps its own settings, {saved}; --config is not read, flags are")
-    usual = {f"{own}.{name}.{key}": value for name in blocks for key, value in default_of(sections[own].__dataclass_fields__[name]).items()}
+    usual = {f"{own}.{name}.{key}": value for name in blocks for key,
+             value in default_of(sections[own].__dataclass_fields__[name]).items()}
     sources = [("defaults", -1, usual), *((str(path), 1, read_settings(path)) for path in files), ("command line", 3, words)]
     given = [setting for origin, rank, values in sources for setting in ranked(origin, rank, values, own, blocks, sections)]
     defaults, _ = resolve([setting for setting in given if setting.rank == 0], kinds, sections)
@@ -3189,7 +3196,8 @@ def read_settings(path: Path) -> dict:
             is_block = key in SECTIONS and name not in ("model", "tokenizer", "data", "training", "lora", "output")
             if is_block and not isinstance(value, (dict, types.NoneType)):
                 raise UserError(f"{path}: {name}.{key}: {value!r} is not a mapping; set single keys, as in {name}.{key}.KEY")
-            found.update({f"{name}.{key}.{inner}": v for inner, v in (value or {}).items()} if is_block else {f"{name}.{key}": value})
+            found.update({f"{name}.{key}.{inner}": v for inner,
+                          v in (value or {}).items()} if is_block else {f"{name}.{key}": value})
     return found
 
 
@@ -3215,7 +3223,8 @@ def resolve(given: list[Setting], kinds: dict, sections: dict[str, type]) -> tup
         for _, _, key, value in source:
             where, name = f"{origin}: {key}", key.partition(".")[2]
             if key not in fields:
-                raise UserError(f"{where}: unknown key; nearest is '{nearest(name, field_types(sections[key.partition('.')[0]]))}'")
+                raise UserError(f"{where}: unknown key; nearest is "
+                                f"'{nearest(name, field_types(sections[key.partition('.')[0]]))}'")
             standard = PRESETS.get(values.get("model.preset"), {}).get(name) if key.startswith("model.") else None
             if value == "null" and standard is not None and "None" in KNOBS[name].type:
                 raise UserError(f"{where}: null means the preset's value, {standard}; choose a preset without it")
@@ -3224,9 +3233,11 @@ def resolve(given: list[Setting], kinds: dict, sections: dict[str, type]) -> tup
     return values, origins
 
 
-def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], actions: dict[str, Action], shorts: dict[str, str]) -> tuple[dict, dict]:
+def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], actions: dict[str, Action],
+               shorts: dict[str, str]) -> tuple[dict, dict]:
     """({"training.epochs": raw value}, {action: value}) of a command line; `-` and `_` are alike in the names of flags."""
-    names = {**{key: key for key in kinds}, **{f"{own}.{key}": f"{own}.{key}" for key in kinds if key.partition(".")[0] in blocks},
+    names = {**{key: key for key in kinds},
+             **{f"{own}.{key}": f"{own}.{key}" for key in kinds if key.partition(".")[0] in blocks},
              **{short: key for short, key in shorts.items() if key in kinds},
              **{key.partition(".")[2]: key for key in kinds if key.startswith(f"{own}.") and key.partition(".")[2] not in blocks}}
     for block in blocks:  # its keys are set one by one
@@ -3267,7 +3278,8 @@ def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], action
         elif action:
             chosen[name] = action.convert(value)
         else:
-            values[key] = [item for part in (values[key], value) for item in convert(part, kind, f"--{name}")] if key in values else value
+            values[key] = [item for part in (values[key], value) for item in convert(part, kind,
+                                                                                     f"--{name}")] if key in values else value
     return values, chosen
 
 
@@ -3289,11 +3301,13 @@ def help_page(topic: str, doc: str, sections: dict[str, type], own: str, actions
             flag = flags.get(f"{name}.{f.name}", f.name if name == own else f"{name}.{f.name}").replace("_", "-")
             value = json.dumps(getattr(section, f.name), ensure_ascii=False).strip('"')
             comment = f.metadata["comment"] if topic else f.metadata["comment"].partition(";")[0]
-            words = f" ({' | '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else ""
+            untold = any(str(word) not in f"{comment} auto" for word in f.metadata["choices"])
+            words = f" ({' | '.join(map(str, f.metadata['choices']))})" if untold else ""
             lines.append(f"  {f.name:22} {value:>14}  {comment}{words} [--{flag}]")
     if not topic:
         lines += ["", f"All others, as --section.key VALUE: {', '.join(hidden)}", ""]
-        lines += [f"  {'--' + name.replace('_', '-') + ({Path: ' FILE', None: ''}.get(action.convert, ' VALUE')):20} {action.comment}" for name, action in actions.items()]
+        lines += [f"  {'--' + name.replace('_', '-') + ({Path: ' FILE', None: ''}.get(action.convert, ' VALUE')):20} "
+                  f"{action.comment}" for name, action in actions.items()]
     return "\n".join(lines)
 
 
@@ -3310,7 +3324,8 @@ def config_text(config: SimpleNamespace, comments: bool = False) -> str:
                 value = getattr(section, f.name)
                 if f.name in SECTIONS and isinstance(value, dict) or name == "model" and value is None and not comments:
                     continue
-                text = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True).strip()[1:-1]
+                text = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=10**6,
+                                      allow_unicode=True).strip()[1:-1]
                 text = json.dumps(value) if "\n" in text else text
                 lines.append(f"  {f.name + ': ' + text:44} # {f.metadata['comment']}" if comments else f"  {f.name}: {text}")
     return "\n".join(lines) + "\n"
@@ -3318,7 +3333,8 @@ def config_text(config: SimpleNamespace, comments: bool = False) -> str:
 
 def settings(config: SimpleNamespace) -> dict:
     """{"training.epochs": value} of all sections as they are now."""
-    return {f"{name}.{f.name}": getattr(section, f.name) for name, section in vars(config).items() if name in SECTIONS for f in dataclasses.fields(section)}
+    return {f"{name}.{f.name}": getattr(section, f.name) for name,
+            section in vars(config).items() if name in SECTIONS for f in dataclasses.fields(section)}
 
 
 def changes(config: SimpleNamespace) -> list[str]:
@@ -3326,7 +3342,8 @@ def changes(config: SimpleNamespace) -> list[str]:
     now = settings(config)
     told = {"set": [key for key in now if config.given[key] != config.defaults[key] and key != "output.dir"],
             "chosen": [key for key in now if now[key] != config.given[key]]}
-    return [f"{word}: {', '.join(f'{key} {json.dumps(now[key], default=str, ensure_ascii=False)}' for key in keys)}" for word, keys in told.items() if keys]
+    return [f"{word}: {', '.join(f'{key} {json.dumps(now[key], default=str, ensure_ascii=False)}' for key in keys)}" for word,
+            keys in told.items() if keys]
 
 
 def overrides(section) -> dict:

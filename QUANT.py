@@ -27,8 +27,9 @@ from MODEL import UserError, knob, load_config, run_main, say
 
 @dataclass
 class QuantizationSection:
-    method: str = knob("nf4", "nf4 (4 bits), int8 (8 bits) or none; none leaves them as they are", MODEL.QUANTIZATIONS, often=True)
-    group_size: int = knob(64, "weights that share a scale", (32, 64, 128, 256, 512, 1024), often=True)
+    method: str = knob("nf4", "how QUANT.py packs weights: nf4 (4 bits), int8 (8 bits) or none", MODEL.QUANTIZATIONS, often=True)
+    group_size: int = knob(64, "nf4: weights that share a scale; fewer are more exact and larger", (32, 64, 128, 256, 512, 1024),
+                           often=True)
 
 
 def bitsandbytes():
@@ -74,7 +75,9 @@ class Packer:
         self.device = torch.device(device or "cpu")
         inside = {id(m) for layer in MODEL.layers_of(model) for m in layer.modules()}
         self.names = {f"{name}.{part}" for name, module in model.named_modules() if id(module) in inside
-                      for part in (("weight",) if type(module) is nn.Linear else ("gate_up_proj", "down_proj") if isinstance(module, MODEL.Experts) else ())}
+                      for part in (("weight",) if type(module) is nn.Linear else ("gate_up_proj",
+                                                                                  "down_proj") if isinstance(module,
+                                                                                                             MODEL.Experts) else ())}
 
     def __call__(self, name: str, weight: Tensor) -> bool:
         if name not in self.names:
@@ -154,8 +157,10 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, shared ones once, with the scales of packed ones."""
     states, scales = [], []
     for module in model.modules():
-        states += [state for state in (getattr(getattr(module, "weight", None), "quant_state", None), getattr(module, "state", None)) if hasattr(state, "absmax")]
-        held = (getattr(getattr(module, "weight", None), "SCB", None), getattr(getattr(module, "state", None), "SCB", None), getattr(module, "scale", None))
+        states += [state for state in (getattr(getattr(module, "weight", None), "quant_state", None),
+                                       getattr(module, "state", None)) if hasattr(state, "absmax")]
+        held = (getattr(getattr(module, "weight", None), "SCB", None), getattr(getattr(module, "state", None), "SCB", None),
+                getattr(module, "scale", None))
         scales += [next((scale for scale in held if scale is not None), None)]
     scales += [scale for state in states for scale in (state.absmax, state.state2.absmax if state.nested else None)]
     return sum(tensor.nbytes for tensor in (*model.parameters(), *scales) if tensor is not None)
@@ -174,11 +179,12 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = TOKENIZER.load(config.tokenizer.name or name)
     texts = list(itertools.islice(TOKENIZER.sample_texts(config.data, part="val"), 100))
     if not texts:
-        raise UserError(f"data.validation: '{config.data.validation}' holds out no text, and perplexity is measured on held-out text; "
-                        "use hash, tail or a file")
+        raise UserError(f"data.validation: '{config.data.validation}' holds out no text, and perplexity is measured on held-out "
+                        "text; use hash, tail or a file")
     rows = []
     for method in dict.fromkeys(("none", section.method)):
-        model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation, changes=MODEL.overrides(config.model))
+        model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation,
+                           changes=MODEL.overrides(config.model))
         if "lm" not in model.heads or not model.config.causal:
             raise UserError(f"model.name: {name} gives texts no probability that could be compared; name a causal language model")
         if method != "none":
@@ -190,7 +196,8 @@ def main(argv: list[str] | None = None) -> None:
         del model
     print(f"{'form':6} {'weights':>13} {'nats a token':>13} {'perplexity':>11} {'tokens/s':>9}")
     for method, size, score, seconds in rows:
-        print(f"{method:6} {size / 1e6:10,.2f} MB {score['loss']:13.4f} {score['perplexity']:11.3f} {score['tokens'] / seconds:9,.0f}")
+        print(f"{method:6} {size / 1e6:10,.2f} MB {score['loss']:13.4f} {score['perplexity']:11.3f} "
+              f"{score['tokens'] / seconds:9,.0f}")
 
 
 if __name__ == "__main__":

@@ -58,46 +58,68 @@ def shipped_data(method: str) -> str:
     return "data/prompts.jsonl" if method in ON_POLICY else "data/preferences.jsonl"
 
 
+rollout_knob = partial(knob, only=("method", *ON_POLICY))
+ppo_knob = partial(knob, only=("method", "ppo"))
+
+
 @dataclass
 class RLSection:
     method: str = knob("dpo", "reward, dpo, orpo, simpo, kto, ppo, grpo or rloo", (*OFFLINE, *ON_POLICY), often=True)
-    beta: float | None = knob(None, "pull towards the reference; null is 0.1 for dpo, kto and orpo (there the weight of the odds), 0.5 for loss_type ipo, 2 for simpo (there a scale), 0.05 for ppo and rloo, 0.04 for grpo; 0 does without a reference", low=0, only=("method", *(name for name in BETA if name != "ipo")), often=True)
-    loss_type: str = knob("auto", "dpo: sigmoid, hinge, ipo or robust; grpo: dapo, grpo or dr_grpo; means over all tokens, over texts, by a constant; auto is the first", often=True)
-    label_smoothing: float = knob(0.0, "dpo: share of pairs that are taken to be the wrong way round; robust needs it", low=0, below=0.5, only=("method", "dpo"), often=True)
-    rpo_alpha: float | None = knob(None, "weight of the chosen text's negative log-likelihood (Pang 2024); null: 1", low=0, only=("method", "dpo", "orpo", "simpo"), often=True)
+    beta: float | None = knob(None,
+                              "pull towards the reference; null is 0.1 for dpo, kto and orpo (there the weight of the " "odds), 0.5 for loss_type ipo, 2 for simpo (there a scale), 0.05 for ppo and rloo, 0.04 for " "grpo; 0 does without a reference", low=0, only=("method", *(name for name in BETA if name != "ipo")), often=True)
+    loss_type: str = knob("auto",
+                          "dpo: sigmoid, hinge, ipo, robust; grpo: dapo, grpo, dr_grpo; auto is the first of each " "(dapo: means over all tokens, grpo: over texts, dr_grpo: by a constant)", often=True)
+    label_smoothing: float = knob(0.0, "dpo: share of pairs that are taken to be the wrong way round; robust needs it", low=0,
+                                  below=0.5, only=("method", "dpo"), often=True)
+    rpo_alpha: float | None = knob(None, "weight of the chosen text's negative log-likelihood (Pang 2024); null: 1", low=0,
+                                   only=("method", "dpo", "orpo", "simpo"), often=True)
     simpo_gamma: float = knob(0.5, "simpo: margin by which the better text should be ahead", only=("method", "simpo"), often=True)
     desirable_weight: float = knob(1.0, "kto: how much wanted texts count", low=0, only=("method", "kto"), often=True)
     undesirable_weight: float = knob(1.0, "kto: how much unwanted texts count", low=0, only=("method", "kto"), often=True)
-    center_rewards_coefficient: float = knob(0.01, "reward: pull of a pair's two rewards towards a sum of zero", low=0, only=("method", "reward"), often=True)
+    center_rewards_coefficient: float = knob(0.01, "reward: pull of a pair's two rewards towards a sum of zero", low=0,
+                                             only=("method", "reward"), often=True)
     columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, chosen: another}", often=True)
     system: str | None = knob(None, "system message of prompts that have none", often=True)
-    ref_model: str | None = knob(None, "folder of the reference; null is the model as it starts", only=("method", "dpo", "kto", *ON_POLICY), often=True)
-    reward_funcs: list[str] = knob(["exact_answer"], "ppo, grpo, rloo: who judges; also length:60, regex:..., judge.py:function, out/reward; in full: exact_answer, number_after:####, format:REGEX, regex:REGEX, length:60, file.py:function, the folder of a reward model; several are added up", only=("method", *ON_POLICY), often=True)
-    reward_weights: list[float] | None = knob(None, "one factor for each of them; null is 1", only=("method", *ON_POLICY))
-    rollout_size: int = knob(256, "ppo, grpo, rloo: texts written, judged and then learnt from; over all prompts and processes, whole optimizer steps", low=1, only=("method", *ON_POLICY), often=True)
-    num_generations: int | None = knob(None, "texts for each prompt; null is 8, and 1 for ppo", low=1, only=("method", *ON_POLICY), often=True)
-    max_completion_length: int = knob(64, "ppo, grpo, rloo: tokens of such a text", low=1, only=("method", *ON_POLICY), often=True)
-    temperature: float = knob(1.0, "ppo, grpo, rloo: how freely it is written", low=1e-3, only=("method", *ON_POLICY), often=True)
-    top_k: int = knob(0, "sampling: only the k likeliest tokens; 0 is off", low=0, only=("method", *ON_POLICY))
-    top_p: float = knob(1.0, "sampling: only the likeliest tokens that hold this probability together", above=0, high=1, only=("method", *ON_POLICY))
-    rollout_batch_size: int = knob(256, "texts generated together on one device", low=1, only=("method", *ON_POLICY), often=True)
-    num_iterations: int = knob(1, "passes over each rollout", low=1, only=("method", *ON_POLICY), often=True)
-    epsilon: float = knob(0.2, "ppo, grpo, rloo: how far one rollout may move a probability", low=0, only=("method", *ON_POLICY), often=True)
-    epsilon_high: float | None = knob(None, "another limit upwards (clip-higher); null is the same", low=0, only=("method", *ON_POLICY))
-    scale_rewards: str = knob("group", "grpo: advantages in units of the rewards' deviation in the group, in the batch, or as they are", ("group", "batch", "none"), only=("method", "grpo"), often=True)
-    mask_truncated_completions: bool = knob(False, "texts that were cut off at max_completion_length are not learnt", only=("method", *ON_POLICY))
-    entropy_coef: float = knob(0.0, "reward for an undecided distribution, which keeps exploring", only=("method", *ON_POLICY))
-    missing_eos_penalty: float = knob(0.0, "subtracted from the score of a text that was cut off", low=0, only=("method", *ON_POLICY))
-    gamma: float = knob(1.0, "ppo: worth of a reward one token later", low=0, high=1, only=("method", "ppo"))
-    lam: float = knob(1.0, "ppo: 1 trusts the rewards alone, less the critic as well (GAE)", low=0, high=1, only=("method", "ppo"), often=True)
-    cliprange_value: float = knob(0.2, "ppo: the critic may move this far within a rollout before its gradient is cut", low=0, only=("method", "ppo"))
-    vf_coef: float = knob(0.1, "ppo: weight of the critic's loss", low=0, only=("method", "ppo"), often=True)
-    kl_target: float | None = knob(None, "ppo: beta follows so that the KL of a text stays near this (nats); null is a fixed beta", above=0, only=("method", "ppo"))
-    kl_horizon: int = knob(10000, "ppo: texts over which that beta adapts", low=1, only=("method", "ppo"))
-    kept: str | None = knob("auto", "file of questions that measures forgetting; auto: the shipped one, with shipped data", only=("method", "dpo", "kto", "orpo", "simpo", *ON_POLICY), often=True)
-    eval_prompts: int = knob(1000, "held-out prompts answered (greedily) in a validation of ppo, grpo and rloo; 0 is off", low=0, only=("method", *ON_POLICY), often=True)
+    ref_model: str | None = knob(None, "folder of the reference; null is the model as it starts",
+                                 only=("method", "dpo", "kto", *ON_POLICY), often=True)
+    reward_funcs: list[str] = rollout_knob(["exact_answer"],
+                                           "ppo, grpo, rloo: exact_answer (of the record), length:60 (tokens), "
+                                           "judge.py:function, out/reward, number_after:####, format:REGEX, regex:REGEX; "
+                                           "several are added up", often=True)
+    reward_weights: list[float] | None = rollout_knob(None, "one factor for each of them; null is 1")
+    rollout_size: int = rollout_knob(256, "ppo, grpo, rloo: texts written in a round, then learnt in batches of batch_size, "
+                                          "whole optimizer steps of them; over all prompts and processes", low=1, often=True)
+    num_generations: int | None = rollout_knob(None, "texts for each prompt; null is 8, and 1 for ppo", low=1, often=True)
+    max_completion_length: int = rollout_knob(64, "ppo, grpo, rloo: tokens of such a text at most", low=1, often=True)
+    temperature: float = rollout_knob(1.0, "ppo, grpo, rloo: 1 writes as the model is, above 1 more varied", low=1e-3, often=True)
+    top_k: int = rollout_knob(0, "sampling: only the k likeliest tokens; 0 is off", low=0)
+    top_p: float = rollout_knob(1.0, "sampling: only the likeliest tokens that hold this probability together", above=0, high=1)
+    rollout_batch_size: int = rollout_knob(256, "texts generated together on one device", low=1, often=True)
+    num_iterations: int = rollout_knob(1, "passes over each rollout", low=1, often=True)
+    epsilon: float = rollout_knob(0.2, "ppo, grpo, rloo: a round may change a probability by a factor of 1 - epsilon to 1 + "
+                                       "epsilon", low=0, often=True)
+    epsilon_high: float | None = rollout_knob(None, "another limit upwards (clip-higher); null is the same", low=0)
+    scale_rewards: str = knob("group",
+                              "grpo: advantages in units of the rewards' deviation in the group, in the batch, or as " "they are",
+                              ("group", "batch", "none"), only=("method", "grpo"), often=True)
+    mask_truncated_completions: bool = rollout_knob(False, "texts that were cut off at max_completion_length are not learnt")
+    entropy_coef: float = rollout_knob(0.0, "reward for an undecided distribution, which keeps exploring")
+    missing_eos_penalty: float = rollout_knob(0.0, "subtracted from the score of a text that was cut off", low=0)
+    gamma: float = ppo_knob(1.0, "ppo: worth of a reward one token later", low=0, high=1)
+    lam: float = ppo_knob(1.0, "ppo: lambda of GAE; 1 looks at the whole reward, less at the critic's estimates on the way",
+                          low=0, high=1, often=True)
+    cliprange_value: float = ppo_knob(0.2, "ppo: the critic may move this far within a rollout before its gradient is cut", low=0)
+    vf_coef: float = ppo_knob(0.1, "ppo: weight of the critic's loss", low=0, often=True)
+    kl_target: float | None = ppo_knob(None, "ppo: beta follows so that the KL of a text stays near this (nats); null is a "
+                                             "fixed beta", above=0)
+    kl_horizon: int = ppo_knob(10000, "ppo: texts over which that beta adapts", low=1)
+    kept: str | None = knob("auto", "file of questions that measures forgetting; auto: the shipped one, with shipped data",
+                            only=("method", "dpo", "kto", "orpo", "simpo", *ON_POLICY), often=True)
+    eval_prompts: int = rollout_knob(1000, "held-out prompts answered (greedily) in a validation of ppo, grpo and rloo; 0 is off",
+                                     low=0, often=True)
     model: dict = knob({"name": "./out/sft"}, "stage block over `model`")
-    data: dict = knob({"train": ["auto"]}, "data/preferences.jsonl, for ppo, grpo and rloo data/prompts.jsonl; each with its ..._test.jsonl")
+    data: dict = knob({"train": ["auto"]},
+                      "auto is data/prompts.jsonl for ppo, grpo and rloo, data/preferences.jsonl for the " "others; each with its ..._test.jsonl")
     training: dict = knob({"max_steps": 100, "batch_size": 64}, "stage block over `training`")
     lora: dict = knob({}, "stage block over `lora`")
     output: dict = knob({"dir": "./out/rl"}, "stage block over `output`")
@@ -122,11 +144,14 @@ class RLSection:
             raise UserError(f"rl.loss_type: '{self.loss_type}' is none of {', '.join(known)}" if known[1:] else f"rl.loss_type: {self.method} has only one; leave it out")
         if self.method in ON_POLICY:
             if self.method != "ppo" and self.num_generations < 2:
-                raise UserError(f"rl.num_generations: {self.num_generations}, but {self.method} compares a prompt's texts with each other; at least 2")
+                raise UserError(f"rl.num_generations: {self.num_generations}, but {self.method} compares a prompt's texts with "
+                                "each other; at least 2")
             if self.rollout_size % self.num_generations:
-                raise UserError(f"rl.rollout_size: {self.rollout_size} does not hold whole groups of rl.num_generations {self.num_generations}")
+                raise UserError(f"rl.rollout_size: {self.rollout_size} does not hold whole groups of rl.num_generations "
+                                f"{self.num_generations}")
             if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
-                raise UserError(f"rl.reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} rl.reward_funcs; one for each is expected")
+                raise UserError(f"rl.reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} rl.reward_funcs; "
+                                "one for each is expected")
         if self.method in ("dpo", "kto", "simpo") and not self.beta:
             raise UserError(f"rl.beta: {self.method} needs one above 0")
         if self.loss_type == "robust" and not self.label_smoothing:
@@ -166,7 +191,8 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, referen
     return (1 - label_smoothing) * right + label_smoothing * wrong
 
 
-def kto_loss(gains: Tensor, desirable: Tensor, baseline: Tensor, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Tensor:
+def kto_loss(gains: Tensor, desirable: Tensor, baseline: Tensor, beta: float = 0.1, desirable_weight: float = 1.0,
+             undesirable_weight: float = 1.0) -> Tensor:
     """gains (B,) = log(policy / reference) of single texts, which of them are wanted (B,), the policy's KL -> losses (B,).
 
     People feel gains and losses against what they are used to, here the KL from the reference, and both ever less the
@@ -243,7 +269,8 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, (values - chosen.mean()) * torch.rsqrt(spread + 1e-8), 0.0)
 
 
-def ppo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, epsilon: float = 0.2, epsilon_high: float | None = None) -> tuple[Tensor, Tensor]:
+def ppo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, epsilon: float = 0.2,
+             epsilon_high: float | None = None) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens now and at the rollout, their advantages, all (B, T) -> losses, which are cut (B, T).
 
     -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), r = now / then (Schulman 2017, eq. 7): once a probability has
@@ -281,8 +308,9 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
     return ahead / ((rewards.std() if scale == "batch" else rewards.std(1, keepdim=True)) + 1e-4)
 
 
-def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, reference: Tensor | None = None, beta: float = 0.0, epsilon: float = 0.2,
-              epsilon_high: float | None = None, loss_type: str = "dapo", max_length: int = 1) -> tuple[Tensor, Tensor]:
+def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, reference: Tensor | None = None, beta: float = 0.0,
+              epsilon: float = 0.2, epsilon_high: float | None = None, loss_type: str = "dapo",
+              max_length: int = 1) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T), advantages of texts (B,) -> shares (B,) of a sum, which tokens are cut (B, T).
 
     Each token's clipped loss, plus beta times its KL (Shao 2024, eq. 3). The shares' sum has to be divided by the number
@@ -300,7 +328,8 @@ def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, r
     return shares, cut & mask
 
 
-def rloo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, epsilon: float = 0.2, epsilon_high: float | None = None) -> tuple[Tensor, Tensor]:
+def rloo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, epsilon: float = 0.2,
+              epsilon_high: float | None = None) -> tuple[Tensor, Tensor]:
     """As `grpo_loss`, with a whole text as one action: r is the product of its tokens' ratios (Ahmadian 2024, section 3.2).
     In the first step after a rollout this is REINFORCE. -> shares (B,) of a mean over texts, which tokens are cut (B, T)."""
     losses, cut = ppo_loss((logprobs * mask).sum(1), (old * mask).sum(1), advantages, epsilon, epsilon_high)
@@ -415,7 +444,8 @@ def read_pairs(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZ
         if method == "reward":
             examples = [followed(example, tokenizer.pad_token_id) for example in examples]
         if both and method == "kto":
-            pairs += [Pair(where, [example], record["prompt"], tools, 0.0, label) for example, label in zip(examples, (True, False), strict=True)]
+            pairs += [Pair(where, [example], record["prompt"], tools, 0.0, label) for example,
+                      label in zip(examples, (True, False), strict=True)]
         else:
             pairs.append(Pair(where, examples, record["prompt"], tools, record.get("margin", 0.0), record.get("label", True)))
     return pairs
@@ -435,7 +465,8 @@ def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
         others = (pairs[circle[(place + k) % len(pairs)]] for k in range(1, len(pairs)))
         other = next((pair for pair in others if pair.prompt != pairs[i].prompt), pairs[i])
         (prompt,), (text,) = pairs[i].examples, other.examples
-        ids, weights = [*prompt.ids[: prompt.start], *text.ids[text.start :]], [*prompt.weights[: prompt.start], *text.weights[text.start :]]
+        ids, weights = [*prompt.ids[: prompt.start], *text.ids[text.start :]], [*prompt.weights[: prompt.start],
+                                                                                *text.weights[text.start :]]
         found[i] = pairs[i]._replace(examples=[Example(ids[:length], weights[:length])])
     return found
 
@@ -456,7 +487,9 @@ def read_rows(model, batch: dict, read: Callable[..., Tensor], want: tuple = ())
     """(read(output, positions) of every row (R,), the router's loss), from one forward pass for each half of the batch."""
     values, balance = [], 0.0
     for rows, width in batch["halves"]:
-        ids, positions, targets = (batch[key] if batch[key] is None else batch[key][rows, :width] for key in ("input_ids", "positions", "targets"))
+        ids, positions, targets = (batch[key] if batch[key] is None else batch[key][rows, :width] for key in ("input_ids",
+                                                                                                              "positions",
+                                                                                                              "targets"))
         out = model(ids, positions=positions, targets=None if want else targets, want=want)
         values.append(read(out, positions))
         balance = balance + out.aux_loss / len(batch["halves"])
@@ -489,13 +522,15 @@ class Pairs(TOKENIZER.TokenStream):
     These are computed once, before the first step, when the policy still is the reference (or by `frozen`, if one is named)."""
 
     def __init__(self, pairs: list[Pair], held: list[Pair], settings: RLSection, training: TRAIN.TrainingSection, frozen=None):
-        super().__init__(lambda epoch: [pairs], lambda sources, seed: Order(len(sources), seed), training.batch_size, training.max_length)
+        super().__init__(lambda epoch: [pairs], lambda sources, seed: Order(len(sources), seed), training.batch_size,
+                         training.max_length)
         self.pairs, self.held, self.count = pairs, held, len(pairs[0].examples)
         self.settings, self.training, self.frozen = settings, training, frozen
         self.needed = settings.method in ("dpo", "kto")
         self.sets = {"train": pairs, "held": held}
         if settings.method == "kto":
-            self.sets |= {f"{name} mismatched": mismatched(pairs_of_set, training.seed, training.max_length) for name, pairs_of_set in self.sets.items() if pairs_of_set}
+            self.sets |= {f"{name} mismatched": mismatched(pairs_of_set, training.seed, training.max_length) for name,
+                          pairs_of_set in self.sets.items() if pairs_of_set}
         self.reference: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -550,7 +585,8 @@ class Pairs(TOKENIZER.TokenStream):
         if self.settings.method != "kto":
             return batch
         if begins:
-            self.baseline = self.measure_baseline("train", [[int(i) for i in batch["rows"] if i >= 0] for batch in (batch, *self.queue)])
+            self.baseline = self.measure_baseline("train",
+                                                  [[int(i) for i in batch["rows"] if i >= 0] for batch in (batch, *self.queue)])
         return {**batch, "baseline": self.baseline}
 
     @torch.no_grad()
@@ -593,7 +629,8 @@ class Pairs(TOKENIZER.TokenStream):
         if "pairs" not in state:
             raise UserError("--resume: the checkpoint was made with another rl.method")
         if state["pairs"] != self.fingerprint():
-            raise UserError("--resume: the pairs are not those that the checkpoint was made with (data.train, data.validation or training.max_length changed)")
+            raise UserError("--resume: the pairs are not those that the checkpoint was made with (data.train, data.validation "
+                            "or training.max_length changed)")
         super().load_state_dict(state)
         self.reference, self.frozen = state["reference"], None if state["reference"] else self.frozen
 
@@ -640,9 +677,11 @@ def preference_loss(settings: RLSection) -> Callable:
         ahead = beta * (gains.detach() - batch["baseline"])
         right = torch.where(ahead.abs() < 1e-6, 0.5, ((ahead > 0) == wanted).float())
         rewards = beta * gains.detach()
-        metrics = {"rewards/accuracies": (right * real).sum() / totals["pairs"], "kl": batch["baseline"] * real.sum() / totals["pairs"], "loss": loss.detach()}
+        metrics = {"rewards/accuracies": (right * real).sum() / totals["pairs"],
+                   "kl": batch["baseline"] * real.sum() / totals["pairs"], "loss": loss.detach()}
         if totals["desirable"] < totals["pairs"] > totals["undesirable"]:  # a step with one sort alone has no margin
-            chosen, rejected = ((rewards * (real & kind)).sum() / totals[name] for name, kind in (("desirable", wanted), ("undesirable", ~wanted)))
+            chosen, rejected = ((rewards * (real & kind)).sum() / totals[name] for name,
+                                kind in (("desirable", wanted), ("undesirable", ~wanted)))
             metrics |= {"rewards/margins": chosen - rejected, "rewards/chosen": chosen, "rewards/rejected": rejected}
         return loss + balance / totals["micro_batches"], metrics
 
@@ -653,7 +692,8 @@ def preference_metrics(rewards: Tensor, share: Callable[[Tensor], Tensor]) -> di
     """Rewards (B, 2) -> what is logged, under TRL's names. A tie is half right, so that chance is 0.5."""
     chosen, rejected = rewards.unbind(1)
     right = torch.where((chosen - rejected).abs() < 1e-6, 0.5, (chosen > rejected).float())
-    return {"rewards/accuracies": share(right), "rewards/margins": share(chosen - rejected), "rewards/chosen": share(chosen), "rewards/rejected": share(rejected)}
+    return {"rewards/accuracies": share(right), "rewards/margins": share(chosen - rejected), "rewards/chosen": share(chosen),
+            "rewards/rejected": share(rejected)}
 
 
 def reward_model_loss(settings: RLSection) -> Callable:
@@ -670,7 +710,8 @@ def reward_model_loss(settings: RLSection) -> Callable:
         loss = share(reward_loss(*rewards.unbind(1), batch["margin"], settings.center_rewards_coefficient))
         chosen, rejected = rewards.detach().unbind(1)
         right = (chosen > rejected).float() + 0.5 * (chosen == rejected)
-        metrics = {"accuracy": share(right), "margin": share(chosen - rejected), "mean_reward": share((chosen + rejected) / 2), "loss": loss.detach()}
+        metrics = {"accuracy": share(right), "margin": share(chosen - rejected), "mean_reward": share((chosen + rejected) / 2),
+                   "loss": loss.detach()}
         return loss + balance / totals["micro_batches"], metrics
 
     return loss_fn
@@ -683,7 +724,9 @@ def held_out_pairs(stream: Pairs, loss_fn: Callable, limit: int) -> Callable:
         stream.ask_reference(model)
         batches = list(stream.held_out(limit))
         names = sorted(batches[0]["counts"])
-        totals = dict(zip(names, (n or 1 for n in TRAIN.all_sum([sum(b["counts"][name] for b in batches) for name in names], model.device)), strict=True))
+        totals = dict(zip(names,
+                          (n or 1 for n in TRAIN.all_sum([sum(b["counts"][name] for b in batches) for name in names],
+                                                         model.device)), strict=True))
         totals["micro_batches"] = len(batches) * TRAIN.world_size()
         sums: dict[str, float] = defaultdict(float)
         for batch in batches:
@@ -748,7 +791,8 @@ def without_commas(text: str) -> str:
 
 def exact_answer(sample: Sample) -> float:
     """1 where the text ends with the answer, as a word of its own; a closing full stop aside. "12 plus 30 is 42." ends with 42"""
-    text, answer = (text.rstrip(" .!\n").lower() for text in (without_commas(sample.text), expected_answer(sample, "exact_answer")))
+    text, answer = (text.rstrip(" .!\n").lower() for text in (without_commas(sample.text),
+                                                              expected_answer(sample, "exact_answer")))
     return float(bool(answer) and text.endswith(answer) and not re.match(r"[\w.-]", text[: -len(answer)][-1:]))
 
 
@@ -805,14 +849,18 @@ def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[[list[S
         raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
     function = getattr(module, wanted, None)
     if not callable(function):
-        known = ", ".join(key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__)
+        known = ", ".join(key for key,
+                          value in vars(module).items() if callable(value) and getattr(value, "__module__",
+                                                                                       "") == module.__name__)
         raise UserError(f"{key}: {path} has no function '{wanted}'; it has {known or 'none'}")
 
     def judge(samples: list[Sample]) -> list:
         keys = {key: None for sample in samples for key in sample.columns}
         columns = {key: [sample.columns.get(key) for sample in samples] for key in keys}
-        completions = [TOKENIZER.as_messages(sample.text, "assistant") if isinstance(sample.prompt, list) else sample.text for sample in samples]
-        given = function(prompts=[sample.prompt for sample in samples], completions=completions, completion_ids=[sample.ids[sample.start :] for sample in samples], **columns)
+        completions = [TOKENIZER.as_messages(sample.text, "assistant") if isinstance(sample.prompt,
+                                                                                     list) else sample.text for sample in samples]
+        given = function(prompts=[sample.prompt for sample in samples], completions=completions,
+                         completion_ids=[sample.ids[sample.start :] for sample in samples], **columns)
         return asyncio.run(given) if inspect.iscoroutine(given) else given
 
     return judge
@@ -838,8 +886,8 @@ def reward_model(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> 
     if "score" not in model.heads or model.config.num_labels != 1:
         raise UserError(f"{key}: {name} gives no single score; train a reward model with --rl.method reward")
     if tokenizer_of_model.get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"{key}: {name} was made with another tokenizer ({len(tokenizer_of_model):,} tokens, the policy's has {len(tokenizer):,}); "
-                        "it has to read the policy's own ids: train it from the same model")
+        raise UserError(f"{key}: {name} was made with another tokenizer ({len(tokenizer_of_model):,} tokens, the policy's has "
+                        f"{len(tokenizer):,}); it has to read the policy's own ids: train it from the same model")
 
     def judge(samples: list[Sample]) -> list[float]:
         found: list[float] = []
@@ -898,8 +946,8 @@ class Judges:
         if name.endswith(".py") and Path(name).is_file():
             found = [node.name for node in ast.parse(Path(name).read_text()).body if isinstance(node, ast.FunctionDef)]
             raise UserError(f"{key}: name a function of {name}: " + (", ".join(f"{name}:{function}" for function in found) or "it has none yet"))
-        raise UserError(f"{key}: '{name}' is none of exact_answer, number_after:MARKER, format:REGEX, regex:REGEX, length:TOKENS, "
-                        "file.py:function, or the folder of a reward model")
+        raise UserError(f"{key}: '{name}' is none of exact_answer, number_after:MARKER, format:REGEX, regex:REGEX, "
+                        "length:TOKENS, file.py:function, or the folder of a reward model")
 
     def __call__(self, samples: list[Sample]) -> None:
         for sample in samples:
@@ -912,21 +960,25 @@ class Judges:
                 raise
             except (Exception, SystemExit) as error:
                 line = traceback.extract_tb(error.__traceback__)[-1]
-                raise UserError(f"{self.key}: {name} failed on {self.blame(function, samples)} ({type(error).__name__}: {MODEL.first_line(error)}, "
-                                f"{Path(line.filename).name}:{line.lineno})") from error
+                raise UserError(f"{self.key}: {name} failed on {self.blame(function, samples)} ({type(error).__name__}: "
+                                f"{MODEL.first_line(error)}, {Path(line.filename).name}:{line.lineno})") from error
             given = given.tolist() if hasattr(given, "tolist") else given
             if not isinstance(given, (list, tuple)):
-                raise UserError(f"{self.key}: {name} returned {type(given).__name__}; expected a list with one number per completion")
+                raise UserError(f"{self.key}: {name} returned {type(given).__name__}; expected a list with one number per "
+                                "completion")
             if len(given) != len(samples):
                 raise UserError(f"{self.key}: {name} returned {len(given)} rewards for {len(samples)} completions")
             for sample, value in zip(samples, given, strict=True):
                 if value is not None and not is_number(value):
-                    raise UserError(f"{sample.where}: {name} gave {value!r} for the text {sample.text[:80]!r}; a finite number is needed")
+                    raise UserError(f"{sample.where}: {name} gave {value!r} for the text {sample.text[:80]!r}; a finite number "
+                                    "is needed")
                 sample.rewards.append(None if value is None else float(value))
         for sample in samples:
             if all(value is None for value in sample.rewards):
-                raise UserError(f"{sample.where}: none of {self.key} ({', '.join(self.names)}) judged the text {sample.text[:80]!r}")
-            sample.reward = math.fsum(weight * value for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None)
+                raise UserError(f"{sample.where}: none of {self.key} ({', '.join(self.names)}) judged the text "
+                                f"{sample.text[:80]!r}")
+            sample.reward = math.fsum(weight * value for weight,
+                                      value in zip(self.weights, sample.rewards, strict=True) if value is not None)
 
     @staticmethod
     def blame(function: Callable, samples: list[Sample]) -> str:
@@ -1001,7 +1053,8 @@ class Watch:
         share = length / state["length"]
         if not state["shorter"] < share < state["longer"]:
             warnings.append(f"texts have {length:.0f} tokens now, {state['length']:.0f} in the beginning")
-            state["longer"], state["shorter"] = max(state["longer"], share * LENGTH_ALARM), min(state["shorter"], share / LENGTH_ALARM)
+            state["longer"], state["shorter"] = max(state["longer"], share * LENGTH_ALARM), min(state["shorter"],
+                                                                                                share / LENGTH_ALARM)
         if kl > state["kl"]:
             warnings.append(f"the KL from the reference is {kl:.0f} nats a text")
             state["kl"] = 2 * kl
@@ -1017,7 +1070,8 @@ class Rollouts:
 
     section = "rl"  # where its settings stand
 
-    def __init__(self, prompts: list[Prompt], tokenizer, judges: Judges, settings: RLSection, training: TRAIN.TrainingSection, reference: Reference | None, out: Path):
+    def __init__(self, prompts: list[Prompt], tokenizer, judges: Judges, settings: RLSection, training: TRAIN.TrainingSection,
+                 reference: Reference | None, out: Path):
         self.prompts, self.tokenizer, self.judges, self.settings, self.reference, self.out = prompts, tokenizer, judges, settings, reference, out
         self.training = training
         self.drawn = self.rollout = 0  # prompts, rollouts
@@ -1034,7 +1088,8 @@ class Rollouts:
         if settings.rollout_size % self.per_step:
             factors = f"training.batch_size {self.training.batch_size}" + (f" x grad_accum {run.grad_accum}" if run.grad_accum > 1 else "")
             factors += f" x {run.world_size} processes" if run.world_size > 1 else ""
-            raise UserError(f"{self.section}.rollout_size: {settings.rollout_size} texts do not fill whole optimizer steps of {factors} = {self.per_step}")
+            raise UserError(f"{self.section}.rollout_size: {settings.rollout_size} texts do not fill whole optimizer steps of "
+                            f"{factors} = {self.per_step}")
         self.count = settings.rollout_size // settings.num_generations  # prompts of a rollout
         self.steps_per_rollout = settings.rollout_size // self.per_step * settings.num_iterations
         self.steps_per_epoch = -(-len(self.prompts) // self.count) * self.steps_per_rollout
@@ -1051,13 +1106,15 @@ class Rollouts:
 
     def sampling(self, **changes) -> INFER.Sampling:
         s = self.settings
-        usual = dict(max_new_tokens=s.max_completion_length, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=self.run.seed, n=s.num_generations, logprobs=True)
+        usual = dict(max_new_tokens=s.max_completion_length, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
+                     seed=self.run.seed, n=s.num_generations, logprobs=True)
         return INFER.Sampling(**{**usual, **changes})
 
     def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
         """The texts of these prompts, judged."""
-        answers = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, None, batch_size=self.settings.rollout_batch_size, step=step,
-                                 first=[number for number, _ in numbered], together=self.together)
+        answers = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, None,
+                                 batch_size=self.settings.rollout_batch_size, step=step, first=[number for number, _ in numbered],
+                                 together=self.together)
         samples = []
         for (number, prompt), completions in zip(numbered, answers, strict=True):
             for completion in completions:
@@ -1075,10 +1132,12 @@ class Rollouts:
         for start in range(0, rows, size):
             group = samples[start : start + size]
             inputs = text_batch(group, self.run.device)
-            out = model(inputs["input_ids"], inputs["positions"], targets=inputs["targets"], temperature=self.settings.temperature, want=want)
+            out = model(inputs["input_ids"], inputs["positions"], targets=inputs["targets"],
+                        temperature=self.settings.temperature, want=want)
             columns = {"logprobs": out.logprobs, "entropy": out.entropy, "values": out.values}
             columns = {name: column.float().cpu() for name, column in columns.items() if column is not None}
-            found += [{name: column[i, sample.start - 1 : len(sample.ids) - 1] for name, column in columns.items()} for i, sample in enumerate(group)]
+            found += [{name: column[i, sample.start - 1 : len(sample.ids) - 1] for name, column in columns.items()} for i,
+                      sample in enumerate(group)]
         return found
 
     def draw(self, **changes) -> list[Sample]:
@@ -1111,8 +1170,8 @@ class Rollouts:
         metrics = {**self.measure(), **self.set_advantages(), **spent}
         self.write_transcripts()
         for text in self.watch(metrics) if run.rank == 0 else ():
-            say(f"rollout {self.rollout + 1}: {text}, while the reward went to {metrics['reward']:.3g}. Is it gained in a way that you meant? "
-                f"{self.out / 'rollouts.jsonl'} shows; a higher rl.beta holds the policy back")
+            say(f"rollout {self.rollout + 1}: {text}, while the reward went to {metrics['reward']:.3g}. Is it gained in a way "
+                f"that you meant? {self.out / 'rollouts.jsonl'} shows; a higher rl.beta holds the policy back")
         if metrics.get("frac_reward_zero_std") == 1 and run.rank == 0:
             say(f"rollout {self.rollout + 1}: no prompt's texts differ in their rewards, so nothing can be learnt of them")
         if settings.kl_target:
@@ -1142,7 +1201,8 @@ class Rollouts:
         for i, name in enumerate(self.judges.names):
             given = [sample.rewards[i] for sample in samples if sample.rewards[i] is not None]
             found[f"rewards/{name}/mean"] = sum(given) / max(len(given), 1)
-        found |= {"completions/mean_length": float(lengths.mean()), "completions/clipped_ratio": sum(sample.finish == "length" for sample in samples) / len(samples)}
+        found |= {"completions/mean_length": float(lengths.mean()),
+                  "completions/clipped_ratio": sum(sample.finish == "length" for sample in samples) / len(samples)}
         found["entropy"] = float(torch.cat([sample.entropy for sample in samples]).mean())
         if self.reference:
             found["kl"] = sum(float(kl_estimate(sample.old, sample.reference).sum()) for sample in samples) / len(samples)
@@ -1150,7 +1210,8 @@ class Rollouts:
             groups = rewards.view(-1, settings.num_generations)
             found["frac_reward_zero_std"] = float((groups.max(1).values == groups.min(1).values).float().mean())
         differences = torch.cat([(sample.old - torch.tensor(sample.sampled)).abs() for sample in samples])
-        found |= {"sampling/logp_difference_mean": float(differences.mean()), "sampling/logp_difference_max": float(differences.max())}
+        found |= {"sampling/logp_difference_mean": float(differences.mean()),
+                  "sampling/logp_difference_max": float(differences.max())}
         return found
 
     def set_advantages(self) -> dict[str, float]:
@@ -1163,14 +1224,16 @@ class Rollouts:
                 scale = "leave_one_out"
                 if self.reference:
                     scores = scores - self.beta * torch.stack([(sample.old - sample.reference).sum() for sample in samples])
-            for sample, advantage in zip(samples, group_advantages(scores.view(-1, settings.num_generations), scale).flatten(), strict=True):
+            for sample, advantage in zip(samples, group_advantages(scores.view(-1, settings.num_generations), scale).flatten(),
+                                         strict=True):
                 sample.advantages = advantage
             return {}
         padded = partial(nn.utils.rnn.pad_sequence, batch_first=True)
         old, values = padded([sample.old for sample in samples]), padded([sample.values for sample in samples])
         mask = padded([torch.ones(sample.length, dtype=torch.bool) for sample in samples])
         reference = padded([sample.reference for sample in samples]) if self.reference else old
-        advantages, returns = gae(token_rewards(scores, old, reference, mask, self.beta), values, mask, settings.gamma, settings.lam)
+        advantages, returns = gae(token_rewards(scores, old, reference, mask, self.beta), values, mask, settings.gamma,
+                                  settings.lam)
         learned = mask & ~torch.tensor([self.is_masked(sample) for sample in samples])[:, None]
         spread = float(returns[mask].var()) if mask.sum() > 1 else 0.0
         explained = 1 - float((returns - values)[mask].var()) / spread if spread else 0.0
@@ -1219,13 +1282,17 @@ class Rollouts:
 
     def verdict(self, sample: Sample) -> dict:
         """What the transcript tells of a text beside itself."""
-        found = {"reward": sample.reward, "rewards": dict(zip(self.judges.names, sample.rewards, strict=True)), "advantage": round(float(sample.advantages.mean()), 4)}
-        return found | ({} if sample.reference is None else {"kl": round(float(kl_estimate(sample.old, sample.reference).sum()), 4)})
+        found = {"reward": sample.reward, "rewards": dict(zip(self.judges.names, sample.rewards, strict=True)),
+                 "advantage": round(float(sample.advantages.mean()), 4)}
+        return found | ({} if sample.reference is None else {"kl": round(float(kl_estimate(sample.old, sample.reference).sum()),
+                                                                         4)})
 
     def state_dict(self) -> dict:
         left = len(self.queue) * self.training.batch_size * self.run.world_size
-        return {"drawn": self.drawn, "rollout": self.rollout, "beta": self.beta, "watch": dict(self.watch.state), "sums": {k: list(v) for k, v in self.sums.items()},
-                "left": left, "samples": [{**vars(sample), "columns": {}, "prompt": ""} for sample in self.samples] if left else [], "prompts": self.fingerprint()}
+        return {"drawn": self.drawn, "rollout": self.rollout, "beta": self.beta, "watch": dict(self.watch.state),
+                "sums": {k: list(v) for k, v in self.sums.items()}, "left": left,
+                "samples": [{**vars(sample), "columns": {}, "prompt": ""} for sample in self.samples] if left else [],
+                "prompts": self.fingerprint()}
 
     def fingerprint(self) -> str:
         return hashlib.blake2b(str([prompt.ids for prompt in self.prompts]).encode(), digest_size=8).hexdigest()
@@ -1234,9 +1301,11 @@ class Rollouts:
         if "drawn" not in state:
             raise UserError("--resume: the checkpoint was made with another rl.method")
         self.drawn, self.rollout, self.beta, self.watch.state = state["drawn"], state["rollout"], state["beta"], dict(state["watch"])
-        self.sums, self.samples = {k: list(v) for k, v in state["sums"].items()}, [Sample.restored(sample) for sample in state["samples"]]
+        self.sums = {k: list(v) for k, v in state["sums"].items()}
+        self.samples = [Sample.restored(sample) for sample in state["samples"]]
         if state["left"] % self.per_step:
-            raise UserError(f"--resume: the checkpoint stands inside a rollout of which {state['left']} texts are left, which do not fill whole optimizer steps of {self.per_step}")
+            raise UserError(f"--resume: the checkpoint stands inside a rollout of which {state['left']} texts are left, which "
+                            f"do not fill whole optimizer steps of {self.per_step}")
         if state["prompts"] != self.fingerprint() and self.run.rank == 0:
             say("the prompts are not those of the checkpoint, so this is no exact continuation")
         batches = self.minibatches()
@@ -1273,7 +1342,8 @@ def rollout_loss(settings: RLSection) -> Callable:
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
         mask, old, advantages = batch["targets"] != -100, batch["old"], batch["advantages"]
-        out = model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"], temperature=settings.temperature, want=want)
+        out = model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"], temperature=settings.temperature,
+                    want=want)
         limits = dict(epsilon=settings.epsilon, epsilon_high=settings.epsilon_high)
         if method == "ppo":
             losses, cut = ppo_loss(out.logprobs, old, advantages, **limits)
@@ -1288,7 +1358,8 @@ def rollout_loss(settings: RLSection) -> Callable:
         moved = (kl_estimate(old, out.logprobs.detach()) * mask).sum() / totals["tokens"]
         metrics = {"policy_loss": policy.detach(), "clip_ratio": cut.sum() / totals["tokens"], "approx_kl": moved}
         if method == "ppo":
-            critic = (value_loss(out.values, batch["values"], batch["returns"], settings.cliprange_value) * mask).sum() / totals["tokens"]
+            critic = (value_loss(out.values, batch["values"], batch["returns"],
+                                 settings.cliprange_value) * mask).sum() / totals["tokens"]
             loss, metrics["value_loss"] = loss + settings.vf_coef * critic, critic.detach()
         if settings.entropy_coef:
             loss = loss - settings.entropy_coef * (out.entropy * mask).sum() / totals["tokens"]
@@ -1353,7 +1424,8 @@ def prompt_record(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     with an answer, that answer is the key `completion`."""
     prompt = TOKENIZER.prompt_of(record, where, form.system)
     if prompt is None:
-        raise UserError(f"{where}: no prompt among {TOKENIZER.keys_of(record)}; set {form.section}.columns, as in {{prompt: my_column}}")
+        raise UserError(f"{where}: no prompt among {TOKENIZER.keys_of(record)}; set {form.section}.columns, as in "
+                        f"{{prompt: my_column}}")
     rest = {key: value for key, value in record.items() if key not in ("prompt", *TOKENIZER.CHAT_KEYS)}
     if not prompt:
         raise TOKENIZER.Unusable("without a prompt")
@@ -1375,8 +1447,8 @@ def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     single = "completion" in record and "label" in record and record.get("chosen") is None
     keys = ("completion",) if single else ("chosen", "rejected")
     if not all(key in record for key in keys):
-        raise UserError(f"{where}: keys {TOKENIZER.keys_of(record)} are neither prompt + chosen + rejected nor prompt + completion + label; "
-                        f"set {form.section}.columns, as in {{chosen: my_column, rejected: another}}")
+        raise UserError(f"{where}: keys {TOKENIZER.keys_of(record)} are neither prompt + chosen + rejected nor prompt + "
+                        f"completion + label; set {form.section}.columns, as in {{chosen: my_column, rejected: another}}")
     implicit = not any(TOKENIZER.is_given(record, key) for key in TOKENIZER.PROMPT_KEYS)
     answers = [TOKENIZER.words_of(record[key], "assistant", f"{where}: {key}", implicit) for key in keys]
     if not all(answers):
@@ -1391,10 +1463,12 @@ def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
         raise TOKENIZER.Unusable("with an empty completion")
     if isinstance(prompt, list) or any(isinstance(answer, list) for answer in answers):
         prompt, answers = TOKENIZER.as_messages(prompt), [TOKENIZER.as_messages(answer, "assistant") for answer in answers]
-    found = {"prompt": prompt, **dict(zip(keys, answers, strict=True)), **TOKENIZER.extras_of({"tools": record.get("tools")}, where)}
+    found = {"prompt": prompt, **dict(zip(keys, answers, strict=True)),
+             **TOKENIZER.extras_of({"tools": record.get("tools")}, where)}
     if not single:
         return {**found, "margin": TOKENIZER.number_of(record, "margin", where) if TOKENIZER.is_given(record, "margin") else 0.0}
-    label = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(str(record["label"]).strip().lower())
+    label = {"true": True, "1": True, "1.0": True, "false": False, "0": False,
+             "0.0": False}.get(str(record["label"]).strip().lower())
     if label is None:
         raise UserError(f"{where}: label {record['label']!r} must be true (a desirable completion) or false")
     return {**found, "label": label}
@@ -1402,7 +1476,8 @@ def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
 
 def prompt_inside(record: dict, answers: list[list[dict]], where: str, form: TOKENIZER.Form) -> tuple[list[dict], list]:
     """(prompt, completions) of whole conversations; a prompt given beside them has to be the beginning of theirs."""
-    given = TOKENIZER.prompt_of({key: value for key, value in record.items() if key not in TOKENIZER.CHAT_KEYS}, where, form.system)
+    given = TOKENIZER.prompt_of({key: value for key, value in record.items() if key not in TOKENIZER.CHAT_KEYS}, where,
+                                form.system)
     given = TOKENIZER.as_messages(given) if given else []
     prompt, answers = shared_prompt(answers, where, form)
     before, full = ([turn for turn in turns if turn["role"] != "system"] for turns in (given, prompt))
@@ -1421,7 +1496,8 @@ def prompt_beside(record: dict, answers: list, where: str, form: TOKENIZER.Form)
         return shared_prompt(answers, where, form)
     if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
         raise UserError(f"{where}: the prompt ends with the assistant's message, so nothing is left to answer")
-    if prompt and isinstance(prompt, str) and len(answers) == 2 and all(isinstance(a, str) and a.startswith(prompt) for a in answers):
+    if prompt and isinstance(prompt,
+                             str) and len(answers) == 2 and all(isinstance(a, str) and a.startswith(prompt) for a in answers):
         answers = [answer[len(prompt) :] for answer in answers]
     return prompt, answers
 
@@ -1441,7 +1517,8 @@ def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str 
         if any(answer[same]["role"] != "assistant" for answer in answers):
             raise TOKENIZER.Unusable("whose completions answer different prompts")
         if not any(turn["role"] != "system" for turn in prompt):
-            raise UserError(f"{where}: the conversations hold a system message and an answer, but no question; put the first into the key 'system'")
+            raise UserError(f"{where}: the conversations hold a system message and an answer, but no question; put the first "
+                            "into the key 'system'")
         return prompt, [answer[same:] for answer in answers]
     same = len(os.path.commonprefix(answers)) if len(answers) > 1 else 0
     while same and not (first[same : same + 1].isspace() and last[same : same + 1].isspace()):
@@ -1449,7 +1526,8 @@ def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str 
     while same and first[same - 1].isspace() and first[same : same + 1] == " ":
         same -= 1
     if not first[:same].strip():
-        raise UserError(f"{where}: no prompt, and chosen and rejected have no common beginning; set {form.section}.columns, as in {{prompt: my_column}}"
+        raise UserError(f"{where}: no prompt, and chosen and rejected have no common beginning; set {form.section}.columns, as "
+                        f"in {{prompt: my_column}}"
                         if len(answers) > 1 else f"{where}: no prompt; set {form.section}.columns, as in {{prompt: my_column}}")
     return first[:same], [answer[same:] for answer in answers]
 
@@ -1480,14 +1558,17 @@ def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
     name = config.rl.ref_model
     if not name:
         return None
-    model, other = second_model(name, "rl.ref_model", dtype="float32", device=device, attn_implementation=config.model.attn_implementation)
+    model, other = second_model(name, "rl.ref_model", dtype="float32", device=device,
+                                attn_implementation=config.model.attn_implementation)
     missing = set(tokenizer.get_vocab().items()) - set(other.get_vocab().items())
     if missing:
-        raise UserError(f"rl.ref_model: {name} does not fit the policy: its tokenizer lacks {len(missing):,} of the policy's {len(tokenizer):,} tokens")
+        raise UserError(f"rl.ref_model: {name} does not fit the policy: its tokenizer lacks {len(missing):,} of the policy's "
+                        f"{len(tokenizer):,} tokens")
     if "lm" not in model.heads or not model.config.causal:
         raise UserError(f"rl.ref_model: {name} does not fit the policy: it gives words no probability")
     if model.config.max_position_embeddings < config.training.max_length:
-        raise UserError(f"rl.ref_model: {name} reads {model.config.max_position_embeddings} tokens, training.max_length is {config.training.max_length}")
+        raise UserError(f"rl.ref_model: {name} reads {model.config.max_position_embeddings} tokens, training.max_length is "
+                        f"{config.training.max_length}")
     return model
 
 
@@ -1555,7 +1636,8 @@ def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAI
     settings = config.rl
     pairs, kept = (read_pairs(config, tokenizer, found, left) for found in (records, held))
     if len(pairs) < (2 if settings.method == "kto" else 1):
-        raise UserError(f"data.train: no {'completions are' if settings.method == 'kto' else 'pair is'} left to train on{left.text()}")
+        raise UserError(f"data.train: no {'completions are' if settings.method == 'kto' else 'pair is'} left to train "
+                        f"on{left.text()}")
     cut = f"; {left.truncated:,} truncated at training.max_length" if left.truncated else ""
     say(f"{len(pairs):,} {'completions' if settings.method == 'kto' else 'pairs'}, {len(kept):,} held out{cut}{left.text()}")
     stream = Pairs(pairs, kept, settings, config.training, frozen)
@@ -1578,10 +1660,12 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
         made = []
         for where, record in found:
             if given := {"prompts", "completions", "completion_ids"} & record.keys():
-                raise UserError(f"{where}: the key '{min(given)}' is what reward functions are given; call it otherwise, or rename it by rl.columns")
+                raise UserError(f"{where}: the key '{min(given)}' is what reward functions are given; call it otherwise, or "
+                                "rename it by rl.columns")
             ids = prompt_ids(tokenizer, record["prompt"], record.get("tools"))
             if room.fits(ids, where, left):
-                made.append(Prompt(where, record["prompt"], ids, {key: value for key, value in record.items() if key != "prompt"}))
+                made.append(Prompt(where, record["prompt"], ids,
+                                   {key: value for key, value in record.items() if key != "prompt"}))
         return made
 
     found, kept = prompts(records), prompts(held)

@@ -37,13 +37,16 @@ from MODEL import Action, UserError, check, knob, load_config, run_main, say
 
 @dataclass
 class LoraSection:
-    r: int = knob(0, "rank of adapters, 8 to 64; 0 trains all weights (Hu 2021)", low=0, often=True)
-    lora_alpha: float = knob(16.0, "their strength: they count lora_alpha / r; with use_rslora lora_alpha / sqrt(r)", above=0, often=True)
+    r: int = knob(0, "rank of adapters, 8 to 64 as a rule; 0 trains all weights (Hu 2021)", low=0, often=True)
+    lora_alpha: float = knob(16.0, "their strength: what they add is multiplied by lora_alpha / r; with use_rslora lora_alpha / "
+                                   "sqrt(r)", above=0, often=True)
     lora_dropout: float = knob(0.0, "dropout on what goes into the adapters", low=0, below=1, often=True)
-    target_modules: list[str] = knob(["all-linear"], "the layers that get one, such as [q_proj, v_proj]; all-linear is all but heads (Dettmers 2023)", often=True)
+    target_modules: list[str] = knob(["all-linear"], "the layers that get one, such as [q_proj, v_proj]; all-linear is all but "
+                                                     "heads (Dettmers 2023)", often=True)
     use_dora: bool = knob(False, "learn length and direction of each column apart (Liu 2024)", often=True)
     use_rslora: bool = knob(False, "alpha / sqrt(r), so that high ranks learn as fast (Kalajdzievski 2023)")
-    loraplus_lr_ratio: float | None = knob(None, "B learns this many times faster than A (LoRA+, Hayou 2024); 16 is usual", above=0)
+    loraplus_lr_ratio: float | None = knob(None, "B learns this many times faster than A (LoRA+, Hayou 2024); 16 is usual",
+                                           above=0)
 
     def attach(self, model: MODEL.LanguageModel, base: str, tokens: list[int], seed: int) -> None:
         options = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")}
@@ -58,10 +61,13 @@ class SFTSection:
     train_on_prompt: bool = knob(False, "learn the user's words as well", only=("task", "chat"), often=True)
     last_turn_only: bool = knob(False, "learn the last answer of a conversation only", only=("task", "chat"))
     too_long: str = knob("cut", "what happens to conversations beyond max_length", ("cut", "drop"), often=True)
-    neftune_noise_alpha: float = knob(0.0, "noise on the embeddings while training (Jain 2023); 5 is usual, 0 is off", low=0, high=1000)
-    eval_answers: int = knob(1000, "held-out questions answered in each validation; 0 is off", low=0, often=True)
+    neftune_noise_alpha: float = knob(0.0, "noise on the embeddings while training (Jain 2023); 5 is usual, 0 is off", low=0,
+                                      high=1000)
+    eval_answers: int = knob(1000, "held-out questions that the model answers in each validation; exact matches are counted; 0 "
+                                   "is off", low=0, often=True)
     answer_tokens: int = knob(64, "length of those answers", low=1)
-    class_weights: str | dict = knob("none", "classify: none, balanced (rare labels count more), or {label: weight}", only=("task", "classify"), often=True)
+    class_weights: str | dict = knob("none", "classify: none, balanced (rare labels count more), or {label: weight}",
+                                     only=("task", "classify"), often=True)
     model: dict = knob({"name": "./out"}, "stage block over `model`")
     data: dict = knob({"train": ["data/chat.jsonl"], "validation": "data/chat_test.jsonl"}, "stage block over `data`")
     training: dict = knob({"epochs": 5, "batch_size": 8, "eval_steps": 300}, "stage block over `training`")

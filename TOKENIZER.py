@@ -49,18 +49,20 @@ KINDS = ("bpe", "char", "byte")
 class TokenizerSection:
     name: str | None = knob(None, "tokenizer to use: folder or hub name; null is the model's own, or one trained here")
     kind: str = knob("bpe", "kind of tokenizer to train: byte-level BPE, characters (char) or bytes (byte)", KINDS, often=True)
-    vocab_size: int = knob(MODEL.TRAINED_VOCABULARY, "its number of tokens", low=1, often=True)
+    vocab_size: int = knob(MODEL.TRAINED_VOCABULARY, "its number of tokens (bpe)", low=1, often=True)
 
 
 @dataclass
 class DataSection:
     train: list[str] = knob(["data/train.txt", "data/train.jsonl"],
                              "files, folders, globs (txt jsonl json csv tsv parquet, .gz), hub datasets or one .bin", often=True)
-    validation: str = knob("hash", "what is held out: hash (some of all documents or prompts), tail (the last), none, or a file", often=True)
+    validation: str = knob("hash", "held out: hash (the same 5% of all documents each time), tail (the last 5%), none, or a file",
+                           often=True)
     validation_fraction: float = knob(0.05, "fraction of the documents (hash, tail) that is held out", above=0, below=1)
     text_unit: str = knob("line", "one document of a .txt: line, file or blank_line", ("line", "file", "blank_line"), often=True)
     text_field: str = knob("text", "column or key that holds the text in jsonl, json, csv, tsv and parquet")
-    weights: list[float] | None = knob(None, "share of the batches for each path of data.train; null takes each token once", above=0)
+    weights: list[float] | None = knob(None, "share of the batches for each path of data.train; null takes each token once",
+                                       above=0)
     packing: bool = knob(True, "several documents share a row, without seeing each other; false pads one per row", often=True)
     streaming: bool = knob(False, "tokenize while training instead of writing .bin files first")
     normalize: str = knob("NFC", "Unicode normalization", ("NFC", "NFKC", "none"))

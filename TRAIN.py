@@ -42,29 +42,40 @@ SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 @dataclass
 class TrainingSection:
-    epochs: float | None = knob(2.5, "passes over the data; in place of it max_steps or max_minutes", above=0, often=True)
+    epochs: float | None = knob(2.5, "passes over the data; a max_steps or max_minutes that is set replaces it", above=0,
+                                often=True)
     max_steps: int | None = knob(None, "optimizer steps", low=1, often=True)
     max_minutes: float | None = knob(None, "wall-clock time; the schedule follows the clock", above=0, often=True)
     batch_size: int = knob(16, "rows computed at once on one device", low=1, often=True)
     grad_accum: int = knob(1, "such batches for one optimizer step: more rows a step in the same memory", low=1, often=True)
-    max_length: int = knob(256, "tokens of a row", low=1, often=True)
+    max_length: int = knob(256, "tokens of a row; longer documents go on in the next one", low=1, often=True)
     mlm_probability: float = knob(0.15, "mlm: share of the tokens that are predicted", above=0, below=1)
-    learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for trained ones; in SFT 3e-3 * (128 / width)^2, in RL a thirtieth of that, for a reward model a tenth, in DISTILL as in SFT; ten times as much for adapters", above=0, high=100, often=True)
-    optim: str = knob("auto", "muon, adamw or adamw_8bit; auto is muon for fresh weights, adamw for trained; in SFT muon up to width 256",
+    learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for "
+                                             "trained ones; in SFT 3e-3 * (128 / width)^2, in RL a thirtieth of that, for a "
+                                             "reward model a tenth, in DISTILL as in SFT; ten times as much for adapters",
+                                             above=0, high=100, often=True)
+    optim: str = knob("auto", "muon, adamw or adamw_8bit (less memory); auto is muon for fresh weights, adamw for trained; in "
+                              "SFT muon up to width 256",
                       ("auto", "muon", "adamw", "adamw_8bit"), often=True)
     weight_decay: float = knob(0.1, "decoupled weight decay on matrices", low=0, high=100)
     adam_beta1: float = knob(0.9, "AdamW: decay of the gradient's mean", low=0, below=1)
     adam_beta2: float = knob(0.95, "AdamW: decay of the squared gradient's mean", low=0, below=1)
     adam_epsilon: float = knob(1e-8, "AdamW: added to the root", above=0, high=1)
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm; 0 is off", low=0)
-    lr_scheduler_type: str = knob("warmup_stable_decay", "course of the learning rate: cosine, linear, constant or warmup_stable_decay", SCHEDULES, often=True)
-    warmup_steps: float = knob(20.0, "steps in which the learning rate rises to its peak; below 1 a share of the run", low=0, often=True)
+    lr_scheduler_type: str = knob("warmup_stable_decay", "course of the learning rate: cosine, linear, constant or "
+                                                         "warmup_stable_decay", SCHEDULES, often=True)
+    warmup_steps: float = knob(20.0, "steps in which the learning rate rises to its peak; below 1 a share of the run", low=0,
+                               often=True)
     min_lr_rate: float = knob(0.0, "the schedule's last learning rate as a share of the peak", low=0, high=1)
-    decay_share: float = knob(0.5, "warmup_stable_decay: last share of the horizon, in which the rate falls linearly", low=0, high=1)
-    mixed_precision: str = knob("auto", "AMP: the type of forward and backward, bf16, fp16 or no, over float32 weights; auto follows model.dtype and the machine", ("auto", "no", "fp16", "bf16"), often=True)
-    gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them: less memory, a third more time", often=True)
-    torch_compile: bool = knob(False, "compile the layers: half a minute at the start, then faster", often=True)
-    fsdp: bool = knob(False, "with several processes (torchrun): shard the model over them (FSDP2) instead of copying it (DDP)", often=True)
+    decay_share: float = knob(0.5, "warmup_stable_decay: last share of the horizon, in which the rate falls linearly", low=0,
+                              high=1)
+    mixed_precision: str = knob("auto", "AMP: the type of forward and backward over float32 weights: bf16, fp16, no; auto as "
+                                        "dtype, and as the machine is quick at it", ("auto", "no", "fp16", "bf16"), often=True)
+    gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them: less memory, about a third "
+                                               "more time", often=True)
+    torch_compile: bool = knob(False, "compile the layers: about half a minute at the start, then faster", often=True)
+    fsdp: bool = knob(False, "with several processes (torchrun): shard the model over them (FSDP2) instead of copying it (DDP)",
+                      often=True)
     logging_steps: int = knob(10, "steps between two lines of log.jsonl", low=1, often=True)
     eval_steps: int = knob(100, "steps between two validations; 0 is at the end only", low=0, often=True)
     eval_batches: int = knob(16, "batches of a validation, spread over the held-out part", low=1)
@@ -73,10 +84,11 @@ class TrainingSection:
     load_best_model_at_end: bool = knob(False, "the final model is the one with the best validation")
     early_stopping_patience: int | None = knob(None, "stop after this many validations without a new best", low=1)
     max_skipped_steps: int = knob(10, "steps in a row with a non-finite gradient before the run ends", low=1)
-    sample_prompts: list[str] | str | None = knob(None, "prompts completed after each validation; null: beginnings of three held-out documents")
+    sample_prompts: list[str] | str | None = knob(None, "prompts completed after each validation; null: beginnings of three "
+                                                        "held-out documents")
     sample_tokens: int = knob(48, "length of those samples; 0 is off", low=0)
     report_to: str = knob("none", "tracker, through accelerate", ("none", "tensorboard", "wandb"), often=True)
-    seed: int = knob(0, "the same seed gives the same run", low=0, high=2**63 - 1, often=True)
+    seed: int = knob(0, "the same seed gives the same run on the same machine", low=0, high=2**63 - 1, often=True)
 
     def __post_init__(self):
         if all(getattr(self, key) is None for key in MODEL.HORIZON):
@@ -88,7 +100,8 @@ class TrainingSection:
 # ------------------------------------------------------------------------------------ schedule and optimizers
 
 
-def learning_rate_factor(kind: str, step: int, progress: float, warmup: float, floor: float = 0.0, decay_share: float = 0.2) -> float:
+def learning_rate_factor(kind: str, step: int, progress: float, warmup: float, floor: float = 0.0,
+                         decay_share: float = 0.2) -> float:
     """The learning rate as a share of its peak. `progress` runs from 0 to 1 over the horizon, in steps or in time;
     `warmup` counts steps, or below 1 a share of the horizon."""
     start = 1.0 if not warmup else (step + 1) / warmup if warmup >= 1 else progress / warmup + 1e-3
@@ -403,7 +416,8 @@ class Trainer:
             self._rewind()
         self.total_steps = self._total_steps()
         if self.total_steps is not None and self.steps > self.total_steps:
-            self.log.tell(f"the checkpoint stands at step {self.steps}, beyond the {self.total_steps} that are asked for: nothing is trained")
+            self.log.tell(f"the checkpoint stands at step {self.steps}, beyond the {self.total_steps} that are asked for: "
+                          "nothing is trained")
         self.flops, self.head_flops = self._flops_per_token()
         self.started = time.perf_counter()
         if not self.before:
@@ -562,7 +576,8 @@ class Trainer:
     def _write_log(self) -> None:
         extra = self.stream.metrics() if hasattr(self.stream, "metrics") else {}
         means = self.log.means(self.device)
-        record = {"step": self.steps, **means, **extra, **(self.routers or {}), "tokens": self.tokens, "seconds": round(self.elapsed(), 3)}
+        record = {"step": self.steps, **means, **extra, **(self.routers or {}), "tokens": self.tokens,
+                  "seconds": round(self.elapsed(), 3)}
         if self.stream.steps_per_epoch:
             record["epoch"] = round(self.steps / self.stream.steps_per_epoch, 4)
         if self.skipped:
@@ -659,8 +674,8 @@ class Trainer:
             torch.distributed.all_gather_object(everyone, random)
         elapsed = all_sum([self.elapsed() if self.main else 0.0], self.device)[0]
         state = {"step": self.steps, "tokens": self.tokens, "elapsed": elapsed, "before": self.before, "best": self.best,
-                 "measured": self.measured, "log": self.log.state(self.device), "since_best": self.since_best, "skipped": self.skipped,
-                 "loss_scale": [self.loss_scale.scale, self.loss_scale.good],
+                 "measured": self.measured, "log": self.log.state(self.device), "since_best": self.since_best,
+                 "skipped": self.skipped, "loss_scale": [self.loss_scale.scale, self.loss_scale.good],
                  "random": everyone, "stream": self.stream.state_dict(),
                  "optimizers": [map_tensors(gathered, optimizer.state_dict()) for optimizer in self.optimizers]}
         # What is trained and not in the product folder as it stands: adapters, a foreign model's heads, a critic.
@@ -673,14 +688,16 @@ class Trainer:
 
     def _restore(self, state: dict) -> None:
         if "measured" not in state:
-            raise UserError("--resume: the checkpoint was made by an earlier version; --model on its folder goes on from its weights")
+            raise UserError("--resume: the checkpoint was made by an earlier version; --model on its folder goes on from its "
+                            "weights")
         self.steps, self.tokens, self.elapsed_before = state["step"], state["tokens"], state["elapsed"]
         self.before, self.since_best, self.skipped = state["before"], state["since_best"], state["skipped"]
         self.best = tuple(state["best"]) if state["best"] else None
         self.measured = state["measured"]
         self.log.rates(self.tokens, self.computed)  # speeds are those of this process
         self.log.counts = Counter(state["log"]["counts"])
-        self.log.sums = {name: value if self.main else 0.0 for name, value in state["log"]["sums"].items()}  # they are of all processes
+        # they are of all processes
+        self.log.sums = {name: value if self.main else 0.0 for name, value in state["log"]["sums"].items()}
         self.loss_scale.scale, self.loss_scale.good = state["loss_scale"]
         if len(state["optimizers"]) != len(self.optimizers):
             raise UserError("--resume: the checkpoint was made with another training.optim")
@@ -697,7 +714,8 @@ class Trainer:
         try:
             self.stream.load_state_dict(state["stream"])
         except KeyError:
-            raise UserError("--resume: the checkpoint was made by another method, whose place in the data means nothing to this one") from None
+            raise UserError("--resume: the checkpoint was made by another method, whose place in the data means nothing to this "
+                            "one") from None
         if len(state["random"]) == world_size():
             random = state["random"][self.run.rank]
             torch.set_rng_state(random["cpu"])
@@ -813,7 +831,9 @@ def barrier() -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+    return isinstance(error,
+                      (torch.OutOfMemoryError,
+                       MemoryError)) or "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
 
 
 def map_tensors(function: Callable, tree):
@@ -870,7 +890,8 @@ def restore(model: nn.Module, folder: Path) -> dict:
 
 def is_disk_full(error: Exception, out: Path) -> bool:
     known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    return known or (isinstance(error, RuntimeError) and shutil.disk_usage(out).free < 2**20)  # torch.save says only "iostream error"
+    # torch.save says only "iostream error"
+    return known or (isinstance(error, RuntimeError) and shutil.disk_usage(out).free < 2**20)
 
 
 # -------------------------------------------------------------------------------------------------------- log
@@ -895,7 +916,7 @@ class StatusLine:
     stands = False
 
     def show(self, line: str) -> None:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not MODEL.QUIET:
             print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
             self.stands = True
         else:
@@ -927,7 +948,8 @@ class Log:
     def state(self, device) -> dict:
         """What no line of the log has told yet."""
         names = sorted(self.sums)
-        return {"sums": dict(zip(names, all_sum([float(self.sums[name]) for name in names], device), strict=True)), "counts": dict(self.counts)}
+        return {"sums": dict(zip(names, all_sum([float(self.sums[name]) for name in names], device), strict=True)),
+                "counts": dict(self.counts)}
 
     def means(self, device) -> dict[str, float]:
         """Means over the steps since the last call that have such a metric, summed over processes."""
@@ -966,8 +988,9 @@ class Log:
         bar = "#" * int(20 * share)
         machine = f" | MFU {100 * record['mfu']:.0f}%" if "mfu" in record else ""
         reward = f" | reward {record['reward']:.3f}" if "reward" in record else ""
-        line = (f"[{bar:<20}] step {record['step']}{f'/{total}' if total else ''} | loss {record.get('loss', math.nan):.4f}{reward} | "
-                f"{record['tokens_per_second']:,.0f} tok/s{machine} | {memory / 2**30:.1f} GiB | {left:.0f} s left")
+        line = (f"[{bar:<20}] step {record['step']}{f'/{total}' if total else ''} | loss "
+                f"{record.get('loss', math.nan):.4f}{reward} | {record['tokens_per_second']:,.0f} tok/s{machine} | "
+                f"{memory / 2**30:.1f} GiB | {left:.0f} s left")
         self.line.show(line)
 
     def tell(self, text: str) -> None:
@@ -981,7 +1004,8 @@ class Log:
     def plot(self) -> None:
         """loss.png: training and held-out loss over the steps, and held-out shares such as exact match."""
         records = json_lines(self.out / "log.jsonl") if self.main else []
-        key = "nll" if any("nll" in r for r in records) else "loss"  # what is held out is measured by: of a sum of losses that part
+        # what is held out is measured by: of a sum of losses that part
+        key = "nll" if any("nll" in r for r in records) else "loss"
         train = [(r["step"], r[key]) for r in records if key in r]
         held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
         if not train:
@@ -996,7 +1020,8 @@ class Log:
         axes.plot(*zip(*train, strict=True), "-" if len(train) > 1 else "o", color="#1f5fa8", linewidth=1.5, label="training")
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o-", color="#d1495b", markersize=4, label="held out")
-            axes.annotate(f"{held_out[-1][1]:.3f}", held_out[-1], textcoords="offset points", xytext=(-4, 8), ha="right", color="#d1495b")
+            axes.annotate(f"{held_out[-1][1]:.3f}", held_out[-1], textcoords="offset points", xytext=(-4, 8), ha="right",
+                          color="#d1495b")
         axes.set(xlabel="optimizer step", ylabel="loss")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -1054,17 +1079,21 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
             raise UserError(f"output.dir: {out} holds a run, of which {found} is no checkpoint; choose another --out")
         if resume and found is None and used:
             if kept := [name for name in used if name not in TRACES]:
-                raise UserError(f"--resume: {out} holds {kept[0]} and no checkpoint to go on from; --overwrite replaces what is there, --out chooses another folder")
+                raise UserError(f"--resume: {out} holds {kept[0]} and no checkpoint to go on from; --overwrite replaces what is "
+                                "there, --out chooses another folder")
             say(f"{out} holds no checkpoint yet; the run begins afresh")
         if used and resume is None and not overwrite:
-            raise UserError(f"output.dir: {out} holds a run; --resume auto continues it, --overwrite replaces it, --out chooses another folder")
+            raise UserError(f"output.dir: {out} holds a run; --resume auto continues it, --overwrite replaces it, --out chooses "
+                            "another folder")
         barrier()
         yield found
 
 
-TRACES = ("log.jsonl", "loss.png", "confusion.png", "rollouts.jsonl", "rollouts.png")  # all that a run leaves before its first checkpoint
+# all that a run leaves before its first checkpoint
+TRACES = ("log.jsonl", "loss.png", "confusion.png", "rollouts.jsonl", "rollouts.png")
 RUN_FILES = (*TRACES, "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors",
-             "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+             "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+             "special_tokens_map.json", "chat_template.jinja")
 
 
 def clear_run(out: Path) -> None:
@@ -1082,7 +1111,8 @@ def check_apart(out: Path, **sources: str | None) -> None:
     for key, name in sources.items():
         folder = Path(name or "").resolve()
         if name and (folder == out.resolve() or (folder.parent == out.resolve() and folder.name.startswith("ckpt-step-"))):
-            raise UserError(f"output.dir: {out} holds what the run starts from (--{key.replace('_', '-')} {name}); choose another --out")
+            raise UserError(f"output.dir: {out} holds what the run starts from (--{key.replace('_', '-')} {name}); choose "
+                            "another --out")
 
 
 def find_checkpoint(out: Path, resume: str | None) -> Path | None:
@@ -1115,7 +1145,8 @@ def mask_tokens(batch: dict, tokenizer, keys: list[tuple], probability: float) -
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
     draws = torch.from_numpy(np.stack([np.random.default_rng(key).random((3, ids.shape[1])) for key in keys], 1))  # (3, B, T)
     chosen = real & ~special & (draws[0] < probability)
-    hidden = torch.where(draws[1] < 0.8, tokenizer.mask_token_id, torch.where(draws[1] < 0.9, (draws[2] * len(tokenizer)).long(), ids))
+    hidden = torch.where(draws[1] < 0.8, tokenizer.mask_token_id,
+                         torch.where(draws[1] < 0.9, (draws[2] * len(tokenizer)).long(), ids))
     return {**batch, "input_ids": torch.where(chosen, hidden, ids), "targets": ids.masked_fill(~chosen, -100),
             "counts": {"tokens": int(chosen.sum()), "read": int(real.sum())}}
 
@@ -1141,12 +1172,14 @@ class MaskedStream:
 def is_masked(model, tokenizer) -> bool:
     """Whether hidden tokens are predicted, as an encoder does, or the next one."""
     if not model.config.causal and tokenizer.mask_token_id is None:
-        raise UserError("tokenizer.name: an encoder learns to fill in a mask token, and this tokenizer has none; the ones trained here have one")
+        raise UserError("tokenizer.name: an encoder learns to fill in a mask token, and this tokenizer has none; the ones "
+                        "trained here have one")
     return not model.config.causal
 
 
-EMPTY = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full((1, 1), -100), "positions": torch.full((1, 1), -1),
-         "segment_ids": torch.full((1, 1), -1), "weights": torch.zeros(1, 1), "counts": {"tokens": 0}}
+EMPTY = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full((1, 1), -100),
+         "positions": torch.full((1, 1), -1), "segment_ids": torch.full((1, 1), -1), "weights": torch.zeros(1, 1),
+         "counts": {"tokens": 0}}
 
 
 def own_share(batches: list[dict]) -> list[dict]:
@@ -1160,7 +1193,8 @@ def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callabl
     def evaluate(model) -> dict:
         nats = tokens = 0.0
         for batch in own_share(batches):
-            inputs = on_device({name: batch[name] for name in ("input_ids", "targets", "positions", "segment_ids", "weights")}, model.device)
+            inputs = on_device({name: batch[name] for name in ("input_ids", "targets", "positions", "segment_ids", "weights")},
+                               model.device)
             weights = inputs.pop("weights")
             nats -= float((model(**inputs).logprobs.double() * (1.0 if weights is None else weights)).sum())
             tokens += batch["counts"]["tokens"]
@@ -1206,18 +1240,22 @@ def openings(spans: TOKENIZER.Spans, tokenizer, count: int = 3) -> list[tuple[st
     return [(text, TOKENIZER.encode_prompt(tokenizer, text)) for text in texts]
 
 
-def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, head: str | tuple = "lm", labels: list | None = None) -> MODEL.LanguageModel:
+def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, head: str | tuple = "lm",
+                  labels: list | None = None) -> MODEL.LanguageModel:
     """The named model (with rows for new tokens where it may `grow`), or a preset with the tokenizer's vocabulary; float32
     weights, packed ones where an `adapter` will learn in their place. `head` is what will be trained on top, `labels` name its outputs."""
     section, changes = config.model, MODEL.overrides(config.model) | ({"labels": labels} if labels else {})
     packed = section.quantization != "none"
     if packed and not (adapter and section.name):
-        raise UserError(f"model.quantization: {section.quantization} weights cannot learn; adapters on a trained model's can: --lora.r 16 (SFT.py, RL.py)")
+        raise UserError(f"model.quantization: {section.quantization} weights cannot learn; adapters on a trained model's can: "
+                        "--lora.r 16 (SFT.py, RL.py)")
     if packed and config.training.fsdp:
-        raise UserError("training.fsdp: packed weights are not sharded; leave out model.quantization, or run one process a device without fsdp")
+        raise UserError("training.fsdp: packed weights are not sharded; leave out model.quantization, or run one process a "
+                        "device without fsdp")
     if section.name:
         if "lm" in head and "lm" not in MODEL.folder_heads(MODEL.read_json(MODEL.resolve_folder(section.name) / "config.json")):
-            raise UserError(f"model.name: {section.name} has no head for words, only one for labels; name the model that it was made from")
+            raise UserError(f"model.name: {section.name} has no head for words, only one for labels; name the model that it was "
+                            "made from")
         device = MODEL.choose_device(section.device) if packed else None  # they are packed where they will be used
         model = MODEL.load(section.name, "float32", device, section.attn_implementation, head if head != "lm" else None,
                            config.training.seed, changes, quantization=section.quantization)
@@ -1266,15 +1304,18 @@ def prepare_data(config, tokenizer, masked: bool = False):
         files = one_after_another(TOKENIZER.token_files, data, tokenizer)  # the first process writes them, the others map them
         if "train" not in files:
             raise UserError("data.train: no text is left to train on (empty files, or everything was dropped or held out)")
-        stream, held_out = hide(TOKENIZER.file_stream(files["train"], data, training.batch_size, training.max_length)), files.get("val")
+        stream, held_out = hide(TOKENIZER.file_stream(files["train"], data, training.batch_size,
+                                                      training.max_length)), files.get("val")
         TOKENIZER.warn_short_lines(data, files["train"], training.max_length)
         if len(files["train"].ids) <= training.max_length:
-            say(f"the data has {len(files['train'].ids)} tokens, less than one row of {training.max_length}: training on what there is")
+            say(f"the data has {len(files['train'].ids)} tokens, less than one row of {training.max_length}: training on what "
+                "there is")
     spans = TOKENIZER.Spans(held_out) if held_out else None
     rows = TOKENIZER.Rows(spans, training.max_length, data.packing, None) if spans else None
     batches = TOKENIZER.fixed_batches(rows, training.batch_size, training.eval_batches) if rows else []
     if masked:
-        batches = [mask_tokens(batch, tokenizer, [(training.seed, 3, b, i) for i in range(len(batch["input_ids"]))], training.mlm_probability)
+        batches = [mask_tokens(batch, tokenizer, [(training.seed, 3, b, i) for i in range(len(batch["input_ids"]))],
+                               training.mlm_probability)
                    for b, batch in enumerate(batches)]
     if not any(batch["counts"]["tokens"] for batch in batches):
         if data.validation != "none":
@@ -1310,7 +1351,8 @@ def changed_keys(folder: Path, text: str) -> list[str]:
 
 
 ACTIONS = {
-    "resume": Action("continue a run: auto (the newest whole checkpoint, a fresh start where there is none) or a folder", str, "auto"),
+    "resume": Action("continue a run: auto (the newest whole checkpoint, a fresh start where there is none) or a folder", str,
+                     "auto"),
     "overwrite": Action("replace the run that stands in output.dir"),
 }
 SECTIONS = {**TOKENIZER.SECTIONS, "training": TrainingSection, "output": OutputSection}
@@ -1336,7 +1378,8 @@ def resumed(config, resume: str):
     before = saved_settings(found).get("model", {})
     for key, value in vars(again.model).items():
         if (key == "preset" or key in MODEL.KNOBS) and value != before.get(key):
-            raise UserError(f"model.{key}: {value}, but the run in {found} was begun with {before.get(key)}; another architecture is another run (--out)")
+            raise UserError(f"model.{key}: {value}, but the run in {found} was begun with {before.get(key)}; another "
+                            "architecture is another run (--out)")
     given_again = again.origins.get("output.dir") == "command line"
     again.output.dir = config.output.dir if given_again or resume == "auto" else str(found.parent)
     return again
@@ -1354,7 +1397,8 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
     accelerator, device = start_processes(config.training, config.model.device, out)
     MODEL.choose_attention(config.model.attn_implementation)  # what cannot work is said before any work
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
-        mixed = config.training.mixed_precision = from_first(precision(config.training, config.model.dtype, device))  # a measurement
+        # a measurement
+        mixed = config.training.mixed_precision = from_first(precision(config.training, config.model.dtype, device))
         stage = prepare(config, checkpoint, device)
         for key in ("load_best_model_at_end", "early_stopping_patience"):
             if stage.evaluate is None and getattr(config.training, key):
@@ -1375,11 +1419,13 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
                     say(f"changed since that checkpoint, so this is no exact continuation: {', '.join(changes)}")
         if accelerator and accelerator.log_with:
             accelerator.init_trackers(name, config={k: str(v) for k, v in vars(config.training).items()})
-        result = fit(stage.model, stage.stream, stage.loss, config.training, out, partial(stage.save, text, stage.tokenizer), stage.evaluate,
-                     resume=checkpoint, stage=name, mixed=mixed, accelerator=accelerator, device=device, overwrite=bool(config.actions.overwrite) or checkpoint is None)
+        result = fit(stage.model, stage.stream, stage.loss, config.training, out, partial(stage.save, text, stage.tokenizer),
+                     stage.evaluate, resume=checkpoint, stage=name, mixed=mixed, accelerator=accelerator, device=device,
+                     overwrite=bool(config.actions.overwrite) or checkpoint is None)
         if accelerator and accelerator.log_with:
             accelerator.end_training()
-        result_flags = f"--model {config.model.name} --adapter {out}" if getattr(stage.model, "adapter", None) else f"--model {out}"
+        result_flags = f"--model {config.model.name} --adapter {out}" if getattr(stage.model, "adapter",
+                                                                                 None) else f"--model {out}"
         say(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {out}: {show.replace('MODEL', result_flags)}")
     return result
 
@@ -1396,7 +1442,8 @@ def one_after_another(function: Callable, *arguments):
 
 
 def pretraining(config, checkpoint: Path | None, device: torch.device) -> Stage:
-    tokenizer = TOKENIZER.load(checkpoint) if checkpoint else one_after_another(TOKENIZER.choose, config.tokenizer, config.data, config.model.name)
+    tokenizer = TOKENIZER.load(checkpoint) if checkpoint else one_after_another(TOKENIZER.choose, config.tokenizer, config.data,
+                                                                                config.model.name)
     model = prepare_model(config, tokenizer)
     stream, evaluate = prepare_data(config, tokenizer, is_masked(model, tokenizer))
     return Stage(model, tokenizer, stream, token_loss, evaluate, save_product)

@@ -372,7 +372,7 @@ def test_across_tokenizers_a_records_weight_is_a_share(world, tmp_path, monkeypa
     """A factor on all records changes nothing; prompts that are learnt take no part in the comparison."""
     records = [json.loads(line) for line in (world / "talks.jsonl").read_text().splitlines()]
     (tmp_path / "light.jsonl").write_text("".join(json.dumps({**record, "weight": 0.25}) + "\n" for record in records))
-    flags, found = [*flags_of(world, "universal-talks", tmp_path), "--data.validation", "none", "--out", str(tmp_path / "run")], []
+    flags, found = in_file(tmp_path / "own.yaml", [*flags_of(world, "universal-talks", tmp_path), "--data.validation", "none", "--out", tmp_path / "run"], DISTILL, "distill"), []
     for more in ([], ["--data", str(tmp_path / "light.jsonl"), "--data.validation", "none"], ["--train-on-prompt", "true"]):
         model, batch, loss_fn, totals = first_batch(monkeypatch, [*flags, *more])
         found.append((loss_fn(model, batch, totals)[1], int((batch["places"] >= 0).sum()), int((batch["targets"] != -100).sum())))
@@ -443,7 +443,8 @@ def test_a_killed_cache_goes_on(world, tmp_path):
     """kill -9 while it is written: what stands is kept, and the end is the same to the last byte."""
     lines = make_text(3000, seed=4)
     (tmp_path / "text.txt").write_text("\n".join(lines) + "\n")
-    flags = [str(word) for word in [*QUICK, "--batch-size", "2", "--teacher", world / "teacher", "--data", tmp_path / "text.txt", "--data.dir", tmp_path / "ids", "--cache"]]
+    flags = [*in_file(tmp_path / "own.yaml", [*QUICK, "--batch-size", "2", "--teacher", world / "teacher", "--data", tmp_path / "text.txt", "--data.dir", tmp_path / "ids"], DISTILL, "distill"),
+             "--cache"]
     DISTILL.main([*flags, "--cache-dir", str(tmp_path / "whole")])
     random_delay, kept = random.Random(2), []
     for _ in range(2):
@@ -543,7 +544,7 @@ def test_a_checkpoint_of_another_method_is_refused(world, tmp_path):
     with pytest.raises(UserError, match="was made by another method"):
         DISTILL.main([*flags, "--lmbda", "0", "--resume", "auto"])
     with pytest.raises(UserError, match="was made with distill.lmbda 0"):
-        DISTILL.main([*flags_of(world, "on-policy", tmp_path), "--max-steps", "2", "--out", str(tmp_path / "plain"), "--resume", "auto"])
+        DISTILL.main(["--lmbda", "0.5", "--rollout-size", "8", "--max-completion-length", "8", "--out", str(tmp_path / "plain"), "--resume", "auto"])
 
 
 def test_half_of_the_steps_are_on_own_texts(world, tmp_path):
@@ -604,7 +605,8 @@ def test_two_processes_learn_as_one(world, tmp_path):
     names = ("text", "hidden", "on-policy", "cache", "universal-talks", "text-sharded")
     need_cache(world, "cache", tmp_path)
     sharded = {"text-sharded": ["--training.fsdp", "true"]}
-    runs = {name: [*flags_of(world, name.removesuffix("-sharded"), tmp_path), *sharded.get(name, []), "--batch-size", "2", "--max-steps", "4", "--out", str(tmp_path / name)] for name in names}
+    runs = {name: in_file(tmp_path / f"run-{name}.yaml", [*flags_of(world, name.removesuffix("-sharded"), tmp_path), *sharded.get(name, []), "--batch-size", "2", "--max-steps", "4",
+                                                           "--out", tmp_path / name], DISTILL, "distill") for name in names}
     cache = ["--cache", "--cache-top-k", "9999", *flags_of(world, "text", tmp_path), "--batch-size", "3", "--cache-dir", str(tmp_path / "told")]
     answers = ["--generate", "--model.device", "cpu", "--teacher", str(world / "talker"), "--data", str(world / "prompts.jsonl"), "--num-generations", "3", "--reward-funcs", "regex:fox",
                "length:9", "--max-completion-length", "40"]
@@ -645,7 +647,7 @@ def test_an_architecture_of_transformers_teaches(world, tmp_path, tokenizer):
     TOKENIZER.save(tokenizer, tmp_path / "neox")
     DISTILL.main([*flags_of(world, "text", tmp_path), "--teacher", str(tmp_path / "neox"), "--method", "hidden", "--max-steps", "4", "--out", str(tmp_path / "run")])
     assert losses_of(tmp_path / "run")[-1] < losses_of(tmp_path / "run")[0]
-    told = [*flags_of(world, "text", tmp_path), "--teacher", str(tmp_path / "neox"), "--cache-dir", str(tmp_path / "told")]
+    told = in_file(tmp_path / "own.yaml", [*flags_of(world, "text", tmp_path), "--teacher", tmp_path / "neox", "--cache-dir", tmp_path / "told"], DISTILL, "distill")
     DISTILL.main(["--cache", *told, "--cache-top-k", "999", "--cache-dtype", "float32"])  # of padding nothing is told
     assert json.loads((tmp_path / "told" / "cache.json").read_text())["top_k"] == len(tokenizer) < 384
     for name, more in (("told-run", ["--cache-dir", str(tmp_path / "told")]), ("asked-run", ["--cache-dir", "null"])):
@@ -663,7 +665,8 @@ def test_an_encoder_teaches_an_encoder(world, tmp_path, capsys):
     MODEL.save(MODEL.build(MODEL.preset_config("bert-2m", vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
                                                initializer_range=0.2), seed=1), tmp_path / "bert")
     TOKENIZER.save(tokenizer, tmp_path / "bert")
-    flags = [str(word) for word in [*bert, *QUICK, "--teacher", tmp_path / "bert", "--data", world / "text.txt", "--data.dir", tmp_path / "ids", "--max-steps", "6", "--out", tmp_path / "run"]]
+    flags = in_file(tmp_path / "own.yaml", [*bert, *QUICK, "--teacher", tmp_path / "bert", "--data", world / "text.txt", "--data.dir", tmp_path / "ids", "--max-steps", "6", "--out", tmp_path / "run"],
+                    DISTILL, "distill")
     DISTILL.main([*flags, "--method", "hidden"])
     losses = losses_of(tmp_path / "run")
     assert losses[-1] < losses[0] and "nll" in log_of(tmp_path / "run")[1]
@@ -738,7 +741,7 @@ def test_an_epoch_has_its_number_of_steps():
 def test_a_student_grows_into_its_teachers_template(world, tmp_path):
     """Pretrained without a chat template, then taught by one that has it."""
     make_model(tmp_path / "plain", TOKENIZER.train(make_text(400), 330, "bpe"), 5)
-    flags = flags_of(world, "lora", tmp_path)[:-4]
+    flags = [*flags_of(world, "lora", tmp_path), "--lora.r", "0", "--alpha", "0.1"]
     DISTILL.main([*flags, "--model", str(tmp_path / "plain"), "--max-steps", "2", "--out", str(tmp_path / "run")])
     tokenizer, model = TOKENIZER.load(tmp_path / "run"), MODEL.load(tmp_path / "run")
     assert tokenizer.chat_template and model.config.vocab_size >= len(tokenizer) and TOKENIZER.chat_ends(tokenizer).stop[0] in model.config.eos_ids
@@ -748,7 +751,8 @@ def test_a_student_grows_into_its_teachers_template(world, tmp_path):
 
 
 def generate(world, out, *more) -> list[dict]:
-    DISTILL.main([str(word) for word in ["--generate", "--model.device", "cpu", "--teacher", world / "talker", "--data", world / "prompts.jsonl", "--max-completion-length", "40", "--out", out, *more]])
+    usual = ["--model.device", "cpu", "--teacher", world / "talker", "--data", world / "prompts.jsonl", "--max-completion-length", "40"]
+    DISTILL.main(["--generate", *in_file(Path(f"{out}.yaml"), usual, DISTILL, "distill"), "--out", str(out), *map(str, more)])
     return [json.loads(line) for line in Path(out).read_text().splitlines()]
 
 
@@ -883,11 +887,11 @@ def test_mistakes_are_one_line(world, tmp_path):
         ([*text, "--teacher", tmp_path / "none"], "distill.teacher"),
         ([*text, "--method", "universal"], "name one with --tokenizer.name"),
         ([*text, "--method", "hidden", "--layer-map", "{9: 1}"], "distill.layer_map: 9: 1: the student has layers 0 .* to 2"),
-        ([*text, "--layer-map", "{1: 1}"], "distill.layer_map: has no effect without distill.method hidden"),
+        ([*text, "--layer-map", "{1: 1}"], "distill.layer_map: has no effect with distill.method logits"),
         ([*text, "--lmbda", "0.5"], "the teacher has no chat template"),
         ([*text, "--task", "chat"], "has no chat template, so it has never read a conversation"),
-        ([*text, "--alpha", "1.5"], "distill.alpha: 1.5 must be between 0 and 1"),
-        ([*text, "--temperature", "0"], "distill.temperature: 0.0 must be 0.001 or above"),
+        ([*text, "--alpha", "1.5"], "distill.alpha: 1.5 must be at least 0 and at most 1"),
+        ([*text, "--temperature", "0"], "distill.temperature: 0.0 must be at least 0.001"),
         ([*text, "--lora.r", "4"], "adapters learn on trained weights"),
         (["--generate", "--teacher", world / "talker", "--out", tmp_path / "x.jsonl"], "name the prompts with --data"),
         (["--generate", "--teacher", world / "talker", "--data", world / "prompts.jsonl", "--out", tmp_path / "x.jsonl", "--num-generations", "2", "--reward-funcs", "nosuch"],

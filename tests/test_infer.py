@@ -887,11 +887,11 @@ def test_a_tokenizer_too_large_for_the_model(infer, tmp_path):
 
 
 def test_help_names_every_knob(capsys):
-    with pytest.raises(SystemExit) as caught:
-        INFER.main(["--help"])
-    out = capsys.readouterr().out
-    assert caught.value.code == 0
-    assert all(key in out for key in [*INFER.SAMPLING_KEYS, "--prompt", "--echo", "--lines", "--jsonl", "--score", "--logits"])
+    for words, keys in ((["--help"], ["temperature", "--prompt", "--echo", "--lines", "--jsonl", "--score", "--logits"]), (["--help", "inference"], INFER.SAMPLING_KEYS)):
+        with pytest.raises(SystemExit) as caught:
+            INFER.main(words)
+        out = capsys.readouterr().out
+        assert caught.value.code == 0 and all(key in out for key in keys)
 
 
 # ------------------------------------------------------------------------------------------ the process itself

@@ -417,6 +417,26 @@ def test_errors_name_the_file_that_set_the_value(tmp_path, capsys):
     assert MODEL.ORIGINS["data.train"] == f"data.train of {tmp_path / 'own.yaml'}, which sft takes over; sft.data.train is for sft alone"
 
 
+def test_what_a_newcomer_meets_names_the_next_step(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("a line")
+    (tmp_path / "talk.jsonl").write_text('{"messages": []}')
+    (tmp_path / "judge.py").write_text("def kind(completions): ...\ndef short(completions): ...")
+    for main, argv, said in ((SFT.main, [], "model.name: ./out holds no finished model; train one first: python TRAIN.py"),
+                             (RL.main, [], "model.name: ./out/sft holds no finished model; train one first: python SFT.py"),
+                             (DISTILL.main, [], "distill.teacher: ./out holds no finished model; train one first: python TRAIN.py"),
+                             (INFER.main, ["--prompt", "x"], "model.name: ./out holds no finished model; train one first: python TRAIN.py"),
+                             (SFT.main, ["--model", "llama-1m"], "'llama-1m' is a preset, which has no weights yet: python TRAIN.py --preset llama-1m"),
+                             (MODEL.main, ["--out", "x"], "--out: 'output' is a section of another script"),
+                             (TRAIN.main, ["--data", "talk.jsonl"], "conversations are for SFT.py")):
+        with pytest.raises(UserError, match=re.escape(said)):
+            main(argv)
+    with pytest.raises(UserError, match="name a function of judge.py: judge.py:kind, judge.py:short"):
+        RL.Judges.find("judge.py", None, "cpu")
+    with pytest.raises(UserError, match="plain text is for TRAIN.py"):
+        next(TOKENIZER.read_records(tmp_path / "notes.txt"))
+
+
 def test_a_mistake_is_one_line_and_status_2(capsys):
     with pytest.raises(SystemExit) as stop:
         MODEL.run_main(TRAIN.main, ["--training.epoch", "1"])

@@ -1180,7 +1180,7 @@ def test_pairs_that_changed_are_not_continued(world, tmp_path):
     RL.main(flags)
     resume = [*flags, "--resume", str(tmp_path / "run" / "ckpt-step-000002")]
     with pytest.raises(UserError, match="made with another rl.method"):
-        RL.main(["--rl.method", "orpo", "--out", str(tmp_path / "run"), "--resume", "auto"])
+        RL.main(["--rl.method", "grpo", "--rl.loss_type", "auto", "--rl.rpo_alpha", "null", "--rl.reward_funcs", "length:3", "--rl.rollout_size", "16", "--data", str(world / "prompts.jsonl"), "--out", str(tmp_path / "run"), "--resume", "auto"])
     data.write_text("\n".join(lines[::-1]) + "\n")
     with pytest.raises(UserError, match="the pairs are not those"):
         RL.main(resume)
@@ -1191,9 +1191,8 @@ def test_an_earlier_run_stays_until_the_new_one_was_measured(world, tmp_path):
     flags = [*flags_of(world, "grpo"), "--max-steps", "2", "--out", str(tmp_path / "run")]
     RL.main(flags)
     before = {path.name for path in (tmp_path / "run").iterdir()}
-    flags[flags.index("--rl.reward_funcs") + 1] = f"{tmp_path}/own.py:letters"
     with pytest.raises(UserError, match="letters failed on"):
-        RL.main([*flags, "--overwrite"])
+        RL.main([*flags, "--rl.reward_funcs", f"{tmp_path}/own.py:letters", "length:3", "--overwrite"])
     assert {path.name for path in (tmp_path / "run").iterdir()} == before
 
 

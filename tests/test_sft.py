@@ -520,7 +520,7 @@ def test_fine_tuning_learns_resumes_and_opens_elsewhere(flags, tmp_path, tokeniz
 
 def test_exact_match_counts_whole_answers(tmp_path, tokenizer, model_folder, flags):
     chat = chat_tokenizer(tokenizer)
-    config = settings(model_folder, *flags[2:])
+    config = settings(model_folder, *flags)
     talks, kept = SFT.read_conversations(config, chat)
     assert len(kept) == 15
     model = MODEL.load(model_folder)

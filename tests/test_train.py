@@ -903,7 +903,7 @@ def test_resume_replaces_no_folder_that_is_not_its_own(tmp_path, text_file, trai
     train(tmp_path)
     [other] = TRAIN.checkpoints(trained.out)[-1:]
     with pytest.raises(UserError, match=f"out holds a run, of which {other} is no checkpoint; choose another --out"):
-        train(tmp_path, "--resume", other)
+        train(tmp_path, "--resume", other, "--out", tmp_path / "out")
 
 
 def test_a_state_of_an_earlier_version_is_one_line(tmp_path, text_file):
