@@ -403,8 +403,8 @@ def row_starts(cut) -> np.ndarray:
 def trained_of(cut, number: int) -> int:
     """How many targets a row has."""
     weights = cut.spans.weights
-    return sum(stop - start if weights is None else int(np.count_nonzero(weights[start + 1 : stop + 1])) for start,
-               stop in cut.row(number))
+    return sum(stop - start if weights is None else int(np.count_nonzero(weights[start + 1 : stop + 1]))
+               for start, stop in cut.row(number))
 
 
 class Cache:
@@ -704,8 +704,8 @@ class BothTokenizers:
         # turn by turn: what templates put around them differs
         for (_, a, b), (_, c, d) in zip(sample.turns, other.turns, strict=True):
             a, c = max(a, 1), max(c, 1)
-            pairs += [(a - 1 + i, c - 1 + j) for i,
-                      j in align(spell(self.tokenizer, ids[a:b]), spell(self.teacher.tokenizer, other.ids[c:d]))]
+            pairs += [(a - 1 + i, c - 1 + j)
+                      for i, j in align(spell(self.tokenizer, ids[a:b]), spell(self.teacher.tokenizer, other.ids[c:d]))]
         return other.ids, pairs
 
     def __next__(self) -> dict:
@@ -725,8 +725,8 @@ class BothTokenizers:
                 places[r, at + pairs[:, 0]] = torch.from_numpy(r * width + there + pairs[:, 1])
                 at, there = at + length, there + len(ids) - 1
         places[batch["targets"] == -100] = -1
-        batch |= {f"teacher_{name}": value for name,
-                  value in aligned_batch.items() if name in ("input_ids", "positions", "segment_ids")}
+        batch |= {f"teacher_{name}": value
+                  for name, value in aligned_batch.items() if name in ("input_ids", "positions", "segment_ids")}
         aligned = (places >= 0).sum() if batch["weights"] is None else batch["weights"][places >= 0].sum()
         return {**batch, "places": places, "counts": {**batch["counts"], "aligned": float(aligned)}}
 
@@ -739,8 +739,8 @@ class ThroughText:
 
     def __call__(self, batch: dict) -> tuple[Callable, list]:
         hidden, _ = states_of(self.model,
-                              {name.removeprefix("teacher_"): value for name,
-                               value in batch.items() if name.startswith("teacher_")})
+                              {name.removeprefix("teacher_"): value
+                               for name, value in batch.items() if name.startswith("teacher_")})
         hidden, places = hidden.flatten(0, 1), batch["places"].flatten()
 
         def reduce(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
@@ -931,8 +931,8 @@ def distillation(ask: Callable | None, settings: DistillSection, layers: dict[in
             loss, metrics = loss + (1 - alpha) * divergence, {**metrics,
                                                               "divergence_on_policy" if batch.get("sampled") else "divergence": divergence.detach()}
         if layers:
-            pairs = [hidden_losses(student, states[layer]) for student,
-                     layer in zip(out.hidden_states, layers.values(), strict=True)]
+            pairs = [hidden_losses(student, states[layer])
+                     for student, layer in zip(out.hidden_states, layers.values(), strict=True)]
             squared, cosine = (share(sum(values) / len(pairs)) for values in zip(*pairs, strict=True))
             loss = loss + settings.hidden_weight * squared + settings.cosine_weight * cosine
             metrics |= {"hidden_mse": squared.detach(), "hidden_cosine": cosine.detach()}
@@ -1159,19 +1159,19 @@ def answer_all(teacher: Teacher, prompts: list[RL.Prompt], known: dict[int, list
         share = group[MODEL.process_rank() :: TRAIN.world_size()]
         answers = INFER.generate(teacher.model, [prompts[i].ids for i in share], sampling, teacher.tokenizer, batch_size=size,
                                  first=share)
-        samples = RL.gather([RL.Sample(prompts[i], i, completion.ids, completion.finish_reason, completion.text, None) for i,
-                             given in zip(share, answers, strict=True) for completion in given])
+        samples = RL.gather([RL.Sample(prompts[i], i, completion.ids, completion.finish_reason, completion.text, None)
+                             for i, given in zip(share, answers, strict=True) for completion in given])
         if MODEL.process_rank() == 0:
             if judges:
                 judges(samples)
             by_prompt: dict[int, list[RL.Sample]] = {i: [] for i in group}
             for sample in samples:
                 by_prompt[sample.number].append(sample)
-            found = {i: chosen_answers(prompts[i], given, settings, bool(teacher.tokenizer.chat_template)) for i,
-                     given in by_prompt.items()}
+            found = {i: chosen_answers(prompts[i], given, settings, bool(teacher.tokenizer.chat_template))
+                     for i, given in by_prompt.items()}
             with open(part, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps({"number": i, "records": records}, ensure_ascii=False, default=str) + "\n" for i,
-                                   records in found.items()))
+                file.write("".join(json.dumps({"number": i, "records": records}, ensure_ascii=False, default=str) + "\n"
+                                   for i, records in found.items()))
                 file.flush()
                 os.fsync(file.fileno())
             known |= found
@@ -1211,8 +1211,8 @@ def read_prompts(config, teacher: Teacher) -> list[RL.Prompt]:
         ids = RL.prompt_ids(teacher.tokenizer, record["prompt"], record.get("tools"))
         if room.fits(ids, where, left):
             found.append(RL.Prompt(where, record["prompt"], ids,
-                                   {key: value for key,
-                                    value in record.items() if key not in ("prompt", "completion", "system")}))
+                                   {key: value
+                                    for key, value in record.items() if key not in ("prompt", "completion", "system")}))
     if not found:
         raise UserError(f"data.train: no prompt is left{left.text()}")
     say(f"{len(found):,} prompts for {teacher.name}{left.text()}")

@@ -322,8 +322,8 @@ def _decode_by_transformers(model, rows: list[Row], use_cache: bool, together: C
     together, so that nothing is padded. Calls each() after every token."""
     from transformers import GenerationConfig
 
-    waiting = [list(group) for _,
-               group in itertools.groupby(sorted(rows, key=lambda row: len(row.prompt)), lambda row: len(row.prompt))]
+    waiting = [list(group)
+               for _, group in itertools.groupby(sorted(rows, key=lambda row: len(row.prompt)), lambda row: len(row.prompt))]
     while together(bool(waiting)):
         group = waiting.pop(0) if waiting else []
 

@@ -2019,8 +2019,8 @@ def weights_to_hub(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if name.endswith("experts.gate_up_proj") and kind != CUSTOM:
             stem = name.removesuffix("gate_up_proj")
-            pieces = {f"{stem}{e}.{part}_proj.weight": half for e, both in enumerate(tensor) for part,
-                      half in zip(("gate", "up"), both.chunk(2), strict=True)}
+            pieces = {f"{stem}{e}.{part}_proj.weight": half for e, both in enumerate(tensor)
+                      for part, half in zip(("gate", "up"), both.chunk(2), strict=True)}
         elif name.endswith("experts.down_proj") and kind != CUSTOM:
             pieces = {name.replace("down_proj", f"{e}.down_proj.weight"): one for e, one in enumerate(tensor)}
         else:
@@ -2031,8 +2031,8 @@ def weights_to_hub(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if kind == "bert" and "lm_head.decoder.weight" in state:  # an untied head keeps its bias under both of its names
         hub["cls.predictions.decoder.bias"] = hub["cls.predictions.bias"].clone()
     # A file may not hold parts of one storage: an expert is copied out of its stack.
-    return {name: tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone() for name,
-            tensor in hub.items()}
+    return {name: tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+            for name, tensor in hub.items()}
 
 
 class Piece(NamedTuple):
@@ -2173,8 +2173,8 @@ def save(model: LanguageModel, folder: str | Path) -> None:
         if process_rank() == 0:
             inner, state = (_with_score(model, state) if model.heads == ("score",) else
                             (model.inner,
-                             {name.removeprefix("inner."): tensor for name,
-                              tensor in state.items() if name.startswith("inner.")}))
+                             {name.removeprefix("inner."): tensor
+                              for name, tensor in state.items() if name.startswith("inner.")}))
             for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(model.inner.generation_config, key, getattr(model.config, key))
             with staged(folder, "config.json", WEIGHTS) as scratch:
@@ -2653,8 +2653,8 @@ def rename_adapter(kind: str, config, state: dict[str, Tensor], back: bool = Fal
     def renamed(module: str) -> str:
         return hub_name(kind, f"{module}.", back).removesuffix(".")
 
-    ranks = {name.removesuffix(".lora_A.weight"): len(tensor) for name,
-             tensor in state.items() if name.endswith(".lora_A.weight")}
+    ranks = {name.removesuffix(".lora_A.weight"): len(tensor)
+             for name, tensor in state.items() if name.endswith(".lora_A.weight")}
     alphas = {module: config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module),
                                                config.lora_alpha) for module in ranks}
     config = dataclasses.replace(config)
@@ -2672,8 +2672,8 @@ def rename_adapter(kind: str, config, state: dict[str, Tensor], back: bool = Fal
         config.modules_to_save = ["score.out_proj" if last_only else "score"]
     if isinstance(config.trainable_token_indices, dict):  # rows of the embedding, and of a head that is not tied to it
         embedding = "embed_tokens" if back else renamed("model.embed_tokens").rpartition(".")[2]
-        config.trainable_token_indices = {name if name == "lm_head" else embedding: rows for name,
-                                          rows in config.trainable_token_indices.items()}
+        config.trainable_token_indices = {name if name == "lm_head" else embedding: rows
+                                          for name, rows in config.trainable_token_indices.items()}
     return config, state
 
 
@@ -2890,8 +2890,8 @@ def auto_dtype(stored: str | None, parameters: int, device=None) -> torch.dtype:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, active per token): shared parameters are counted once; a token uses only k of the experts."""
     packed = [getattr(weight, "quant_state", None) for weight in model.parameters()]  # 4-bit: two weights a byte
-    total = sum(weight.numel() if state is None else math.prod(state.shape) for weight,
-                state in zip(model.parameters(), packed, strict=True))
+    total = sum(weight.numel() if state is None else math.prod(state.shape)
+                for weight, state in zip(model.parameters(), packed, strict=True))
     idle = sum(weight.numel() * (1 - module.per_token / len(weight))
                for module in model.modules() if isinstance(module, Experts) for weight in module.parameters())
     return total, total - round(idle)
@@ -3111,8 +3111,8 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
     files = [saved] if saved else chosen["config"] or [beside] * beside.exists()
     if saved and chosen["config"]:
         say(f"a run that goes on keeps its own settings, {saved}; --config is not read, flags are")
-    usual = {f"{own}.{name}.{key}": value for name in blocks for key,
-             value in default_of(sections[own].__dataclass_fields__[name]).items()}
+    usual = {f"{own}.{name}.{key}": value for name in blocks
+             for key, value in default_of(sections[own].__dataclass_fields__[name]).items()}
     sources = [("defaults", -1, usual), *((str(path), 1, read_settings(path)) for path in files), ("command line", 3, words)]
     given = [setting for origin, rank, values in sources for setting in ranked(origin, rank, values, own, blocks, sections)]
     defaults, _ = resolve([setting for setting in given if setting.rank == 0], kinds, sections)
@@ -3196,8 +3196,8 @@ def read_settings(path: Path) -> dict:
             is_block = key in SECTIONS and name not in ("model", "tokenizer", "data", "training", "lora", "output")
             if is_block and not isinstance(value, (dict, types.NoneType)):
                 raise UserError(f"{path}: {name}.{key}: {value!r} is not a mapping; set single keys, as in {name}.{key}.KEY")
-            found.update({f"{name}.{key}.{inner}": v for inner,
-                          v in (value or {}).items()} if is_block else {f"{name}.{key}": value})
+            found.update({f"{name}.{key}.{inner}": v
+                          for inner, v in (value or {}).items()} if is_block else {f"{name}.{key}": value})
     return found
 
 
@@ -3333,8 +3333,8 @@ def config_text(config: SimpleNamespace, comments: bool = False) -> str:
 
 def settings(config: SimpleNamespace) -> dict:
     """{"training.epochs": value} of all sections as they are now."""
-    return {f"{name}.{f.name}": getattr(section, f.name) for name,
-            section in vars(config).items() if name in SECTIONS for f in dataclasses.fields(section)}
+    return {f"{name}.{f.name}": getattr(section, f.name)
+            for name, section in vars(config).items() if name in SECTIONS for f in dataclasses.fields(section)}
 
 
 def changes(config: SimpleNamespace) -> list[str]:
@@ -3342,8 +3342,8 @@ def changes(config: SimpleNamespace) -> list[str]:
     now = settings(config)
     told = {"set": [key for key in now if config.given[key] != config.defaults[key] and key != "output.dir"],
             "chosen": [key for key in now if now[key] != config.given[key]]}
-    return [f"{word}: {', '.join(f'{key} {json.dumps(now[key], default=str, ensure_ascii=False)}' for key in keys)}" for word,
-            keys in told.items() if keys]
+    return [f"{word}: {', '.join(f'{key} {json.dumps(now[key], default=str, ensure_ascii=False)}' for key in keys)}"
+            for word, keys in told.items() if keys]
 
 
 def overrides(section) -> dict:

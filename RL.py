@@ -444,8 +444,8 @@ def read_pairs(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZ
         if method == "reward":
             examples = [followed(example, tokenizer.pad_token_id) for example in examples]
         if both and method == "kto":
-            pairs += [Pair(where, [example], record["prompt"], tools, 0.0, label) for example,
-                      label in zip(examples, (True, False), strict=True)]
+            pairs += [Pair(where, [example], record["prompt"], tools, 0.0, label)
+                      for example, label in zip(examples, (True, False), strict=True)]
         else:
             pairs.append(Pair(where, examples, record["prompt"], tools, record.get("margin", 0.0), record.get("label", True)))
     return pairs
@@ -529,8 +529,8 @@ class Pairs(TOKENIZER.TokenStream):
         self.needed = settings.method in ("dpo", "kto")
         self.sets = {"train": pairs, "held": held}
         if settings.method == "kto":
-            self.sets |= {f"{name} mismatched": mismatched(pairs_of_set, training.seed, training.max_length) for name,
-                          pairs_of_set in self.sets.items() if pairs_of_set}
+            self.sets |= {f"{name} mismatched": mismatched(pairs_of_set, training.seed, training.max_length)
+                          for name, pairs_of_set in self.sets.items() if pairs_of_set}
         self.reference: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -680,8 +680,8 @@ def preference_loss(settings: RLSection) -> Callable:
         metrics = {"rewards/accuracies": (right * real).sum() / totals["pairs"],
                    "kl": batch["baseline"] * real.sum() / totals["pairs"], "loss": loss.detach()}
         if totals["desirable"] < totals["pairs"] > totals["undesirable"]:  # a step with one sort alone has no margin
-            chosen, rejected = ((rewards * (real & kind)).sum() / totals[name] for name,
-                                kind in (("desirable", wanted), ("undesirable", ~wanted)))
+            chosen, rejected = ((rewards * (real & kind)).sum() / totals[name]
+                                for name, kind in (("desirable", wanted), ("undesirable", ~wanted)))
             metrics |= {"rewards/margins": chosen - rejected, "rewards/chosen": chosen, "rewards/rejected": rejected}
         return loss + balance / totals["micro_batches"], metrics
 
@@ -849,8 +849,8 @@ def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[[list[S
         raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
     function = getattr(module, wanted, None)
     if not callable(function):
-        known = ", ".join(key for key,
-                          value in vars(module).items() if callable(value) and getattr(value, "__module__",
+        known = ", ".join(key
+                          for key, value in vars(module).items() if callable(value) and getattr(value, "__module__",
                                                                                        "") == module.__name__)
         raise UserError(f"{key}: {path} has no function '{wanted}'; it has {known or 'none'}")
 
@@ -977,8 +977,8 @@ class Judges:
             if all(value is None for value in sample.rewards):
                 raise UserError(f"{sample.where}: none of {self.key} ({', '.join(self.names)}) judged the text "
                                 f"{sample.text[:80]!r}")
-            sample.reward = math.fsum(weight * value for weight,
-                                      value in zip(self.weights, sample.rewards, strict=True) if value is not None)
+            sample.reward = math.fsum(weight * value
+                                      for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None)
 
     @staticmethod
     def blame(function: Callable, samples: list[Sample]) -> str:
@@ -1136,8 +1136,8 @@ class Rollouts:
                         temperature=self.settings.temperature, want=want)
             columns = {"logprobs": out.logprobs, "entropy": out.entropy, "values": out.values}
             columns = {name: column.float().cpu() for name, column in columns.items() if column is not None}
-            found += [{name: column[i, sample.start - 1 : len(sample.ids) - 1] for name, column in columns.items()} for i,
-                      sample in enumerate(group)]
+            found += [{name: column[i, sample.start - 1 : len(sample.ids) - 1] for name, column in columns.items()}
+                      for i, sample in enumerate(group)]
         return found
 
     def draw(self, **changes) -> list[Sample]:
