@@ -128,8 +128,8 @@ class Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Tensor:
-        s, t = ((logits.float() / temperature if temperature != 1 else logits.float()).log_softmax(-1) for logits in (student,
-                                                                                                                      teacher))
+        s, t = ((logits.float() / temperature if temperature != 1 else logits.float()).log_softmax(-1)
+                for logits in (student, teacher))
         t = t.clamp_(min=-100)  # e^-100 is never: a word that the teacher masks would be infinitely wrong
         if beta == 0:
             p = t.exp()
@@ -199,8 +199,8 @@ class Buckets(torch.autograd.Function):
         shares, ids, targets, found = ctx.saved_tensors
         chosen = upstream_chosen[:, None]
         bucket = (upstream - found * (upstream.sum(1, keepdim=True) + chosen)) / ctx.temperature  # (N, k + 1)
-        gradient = (shares.float() * bucket[:, -1:]).scatter_(1, ids, bucket[:, :-1]).scatter_add_(1, targets,
-                                                                                                   chosen / ctx.temperature)
+        gradient = (shares.float() * bucket[:, -1:]).scatter_(1, ids, bucket[:, :-1])
+        gradient.scatter_add_(1, targets, chosen / ctx.temperature)
         return gradient.to(shares.dtype), None, None, None
 
 
@@ -225,8 +225,8 @@ def universal_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     """Logits (N, V) and (N, W) over different vocabularies -> (N,): sum |p_(i) - q_(i)| of the probabilities in falling
     order, the shorter list filled up with zeros (Boizard 2024, eq. 5: the Wasserstein distance where every two words are
     equally far apart). It tells how sure the teacher is and between how many words, not which."""
-    student, teacher = ((logits.float() / temperature).softmax(-1).sort(-1, descending=True).values for logits in (student_logits,
-                                                                                                                   teacher_logits))
+    student, teacher = ((logits.float() / temperature).softmax(-1).sort(-1, descending=True).values
+                        for logits in (student_logits, teacher_logits))
     width = max(student.shape[-1], teacher.shape[-1])
     student, teacher = (F.pad(p, (0, width - p.shape[-1])) for p in (student, teacher))
     return (student - teacher).abs().sum(-1)
@@ -335,10 +335,8 @@ def data_mark(cut) -> str:
         digest.update(np.ascontiguousarray(spans.ids[start : start + 2**24]).astype("<i8").tobytes())
     for array in (np.zeros(0) if spans.weights is None else spans.weights, spans.starts, spans.lengths):
         digest.update(np.ascontiguousarray(array).tobytes())
-    digest.update(json.dumps([cut.count,
-                              *(map(int,
-                                    np.concatenate([cut.row(i) for i in {0, cut.count // 2,
-                                                                         cut.count - 1}]).flatten()))]).encode())
+    some = np.concatenate([cut.row(i) for i in {0, cut.count // 2, cut.count - 1}]).flatten()
+    digest.update(json.dumps([cut.count, *map(int, some)]).encode())
     return digest.hexdigest()
 
 
@@ -464,9 +462,9 @@ class Cache:
     def read(self, pieces: list[slice]) -> dict[str, Tensor]:
         """Entries of several places, one after another."""
         names = {"ids": np.int64, "logprobs": np.float32, "tail": np.float32}
-        return {f"cached_{name}": torch.from_numpy(np.concatenate([np.asarray(self.arrays[name][piece],
-                                                                              dtype) for piece in pieces] or [self.arrays[name][:0].astype(dtype)]))
-                for name, dtype in names.items()}
+        found = {name: [np.asarray(self.arrays[name][piece], dtype) for piece in pieces] or [self.arrays[name][:0].astype(dtype)]
+                 for name, dtype in names.items()}
+        return {f"cached_{name}": torch.from_numpy(np.concatenate(parts)) for name, parts in found.items()}
 
 
 BARE_RUN = SimpleNamespace(seed=0, grad_accum=1, world_size=1, rank=0)  # enough to cut rows
@@ -537,8 +535,8 @@ def write_cache(config) -> None:
     rows.start(BARE_RUN)
     mixed = TRAIN.precision(training, config.model.dtype, device)
     facts = {**cache_facts(settings, training, teacher, rows.plan.plan), "mixed_precision": mixed}
-    with alone_at(folder / ".lock", "distill.cache_dir"), on_interrupt(f"{folder}: what was noted stays there, and the same "
-                                                                       "command goes on"):
+    stays = f"{folder}: what was noted stays there, and the same command goes on"
+    with alone_at(folder / ".lock", "distill.cache_dir"), on_interrupt(stays):
         done = begin_cache(folder, facts, bool(config.actions.overwrite), teacher.tokenizer)
         hold(teacher.model, mixed)
         fill_cache(Cache(folder, facts, "r+"), rows.plan.plan, teacher.model, TRAIN.Run(teacher.model, training, device, mixed),
@@ -928,8 +926,8 @@ def distillation(ask: Callable | None, settings: DistillSection, layers: dict[in
         loss, metrics = alpha * nats if alpha else 0.0, {} if batch.get("sampled") else {"nll": nats.detach()}
         if reduce:
             divergence = share(out.reduced["divergence"], "aligned" if "places" in batch else "tokens")
-            loss, metrics = loss + (1 - alpha) * divergence, {**metrics,
-                                                              "divergence_on_policy" if batch.get("sampled") else "divergence": divergence.detach()}
+            loss = loss + (1 - alpha) * divergence
+            metrics["divergence_on_policy" if batch.get("sampled") else "divergence"] = divergence.detach()
         if layers:
             pairs = [hidden_losses(student, states[layer])
                      for student, layer in zip(out.hidden_states, layers.values(), strict=True)]
@@ -989,8 +987,9 @@ def read_rows(config, tokenizer, teacher: Teacher, task: str) -> tuple[object, C
 
 def choose_tokenizer(config, checkpoint: Path | None, teacher: Teacher):
     """The student's tokenizer: its own, or the teacher's where that holds all of the student's tokens."""
-    settings, name = config.distill, config.tokenizer.name or (TOKENIZER.folder_of(config.actions.adapter,
-                                                                                   config.model.name) if config.model.name else None)
+    settings, name = config.distill, config.tokenizer.name
+    if config.model.name and not name:
+        name = TOKENIZER.folder_of(config.actions.adapter, config.model.name)
     if settings.method == "universal" and not name and not checkpoint:
         raise UserError("distill.method: universal is for a student with a tokenizer of its own; name one with "
                         "--tokenizer.name, or a trained student with --model")
@@ -1109,8 +1108,8 @@ def write_answers(config) -> None:
                         "(distill.num_generations 1)")
     _, device = TRAIN.start_processes(config.training, config.model.device, out.parent)
     part = out.with_name(f"{out.name}.part")
-    with alone_at(out.with_name(f".{out.name}.lock"), "--out"), on_interrupt(f"{part} holds what was answered, and the same "
-                                                                             "command goes on"):
+    stays = f"{part} holds what was answered, and the same command goes on"
+    with alone_at(out.with_name(f".{out.name}.lock"), "--out"), on_interrupt(stays):
         judges = RL.Judges(settings, RL.base_and_tokenizer(settings.teacher, "distill.teacher")[1], device,
                            "distill") if settings.reward_funcs else None
         teacher = load_teacher(config, device)
@@ -1138,14 +1137,16 @@ def made_by(settings: DistillSection, sampling: INFER.Sampling, prompts: list[RL
     """All that decides a file of answers: teacher, sampling, judges as they are now, prompts."""
     def mark(judge: str) -> str | None:
         path = Path(judge.rpartition(":")[0])
-        return teacher_mark(judge) if Path(judge).is_dir() else hashlib.blake2b(path.read_bytes(),
-                                                                                digest_size=16).hexdigest() if path.is_file() else None
+        return teacher_mark(judge) if Path(judge).is_dir() else digest_of(path.read_bytes()) if path.is_file() else None
+
+    def digest_of(text: bytes) -> str:
+        return hashlib.blake2b(text, digest_size=16).hexdigest()
 
     return {"teacher": [teacher_mark(settings.teacher), settings.teacher_dtype, settings.teacher_quantization],
             "sampling": dataclasses.asdict(sampling),
-            "judges": [[judge, mark(judge)] for judge in settings.reward_funcs] + [settings.reward_weights,
-                                                                                   settings.reward_threshold],
-                                                                                   "prompts": hashlib.blake2b(repr([prompt.ids for prompt in prompts]).encode(), digest_size=16).hexdigest()}
+            "judges": [*([judge, mark(judge)] for judge in settings.reward_funcs), settings.reward_weights,
+                       settings.reward_threshold],
+            "prompts": digest_of(repr([prompt.ids for prompt in prompts]).encode())}
 
 
 def answer_all(teacher: Teacher, prompts: list[RL.Prompt], known: dict[int, list], sampling: INFER.Sampling,

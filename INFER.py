@@ -434,9 +434,8 @@ def stream(model, tokenizer, prompt_ids: list[int], sampling: Sampling, use_cach
     [[row]] = _make_rows(model, [prompt_ids], [replace(sampling, n=1)], tokenizer, 0)
     told = 0
     foreign = isinstance(model, MODEL.ForeignModel)
-    steps = _in_steps(partial(_decode_by_transformers, model, [row], use_cache, alone)) if foreign else _decode(model, [row],
-                                                                                                                use_cache)
-    for _ in steps:
+    theirs = partial(_decode_by_transformers, model, [row], use_cache, alone)
+    for _ in _in_steps(theirs) if foreign else _decode(model, [row], use_cache):
         if row.told > told:
             yield row.text[told : row.told]
             told = row.told
@@ -620,9 +619,8 @@ class Session:
     def prompt_ids(self, prompt: str | list[dict] | dict, sampling: Sampling) -> list[int]:
         """A text, the messages of a chat, or {"messages", "tools"} -> ids that fit the context."""
         if self.chat or not isinstance(prompt, str):
-            asked = prompt if isinstance(prompt,
-                                         dict) else {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt,
-                                                                                                                     str) else prompt}
+            said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            asked = prompt if isinstance(prompt, dict) else {"messages": said}
             messages = asked["messages"]
             if self.settings.system and messages[0].get("role") != "system":
                 messages = [{"role": "system", "content": self.settings.system}, *messages]

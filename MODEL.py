@@ -96,8 +96,8 @@ def check(section, name: str) -> None:
             raise UserError(f"{name}.{f.name}: '{value}' is not one of {', '.join(map(str, f.metadata['choices']))}")
         if not_used(section, f) and value != default_of(f):
             key, *values = f.metadata["only"]
-            why = f"with {name}.{key} {getattr(section, key)} (only with {', '.join(map(str, values))})" if values else f"without {name}.{key}"
-            raise UserError(f"{name}.{f.name}: has no effect {why}; leave it out")
+            others = f"with {name}.{key} {getattr(section, key)} (only with {', '.join(map(str, values))})"
+            raise UserError(f"{name}.{f.name}: has no effect {others if values else f'without {name}.{key}'}; leave it out")
 
 
 def check_number(number: float, limits: dict, where: str) -> None:
@@ -106,8 +106,9 @@ def check_number(number: float, limits: dict, where: str) -> None:
     floor, ceiling = -largest if low is None else low, largest if high is None else high
     right = (isinstance(number, int) or math.isfinite(number)) and floor <= number <= ceiling
     if not (right and (above is None or number > above) and (below is None or number < below)):
-        words = {"at least": floor if number < floor else low, "above": above, "at most": ceiling if number > ceiling else high, "below": below}
-        bounds = [f"{word} {bound:,}" for word, bound in words.items() if bound is not None]
+        bounds = {"at least": floor if number < floor else low, "above": above,
+                  "at most": ceiling if number > ceiling else high, "below": below}
+        bounds = [f"{word} {bound:,}" for word, bound in bounds.items() if bound is not None]
         raise UserError(f"{where}: {number} must be {' and '.join(bounds) or 'a number'}")
 
 
@@ -1709,9 +1710,8 @@ class ForeignModel(LanguageModel):
         """Whether the rotary angles depend on the longest row of a batch; then rows of other lengths change them."""
         c = self.inner.config.get_text_config()
         rope = getattr(c, "rope_parameters", None) or {}
-        return any(kind in ("dynamic", "longrope") for kind in (rope.get("rope_type"),
-                                                                *(v.get("rope_type") for v in rope.values() if isinstance(v,
-                                                                                                                          dict))))
+        inner = [value for value in rope.values() if isinstance(value, dict)]
+        return any(table.get("rope_type") in ("dynamic", "longrope") for table in (rope, *inner))
 
     def tie_weights(self) -> None:
         self.inner.tie_weights()
@@ -2927,8 +2927,7 @@ def summary(config: ModelConfig) -> str:
     model = build(config, device="meta")
     total, active = count_parameters(model)
     context, cache = config.max_position_embeddings, 2 * cache_numbers(config)
-    kind = "MHA" if config.num_key_value_heads == config.num_attention_heads else {1: "MQA"}.get(config.num_key_value_heads,
-                                                                                                 "GQA")
+    kind = {1: "MQA", config.num_attention_heads: "MHA"}.get(config.num_key_value_heads, "GQA")
     window = f", window {config.sliding_window}" if config.sliding_window else ""
     attention = (f"attention {config.num_attention_heads} heads of {config.head_dim}, "
                  f"{config.num_key_value_heads} key/value: {kind}{window}")
@@ -3102,7 +3101,7 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
     argv = list(sys.argv[1:] if argv is None else argv)
     actions, shorts = {**COMMON, **(actions or {})}, {**SHORT_FLAGS, **(shorts or {})}
     kinds = {f"{name}.{key}": hint for name, kind in sections.items() for key, hint in field_types(kind).items()}
-    blocks = [f.name for f in dataclasses.fields(sections[own]) if f.name in SECTIONS and f.default_factory is not dataclasses.MISSING]
+    blocks = [f.name for f in dataclasses.fields(sections[own]) if f.name in SECTIONS and isinstance(default_of(f), dict)]
     words, chosen = read_words(argv, kinds, own, blocks, actions, shorts)
     if chosen["version"]:
         print(VERSION)
@@ -3256,7 +3255,8 @@ def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], action
         if not action and not key:
             section = shorts.get(name, name).partition(".")[0]
             other = section in SECTIONS and not any(known.startswith(f"{section}.") for known in kinds)
-            raise UserError(f"--{name}: " + (f"'{section}' is a section of another script" if other else f"unknown flag; nearest is --{nearest(name, names)}"))
+            raise UserError(f"--{name}: '{section}' is a section of another script" if other else
+                            f"--{name}: unknown flag; nearest is --{nearest(name, names)}")
         kind = str if action else kinds.get(key) or kinds[key.removeprefix(f"{own}.")]
         if not equals:
             if i < len(argv) and (not argv[i].startswith("--") or action and action.bare is None):  # any text may follow --prompt
@@ -3278,8 +3278,8 @@ def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], action
         elif action:
             chosen[name] = action.convert(value)
         else:
-            values[key] = [item for part in (values[key], value) for item in convert(part, kind,
-                                                                                     f"--{name}")] if key in values else value
+            before = convert(values[key], kind, f"--{name}") if key in values else None
+            values[key] = value if before is None else before + convert(value, kind, f"--{name}")
     return values, chosen
 
 
@@ -3294,7 +3294,8 @@ def help_page(topic: str, doc: str, sections: dict[str, type], own: str, actions
     for name in [topic] if topic else [own, *(name for name in sections if name != own)]:
         fields = dataclasses.fields(sections[name])
         section = SimpleNamespace(**{f.name: values[f"{name}.{f.name}"] for f in fields})
-        shown = [f for f in fields if topic or f.metadata["often"] and (name == own or f"{name}.{f.name}" in flags) and not not_used(section, f)]
+        shown = [f for f in fields if topic or f.metadata["often"] and not not_used(section, f)
+                 and (name == own or f"{name}.{f.name}" in flags)]
         hidden += [f"--help {name}"] * (len(shown) < len(fields))
         lines += ["", f"{name}:"] * bool(shown)
         for f in shown:
@@ -3338,7 +3339,7 @@ def settings(config: SimpleNamespace) -> dict:
 
 
 def changes(config: SimpleNamespace) -> list[str]:
-    """Two lines for the start of a run: the settings that differ from the defaults, and what was chosen where they left it open."""
+    """Two lines for the start of a run: the settings beside the defaults, and what was chosen where they leave it open."""
     now = settings(config)
     told = {"set": [key for key in now if config.given[key] != config.defaults[key] and key != "output.dir"],
             "chosen": [key for key in now if now[key] != config.given[key]]}

@@ -74,10 +74,9 @@ class Packer:
         self.bnb, self.model, self.method, self.group_size = bitsandbytes(), model, method, group_size
         self.device = torch.device(device or "cpu")
         inside = {id(m) for layer in MODEL.layers_of(model) for m in layer.modules()}
+        parts = {nn.Linear: ("weight",), MODEL.Experts: ("gate_up_proj", "down_proj")}
         self.names = {f"{name}.{part}" for name, module in model.named_modules() if id(module) in inside
-                      for part in (("weight",) if type(module) is nn.Linear else ("gate_up_proj",
-                                                                                  "down_proj") if isinstance(module,
-                                                                                                             MODEL.Experts) else ())}
+                      for part in parts.get(type(module), ())}
 
     def __call__(self, name: str, weight: Tensor) -> bool:
         if name not in self.names:

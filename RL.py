@@ -465,8 +465,8 @@ def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
         others = (pairs[circle[(place + k) % len(pairs)]] for k in range(1, len(pairs)))
         other = next((pair for pair in others if pair.prompt != pairs[i].prompt), pairs[i])
         (prompt,), (text,) = pairs[i].examples, other.examples
-        ids, weights = [*prompt.ids[: prompt.start], *text.ids[text.start :]], [*prompt.weights[: prompt.start],
-                                                                                *text.weights[text.start :]]
+        ids = prompt.ids[: prompt.start] + text.ids[text.start :]
+        weights = prompt.weights[: prompt.start] + text.weights[text.start :]
         found[i] = pairs[i]._replace(examples=[Example(ids[:length], weights[:length])])
     return found
 
@@ -487,9 +487,8 @@ def read_rows(model, batch: dict, read: Callable[..., Tensor], want: tuple = ())
     """(read(output, positions) of every row (R,), the router's loss), from one forward pass for each half of the batch."""
     values, balance = [], 0.0
     for rows, width in batch["halves"]:
-        ids, positions, targets = (batch[key] if batch[key] is None else batch[key][rows, :width] for key in ("input_ids",
-                                                                                                              "positions",
-                                                                                                              "targets"))
+        ids, positions, targets = (None if batch[key] is None else batch[key][rows, :width]
+                                   for key in ("input_ids", "positions", "targets"))
         out = model(ids, positions=positions, targets=None if want else targets, want=want)
         values.append(read(out, positions))
         balance = balance + out.aux_loss / len(batch["halves"])
@@ -791,8 +790,8 @@ def without_commas(text: str) -> str:
 
 def exact_answer(sample: Sample) -> float:
     """1 where the text ends with the answer, as a word of its own; a closing full stop aside. "12 plus 30 is 42." ends with 42"""
-    text, answer = (text.rstrip(" .!\n").lower() for text in (without_commas(sample.text),
-                                                              expected_answer(sample, "exact_answer")))
+    texts = without_commas(sample.text), expected_answer(sample, "exact_answer")
+    text, answer = (text.rstrip(" .!\n").lower() for text in texts)
     return float(bool(answer) and text.endswith(answer) and not re.match(r"[\w.-]", text[: -len(answer)][-1:]))
 
 
@@ -849,16 +848,15 @@ def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[[list[S
         raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
     function = getattr(module, wanted, None)
     if not callable(function):
-        known = ", ".join(key
-                          for key, value in vars(module).items() if callable(value) and getattr(value, "__module__",
-                                                                                       "") == module.__name__)
+        own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+        known = ", ".join(key for key, value in own.items() if callable(value))
         raise UserError(f"{key}: {path} has no function '{wanted}'; it has {known or 'none'}")
 
     def judge(samples: list[Sample]) -> list:
         keys = {key: None for sample in samples for key in sample.columns}
         columns = {key: [sample.columns.get(key) for sample in samples] for key in keys}
-        completions = [TOKENIZER.as_messages(sample.text, "assistant") if isinstance(sample.prompt,
-                                                                                     list) else sample.text for sample in samples]
+        completions = [TOKENIZER.as_messages(sample.text, "assistant") if isinstance(sample.prompt, list) else sample.text
+                       for sample in samples]
         given = function(prompts=[sample.prompt for sample in samples], completions=completions,
                          completion_ids=[sample.ids[sample.start :] for sample in samples], **columns)
         return asyncio.run(given) if inspect.iscoroutine(given) else given
@@ -1053,8 +1051,8 @@ class Watch:
         share = length / state["length"]
         if not state["shorter"] < share < state["longer"]:
             warnings.append(f"texts have {length:.0f} tokens now, {state['length']:.0f} in the beginning")
-            state["longer"], state["shorter"] = max(state["longer"], share * LENGTH_ALARM), min(state["shorter"],
-                                                                                                share / LENGTH_ALARM)
+            state["longer"] = max(state["longer"], share * LENGTH_ALARM)
+            state["shorter"] = min(state["shorter"], share / LENGTH_ALARM)
         if kl > state["kl"]:
             warnings.append(f"the KL from the reference is {kl:.0f} nats a text")
             state["kl"] = 2 * kl
@@ -1284,8 +1282,9 @@ class Rollouts:
         """What the transcript tells of a text beside itself."""
         found = {"reward": sample.reward, "rewards": dict(zip(self.judges.names, sample.rewards, strict=True)),
                  "advantage": round(float(sample.advantages.mean()), 4)}
-        return found | ({} if sample.reference is None else {"kl": round(float(kl_estimate(sample.old, sample.reference).sum()),
-                                                                         4)})
+        if sample.reference is not None:
+            found["kl"] = round(float(kl_estimate(sample.old, sample.reference).sum()), 4)
+        return found
 
     def state_dict(self) -> dict:
         left = len(self.queue) * self.training.batch_size * self.run.world_size

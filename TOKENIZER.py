@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 import MODEL
-from MODEL import ModelSection, UserError, check, first_line, knob, load_config, read_json, resolve_folder, run_main, say, staged, sync
+from MODEL import ModelSection, UserError, check, first_line, knob, load_config, read_json, resolve_folder, run_main, say
 
 # ---------------------------------------------------------------------------------------------------- settings
 
@@ -446,7 +446,7 @@ class TokenWriter:
     def close(self) -> None:
         self.flush()
         self.file.close()
-        sync(self.path)
+        MODEL.sync(self.path)
 
 
 def prepare(data: DataSection, tokenizer) -> None:
@@ -455,7 +455,7 @@ def prepare(data: DataSection, tokenizer) -> None:
     begin, end = begin_id(tokenizer), end_id(tokenizer)
     groups, held_out = data_files(data)
     recipe = token_recipe(data, tokenizer)
-    with staged(data.dir) as scratch:
+    with MODEL.staged(data.dir) as scratch:
         writers = {part: TokenWriter(scratch / f"{part}_ids.bin", encoder, begin, end) for part in ("train", "val")}
         spans = {"train": [], "val": []}
         for files in groups:
@@ -1154,7 +1154,7 @@ def plain_settings(tokenizer) -> None:
 def save(tokenizer, folder: str | Path) -> None:
     """tokenizer.json, tokenizer_config.json and, where there is one, chat_template.jinja."""
     plain_settings(tokenizer)
-    with staged(folder) as scratch:
+    with MODEL.staged(folder) as scratch:
         tokenizer.save_pretrained(scratch)
 
 
@@ -1181,7 +1181,7 @@ def choose(section: TokenizerSection, data: DataSection, model_name: str | None 
     tokenizer = train(sample_texts(data), section.vocab_size, section.kind)
     if len(tokenizer) < 2 or tokenizer.backend_tokenizer.get_vocab_size() < 2:
         raise UserError("data.train: no text to train a tokenizer on")
-    with staged(folder) as scratch:
+    with MODEL.staged(folder) as scratch:
         tokenizer.save_pretrained(scratch)
         (scratch / stamp.name).write_text(json.dumps(recipe, indent=1))
     return tokenizer
@@ -1431,7 +1431,7 @@ def text_of(record, field: str, where: str) -> str:
     if field not in record:
         keys = ", ".join(map(str, list(record)[:6])) or "none"
         talks = {"messages", "conversations", "prompt", "instruction", "chosen"} & set(record)
-        hint = "conversations are for SFT.py, or for a teacher with a chat template (DISTILL.py)" if talks else "set data.text_field"
+        hint = "conversations are for SFT.py, or for a teacher with a chat template" if talks else "set data.text_field"
         raise UserError(f"{where}: no key '{field}' (keys: {keys}); {hint}")
     if not isinstance(record[field], str):
         raise UserError(f"{where}: '{field}' is {type(record[field]).__name__}, text is expected")

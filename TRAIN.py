@@ -1424,8 +1424,8 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
                      overwrite=bool(config.actions.overwrite) or checkpoint is None)
         if accelerator and accelerator.log_with:
             accelerator.end_training()
-        result_flags = f"--model {config.model.name} --adapter {out}" if getattr(stage.model, "adapter",
-                                                                                 None) else f"--model {out}"
+        adapter = getattr(stage.model, "adapter", None)
+        result_flags = f"--model {config.model.name} --adapter {out}" if adapter else f"--model {out}"
         say(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {out}: {show.replace('MODEL', result_flags)}")
     return result
 
@@ -1442,8 +1442,8 @@ def one_after_another(function: Callable, *arguments):
 
 
 def pretraining(config, checkpoint: Path | None, device: torch.device) -> Stage:
-    tokenizer = TOKENIZER.load(checkpoint) if checkpoint else one_after_another(TOKENIZER.choose, config.tokenizer, config.data,
-                                                                                config.model.name)
+    chosen = partial(one_after_another, TOKENIZER.choose, config.tokenizer, config.data, config.model.name)
+    tokenizer = TOKENIZER.load(checkpoint) if checkpoint else chosen()
     model = prepare_model(config, tokenizer)
     stream, evaluate = prepare_data(config, tokenizer, is_masked(model, tokenizer))
     return Stage(model, tokenizer, stream, token_loss, evaluate, save_product)
