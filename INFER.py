@@ -760,6 +760,8 @@ def _record(line: str, where: str, base: Sampling):
         request = {"messages" if isinstance(prompt, list) else "prompt": prompt, **context}
         prompt = {"messages": TOKENIZER.as_messages(TOKENIZER.prompt_of(request, where)), **extras}
     for key in record:
+        if key in ("chat", "use_cache", "batch_size"):
+            raise UserError(f"{where}: '{key}' is for all requests; give it as --{key.replace('_', '-')}")
         plain = key.lower().replace("-", "_")
         if key not in REQUEST_KEYS and (meant := difflib.get_close_matches(plain, REQUEST_KEYS, 1, 0.8)):
             raise UserError(f"{where}: unknown key '{key}'; did you mean '{meant[0]}'? (keys unlike any known one are passed "

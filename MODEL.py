@@ -3039,13 +3039,13 @@ def convert(value, kind, where: str, choices: tuple = ()):
     listed = next((option for option in options if typing.get_origin(option) is list), None)
     if isinstance(value, str) and (value[:1] == "[" and listed or value[:1] == "{" and dict in options):
         with suppress(ValueError, yaml.YAMLError):  # where a text may stand, [INST] is one, and ["INST"] a list
-            value = json.loads(value) if listed and str in options else yaml.safe_load(value)
-    elif isinstance(value, str) and str not in options and not listed:
+            value = json.loads(value) if listed and str in options else yaml.load(value, _loader())
+    elif isinstance(value, str) and str not in options and set(options) - {listed, type(None)}:
         if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
             value = float(value) if re.search(r"[.eE]", value) else int(value)
         else:
             with suppress(yaml.YAMLError):
-                value = yaml.safe_load(value)
+                value = yaml.load(value, _loader())
     if value is None or (isinstance(value, str) and value.lower() in ("null", "none") and type(None) in options):
         if type(None) in options:
             return None
@@ -3093,8 +3093,8 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
                 doc: str = "", shorts: dict[str, str] | None = None, saved: Path | None = None) -> SimpleNamespace:
     """The typed settings of one script: an attribute for each section it owns, plus `actions`.
 
-    Order: dataclass defaults < the shared sections of the --config files, one after another < the stage's blocks there <
-    command line < the stage's blocks there. `own` is the section whose keys need no prefix; `shorts` adds to or replaces the
+    Order: dataclass defaults < each --config file, its shared sections < its blocks of the stage < command line < the stage's
+    blocks there. `own` is the section whose keys need no prefix; `shorts` adds to or replaces the
     short flags. A run that goes on has its `saved` file in place of --config.
     """
     global QUIET
@@ -3112,8 +3112,9 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
         say(f"a run that goes on keeps its own settings, {saved}; --config is not read, flags are")
     usual = {f"{own}.{name}.{key}": value for name in blocks
              for key, value in default_of(sections[own].__dataclass_fields__[name]).items()}
-    sources = [("defaults", -1, usual), *((str(path), 1, read_settings(path)) for path in files), ("command line", 3, words)]
-    given = [setting for origin, rank, values in sources for setting in ranked(origin, rank, values, own, blocks, sections)]
+    sources = [("defaults", usual), *((str(path), read_settings(path)) for path in files), ("command line", words)]
+    given = [setting for rank, (origin, values) in enumerate(sources)
+             for setting in ranked(origin, 2 * rank - 1, values, own, blocks, sections)]
     defaults, _ = resolve([setting for setting in given if setting.rank == 0], kinds, sections)
     values, origins = resolve(given, kinds, sections)
     if chosen["help"] is not None:
@@ -3132,9 +3133,9 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
         raise SystemExit(0)
     QUIET = chosen["quiet"]
     ORIGINS.clear()
-    for rank, origin, key, _ in given:
-        if rank in (1, 2) and values[key] != defaults[key]:
-            taken = rank == 1 and key.partition(".")[0] in blocks
+    for key, origin in origins.items():
+        if not origin.startswith(("defaults", "command line")) and values[key] != defaults[key]:
+            taken = key.partition(".")[0] in blocks and not origin.endswith(f": {own}")
             ORIGINS[key] = f"{key} of {origin}" + (f", which {own} takes over; {own}.{key} is for {own} alone" if taken else "")
     config.actions, config.origins = SimpleNamespace(**chosen), origins
     config.defaults, config.given = defaults, settings(config)
@@ -3163,26 +3164,39 @@ COMMON = {
 }
 
 
-def read_settings(path: Path) -> dict:
-    """A YAML file -> {"training.epochs": value, "sft.training.epochs": value}."""
+@memoize
+def _loader() -> type:
+    """YAML as people mean it: a key stands once, and 1:30 and 010 are texts, which YAML 1.1 reads as 90 and 8."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
             seen: set = set()
             for key, _ in node.value:
-                if key.value in seen:  # YAML would quietly keep the last
-                    raise yaml.constructor.ConstructorError(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
+                problem = "a key must be a word" if not isinstance(key.value, str) else f"'{key.value}' stands twice"
+                if not isinstance(key.value, str) or key.value in seen:  # YAML would quietly keep the last
+                    raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
 
+    Loader.yaml_implicit_resolvers = {first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:int"]
+                                      for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
+    return Loader
+
+
+def read_settings(path: Path) -> dict:
+    """A YAML file -> {"training.epochs": value, "sft.training.epochs": value}."""
+    import yaml
+
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
+        raw = yaml.load(path.read_text(encoding="utf-8"), _loader()) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML ({problem})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected sections such as 'model:' at the top level")
     found = {}
@@ -3250,6 +3264,8 @@ def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], action
         name = name.replace("-", "_")
         action, key = actions.get(name), names.get(name)
         if action and action.convert is None:
+            if equals:
+                raise UserError(f"--{name}: takes no value; leave out '={value}'")
             chosen[name] = True
             continue
         if not action and not key:
@@ -3266,6 +3282,8 @@ def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], action
             else:
                 hint = "" if i == len(argv) else f"; a value that begins with -- is given as --{name}=VALUE"
                 raise UserError(f"--{name}: a value is missing{hint}")
+        if value == "" and name not in ("prompt", "help"):
+            raise UserError(f"--{name}: a value is missing")
         listed = "list" in str(kind)
         following = list(itertools.takewhile(lambda word: not word.startswith("--"), argv[i:])) if listed else []
         value, i = [value, *following] if following else value, i + len(following)  # --data a.txt b.jsonl

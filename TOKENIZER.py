@@ -1123,7 +1123,7 @@ def fixed_batches(plan, batch_size: int, limit: int | None = None) -> list[dict]
 
 def load(name: str | Path):
     """The tokenizer of a folder or hub name, as transformers makes it."""
-    folder = resolve_folder(str(name))
+    folder = resolve_folder(str(name), "tokenizer.name")
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
     if not any((folder / name).exists() for name in names):
         newest = max(folder.glob("ckpt-step-*"), default=None)

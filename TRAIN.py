@@ -92,7 +92,7 @@ class TrainingSection:
 
     def __post_init__(self):
         if all(getattr(self, key) is None for key in MODEL.HORIZON):
-            self.epochs = 1.0
+            raise UserError("training.epochs: null; one of epochs, max_steps and max_minutes says how long the run is")
         check(self, "training")
         self.sample_prompts = [self.sample_prompts] if isinstance(self.sample_prompts, str) else self.sample_prompts
 
@@ -1375,11 +1375,13 @@ def resumed(config, resume: str):
     if found is None or not (found / "config.yaml").exists():
         return config
     again = config.reload(saved=found / "config.yaml")
-    before = saved_settings(found).get("model", {})
-    for key, value in vars(again.model).items():
-        if (key == "preset" or key in MODEL.KNOBS) and value != before.get(key):
-            raise UserError(f"model.{key}: {value}, but the run in {found} was begun with {before.get(key)}; another "
-                            "architecture is another run (--out)")
+    before = saved_settings(found)
+    fixed = [("model", key) for key in ("preset", *MODEL.KNOBS)] + [("tokenizer", key) for key in vars(again.tokenizer)]
+    for section, key in fixed:
+        value, was = getattr(getattr(again, section), key, None), before.get(section, {}).get(key)
+        if value != was:
+            raise UserError(f"{section}.{key}: {value}, but the run in {found} was begun with {was}; another architecture or "
+                            "tokenizer is another run (--out)")
     given_again = again.origins.get("output.dir") == "command line"
     again.output.dir = config.output.dir if given_again or resume == "auto" else str(found.parent)
     return again

@@ -234,6 +234,10 @@ WRONG = {
     "- a list": "settings.yaml: expected sections such as 'model:'",
     "model: {name: gpt2, preset: llama-1m}": "settings.yaml: model.name and model.preset are mutually exclusive",
     "model: {name: gpt2}\ntraining: [1\nb: 2": r"settings.yaml:3: not valid YAML",
+    "training: {epochs: null}": "settings.yaml: training.epochs: null; one of epochs, max_steps and max_minutes",
+    "training: {max_steps: 1:30}": "settings.yaml: training.max_steps: '1:30' is not of type int",
+    "training: {? [a, b] : 4}": "settings.yaml:1: not valid YAML .a key must be a word",
+    "training: {epochs: 1\0}": "settings.yaml:1: not valid YAML",
     "training: {epochs: 1}\ntraining: {max_length: 8}": "settings.yaml:2: not valid YAML .*'training' stands twice",
     "training:\n  epochs: 1\n  epochs: 2": "settings.yaml:3: not valid YAML .*'epochs' stands twice",
     "data: {weights: [1]}": "data.weights: 1 weights for 2 paths",
@@ -255,6 +259,9 @@ WRONG_FLAGS = {
     ("--batch-size",): "--batch_size: a value is missing",
     ("--model", "a", "--model.preset", "llama-1m"): "command line: model.name and model.preset are mutually exclusive",
     ("stray",): "'stray': unexpected argument",
+    ("--overwrite=no",): "--overwrite: takes no value",
+    ("--lr=",): "--lr: a value is missing",
+    ("--resume", ""): "--resume: a value is missing",
     ("--config", "/nowhere.yaml"): "--config: file not found: '/nowhere.yaml'",
     ("--rl.beta", "1"): "--rl.beta: 'rl' is a section of another script",
     ("--inference.temperature", "1"): "--inference.temperature: 'inference' is a section of another script",
@@ -340,6 +347,9 @@ def test_files_lie_one_over_the_other(tmp_path):
     config = load(["--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml", "--seed", "3"])
     assert (config.model.name, config.model.preset, config.model.hidden_size) == ("some/folder", None, None)
     assert (config.training.epochs, config.training.max_steps, config.training.max_length, config.training.seed) == (3.0, None, 48, 3)
+    (tmp_path / "a.yaml").write_text("training: {epochs: 7}\ninference: {seed: 1, model: {name: one}}")
+    (tmp_path / "b.yaml").write_text("model: {name: two}")
+    assert load(["--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml"], script=INFER, own="inference").model.name == "two"
     (tmp_path / "a.yaml").write_text("training: {learing_rate: 1}")
     with pytest.raises(UserError, match=r"a\.yaml: training.learing_rate: unknown key; nearest is 'learning_rate'"):
         load(["--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml"])
@@ -413,6 +423,10 @@ def test_errors_name_the_file_that_set_the_value(tmp_path, capsys):
         with pytest.raises(SystemExit):
             MODEL.run_main(main, ["--config", str(tmp_path / "own.yaml"), "--out", str(tmp_path / "out")])
         assert said.format(tmp_path / "own.yaml") in capsys.readouterr().err.splitlines()[-1]
+    MODEL.load_config(["--config", str(tmp_path / "own.yaml")], SFT.SECTIONS, "sft")
+    assert load(["--model.eos_token_id", "2"]).model.eos_token_id == 2
+    MODEL.load_config(["--config", str(tmp_path / "own.yaml"), "--data", "x"], TRAIN.SECTIONS, "training")
+    assert "data.train" not in MODEL.ORIGINS and "model.preset" in MODEL.ORIGINS  # the flag's, not the file's
     MODEL.load_config(["--config", str(tmp_path / "own.yaml")], SFT.SECTIONS, "sft")
     assert MODEL.ORIGINS["data.train"] == f"data.train of {tmp_path / 'own.yaml'}, which sft takes over; sft.data.train is for sft alone"
 
