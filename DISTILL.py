@@ -44,55 +44,53 @@ from MODEL import Action, UserError, check, knob, load_config, run_main, say
 
 @dataclass
 class DistillSection:
-    teacher: str = knob("./out", "the large one: a folder or a hub name; an adapter's folder as well", often=True)
-    teacher_dtype: str = knob("auto", "type of the teacher's weights; auto is the one they are stored in, where the device does "
-                                      "it well", ("auto", *MODEL.DTYPES))
-    teacher_quantization: str = knob("none", "packed form of the teacher's matrices", MODEL.QUANTIZATIONS)
-    method: str = knob("logits", "logits (its probabilities), hidden (its hidden states too), universal (another tokenizer)",
-                      ("logits", "hidden", "universal"), often=True)
-    task: str = knob("auto", "what is read: text as TRAIN.py does, or conversations as SFT.py does; auto is chat for records "
-                             "and a teacher with a chat template", ("auto", "text", "chat"), often=True)
-    alpha: float = knob(0.1, "weight of the usual loss on the data; the rest imitates the teacher; 1 asks no teacher (but for "
-                             "hidden states)", low=0, high=1, often=True)
-    beta: float = knob(0.0, "which divergence: 0 is KL(teacher || student), 1 KL(student || teacher), between them "
-                            "Jensen-Shannon's", low=0, high=1, only=("method", "logits", "hidden"), often=True)
-    temperature: float = knob(1.0, "above 1 flattens both models' probabilities before they are compared (Hinton 2015)", low=1e-3,
-                              often=True)
-    lmbda: float = knob(0.0, "share of the steps (0 to 1) on texts that the student writes, not on the data (on-policy)", low=0,
-                        high=1, often=True)
-    hidden_weight: float = knob(1.0, "hidden: weight of the mean squared error of hidden states", low=0,
+    teacher: str = knob("./out", "teacher model: a folder (also of an adapter) or a hub name", often=True)
+    teacher_dtype: str = knob("auto", "dtype of the teacher's weights; auto keeps the stored one if the device supports it well",
+                              ("auto", *MODEL.DTYPES))
+    teacher_quantization: str = knob("none", "quantize the teacher: none, nf4 or int8", MODEL.QUANTIZATIONS)
+    method: str = knob("logits", "logits, hidden (logits and hidden states), or universal (across tokenizers)",
+                       ("logits", "hidden", "universal"), often=True)
+    task: str = knob("auto", "data format: text (as in TRAIN.py) or chat (as in SFT.py); auto is chat for records and a teacher "
+                             "with a chat template", ("auto", "text", "chat"), often=True)
+    alpha: float = knob(0.1, "weight of the cross-entropy on the data; 1 - alpha weights the distillation loss", low=0, high=1,
+                        often=True)
+    beta: float = knob(0.0, "0 is the forward KL(teacher || student), 1 the reverse KL, in between Jensen-Shannon", low=0, high=1,
+                       only=("method", "logits", "hidden"), often=True)
+    temperature: float = knob(1.0, "softmax temperature of both models in the loss (Hinton 2015)", low=1e-3, often=True)
+    lmbda: float = knob(0.0, "fraction of steps on completions that the student generates (on-policy)", low=0, high=1, often=True)
+    hidden_weight: float = knob(1.0, "hidden: weight of the mean squared error between hidden states", low=0,
                                 only=("method", "hidden"), often=True)
-    cosine_weight: float = knob(1.0, "hidden: weight of one minus the cosine between them", low=0, only=("method", "hidden"),
-                                often=True)
-    layer_map: dict | None = knob(None, "hidden: {student layer: teacher layer}, 0 being the embeddings; null spreads the "
-                                        "student's over the teacher's", only=("method", "hidden"))
-    init_layers: list[int] | None = knob(None, "the student is the teacher with these of its layers alone, as in [0, 2]; null "
-                                               "builds or loads what `model` names", often=True)
-    cache_dir: str | None = knob(None, "folder of a teacher's cached probabilities (--cache writes it), read in place of the "
-                                       "teacher", often=True)
-    cache_top_k: int = knob(64, "cached for each token: the k likeliest, and how likely all others are together", low=1)
-    cache_dtype: str = knob("float16", "type of the cached numbers", ("float16", "float32"))
-    train_on_prompt: bool = knob(False, "chat: learn what the user says as well")
-    columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, completion: another}")
-    system: str | None = knob(None, "system message of conversations that have none")
-    eval_answers: int = knob(1000, "chat: held-out questions with a known answer that are answered in a validation; 0 is off",
-                             low=0)
-    max_completion_length: int = knob(64, "tokens of an answer at most", low=1, often=True)
-    sampling_temperature: float | None = knob(None, "of texts that are written; null is 1, and 0 for --generate with one answer "
-                                                    "a prompt", low=0)
-    top_k: int = knob(0, "sampling: only the k likeliest tokens; 0 is off", low=0)
-    top_p: float = knob(1.0, "sampling: only the likeliest tokens that hold this probability together", above=0, high=1)
-    rollout_size: int = knob(256, "lmbda: texts written at once, over all processes; whole optimizer steps", low=1)
-    rollout_batch_size: int = knob(256, "texts generated together on one device", low=1)
-    num_generations: int = knob(1, "--generate: answers to each prompt", low=1)
-    reward_funcs: list[str] = knob([], "--generate: judges as in rl.reward_funcs, by which the best answer alone is kept")
-    reward_weights: list[float] | None = knob(None, "one factor for each of them; null is 1")
-    reward_threshold: float | None = knob(None, "--generate: answers with a smaller reward are left out")
-    model: dict = knob({"preset": "llama-225k"}, "the student")
-    data: dict = knob({}, "stage block over `data`; unless files are named, conversations are data/chat.jsonl")
-    training: dict = knob({}, "stage block over `training`")
-    lora: dict = knob({}, "stage block over `lora`")
-    output: dict = knob({"dir": "./out/distill"}, "stage block over `output`")
+    cosine_weight: float = knob(1.0, "hidden: weight of the cosine distance between hidden states", low=0,
+                                only=("method", "hidden"), often=True)
+    layer_map: dict | None = knob(None, "hidden: {student layer: teacher layer}, 0 is the embeddings; null spreads them evenly",
+                                  only=("method", "hidden"))
+    init_layers: list[int] | None = knob(None, "initialize the student from these teacher layers, such as [0, 2]; null uses "
+                                               "`model`", often=True)
+    cache_dir: str | None = knob(None, "folder of cached teacher outputs (written by --cache), used instead of the teacher",
+                                 often=True)
+    cache_top_k: int = knob(64, "number of top log-probabilities cached per token, plus the remaining probability mass", low=1)
+    cache_dtype: str = knob("float16", "dtype of the cache", ("float16", "float32"))
+    train_on_prompt: bool = knob(False, "chat: train on user messages as well")
+    columns: dict | None = knob(None, "column mapping: {prompt: my_column, completion: another}")
+    system: str | None = knob(None, "system message for conversations without one")
+    eval_answers: int = knob(1000, "chat: held-out questions to answer in each validation (exact match); 0 is off", low=0)
+    max_completion_length: int = knob(64, "maximum tokens per completion", low=1, often=True)
+    sampling_temperature: float | None = knob(None, "sampling temperature; null is 1, and 0 for --generate with one completion "
+                                                    "per prompt", low=0)
+    top_k: int = knob(0, "sample from the k most probable tokens; 0 is off", low=0)
+    top_p: float = knob(1.0, "sample from the smallest set with this cumulative probability", above=0, high=1)
+    rollout_size: int = knob(256, "on-policy: completions per rollout, over all processes; a multiple of the optimizer step",
+                             low=1)
+    rollout_batch_size: int = knob(256, "completions generated at a time on one device", low=1)
+    num_generations: int = knob(1, "--generate: completions per prompt", low=1)
+    reward_funcs: list[str] = knob([], "--generate: reward functions as in rl.reward_funcs; only the best completion is kept")
+    reward_weights: list[float] | None = knob(None, "weight of each reward function; null is 1")
+    reward_threshold: float | None = knob(None, "--generate: drop completions with a lower reward")
+    model: dict = knob({"preset": "llama-225k"}, "the student model")
+    data: dict = knob({}, "overrides `data`; conversations default to data/chat.jsonl")
+    training: dict = knob({}, "overrides `training` for this stage")
+    lora: dict = knob({}, "overrides `lora` for this stage")
+    output: dict = knob({"dir": "./out/distill"}, "overrides `output` for this stage")
 
     def __post_init__(self):
         check(self, "distill")

@@ -37,21 +37,22 @@ from MODEL import Action, UserError, check, knob, load_config, run_main, say
 class Sampling:
     """How one request is sampled. Names and meaning are those of the OpenAI API and vLLM."""
 
-    max_new_tokens: int = knob(256, "tokens of an answer at most", low=1, often=True)
-    temperature: float = knob(0.8, "0 always takes the likeliest token; higher is freer", low=0, often=True)
-    top_k: int = knob(0, "choose among the k likeliest tokens; 0 is off", low=0, often=True)
-    top_p: float = knob(1.0, "choose among the likeliest that hold this probability together; 1 is all (Holtzman 2019)", low=0,
-                        high=1, often=True)
-    min_p: float = knob(0.0, "only tokens at least this fraction as likely as the likeliest", low=0, high=1, often=True)
-    repetition_penalty: float = knob(1.0, "above 1 repeats less (Keskar 2019)", above=0, often=True)
-    presence_penalty: float = knob(0.0, "subtracted once from the logits of tokens already generated", often=True)
-    frequency_penalty: float = knob(0.0, "subtracted for each time a token was generated", often=True)
-    stop: list[str] | str | None = knob(None, "texts that end the answer; they are not part of it", often=True)
-    seed: int | None = knob(None, "the same seed gives the same text, whatever else is in the batch", low=-(10**30), high=10**30,
-                            often=True)
+    max_new_tokens: int = knob(256, "maximum number of generated tokens", low=1, often=True)
+    temperature: float = knob(0.8, "sampling temperature; 0 is greedy", low=0, often=True)
+    top_k: int = knob(0, "sample from the k most probable tokens; 0 is off", low=0, often=True)
+    top_p: float = knob(1.0, "sample from the smallest set with this cumulative probability (Holtzman 2019)", low=0, high=1,
+                        often=True)
+    min_p: float = knob(0.0, "minimum probability of a token relative to the most probable one", low=0, high=1, often=True)
+    repetition_penalty: float = knob(1.0, "penalty above 1 on tokens of the prompt and the completion (Keskar 2019)", above=0,
+                                     often=True)
+    presence_penalty: float = knob(0.0, "subtracted once from the logits of generated tokens", often=True)
+    frequency_penalty: float = knob(0.0, "subtracted from a token's logit for each time it was generated", often=True)
+    stop: list[str] | str | None = knob(None, "stop strings; not included in the completion", often=True)
+    seed: int | None = knob(None, "random seed; the completion does not depend on the rest of the batch", low=-(10**30),
+                            high=10**30, often=True)
     logprobs: bool = knob(False, "return the log-probability of each token", often=True)
-    n: int = knob(1, "answers for each prompt", low=1, often=True)
-    ignore_eos: bool = knob(False, "go on after the end-of-text token")
+    n: int = knob(1, "completions per prompt", low=1, often=True)
+    ignore_eos: bool = knob(False, "continue after the end-of-text token")
 
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
@@ -60,13 +61,12 @@ class Sampling:
 
 @dataclass
 class InferenceSection(Sampling):
-    use_cache: bool = knob(True, "KV cache: keep the keys and values of past tokens; false computes them anew, much slower",
-                           often=True)
-    batch_size: int = knob(8, "prompts computed together", low=1, often=True)
-    chat: str = knob("auto", "put prompts into the chat template: on, off, or auto where there is one", ("auto", "on", "off"),
+    use_cache: bool = knob(True, "KV cache; false recomputes past tokens at each step, which is much slower", often=True)
+    batch_size: int = knob(8, "prompts per batch", low=1, often=True)
+    chat: str = knob("auto", "apply the chat template: on, off, or auto (if the tokenizer has one)", ("auto", "on", "off"),
                      often=True)
-    system: str | None = knob(None, "system message of a chat", often=True)
-    model: dict = knob({"name": "./out"}, "stage block over `model`")
+    system: str | None = knob(None, "system message", often=True)
+    model: dict = knob({"name": "./out"}, "overrides `model` for this stage")
 
 
 SAMPLING_KEYS = [f.name for f in fields(Sampling)]
@@ -761,11 +761,10 @@ def _record(line: str, where: str, base: Sampling):
         prompt = {"messages": TOKENIZER.as_messages(TOKENIZER.prompt_of(request, where)), **extras}
     for key in record:
         if key in ("chat", "use_cache", "batch_size"):
-            raise UserError(f"{where}: '{key}' is for all requests; give it as --{key.replace('_', '-')}")
+            raise UserError(f"{where}: '{key}' cannot be set per request; use --{key.replace('_', '-')}")
         plain = key.lower().replace("-", "_")
         if key not in REQUEST_KEYS and (meant := difflib.get_close_matches(plain, REQUEST_KEYS, 1, 0.8)):
-            raise UserError(f"{where}: unknown key '{key}'; did you mean '{meant[0]}'? (keys unlike any known one are passed "
-                            "through)")
+            raise UserError(f"{where}: unknown key '{key}'; nearest is '{meant[0]}'")
     kinds = MODEL.field_types(Sampling)
     stop = record.get("stop")
     if stop is not None and not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):

@@ -68,11 +68,11 @@ def say(line: str) -> None:
 
 def knob(default, comment: str, choices: tuple = (), *, low: float | None = None, high: float | None = None,
          above: float | None = None, below: float | None = None, only: tuple | str = (), often: bool = False):
-    """A dataclass field with all that the settings need to know of it. `comment` describes it in --help and config.yaml.
+    """A dataclass field that declares a setting. `comment` describes it in --help and config.yaml.
 
-    `check` refuses words that are not in `choices`, numbers unless low <= number <= high and above < number < below, and, where
-    only = (key, *values) is given, any value but the default unless the section's `key` has one of the values (without
-    values: is set). A knob that people change `often` stands in config.yaml and in the first page of --help.
+    `check` enforces `choices`, low <= number <= high and above < number < below. only = (key, *values) restricts a setting to
+    certain values of another one: it has an effect only if the section's `key` has one of `values` (without values: is set).
+    Settings that people change `often` are listed in --help.
     """
     only = (only,) if isinstance(only, str) else only
     metadata = dict(comment=comment, choices=choices, low=low, high=high, above=above, below=below, only=only, often=often)
@@ -86,7 +86,7 @@ def default_of(f: dataclasses.Field):
 
 
 def check(section, name: str) -> None:
-    """Hold the values of a section to what their knobs say; UserError names the first that cannot be."""
+    """Check the values of a section against the limits of its knobs; UserError names the first invalid one."""
     for f in dataclasses.fields(section):
         value = getattr(section, f.name)
         for number in value if isinstance(value, list) else [value]:
@@ -102,7 +102,7 @@ def check(section, name: str) -> None:
 
 def check_number(number: float, limits: dict, where: str) -> None:
     low, high, above, below = (limits[key] for key in ("low", "high", "above", "below"))
-    largest = 2**31 - 1 if isinstance(number, int) else 1e15  # beyond it a number is a mistake, and may not fit where it is used
+    largest = 2**31 - 1 if isinstance(number, int) else 1e15  # larger numbers are mistakes and may overflow
     floor, ceiling = -largest if low is None else low, largest if high is None else high
     right = (isinstance(number, int) or math.isfinite(number)) and floor <= number <= ceiling
     if not (right and (above is None or number > above) and (below is None or number < below)):
@@ -113,7 +113,7 @@ def check_number(number: float, limits: dict, where: str) -> None:
 
 
 def not_used(section, f: dataclasses.Field) -> bool:
-    """Whether a knob has no effect beside the section's other values."""
+    """Whether a setting has no effect with the section's other values."""
     if not f.metadata["only"]:
         return False
     key, *values = f.metadata["only"]
@@ -143,65 +143,66 @@ latent_knob = partial(knob, only="kv_lora_rank")
 @dataclass
 class ModelConfig:
     """The architecture. Names are those of Hugging Face's config.json."""
-    model_type: str = knob("llama", "family whose config.json is written")
-    vocab_size: int = knob(32000, "rows of the embedding; a preset's follows the tokenizer unless set", low=1)
-    hidden_size: int = knob(256, "width C of the residual stream", low=1)
-    intermediate_size: int = knob(704, "width of the (dense) MLP", low=1)
-    num_hidden_layers: int = knob(6, "decoder layers", low=1)
-    num_attention_heads: int = knob(4, "query heads H", low=1)
-    num_key_value_heads: int | None = knob(None, "key/value heads: H is MHA, 1 is MQA, between is GQA", low=1)
-    head_dim: int | None = knob(None, "width of one head; hidden_size / heads unless set", low=1)
+    model_type: str = knob("llama", "Hugging Face model type that is written to config.json")
+    vocab_size: int = knob(32000, "vocabulary size; with a preset it defaults to the tokenizer's", low=1)
+    hidden_size: int = knob(256, "hidden dimension C", low=1)
+    intermediate_size: int = knob(704, "hidden dimension of the dense MLP", low=1)
+    num_hidden_layers: int = knob(6, "number of decoder layers", low=1)
+    num_attention_heads: int = knob(4, "number of query heads H", low=1)
+    num_key_value_heads: int | None = knob(None, "number of key/value heads: H is MHA, 1 is MQA, in between is GQA", low=1)
+    head_dim: int | None = knob(None, "dimension of one head; null is hidden_size / heads", low=1)
     max_position_embeddings: int = knob(2048, "context length in tokens", low=1)
-    hidden_act: str = knob("silu", "activation of the MLP", tuple(ACTIVATIONS))
-    mlp_gated: bool = knob(True, "SwiGLU-style gate (Shazeer 2020); false is GPT-2's plain MLP")
-    norm_type: str = knob("rmsnorm", "normalisation before attention and MLP", ("rmsnorm", "layernorm"))
-    rms_norm_eps: float = knob(1e-5, "epsilon of either norm", above=0)
+    hidden_act: str = knob("silu", "activation function of the MLP", tuple(ACTIVATIONS))
+    mlp_gated: bool = knob(True, "gated MLP (SwiGLU, Shazeer 2020); false is GPT-2's plain MLP")
+    norm_type: str = knob("rmsnorm", "normalization layer", ("rmsnorm", "layernorm"))
+    rms_norm_eps: float = knob(1e-5, "epsilon of the normalization layers", above=0)
     qk_norm: bool = knob(False, "RMSNorm on each query and key head (Qwen3)")
-    position_embedding_type: str = knob("rope", "rotary, or GPT-2's learned table", ("rope", "learned"))
+    position_embedding_type: str = knob("rope", "rotary or learned position embeddings", ("rope", "learned"))
     rope_theta: float = knob(10000.0, "base of the rotary frequencies", above=0, only=("position_embedding_type", "rope"))
-    rope_scaling: dict | None = knob(None, "context extension: {rope_type: linear | llama3 | yarn, factor: 8, ...}",
+    rope_scaling: dict | None = knob(None, "context extension: {rope_type: linear, llama3 or yarn, factor: 8, ...}",
                                      only=("position_embedding_type", "rope"))
-    sliding_window: int | None = knob(None, "each token sees this many tokens, itself included (Mistral)", low=1)
-    layer_types: list[str] | None = knob(None, "per layer full_attention or sliding_attention; null is all alike")
-    attention_bias: bool = knob(False, "bias of the query, key and value projections (Qwen2, GPT-2)")
-    fused_qkv: bool | None = knob(None, "query, key and value from one projection; null: in a gpt2 only")
-    attention_out_bias: bool = knob(False, "bias of the attention's output projection (GPT-2)")
-    mlp_bias: bool = knob(False, "biases of the MLP (GPT-2)")
-    tie_word_embeddings: bool = knob(False, "the output head shares the embedding's weights")
+    sliding_window: int | None = knob(None, "number of tokens that each token attends to, itself included (Mistral)", low=1)
+    layer_types: list[str] | None = knob(None, "attention type per layer: full_attention or sliding_attention; null is the same "
+                                               "for all")
+    attention_bias: bool = knob(False, "bias in the query, key and value projections (Qwen2, GPT-2)")
+    fused_qkv: bool | None = knob(None, "one fused query-key-value projection; null is true for gpt2 only")
+    attention_out_bias: bool = knob(False, "bias in the attention output projection (GPT-2)")
+    mlp_bias: bool = knob(False, "bias in the MLP (GPT-2)")
+    tie_word_embeddings: bool = knob(False, "share weights between the embedding and the output head")
     attention_dropout: float = knob(0.0, "dropout on attention probabilities", low=0, below=1)
-    resid_pdrop: float = knob(0.0, "dropout on what attention and MLP add to the residual stream", low=0, below=1)
+    resid_pdrop: float = knob(0.0, "dropout on the outputs of attention and MLP", low=0, below=1)
     embd_pdrop: float = knob(0.0, "dropout on the embeddings", low=0, below=1)
     initializer_range: float = knob(0.02, "standard deviation of the initial weights", above=0)
-    bos_token_id: int | None = knob(None, "beginning-of-text id; follows the tokenizer", low=0)
-    eos_token_id: int | list[int] | None = knob(None, "end-of-text id or ids; follows the tokenizer", low=0)
-    pad_token_id: int | None = knob(None, "padding id; follows the tokenizer", low=0)
-    num_labels: int = knob(1, "outputs of the score head", low=1)
-    labels: list[str] | None = knob(None, "names of those outputs")
-    num_experts: int | None = knob(None, "experts of a mixture-of-experts layer; null is one dense MLP a layer", low=1)
-    num_experts_per_tok: int = expert_knob(2, "experts that each token visits (top-k)", low=1)
-    moe_intermediate_size: int | None = expert_knob(None, "width of one expert; intermediate_size unless set", low=1)
-    n_shared_experts: int = expert_knob(0, "experts that every token visits besides (DeepSeek)", low=0)
-    mlp_only_layers: list[int] | None = expert_knob(None, "numbers of the layers that keep a dense MLP", low=0)
-    scoring_func: str = expert_knob("softmax", "router scores; sigmoid has a selection bias (DeepSeek-V3)",
+    bos_token_id: int | None = knob(None, "beginning-of-text id; null is the tokenizer's", low=0)
+    eos_token_id: int | list[int] | None = knob(None, "end-of-text id or ids; null is the tokenizer's", low=0)
+    pad_token_id: int | None = knob(None, "padding id; null is the tokenizer's", low=0)
+    num_labels: int = knob(1, "number of labels of the classification head", low=1)
+    labels: list[str] | None = knob(None, "names of the labels")
+    num_experts: int | None = knob(None, "number of experts per layer; null is a dense MLP", low=1)
+    num_experts_per_tok: int = expert_knob(2, "number of experts per token (top-k)", low=1)
+    moe_intermediate_size: int | None = expert_knob(None, "hidden dimension of one expert; null is intermediate_size", low=1)
+    n_shared_experts: int = expert_knob(0, "number of experts that process every token (DeepSeek)", low=0)
+    mlp_only_layers: list[int] | None = expert_knob(None, "indices of layers with a dense MLP instead of experts", low=0)
+    scoring_func: str = expert_knob("softmax", "router scores; sigmoid adds a selection bias (DeepSeek-V3)",
                                     ("softmax", "sigmoid"))
-    norm_topk_prob: bool = expert_knob(True, "weights of a token's experts add up to 1")
-    routed_scaling_factor: float = expert_knob(1.0, "factor on what the chosen experts add", above=0)
-    n_group: int = expert_knob(1, "groups that the experts are divided into", low=1)
-    topk_group: int = expert_knob(1, "groups in which a token looks for its experts", low=1)
+    norm_topk_prob: bool = expert_knob(True, "normalize the top-k expert weights to a sum of 1")
+    routed_scaling_factor: float = expert_knob(1.0, "scaling factor on the output of the routed experts", above=0)
+    n_group: int = expert_knob(1, "number of expert groups", low=1)
+    topk_group: int = expert_knob(1, "number of expert groups that a token is routed to", low=1)
     router_aux_loss_coef: float = expert_knob(0.0, "weight of the load-balancing loss", low=0)
-    seq_aux: bool = expert_knob(False, "balance within each sequence, not over the whole batch (DeepSeek-V3)")
-    router_bias_update_speed: float = expert_knob(0.0, "step of the selection bias after each optimizer step (Wang 2024)", low=0)
-    kv_lora_rank: int | None = knob(None, "width of the latent that stands for keys and values (MLA); null is plain attention",
-                                    low=1)
-    q_lora_rank: int | None = latent_knob(None, "width of the queries' latent in MLA; null projects them directly", low=1)
-    qk_nope_head_dim: int = latent_knob(128, "MLA: width of a query and key head's part without position", low=1)
-    qk_rope_head_dim: int = latent_knob(64, "MLA: width of the part with a rotary position, its key shared by all heads", low=1)
-    v_head_dim: int = latent_knob(128, "MLA: width of a value head", low=1)
-    rope_interleave: bool = knob(False, "rotary pairs stand side by side, not half a head apart (DeepSeek)")
-    causal: bool = knob(True, "each token sees only what is before it; false is an encoder (BERT)")
-    post_norm: bool = knob(False, "norms after the residual sums and on the embeddings (BERT)")
-    type_vocab_size: int = knob(0, "token types with an embedding of their own (BERT: first and second text)", low=0)
-    lm_head_transform: bool = knob(False, "the output head has a layer of its own and a bias (BERT)")
+    seq_aux: bool = expert_knob(False, "balance the load within each sequence instead of the batch (DeepSeek-V3)")
+    router_bias_update_speed: float = expert_knob(0.0, "update rate of the selection bias per optimizer step (Wang 2024)", low=0)
+    kv_lora_rank: int | None = knob(None, "rank of the shared key-value latent (MLA); null is standard attention", low=1)
+    q_lora_rank: int | None = latent_knob(None, "rank of the query latent (MLA); null projects queries directly", low=1)
+    qk_nope_head_dim: int = latent_knob(128, "MLA: dimension of the query and key part without rotary embedding", low=1)
+    qk_rope_head_dim: int = latent_knob(64, "MLA: dimension of the rotary query and key part (the key part is shared by all "
+                                            "heads)", low=1)
+    v_head_dim: int = latent_knob(128, "MLA: dimension of a value head", low=1)
+    rope_interleave: bool = knob(False, "rotate adjacent pairs of dimensions instead of halves (DeepSeek)")
+    causal: bool = knob(True, "causal attention; false is an encoder (BERT)")
+    post_norm: bool = knob(False, "normalize after the residual sums and the embeddings (BERT)")
+    type_vocab_size: int = knob(0, "number of token types (BERT: first and second text)", low=0)
+    lm_head_transform: bool = knob(False, "dense layer and bias in the output head (BERT)")
 
     def __post_init__(self):
         check_architecture(self)
@@ -1473,7 +1474,7 @@ def _flash(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tenso
 
 
 def _varlen(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
-    """The same kernel in torch. An older torch has no groups: as many key heads as query heads."""
+    """The same kernel in torch. Older releases lack grouped-query attention, so key and value heads are repeated."""
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
@@ -2267,10 +2268,10 @@ def resolve_folder(name: str, key: str = "model.name") -> Path:
 
 
 def model_folder(name: str, key: str = "model.name") -> Path:
-    """As `resolve_folder`, of a whole model or an adapter; where there is none yet, the error says what makes one."""
+    """`resolve_folder` for a finished model or adapter; the error says which program creates a missing one."""
     folder = Path(name)
     if name in PRESETS and not folder.is_dir():
-        raise UserError(f"{key}: '{name}' is a preset, which has no weights yet: python TRAIN.py --preset {name} trains some")
+        raise UserError(f"{key}: '{name}' is a preset without trained weights; train it first: python TRAIN.py --preset {name}")
     program = {"out": "TRAIN.py", "out/sft": "SFT.py", "out/rl": "RL.py", "out/distill": "DISTILL.py"}.get(folder.as_posix())
     if (folder.is_dir() or program) and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
         newest = max(folder.glob("ckpt-step-*"), default=None)
@@ -2983,6 +2984,7 @@ def preset_table() -> str:
 
 VERSION = "0.1.0"
 SECTIONS = ("model", "tokenizer", "data", "training", "lora", "sft", "rl", "distill", "inference", "quantization", "output")
+STAGES = ("sft", "rl", "distill", "inference", "quantization")  # whose blocks override the other sections
 SHORT_FLAGS = {"model": "model.name", "preset": "model.preset", "data": "data.train", "validation": "data.validation",
                "out": "output.dir", "lora_r": "lora.r", "epochs": "training.epochs",
                "max_steps": "training.max_steps", "max_minutes": "training.max_minutes", "batch_size": "training.batch_size",
@@ -2992,17 +2994,18 @@ HORIZON = ("epochs", "max_steps", "max_minutes")
 EXCLUSIVE = (("model.name", "model.preset"), tuple(f"training.{key}" for key in HORIZON))
 # `model:` holds what to load or build and how to compute it; every architecture knob may be overridden beside it.
 ModelSection = dataclasses.make_dataclass("ModelSection", [
-    ("name", str | None, knob(None, "trained weights: a folder or a hub name (gpt2); replaces preset", often=True)),
-    ("preset", str | None, knob("llama-1m", "fresh weights of this family and size (MODEL.py --list); `name: FOLDER` takes "
-                                            "trained ones", often=True)),
-    ("dtype", str, knob("auto", "type of the arithmetic: float32, bfloat16, float16; auto is the fastest that is safe here; "
-                                "training keeps float32 weights", ("auto", *DTYPES), often=True)),
+    ("name", str | None, knob(None, "trained weights: a folder or a hub name such as gpt2; replaces preset", often=True)),
+    ("preset", str | None,
+     knob("llama-1m", "architecture and size for fresh weights (python MODEL.py --list); replaced by name", often=True)),
+    ("dtype", str, knob("auto", "compute dtype: float32, bfloat16 or float16; auto picks what the device supports well; "
+                                "training keeps float32 master weights", ("auto", *DTYPES), often=True)),
     ("attn_implementation", str,
-     knob("auto", "eager, sdpa, flash_attention_2 or xformers: the same results at another speed", tuple(ATTENTION), often=True)),
-    ("device", str, knob("auto", "cpu, cuda, cuda:1 or mps", often=True)),
-    ("quantization", str, knob("none", "frozen weights in 4 (nf4) or 8 bits (int8): to train adapters on (lora.r, QLoRA), or to "
-                                       "run",
-                               QUANTIZATIONS, often=True)),
+     knob("auto", "attention kernel: eager, sdpa, flash_attention_2 or xformers; auto picks the fastest available",
+          tuple(ATTENTION), often=True)),
+    ("device", str, knob("auto", "cpu, cuda, cuda:1 or mps; auto picks the best available", often=True)),
+    ("quantization", str,
+     knob("none", "quantize frozen weights: none, nf4 or int8; for QLoRA (with lora.r) and inference", QUANTIZATIONS,
+          often=True)),
     *[(name, f.type + " | None" if "None" not in f.type else f.type, field(default=None, metadata={**f.metadata, "only": ()}))
       for name, f in KNOBS.items() if name not in ("labels", "num_labels")]],
     namespace={"__module__": __name__, "__post_init__": lambda self: check(self, "model")})
@@ -3011,7 +3014,7 @@ MODEL_SETTINGS = ("dtype", "attn_implementation", "device", "quantization")  # h
 
 @dataclass
 class OutputSection:
-    dir: str = knob("./out", "folder of the model, its checkpoints, log and plot", often=True)
+    dir: str = knob("./out", "folder for the model, checkpoints, log and plot", often=True)
 
 
 class Action(NamedTuple):
@@ -3077,7 +3080,7 @@ def field_types(section: type) -> dict:
 
 
 class Setting(NamedTuple):
-    """One key that a source sets; a higher rank wins over a lower one, a later source over an earlier one."""
+    """A value from one source; the highest rank wins, and the last source within a rank."""
 
     rank: int
     origin: str
@@ -3085,7 +3088,7 @@ class Setting(NamedTuple):
     value: object
 
 
-# which file set what for this process: {"training.epochs": "training.epochs of mine.yaml"}, for errors
+# the files that set this process's settings, for error messages: {"training.epochs": "set in mine.yaml"}
 ORIGINS: dict[str, str] = {}
 
 
@@ -3093,9 +3096,9 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
                 doc: str = "", shorts: dict[str, str] | None = None, saved: Path | None = None) -> SimpleNamespace:
     """The typed settings of one script: an attribute for each section it owns, plus `actions`.
 
-    Order: dataclass defaults < each --config file, its shared sections < its blocks of the stage < command line < the stage's
-    blocks there. `own` is the section whose keys need no prefix; `shorts` adds to or replaces the
-    short flags. A run that goes on has its `saved` file in place of --config.
+    Precedence, from low to high: dataclass defaults, each --config file in order, the command line; within a source, shared
+    sections, then the stage's blocks. Keys of the section `own` need no prefix; `shorts` adds to or replaces the short flags.
+    A resumed run reads the file `saved` instead of --config.
     """
     global QUIET
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -3109,7 +3112,7 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
     beside = Path(sys.argv[0]).resolve().parent / "config.yaml"
     files = [saved] if saved else chosen["config"] or [beside] * beside.exists()
     if saved and chosen["config"]:
-        say(f"a run that goes on keeps its own settings, {saved}; --config is not read, flags are")
+        say(f"resuming with the settings in {saved}; --config is ignored, flags still apply")
     usual = {f"{own}.{name}.{key}": value for name in blocks
              for key, value in default_of(sections[own].__dataclass_fields__[name]).items()}
     sources = [("defaults", usual), *((str(path), read_settings(path)) for path in files), ("command line", words)]
@@ -3120,6 +3123,24 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
     if chosen["help"] is not None:
         print(help_page(chosen["help"], doc, sections, own, actions, shorts, values))
         raise SystemExit(0)
+    config = checked_sections(values, origins, sections)
+    if chosen["print_config"]:
+        print(config_text(config, comments=True))
+        raise SystemExit(0)
+    QUIET = chosen["quiet"]
+    ORIGINS.clear()
+    for key, origin in origins.items():
+        if not origin.startswith(("defaults", "command line")) and values[key] != defaults[key]:
+            inherited = key.partition(".")[0] in blocks and not origin.endswith(f": {own}")
+            ORIGINS[key] = f"set in {origin}" + (f"; {own}.{key} overrides it for {own}" if inherited else "")
+    config.actions, config.origins = SimpleNamespace(**chosen), origins
+    config.defaults, config.given = defaults, settings(config)
+    config.reload = partial(load_config, argv, sections, own, actions, doc, shorts)
+    return config
+
+
+def checked_sections(values: dict, origins: dict, sections: dict[str, type]) -> SimpleNamespace:
+    """The section objects of {"training.epochs": value}; errors name the source of the value."""
     try:
         config = SimpleNamespace(**{name: kind(**{f.name: values[f"{name}.{f.name}"] for f in dataclasses.fields(kind)})
                                     for name, kind in sections.items()})
@@ -3128,23 +3149,11 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
     except UserError as error:
         key = str(error).partition(":")[0]
         raise UserError(f"{origins[key]}: {error}" if key in origins else str(error)) from None
-    if chosen["print_config"]:
-        print(config_text(config, comments=True))
-        raise SystemExit(0)
-    QUIET = chosen["quiet"]
-    ORIGINS.clear()
-    for key, origin in origins.items():
-        if not origin.startswith(("defaults", "command line")) and values[key] != defaults[key]:
-            taken = key.partition(".")[0] in blocks and not origin.endswith(f": {own}")
-            ORIGINS[key] = f"{key} of {origin}" + (f", which {own} takes over; {own}.{key} is for {own} alone" if taken else "")
-    config.actions, config.origins = SimpleNamespace(**chosen), origins
-    config.defaults, config.given = defaults, settings(config)
-    config.reload = partial(load_config, argv, sections, own, actions, doc, shorts)
     return config
 
 
 def ranked(origin: str, rank: int, values: dict, own: str, blocks: list[str], sections: dict[str, type]) -> Iterator[Setting]:
-    """What one source says to a script: sft.training.epochs is training.epochs, of a higher rank."""
+    """The settings of one source for this script; sft.training.epochs becomes training.epochs with a higher rank."""
     for key, value in values.items():
         section, _, name = key.partition(".")
         if section == own and "." in name:
@@ -3156,24 +3165,24 @@ def ranked(origin: str, rank: int, values: dict, own: str, blocks: list[str], se
 
 
 COMMON = {
-    "config": Action("a file of settings; several lie one over the other; config.yaml beside the script unless given", Path),
-    "print_config": Action("print all settings, each with its comment, as a file for --config"),
-    "help": Action("this page, or all of a section: --help training", str, ""),
+    "config": Action("settings file; later files override earlier ones (default: config.yaml beside the script)", Path),
+    "print_config": Action("print all settings with comments, as a settings file"),
+    "help": Action("show this page, or all settings of a section (--help training)", str, ""),
     "version": Action("print the version"),
-    "quiet": Action("say nothing but errors"),
+    "quiet": Action("print errors only"),
 }
 
 
 @memoize
 def _loader() -> type:
-    """YAML as people mean it: a key stands once, and 1:30 and 010 are texts, which YAML 1.1 reads as 90 and 8."""
+    """SafeLoader that rejects duplicate keys and reads 1:30 and 010 as text, not as YAML 1.1's 90 and 8."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
             seen: set = set()
             for key, _ in node.value:
-                problem = "a key must be a word" if not isinstance(key.value, str) else f"'{key.value}' stands twice"
+                problem = "a key must be text" if not isinstance(key.value, str) else f"duplicate key '{key.value}'"
                 if not isinstance(key.value, str) or key.value in seen:  # YAML would quietly keep the last
                     raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
                 seen.add(key.value)
@@ -3206,7 +3215,7 @@ def read_settings(path: Path) -> dict:
         if values is not None and not isinstance(values, dict):
             raise UserError(f"{path}: {name}: expected keys and values, found {values!r}")
         for key, value in (values or {}).items():
-            is_block = key in SECTIONS and name not in ("model", "tokenizer", "data", "training", "lora", "output")
+            is_block = name in STAGES and key in SECTIONS
             if is_block and not isinstance(value, (dict, types.NoneType)):
                 raise UserError(f"{path}: {name}.{key}: {value!r} is not a mapping; set single keys, as in {name}.{key}.KEY")
             found.update({f"{name}.{key}.{inner}": v
@@ -3246,15 +3255,18 @@ def resolve(given: list[Setting], kinds: dict, sections: dict[str, type]) -> tup
     return values, origins
 
 
+def flag_names(kinds: dict, own: str, blocks: list[str], shorts: dict[str, str]) -> dict[str, str]:
+    """{flag: key}: every key, those of the stage's blocks, short flags, and keys of the own section without its name."""
+    names = {key: key for key in kinds if key.removeprefix(f"{own}.") not in blocks}  # a block is set key by key
+    names |= {f"{own}.{key}": f"{own}.{key}" for key in kinds if key.partition(".")[0] in blocks}
+    names |= {short: key for short, key in shorts.items() if key in kinds}
+    return names | {key.removeprefix(f"{own}."): key for key in names if key.startswith(f"{own}.") and key.count(".") == 1}
+
+
 def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], actions: dict[str, Action],
                shorts: dict[str, str]) -> tuple[dict, dict]:
-    """({"training.epochs": raw value}, {action: value}) of a command line; `-` and `_` are alike in the names of flags."""
-    names = {**{key: key for key in kinds},
-             **{f"{own}.{key}": f"{own}.{key}" for key in kinds if key.partition(".")[0] in blocks},
-             **{short: key for short, key in shorts.items() if key in kinds},
-             **{key.partition(".")[2]: key for key in kinds if key.startswith(f"{own}.") and key.partition(".")[2] not in blocks}}
-    for block in blocks:  # its keys are set one by one
-        del names[f"{own}.{block}"]
+    """({"training.epochs": raw value}, {action: value}) of a command line; `-` and `_` are interchangeable in flag names."""
+    names = flag_names(kinds, own, blocks, shorts)
     values, chosen, i = {}, {name: None if action.convert else False for name, action in actions.items()} | {"config": []}, 0
     while i < len(argv):
         word, i = "--help" if argv[i] == "-h" else argv[i], i + 1
@@ -3265,7 +3277,7 @@ def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], action
         action, key = actions.get(name), names.get(name)
         if action and action.convert is None:
             if equals:
-                raise UserError(f"--{name}: takes no value; leave out '={value}'")
+                raise UserError(f"--{name}: does not take a value; remove '={value}'")
             chosen[name] = True
             continue
         if not action and not key:
@@ -3292,7 +3304,7 @@ def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], action
                 raise UserError(f"--config: file not found: '{value}'")
             chosen["config"].append(Path(value))
         elif chosen.get(name) is not None or key in values and not listed:
-            raise UserError(f"--{name}: stands twice, and takes one value")
+            raise UserError(f"--{name}: given more than once, but takes a single value")
         elif action:
             chosen[name] = action.convert(value)
         else:
@@ -3303,7 +3315,7 @@ def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], action
 
 def help_page(topic: str, doc: str, sections: dict[str, type], own: str, actions: dict[str, Action], shorts: dict[str, str],
               values: dict) -> str:
-    """What a script will use, as defaults and config.yaml say it: the knobs that people change, or all of one section."""
+    """The settings that a script will use, with defaults and config.yaml applied: the common ones, or all of one section."""
     if topic and topic not in sections:
         raise UserError(f"--help {topic}: " + (f"'{topic}' is a section of another script" if topic in SECTIONS else
                                                f"no section of that name; there are {', '.join(sections)}"))
@@ -3324,7 +3336,7 @@ def help_page(topic: str, doc: str, sections: dict[str, type], own: str, actions
             words = f" ({' | '.join(map(str, f.metadata['choices']))})" if untold else ""
             lines.append(f"  {f.name:22} {value:>14}  {comment}{words} [--{flag}]")
     if not topic:
-        lines += ["", f"All others, as --section.key VALUE: {', '.join(hidden)}", ""]
+        lines += ["", f"More settings (--section.key VALUE): {', '.join(hidden)}", ""]
         lines += [f"  {'--' + name.replace('_', '-') + ({Path: ' FILE', None: ''}.get(action.convert, ' VALUE')):20} "
                   f"{action.comment}" for name, action in actions.items()]
     return "\n".join(lines)
@@ -3357,12 +3369,12 @@ def settings(config: SimpleNamespace) -> dict:
 
 
 def changes(config: SimpleNamespace) -> list[str]:
-    """Two lines for the start of a run: the settings beside the defaults, and what was chosen where they leave it open."""
+    """Two lines for the start of a run: non-default settings, and the values chosen for `auto` and null."""
     now = settings(config)
-    told = {"set": [key for key in now if config.given[key] != config.defaults[key] and key != "output.dir"],
-            "chosen": [key for key in now if now[key] != config.given[key]]}
+    keys_of = {"settings": [key for key in now if config.given[key] != config.defaults[key] and key != "output.dir"],
+               "resolved": [key for key in now if now[key] != config.given[key]]}
     return [f"{word}: {', '.join(f'{key} {json.dumps(now[key], default=str, ensure_ascii=False)}' for key in keys)}"
-            for word, keys in told.items() if keys]
+            for word, keys in keys_of.items() if keys]
 
 
 def overrides(section) -> dict:

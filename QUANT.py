@@ -27,9 +27,9 @@ from MODEL import UserError, knob, load_config, run_main, say
 
 @dataclass
 class QuantizationSection:
-    method: str = knob("nf4", "how QUANT.py packs weights: nf4 (4 bits), int8 (8 bits) or none", MODEL.QUANTIZATIONS, often=True)
-    group_size: int = knob(64, "nf4: weights that share a scale; fewer are more exact and larger", (32, 64, 128, 256, 512, 1024),
-                           often=True)
+    method: str = knob("nf4", "quantization method: nf4 (4 bits), int8 (8 bits) or none", MODEL.QUANTIZATIONS, often=True)
+    group_size: int = knob(64, "nf4: weights per scale; smaller groups are more accurate and larger",
+                           (32, 64, 128, 256, 512, 1024), often=True)
 
 
 def bitsandbytes():

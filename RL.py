@@ -64,65 +64,66 @@ ppo_knob = partial(knob, only=("method", "ppo"))
 
 @dataclass
 class RLSection:
-    method: str = knob("dpo", "reward, dpo, orpo, simpo, kto, ppo, grpo or rloo", (*OFFLINE, *ON_POLICY), often=True)
-    beta: float | None = knob(None,
-                              "pull towards the reference; null is 0.1 for dpo, kto and orpo (there the weight of the " "odds), 0.5 for loss_type ipo, 2 for simpo (there a scale), 0.05 for ppo and rloo, 0.04 for " "grpo; 0 does without a reference", low=0, only=("method", *(name for name in BETA if name != "ipo")), often=True)
-    loss_type: str = knob("auto",
-                          "dpo: sigmoid, hinge, ipo, robust; grpo: dapo, grpo, dr_grpo; auto is the first of each " "(dapo: means over all tokens, grpo: over texts, dr_grpo: by a constant)", often=True)
-    label_smoothing: float = knob(0.0, "dpo: share of pairs that are taken to be the wrong way round; robust needs it", low=0,
-                                  below=0.5, only=("method", "dpo"), often=True)
-    rpo_alpha: float | None = knob(None, "weight of the chosen text's negative log-likelihood (Pang 2024); null: 1", low=0,
-                                   only=("method", "dpo", "orpo", "simpo"), often=True)
-    simpo_gamma: float = knob(0.5, "simpo: margin by which the better text should be ahead", only=("method", "simpo"), often=True)
-    desirable_weight: float = knob(1.0, "kto: how much wanted texts count", low=0, only=("method", "kto"), often=True)
-    undesirable_weight: float = knob(1.0, "kto: how much unwanted texts count", low=0, only=("method", "kto"), often=True)
-    center_rewards_coefficient: float = knob(0.01, "reward: pull of a pair's two rewards towards a sum of zero", low=0,
+    method: str = knob("dpo", "training method: reward, dpo, orpo, simpo, kto, ppo, grpo or rloo", (*OFFLINE, *ON_POLICY),
+                       often=True)
+    beta: float | None = knob(None, "KL penalty coefficient; 0 needs no reference; null is 0.1 for dpo, kto and orpo "
+                                    "(odds-ratio weight), 0.5 for loss_type ipo, 2 for simpo (reward scale), 0.05 for ppo and "
+                                    "rloo, 0.04 for grpo", low=0, only=("method", *(name for name in BETA if name != "ipo")),
+                                    often=True)
+    loss_type: str = knob("auto", "loss of dpo (sigmoid, hinge, ipo, robust) or grpo (dapo, grpo, dr_grpo); auto is the first; "
+                                  "dapo is "
+                                  "a mean over tokens, grpo over completions, dr_grpo by a constant", often=True)
+    label_smoothing: float = knob(0.0, "dpo: assumed fraction of pairs with swapped labels; robust requires it", low=0, below=0.5,
+                                  only=("method", "dpo"), often=True)
+    rpo_alpha: float | None = knob(None, "weight of the chosen completion's negative log-likelihood (Pang 2024); null is 1",
+                                   low=0, only=("method", "dpo", "orpo", "simpo"), often=True)
+    simpo_gamma: float = knob(0.5, "simpo: target reward margin", only=("method", "simpo"), often=True)
+    desirable_weight: float = knob(1.0, "kto: weight of desirable completions", low=0, only=("method", "kto"), often=True)
+    undesirable_weight: float = knob(1.0, "kto: weight of undesirable completions", low=0, only=("method", "kto"), often=True)
+    center_rewards_coefficient: float = knob(0.01, "reward: penalty on the squared sum of a pair's rewards", low=0,
                                              only=("method", "reward"), often=True)
-    columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, chosen: another}", often=True)
-    system: str | None = knob(None, "system message of prompts that have none", often=True)
-    ref_model: str | None = knob(None, "folder of the reference; null is the model as it starts",
+    columns: dict | None = knob(None, "column mapping: {prompt: my_column, chosen: another}", often=True)
+    system: str | None = knob(None, "system message for prompts without one", often=True)
+    ref_model: str | None = knob(None, "reference policy: a folder; null is the initial model",
                                  only=("method", "dpo", "kto", *ON_POLICY), often=True)
-    reward_funcs: list[str] = rollout_knob(["exact_answer"],
-                                           "ppo, grpo, rloo: exact_answer (of the record), length:60 (tokens), "
-                                           "judge.py:function, out/reward, number_after:####, format:REGEX, regex:REGEX; "
-                                           "several are added up", often=True)
-    reward_weights: list[float] | None = rollout_knob(None, "one factor for each of them; null is 1")
-    rollout_size: int = rollout_knob(256, "ppo, grpo, rloo: texts written in a round, then learnt in batches of batch_size, "
-                                          "whole optimizer steps of them; over all prompts and processes", low=1, often=True)
-    num_generations: int | None = rollout_knob(None, "texts for each prompt; null is 8, and 1 for ppo", low=1, often=True)
-    max_completion_length: int = rollout_knob(64, "ppo, grpo, rloo: tokens of such a text at most", low=1, often=True)
-    temperature: float = rollout_knob(1.0, "ppo, grpo, rloo: 1 writes as the model is, above 1 more varied", low=1e-3, often=True)
-    top_k: int = rollout_knob(0, "sampling: only the k likeliest tokens; 0 is off", low=0)
-    top_p: float = rollout_knob(1.0, "sampling: only the likeliest tokens that hold this probability together", above=0, high=1)
-    rollout_batch_size: int = rollout_knob(256, "texts generated together on one device", low=1, often=True)
-    num_iterations: int = rollout_knob(1, "passes over each rollout", low=1, often=True)
-    epsilon: float = rollout_knob(0.2, "ppo, grpo, rloo: a round may change a probability by a factor of 1 - epsilon to 1 + "
-                                       "epsilon", low=0, often=True)
-    epsilon_high: float | None = rollout_knob(None, "another limit upwards (clip-higher); null is the same", low=0)
-    scale_rewards: str = knob("group",
-                              "grpo: advantages in units of the rewards' deviation in the group, in the batch, or as " "they are",
-                              ("group", "batch", "none"), only=("method", "grpo"), often=True)
-    mask_truncated_completions: bool = rollout_knob(False, "texts that were cut off at max_completion_length are not learnt")
-    entropy_coef: float = rollout_knob(0.0, "reward for an undecided distribution, which keeps exploring")
-    missing_eos_penalty: float = rollout_knob(0.0, "subtracted from the score of a text that was cut off", low=0)
-    gamma: float = ppo_knob(1.0, "ppo: worth of a reward one token later", low=0, high=1)
-    lam: float = ppo_knob(1.0, "ppo: lambda of GAE; 1 looks at the whole reward, less at the critic's estimates on the way",
-                          low=0, high=1, often=True)
-    cliprange_value: float = ppo_knob(0.2, "ppo: the critic may move this far within a rollout before its gradient is cut", low=0)
-    vf_coef: float = ppo_knob(0.1, "ppo: weight of the critic's loss", low=0, often=True)
-    kl_target: float | None = ppo_knob(None, "ppo: beta follows so that the KL of a text stays near this (nats); null is a "
-                                             "fixed beta", above=0)
-    kl_horizon: int = ppo_knob(10000, "ppo: texts over which that beta adapts", low=1)
-    kept: str | None = knob("auto", "file of questions that measures forgetting; auto: the shipped one, with shipped data",
+    reward_funcs: list[str] = rollout_knob(
+        ["exact_answer"], "ppo, grpo, rloo: reward functions, such as length:60, judge.py:function, out/reward; also "
+        "exact_answer, number_after:####, format:REGEX, regex:REGEX; rewards are summed", often=True)
+    reward_weights: list[float] | None = rollout_knob(None, "weight of each reward function; null is 1")
+    rollout_size: int = rollout_knob(256, "ppo, grpo, rloo: completions per rollout, over all prompts and processes; a multiple "
+                                          "of the optimizer step", low=1, often=True)
+    num_generations: int | None = rollout_knob(None, "completions per prompt; null is 8, for ppo 1", low=1, often=True)
+    max_completion_length: int = rollout_knob(64, "ppo, grpo, rloo: maximum tokens per completion", low=1, often=True)
+    temperature: float = rollout_knob(1.0, "ppo, grpo, rloo: sampling temperature of the rollouts", low=1e-3, often=True)
+    top_k: int = rollout_knob(0, "sample from the k most probable tokens; 0 is off", low=0)
+    top_p: float = rollout_knob(1.0, "sample from the smallest set with this cumulative probability", above=0, high=1)
+    rollout_batch_size: int = rollout_knob(256, "completions generated at a time on one device", low=1, often=True)
+    num_iterations: int = rollout_knob(1, "epochs per rollout", low=1, often=True)
+    epsilon: float = rollout_knob(0.2, "ppo, grpo, rloo: clip range of the probability ratio", low=0, often=True)
+    epsilon_high: float | None = rollout_knob(None, "upper clip range (clip-higher); null is epsilon", low=0)
+    scale_rewards: str = knob("group", "grpo: divide advantages by the standard deviation of the group, of the batch, or not at "
+                                       "all", ("group", "batch", "none"), only=("method", "grpo"), often=True)
+    mask_truncated_completions: bool = rollout_knob(False, "exclude truncated completions from the loss")
+    entropy_coef: float = rollout_knob(0.0, "entropy bonus, which keeps the policy exploring")
+    missing_eos_penalty: float = rollout_knob(0.0, "penalty on the reward of a truncated completion", low=0)
+    gamma: float = ppo_knob(1.0, "ppo: discount factor", low=0, high=1)
+    lam: float = ppo_knob(1.0, "ppo: GAE lambda; 1 uses full returns, lower values rely more on the critic", low=0, high=1,
+                          often=True)
+    cliprange_value: float = ppo_knob(0.2, "ppo: clip range of the value function", low=0)
+    vf_coef: float = ppo_knob(0.1, "ppo: weight of the value loss", low=0, often=True)
+    kl_target: float | None = ppo_knob(None, "ppo: target KL per completion in nats, reached by adapting beta; null keeps beta "
+                                             "fixed", above=0)
+    kl_horizon: int = ppo_knob(10000, "ppo: number of completions over which beta adapts", low=1)
+    kept: str | None = knob("auto", "file of questions to measure forgetting with; auto is the bundled file, with bundled data",
                             only=("method", "dpo", "kto", "orpo", "simpo", *ON_POLICY), often=True)
-    eval_prompts: int = rollout_knob(1000, "held-out prompts answered (greedily) in a validation of ppo, grpo and rloo; 0 is off",
-                                     low=0, often=True)
-    model: dict = knob({"name": "./out/sft"}, "stage block over `model`")
-    data: dict = knob({"train": ["auto"]},
-                      "auto is data/prompts.jsonl for ppo, grpo and rloo, data/preferences.jsonl for the " "others; each with its ..._test.jsonl")
-    training: dict = knob({"max_steps": 100, "batch_size": 64}, "stage block over `training`")
-    lora: dict = knob({}, "stage block over `lora`")
-    output: dict = knob({"dir": "./out/rl"}, "stage block over `output`")
+    eval_prompts: int = rollout_knob(1000, "held-out prompts to answer (greedily) in each validation; 0 is off", low=0,
+                                     often=True)
+    model: dict = knob({"name": "./out/sft"}, "overrides `model` for this stage")
+    data: dict = knob({"train": ["auto"]}, "auto: data/prompts.jsonl for ppo, grpo and rloo, else data/preferences.jsonl; "
+                                           "overrides `data` for this stage; each file has its ..._test.jsonl")
+    training: dict = knob({"max_steps": 100, "batch_size": 64}, "overrides `training` for this stage")
+    lora: dict = knob({}, "overrides `lora` for this stage")
+    output: dict = knob({"dir": "./out/rl"}, "overrides `output` for this stage")
 
     def fill(self) -> RLSection:
         """Put in what null and auto mean to the method."""
@@ -943,7 +944,7 @@ class Judges:
             return reward_model(name, tokenizer, device, key)
         if name.endswith(".py") and Path(name).is_file():
             found = [node.name for node in ast.parse(Path(name).read_text()).body if isinstance(node, ast.FunctionDef)]
-            raise UserError(f"{key}: name a function of {name}: " + (", ".join(f"{name}:{function}" for function in found) or "it has none yet"))
+            raise UserError(f"{key}: choose a function: " + (", ".join(f"{name}:{function}" for function in found) or f"{name} defines none"))
         raise UserError(f"{key}: '{name}' is none of exact_answer, number_after:MARKER, format:REGEX, regex:REGEX, "
                         "length:TOKENS, file.py:function, or the folder of a reward model")
 

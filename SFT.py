@@ -37,15 +37,14 @@ from MODEL import Action, UserError, check, knob, load_config, run_main, say
 
 @dataclass
 class LoraSection:
-    r: int = knob(0, "rank of adapters, 8 to 64 as a rule; 0 trains all weights (Hu 2021)", low=0, often=True)
-    lora_alpha: float = knob(16.0, "their strength: what they add is multiplied by lora_alpha / r; with use_rslora lora_alpha / "
-                                   "sqrt(r)", above=0, often=True)
-    lora_dropout: float = knob(0.0, "dropout on what goes into the adapters", low=0, below=1, often=True)
-    target_modules: list[str] = knob(["all-linear"], "the layers that get one, such as [q_proj, v_proj]; all-linear is all but "
-                                                     "heads (Dettmers 2023)", often=True)
-    use_dora: bool = knob(False, "learn length and direction of each column apart (Liu 2024)", often=True)
-    use_rslora: bool = knob(False, "alpha / sqrt(r), so that high ranks learn as fast (Kalajdzievski 2023)")
-    loraplus_lr_ratio: float | None = knob(None, "B learns this many times faster than A (LoRA+, Hayou 2024); 16 is usual",
+    r: int = knob(0, "rank of the LoRA adapters (Hu 2021); 0 trains all weights", low=0, often=True)
+    lora_alpha: float = knob(16.0, "LoRA scaling: lora_alpha / r; with use_rslora lora_alpha / sqrt(r)", above=0, often=True)
+    lora_dropout: float = knob(0.0, "dropout on the input of the adapters", low=0, below=1, often=True)
+    target_modules: list[str] = knob(["all-linear"], "layers that get an adapter, such as [q_proj, v_proj]; all-linear is every "
+                                                     "linear layer except heads (Dettmers 2023)", often=True)
+    use_dora: bool = knob(False, "train magnitude and direction separately (DoRA, Liu 2024)", often=True)
+    use_rslora: bool = knob(False, "scale by alpha / sqrt(r), which keeps high ranks stable (Kalajdzievski 2023)")
+    loraplus_lr_ratio: float | None = knob(None, "learning rate of B / learning rate of A (LoRA+, Hayou 2024); 16 is usual",
                                            above=0)
 
     def attach(self, model: MODEL.LanguageModel, base: str, tokens: list[int], seed: int) -> None:
@@ -55,24 +54,23 @@ class LoraSection:
 
 @dataclass
 class SFTSection:
-    task: str = knob("chat", "learn to answer (chat), or to label texts (classify)", ("chat", "classify"), often=True)
-    columns: dict | None = knob(None, "foreign names of keys or columns: {prompt: my_column, completion: another}", often=True)
-    system: str | None = knob(None, "system message of conversations that have none", only=("task", "chat"), often=True)
-    train_on_prompt: bool = knob(False, "learn the user's words as well", only=("task", "chat"), often=True)
-    last_turn_only: bool = knob(False, "learn the last answer of a conversation only", only=("task", "chat"))
-    too_long: str = knob("cut", "what happens to conversations beyond max_length", ("cut", "drop"), often=True)
-    neftune_noise_alpha: float = knob(0.0, "noise on the embeddings while training (Jain 2023); 5 is usual, 0 is off", low=0,
-                                      high=1000)
-    eval_answers: int = knob(1000, "held-out questions that the model answers in each validation; exact matches are counted; 0 "
-                                   "is off", low=0, often=True)
-    answer_tokens: int = knob(64, "length of those answers", low=1)
-    class_weights: str | dict = knob("none", "classify: none, balanced (rare labels count more), or {label: weight}",
+    task: str = knob("chat", "chat (train on conversations) or classify (train a text classifier)", ("chat", "classify"),
+                     often=True)
+    columns: dict | None = knob(None, "column mapping: {prompt: my_column, completion: another}", often=True)
+    system: str | None = knob(None, "system message for conversations without one", only=("task", "chat"), often=True)
+    train_on_prompt: bool = knob(False, "train on user messages as well", only=("task", "chat"), often=True)
+    last_turn_only: bool = knob(False, "train on the last assistant message only", only=("task", "chat"))
+    too_long: str = knob("cut", "conversations longer than max_length: cut or drop them", ("cut", "drop"), often=True)
+    neftune_noise_alpha: float = knob(0.0, "NEFTune: noise on the embeddings (Jain 2023); 5 is usual, 0 is off", low=0, high=1000)
+    eval_answers: int = knob(1000, "held-out questions to answer in each validation (exact match); 0 is off", low=0, often=True)
+    answer_tokens: int = knob(64, "maximum tokens of those answers", low=1)
+    class_weights: str | dict = knob("none", "classify: none, balanced (up-weight rare classes), or {label: weight}",
                                      only=("task", "classify"), often=True)
-    model: dict = knob({"name": "./out"}, "stage block over `model`")
-    data: dict = knob({"train": ["data/chat.jsonl"], "validation": "data/chat_test.jsonl"}, "stage block over `data`")
-    training: dict = knob({"epochs": 5, "batch_size": 8, "eval_steps": 300}, "stage block over `training`")
-    lora: dict = knob({}, "stage block over `lora`")
-    output: dict = knob({"dir": "./out/sft"}, "stage block over `output`")
+    model: dict = knob({"name": "./out"}, "overrides `model` for this stage")
+    data: dict = knob({"train": ["data/chat.jsonl"], "validation": "data/chat_test.jsonl"}, "overrides `data` for this stage")
+    training: dict = knob({"epochs": 5, "batch_size": 8, "eval_steps": 300}, "overrides `training` for this stage")
+    lora: dict = knob({}, "overrides `lora` for this stage")
+    output: dict = knob({"dir": "./out/sft"}, "overrides `output` for this stage")
     section = "sft"  # whose settings errors name; DISTILL.py reads conversations under its own
 
     def __post_init__(self):

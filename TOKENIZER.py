@@ -47,29 +47,32 @@ KINDS = ("bpe", "char", "byte")
 
 @dataclass
 class TokenizerSection:
-    name: str | None = knob(None, "tokenizer to use: folder or hub name; null is the model's own, or one trained here")
-    kind: str = knob("bpe", "kind of tokenizer to train: byte-level BPE, characters (char) or bytes (byte)", KINDS, often=True)
-    vocab_size: int = knob(MODEL.TRAINED_VOCABULARY, "its number of tokens (bpe)", low=1, often=True)
+    name: str | None = knob(None, "tokenizer: a folder or a hub name; null is the model's own, or one trained on the data")
+    kind: str = knob("bpe", "kind of tokenizer to train: bpe (byte-level BPE), char or byte", KINDS, often=True)
+    vocab_size: int = knob(MODEL.TRAINED_VOCABULARY, "vocabulary size of the trained BPE tokenizer, special tokens included",
+                           low=1, often=True)
 
 
 @dataclass
 class DataSection:
     train: list[str] = knob(["data/train.txt", "data/train.jsonl"],
-                             "files, folders, globs (txt jsonl json csv tsv parquet, .gz), hub datasets or one .bin", often=True)
-    validation: str = knob("hash", "held out: hash (the same 5% of all documents each time), tail (the last 5%), none, or a file",
+                             "files, folders, globs (txt jsonl json csv tsv parquet, .gz), hub datasets, one .bin", often=True)
+    validation: str = knob("hash", "held-out set: hash (a stable 5% of the documents), tail (the last 5%), none, or a file",
                            often=True)
-    validation_fraction: float = knob(0.05, "fraction of the documents (hash, tail) that is held out", above=0, below=1)
-    text_unit: str = knob("line", "one document of a .txt: line, file or blank_line", ("line", "file", "blank_line"), often=True)
-    text_field: str = knob("text", "column or key that holds the text in jsonl, json, csv, tsv and parquet")
-    weights: list[float] | None = knob(None, "share of the batches for each path of data.train; null takes each token once",
+    validation_fraction: float = knob(0.05, "fraction of the documents that hash and tail hold out", above=0, below=1)
+    text_unit: str = knob("line", "what counts as one document of a .txt file: line, file or blank_line",
+                          ("line", "file", "blank_line"), often=True)
+    text_field: str = knob("text", "key or column that holds the text")
+    weights: list[float] | None = knob(None, "sampling weight of each path in data.train; null reads each token once per epoch",
                                        above=0)
-    packing: bool = knob(True, "several documents share a row, without seeing each other; false pads one per row", often=True)
+    packing: bool = knob(True, "pack several documents into each row, without attention across documents; false pads one "
+                               "document per row", often=True)
     streaming: bool = knob(False, "tokenize while training instead of writing .bin files first")
     normalize: str = knob("NFC", "Unicode normalization", ("NFC", "NFKC", "none"))
     remove_control: bool = knob(True, "drop control characters other than newline and tab")
     deduplicate: bool = knob(True, "drop exact duplicates (never single lines of a .txt)")
-    min_chars: int = knob(1, "shorter documents are dropped", low=0)
-    dir: str = knob("data", "folder of the trained tokenizer and the .bin files")
+    min_chars: int = knob(1, "drop shorter documents", low=0)
+    dir: str = knob("data", "folder for the trained tokenizer and the .bin files")
 
     def __post_init__(self):
         check(self, "data")

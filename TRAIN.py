@@ -42,57 +42,54 @@ SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 @dataclass
 class TrainingSection:
-    epochs: float | None = knob(2.5, "passes over the data; a max_steps or max_minutes that is set replaces it", above=0,
-                                often=True)
-    max_steps: int | None = knob(None, "optimizer steps", low=1, often=True)
-    max_minutes: float | None = knob(None, "wall-clock time; the schedule follows the clock", above=0, often=True)
-    batch_size: int = knob(16, "rows computed at once on one device", low=1, often=True)
-    grad_accum: int = knob(1, "such batches for one optimizer step: more rows a step in the same memory", low=1, often=True)
-    max_length: int = knob(256, "tokens of a row; longer documents go on in the next one", low=1, often=True)
-    mlm_probability: float = knob(0.15, "mlm: share of the tokens that are predicted", above=0, below=1)
+    epochs: float | None = knob(2.5, "number of epochs; max_steps or max_minutes replaces it", above=0, often=True)
+    max_steps: int | None = knob(None, "number of optimizer steps", low=1, often=True)
+    max_minutes: float | None = knob(None, "wall-clock limit in minutes; the schedule adapts to it", above=0, often=True)
+    batch_size: int = knob(16, "sequences per device per forward pass", low=1, often=True)
+    grad_accum: int = knob(1, "forward passes per optimizer step (gradient accumulation)", low=1, often=True)
+    max_length: int = knob(256, "maximum tokens per row; longer documents continue in the next row", low=1, often=True)
+    mlm_probability: float = knob(0.15, "masked language modeling: fraction of tokens to predict", above=0, below=1)
     learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for "
                                              "trained ones; in SFT 3e-3 * (128 / width)^2, in RL a thirtieth of that, for a "
                                              "reward model a tenth, in DISTILL as in SFT; ten times as much for adapters",
                                              above=0, high=100, often=True)
-    optim: str = knob("auto", "muon, adamw or adamw_8bit (less memory); auto is muon for fresh weights, adamw for trained; in "
-                              "SFT muon up to width 256",
-                      ("auto", "muon", "adamw", "adamw_8bit"), often=True)
+    optim: str = knob("auto", "optimizer: muon, adamw or adamw_8bit; auto is muon for fresh weights, adamw for trained ones; in "
+                              "SFT muon up to width 256", ("auto", "muon", "adamw", "adamw_8bit"), often=True)
     weight_decay: float = knob(0.1, "decoupled weight decay on matrices", low=0, high=100)
-    adam_beta1: float = knob(0.9, "AdamW: decay of the gradient's mean", low=0, below=1)
-    adam_beta2: float = knob(0.95, "AdamW: decay of the squared gradient's mean", low=0, below=1)
-    adam_epsilon: float = knob(1e-8, "AdamW: added to the root", above=0, high=1)
-    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm; 0 is off", low=0)
-    lr_scheduler_type: str = knob("warmup_stable_decay", "course of the learning rate: cosine, linear, constant or "
-                                                         "warmup_stable_decay", SCHEDULES, often=True)
-    warmup_steps: float = knob(20.0, "steps in which the learning rate rises to its peak; below 1 a share of the run", low=0,
-                               often=True)
-    min_lr_rate: float = knob(0.0, "the schedule's last learning rate as a share of the peak", low=0, high=1)
-    decay_share: float = knob(0.5, "warmup_stable_decay: last share of the horizon, in which the rate falls linearly", low=0,
-                              high=1)
-    mixed_precision: str = knob("auto", "AMP: the type of forward and backward over float32 weights: bf16, fp16, no; auto as "
-                                        "dtype, and as the machine is quick at it", ("auto", "no", "fp16", "bf16"), often=True)
-    gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them: less memory, about a third "
-                                               "more time", often=True)
-    torch_compile: bool = knob(False, "compile the layers: about half a minute at the start, then faster", often=True)
-    fsdp: bool = knob(False, "with several processes (torchrun): shard the model over them (FSDP2) instead of copying it (DDP)",
-                      often=True)
-    logging_steps: int = knob(10, "steps between two lines of log.jsonl", low=1, often=True)
-    eval_steps: int = knob(100, "steps between two validations; 0 is at the end only", low=0, often=True)
-    eval_batches: int = knob(16, "batches of a validation, spread over the held-out part", low=1)
-    save_steps: int = knob(200, "steps between two checkpoints; 0 is at the end only", low=0, often=True)
-    save_total_limit: int = knob(2, "checkpoints kept, besides the best one", low=1, often=True)
-    load_best_model_at_end: bool = knob(False, "the final model is the one with the best validation")
-    early_stopping_patience: int | None = knob(None, "stop after this many validations without a new best", low=1)
-    max_skipped_steps: int = knob(10, "steps in a row with a non-finite gradient before the run ends", low=1)
-    sample_prompts: list[str] | str | None = knob(None, "prompts completed after each validation; null: beginnings of three "
-                                                        "held-out documents")
-    sample_tokens: int = knob(48, "length of those samples; 0 is off", low=0)
-    report_to: str = knob("none", "tracker, through accelerate", ("none", "tensorboard", "wandb"), often=True)
-    seed: int = knob(0, "the same seed gives the same run on the same machine", low=0, high=2**63 - 1, often=True)
+    adam_beta1: float = knob(0.9, "AdamW: decay rate of the gradient mean", low=0, below=1)
+    adam_beta2: float = knob(0.95, "AdamW: decay rate of the squared gradient mean", low=0, below=1)
+    adam_epsilon: float = knob(1e-8, "AdamW: added to the denominator", above=0, high=1)
+    max_grad_norm: float = knob(1.0, "gradient clipping norm; 0 is off", low=0)
+    lr_scheduler_type: str = knob("warmup_stable_decay",
+                                  "learning-rate schedule: cosine, linear, constant or warmup_stable_decay", SCHEDULES,
+                                  often=True)
+    warmup_steps: float = knob(20.0, "steps of linear warmup; below 1 a fraction of the run", low=0, often=True)
+    min_lr_rate: float = knob(0.0, "final learning rate / peak learning rate", low=0, high=1)
+    decay_share: float = knob(0.5, "warmup_stable_decay: fraction of the run in which the rate decays linearly", low=0, high=1)
+    mixed_precision: str = knob("auto", "autocast dtype (AMP): bf16, fp16 or no; weights stay float32; auto follows model.dtype "
+                                        "and the device's speed", ("auto", "no", "fp16", "bf16"), often=True)
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, about a third slower",
+                                        often=True)
+    torch_compile: bool = knob(False, "compile the layers: starts about half a minute later, then runs faster", often=True)
+    fsdp: bool = knob(False, "with several processes: shard the model (FSDP2) instead of replicating it (DDP)", often=True)
+    logging_steps: int = knob(10, "steps between lines in log.jsonl", low=1, often=True)
+    eval_steps: int = knob(100, "steps between validations; 0 validates at the end only", low=0, often=True)
+    eval_batches: int = knob(16, "batches per validation, spread over the held-out set", low=1)
+    save_steps: int = knob(200, "steps between checkpoints; 0 saves at the end only", low=0, often=True)
+    save_total_limit: int = knob(2, "number of checkpoints to keep, besides the best", low=1, often=True)
+    load_best_model_at_end: bool = knob(False, "keep the model with the best validation as the final one")
+    early_stopping_patience: int | None = knob(None, "stop after this many validations without improvement", low=1)
+    max_skipped_steps: int = knob(10, "consecutive steps with a non-finite gradient before the run stops", low=1)
+    sample_prompts: list[str] | str | None = knob(None, "prompts to complete after each validation; null takes the beginnings "
+                                                        "of three held-out documents")
+    sample_tokens: int = knob(48, "tokens per sample; 0 is off", low=0)
+    report_to: str = knob("none", "experiment tracker, through accelerate: none, tensorboard or wandb",
+                          ("none", "tensorboard", "wandb"), often=True)
+    seed: int = knob(0, "random seed for initialization, data order and dropout", low=0, high=2**63 - 1, often=True)
 
     def __post_init__(self):
         if all(getattr(self, key) is None for key in MODEL.HORIZON):
-            raise UserError("training.epochs: null; one of epochs, max_steps and max_minutes says how long the run is")
+            raise UserError("training.epochs: set one of epochs, max_steps and max_minutes")
         check(self, "training")
         self.sample_prompts = [self.sample_prompts] if isinstance(self.sample_prompts, str) else self.sample_prompts
 
@@ -1170,9 +1167,9 @@ class MaskedStream:
 
 
 def is_masked(model, tokenizer) -> bool:
-    """Whether hidden tokens are predicted, as an encoder does, or the next one."""
+    """Whether the model is trained with masked language modeling (encoders) instead of next-token prediction."""
     if not model.config.causal and tokenizer.mask_token_id is None:
-        raise UserError("tokenizer.name: an encoder learns to fill in a mask token, and this tokenizer has none; the ones "
+        raise UserError("tokenizer.name: masked language modeling needs a mask token, which this tokenizer lacks; tokenizers "
                         "trained here have one")
     return not model.config.causal
 
@@ -1370,7 +1367,7 @@ class Stage(NamedTuple):
 
 
 def resumed(config, resume: str):
-    """The settings of the run that goes on: its checkpoint's, and over them the flags that are given again."""
+    """The settings of a resumed run: those of its checkpoint, overridden by flags."""
     found = find_checkpoint(Path(config.output.dir), resume)
     if found is None or not (found / "config.yaml").exists():
         return config
@@ -1380,8 +1377,8 @@ def resumed(config, resume: str):
     for section, key in fixed:
         value, was = getattr(getattr(again, section), key, None), before.get(section, {}).get(key)
         if value != was:
-            raise UserError(f"{section}.{key}: {value}, but the run in {found} was begun with {was}; another architecture or "
-                            "tokenizer is another run (--out)")
+            raise UserError(f"{section}.{key}: {value} differs from {was} in {found}; architecture and tokenizer cannot change "
+                            "on resume; start a new run with --out")
     given_again = again.origins.get("output.dir") == "command line"
     again.output.dir = config.output.dir if given_again or resume == "auto" else str(found.parent)
     return again
@@ -1390,7 +1387,7 @@ def resumed(config, resume: str):
 def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | python INFER.py MODEL') -> Result:
     """The frame of every training program: processes, the run's folder, settings, trackers, `fit`.
 
-    prepare(config, checkpoint, device) -> Stage. `show` is what to try afterwards, with MODEL for the flags that name the result."""
+    prepare(config, checkpoint, device) -> Stage. `show` is what to try afterwards, MODEL stands for the flags that name the result."""
     if config.actions.overwrite and config.actions.resume:
         raise UserError("--overwrite and --resume are mutually exclusive; set one")
     config = resumed(config, config.actions.resume) if config.actions.resume else config

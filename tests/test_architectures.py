@@ -866,7 +866,7 @@ def test_tiny_presets_train_resume_and_answer(preset, tmp_path, text_file, capsy
 
 def test_an_encoder_needs_a_mask_token():
     tokenizer = types.SimpleNamespace(mask_token_id=None)
-    with pytest.raises(UserError, match="tokenizer.name: an encoder learns to fill in a mask token, and this tokenizer has none"):
+    with pytest.raises(UserError, match="tokenizer.name: masked language modeling needs a mask token"):
         TRAIN.is_masked(MODEL.build("bert-2m", device="meta"), tokenizer)
     assert not TRAIN.is_masked(MODEL.build("llama-225k", device="meta"), tokenizer)
 

@@ -143,7 +143,7 @@ def test_config_yaml_shows_what_people_change():
             field = {f.name: f for f in dataclasses.fields(sections[section])}[key]
             value = MODEL.convert(yaml.safe_load(text), MODEL.field_types(sections[section])[key], key, field.metadata["choices"])
             assert value == default(field) and type(value) is type(default(field)) and value is not None, line
-            assert field.metadata["comment"].startswith(comment or "stage block"), line
+            assert field.metadata["comment"].startswith(comment or "overrides"), line
             seen.append((section, key))
         else:
             assert not line or line.startswith("# "), line
@@ -234,12 +234,12 @@ WRONG = {
     "- a list": "settings.yaml: expected sections such as 'model:'",
     "model: {name: gpt2, preset: llama-1m}": "settings.yaml: model.name and model.preset are mutually exclusive",
     "model: {name: gpt2}\ntraining: [1\nb: 2": r"settings.yaml:3: not valid YAML",
-    "training: {epochs: null}": "settings.yaml: training.epochs: null; one of epochs, max_steps and max_minutes",
+    "training: {epochs: null}": "settings.yaml: training.epochs: set one of epochs, max_steps and max_minutes",
     "training: {max_steps: 1:30}": "settings.yaml: training.max_steps: '1:30' is not of type int",
-    "training: {? [a, b] : 4}": "settings.yaml:1: not valid YAML .a key must be a word",
+    "training: {? [a, b] : 4}": "settings.yaml:1: not valid YAML .a key must be text",
     "training: {epochs: 1\0}": "settings.yaml:1: not valid YAML",
-    "training: {epochs: 1}\ntraining: {max_length: 8}": "settings.yaml:2: not valid YAML .*'training' stands twice",
-    "training:\n  epochs: 1\n  epochs: 2": "settings.yaml:3: not valid YAML .*'epochs' stands twice",
+    "training: {epochs: 1}\ntraining: {max_length: 8}": "settings.yaml:2: not valid YAML .*duplicate key 'training'",
+    "training:\n  epochs: 1\n  epochs: 2": "settings.yaml:3: not valid YAML .*duplicate key 'epochs'",
     "data: {weights: [1]}": "data.weights: 1 weights for 2 paths",
 }
 
@@ -259,7 +259,7 @@ WRONG_FLAGS = {
     ("--batch-size",): "--batch_size: a value is missing",
     ("--model", "a", "--model.preset", "llama-1m"): "command line: model.name and model.preset are mutually exclusive",
     ("stray",): "'stray': unexpected argument",
-    ("--overwrite=no",): "--overwrite: takes no value",
+    ("--overwrite=no",): "--overwrite: does not take a value",
     ("--lr=",): "--lr: a value is missing",
     ("--resume", ""): "--resume: a value is missing",
     ("--config", "/nowhere.yaml"): "--config: file not found: '/nowhere.yaml'",
@@ -359,9 +359,9 @@ def test_a_repeated_flag_adds_to_a_list_and_is_refused_elsewhere():
     assert load(["--data", "a.txt", "--data", "b.txt", "c.txt"]).data.train == ["a.txt", "b.txt", "c.txt"]
     assert load(["--data.weights", "[1]", "--data.weights", "2"]).data.weights == [1.0, 2.0]
     for argv in (["--seed", "1", "--seed", "2"], ["--lr", "1", "--learning-rate", "1"], ["--resume", "a", "--resume", "b"]):
-        with pytest.raises(UserError, match="stands twice, and takes one value"):
+        with pytest.raises(UserError, match="given more than once, but takes a single value"):
             load(argv)
-    with pytest.raises(UserError, match="--prompt: stands twice"):
+    with pytest.raises(UserError, match="--prompt: given more than once"):
         load(["--prompt", "a", "--prompt", "b"], script=INFER, own="inference")
 
 
@@ -419,7 +419,7 @@ def test_help_shows_what_the_script_will_use(script, own, shown, capsys):
 
 def test_errors_name_the_file_that_set_the_value(tmp_path, capsys):
     (tmp_path / "own.yaml").write_text("data: {train: nowhere.txt}\nmodel: {preset: llama-225k}\nsft: {model: {name: nowhere}}\n")
-    for main, said in ((TRAIN.main, "data.train of {}"), (SFT.main, "model.name of {}: sft")):
+    for main, said in ((TRAIN.main, "(set in {})"), (SFT.main, "(set in {}: sft)")):
         with pytest.raises(SystemExit):
             MODEL.run_main(main, ["--config", str(tmp_path / "own.yaml"), "--out", str(tmp_path / "out")])
         assert said.format(tmp_path / "own.yaml") in capsys.readouterr().err.splitlines()[-1]
@@ -428,7 +428,7 @@ def test_errors_name_the_file_that_set_the_value(tmp_path, capsys):
     MODEL.load_config(["--config", str(tmp_path / "own.yaml"), "--data", "x"], TRAIN.SECTIONS, "training")
     assert "data.train" not in MODEL.ORIGINS and "model.preset" in MODEL.ORIGINS  # the flag's, not the file's
     MODEL.load_config(["--config", str(tmp_path / "own.yaml")], SFT.SECTIONS, "sft")
-    assert MODEL.ORIGINS["data.train"] == f"data.train of {tmp_path / 'own.yaml'}, which sft takes over; sft.data.train is for sft alone"
+    assert MODEL.ORIGINS["data.train"] == f"set in {tmp_path / 'own.yaml'}; sft.data.train overrides it for sft"
 
 
 def test_what_a_newcomer_meets_names_the_next_step(tmp_path, monkeypatch):
@@ -440,12 +440,12 @@ def test_what_a_newcomer_meets_names_the_next_step(tmp_path, monkeypatch):
                              (RL.main, [], "model.name: ./out/sft holds no finished model; train one first: python SFT.py"),
                              (DISTILL.main, [], "distill.teacher: ./out holds no finished model; train one first: python TRAIN.py"),
                              (INFER.main, ["--prompt", "x"], "model.name: ./out holds no finished model; train one first: python TRAIN.py"),
-                             (SFT.main, ["--model", "llama-1m"], "'llama-1m' is a preset, which has no weights yet: python TRAIN.py --preset llama-1m"),
+                             (SFT.main, ["--model", "llama-1m"], "'llama-1m' is a preset without trained weights; train it first: python TRAIN.py --preset llama-1m"),
                              (MODEL.main, ["--out", "x"], "--out: 'output' is a section of another script"),
                              (TRAIN.main, ["--data", "talk.jsonl"], "conversations are for SFT.py")):
         with pytest.raises(UserError, match=re.escape(said)):
             main(argv)
-    with pytest.raises(UserError, match="name a function of judge.py: judge.py:kind, judge.py:short"):
+    with pytest.raises(UserError, match="choose a function: judge.py:kind, judge.py:short"):
         RL.Judges.find("judge.py", None, "cpu")
     with pytest.raises(UserError, match="plain text is for TRAIN.py"):
         next(TOKENIZER.read_records(tmp_path / "notes.txt"))
