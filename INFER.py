@@ -43,7 +43,7 @@ class Sampling:
     top_p: float = knob(1.0, "sample from the smallest set with this cumulative probability (Holtzman 2019)", low=0, high=1,
                         often=True)
     min_p: float = knob(0.0, "minimum probability of a token relative to the most probable one", low=0, high=1, often=True)
-    repetition_penalty: float = knob(1.0, "penalty above 1 on tokens of the prompt and the completion (Keskar 2019)", above=0,
+    repetition_penalty: float = knob(1.0, "above 1, tokens of the prompt and completion become less likely (Keskar 2019)", above=0,
                                      often=True)
     presence_penalty: float = knob(0.0, "subtracted once from the logits of generated tokens", often=True)
     frequency_penalty: float = knob(0.0, "subtracted from a token's logit for each time it was generated", often=True)

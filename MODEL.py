@@ -2996,7 +2996,7 @@ EXCLUSIVE = (("model.name", "model.preset"), tuple(f"training.{key}" for key in 
 ModelSection = dataclasses.make_dataclass("ModelSection", [
     ("name", str | None, knob(None, "trained weights: a folder or a hub name such as gpt2; replaces preset", often=True)),
     ("preset", str | None,
-     knob("llama-1m", "architecture and size for fresh weights (python MODEL.py --list); replaced by name", often=True)),
+     knob("llama-1m", "architecture and size for fresh weights (python MODEL.py --list); replaced by model.name", often=True)),
     ("dtype", str, knob("auto", "compute dtype: float32, bfloat16 or float16; auto picks what the device supports well; "
                                 "training keeps float32 master weights", ("auto", *DTYPES), often=True)),
     ("attn_implementation", str,

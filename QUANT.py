@@ -28,7 +28,7 @@ from MODEL import UserError, knob, load_config, run_main, say
 @dataclass
 class QuantizationSection:
     method: str = knob("nf4", "quantization method: nf4 (4 bits), int8 (8 bits) or none", MODEL.QUANTIZATIONS, often=True)
-    group_size: int = knob(64, "nf4: weights per scale; smaller groups are more accurate and larger",
+    group_size: int = knob(64, "nf4: weights per scale; smaller groups are more accurate but use more memory",
                            (32, 64, 128, 256, 512, 1024), often=True)
 
 

@@ -38,7 +38,7 @@ from MODEL import Action, UserError, check, knob, load_config, run_main, say
 @dataclass
 class LoraSection:
     r: int = knob(0, "rank of the LoRA adapters (Hu 2021); 0 trains all weights", low=0, often=True)
-    lora_alpha: float = knob(16.0, "LoRA scaling: lora_alpha / r; with use_rslora lora_alpha / sqrt(r)", above=0, often=True)
+    lora_alpha: float = knob(16.0, "LoRA scaling: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora", above=0, often=True)
     lora_dropout: float = knob(0.0, "dropout on the input of the adapters", low=0, below=1, often=True)
     target_modules: list[str] = knob(["all-linear"], "layers that get an adapter, such as [q_proj, v_proj]; all-linear is every "
                                                      "linear layer except heads (Dettmers 2023)", often=True)

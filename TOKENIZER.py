@@ -65,7 +65,7 @@ class DataSection:
     text_field: str = knob("text", "key or column that holds the text")
     weights: list[float] | None = knob(None, "sampling weight of each path in data.train; null reads each token once per epoch",
                                        above=0)
-    packing: bool = knob(True, "pack several documents into each row, without attention across documents; false pads one "
+    packing: bool = knob(True, "pack several documents into each sequence, without attention across documents; false pads one "
                                "document per row", often=True)
     streaming: bool = knob(False, "tokenize while training instead of writing .bin files first")
     normalize: str = knob("NFC", "Unicode normalization", ("NFC", "NFKC", "none"))

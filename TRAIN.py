@@ -42,12 +42,12 @@ SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 @dataclass
 class TrainingSection:
-    epochs: float | None = knob(2.5, "number of epochs; max_steps or max_minutes replaces it", above=0, often=True)
+    epochs: float | None = knob(2.5, "number of epochs; replaced by training.max_steps or training.max_minutes", above=0, often=True)
     max_steps: int | None = knob(None, "number of optimizer steps", low=1, often=True)
     max_minutes: float | None = knob(None, "wall-clock limit in minutes; the schedule adapts to it", above=0, often=True)
     batch_size: int = knob(16, "sequences per device per forward pass", low=1, often=True)
     grad_accum: int = knob(1, "forward passes per optimizer step (gradient accumulation)", low=1, often=True)
-    max_length: int = knob(256, "maximum tokens per row; longer documents continue in the next row", low=1, often=True)
+    max_length: int = knob(256, "maximum tokens per sequence; longer documents continue in the next one", low=1, often=True)
     mlm_probability: float = knob(0.15, "masked language modeling: fraction of tokens to predict", above=0, below=1)
     learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for "
                                              "trained ones; in SFT 3e-3 * (128 / width)^2, in RL a thirtieth of that, for a "
@@ -63,7 +63,7 @@ class TrainingSection:
     lr_scheduler_type: str = knob("warmup_stable_decay",
                                   "learning-rate schedule: cosine, linear, constant or warmup_stable_decay", SCHEDULES,
                                   often=True)
-    warmup_steps: float = knob(20.0, "steps of linear warmup; below 1 a fraction of the run", low=0, often=True)
+    warmup_steps: float = knob(20.0, "steps of linear warmup; below 1, a fraction of all steps", low=0, often=True)
     min_lr_rate: float = knob(0.0, "final learning rate / peak learning rate", low=0, high=1)
     decay_share: float = knob(0.5, "warmup_stable_decay: fraction of the run in which the rate decays linearly", low=0, high=1)
     mixed_precision: str = knob("auto", "autocast dtype (AMP): bf16, fp16 or no; weights stay float32; auto follows model.dtype "
