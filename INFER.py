@@ -17,6 +17,7 @@ import math
 import queue
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -100,13 +101,21 @@ def penalize(logits: Tensor, rows: list[Row]) -> Tensor:
     return logits
 
 
-def truncate(probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Zero what top-k, then top-p of the rest, then min-p exclude. Sorted probabilities (B, V), limits (B, 1)."""
-    ranks = torch.arange(probabilities.shape[1], device=probabilities.device)
-    kept = probabilities * (ranks < top_k)
+def truncate(probabilities: Tensor, settings: list[Sampling]) -> Tensor:
+    """Zero what top-k, then top-p of the rest, then min-p exclude from probabilities (B, V). Ties with the last kept token stay,
+    so that rounding, which may swap them, changes nothing."""
+    device, vocabulary = probabilities.device, probabilities.shape[1]
+    top_k, top_p, min_p = (torch.tensor(limit, device=device)[:, None] for limit in (
+        [s.top_k or vocabulary for s in settings], [s.top_p if s.top_p < 1 else 2.0 for s in settings],
+        [s.min_p for s in settings]))
+    ordered = probabilities.topk(min(int(top_k.max()), vocabulary)).values  # all, sorted, unless each row has a top_k
+    ranks = torch.arange(ordered.shape[1], device=device)
+    kept = ordered * (ranks < top_k)
     kept = kept / kept.sum(-1, keepdim=True)
     before = kept.cumsum(-1) - kept  # the token that crosses top_p is still in
-    return kept * ((before < top_p) | (ranks == 0)) * (kept >= min_p * kept[:, :1])
+    inside = (kept > 0) & ((before < top_p) | (ranks == 0)) & (kept >= min_p * kept[:, :1])
+    least = ordered.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
+    return probabilities * (probabilities >= least)
 
 
 def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float] | None]:
@@ -120,30 +129,17 @@ def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float] | No
     plain = logits / temperatures
     if any(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty for s in settings):
         logits = penalize(logits.clone(), rows)
-    if all(s.temperature == 0 for s in settings):
-        chosen = logits.argmax(-1)
-    else:
+    greedy = [s.temperature == 0 for s in settings]
+    chosen = logits.argmax(-1) if any(greedy) else None
+    if not all(greedy):
         uniform = torch.tensor([row.next_uniform() for row in rows], device=device, dtype=torch.float32)[:, None]
-        ordered = probabilities = (logits / temperatures).softmax(-1)
-        limited = [bool(s.top_k or s.top_p < 1 or s.min_p) for s in settings]
-        places = None
-        if any(limited):
-            ordered, places = probabilities.sort(dim=-1, descending=True, stable=True)
-            limits = ([s.top_k or logits.shape[1] for s in settings], [s.top_p if s.top_p < 1 else 2.0 for s in settings],
-                      [s.min_p for s in settings])
-            ordered = truncate(ordered, *(torch.tensor(limit, device=device)[:, None] for limit in limits))
-            # Rows without limits keep the vocabulary's order, as they have it alone.
-            sorted_row = torch.tensor(limited, device=device)[:, None]
-            ordered = torch.where(sorted_row, ordered, probabilities)
-            places = torch.where(sorted_row, places, torch.arange(logits.shape[1], device=device))
-        mass = ordered.cumsum(-1)
-        index = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).clamp(max=mass.shape[1] - 1)  # (B, 1)
-        # Rounding may point past the last token that is left: step back to it.
-        last = (ordered > 0).long().mul(torch.arange(1, mass.shape[1] + 1, device=device)).amax(-1, keepdim=True) - 1
-        index = torch.minimum(index, last)
-        drawn = (index if places is None else places.gather(1, index)).squeeze(1)
-        greedy = torch.tensor([s.temperature == 0 for s in settings], device=device)
-        chosen = torch.where(greedy, logits.argmax(-1), drawn)
+        probabilities = (logits / temperatures).softmax(-1)
+        if limited := [i for i, s in enumerate(settings) if s.top_k or s.top_p < 1 or s.min_p]:
+            probabilities[limited] = truncate(probabilities[limited], [settings[i] for i in limited])
+        mass = probabilities.cumsum(-1)
+        drawn = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)  # (B, 1)
+        drawn = torch.minimum(drawn, torch.searchsorted(mass, mass[:, -1:].contiguous()))[:, 0]  # rounding may point past the last one left
+        chosen = drawn if chosen is None else torch.where(torch.tensor(greedy, device=device), chosen, drawn)
     logprobs = None
     if any(s.logprobs for s in settings):
         logprobs = plain.log_softmax(-1).gather(1, chosen[:, None]).squeeze(1).tolist()
@@ -196,6 +192,21 @@ class Row:
         self.detokenizer = Detokenizer(tokenizer, prompt) if tokenizer else None
         self.text = ""
         self.told = 0  # characters of the text that are final: no stop text can begin in them
+        self.sequence, self.running, self.salt = MODEL.Sequence(), False, b""  # the engine's
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.ids)
+
+    @property
+    def missing(self) -> int:
+        """Tokens that the cache has not seen yet."""
+        return self.length - self.sequence.length
+
+    def text_ids(self, start: int, stop: int) -> list[int]:
+        """Ids of the prompt and the answer, from position `start` to `stop`."""
+        first = len(self.prompt)
+        return self.prompt[start:stop] + self.ids[max(start - first, 0) : max(stop - first, 0)]
 
     def next_uniform(self) -> float:
         return self.random.random()
@@ -232,100 +243,154 @@ class Row:
                           self.text if self.detokenizer else None)
 
 
-PREFILL = 512  # prompt tokens computed at once, and fewer where their scores with all before them exceed PREFILL_SCORES:
-PREFILL_SCORES = 2**22  # beside the cache, memory stays flat however long the prompt
+STEP_TOKENS = 2048  # of one forward pass, at most
+STEP_SCORES = 2**22  # queries x keys of a piece of a prompt: beside the cache, memory stays flat however long the prompt
 
 
-def alone(more: bool) -> bool:
-    """Whether anybody has more to compute, where this process depends on no other."""
-    return more
+class Engine:
+    """Continuous batching (Yu 2022): requests join and leave between forward passes, each of which computes one token of every
+    answer and pieces of the prompts that wait: `schedule -> run -> accept`.
+
+    Answers go on first, then the oldest prompts. When pages run out, the youngest row gives up all of its own and waits again;
+    it loses no token, as its text so far is a prompt from then on. Rows of one prompt (the same list) compute it once.
+    """
+
+    def __init__(self, model, rows: int, pages: int, page: int, tokens: int = 0, reuse: bool = False):
+        self.model, self.rows, self.tokens, self.reuse = model, rows, max(tokens or STEP_TOKENS, rows), reuse
+        self.cache = model.new_cache(pages, page)
+        self.waiting: deque[Row] = deque()
+        self.running: list[Row] = []  # in the order of their admission
+        self.computed = 0  # tokens that went through the model
+
+    def add(self, rows: list[Row]) -> None:
+        room = self.cache.pages * self.cache.page
+        for row in rows:
+            if len(row.prompt) >= room:
+                raise UserError(f"a prompt of {len(row.prompt)} tokens leaves no room in a cache of {room}")
+            row.budget = min(row.budget, room - len(row.prompt))
+        self.waiting.extend(rows)
+
+    def step(self) -> list[Row]:
+        """One forward pass. Returns the rows that got a token; those with `finish` have left."""
+        parts = self.schedule()
+        ready, logits = self.run(parts)
+        self.accept(ready, logits)
+        return ready
+
+    def schedule(self) -> dict[Row, int]:
+        """How many tokens of each row are computed next."""
+        parts: dict[Row, int] = {}
+        left = self.tokens
+        for row in sorted(self.running, key=lambda row: row.missing > 1):  # answers, then prompts, each in order
+            count = self._piece(row, left)
+            while row.running and count and not self.cache.extend(row.sequence, row.sequence.length + count):
+                left += parts.pop(self.running[-1], 0)
+                self.preempt(self.running[-1])
+            if row.running and count:
+                parts[row] = count
+                left -= count
+        if self.waiting:
+            first = {id(row.prompt): row for row in reversed(self.running)}
+            for row in list(self.waiting):
+                if not left or len(self.running) == self.rows:
+                    break
+                if (like := first.get(id(row.prompt))) and like.sequence.length < len(row.prompt) - 1:
+                    continue  # its prompt is being computed
+                if not self._admit(row, like):
+                    break
+                first.setdefault(id(row.prompt), row)
+                parts[row] = self._piece(row, left)
+                left -= parts[row]
+        return parts
+
+    def _piece(self, row: Row, left: int) -> int:
+        start = row.sequence.length
+        return min(row.missing, left, max(1, STEP_SCORES // (start + row.missing)) if start else left)
+
+    def _admit(self, row: Row, like: Row | None) -> bool:
+        """Give a waiting row pages for its whole text so far; the part of it that is known is shared."""
+        if like is not None:
+            sequence = self.cache.fork(like.sequence, len(row.prompt) - 1)
+        else:
+            sequence = self.cache.find(row.prompt + row.ids, row.salt) if self.reuse else MODEL.Sequence()
+        if sequence is None or not self.cache.extend(sequence, row.length):
+            if sequence is not None:
+                self.cache.close(sequence)
+            return False
+        row.sequence, row.running = sequence, True
+        self.waiting.remove(row)
+        self.running.append(row)
+        return True
+
+    def preempt(self, row: Row) -> None:
+        self.remove(row)
+        self.waiting.appendleft(row)
+
+    def remove(self, row: Row) -> None:
+        """Take a row out, whether it is finished or not."""
+        if row.running:
+            self.running.remove(row)
+            self.cache.close(row.sequence)
+            row.running = False
+        elif row in self.waiting:
+            self.waiting.remove(row)
+
+    @torch.no_grad()
+    def run(self, parts: dict[Row, int]) -> tuple[list[Row], Tensor]:
+        """One forward pass; the rows whose whole text is computed, and their next token's logits (R, V)."""
+        rows = sorted(parts, key=lambda row: (parts[row], row.sequence.pages[0]))  # equal and adjacent ones are read together
+        ids, ready, at = [], [], []
+        for row in rows:
+            start = row.sequence.length
+            ids += row.text_ids(start, start + parts[row])
+            if parts[row] == row.missing:
+                ready.append(row)
+                at.append(len(ids) - 1)
+        step = MODEL.CacheStep(self.cache, [(row.sequence, parts[row]) for row in rows])
+        self.computed += len(ids)
+        device = self.model.device
+        logits = self.model(torch.tensor([ids], device=device), cache=step, at=torch.tensor(at or [0], device=device)).logits
+        return ready, logits.float()
+
+    def accept(self, rows: list[Row], logits: Tensor) -> None:
+        if rows:
+            _accept(logits, rows)
+        if self.reuse:
+            for row in self.running:
+                if row.sequence.length // self.cache.page > len(row.sequence.digests):
+                    self.cache.remember(row.sequence, row.prompt + row.ids, row.salt)
+        finished = [row for row in rows if row.finish]
+        for row in finished:
+            self.remove(row)
+        if finished:
+            self.cache.compact([row.sequence for row in self.running])
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
 
 
-@torch.no_grad()
-def _decode(model, rows: list[Row], use_cache: bool, together: Callable[[bool], bool] = alone) -> Iterator[None]:
-    """Extend all rows until each is finished (and those of all processes that go `together`); yields after every token."""
-    if not use_cache:
-        yield from _decode_without_cache(model, rows, together)
-        return
-    device = model.device
-    cache = model.new_cache(len(rows), max((len(row.prompt) + row.budget for row in rows), default=1))
-    _prefill(model, cache, rows, together)
-    active = list(rows)  # active[i] lives in cache row i
-    while together(bool(active)):
-        if not active:
-            _idle(model)
-            continue
-        ids = torch.tensor([[(row.ids or row.prompt)[-1]] for row in active], device=device)  # (B, 1)
-        positions = torch.tensor([[len(row.prompt) + len(row.ids) - 1] for row in active], device=device)
-        logits = model(ids, positions=positions, cache=cache.select(range(len(active)))).logits[:, -1]  # (B, V)
-        _accept(logits.float(), active)
-        yield
-        for i in reversed(range(len(active))):
-            if active[i].finish:  # the last row takes the place of a finished one, so the rows stay neighbours
-                last = active.pop()
-                if i < len(active):
-                    cache.copy(len(active), i)
-                    active[i] = last
-
-
-def _idle(model) -> None:
-    """A forward of one token that nobody reads: sharded weights are gathered by all processes or by none."""
-    nothing = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    model(nothing, positions=nothing)
-
-
-def _prefill(model, cache, rows: list[Row], together: Callable[[bool], bool]) -> None:
-    """Store all prompt tokens but the last, which is the first one decoded. Rows of one prompt share the work."""
-    first: dict[int, int] = {}
-    owners = [first.setdefault(id(row.prompt), i) for i, row in enumerate(rows)]
-    unique = sorted(set(owners))
-    longest = max((len(rows[i].prompt) for i in unique), default=1) - 1
-    device = model.device
-    start = 0
-    while together(start < longest):
-        if start >= longest:
-            _idle(model)
-            continue
-        width = min(PREFILL, longest - start, max(1, PREFILL_SCORES // (len(unique) * (start + PREFILL))))
-        ids = torch.zeros(len(unique), width, dtype=torch.long)
-        positions = torch.full((len(unique), width), -1)
-        for b, i in enumerate(unique):
-            piece = rows[i].prompt[:-1][start : start + width]
-            ids[b, : len(piece)] = torch.tensor(piece, dtype=torch.long)
-            positions[b, : len(piece)] = torch.arange(start, start + len(piece))
-        nothing = torch.full_like(ids, -100, device=device)  # no targets: the output head is not computed
-        model(ids.to(device), positions=positions.to(device), cache=cache.select(unique), targets=nothing)
-        start += width
-    for i, owner in enumerate(owners):
-        if owner != i:
-            cache.copy(owner, i)
-
-
-def _decode_without_cache(model, rows: list[Row], together: Callable[[bool], bool]) -> Iterator[None]:
-    """The plain loop: everything anew for each token. The oracle of the cached one."""
-    while together(bool(active := [row for row in rows if not row.finish])):
-        if not active:
-            _idle(model)
-            continue
+def _uncached(model, rows: list[Row]) -> Iterator[None]:
+    """The plain loop: everything anew for each token. The oracle of the engine."""
+    while active := [row for row in rows if not row.finish]:
         texts = [row.prompt + row.ids for row in active]
         longest = max(map(len, texts))
         ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=model.device)
         positions = torch.tensor([[*range(len(t)), *[-1] * (longest - len(t))] for t in texts], device=model.device)
-        logits = model(ids, positions=positions).logits
-        _accept(torch.stack([logits[i, len(text) - 1] for i, text in enumerate(texts)]).float(), active)
+        last = torch.tensor([i * longest + len(text) - 1 for i, text in enumerate(texts)], device=model.device)
+        with torch.no_grad():
+            logits = model(ids, positions=positions, at=last).logits
+        _accept(logits.float(), active)
         yield
 
 
-def _decode_by_transformers(model, rows: list[Row], use_cache: bool, together: Callable[[bool], bool] = alone,
-                            each: Callable = lambda: None) -> None:
+def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Callable = lambda: None) -> None:
     """The rows of a `MODEL.ForeignModel`: the model's own `generate`, in which our sampling names each token. Prompts of one length run
     together, so that nothing is padded. Calls each() after every token."""
     from transformers import GenerationConfig
 
-    waiting = [list(group)
-               for _, group in itertools.groupby(sorted(rows, key=lambda row: len(row.prompt)), lambda row: len(row.prompt))]
-    while together(bool(waiting)):
-        group = waiting.pop(0) if waiting else []
+    for _, group in itertools.groupby(sorted(rows, key=lambda row: len(row.prompt)), lambda row: len(row.prompt)):
+        group = list(group)
 
         def name_tokens(ids: Tensor, scores: Tensor, group: list[Row] = group) -> Tensor:
             """Logits (B, V) -> 0 at the token that each row takes, -inf elsewhere."""
@@ -333,19 +398,18 @@ def _decode_by_transformers(model, rows: list[Row], use_cache: bool, together: C
             if active:
                 _accept(scores[active].float(), [group[i] for i in active])
                 each()
-            tokens = torch.tensor([[row.ids[-1]] for row in group] or [[0]], device=scores.device)
+            tokens = torch.tensor([[row.ids[-1]] for row in group], device=scores.device)
             return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
         def finished(ids: Tensor, scores: Tensor, group: list[Row] = group) -> Tensor:
-            return torch.tensor([bool(row.finish) for row in group] or [True], device=ids.device)
+            return torch.tensor([bool(row.finish) for row in group], device=ids.device)
 
-        prompts = torch.tensor([row.prompt for row in group] or [[0]], device=model.device)  # (B, T)
-        longest = max((row.budget for row in group), default=1)
+        prompts = torch.tensor([row.prompt for row in group], device=model.device)  # (B, T)
+        longest = max(row.budget for row in group)
         kept, model.inner.generation_config = model.inner.generation_config, GenerationConfig()  # its penalties are not ours
         try:
             model.inner.generate(prompts, GenerationConfig(max_new_tokens=longest, do_sample=False, use_cache=use_cache),
-                                 [name_tokens], [finished], attention_mask=torch.ones_like(prompts),
-                                 synced_gpus=together is not alone)
+                                 [name_tokens], [finished], attention_mask=torch.ones_like(prompts))
         finally:
             model.inner.generation_config = kept
 
@@ -402,40 +466,47 @@ def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | lis
 
 
 def generate(model, prompts: list[list[int]], sampling: Sampling | list[Sampling], tokenizer=None, use_cache: bool = True,
-             batch_size: int = 64, step: int = 0, first: int | list[int] = 0,
-             together: Callable[[bool], bool] = alone) -> list[list[Completion]]:
+             batch_size: int = 64, step: int = 0, first: int | list[int] = 0) -> list[list[Completion]]:
     """Answers to ragged prompts, computed together: [prompt][sample] -> Completion.
 
     Each answer draws from its own generator keyed by (seed, step, prompt, sample): the same text alone or in any
     batch. `step` sets calls of one seed apart (rollouts), `first` is the number of the first prompt, or a list of all
-    numbers. The tokenizer is needed for stop texts and `.text` only. Where weights are sharded over processes that have
-    prompts of their own, together(more) tells whether any of them has more to compute: all keep stepping until none has.
+    numbers. The tokenizer is needed for stop texts and `.text` only. Where weights are sharded over processes, all have to
+    call, each with prompts of its own (or none).
     """
     samplings = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
     groups = _make_rows(model, prompts, samplings, tokenizer, step, first)
     rows = [row for group in groups for row in group]
     was_training = model.training
     model.eval()
-    start = 0
-    while together(start < len(rows)):
-        part = rows[start : start + batch_size]
-        if isinstance(model, MODEL.ForeignModel):
-            _decode_by_transformers(model, part, use_cache, together)
-        else:
-            for _ in _decode(model, part, use_cache, together):
-                pass
-        start += batch_size
+    with MODEL.unsharded(model):
+        for _ in _steps(model, rows, use_cache, batch_size):
+            pass
     model.train(was_training)
     return [[row.completion() for row in group] for group in groups]
+
+
+def _steps(model, rows: list[Row], use_cache: bool, batch_size: int) -> Iterator[None]:
+    """Extend all rows until they are finished; yields after every forward pass."""
+    if isinstance(model, MODEL.ForeignModel) or not use_cache:
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            foreign = partial(_decode_by_transformers, model, part, use_cache)
+            yield from _in_steps(foreign) if isinstance(model, MODEL.ForeignModel) else _uncached(model, part)
+    elif rows:
+        seats = min(batch_size, len(rows))
+        engine = Engine(model, seats, seats, max(len(row.prompt) + row.budget for row in rows))  # a page holds any row
+        engine.add(rows)
+        while engine.busy:
+            engine.step()
+            yield
 
 
 def stream(model, tokenizer, prompt_ids: list[int], sampling: Sampling, use_cache: bool = True) -> Iterator[str]:
     """The text of one answer, in pieces as it is generated; a piece never holds part of a character or a stop text."""
     [[row]] = _make_rows(model, [prompt_ids], [replace(sampling, n=1)], tokenizer, 0)
     told = 0
-    foreign = isinstance(model, MODEL.ForeignModel)
-    theirs = partial(_decode_by_transformers, model, [row], use_cache, alone)
-    for _ in _in_steps(theirs) if foreign else _decode(model, [row], use_cache):
+    for _ in _steps(model, [row], use_cache, 1):
         if row.told > told:
             yield row.text[told : row.told]
             told = row.told

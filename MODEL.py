@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import hashlib
 import inspect
 import itertools
 import json
@@ -29,6 +30,7 @@ import types
 import typing
 import warnings
 import zipfile
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -297,95 +299,256 @@ def _turn(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ KV cache
 
 
-class KVCache:
-    """The past states of each layer, by sequence row and position; allocated once, bounds checked.
+class Sequence:
+    """One text in a KVCache: its pages, how many tokens they hold, and the digests of its full pages (see `remember`)."""
 
-    A layer appends new states (keys and values, or a latent) and gets back all states of its rows with the position of every
-    slot (-1: empty). No layer indexes the storage, so a paged cache could replace it. Slot p holds position p; padding goes to
-    a spare slot at the end. The first states that a layer appends decide the shape of its storage.
+    def __init__(self, pages: list[int] = (), length: int = 0, digests: list[bytes] = ()):
+        self.pages, self.length, self.digests = list(pages), length, list(digests)
+
+
+class KVCache:
+    """The past states of each layer in pages of `page` tokens (Kwon 2023), allocated once.
+
+    Position p of a sequence is slot p % page of its page p // page. Full pages never change, so sequences that begin alike
+    share them: forks of one prompt, and with `remember` and `find` any later prompt. A page without owners is reused: those of
+    unknown content first, then the least recently used. All bookkeeping is done on the host. With page = the longest sequence,
+    a sequence is one page, and adjacent sequences are read in place.
     """
 
-    def __init__(self, layers: int, rows: int, length: int, device=None):
-        self.states: list[list[Tensor]] = [[] for _ in range(layers)]  # each (rows, H, length + 1, D)
-        self.positions = torch.full((rows, length + 1), -1, device=device)
-        self.length = length
+    def __init__(self, layers: int, pages: int, page: int, device=None):
+        self.states: list[list[Tensor]] = [[] for _ in range(layers)]  # each (H, pages * page, D); made by the first `store`
+        self.page, self.pages, self.device = page, pages, device
+        self.owners = [0] * pages
+        self.free = list(range(pages))[::-1]
+        self.found: dict[bytes, int] = {}  # digest of all tokens up to the end of a page -> page
+        self.digest_of: dict[int, bytes] = {}
+        self.idle: dict[int, None] = {}  # pages without owners whose content is known, the least recently used first
 
-    def select(self, rows: Tensor | list[int]) -> CacheRows:
-        """A view for one forward pass in which batch row b continues sequence rows[b]."""
-        return CacheRows(self, [int(row) for row in rows])
+    def available(self) -> int:
+        """Pages that can be taken."""
+        return len(self.free) + len(self.idle)
 
-    def copy(self, source: int, target: int) -> None:
-        """Copy the past of row `source` to row `target`."""
-        for states in (*itertools.chain(*self.states), self.positions):
-            states[target] = states[source]
+    def extend(self, sequence: Sequence, length: int) -> bool:
+        """Make room for `length` tokens of a sequence; False, and nothing is taken, if there are too few pages."""
+        missing = -(-length // self.page) - len(sequence.pages)
+        if missing > self.available():
+            return False
+        sequence.pages += [self._take() for _ in range(missing)]
+        return True
+
+    def _take(self) -> int:
+        if self.free:
+            page = self.free.pop()
+        else:
+            page = next(iter(self.idle))
+            del self.idle[page], self.found[self.digest_of.pop(page)]
+        self.owners[page] = 1
+        return page
+
+    def _share(self, page: int) -> None:
+        self.idle.pop(page, None)
+        self.owners[page] += 1
+
+    def close(self, sequence: Sequence) -> None:
+        """Give a sequence's pages back, the last one first, as the beginning of a text is the likeliest to come again."""
+        for page in reversed(sequence.pages):
+            self.owners[page] -= 1
+            if not self.owners[page] and page in self.digest_of:
+                self.idle[page] = None
+            elif not self.owners[page]:
+                self.free.append(page)
+        sequence.pages, sequence.length, sequence.digests = [], 0, []
+
+    def fork(self, source: Sequence, length: int) -> Sequence | None:
+        """A new sequence that begins with the first `length` tokens of another: shared pages and a copy of the last,
+        unfinished one; None if there is no page for it."""
+        full, rest = divmod(length, self.page)
+        copy = Sequence(source.pages[:full], length, source.digests[:full])
+        if rest and not self.available():
+            return None
+        for page in copy.pages:
+            self._share(page)
+        if rest:
+            copy.pages.append(self._take())
+            self._copy(source.pages[full], copy.pages[full], rest)
+        return copy
+
+    def _copy(self, source: int, target: int, length: int) -> None:
+        source, target = source * self.page, target * self.page
+        for states in itertools.chain(*self.states):
+            states[:, target : target + length] = states[:, source : source + length]
+
+    def remember(self, sequence: Sequence, ids: list[int], salt: bytes = b"") -> None:
+        """Make a sequence's full pages known by their tokens and all before them; `salt` keeps apart what other weights (an
+        adapter's) computed."""
+        while (number := len(sequence.digests)) < sequence.length // self.page:
+            digest = self._digest(sequence.digests[-1] if number else salt, ids, number)
+            sequence.digests.append(digest)
+            page = sequence.pages[number]
+            if digest not in self.found and page not in self.digest_of:
+                self.found[digest], self.digest_of[page] = page, digest
+
+    def _digest(self, before: bytes, ids: list[int], number: int) -> bytes:
+        piece = array("q", ids[number * self.page : (number + 1) * self.page])
+        return hashlib.blake2b(before + piece.tobytes(), digest_size=16).digest()
+
+    def find(self, ids: list[int], salt: bytes = b"") -> Sequence:
+        """A sequence of the known pages that `ids` begins with, without the last token, which has to be computed."""
+        sequence = Sequence()
+        while (number := len(sequence.pages)) < (len(ids) - 1) // self.page:
+            digest = self._digest(sequence.digests[-1] if number else salt, ids, number)
+            if digest not in self.found:
+                break
+            self._share(self.found[digest])
+            sequence.pages.append(self.found[digest])
+            sequence.digests.append(digest)
+        sequence.length = len(sequence.pages) * self.page
+        return sequence
+
+    def compact(self, sequences: list[Sequence]) -> None:
+        """Move sequences of one page each into the gaps that others left, so that they are neighbours."""
+        if any(len(one.pages) != 1 for one in sequences) or self.idle:
+            return
+        gaps = [page for page in range(len(sequences)) if not self.owners[page]]
+        for one in sequences:
+            if (old := one.pages[0]) >= len(sequences):
+                new = gaps.pop()
+                self._copy(old, new, one.length)
+                self.owners[new], self.owners[old], one.pages = 1, 0, [new]
+        self.free = [page for page in reversed(range(self.pages)) if not self.owners[page]]
 
     def bytes(self) -> int:
         return sum(states.numel() * states.element_size() for states in itertools.chain(*self.states))
 
 
-class CacheRows:
-    """The rows of a KVCache that take part in one forward pass."""
+class Group(NamedTuple):
+    """Part of a step that is attended to in one call: n sequences of `count` new tokens each, from the step's token `first`."""
 
-    def __init__(self, cache: KVCache, rows: list[int]):
-        self.cache = cache
-        first, count = rows[0], len(rows)
-        run = rows == list(range(first, first + count))
-        # A run of adjacent rows is read in place; any other choice of rows has to be gathered (copied).
-        self.rows = slice(first, first + count) if run else torch.tensor(rows, device=cache.positions.device)
-        self.row_ids = torch.tensor(rows, device=cache.positions.device)[:, None]  # (B, 1)
-        self._positions = None
+    first: int
+    count: int
+    lengths: list[int]  # of the n sequences, new tokens included
+    read: Callable | None  # (a layer's states (H, slots, D), first position) -> (n, H, S, D); None if all tokens are new
 
-    def append(self, layer: int, *new: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """Store states (B, H, T, D) or (B, T, D) at positions (B, T); return all of them, (B, H, S, D) or (B, S, D),
-        and key positions (B, S)."""
-        self.layout(positions)
+
+GATHER_BYTES = {"cpu": 2**20}  # of a layer's states that are copied to be read together; by default 2**28
+
+
+class CacheStep:
+    """One forward pass over the next `count` tokens of each sequence in `parts`, which stand side by side in a batch (1, N)
+    without padding: prompts, pieces of prompts, and single tokens of answers.
+
+    Attention goes group by group. Sequences with one new token each are read in one call if their pages are adjacent (in
+    place) or their states few (copied); any other sequence by itself, so that each key is read once and none is padding.
+    """
+
+    def __init__(self, cache: KVCache, parts: list[tuple[Sequence, int]]):
+        self.cache, self.parts, self.groups, self.masks = cache, [], None, {}
+        positions, slots, page = [], [], cache.page
+        for sequence, count in parts:
+            start, stop = sequence.length, sequence.length + count
+            if stop > len(sequence.pages) * page:
+                raise IndexError(f"{stop} tokens do not fit {len(sequence.pages)} pages of {page}")
+            positions += range(start, stop)
+            slots += [sequence.pages[place // page] * page + place % page for place in range(start, stop)]
+            sequence.length = stop
+            self.parts.append((sequence.pages, stop, count))
+        positions, self.slots = torch.tensor([positions, slots], dtype=torch.long).to(cache.device)
+        self.positions = positions[None]  # (1, N)
+
+    def attend(self, layer: int, queries: tuple[Tensor, ...], new: tuple[Tensor, ...], window: int | None,
+               compute: Callable) -> Tensor:
+        """Store a layer's new states (1, H, N, D), and join compute(*queries, *states, mask) of all groups, whose queries are
+        (n, H, T, D) and states (n, H, S, D); (1, H, N, D)."""
         stored = self.cache.states[layer]
-        for i, states in enumerate(new):
-            states = states if states.dim() == 4 else states[:, None]  # (B, 1, T, D)
-            if i == len(stored):
-                shape = (len(self.cache.positions), states.shape[1], self.cache.length + 1, states.shape[3])
-                stored.append(states.new_zeros(shape))
-            if self.span and isinstance(self.rows, slice):
-                stored[i][self.rows, :, self.span] = states
-            else:
-                stored[i][self.row_ids, :, self.slots] = states.transpose(1, 2).to(stored[i].dtype)  # (B, T, H, D)
-        past = [states[self.rows, :, : self.used] for states in stored]
-        return *(p if n.dim() == 4 else p[:, 0] for p, n in zip(past, new, strict=True)), self.key_positions
+        if not stored:
+            size = self.cache.pages * self.cache.page
+            stored += [states.new_zeros(states.shape[1], size, states.shape[3]) for states in new]
+        for kept, states in zip(stored, new, strict=True):
+            kept[:, self.slots] = states[0].to(kept.dtype)
+        if self.groups is None:
+            self.groups = list(self._grouped(sum(kept.shape[0] * kept.shape[2] * kept.element_size() for kept in stored)))
+        results = []
+        for number, group in enumerate(self.groups):
+            n = len(group.lengths)
+            tokens = slice(group.first, group.first + n * group.count)
+            start = max(0, group.lengths[0] - group.count + 1 - window) if window and n == 1 and group.read else 0
+            states = [group.read(kept, start) for kept in stored] if group.read else [_rows(one[0, :, tokens], n) for one in new]
+            if (number, window) not in self.masks:  # layers of one kind share it
+                self.masks[number, window] = self._mask(group, start, window, queries[0].dtype)
+            result = compute(*(_rows(query[0, :, tokens], n) for query in queries), *states, self.masks[number, window])
+            results.append(result.transpose(0, 1).flatten(1, 2))  # (H, n * T, D)
+        return (results[0] if len(results) == 1 else torch.cat(results, 1))[None]
 
-    def layout(self, positions: Tensor) -> Tensor:
-        """Make room for positions (B, T); return key positions (B, S). Once per forward: all layers share one layout."""
-        if positions is not self._positions:
-            self._place(positions)
-        return self.key_positions
+    def _grouped(self, token_bytes: int) -> Iterator[Group]:
+        limit = GATHER_BYTES.get(self.cache.device.type, 2**28)
+        start = first = 0  # of the parts, of the tokens
+        while start < len(self.parts):
+            (pages, length, count), stop = self.parts[start], start + 1
+            fresh, slab, longest = length == count, len(pages) == 1, length
+            for other, its_length, its_count in self.parts[stop:]:
+                if its_count != count or fresh != (its_length == its_count) or not (fresh or count == 1):
+                    break
+                adjacent = slab and len(other) == 1 and other[0] == pages[0] + stop - start
+                longest = max(longest, its_length)
+                if not (fresh or adjacent or (stop + 1 - start) * longest * token_bytes <= limit):
+                    break
+                slab, stop = adjacent, stop + 1
+            group = self.parts[start:stop]
+            lengths = [length for _, length, _ in group]
+            yield Group(first, count, lengths, None if fresh else self._reader([pages for pages, *_ in group], max(lengths), slab))
+            first, start = first + count * len(group), stop
 
-    def _place(self, positions: Tensor) -> None:
-        cache, last = self.cache, int(positions.max())
-        if last >= cache.length:
-            raise IndexError(f"position {last} does not fit a cache of {cache.length} tokens")
-        self.slots = torch.where(positions < 0, cache.length, positions)  # padding goes to the spare slot
-        low = int(self.slots.min())
-        width = positions.shape[1]
-        # All rows at the same consecutive places (the usual case): one slice copy instead of a scatter.
-        aligned = last - low + 1 == width and bool((self.slots == torch.arange(low, last + 1, device=positions.device)).all())
-        self.span = slice(low, last + 1) if aligned else None
-        cache.positions[self.row_ids, self.slots] = positions
-        self.used = max(int(cache.positions[self.rows].max()) + 1, 1)
-        self.key_positions = cache.positions[self.rows, : self.used]  # (B, S)
-        self._positions = positions
+    def _reader(self, tables: list[list[int]], longest: int, slab: bool) -> Callable:
+        """How to read the states of sequences with these pages up to the longest one's length."""
+        n, page, needed = len(tables), self.cache.page, -(-longest // self.cache.page)
+        base = tables[0][0]
+        if slab:
+            return lambda kept, start: kept.unflatten(1, (-1, page))[:, base : base + n, start:longest].transpose(0, 1)
+        if n == 1 and tables[0][:needed] == list(range(base, base + needed)):
+            return lambda kept, start: kept[None, :, base * page + start : base * page + longest]
+        tables = [(pages + [pages[-1]] * needed)[:needed] for pages in tables]  # a short one's end is masked
+        slots = torch.tensor(tables)[:, :, None] * page + torch.arange(page)  # (n, pages, page)
+        slots = slots.flatten(1)[:, :longest].to(self.cache.device)  # (n, S)
+        return lambda kept, start: _rows(kept.index_select(1, slots[:, start:].flatten()), n)
+
+    def _mask(self, group: Group, start: int, window: int | None, dtype: torch.dtype) -> Mask | None:
+        longest = max(group.lengths)
+        inside = window is None or longest - start <= window
+        if group.count == 1 and min(group.lengths) == longest and (inside or len(group.lengths) == 1):
+            return EVERYTHING
+        if group.read is None and inside:
+            return None  # causal
+        ends = torch.tensor(group.lengths, device=self.cache.device)[:, None, None]  # (n, 1, 1)
+        queries = ends - group.count + torch.arange(group.count, device=ends.device)[:, None]  # (n, T, 1)
+        keys = torch.arange(start, longest, device=ends.device)  # (S,)
+        return Mask(bias_of((keys <= queries) & (keys > queries - (window or longest)), dtype), None)
+
+
+def _rows(states: Tensor, n: int) -> Tensor:
+    """(H, n * S, D) -> (n, H, S, D), a view where it can be"""
+    return states.unflatten(1, (n, -1)).transpose(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------- attention
 
 
 class Mask(NamedTuple):
-    """An additive bias on scores (B, 1, T, S), and which queries attend to no key at all (B, 1, T, 1)."""
+    """An additive bias on scores (B, 1, T, S), None for none, and which queries attend to no key at all (B, 1, T, 1)."""
 
-    bias: Tensor
+    bias: Tensor | None
     empty: Tensor | None
 
 
+EVERYTHING = Mask(None, None)  # each query attends to all keys; a mask of None is causal
+
+
+def bias_of(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, T, S) -> 0 where attention is allowed, -inf elsewhere (B, 1, T, S)"""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -math.inf)[:, None]
+
+
 class MaskBuilder:
-    """Makes masks from query and key positions, once per window and key layout of a forward pass.
+    """Makes masks from positions, once per window of a forward pass.
 
     A query at position p attends to keys of its own segment at positions 0 <= k <= p (any k in an encoder), and with a window
     only to k > p - window. A padding query (-1) attends to nothing; a softmax over nothing is NaN, so its row is opened here
@@ -394,25 +557,23 @@ class MaskBuilder:
 
     def __init__(self, positions: Tensor, segment_ids: Tensor | None, dtype: torch.dtype, causal: bool = True):
         self.positions, self.segment_ids, self.dtype, self.causal = positions, segment_ids, dtype, causal
-        self.made: dict = {}
+        self.made: dict[int | None, Mask] = {}
 
-    def __call__(self, key_positions: Tensor, window: int | None) -> Mask:
-        key = (id(key_positions), window)
-        if key not in self.made:
-            self.made[key] = (self._make(key_positions, window), key_positions)  # keep it alive, so its id is
-        return self.made[key][0]
+    def __call__(self, window: int | None) -> Mask:
+        if window not in self.made:
+            self.made[window] = self._make(window)
+        return self.made[window]
 
-    def _make(self, key_positions: Tensor, window: int | None) -> Mask:
-        queries, keys = self.positions[:, :, None], key_positions[:, None, :]  # (B, T, 1), (B, 1, S)
-        allowed = (keys >= 0) & (keys <= queries if self.causal else queries >= 0)  # (B, T, S)
+    def _make(self, window: int | None) -> Mask:
+        queries, keys = self.positions[:, :, None], self.positions[:, None, :]  # (B, T, 1), (B, 1, T)
+        allowed = (keys >= 0) & (keys <= queries if self.causal else queries >= 0)  # (B, T, T)
         if window is not None:
             allowed &= keys > queries - window
         if self.segment_ids is not None:
             allowed &= self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
         empty = queries < 0  # (B, T, 1)
         allowed |= empty
-        bias = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device).masked_fill_(~allowed, -math.inf)
-        return Mask(bias[:, None], empty[:, None])
+        return Mask(bias_of(allowed, self.dtype), empty[:, None])
 
 
 def attend_eager(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, window=None, dropout=0.0) -> Tensor:
@@ -422,7 +583,7 @@ def attend_eager(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, w
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)  # (B, H, S, D)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (B, H, T, S)
     if mask is not None:
-        scores = scores.add_(mask.bias)
+        scores = scores if mask.bias is None else scores.add_(mask.bias)
     elif query.shape[2] > 1:
         future = scores.new_full(scores.shape[-2:], -math.inf).triu_(1)  # (T, T)
         scores = scores.add_(future)
@@ -554,7 +715,7 @@ class Attention(nn.Module):
             return self.qkv_proj(hidden).split(self.sizes, -1)
         return self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
 
-    def forward(self, hidden: Tensor, rope, mask, positions: Tensor | None, cache: CacheRows | None) -> Tensor:
+    def forward(self, hidden: Tensor, rope, mask, cache: CacheStep | None) -> Tensor:
         batch, length, _ = hidden.shape
         query, key, value = (states.view(batch, length, -1, self.head_dim) for states in self.project(hidden))
         if hasattr(self, "q_norm"):
@@ -563,11 +724,18 @@ class Attention(nn.Module):
         if rope is not None:
             query, key = self.rotate(query, *rope), self.rotate(key, *rope)
         if cache is not None:
-            key, value, key_positions = cache.append(self.layer, key, value, positions=positions)  # (B, H_kv, S, D)
-            mask = mask(key_positions, self.window)
-        dropout = self.dropout if self.training else 0.0
-        output = self.attend(query, key, value, mask, self.window, dropout)
+            output = cache.attend(self.layer, (query,), (key, value), self.window, self._attend_cached)
+        else:
+            output = self.attend(query, key, value, mask, self.window, self.dropout if self.training else 0.0)
         return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1))  # (B, T, C)
+
+
+    def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Tensor:
+        """A single query's heads that share keys become as many queries of one head, so that no key is repeated for them."""
+        if query.shape[2] > 1:
+            return self.attend(query, key, value, mask, self.window)
+        grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, H_kv, H / H_kv, D)
+        return self.attend(grouped, key, value, mask, self.window).flatten(1, 2)[:, :, None]  # (B, H, 1, D)
 
 
 class LatentAttention(nn.Module):
@@ -605,26 +773,29 @@ class LatentAttention(nn.Module):
         spared = 2 * rank - self.content - self.out
         self.expand_from = rank * (self.content + self.out) / spared if spared > 0 else math.inf
 
-    def forward(self, hidden: Tensor, rope, mask, positions: Tensor | None, cache: CacheRows | None) -> Tensor:
+    def forward(self, hidden: Tensor, rope, mask, cache: CacheStep | None) -> Tensor:
         batch, length, _ = hidden.shape
         query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden))) if hasattr(self, "q_a_proj") else self.q_proj(hidden)
         query = query.view(batch, length, self.heads, -1).transpose(1, 2)  # (B, H, T, D)
         content, place = query.split([self.content, self.place], -1)
         place = self.rotate(place, *rope)
         latent, key_place = self.kv_a_proj_with_mqa(hidden).split([self.rank, self.place], -1)
-        latent, key_place = self.kv_a_layernorm(latent), self.rotate(key_place[:, None], *rope)[:, 0]  # (B, T, R), (B, T, Dr)
+        states = self.kv_a_layernorm(latent)[:, None], self.rotate(key_place[:, None], *rope)  # (B, 1, T, R), (B, 1, T, Dr)
         if cache is not None:
-            latent, key_place, key_positions = cache.append(self.layer, latent, key_place, positions=positions)  # (B, S, ...)
-            mask = mask(key_positions, None)
-        absorb = cache is not None and length < self.expand_from
-        output = (self._absorbed if absorb else self._expanded)(content, place, latent, key_place, mask)  # (B, H, T, Dv)
+            output = cache.attend(self.layer, (content, place), states, None, self._attend_cached)
+        else:
+            output = self._expanded(content, place, *states, mask)  # (B, H, T, Dv)
         return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1))  # (B, T, C)
 
+    def _attend_cached(self, content: Tensor, place: Tensor, latent: Tensor, key_place: Tensor, mask: Mask | None) -> Tensor:
+        absorb = mask is not None and content.shape[2] < self.expand_from
+        return (self._absorbed if absorb else self._expanded)(content, place, latent, key_place, mask)
+
     def _expanded(self, content: Tensor, place: Tensor, latent: Tensor, key_place: Tensor, mask) -> Tensor:
-        batch, keys, _ = latent.shape
+        batch, _, keys, _ = latent.shape
         expanded = self.kv_b_proj(latent).view(batch, keys, self.heads, -1).transpose(1, 2)  # (B, H, S, D)
         key_content, value = expanded.split([self.content, self.out], -1)
-        key = torch.cat((key_content, key_place[:, None].expand(-1, self.heads, -1, -1)), -1)
+        key = torch.cat((key_content, key_place.expand(-1, self.heads, -1, -1)), -1)
         size = self.content + self.place
         width = max(size, self.out)  # fused kernels require equal widths, and scale by them
         query = F.pad(torch.cat((content, place), -1) * (self.sharpen * (width / size) ** 0.5), (0, width - size))
@@ -633,12 +804,14 @@ class LatentAttention(nn.Module):
 
     def _absorbed(self, content: Tensor, place: Tensor, latent: Tensor, key_place: Tensor, mask: Mask) -> Tensor:
         batch, heads, length, _ = content.shape
+        latent, key_place = latent[:, 0], key_place[:, 0]  # (B, S, R), (B, S, Dr)
         weight = effective_weight(self.kv_b_proj, latent).reshape(heads, self.content + self.out, self.rank)
         to_key, to_value = weight.split([self.content, self.out], 1)  # (H, Dc, R), (H, Dv, R)
         query = _by_head(content, to_key)  # (B, H, T, R)
         scores = _by_row(query.flatten(1, 2), latent.transpose(1, 2))  # (B, H*T, S)
         scores = scores.add_(_by_row(place.flatten(1, 2), key_place.transpose(1, 2))).view(batch, heads, length, -1)
-        scores = scores.mul_(self.sharpen * (self.content + self.place) ** -0.5).add_(mask.bias)
+        scores = scores.mul_(self.sharpen * (self.content + self.place) ** -0.5)
+        scores = scores if mask.bias is None else scores.add_(mask.bias)
         probabilities = scores.softmax(-1)
         if self.dropout and self.training:
             probabilities = F.dropout(probabilities, self.dropout)
@@ -857,12 +1030,12 @@ class DecoderLayer(nn.Module):
     def feed(self, hidden: Tensor, real) -> tuple[Tensor, Routing | None]:
         return self.mlp(hidden, real) if self.sparse else (self.mlp(hidden), None)
 
-    def forward(self, hidden: Tensor, rope, mask, positions=None, cache=None, real=None) -> tuple[Tensor, Routing | None]:
+    def forward(self, hidden: Tensor, rope, mask, cache=None, real=None) -> tuple[Tensor, Routing | None]:
         if self.post_norm:
-            hidden = self.input_layernorm(hidden + self.dropout(self.self_attn(hidden, rope, mask, positions, cache)))
+            hidden = self.input_layernorm(hidden + self.dropout(self.self_attn(hidden, rope, mask, cache)))
             mixed, routing = self.feed(hidden, real)
             return self.post_attention_layernorm(hidden + self.dropout(mixed)), routing
-        hidden = hidden + self.dropout(self.self_attn(self.input_layernorm(hidden), rope, mask, positions, cache))
+        hidden = hidden + self.dropout(self.self_attn(self.input_layernorm(hidden), rope, mask, cache))
         mixed, routing = self.feed(self.post_attention_layernorm(hidden), real)
         return hidden + self.dropout(mixed), routing
 
@@ -897,21 +1070,23 @@ class Decoder(nn.Module):
     def masks(self, rows: int, positions: Tensor, segment_ids, cache, plain: bool, dtype) -> list:
         """One mask per layer; None is causal attention without a window."""
         config = self.config
+        if cache is not None:  # which makes its own
+            return [None] * config.num_hidden_layers
         builder = MaskBuilder(positions, segment_ids, dtype, config.causal)
-        if cache is not None:
-            return [builder] * config.num_hidden_layers
         windows = [config.window(i) for i in range(config.num_hidden_layers)]
         plain, length = plain and config.causal, positions.shape[1]
         dropout = self.layers[0].self_attn.dropout if self.training else 0.0
         for kernel in self.ragged_kernels if config.causal else ():
             if kernel.serves(positions.device, dtype, dropout):  # windows are passed to each call
                 return [ragged_rows(kernel.attend, positions.expand(rows, length), segment_ids, plain)] * len(windows)
-        return [None if plain and (w is None or w >= length) else builder(positions, w) for w in windows]
+        return [None if plain and (w is None or w >= length) else builder(w) for w in windows]
 
     def forward(self, input_ids: Tensor, positions=None, cache=None, segment_ids=None, token_types=None, keep: bool = False):
         plain = positions is None and segment_ids is None and cache is None
         real = None if positions is None else positions >= 0  # padding is not routed
-        if positions is None:
+        if cache is not None:
+            positions = cache.positions
+        elif positions is None:
             positions = default_positions(input_ids, segment_ids)
         hidden = self.embed_tokens(input_ids)  # (B, T, C)
         rope = None
@@ -929,9 +1104,9 @@ class Decoder(nn.Module):
             if keep:
                 states.append(hidden)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None:
-                hidden, routing = checkpoint(layer, hidden, rope, mask, None, None, real, use_reentrant=False)
+                hidden, routing = checkpoint(layer, hidden, rope, mask, None, real, use_reentrant=False)
             else:
-                hidden, routing = layer(hidden, rope, mask, positions, cache, real)
+                hidden, routing = layer(hidden, rope, mask, cache, real)
             if routing is not None:
                 routings.append(routing)
         hidden = self.norm(hidden)
@@ -1013,8 +1188,8 @@ class LanguageModel(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError
 
-    def new_cache(self, rows: int, length: int) -> KVCache:
-        return KVCache(self.config.num_hidden_layers, rows, length, self.device)
+    def new_cache(self, pages: int, page: int) -> KVCache:
+        return KVCache(self.config.num_hidden_layers, pages, page, self.device)
 
     def after_step(self) -> dict[str, float]:
         """Called by the trainer after each optimizer step: routers move their selection bias (Wang 2024, algorithm 1).
@@ -1035,12 +1210,12 @@ class LanguageModel(nn.Module):
         return {"expert_load": float((counts.amax(1) / fair[:, 0].clamp(min=1e-9)).mean()),
                 "idle_experts": float((counts == 0).float().mean())}
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: CacheRows | None = None,
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: CacheStep | None = None,
                 segment_ids: Tensor | None = None, token_types: Tensor | None = None, targets: Tensor | None = None,
-                temperature: float = 1.0, reduce: Callable | None = None, want: tuple = ()) -> Output:
+                temperature: float = 1.0, reduce: Callable | None = None, want: tuple = (), at: Tensor | None = None) -> Output:
         """ids (B, T) -> Output with the requested fields.
 
-        logits        (B, T, V)           without targets and reduce
+        logits        (B, T, V)           without targets and reduce; with `at` (N, V), of the places at (N,) in the flattened B*T
         logprobs      (B, T) float32      log-probability of targets[b, t] given everything up to t, at `temperature`;
                                           exactly 0, without gradient, where the target is -100 or the position -1
         reduced       {name: (B, T)}      reduce(logits (N, V), rows (N,)) -> {name: (N,)} over the trained places;
@@ -1051,13 +1226,13 @@ class LanguageModel(nn.Module):
         aux_loss      ()                  in training, the routers' balance loss with its coefficient, mean over layers
 
         positions (B, T): of each token, -1 is padding; None is 0..T-1, restarting at each segment.
-        segment_ids (B, T): tokens attend to their own segment only. cache: see `KVCache.select`.
+        segment_ids (B, T): tokens attend to their own segment only. cache: the step that the ids (1, N) are, see `CacheStep`.
         The caller shifts targets; they are never shifted here. With targets or reduce, no (B, T, V) tensor is created.
         """
         if "entropy" in want and targets is None:
             raise ValueError("entropy is computed where targets are given")
-        if cache is not None and (positions is None or segment_ids is not None):
-            raise ValueError("with a cache, positions are required and segment_ids are not possible")
+        if cache is not None and (positions is not None or segment_ids is not None):
+            raise ValueError("a cache has the positions; segment_ids are not possible")
         hidden, states, routings = self.backbone(input_ids, positions, cache, segment_ids, token_types, "hidden_states" in want)
         out = {"aux_loss": hidden.new_zeros((), dtype=torch.float32)}
         if routings:
@@ -1073,7 +1248,7 @@ class LanguageModel(nn.Module):
         if targets is not None or reduce is not None:
             out.update(self._from_logits(hidden, positions, targets, temperature, reduce, "entropy" in want))
         elif "lm" in self.heads:
-            out["logits"] = self.head_logits(hidden)  # (B, T, V)
+            out["logits"] = self.head_logits(hidden if at is None else hidden.flatten(0, 1)[at])  # (B, T, V) or (N, V)
         return Output(**out)
 
     def _from_logits(self, hidden, positions, targets, temperature, reduce, entropy: bool) -> dict:
@@ -2148,6 +2323,22 @@ def first_line(error: Exception) -> str:
     return (f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and lines[1:] else lines[0])[:240]
 
 # -- saving
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Hold the whole weights of a model that FSDP2 shards: inside, each process may run it as often as it likes, or not at all.
+    All processes have to enter and leave."""
+    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not model, recurse=False)  # the root's are needed first and last
 
 
 def gathered(tensor: Tensor) -> Tensor:

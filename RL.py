@@ -1092,10 +1092,6 @@ class Rollouts:
         self.count = settings.rollout_size // settings.num_generations  # prompts of a rollout
         self.steps_per_rollout = settings.rollout_size // self.per_step * settings.num_iterations
         self.steps_per_epoch = -(-len(self.prompts) // self.count) * self.steps_per_rollout
-        if self.training.fsdp:
-            self.together = lambda more: TRAIN.all_sum([float(more)], run.device)[0] > 0
-        else:
-            self.together = INFER.alone
 
     def prompt(self, number: int) -> Prompt:
         epoch, place = divmod(number, len(self.prompts))
@@ -1112,8 +1108,7 @@ class Rollouts:
     def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
         """The texts of these prompts, judged."""
         answers = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, None,
-                                 batch_size=self.settings.rollout_batch_size, step=step, first=[number for number, _ in numbered],
-                                 together=self.together)
+                                 batch_size=self.settings.rollout_batch_size, step=step, first=[number for number, _ in numbered])
         samples = []
         for (number, prompt), completions in zip(numbered, answers, strict=True):
             for completion in completions:
@@ -1628,7 +1623,7 @@ def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable | None:
     questions = SFT.questions_of(samples, SFT.SFTSection().eval_answers)
     if not questions:
         raise UserError(f"rl.kept: {path} has no conversation with an 'answer' to compare with")
-    match = SFT.exact_match(questions, tokenizer, INFER.Sampling(64, temperature=0), config.training.fsdp)
+    match = SFT.exact_match(questions, tokenizer, INFER.Sampling(64, temperature=0))
     return lambda model: {**(evaluate(model) if evaluate else {}), "kept": match(model)}
 
 

@@ -345,17 +345,16 @@ def questions_of(samples: list[Sample], limit: int) -> list[tuple[Sample, list[d
     return [questions[i] for i in np.linspace(0, len(questions) - 1, min(len(questions), limit)).astype(int)]
 
 
-def exact_match(questions: list, tokenizer, sampling: INFER.Sampling, sharded: bool) -> Callable:
+def exact_match(questions: list, tokenizer, sampling: INFER.Sampling) -> Callable:
     """measure(model) -> the share of questions that are answered word for word."""
 
     def measure(model) -> float:
-        shared = not sharded and TRAIN.world_size() > 1  # sharded weights need everyone for each token
-        part = questions[MODEL.process_rank() :: TRAIN.world_size()] if shared else questions
+        part = questions[MODEL.process_rank() :: TRAIN.world_size()]
         room = 1 - model.config.max_position_embeddings
         prompts = [question_ids(tokenizer, sample, messages)[room:] for sample, messages, _ in part]
-        answers = INFER.generate(model, prompts, sampling, tokenizer, batch_size=64) if prompts else []
+        answers = INFER.generate(model, prompts, sampling, tokenizer, batch_size=64)
         right = sum(same_answer(answer.text, expected) for [answer], (_, _, expected) in zip(answers, part, strict=True))
-        return (TRAIN.all_sum([float(right)], model.device)[0] if shared else right) / len(questions)
+        return TRAIN.all_sum([float(right)], model.device)[0] / len(questions)
 
     return measure
 
@@ -366,7 +365,7 @@ def with_answers(evaluate: Callable | None, samples: list[Sample], tokenizer, co
     chats = [(sample, sample.record.get("messages", ())) for sample in samples]
     shown = questions or [(sample, messages[:-1], "") for sample, messages in chats if len(messages) > 1]
     greedy = INFER.Sampling(config.sft.answer_tokens, temperature=0)
-    match = exact_match(questions, tokenizer, greedy, config.training.fsdp)
+    match = exact_match(questions, tokenizer, greedy)
 
     def measure(model) -> dict:
         return {"exact_match": match(model), **(evaluate(model) if evaluate else {})}

@@ -108,19 +108,19 @@ def mla(rounds: int, context: int, batch: int, dtype: torch.dtype) -> None:
     peer = peer_of(model).to(DEVICE, dtype).eval()
     torch.manual_seed(0)
     cache, past = model.new_cache(batch, context + rounds + 4), DynamicCache(config=peer.config)
-    positions = torch.arange(context, device=DEVICE).expand(batch, -1)
+    texts = [MODEL.Sequence([row]) for row in range(batch)]
+    step = MODEL.CacheStep(cache, [(text, context) for text in texts])
     with torch.no_grad():  # a past of random latents and rotary keys, the same in both caches
         for number in range(config.num_hidden_layers):
             latent, place = (torch.randn(batch, context, width, device=DEVICE, dtype=dtype) for width in (512, config.qk_rope_head_dim))
-            cache.select(range(batch)).append(number, latent, place, positions=positions)
+            states = [one.flatten(0, 1)[None, None] for one in (latent, place)]  # (1, 1, N, D)
+            step.attend(number, tuple(states), tuple(states), None, lambda *states: states[0])
             past.update(latent[:, None], place[:, None], number)
     last = torch.randint(0, 1024, (batch, 1), device=DEVICE)
-    turn = iter(range(context, context + rounds + 3))
 
     @torch.no_grad()
     def ours():
-        positions = torch.full((batch, 1), next(turn), device=DEVICE)
-        return model(last, positions=positions, cache=cache.select(range(batch))).logits
+        return model(last.T, cache=MODEL.CacheStep(cache, [(text, 1) for text in texts])).logits.transpose(0, 1)
 
     @torch.no_grad()
     def theirs():

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
-from test_model import SIZES, VOCAB, close, feed, gradients_of, ids_of, pack, reference, roughen, slow_attention
+from test_model import SIZES, VOCAB, close, feed, gradients_of, ids_of, pack, reference, roughen, slow_attention, texts_of
 from torch.nn import Linear
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -209,12 +209,14 @@ def test_absorbed_attention_equals_expanded(more, wrapped, monkeypatch):
     with torch.no_grad():
         whole = model(ids).logits
         kv = model.new_cache(3, 35)
-        long = feed(model, kv, [2, 0], ids[:, :30], [0, 0])
+        both = texts_of(kv, 2, 35)
+        forms.clear()
+        found = [torch.stack(feed(model, kv, *zip(both, ids[:, :30])))]
         assert set(forms) == {"_expanded"}
         forms.clear()
-        rest = [feed(model, kv, [2, 0], ids[:, t : t + 1], [t, t]) for t in range(30, 35)]
+        found += [torch.stack(feed(model, kv, *zip(both, ids[:, t : t + 1]))) for t in range(30, 35)]
         assert set(forms) == {"_absorbed"}
-    close(torch.cat([long, *rest], 1), whole, 2e-5)
+    close(torch.cat(found, 1), whole, 2e-5)
 
 
 def test_absorbed_attention_of_ragged_rows():
@@ -229,12 +231,12 @@ def test_absorbed_attention_of_ragged_rows():
 def test_the_cache_holds_latents_and_rotary_keys_alone():
     model, rows, length = build(**MLA), 3, 40
     kv = model.new_cache(rows, length)
-    feed(model, kv, [0, 1, 2], ids_of(3, 10), [0, 0, 0])
-    assert kv.bytes() == MODEL.cache_numbers(model.config) * 4 * rows * (length + 1) == 2 * (20 + 6) * 4 * rows * (length + 1)
+    feed(model, kv, *zip(texts_of(kv, 3, 10), ids_of(3, 10)))
+    assert kv.bytes() == MODEL.cache_numbers(model.config) * 4 * rows * length == 2 * (20 + 6) * 4 * rows * length
     plain = build(**SIZES)
     kv = plain.new_cache(rows, length)
-    feed(plain, kv, [0], ids_of(1, 10), [0])
-    assert kv.bytes() == MODEL.cache_numbers(plain.config) * 4 * rows * (length + 1) == 2 * 2 * 2 * 8 * 4 * rows * (length + 1)
+    feed(plain, kv, *zip(texts_of(kv, 1, 10), ids_of(1, 10)))
+    assert kv.bytes() == MODEL.cache_numbers(plain.config) * 4 * rows * length == 2 * 2 * 2 * 8 * 4 * rows * length
 
 
 def test_decoding_makes_nothing_as_large_as_keys_would_be():
@@ -255,9 +257,10 @@ def test_decoding_makes_nothing_as_large_as_keys_would_be():
                      "q_lora_rank": 8, "kv_lora_rank": 12})
     kv = model.new_cache(1, context + 2)
     with torch.no_grad():
-        feed(model, kv, [0], ids_of(1, context) % 50, [0])
+        [one] = texts_of(kv, 1, context + 1)
+        feed(model, kv, (one, ids_of(context) % 50))
         with Largest() as seen:
-            feed(model, kv, [0], ids_of(1, 1) % 50, [context])
+            feed(model, kv, (one, ids_of(1) % 50))
     assert seen.size <= 4 * 22 * 12 < context * 4 * 10  # kv_b_proj itself, or what it projects: less than all heads' keys
 
 
@@ -269,7 +272,8 @@ def test_latent_attention_stays_right_after_configuring_for_hardware():
             expected = model(ids).logits.float()
             ready = INFER.configure_for_hardware(model, "cpu", quiet=True)
             kv = ready.new_cache(1, 12)
-            found = torch.cat([feed(ready, kv, [0], ids[:, t : t + 1], [t]) for t in range(12)], 1).float()
+            [one] = texts_of(kv, 1, 12)
+            found = torch.cat([feed(ready, kv, (one, ids[0, t : t + 1]))[0] for t in range(12)])[None].float()
         assert (found - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 0.08)
 
 
@@ -451,7 +455,7 @@ def test_an_encoder_sees_both_ways_and_token_types(tmp_path):
     with pytest.raises(ValueError, match="no token types"):
         build(**SIZES)(ids, token_types=kinds)
     with pytest.raises(ValueError, match="no use for a cache"):
-        model(ids, positions=positions, cache=model.new_cache(2, 9).select([0, 1]))
+        model(ids, cache=MODEL.CacheStep(model.new_cache(2, 9), []))
 
 
 def test_masked_tokens_are_hidden_replaced_or_kept(tokenizer):
@@ -755,8 +759,8 @@ def test_kernels_for_joined_sequences(kernel, knobs, pretend):
             error = (ours - expected)[real].float().norm() / expected[real].float().norm()
             assert error < 1e-2
         kv = model.new_cache(2, 14)
-        feed(model, kv, [0, 1], ids, [0, 0])
-        assert not calls  # masks by position go to torch's kernel
+        feed(model, kv, *zip(texts_of(kv, 2, 14), ids))
+        assert not calls  # cached states go to torch's kernel
     expected = MODEL.build(config, seed=1, attn_implementation="eager").train()
     model = MODEL.build(config, seed=1, attn_implementation=kernel).half().train()
     loss = [m(ids, positions=positions, segment_ids=segments, targets=ids).logprobs.sum() for m in (model, expected)]

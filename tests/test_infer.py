@@ -105,24 +105,108 @@ def test_every_way_gives_the_same_ids(sampling, model, tokenizer, prompts, monke
         assert generate(model, [prompt], sampling, tokenizer, first=i)[0][0] == expected[i]
         assert "".join(stream(model, tokenizer, prompt, sampling)) == one(model, prompt, sampling, tokenizer).text
         assert expected[i].text == text_after(tokenizer, prompt, expected[i].ids)
-    monkeypatch.setattr(INFER, "PREFILL", 5)
+    monkeypatch.setattr(INFER, "STEP_TOKENS", 5)
     assert [a[0] for a in generate(model, prompts, sampling, tokenizer)] == expected
 
 
 def test_long_prompts_are_read_in_smaller_pieces(model, prompts, monkeypatch):
-    """So that the scores of one piece with all before it stay under a limit, and with them the memory for masks."""
-    expected, sizes, forward = generate(model, prompts, greedy(max_new_tokens=3)), [], model.forward
+    """So that a step's tokens, and the scores of a piece with all before it, stay under a limit, and with them the memory."""
+    long = [list(range(5, 45)), list(range(60, 85))]
+    expected, pieces, step = generate(model, long, greedy(max_new_tokens=3)), [], MODEL.CacheStep
 
-    def watched(ids, **arguments):
-        sizes.append((len(ids) * ids.shape[1] * (int(arguments["positions"].max()) + 1), ids.shape[1]))
-        return forward(ids, **arguments)
+    def watched(cache, parts):
+        pieces.append([(count, one.length + count) for one, count in parts])
+        return step(cache, parts)
 
-    monkeypatch.setattr(model, "forward", watched)
-    monkeypatch.setattr(INFER, "PREFILL", 8)
-    monkeypatch.setattr(INFER, "PREFILL_SCORES", 8 * 12 * len(prompts))
-    assert generate(model, prompts, greedy(max_new_tokens=3)) == expected
-    prefill = [(scores, width) for scores, width in sizes if width > 1]
-    assert all(scores <= INFER.PREFILL_SCORES for scores, _ in prefill) and len({width for _, width in prefill}) > 2
+    monkeypatch.setattr(MODEL, "CacheStep", watched)
+    monkeypatch.setattr(INFER, "STEP_TOKENS", 12)
+    monkeypatch.setattr(INFER, "STEP_SCORES", 200)
+    assert generate(model, long, greedy(max_new_tokens=3)) == expected
+    assert all(sum(count for count, _ in parts) <= 12 for parts in pieces)
+    assert all(count * end <= 200 for parts in pieces for count, end in parts if end > count)
+    assert len({count for parts in pieces for count, _ in parts}) > 2
+
+
+FAMILIES = {
+    "plain": {}, "windowed": dict(sliding_window=6), "some windows": dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+    "latent": dict(kv_lora_rank=8, q_lora_rank=None, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, num_key_value_heads=4),
+    "learned positions": dict(position_embedding_type="learned"),
+}
+
+
+def requests(count, seed=0):
+    """Prompts that begin alike now and then, each with its own length of answer."""
+    random = np.random.default_rng(seed)
+    common = random.integers(5, 90, 20).tolist()
+    prompts = [common[: random.integers(0, 20)] + random.integers(5, 90, random.integers(1, 12)).tolist() for _ in range(count)]
+    return prompts, [greedy(max_new_tokens=int(random.integers(1, 20)), ignore_eos=True) for _ in range(count)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("page, pages, reuse", [(4, 16, True), (4, 16, False), (1, 60, True), (64, 5, False), (16, 200, True)])
+def test_64_requests_equal_each_alone(family, page, pages, reuse):
+    """Whatever joins, leaves, shares pages, is read in pieces or has to wait again because pages run out."""
+    config = MODEL.ModelConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                               max_position_embeddings=64, **{"num_key_value_heads": 2, **FAMILIES[family]})
+    model = MODEL.build(config, seed=3).eval()
+    for weight in model.parameters():
+        weight.data *= 3  # far from ties
+    prompts, samplings = requests(64)
+    expected = generate(model, prompts, samplings, use_cache=False)
+    engine = INFER.Engine(model, 8, pages, page, tokens=16, reuse=reuse)
+    rows = [row for [row] in INFER._make_rows(model, prompts, samplings, None, 0)]
+    preempted, preempt = [], engine.preempt
+    engine.preempt = lambda row: preempted.append(row) or preempt(row)
+    waiting = list(rows)
+    random = np.random.default_rng(1)
+    while waiting or engine.busy:
+        arriving = int(random.integers(0, 6))
+        engine.add(waiting[:arriving])
+        waiting = waiting[arriving:]
+        if engine.busy:
+            engine.step()
+        assert len(engine.running) <= 8
+    assert [[row.completion()] for row in rows] == expected
+    assert engine.cache.available() == pages and not any(engine.cache.owners)
+    assert bool(preempted) == (pages * page < 80)
+
+
+def test_a_row_that_is_removed_gives_its_pages_back(model, prompts):
+    engine = INFER.Engine(model, 2, 30, 4)
+    rows = [row for [row] in INFER._make_rows(model, prompts[:3], [greedy()] * 3, None, 0)]
+    engine.add(rows)
+    engine.step()
+    engine.remove(rows[2])  # waits
+    engine.remove(rows[0])  # runs
+    while engine.busy:
+        engine.step()
+    assert engine.cache.available() == 30 and len(rows[0].ids) == 1 and not rows[2].ids
+    assert rows[1].completion().ids == one(model, prompts[1], greedy()).ids
+
+
+def test_a_shared_beginning_is_computed_once(model):
+    engine, prompt = INFER.Engine(model, 4, 40, 4, reuse=True), list(range(5, 38))
+    computed = []
+    for ending in ([50], [51, 52], [50]):
+        [[row]] = INFER._make_rows(model, [prompt + ending], [greedy(max_new_tokens=2)], None, 0)
+        engine.add([row])
+        before = engine.computed
+        while engine.busy:
+            engine.step()
+        computed.append(engine.computed - before)
+        assert row.completion() == one(model, prompt + ending, greedy(max_new_tokens=2))
+    assert computed == [34 + 1, 3 + 1, 2 + 1]  # 32 of the 33 shared tokens are eight full pages
+
+
+def test_a_cache_that_is_too_small_for_a_request(model):
+    [[row], [longer]] = INFER._make_rows(model, [[5] * 6, [5] * 8], [greedy(max_new_tokens=20, ignore_eos=True)] * 2, None, 0)
+    engine = INFER.Engine(model, 2, 2, 4)
+    engine.add([row])
+    with pytest.raises(UserError, match="a prompt of 8 tokens leaves no room in a cache of 8"):
+        engine.add([longer])
+    while engine.busy:
+        engine.step()
+    assert len(row.ids) == 2 and row.finish == "length"
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

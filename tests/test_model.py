@@ -13,6 +13,7 @@ import types
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -825,9 +826,10 @@ def test_value_and_score_heads_stand_at_every_position():
 
 def test_arguments_that_mean_nothing_are_refused():
     model, ids = tiny(), ids_of(1, 4)
-    view = model.new_cache(1, 8).select([0])
-    for arguments in (dict(token_types=torch.zeros(1, 4)), dict(cache=view),
-                      dict(cache=view, positions=torch.arange(4)[None], segment_ids=torch.zeros(1, 4))):
+    kv = model.new_cache(1, 8)
+    step = MODEL.CacheStep(kv, [(*texts_of(kv, 1, 4), 4)])
+    for arguments in (dict(token_types=torch.zeros(1, 4)), dict(cache=step, positions=torch.arange(4)[None]),
+                      dict(cache=step, segment_ids=torch.zeros(1, 4))):
         with pytest.raises(ValueError):
             model(ids, **arguments)
 
@@ -962,73 +964,144 @@ def test_padding_passes_no_gradient(kernel):
 # --------------------------------------------------------------------------------------------------- the KV cache
 
 
-def feed(model, kv, rows, ids, starts):
-    """One step: ids (B, T) continuing at `starts`."""
-    positions = torch.tensor(starts)[:, None] + torch.arange(ids.shape[1])
-    return model(ids, positions=positions, cache=kv.select(rows)).logits
+def texts_of(kv, count, length):
+    """`count` sequences with room for `length` tokens each."""
+    made = [MODEL.Sequence() for _ in range(count)]
+    assert all(kv.extend(one, length) for one in made)
+    return made
+
+
+@torch.no_grad()
+def feed(model, kv, *parts):
+    """One step: the next ids (T,) of each sequence; the logits (T, V) of each."""
+    step = MODEL.CacheStep(kv, [(sequence, len(ids)) for sequence, ids in parts])
+    return model(torch.cat([ids for _, ids in parts])[None], cache=step).logits[0].split([len(ids) for _, ids in parts])
+
+
+PAGES = [1, 4, 16]  # tokens a page: many pages of one text, and each text in one page, read in place
 
 
 @every_kernel
 @some_families
+@pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("steps", [[1] * 12, [7, 1, 4], [12]])
-def test_cached_steps_equal_the_whole(family, kernel, steps, hub):
+def test_cached_steps_equal_the_whole(family, kernel, steps, page, hub):
     model, ids = with_kernel(hub(family), kernel), ids_of(2, 12)
-    kv, done, found = model.new_cache(2, 12), 0, []
+    kv, done, found = model.new_cache(-(-12 // page) * 2, page), 0, []
+    both = texts_of(kv, 2, 12)
+    for step in steps:
+        found.append(torch.stack(feed(model, kv, *((one, row[done : done + step]) for one, row in zip(both, ids)))))
+        done += step
     with torch.no_grad():
-        for step in steps:
-            found.append(feed(model, kv, [0, 1], ids[:, done : done + step], [done, done]))
-            done += step
         close(torch.cat(found, 1), model(ids).logits, 2e-5)
 
 
+@pytest.mark.parametrize("gather", [0, 2**20])
+@pytest.mark.parametrize("page", PAGES)
 @some_families
-def test_ragged_rows_in_any_order(family, hub):
-    """Prompts of several lengths, padded, then steps for arbitrary rows of the cache."""
-    model, texts = MODEL.load(hub(family)), ids_of(4, 12)
-    lengths, kv = [3, 8, 1, 5], model.new_cache(4, 12)
-    positions = torch.arange(8).expand(4, 8)
-    positions = torch.where(positions < torch.tensor(lengths)[:, None], positions, -1)
+def test_steps_of_prompts_and_answers_together(family, page, gather, hub, monkeypatch):
+    """Texts that begin, go on and are answered in one step, in any order, in scattered pages."""
+    monkeypatch.setitem(MODEL.GATHER_BYTES, "cpu", gather)
+    model, texts, random = MODEL.load(hub(family)), ids_of(6, 14), np.random.default_rng(0)
+    kv = model.new_cache(6 * -(-14 // page), page)
     with torch.no_grad():
         expected = model(texts).logits
-        prefill = model(texts[:, :8], positions=positions, cache=kv.select(range(4))).logits
-        for row, length in enumerate(lengths):
-            close(prefill[row, :length], expected[row, :length], 2e-5)
-        for rows in ([3, 0], [2], [0, 1], [3, 2, 1, 0], [0, 2]):
-            starts = [lengths[row] for row in rows]
-            step = torch.stack([texts[row, start : start + 1] for row, start in zip(rows, starts)])
-            logits = feed(model, kv, rows, step, starts)
-            for b, (row, start) in enumerate(zip(rows, starts)):
-                close(logits[b, 0], expected[row, start], 2e-5)
-                lengths[row] += 1
+    open_, done = [MODEL.Sequence() for _ in texts], [0] * 6
+    while min(done) < 14:
+        parts = [(row, min(int(random.choice([1, 1, 1, 3, 6])), 14 - done[row])) for row in random.permutation(6) if done[row] < 14]
+        parts = parts[: random.integers(1, 7)]
+        assert all(kv.extend(open_[row], done[row] + count) for row, count in parts)
+        logits = feed(model, kv, *((open_[row], texts[row, done[row] : done[row] + count]) for row, count in parts))
+        for (row, count), found in zip(parts, logits):
+            close(found, expected[row, done[row] : done[row] + count], 2e-5)
+            done[row] += count
+    for one in open_:
+        kv.close(one)
+    assert kv.available() == kv.pages and not any(kv.owners)
 
 
-def test_cache_rows_are_copied_and_independent():
+@pytest.mark.parametrize("page", PAGES)
+def test_forks_share_full_pages_and_go_their_own_ways(page):
     model, texts = tiny(), ids_of(2, 8)
-    kv = model.new_cache(3, 8)
+    texts[1, :5] = texts[0, :5]
+    kv = model.new_cache(3 * -(-8 // page), page)
     with torch.no_grad():
         expected = model(texts).logits
-        feed(model, kv, [0], texts[:1, :5], [0])
-        kv.copy(0, 2)
-        feed(model, kv, [1], texts[1:, :3], [0])
-        close(feed(model, kv, [2], texts[:1, 5:], [5])[0], expected[0, 5:], 2e-5)
-        close(feed(model, kv, [1], texts[1:, 3:], [3])[0], expected[1, 3:], 2e-5)
-        close(feed(model, kv, [0], texts[:1, 5:], [5])[0], expected[0, 5:], 2e-5)
+    [first] = texts_of(kv, 1, 8)
+    feed(model, kv, (first, texts[0, :6]))
+    second = kv.fork(first, 5)
+    assert second.pages[: 5 // page] == first.pages[: 5 // page] and not set(second.pages[5 // page :]) & set(first.pages)
+    kv.extend(second, 8)
+    for found, row, start in zip(feed(model, kv, (second, texts[1, 5:]), (first, texts[0, 6:])), (1, 0), (5, 6)):
+        close(found, expected[row, start:], 2e-5)
+    kv.close(first)
+    kv.close(second)
+    assert kv.available() == kv.pages
+
+
+def test_known_pages_are_found_until_they_are_needed():
+    model, texts = tiny(), ids_of(3, 13)
+    texts[1, :9] = texts[0, :9]
+    kv, [asked, similar, _] = model.new_cache(5, 4), texts.tolist()
+    with torch.no_grad():
+        expected = model(texts).logits
+    [first] = texts_of(kv, 1, 13)
+    feed(model, kv, (first, texts[0]))
+    kv.remember(first, asked)
+    assert [kv.find(ids).length for ids in (asked[:12], asked[:4], [*asked[:3], 99, *asked[4:]])] == [8, 0, 0]  # the last is computed
+    assert kv.find(asked, b"adapter").length == 0
+    kv = model.new_cache(5, 4)
+    [first] = texts_of(kv, 1, 13)
+    feed(model, kv, (first, texts[0]))
+    kv.remember(first, asked)
+    kv.close(first)
+    assert kv.available() == 5
+    second = kv.find(similar)
+    assert second.length == 8 and kv.available() == 3
+    assert kv.extend(second, 13)
+    close(feed(model, kv, (second, texts[1, 8:]))[0], expected[1, 8:], 2e-5)
+    kv.close(second)
+    [third] = texts_of(kv, 1, 13)  # takes unknown pages first, then those that were used least recently
+    close(feed(model, kv, (third, texts[2]))[0], expected[2], 2e-5)
+    kv.close(third)
+    assert kv.find(asked).length == 4 and not kv.extend(MODEL.Sequence(), 21)
+
+
+def test_sequences_move_into_the_gaps_of_others():
+    model, texts = tiny(), ids_of(4, 8)
+    kv = model.new_cache(4, 8)
+    with torch.no_grad():
+        expected = model(texts).logits
+    four = texts_of(kv, 4, 8)
+    feed(model, kv, *((one, text[:5]) for one, text in zip(four, texts)))
+    for number in (0, 2):
+        kv.close(four[number])
+    left = [four[1], four[3]]
+    kv.compact(left)
+    assert sorted(one.pages[0] for one in left) == [0, 1] and sorted(kv.free) == [2, 3]
+    for found, row in zip(feed(model, kv, *((four[row], texts[row, 5:]) for row in (1, 3))), (1, 3)):
+        close(found, expected[row, 5:], 2e-5)
+
+
+def test_logits_at_some_places():
+    model, ids = tiny(), ids_of(2, 6)
+    with torch.no_grad():
+        close(model(ids, at=torch.tensor([3, 10])).logits, model(ids).logits.flatten(0, 1)[[3, 10]])
 
 
 def test_cache_bounds_and_size():
     model = tiny()
-    kv = model.new_cache(3, 8)
+    kv = model.new_cache(6, 4)
+    [one] = texts_of(kv, 1, 8)
+    feed(model, kv, (one, ids_of(8)))
     with pytest.raises(IndexError):
-        feed(model, kv, [0], ids_of(1, 1), [8])
-    with pytest.raises(IndexError):
-        feed(model, kv, [1, 0], ids_of(2, 4), [0, 5])
-    with pytest.raises(IndexError):
-        feed(model, kv, [2, 3], ids_of(2, 1), [0, 0])
-    states = 2 * 2 * 3 * 2 * (8 + 1) * 8  # keys and values, layers, rows, heads, slots and the spare one, head width
-    feed(model, kv, [0, 1, 2], ids_of(3, 1), [0, 0, 0])
+        feed(model, kv, (one, ids_of(1)))
+    assert not kv.extend(MODEL.Sequence(), 17) and kv.extend(MODEL.Sequence(), 16)
+    states = 2 * 2 * 2 * (6 * 4) * 8  # keys and values, layers, heads, slots, head width
     assert kv.bytes() == 4 * states
     half = tiny().bfloat16()
-    feed(half, kv := half.new_cache(3, 8), [0], ids_of(1, 1), [0])
+    kv = half.new_cache(6, 4)
+    feed(half, kv, (texts_of(kv, 1, 1)[0], ids_of(1)))
     assert kv.bytes() == 2 * states
 
 
@@ -1098,8 +1171,9 @@ def test_flash_attention_of_packed_and_padded_batches(family, hub, flash):
             assert set(calls) == {"ragged"}, name
             calls.clear()
         kv = model.new_cache(2, 14)
-        assert apart(feed(model, kv, [0, 1], ids, [0, 0]), eager(ids).logits) < 1e-2
-    assert not calls  # a cache's masks go by position, which flash-attn has no argument for
+        found = torch.stack(feed(model, kv, *zip(texts_of(kv, 2, 14), ids)))
+        assert apart(found, eager(ids).logits) < 1e-2
+    assert not calls  # cached states are read group by group
 
 
 def test_flash_attention_passes_gradients(flash):

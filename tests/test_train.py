@@ -25,6 +25,7 @@ from two_ranks import (
     CONFIG,
     EXPERTS,
     Ragged,
+    answers_of,
     batch_of,
     build,
     held_out_batches,
@@ -1222,6 +1223,14 @@ def test_a_sharded_run_saves_the_same_folder_and_resumes(two, optim, tmp_path):
     again = run(tmp_path / "one", 16, optim=optim, resume=folder / "ckpt-step-000003")
     assert len(state["random"]) == 2
     assert [r["loss"] for r in again] == pytest.approx(losses(folder)[3:], abs=1e-4)
+
+
+def test_processes_with_sharded_weights_generate_as_much_as_each_likes(two):
+    for rank, found in enumerate(two.ranks):
+        asked, sharded = answers_of(rank), found["sharded"]
+        samplings = [INFER.Sampling(length, temperature=0, ignore_eos=True) for _, length in asked]
+        assert sharded["answers"] == [one.ids for [one] in INFER.generate(build().eval(), [prompt for prompt, _ in asked], samplings)]
+        assert sharded["losses"][0] == sharded["losses"][1] and not sharded["whole"]
 
 
 def test_the_held_out_loss_is_the_same_everywhere(two):

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.nn.functional as F
 
+import INFER
 import MODEL
 import TRAIN
 
@@ -135,6 +136,25 @@ def gradient_difference(accelerator) -> float:
     return max(float((ours[name] - weight.grad).abs().max()) for name, weight in wrapped.named_parameters())
 
 
+def answers_of(rank: int) -> list[tuple[list[int], int]]:
+    """(prompt, answer's length): the first process has none."""
+    return [([3, 5 + i, 7], 4 + 3 * i) for i in range(3 * rank)]
+
+
+def sharded_answers() -> dict:
+    """What each process generates for prompts of its own with one sharded model, and the model's loss before and after."""
+    model = TRAIN.shard(build().eval(), torch.device("cpu"))
+    batch = batch_of(rows_of_step(0)[:4])
+    with torch.no_grad():
+        losses = [float(model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"]).logprobs.sum())]
+        asked = answers_of(TRAIN.MODEL.process_rank())
+        samplings = [INFER.Sampling(length, temperature=0, ignore_eos=True) for _, length in asked]
+        answers = INFER.generate(model, [prompt for prompt, _ in asked], samplings)
+        whole = any(weight.to_local().numel() == weight.numel() for weight in model.parameters() if weight.dim() > 1)
+        losses.append(float(model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"]).logprobs.sum()))
+    return {"answers": [one.ids for [one] in answers], "losses": losses, "whole": whole}
+
+
 def stopped_by(number: int, out: Path, accelerator):
     """The exit status of a run in which every process gets the signal, as from a terminal's Ctrl-C."""
 
@@ -168,6 +188,7 @@ def main(folder: Path) -> None:
     evaluate = TRAIN.held_out_loss(held_out_batches(), 2.0)
     with torch.no_grad():
         results["held_out"] = evaluate(build().eval())
+    results["sharded"] = sharded_answers()
     results["exit_status"] = stopped_by(signal.SIGINT, folder / "stopped", accelerator)
     (folder / f"rank{TRAIN.MODEL.process_rank()}.json").write_text(json.dumps(results))
     TRAIN.barrier()
