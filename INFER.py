@@ -561,6 +561,8 @@ def score(model, tokenizer, texts: Iterable[str], top: int = 0, each: Callable |
     for text in texts:
         scored = score_ids(model, score_prompt(tokenizer, text), top)
         own = len(scored.logprobs), len(text.encode("utf-8")), -math.fsum(scored.logprobs)
+        if not math.isfinite(own[2]):
+            raise UserError("the model's logits are not finite: its weights or its config.json are broken")
         sums = [total + part for total, part in zip(sums, own, strict=True)]
         if each is not None:
             each(text, scored, measures(*own))
@@ -666,9 +668,13 @@ class Session:
         if not name:
             raise UserError("model.preset: fresh weights have nothing to say; name a trained model with --model")
         device = MODEL.choose_device(config.model.device)
+        if base := MODEL.adapter_base(name):
+            if config.actions.adapter:
+                raise UserError(f"model.name: {name} is an adapter itself; give its base model, {base}, or leave out --adapter")
+            config.actions.adapter, config.model.name, name = name, base, base
         MODEL.read_json(MODEL.model_folder(name) / "config.json")  # before the tokenizer, whose errors would blame the tokenizer
         adapter = config.actions.adapter
-        self.tokenizer = TOKENIZER.load(config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
+        self.tokenizer = TOKENIZER.of_model(config)
         self.model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation,
                                 changes=MODEL.overrides(config.model), adapter=adapter, quantization=config.model.quantization)
         if adapter:
@@ -733,17 +739,14 @@ class Session:
 
 def read_stdin() -> Iterator[str]:
     """The lines of stdin as UTF-8; an error names the line."""
-    try:
-        # A file object of its own: a thread may still wait for a line when Python closes sys.stdin.
-        raw = open(sys.stdin.fileno(), "rb", closefd=False)
-    except (OSError, AttributeError):
-        raw = getattr(sys.stdin, "buffer", None)
-    for number, line in enumerate(raw or sys.stdin, 1):
+    if sys.stdin is None:
+        raise UserError("no prompt: there is no stdin; use --prompt")
+    for number, line in enumerate(TOKENIZER.open_bytes(TOKENIZER.STDIN), 1):
         try:
-            text = line.decode("utf-8") if raw else line
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
             raise UserError(f"stdin:{number}: not UTF-8; convert it with `iconv -f LATIN1 -t UTF-8`") from None
-        yield text.replace("\r\n", "\n") if raw else text
+        yield text.replace("\r\n", "\n")
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:
@@ -775,13 +778,13 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
 
 
 def run_lines(session: Session) -> None:
-    """One prompt a line -> one answer a line, in order; a newline inside an answer is written \\n."""
+    """One prompt a line -> one answer a line, in order; line ends inside an answer are written \\n and \\r."""
     lines = (line.rstrip("\r\n") for line in read_stdin())
     done = 0
     for group in batches(lines, session.settings.batch_size):
         for answers in session.answer(group, [session.sampling] * len(group), done):
             for completion in answers:
-                print(completion.text.replace("\\", "\\\\").replace("\n", "\\n"), flush=True)
+                print(completion.text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r"), flush=True)
         done += len(group)
 
 
@@ -872,7 +875,7 @@ def run_terminal(session: Session) -> None:
 def run_score(session: Session, data: TOKENIZER.DataSection, path: str, lines: bool, top: int, logits_path: str | None) -> None:
     """Measures of a whole file as JSON, or with --logprobs one JSON line for each text."""
     if path == "-":
-        texts = (line.rstrip("\r\n") for line in read_stdin() if line.strip()) if lines else iter(["".join(read_stdin())])
+        texts = TOKENIZER.read_documents(TOKENIZER.STDIN, "line" if lines else "file")
     else:
         [files] = TOKENIZER.expand_paths([path], "--score")
         if not lines and TOKENIZER.suffix_of(files[0]) not in TOKENIZER.RECORDS and data.text_unit != "file":
@@ -930,7 +933,7 @@ def main(argv: list[str] | None = None) -> None:
     actions = config.actions
     check_flags(actions, config.inference.logprobs)
     prompt = None if actions.prompt is None else TOKENIZER.checked(actions.prompt, "--prompt")
-    piped = prompt is None and not sys.stdin.isatty() and actions.score is None and not (actions.lines or actions.jsonl)
+    piped = prompt is None and not (sys.stdin and sys.stdin.isatty()) and actions.score is None and not (actions.lines or actions.jsonl)
     if piped:
         prompt = "".join(read_stdin())
         if not prompt:
@@ -965,7 +968,7 @@ def check_flags(actions, logprobs: bool) -> None:
         raise UserError("--logprobs: goes with --jsonl or --score, whose output has a place for them")
     if actions.top_logprobs and not (logprobs and actions.score is not None):
         raise UserError("--top-logprobs: goes with --score and --logprobs")
-    if actions.score not in (None, "-") and not Path(actions.score).is_file():
+    if actions.score not in (None, "-") and (Path(actions.score).is_dir() or not Path(actions.score).exists()):
         raise UserError(f"--score: there is no file '{actions.score}'")
 
 

@@ -2471,6 +2471,13 @@ def model_folder(name: str, key: str = "model.name") -> Path:
     return resolve_folder(name, key)
 
 
+def adapter_base(name: str, key: str = "model.name") -> str | None:
+    """The model that an adapter's folder stands on; None for the folder of a whole model."""
+    folder = model_folder(name, key)
+    adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+    return adapter_config(folder).base_model_name_or_path if adapter else None
+
+
 def read_config(folder: Path) -> ModelConfig:
     """config.json, with the special ids of generation_config.json."""
     try:
@@ -3575,6 +3582,10 @@ def overrides(section) -> dict:
 
 def run_main(main: Callable, argv: list[str] | None = None) -> None:
     """Exit status of every script: 0, 2 for a user error (one line), 130 for Ctrl-C; a bug keeps its traceback."""
+    if sys.stdout is None:  # closed, as in a service
+        sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a console's code page may lack characters
     try:
         main(argv)
         sys.stdout.flush()

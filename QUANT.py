@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     if section.method == "int8" and section.group_size != 64:
         raise UserError("quantization.group_size: int8 has one scale for each row; leave it out")
     device = MODEL.choose_device(config.model.device)
-    tokenizer = TOKENIZER.load(config.tokenizer.name or name)
+    tokenizer = TOKENIZER.of_model(config)
     texts = list(itertools.islice(TOKENIZER.sample_texts(config.data, part="val"), 100))
     if not texts:
         raise UserError(f"data.validation: '{config.data.validation}' holds out no text, and perplexity is measured on held-out "

@@ -867,8 +867,7 @@ def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[[list[S
 
 def base_and_tokenizer(name: str, key: str) -> tuple:
     """(the model that an adapter's folder stands on, or None where it holds a whole one, its tokenizer)."""
-    folder = MODEL.model_folder(name, key)
-    base = MODEL.adapter_config(folder).base_model_name_or_path if (folder / "adapter_config.json").exists() else None
+    base = MODEL.adapter_base(name, key)
     return base, TOKENIZER.load(TOKENIZER.folder_of(name, base) if base else name)
 
 
@@ -1575,7 +1574,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
             raise UserError(f"{key}: dropout is off here, as it would change the probabilities that are compared; leave it out")
     SFT.check_new_head(config) if settings.method == "reward" else None
     TRAIN.fit_length(config, MODEL.context_length(name, MODEL.overrides(config.model)))
-    tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
+    tokenizer = TOKENIZER.of_model(config, checkpoint)
     left = TOKENIZER.LeftOut()
     SFT.say_unused(config.data)
     expand, kind = (prompt_record, "prompt") if settings.method in ON_POLICY else (preference, "pair")

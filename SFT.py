@@ -468,7 +468,7 @@ def check_new_head(config) -> None:
 def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
     adapter, name = config.actions.adapter, config.model.name
     TRAIN.fit_length(config, MODEL.context_length(name, MODEL.overrides(config.model)))
-    tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, name))
+    tokenizer = TOKENIZER.of_model(config, checkpoint)
     pad_id(tokenizer)
     known = MODEL.folder_labels(MODEL.resolve_folder(adapter or name))
     check_new_head(config)
@@ -552,7 +552,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     need_model(config)
     if config.sft.task == "classify":
         return prepare_labels(config, checkpoint, device)
-    tokenizer = TOKENIZER.load(checkpoint or config.tokenizer.name or TOKENIZER.folder_of(adapter, config.model.name))
+    tokenizer = TOKENIZER.of_model(config, checkpoint)
     TOKENIZER.ensure_chat(tokenizer)
     requested = config.training.learning_rate, config.training.optim
     model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r))
@@ -629,7 +629,7 @@ def dry_run(config) -> None:
     """The first records as the model reads them, the tokens that are trained on in green, and the distribution of lengths."""
     need_model(config)
     TRAIN.fit_length(config, MODEL.context_length(config.model.name, MODEL.overrides(config.model)))
-    tokenizer = TOKENIZER.load(config.tokenizer.name or config.model.name)
+    tokenizer = TOKENIZER.of_model(config)
     if config.sft.task == "classify":
         samples, _, _ = read_labelled(config, tokenizer, None)
     else:

@@ -24,10 +24,12 @@ import json
 import math
 import os
 import re
+import sys
 import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from functools import partial
@@ -1166,10 +1168,32 @@ def folder_of(adapter: str | None, base: str) -> str:
     return adapter if adapter and (Path(adapter) / "tokenizer_config.json").exists() else base
 
 
+def of_model(config, checkpoint: Path | None = None):
+    """The tokenizer of a run with a trained model: its checkpoint's, the one that is named, or the model's own."""
+    own = folder_of(getattr(config.actions, "adapter", None), config.model.name)
+    tokenizer = load(checkpoint or config.tokenizer.name or own)
+    if config.tokenizer.name and not checkpoint:
+        say_foreign(tokenizer, config.tokenizer.name, own)
+    return tokenizer
+
+
+def say_foreign(tokenizer, name: str, folder: str) -> None:
+    """Say if a tokenizer is not the one that the model of this folder was trained with."""
+    with suppress(UserError):  # a folder without a tokenizer
+        known, vocabulary = load(folder).get_vocab(), tokenizer.get_vocab()
+        other = sum(known.get(token) != i for token, i in vocabulary.items())
+        if other or len(known) != len(vocabulary):
+            say(f"tokenizer.name: {name} is another tokenizer than that of {folder}: {other:,} of its {len(vocabulary):,} tokens "
+                "mean something else to the model")
+
+
 def choose(section: TokenizerSection, data: DataSection, model_name: str | None = None):
     """The tokenizer of a run: named, the model's own, or trained on the data (kept in data.dir/tokenizer)."""
     if section.name or model_name:
-        return load(section.name or model_name)
+        tokenizer = load(section.name or model_name)
+        if section.name and model_name:
+            say_foreign(tokenizer, section.name, model_name)
+        return tokenizer
     folder = Path(data.dir) / "tokenizer"
     if any(name.endswith(".bin") for name in data.train):
         path = Path(data.train[0]).parent / "tokenizer"
@@ -1366,7 +1390,7 @@ class Reading:
     def __exit__(self, kind, error, _) -> None:
         library = suffix_of(self.path) in LIBRARIES and isinstance(error, Exception) and not isinstance(error, UserError)
         if isinstance(error, UnicodeDecodeError):
-            self.line = undecodable_line(self.path)
+            self.line = undecodable_line(self.path) if self.path is not STDIN and self.path.is_file() else 0
         elif not library and not isinstance(error, (OSError, EOFError, zlib.error, csv.Error)):
             return
         reason = f"{type(error).__name__}: {first_line(error)[:160]}" if library else error
@@ -1374,9 +1398,20 @@ class Reading:
         raise UserError(f"{self.path}{f':{self.line}' * bool(self.line)}: {self.WRONG.get(type(error), what)}") from None
 
 
+STDIN = Path("stdin")  # this object, as the path of a text
+
+
+def open_bytes(path: Path):
+    if path is STDIN:  # a file object of its own: sys.stdin may be closed while it is read, and text in tests
+        with suppress(OSError, AttributeError):
+            return open(sys.stdin.fileno(), "rb", closefd=False)
+        return getattr(sys.stdin, "buffer", None) or io.BytesIO(sys.stdin.read().encode() if sys.stdin else b"")
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+
+
 def open_text(path: Path) -> io.TextIOWrapper:
     """UTF-8 text, unzipped, without a byte-order mark; binary files are refused."""
-    file = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    file = open_bytes(path)
     if b"\0" in (file.peek(8192)[:8192] if hasattr(file, "peek") else b""):
         raise UserError(f"{path}: a binary file (or UTF-16 text); UTF-8 text is expected")
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")

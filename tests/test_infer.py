@@ -1,11 +1,14 @@
 """INFER.py against transformers, a slow sampler and direct forward passes."""
 
+import copy
 import io
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -897,6 +900,65 @@ def test_score_lines_are_the_same_from_a_file_and_a_pipe(infer, tmp_path):
     piped = [json.loads(line)["text"] for line in infer(*flags, stdin=text)[0].split("\n")[:-1]]
     filed = [json.loads(line)["text"] for line in infer("--score", tmp_path / "a.txt", *flags[1:])[0].split("\n")[:-1]]
     assert piped == filed == [line for line in text.split("\n") if line]
+
+
+@pytest.mark.parametrize("text", ["\ufeffThe red fox\n", "The red\r\nfox\r\n", "\ufeffone\r\n\r\ntwo\n"], ids=["mark", "line ends", "both"])
+@pytest.mark.parametrize("lines", [(), ("--lines",)], ids=["whole", "lines"])
+def test_the_same_bytes_score_the_same_from_a_file_a_pipe_and_a_named_pipe(text, lines, infer, tmp_path):
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(text.encode()), daemon=True).start()
+    found = [infer("--score", tmp_path / "a.txt", *lines)[0], infer("--score", tmp_path / "pipe", *lines)[0],
+             infer("--score", *lines, stdin=text)[0]]
+    assert found[0] == found[1] == found[2] and json.loads(found[0])["tokens"]
+
+
+@pytest.mark.parametrize("more", [(), ("--lines",), ("--logprobs", "true")])
+def test_broken_weights_are_not_scored(more, infer, model, tokenizer, tmp_path):
+    broken = copy.deepcopy(model)
+    broken.model.norm.weight.data[0] = math.nan
+    MODEL.save(broken, tmp_path)
+    TOKENIZER.save(tokenizer, tmp_path)
+    with pytest.raises(UserError, match="logits are not finite"):
+        infer("--score", *more, stdin="The red fox", folder=tmp_path)
+
+
+def test_line_ends_inside_an_answer_are_escaped(infer, monkeypatch):
+    answer = INFER.Completion([1], None, "stop", "a\r\nb\\c\rd")
+    monkeypatch.setattr(INFER, "generate", lambda model, prompts, *_, **__: [[answer]] * len(prompts))
+    assert infer("--lines", stdin="one\ntwo\n")[0] == 2 * "a\\r\\nb\\\\c\\rd\n"
+
+
+def test_without_stdin_and_on_a_narrow_console(model_folder):
+    """As a service runs, and on a console whose code page lacks characters."""
+    def run(*flags, **more):
+        return subprocess.run([sys.executable, "INFER.py", "--model", str(model_folder), *flags], cwd=ROOT, capture_output=True, **more)
+
+    closed = run("--max-new-tokens", "2", preexec_fn=lambda: os.close(0))
+    assert closed.returncode == 2 and closed.stderr.decode().splitlines()[-1] == "error: no prompt: there is no stdin; use --prompt"
+    narrow = run("--prompt", "caf\u00e9 \U0001f600", "--echo", "--max-new-tokens", "2", env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert narrow.returncode == 0 and narrow.stdout.decode("cp1252").startswith("caf\u00e9 ?")
+
+
+def test_an_adapters_folder_is_its_base_with_the_adapter(infer, model_folder, tmp_path):
+    peft = MODEL.import_peft()
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.5)
+    tuned.save_pretrained(tmp_path / "adapter")
+    plain, flag = infer("--prompt", "The red", *GREEDY)[0], infer("--prompt", "The red", "--adapter", tmp_path / "adapter", *GREEDY)[0]
+    assert infer("--prompt", "The red", *GREEDY, folder=tmp_path / "adapter")[0] == flag != plain
+    with pytest.raises(UserError, match="is an adapter itself; give its base model"):
+        infer("--prompt", "a", "--adapter", tmp_path / "adapter", folder=tmp_path / "adapter")
+
+
+def test_another_tokenizer_than_the_models_is_said(infer, model_folder, tokenizer, tmp_path):
+    TOKENIZER.save(tokenizer, tmp_path / "same")
+    TOKENIZER.save(TOKENIZER.train(["ships and sails and storms"] * 20, 300), tmp_path / "other")
+    told = [infer("--prompt", "The", "--tokenizer.name", tmp_path / name, *GREEDY)[1] for name in ("same", "other")]
+    assert "another tokenizer" not in told[0] and "is another tokenizer than that of" in told[1]
 
 
 @torch.no_grad()
