@@ -51,6 +51,8 @@ class Sampling:
     stop: list[str] | str | None = knob(None, "stop strings; not included in the completion", often=True)
     seed: int | None = knob(None, "random seed; the completion does not depend on the rest of the batch", low=-(10**30),
                             high=10**30, often=True)
+    logit_bias: dict | None = knob(None, "added to the logits of single tokens: {token id: bias}")
+    min_tokens: int = knob(0, "number of tokens before which the text cannot end", low=0)
     logprobs: bool = knob(False, "return the log-probability of each token", often=True)
     n: int = knob(1, "completions per prompt", low=1, often=True)
     ignore_eos: bool = knob(False, "continue after the end-of-text token")
@@ -58,6 +60,19 @@ class Sampling:
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
         check(self, "inference")
+        if self.logit_bias is not None:
+            try:
+                self.logit_bias = {int(token): float(bias) for token, bias in self.logit_bias.items()}
+            except (AttributeError, TypeError, ValueError):
+                raise UserError("inference.logit_bias: token ids with a number each are expected") from None
+            for bias in self.logit_bias.values():
+                if not -100 <= bias <= 100:
+                    raise UserError(f"inference.logit_bias: {bias} is not between -100 and 100")
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before a token is chosen."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias or self.min_tokens)
 
 
 @dataclass
@@ -87,8 +102,8 @@ class Completion(NamedTuple):
 # ----------------------------------------------------------------------------------------------------- sampler
 
 
-def penalize(logits: Tensor, rows: list[Row]) -> Tensor:
-    """Repetition, presence and frequency penalties on logits (B, V)."""
+def adjust(logits: Tensor, rows: list[Row]) -> Tensor:
+    """Repetition, presence and frequency penalties, biases, and no end before `min_tokens`, on logits (B, V)."""
     for logit, row in zip(logits, rows, strict=True):
         s = row.sampling
         if s.repetition_penalty != 1:
@@ -98,6 +113,10 @@ def penalize(logits: Tensor, rows: list[Row]) -> Tensor:
         if (s.presence_penalty or s.frequency_penalty) and row.ids:
             ids, counts = torch.tensor(row.ids, device=logits.device).unique(return_counts=True)
             logit[ids] -= s.presence_penalty + s.frequency_penalty * counts
+        if s.logit_bias:
+            logit[list(s.logit_bias)] += torch.tensor(list(s.logit_bias.values()), device=logits.device)
+        if len(row.ids) < s.min_tokens:
+            logit[list(row.eos)] = -torch.inf
     return logits
 
 
@@ -127,8 +146,8 @@ def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float] | No
         raise UserError("the model's logits are not finite: its weights or its config.json are broken")
     temperatures = torch.tensor([max(s.temperature or 1.0, 1e-30) for s in settings], device=device)[:, None]  # finite in float32
     plain = logits / temperatures
-    if any(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty for s in settings):
-        logits = penalize(logits.clone(), rows)
+    if any(s.adjusts for s in settings):
+        logits = adjust(logits.clone(), rows)
     greedy = [s.temperature == 0 for s in settings]
     chosen = logits.argmax(-1) if any(greedy) else None
     if not all(greedy):
@@ -456,6 +475,8 @@ def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | lis
             raise UserError("a prompt needs at least one token; an empty text is the beginning-of-text token")
         if len(prompt) >= config.max_position_embeddings:
             raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in a context of {config.max_position_embeddings}")
+        if outside := [i for i in sampling.logit_bias or () if not 0 <= i < config.vocab_size]:
+            raise UserError(f"inference.logit_bias: {outside[0]} is no id of a vocabulary of {config.vocab_size:,}")
         if sampling.stop and tokenizer is None:
             raise ValueError("stop texts need the tokenizer")
         # numpy takes no sign

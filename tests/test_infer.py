@@ -518,6 +518,25 @@ def test_greedy_takes_the_best_after_penalties(settings):
         assert chosen == [int(slow_distribution(logits, Sampling(temperature=1, **settings)).argmax())]
 
 
+def test_biases_and_a_least_number_of_tokens(model, tokenizer, prompts):
+    logits = some_logits()
+    biased = [INFER.sample(logits[None].clone(), [row(Sampling(temperature=0, logit_bias={"7": bias}), 0.5)])[0][0] for bias in (100, -100)]
+    assert biased == [7, int(logits.index_fill(0, torch.tensor(7), -math.inf).argmax())]
+    shares = drawn_shares(logits, Sampling(temperature=1.0, logit_bias={3: 2.0, 5: -1.5}))
+    expected = logits.clone()
+    expected[3], expected[5] = expected[3] + 2, expected[5] - 1.5
+    np.testing.assert_allclose(shares, expected.softmax(-1).numpy(), atol=1.01 / 2000)
+    for least in (0, 5, 12):
+        ends = greedy(max_new_tokens=12, logit_bias={tokenizer.eos_token_id: 100}, min_tokens=least)
+        answer = one(model, prompts[0], ends, tokenizer)
+        assert len(answer.ids) == min(least + 1, 12) and answer.finish_reason == ("stop" if least < 12 else "length")
+    for bad in ({"x": 1}, {1: "y"}, {1: 101}, {1: math.nan}, [1]):
+        with pytest.raises(UserError):
+            Sampling(logit_bias=bad)
+    with pytest.raises(UserError, match="10000 is no id of a vocabulary"):
+        one(model, prompts[0], Sampling(logit_bias={10000: 1}))
+
+
 def test_top_p_of_zero_is_the_best_token():
     logits = some_logits()
     for uniform in (0.0, 0.5, 0.999999):
