@@ -9,14 +9,19 @@ scoring (`score`), what makes a model fast here (`configure_for_hardware`), and 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import difflib
+import hmac
 import itertools
 import json
 import math
+import os
 import queue
 import sys
 import threading
+import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -54,6 +59,7 @@ class Sampling:
     logit_bias: dict | None = knob(None, "added to the logits of single tokens: {token id: bias}")
     min_tokens: int = knob(0, "number of tokens before which the text cannot end", low=0)
     logprobs: bool = knob(False, "return the log-probability of each token", often=True)
+    top_logprobs: int = knob(0, "return those of the most probable tokens at each position, too", low=0, only="logprobs")
     n: int = knob(1, "completions per prompt", low=1, often=True)
     ignore_eos: bool = knob(False, "continue after the end-of-text token")
 
@@ -78,25 +84,34 @@ class Sampling:
 @dataclass
 class InferenceSection(Sampling):
     use_cache: bool = knob(True, "KV cache; false recomputes past tokens at each step, which is much slower", often=True)
-    batch_size: int = knob(8, "prompts per batch", low=1, often=True)
+    batch_size: int = knob(32, "answers computed at the same time", low=1, often=True)
     chat: str = knob("auto", "apply the chat template: on, off, or auto (if the tokenizer has one)", ("auto", "on", "off"),
                      often=True)
     system: str | None = knob(None, "system message", often=True)
+    host: str = knob("127.0.0.1", "--serve: address; 0.0.0.0 is every network", often=True)
+    port: int = knob(8000, "--serve: port", low=0, high=65535, often=True)
+    api_key: str | None = knob(None, "--serve: key that every request has to carry")
+    max_queue: int = knob(256, "--serve: answers that may be computed or wait; more are refused (429)", low=1)
+    max_num_batched_tokens: int = knob(512, "--serve: tokens per forward pass; long prompts take several", low=1)
+    enable_prefix_caching: bool = knob(True, "--serve: compute the beginning that prompts share once")
+    timeout: float = knob(600.0, "--serve: seconds that a request may take", above=0)
+    max_body: int = knob(2**22, "--serve: bytes of a request", low=1)
     model: dict = knob({"name": "./out"}, "overrides `model` for this stage")
 
 
 SAMPLING_KEYS = [f.name for f in fields(Sampling)]
-REQUEST_KEYS = (*SAMPLING_KEYS, "prompt", "messages", "tools", "system", "history")
+REQUEST_KEYS = (*SAMPLING_KEYS, "max_tokens", "max_completion_tokens", "prompt", "messages", "tools", "system", "history")
 
 
 class Completion(NamedTuple):
     """One answer: its ids (the end-of-text id included), log-probabilities of logits / temperature before penalties and
-    truncation (None unless asked for), "stop" or "length", and its text where a tokenizer was given."""
+    truncation (None unless asked for), "stop" or "length", its text where a tokenizer was given, and the `top_logprobs`."""
 
     ids: list[int]
     logprobs: list[float] | None
     finish_reason: str
     text: str | None = None
+    best: list[dict[int, float]] | None = None
 
 
 # ----------------------------------------------------------------------------------------------------- sampler
@@ -137,9 +152,10 @@ def truncate(probabilities: Tensor, settings: list[Sampling]) -> Tensor:
     return probabilities * (probabilities >= least)
 
 
-def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float] | None]:
+def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float] | None, list[dict[int, float]] | None]:
     """Draw one id for each row from logits (B, V) float32 by inverting the distribution at the row's own random
-    number, so a row's text does not depend on who else is in its batch."""
+    number, so a row's text does not depend on who else is in its batch. Also returns the ids' log-probabilities and the most
+    probable ids with theirs, if any row wants them."""
     settings = [row.sampling for row in rows]
     device = logits.device
     if not torch.isfinite(logits.amax(-1)).all():
@@ -159,10 +175,15 @@ def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float] | No
         drawn = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)  # (B, 1)
         drawn = torch.minimum(drawn, torch.searchsorted(mass, mass[:, -1:].contiguous()))[:, 0]  # rounding may point past the last one left
         chosen = drawn if chosen is None else torch.where(torch.tensor(greedy, device=device), chosen, drawn)
-    logprobs = None
+    logprobs = best = None
     if any(s.logprobs for s in settings):
-        logprobs = plain.log_softmax(-1).gather(1, chosen[:, None]).squeeze(1).tolist()
-    return chosen.tolist(), logprobs
+        every = plain.log_softmax(-1)
+        logprobs = every.gather(1, chosen[:, None]).squeeze(1).tolist()
+        if most := max(s.top_logprobs for s in settings):
+            values, ids = every.topk(min(most, every.shape[1]))
+            best = [dict(zip(own[: s.top_logprobs], theirs, strict=False))
+                    for own, theirs, s in zip(ids.tolist(), values.tolist(), settings, strict=True)]
+    return chosen.tolist(), logprobs, best
 
 
 # -------------------------------------------------------------------------------------------------- generation
@@ -205,6 +226,7 @@ class Row:
             self.eos += tuple(special[stop] for stop in sampling.stop if stop in special)
         self.ids: list[int] = []
         self.logprobs: list[float] = []
+        self.best: list[dict[int, float]] = []
         self.finish: str | None = None
         self.budget = min(sampling.max_new_tokens, context - len(prompt))
         self.random = np.random.default_rng(key)
@@ -230,10 +252,11 @@ class Row:
     def next_uniform(self) -> float:
         return self.random.random()
 
-    def accept(self, token: int, logprob: float | None) -> None:
+    def accept(self, token: int, logprob: float | None, best: dict | None = None) -> None:
         self.ids.append(token)
         if logprob is not None and self.sampling.logprobs:
             self.logprobs.append(logprob)
+            self.best += [best] if self.sampling.top_logprobs else []
         if token in self.eos:
             self.finish = "stop"
         if self.detokenizer and token not in self.eos:
@@ -259,7 +282,7 @@ class Row:
 
     def completion(self) -> Completion:
         return Completion(self.ids, self.logprobs if self.sampling.logprobs else None, self.finish or "length",
-                          self.text if self.detokenizer else None)
+                          self.text if self.detokenizer else None, self.best if self.sampling.top_logprobs else None)
 
 
 STEP_TOKENS = 2048  # of one forward pass, at most
@@ -389,8 +412,61 @@ class Engine:
         return bool(self.waiting or self.running)
 
 
+PAGE = 64  # tokens; less memory is wasted by smaller pages, more time by copying them together
+
+
+def cache_room(model, rows: int) -> int:
+    """Tokens that the cache of an engine can hold: `rows` whole contexts, if four fifths of a card's free memory, or a quarter of the
+    machine's, are enough for them."""
+    a_token = MODEL.cache_numbers(model.config) * torch.empty(0, dtype=model.dtype).element_size()
+    if model.device.type == "cuda":
+        memory = torch.cuda.mem_get_info(model.device)[0] * 4 // 5
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 if hasattr(os, "sysconf") else 2**32
+    context = model.config.max_position_embeddings
+    return max(context, min(rows * context, memory // a_token))
+
+
+class Whole:
+    """An engine for what does not take part in continuous batching: rows are answered group by group, with prompts of one length
+    in the order of their arrival. A `MODEL.ForeignModel` runs transformers' own `generate`; without a cache all is computed anew
+    for each token, which is the oracle of `Engine`."""
+
+    def __init__(self, model, rows: int, use_cache: bool = True):
+        self.model, self.rows, self.use_cache = model, rows, use_cache
+        self.waiting: deque[Row] = deque()
+        self.running: list[Row] = []
+        self.steps: Iterator[None] = iter(())
+
+    def add(self, rows: list[Row]) -> None:
+        self.waiting.extend(rows)
+
+    def step(self) -> list[Row]:
+        if not self.running:
+            size = len(self.waiting[0].prompt)
+            self.running = [row for row in self.waiting if len(row.prompt) == size][: self.rows]
+            for row in self.running:
+                self.waiting.remove(row)
+            foreign = isinstance(self.model, MODEL.ForeignModel)
+            self.steps = _in_steps(partial(_decode_by_transformers, self.model, self.running, self.use_cache)) if foreign else \
+                _uncached(self.model, self.running)
+        before = {row: len(row.ids) for row in self.running}
+        if next(self.steps, self) is self:
+            self.running = []
+        return [row for row in before if len(row.ids) > before[row]]
+
+    def remove(self, row: Row) -> None:
+        if row in self.waiting:
+            self.waiting.remove(row)
+        row.finish = row.finish or "abort"
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+
 def _uncached(model, rows: list[Row]) -> Iterator[None]:
-    """The plain loop: everything anew for each token. The oracle of the engine."""
+    """The plain loop: everything anew for each token."""
     while active := [row for row in rows if not row.finish]:
         texts = [row.prompt + row.ids for row in active]
         longest = max(map(len, texts))
@@ -404,33 +480,30 @@ def _uncached(model, rows: list[Row]) -> Iterator[None]:
 
 
 def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Callable = lambda: None) -> None:
-    """The rows of a `MODEL.ForeignModel`: the model's own `generate`, in which our sampling names each token. Prompts of one length run
-    together, so that nothing is padded. Calls each() after every token."""
+    """Rows with prompts of one length: the model's own `generate`, in which our sampling names each token. Calls each() after
+    every token."""
     from transformers import GenerationConfig
 
-    for _, group in itertools.groupby(sorted(rows, key=lambda row: len(row.prompt)), lambda row: len(row.prompt)):
-        group = list(group)
+    def name_tokens(ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits (B, V) -> 0 at the token that each row takes, -inf elsewhere."""
+        active = [i for i, row in enumerate(rows) if not row.finish]
+        if active:
+            _accept(scores[active].float(), [rows[i] for i in active])
+            each()
+        tokens = torch.tensor([[(row.ids or [0])[-1]] for row in rows], device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
-        def name_tokens(ids: Tensor, scores: Tensor, group: list[Row] = group) -> Tensor:
-            """Logits (B, V) -> 0 at the token that each row takes, -inf elsewhere."""
-            active = [i for i, row in enumerate(group) if not row.finish]
-            if active:
-                _accept(scores[active].float(), [group[i] for i in active])
-                each()
-            tokens = torch.tensor([[row.ids[-1]] for row in group], device=scores.device)
-            return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+    def finished(ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.tensor([bool(row.finish) for row in rows], device=ids.device)
 
-        def finished(ids: Tensor, scores: Tensor, group: list[Row] = group) -> Tensor:
-            return torch.tensor([bool(row.finish) for row in group], device=ids.device)
-
-        prompts = torch.tensor([row.prompt for row in group], device=model.device)  # (B, T)
-        longest = max(row.budget for row in group)
-        kept, model.inner.generation_config = model.inner.generation_config, GenerationConfig()  # its penalties are not ours
-        try:
-            model.inner.generate(prompts, GenerationConfig(max_new_tokens=longest, do_sample=False, use_cache=use_cache),
-                                 [name_tokens], [finished], attention_mask=torch.ones_like(prompts))
-        finally:
-            model.inner.generation_config = kept
+    prompts = torch.tensor([row.prompt for row in rows], device=model.device)  # (B, T)
+    longest = max(row.budget for row in rows)
+    kept, model.inner.generation_config = model.inner.generation_config, GenerationConfig()  # its penalties are not ours
+    try:
+        model.inner.generate(prompts, GenerationConfig(max_new_tokens=longest, do_sample=False, use_cache=use_cache),
+                             [name_tokens], [finished], attention_mask=torch.ones_like(prompts))
+    finally:
+        model.inner.generation_config = kept
 
 
 def _in_steps(run: Callable[[Callable], None]) -> Iterator[None]:
@@ -461,9 +534,9 @@ def _in_steps(run: Callable[[Callable], None]) -> Iterator[None]:
 
 
 def _accept(logits: Tensor, rows: list[Row]) -> None:
-    tokens, logprobs = sample(logits, rows)
+    tokens, logprobs, best = sample(logits, rows)
     for i, row in enumerate(rows):
-        row.accept(tokens[i], logprobs[i] if logprobs else None)
+        row.accept(tokens[i], logprobs[i] if logprobs else None, best[i] if best else None)
 
 
 def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | list[int] = 0) -> list[list[Row]]:
@@ -510,17 +583,14 @@ def generate(model, prompts: list[list[int]], sampling: Sampling | list[Sampling
 def _steps(model, rows: list[Row], use_cache: bool, batch_size: int) -> Iterator[None]:
     """Extend all rows until they are finished; yields after every forward pass."""
     if isinstance(model, MODEL.ForeignModel) or not use_cache:
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            foreign = partial(_decode_by_transformers, model, part, use_cache)
-            yield from _in_steps(foreign) if isinstance(model, MODEL.ForeignModel) else _uncached(model, part)
-    elif rows:
-        seats = min(batch_size, len(rows))
-        engine = Engine(model, seats, seats, max(len(row.prompt) + row.budget for row in rows))  # a page holds any row
-        engine.add(rows)
-        while engine.busy:
-            engine.step()
-            yield
+        engine = Whole(model, batch_size, use_cache)
+    else:
+        seats = min(batch_size, len(rows)) or 1
+        engine = Engine(model, seats, seats, max((len(row.prompt) + row.budget for row in rows), default=1))  # a page holds any row
+    engine.add(rows)
+    while engine.busy:
+        engine.step()
+        yield
 
 
 def stream(model, tokenizer, prompt_ids: list[int], sampling: Sampling, use_cache: bool = True) -> Iterator[str]:
@@ -752,6 +822,13 @@ class Session:
             pieces.append(piece)
         return "".join(pieces)
 
+    def engine(self, reuse: bool = False, tokens: int = 0) -> Engine | Whole:
+        """An engine for requests of any length."""
+        model, rows = self.model, self.settings.batch_size
+        if isinstance(model, MODEL.ForeignModel) or not self.settings.use_cache:
+            return Whole(model, rows, self.settings.use_cache)
+        return Engine(model, rows, -(-cache_room(model, rows) // PAGE), PAGE, tokens, reuse)
+
     def answer(self, prompts: list, samplings: list[Sampling], first: int | list[int] = 0) -> list[list[Completion]]:
         ids = [self.prompt_ids(prompt, s) for prompt, s in zip(prompts, samplings, strict=True)]
         return generate(self.model, ids, samplings, self.tokenizer, self.settings.use_cache,
@@ -798,39 +875,72 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
         raise error
 
 
+def answers(session: Session, requests: Iterable[tuple[object, Sampling, int]]) -> Iterator[list[Completion]]:
+    """Answers to (prompt, sampling, number), in order. Requests join the engine as they arrive, so that many are computed together
+    and a program that waits for the answer to one line gets it. Those before an error are answered first."""
+    arrived: queue.Queue = queue.Queue(4 * session.settings.batch_size)
+
+    def read() -> None:
+        try:
+            for request in requests:
+                arrived.put((request, None))
+            arrived.put((None, StopIteration()))
+        except BaseException as error:  # whatever ends the reading is raised by the consumer below
+            arrived.put((None, error))
+
+    threading.Thread(target=read, daemon=True).start()
+    engine, pending, error = session.engine(), deque(), None
+    while error is None or pending:
+        with contextlib.suppress(queue.Empty):
+            while error is None and len(engine.waiting) < session.settings.batch_size:
+                request, error = arrived.get(block=not pending)
+                if error is None:
+                    prompt, sampling, number = request
+                    ids = session.prompt_ids(prompt, sampling)
+                    [rows] = _make_rows(session.model, [ids], [sampling], session.tokenizer, 0, number)
+                    engine.add(rows)
+                    pending.append(rows)
+        if engine.busy:
+            engine.step()
+        while pending and all(row.finish for row in pending[0]):
+            yield [row.completion() for row in pending.popleft()]
+    if not isinstance(error, StopIteration):
+        raise error
+
+
 def run_lines(session: Session) -> None:
     """One prompt a line -> one answer a line, in order; line ends inside an answer are written \\n and \\r."""
-    lines = (line.rstrip("\r\n") for line in read_stdin())
-    done = 0
-    for group in batches(lines, session.settings.batch_size):
-        for answers in session.answer(group, [session.sampling] * len(group), done):
-            for completion in answers:
-                print(completion.text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r"), flush=True)
-        done += len(group)
+    lines = ((line.rstrip("\r\n"), session.sampling, number) for number, line in enumerate(read_stdin()))
+    for completions in answers(session, lines):
+        for completion in completions:
+            print(completion.text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r"), flush=True)
 
 
 def run_jsonl(session: Session) -> None:
     """{"prompt": ...} or {"messages": [...], "tools": [...]} a line, with any sampling key beside it -> the record with its answer."""
+    given: deque[dict] = deque()
 
-    def records():
+    def requests() -> Iterator[tuple]:
+        count = itertools.count()
         for number, line in enumerate(read_stdin(), 1):
             if line.strip():
-                record = _record(line, f"stdin:{number}", session.sampling)
-                if not isinstance(record[1], str) and not session.tokenizer.chat_template:
+                record, prompt, sampling = _record(line, f"stdin:{number}", session.sampling)
+                if not isinstance(prompt, str) and not session.tokenizer.chat_template:
                     raise UserError(f"stdin:{number}: messages need a chat template, which this tokenizer lacks; give a 'prompt'")
-                yield record
+                given.append(record)
+                # A request with a seed of its own is answered as if it stood alone.
+                place = next(count)
+                yield prompt, sampling, 0 if record.get("seed") is not None else place
 
-    done = 0
-    for group in batches(records(), session.settings.batch_size):
-        # A request with a seed of its own is answered as if it stood alone.
-        numbers = [0 if record.get("seed") is not None else done + i for i, (record, *_) in enumerate(group)]
-        answers = session.answer([prompt for _, prompt, _ in group], [sampling for *_, sampling in group], numbers)
-        for (record, _, _), completions in zip(group, answers, strict=True):
-            for c in completions:
-                extra = {"logprobs": c.logprobs} if c.logprobs is not None else {}
-                print(json.dumps({**record, "completion": c.text, "finish_reason": c.finish_reason, **extra},
-                                 ensure_ascii=False), flush=True)
-        done += len(group)
+    for completions in answers(session, requests()):
+        record = given.popleft()
+        for index, c in enumerate(completions):
+            extra = {"index": index} if len(completions) > 1 else {}
+            if c.logprobs is not None:
+                extra |= {"tokens": [session.tokenizer.decode([i]) for i in c.ids], "logprobs": c.logprobs}
+            if c.best is not None:
+                extra["top_logprobs"] = [{session.tokenizer.decode([i]): value for i, value in place.items()} for place in c.best]
+            print(json.dumps({**record, "completion": c.text, "finish_reason": c.finish_reason, **extra}, ensure_ascii=False), flush=True)
 
 
 def messages_of(value, where: str) -> list[dict]:
@@ -860,17 +970,27 @@ def _record(line: str, where: str, base: Sampling):
         plain = key.lower().replace("-", "_")
         if key not in REQUEST_KEYS and (meant := difflib.get_close_matches(plain, REQUEST_KEYS, 1, 0.8)):
             raise UserError(f"{where}: unknown key '{key}'; nearest is '{meant[0]}'")
-    kinds = MODEL.field_types(Sampling)
-    stop = record.get("stop")
+    return record, prompt, own_sampling(record, base, f"{where}: ")
+
+
+OPENAI_KEYS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
+
+
+def own_sampling(record: dict, base: Sampling, where: str, **more) -> Sampling:
+    """The sampling of a request: its own keys, under OpenAI's names or ours, over the usual ones. null is a key that is not set."""
+    kinds, stop = MODEL.field_types(Sampling), record.get("stop")
     if stop is not None and not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):
-        raise UserError(f"{where}: stop: {stop!r} is no text or list of texts")
-    own = {key: MODEL.convert(record[key], kinds[key], f"{where}: {key}") for key in SAMPLING_KEYS
-           if record.get(key) is not None and key != "stop"}  # null is a key that is not set
-    own.update({"stop": stop} if stop is not None else {})
+        raise UserError(f"{where}stop: {stop!r} is no text or list of texts")
+    given = {OPENAI_KEYS.get(key, key): (key, value) for key, value in record.items() if value is not None}
+    own = {name: stop if name == "stop" else MODEL.convert(value, kinds[name], f"{where}{key}")
+           for name, (key, value) in given.items() if name in SAMPLING_KEYS and name not in more}
+    own |= more
+    if record.get("best_of") not in (None, own.get("n", base.n)):
+        raise UserError(f"{where}best_of: another number than n is not supported")
     try:
-        return record, prompt, replace(base, **own)
+        return replace(base, **own)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}{error}") from None
 
 
 def run_terminal(session: Session) -> None:
@@ -893,7 +1013,7 @@ def run_terminal(session: Session) -> None:
             messages.append({"role": "assistant", "content": reply})
 
 
-def run_score(session: Session, data: TOKENIZER.DataSection, path: str, lines: bool, top: int, logits_path: str | None) -> None:
+def run_score(session: Session, data: TOKENIZER.DataSection, path: str, lines: bool, logits_path: str | None) -> None:
     """Measures of a whole file as JSON, or with --logprobs one JSON line for each text."""
     if path == "-":
         texts = TOKENIZER.read_documents(TOKENIZER.STDIN, "line" if lines else "file")
@@ -909,14 +1029,14 @@ def run_score(session: Session, data: TOKENIZER.DataSection, path: str, lines: b
         nonlocal logits_path
         if session.settings.logprobs:
             record = {"text": text, **own, "ids": scored.ids, "token_strings": words(scored.ids), "logprobs": scored.logprobs}
-            if top:
+            if scored.best is not None:
                 record["top_logprobs"] = [{words(i) or f"<{i}>": value for i, value in place.items()} for place in scored.best]
             print(json.dumps(record, ensure_ascii=False), flush=True)
         if logits_path:
             _write_logits(session, scored.ids, logits_path)
             logits_path = None
 
-    total = score(session.model, session.tokenizer, texts, top, each)
+    total = score(session.model, session.tokenizer, texts, session.settings.top_logprobs, each)
     if not total["bytes"] and not total["tokens"]:
         raise UserError(f"--score: {path} holds no text")
     if not session.settings.logprobs:
@@ -934,63 +1054,6 @@ def _write_logits(session: Session, ids: list[int], path: str) -> None:
     logits = session.model(tensor).logits[0].contiguous().cpu()
     with MODEL.staged(Path(path).absolute().parent) as scratch:
         save_file({"ids": tensor[0].cpu(), "logits": logits}, scratch / Path(path).name)
-
-
-ACTIONS = {
-    "prompt": Action("text to continue; '' is the beginning of a text", str),
-    "adapter": Action("LoRA adapter to put on the model: a folder that `SFT.py --lora.r` or peft wrote", str),
-    "echo": Action("print the prompt before the answer"),
-    "lines": Action("each line of stdin (with --score, of the file) is a prompt of its own"),
-    "jsonl": Action("stdin is JSONL: {prompt or messages, any sampling key}; so is stdout"),
-    "score": Action("measure a file (- or nothing: stdin) instead of generating", str, "-"),
-    "top_logprobs": Action("with --score --logprobs: the K likeliest tokens of each position", int),
-    "logits": Action("with --score: write the raw logits of the first text to this .safetensors file", str),
-}
-SECTIONS = {**TOKENIZER.SECTIONS, "inference": InferenceSection}
-
-
-def main(argv: list[str] | None = None) -> None:
-    config = load_config(argv, SECTIONS, "inference", ACTIONS, __doc__)
-    actions = config.actions
-    check_flags(actions, config.inference.logprobs)
-    prompt = None if actions.prompt is None else TOKENIZER.checked(actions.prompt, "--prompt")
-    piped = prompt is None and not (sys.stdin and sys.stdin.isatty()) and actions.score is None and not (actions.lines or actions.jsonl)
-    if piped:
-        prompt = "".join(read_stdin())
-        if not prompt:
-            raise UserError("no prompt: stdin is empty; pipe some text in, or use --prompt")
-        prompt = prompt.removesuffix("\n")
-    session = Session(config)
-    if "score" in session.model.heads:
-        run_labels(session, actions, prompt, piped)
-    elif not session.model.config.causal:
-        run_fill(session, actions, prompt)
-    elif actions.score is not None:
-        run_score(session, config.data, actions.score, actions.lines, actions.top_logprobs or 0, actions.logits)
-    elif actions.jsonl:
-        run_jsonl(session)
-    elif actions.lines:
-        run_lines(session)
-    elif prompt is not None:
-        run_prompt(session, prompt, actions.echo)
-    else:
-        run_terminal(session)
-
-
-def check_flags(actions, logprobs: bool) -> None:
-    """Flags that would be ignored together are refused."""
-    modes = [f"--{name}" for name in ("prompt", "jsonl", "score") if getattr(actions, name) not in (None, False)]
-    modes += ["--lines"] if actions.lines and actions.score is None else []
-    if len(modes) > 1:
-        raise UserError(f"{' and '.join(modes)} are mutually exclusive; set one")
-    if actions.logits and actions.score is None:
-        raise UserError("--logits: goes with --score")
-    if logprobs and actions.score is None and not actions.jsonl:
-        raise UserError("--logprobs: goes with --jsonl or --score, whose output has a place for them")
-    if actions.top_logprobs and not (logprobs and actions.score is not None):
-        raise UserError("--top-logprobs: goes with --score and --logprobs")
-    if actions.score not in (None, "-") and (Path(actions.score).is_dir() or not Path(actions.score).exists()):
-        raise UserError(f"--score: there is no file '{actions.score}'")
 
 
 @torch.no_grad()
@@ -1123,6 +1186,465 @@ def run_prompt(session: Session, prompt: str, echo: bool) -> None:
         return
     for completion in session.answer([prompt], [session.sampling])[0]:
         print((prompt if echo else "") + completion.text, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- HTTP server
+
+
+class Refused(Exception):
+    """A request that is answered by an error in OpenAI's shape."""
+
+    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", headers: dict | None = None):
+        super().__init__(message)
+        self.status, self.kind, self.headers = status, kind, headers
+
+    def response(self):
+        from fastapi.responses import JSONResponse
+
+        error = {"message": str(self), "type": self.kind, "param": None, "code": self.status}
+        return JSONResponse({"error": error}, self.status, self.headers)
+
+
+class Service:
+    """The engine in a thread of its own. Requests join and leave it between steps; each is told of its new tokens."""
+
+    def __init__(self, engine: Engine | Whole, limit: int):
+        self.engine, self.limit, self.open = engine, limit, 0
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def submit(self, rows: list[Row], tell: Callable[[Row, Exception | None], None]) -> None:
+        """tell(row, error) is called in the engine's thread after each of a row's tokens, or when all fails."""
+        if self.open + len(rows) > self.limit:
+            raise Refused(429, f"{self.open} answers are being computed or wait, and {self.limit} may; try again later",
+                          "rate_limit_error", {"Retry-After": "1"})
+        self.open += len(rows)
+        for row in rows:
+            row.tell = tell
+        self.inbox.put(("add", rows))
+
+    def leave(self, rows: list[Row]) -> None:
+        """To be called once for what was submitted, finished or not."""
+        self.open -= len(rows)
+        self.inbox.put(("remove", rows))
+
+    def _work(self) -> None:
+        engine = self.engine
+        while True:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    what, rows = self.inbox.get(block=not engine.busy)
+                    if what == "add":
+                        engine.add(rows)
+                    else:
+                        for row in rows:
+                            engine.remove(row)
+            try:
+                for row in engine.step() if engine.busy else ():
+                    row.tell(row, None)
+            except Exception as error:  # a bug or a full card ends these requests, not the server
+                for row in [*engine.running, *engine.waiting]:
+                    engine.remove(row)
+                    row.tell(row, error)
+
+
+REQUEST_FIELDS = {"model", "stream", "stream_options", "user", "metadata", "store", "best_of", "response_format", "logprobs"}
+
+
+def sampling_of(record: dict, base: Sampling, chat: bool) -> Sampling:
+    """The sampling of a request to the server, all of whose keys have to be known."""
+    known = {*SAMPLING_KEYS, *OPENAI_KEYS, *REQUEST_FIELDS, *(("messages", "tools") if chat else ("prompt", "echo"))}
+    for key in record:
+        if key not in known:
+            raise Refused(400, f"{key}: unknown key; nearest is {MODEL.nearest(key, known)}")
+    if (record.get("response_format") or {"type": "text"}) != {"type": "text"}:
+        raise Refused(400, "response_format: text alone is supported")
+    count = None if chat else record.get("logprobs")  # the number of alternatives; in a chat yes or no
+    more = {} if count is None else {"logprobs": True, "top_logprobs": MODEL.convert(count, int, "logprobs")}
+    sampling = own_sampling(record, base, "", **more)
+    if sampling.top_logprobs > 20 or sampling.n > 128:
+        raise Refused(400, "at most 20 top_logprobs and 128 answers (n) per request")
+    return sampling
+
+
+class Answer:
+    """What is known of one request while it is computed, in the server's event loop."""
+
+    def __init__(self, session: Session, kind: str, name: str, chat: bool):
+        self.session, self.chat, self.name = session, chat, name
+        self.id, self.created, self.kind = f"{kind}-{uuid.uuid4().hex}", int(time.time()), kind
+
+    def tokens(self, ids: list[int]) -> list[str]:
+        return [self.session.tokenizer.decode([i]) for i in ids]
+
+    def logprobs(self, completion: Completion, start: int, stop: int, place: int = 0) -> dict | None:
+        """OpenAI's form of the tokens from `start` to `stop`, whose text begins at `place`."""
+        if completion.logprobs is None:
+            return None
+        texts, values = self.tokens(completion.ids[start:stop]), completion.logprobs[start:stop]
+        best = completion.best[start:stop] if completion.best else [{}] * len(texts)
+        named = [[(self.session.tokenizer.decode([i]), value) for i, value in one.items()] for one in best]
+        if self.chat:
+            def entry(text: str, value: float) -> dict:
+                return {"token": text, "logprob": value, "bytes": list(text.encode())}
+
+            return {"content": [{**entry(text, value), "top_logprobs": [entry(*one) for one in others]}
+                                for text, value, others in zip(texts, values, named, strict=True)]}
+        offsets = list(itertools.accumulate(map(len, texts), initial=place))[:-1]
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": [dict(one) for one in named] if completion.best else None,
+                "text_offset": offsets}
+
+    def choice(self, index: int, text: str, finish: str | None, logprobs: dict | None, delta: bool, first: bool = False) -> dict:
+        content = {"role": "assistant"} if first or not delta else {}
+        if self.chat:
+            content |= {"content": text} if text or not delta or first else {}
+        own = {"delta" if delta else "message": content} if self.chat else {"text": text}
+        return {"index": index, **own, "logprobs": logprobs, "finish_reason": finish}
+
+    def record(self, choices: list[dict], usage: dict | None, delta: bool) -> dict:
+        kind = ("chat.completion.chunk" if delta else "chat.completion") if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.name, "choices": choices,
+                **({"usage": usage} if usage is not None else {})}
+
+
+def make_app(session: Session, name: str, engine: Engine | Whole):
+    """The server's routes: OpenAI's API over one engine."""
+    from fastapi import FastAPI
+    from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+
+    settings = session.settings
+    service = Service(engine, settings.max_queue)
+    app, meters, began = FastAPI(docs_url=None, redoc_url=None, openapi_url=None), Meters(service), int(time.time())
+    model, tokenizer = session.model, session.tokenizer
+    context = model.config.max_position_embeddings
+
+    def route(path: str, method: str = "POST"):
+        """Errors of the function below become answers in OpenAI's shape; all but /health asks for the key."""
+
+        def add(function: Callable) -> Callable:
+            async def guarded(request):
+                given = request.headers.get("authorization", "").encode()
+                try:
+                    if settings.api_key and path != "/health" and not hmac.compare_digest(given, f"Bearer {settings.api_key}".encode()):
+                        raise Refused(401, "wrong API key", "authentication_error")
+                    return await function(request)
+                except Refused as error:
+                    return error.response()
+                except UserError as error:
+                    return Refused(400, str(error)).response()
+
+            app.add_route(path, guarded, methods=[method])
+            return function
+
+        return add
+
+    @app.exception_handler(404)
+    async def unknown(request, _):
+        return Refused(404, f"{request.url.path}: no such route", "not_found_error").response()
+
+    @app.exception_handler(Exception)
+    async def failed(_, error):
+        return Refused(500, "the server failed on this request", "server_error").response()
+
+    async def read(request) -> bytes:
+        parts, size = [], 0
+        async for part in request.stream():
+            parts.append(part)
+            if (size := size + len(part)) > settings.max_body:
+                raise Refused(413, f"the request is larger than {settings.max_body:,} bytes")
+        return b"".join(parts)
+
+    async def body_of(request) -> dict:
+        try:
+            data = await asyncio.wait_for(read(request), settings.timeout)
+            record = TOKENIZER.parse_json(data.decode("utf-8"), "the request")
+        except asyncio.TimeoutError:
+            raise Refused(408, "the request did not arrive in time") from None
+        except UnicodeDecodeError:
+            raise Refused(400, "the request is not UTF-8") from None
+        if not isinstance(record, dict):
+            raise Refused(400, "the request is not a JSON object")
+        TOKENIZER.checked(json.dumps(record, ensure_ascii=False).replace("\0", ""), "the request")
+        if record.get("model") not in (None, name):
+            raise Refused(404, f"model: '{record['model']}' is not served; {name} is", "not_found_error")
+        return record
+
+    def whole(ids: list[int]) -> list[int]:
+        if not ids or not all(type(i) is int and 0 <= i < model.config.vocab_size for i in ids):
+            raise Refused(400, f"prompt: token ids are numbers below {model.config.vocab_size:,}")
+        if len(ids) >= context:
+            raise Refused(400, f"the prompt has {len(ids)} tokens; the context is {context}, the answer included")
+        return ids
+
+    def prompts_of(record: dict) -> list[list[int]]:
+        prompt = record.get("prompt")
+        if isinstance(prompt, str):
+            prompt = [prompt]
+        if isinstance(prompt, list) and prompt and all(type(one) is int for one in prompt):
+            prompt = [prompt]
+        if not isinstance(prompt, list) or not prompt or not all(isinstance(one, (str, list)) for one in prompt):
+            raise Refused(400, "prompt: a text, a list of texts, or token ids are expected")
+        return [whole(TOKENIZER.encode_prompt(tokenizer, one) if isinstance(one, str) else one) for one in prompt]
+
+    def conversation(record: dict) -> list[list[int]]:
+        if not tokenizer.chat_template:
+            raise Refused(400, "messages: this model has no chat template; use /v1/completions")
+        if record.get("tools"):
+            raise Refused(400, "tools: not supported")
+        messages = messages_of(record.get("messages"), "messages") if isinstance(record.get("messages"), list) else None
+        if not messages:
+            raise Refused(400, "messages: a list of messages is expected")
+        if settings.system and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": settings.system}, *messages]
+        return [whole(TOKENIZER.render_chat(tokenizer, messages, add_generation_prompt=True).ids)]
+
+    async def complete(request, chat: bool):
+        record = await body_of(request)
+        sampling = sampling_of(record, session.sampling, chat)
+        prompts = conversation(record) if chat else prompts_of(record)
+        echo, streamed = record.get("echo") is True, record.get("stream") is True
+        rows = [row for group in _make_rows(model, prompts, [sampling] * len(prompts), tokenizer, 0) for row in group]
+        answer = Answer(session, "chatcmpl" if chat else "cmpl", name, chat)
+        events: asyncio.Queue = asyncio.Queue()
+        loop, numbers, clock = asyncio.get_running_loop(), {row: i for i, row in enumerate(rows)}, time.perf_counter()
+
+        def tell(row: Row, error: Exception | None) -> None:
+            event = (numbers[row], row.text[: row.told], len(row.ids), row.finish, error)
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        service.submit(rows, tell)
+
+        async def updates():
+            """(row's number, its text and tokens so far, how it finished), until all rows have."""
+            left = set(numbers.values())
+            try:
+                while left:
+                    remaining = settings.timeout - (time.perf_counter() - clock)
+                    number, text, count, finish, error = await asyncio.wait_for(events.get(), max(remaining, 0))
+                    if error:
+                        say(f"a request failed: {type(error).__name__}: {MODEL.first_line(error)}")
+                        raise Refused(500, "the model failed on this request", "server_error")
+                    meters.token(rows[number], clock, count, finish)
+                    yield number, text, count, finish
+                    left -= {number} if finish else set()
+            except asyncio.TimeoutError:
+                raise Refused(504, f"no whole answer within {settings.timeout:g} seconds", "timeout_error") from None
+            finally:
+                service.leave(rows)
+
+        def usage() -> dict:
+            read, written = sum(map(len, prompts)), sum(len(row.ids) for row in rows)
+            return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+        if streamed:
+            wants_usage = bool((record.get("stream_options") or {}).get("include_usage"))
+
+            async def lines():
+                sent, told = [0] * len(rows), [0] * len(rows)
+                try:
+                    if chat:
+                        yield _event(answer.record([answer.choice(i, "", None, None, True, True) for i in range(len(rows))], None, True))
+                    async for number, text, count, finish in updates():
+                        row, piece = rows[number], text[sent[number] :]
+                        if not piece and not finish:
+                            continue
+                        logprobs = answer.logprobs(row.completion(), told[number], count, sent[number])
+                        if echo and not sent[number] and not told[number]:
+                            piece = tokenizer.decode(row.prompt, skip_special_tokens=True) + piece
+                        sent[number], told[number] = len(text), count
+                        yield _event(answer.record([answer.choice(number, piece, finish, logprobs, True)], None, True))
+                    if wants_usage:
+                        yield _event(answer.record([], usage(), True))
+                    yield "data: [DONE]\n\n"
+                except Refused as error:
+                    yield _event({"error": {"message": str(error), "type": error.kind, "param": None, "code": error.status}})
+
+            return StreamingResponse(lines(), media_type="text/event-stream")
+
+        async def collect() -> None:
+            async for _ in updates():
+                pass
+
+        work = asyncio.create_task(collect())
+        gone = asyncio.create_task(_disconnected(request))
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not work.done():
+            work.cancel()
+            return PlainTextResponse("", 499)
+        await work
+        choices = []
+        for number, row in enumerate(rows):
+            completion = row.completion()
+            before = tokenizer.decode(row.prompt, skip_special_tokens=True) if echo else ""
+            logprobs = answer.logprobs(completion, 0, len(completion.ids), len(before))
+            choices.append(answer.choice(number, before + completion.text, completion.finish_reason, logprobs, False))
+        return JSONResponse(answer.record(choices, usage(), False))
+
+    @route("/v1/completions")
+    async def completions(request):
+        return await complete(request, chat=False)
+
+    @route("/v1/chat/completions")
+    async def chat_completions(request):
+        return await complete(request, chat=True)
+
+    @route("/v1/models", "GET")
+    async def models(_):
+        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model", "created": began, "owned_by": "local",
+                                                         "max_model_len": context}]})
+
+    @route("/tokenize")
+    async def tokenize(request):
+        record = await body_of(request)
+        if "messages" in record:
+            [ids] = conversation(record)
+        elif isinstance(record.get("prompt"), str):
+            ids = TOKENIZER.encode_prompt(tokenizer, record["prompt"])
+        else:
+            raise Refused(400, "prompt: a text is expected, or messages")
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": context})
+
+    @route("/detokenize")
+    async def detokenize(request):
+        record = await body_of(request)
+        ids = record.get("tokens")
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < model.config.vocab_size for i in ids):
+            raise Refused(400, f"tokens: a list of token ids below {model.config.vocab_size:,} is expected")
+        return JSONResponse({"prompt": tokenizer.decode(ids)})
+
+    @route("/health", "GET")
+    async def health(_):
+        return JSONResponse({"status": "ok"})
+
+    @route("/metrics", "GET")
+    async def metrics(_):
+        return PlainTextResponse(meters.text())
+
+    return app
+
+
+def _event(record: dict) -> str:
+    return f"data: {json.dumps(record, ensure_ascii=False)}\n\n"
+
+
+async def _disconnected(request) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.1)
+
+
+class Meters:
+    """The server's figures under vLLM's names, for Prometheus."""
+
+    def __init__(self, service: Service):
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self.registry, engine = CollectorRegistry(), service.engine
+        named = dict(registry=self.registry)
+        gauges = {"num_requests_running": lambda: len(engine.running), "num_requests_waiting": lambda: len(engine.waiting)}
+        if isinstance(engine, Engine):
+            gauges["kv_cache_usage_perc"] = lambda: 1 - engine.cache.available() / engine.cache.pages
+        for name, read in gauges.items():
+            Gauge(f"vllm:{name}", name.replace("_", " "), **named).set_function(read)
+        self.read = Counter("vllm:prompt_tokens", "tokens of prompts", **named)
+        self.written = Counter("vllm:generation_tokens", "tokens of answers", **named)
+        self.finished = Counter("vllm:request_success", "answers", ["finished_reason"], **named)
+        self.first = Histogram("vllm:time_to_first_token_seconds", "seconds to the first token", **named)
+        self.whole = Histogram("vllm:e2e_request_latency_seconds", "seconds to the whole answer", **named)
+
+    def token(self, row: Row, clock: float, count: int, finish: str | None) -> None:
+        self.written.inc()
+        if count == 1:
+            self.read.inc(len(row.prompt))
+            self.first.observe(time.perf_counter() - clock)
+        if finish:
+            self.finished.labels(finish).inc()
+            self.whole.observe(time.perf_counter() - clock)
+
+    def text(self) -> str:
+        from prometheus_client import generate_latest
+
+        return generate_latest(self.registry).decode()
+
+
+def run_server(session: Session, name: str) -> None:
+    """Serve until SIGTERM or Ctrl-C: no new connections then, open answers are finished."""
+    s = session.settings
+    engine = session.engine(s.enable_prefix_caching, s.max_num_batched_tokens)
+    try:
+        import uvicorn
+
+        app = make_app(session, name, engine)
+    except ImportError as error:
+        raise UserError(f"--serve: needs {error.name}; pip install -r requirements-extras.txt") from None
+    if isinstance(engine, Engine):
+        room = engine.cache.pages * engine.cache.page
+        weights = sum(weight.numel() * weight.element_size() for weight in session.model.parameters())
+        a_token = MODEL.cache_numbers(session.model.config) * torch.empty(0, dtype=session.model.dtype).element_size()
+        say(f"memory: weights {MODEL.size_text(weights)}, cache {MODEL.size_text(room * a_token)} for {room:,} tokens in pages of "
+            f"{engine.cache.page}, at most {s.batch_size} answers at the same time")
+    generate(session.model, [[session.tokenizer.bos_token_id or 0] * 8], Sampling(2, 0, ignore_eos=True))  # warm up
+    say(f"serving {name} at http://{s.host}:{s.port}/v1")
+    uvicorn.run(app, host=s.host, port=s.port, log_level="warning", timeout_graceful_shutdown=int(s.timeout), access_log=False)
+
+
+ACTIONS = {
+    "prompt": Action("text to continue; '' is the beginning of a text", str),
+    "adapter": Action("LoRA adapter to put on the model: a folder that `SFT.py --lora.r` or peft wrote", str),
+    "echo": Action("print the prompt before the answer"),
+    "lines": Action("each line of stdin (with --score, of the file) is a prompt of its own"),
+    "jsonl": Action("stdin is JSONL: {prompt or messages, any sampling key}; so is stdout"),
+    "score": Action("measure a file (- or nothing: stdin) instead of generating", str, "-"),
+    "serve": Action("serve OpenAI's API over HTTP"),
+    "logits": Action("with --score: write the raw logits of the first text to this .safetensors file", str),
+}
+SECTIONS = {**TOKENIZER.SECTIONS, "inference": InferenceSection}
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = load_config(argv, SECTIONS, "inference", ACTIONS, __doc__, {"max_num_seqs": "inference.batch_size"})
+    actions = config.actions
+    check_flags(actions, config.inference.logprobs)
+    prompt = None if actions.prompt is None else TOKENIZER.checked(actions.prompt, "--prompt")
+    piped = prompt is None and not (sys.stdin and sys.stdin.isatty()) and actions.score is None and not (actions.lines or actions.jsonl or actions.serve)
+    if piped:
+        prompt = "".join(read_stdin())
+        if not prompt:
+            raise UserError("no prompt: stdin is empty; pipe some text in, or use --prompt")
+        prompt = prompt.removesuffix("\n")
+    session = Session(config)
+    if actions.serve:
+        if "score" in session.model.heads or not session.model.config.causal:
+            raise UserError("--serve: this model generates no text; name a causal language model")
+        run_server(session, config.model.name)
+    elif "score" in session.model.heads:
+        run_labels(session, actions, prompt, piped)
+    elif not session.model.config.causal:
+        run_fill(session, actions, prompt)
+    elif actions.score is not None:
+        run_score(session, config.data, actions.score, actions.lines, actions.logits)
+    elif actions.jsonl:
+        run_jsonl(session)
+    elif actions.lines:
+        run_lines(session)
+    elif prompt is not None:
+        run_prompt(session, prompt, actions.echo)
+    else:
+        run_terminal(session)
+
+
+def check_flags(actions, logprobs: bool) -> None:
+    """Flags that would be ignored together are refused."""
+    modes = [f"--{name}" for name in ("prompt", "jsonl", "score", "serve") if getattr(actions, name) not in (None, False)]
+    modes += ["--lines"] if actions.lines and actions.score is None else []
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)} are mutually exclusive; set one")
+    if actions.logits and actions.score is None:
+        raise UserError("--logits: goes with --score")
+    if logprobs and actions.score is None and not actions.jsonl:
+        raise UserError("--logprobs: goes with --jsonl or --score, whose output has a place for them")
+    if actions.score not in (None, "-") and (Path(actions.score).is_dir() or not Path(actions.score).exists()):
+        raise UserError(f"--score: there is no file '{actions.score}'")
 
 
 if __name__ == "__main__":

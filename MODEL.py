@@ -119,7 +119,7 @@ def not_used(section, f: dataclasses.Field) -> bool:
     if not f.metadata["only"]:
         return False
     key, *values = f.metadata["only"]
-    return getattr(section, key) not in values if values else getattr(section, key) is None
+    return getattr(section, key) not in values if values else getattr(section, key) in (None, False)
 
 
 ROPE_TYPES = {  # what each takes, the first being required (llama3: all)

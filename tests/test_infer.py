@@ -451,7 +451,7 @@ def row(sampling, uniform, prompt=PROMPT, ids=ANSWER):
 def drawn_shares(logits, sampling, count=2000):
     """The distribution behind `sample`: inverting a CDF at an even grid hits each token as often as it is likely."""
     rows = [row(sampling, (k + 0.5) / count) for k in range(count)]
-    chosen, _ = INFER.sample(logits.expand(count, -1).clone(), rows)
+    chosen, *_ = INFER.sample(logits.expand(count, -1).clone(), rows)
     return np.bincount(chosen, minlength=VOCABULARY) / count
 
 
@@ -514,7 +514,7 @@ def test_greedy_takes_the_best_after_penalties(settings):
     for seed in range(20):
         logits = some_logits(seed)
         logits[7] = logits.max() + 1  # the favourite is one that was often said
-        chosen, _ = INFER.sample(logits[None].clone(), [row(Sampling(temperature=0, **settings), 0.9)])
+        chosen, *_ = INFER.sample(logits[None].clone(), [row(Sampling(temperature=0, **settings), 0.9)])
         assert chosen == [int(slow_distribution(logits, Sampling(temperature=1, **settings)).argmax())]
 
 
@@ -540,7 +540,7 @@ def test_biases_and_a_least_number_of_tokens(model, tokenizer, prompts):
 def test_top_p_of_zero_is_the_best_token():
     logits = some_logits()
     for uniform in (0.0, 0.5, 0.999999):
-        chosen, _ = INFER.sample(logits[None].clone(), [row(Sampling(temperature=1.0, top_p=0.0), uniform)])
+        chosen, *_ = INFER.sample(logits[None].clone(), [row(Sampling(temperature=1.0, top_p=0.0), uniform)])
         assert chosen == [int(logits.argmax())]
 
 
@@ -549,11 +549,11 @@ def test_the_ends_of_the_unit_interval_hit_kept_tokens():
         s = Sampling(temperature=1.0, **settings)
         kept = set(np.flatnonzero(slow_distribution(some_logits(), s)))
         for uniform in (0.0, 1 - 1e-16, 0.99999999):  # in float32 the last two are 1
-            chosen, _ = INFER.sample(some_logits()[None].clone(), [row(s, uniform)])
+            chosen, *_ = INFER.sample(some_logits()[None].clone(), [row(s, uniform)])
             assert chosen[0] in kept
     barred = some_logits()
     barred[-5:] = -math.inf
-    chosen, _ = INFER.sample(barred[None].clone(), [row(Sampling(temperature=1.0), 1 - 1e-16)])
+    chosen, *_ = INFER.sample(barred[None].clone(), [row(Sampling(temperature=1.0), 1 - 1e-16)])
     assert chosen[0] < VOCABULARY - 5
 
 
@@ -562,7 +562,7 @@ def test_a_draw_does_not_depend_on_its_neighbours():
     for k in range(12):
         uniform = (k + 0.5) / 12
         logits = torch.stack([some_logits(i) for i in range(len(mixed))])
-        together, _ = INFER.sample(logits.clone(), [row(s, uniform) for s in mixed])
+        together, *_ = INFER.sample(logits.clone(), [row(s, uniform) for s in mixed])
         alone = [INFER.sample(logits[i : i + 1].clone(), [row(s, uniform)])[0][0] for i, s in enumerate(mixed)]
         assert together == alone
 
@@ -751,7 +751,7 @@ def test_several_answers(infer, model, tokenizer):
 
 
 def test_jsonl_records(infer, model, tokenizer):
-    records = [{"prompt": "The red", "id": 7}, {"prompt": "owl", "max_new_tokens": 3}, {"prompt": "", "n": 2},
+    records = [{"prompt": "The red", "id": 7}, {"prompt": "owl", "max_tokens": 3}, {"prompt": "", "n": 2},
                {"prompt": "rain", "temperature": 0.9, "seed": 5, "logprobs": True}, {"prompt": "fox", "repetition_penalty": 2}]
     out, _ = infer("--jsonl", *GREEDY, stdin="\n\n".join(map(json.dumps, records)))
     got = [json.loads(line) for line in out.splitlines()]
@@ -766,7 +766,8 @@ def test_jsonl_records(infer, model, tokenizer):
                         tokenizer)[0][0]  # a request's own seed: as if it stood alone
     assert got[4]["completion"] == expected.text
     np.testing.assert_allclose(got[4]["logprobs"], expected.logprobs, atol=1e-4)
-    assert "logprobs" not in got[0]
+    assert "".join(got[4]["tokens"]) == tokenizer.decode(expected.ids)
+    assert "logprobs" not in got[0] and "index" not in got[0] and [one["index"] for one in got[2:4]] == [0, 1]
 
 
 @pytest.mark.parametrize("stop", ["\n", "###", "3", "yes", "a: b", "[INST]", ["x", "y"], "e"])
@@ -817,8 +818,8 @@ def chat_ids(folder, messages):
 
 def test_requests_are_read_as_records_are(infer, chat_folder, monkeypatch):
     """system, history and tools beside a prompt or messages mean what they mean in training; a JSON text of messages is parsed."""
-    asked, real = [], INFER.generate
-    monkeypatch.setattr(INFER, "generate", lambda model, prompts, *words, **more: asked.extend(prompts) or real(model, prompts, *words, **more))
+    asked, real = [], INFER._make_rows
+    monkeypatch.setattr(INFER, "_make_rows", lambda model, prompts, *words: asked.extend(prompts) or real(model, prompts, *words))
     user, tools = [{"role": "user", "content": "Hi"}], [{"type": "function", "function": {"name": "rain", "parameters": {}}}]
     whole = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, *user]
     requests = [({"messages": user, "system": "Be kind."}, whole[:1] + user), ({"prompt": "Hi", "system": "Be kind."}, whole[:1] + user),
@@ -944,7 +945,7 @@ def test_broken_weights_are_not_scored(more, infer, model, tokenizer, tmp_path):
 
 def test_line_ends_inside_an_answer_are_escaped(infer, monkeypatch):
     answer = INFER.Completion([1], None, "stop", "a\r\nb\\c\rd")
-    monkeypatch.setattr(INFER, "generate", lambda model, prompts, *_, **__: [[answer]] * len(prompts))
+    monkeypatch.setattr(INFER, "answers", lambda session, requests: [[answer] for _ in requests])
     assert infer("--lines", stdin="one\ntwo\n")[0] == 2 * "a\\r\\nb\\\\c\\rd\n"
 
 
@@ -1081,7 +1082,7 @@ def test_a_closed_pipe_ends_quietly(model_folder, tmp_path):
 def test_flags_that_would_be_ignored_are_refused(model_folder):
     for argv in (["--prompt", "a", "--lines"], ["--lines", "--jsonl"], ["--prompt", "a", "--logits", "x.safetensors"],
                  ["--score", "-", "--top-logprobs", "2"], ["--score", "/nonexistent"]):
-        with pytest.raises(UserError, match="--"):
+        with pytest.raises(UserError, match="--|has no effect without inference.logprobs"):
             INFER.main(["--model", str(model_folder), *argv])
 
 
