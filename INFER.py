@@ -544,6 +544,8 @@ def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | lis
     groups = []
     numbers = first if isinstance(first, list) else range(first, first + len(prompts))
     for p, prompt, sampling in zip(numbers, prompts, samplings, strict=True):
+        if isinstance(prompt, str):
+            raise UserError("prompts are lists of token ids here; INFER.load(folder).generate(text) takes a text")
         if not prompt:
             raise UserError("a prompt needs at least one token; an empty text is the beginning-of-text token")
         if len(prompt) >= config.max_position_embeddings:
@@ -813,14 +815,26 @@ class Session:
         begin = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
         return begin + ids[len(ids) - room + len(begin) :]
 
-    def stream(self, prompt, sampling: Sampling, out=None) -> str:
-        """Print one answer piece by piece and return it."""
+    def stream(self, prompt, sampling: Sampling, stoppable: bool = False) -> str:
+        """Print one answer piece by piece and return it; Ctrl-C ends one that is `stoppable`, and no more."""
         pieces = []
-        for piece in stream(self.model, self.tokenizer, self.prompt_ids(prompt, sampling), sampling, self.settings.use_cache):
-            (out or sys.stdout).write(piece)
-            (out or sys.stdout).flush()
-            pieces.append(piece)
+        try:
+            for piece in stream(self.model, self.tokenizer, self.prompt_ids(prompt, sampling), sampling, self.settings.use_cache):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                pieces.append(piece)
+        except KeyboardInterrupt:
+            if not stoppable:
+                raise
         return "".join(pieces)
+
+    def generate(self, prompt: str | list[dict], **own) -> str | list[str]:
+        """The answer to a text or to the messages of a chat; with n > 1 a list of answers. `own`: settings of this request."""
+        sampling = own_sampling(own, self.sampling, "")
+        if unknown := [key for key in own if OPENAI_KEYS.get(key, key) not in SAMPLING_KEYS]:
+            raise UserError(f"{unknown[0]}: unknown setting; nearest is {MODEL.nearest(unknown[0], SAMPLING_KEYS)}")
+        [found] = self.answer([prompt], [sampling])
+        return found[0].text if sampling.n == 1 else [one.text for one in found]
 
     def engine(self, reuse: bool = False, tokens: int = 0) -> Engine | Whole:
         """An engine for requests of any length."""
@@ -833,6 +847,13 @@ class Session:
         ids = [self.prompt_ids(prompt, s) for prompt, s in zip(prompts, samplings, strict=True)]
         return generate(self.model, ids, samplings, self.tokenizer, self.settings.use_cache,
                         max(self.settings.batch_size, 1), first=first)
+
+
+def load(model: str, **settings) -> Session:
+    """A model that answers texts: load("out", temperature=0).generate("One rainy Monday"). `settings`: as on the command line,
+    such as adapter="out/lora"; a section's keys as {"model.dtype": "bfloat16"}."""
+    words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in {"model": model, **settings}.items()]
+    return Session(load_config(["--config", os.devnull, *words], SECTIONS, "inference", ACTIONS, __doc__, SHORTS))
 
 
 def read_stdin() -> Iterator[str]:
@@ -995,21 +1016,29 @@ def own_sampling(record: dict, base: Sampling, where: str, **more) -> Sampling:
 
 def run_terminal(session: Session) -> None:
     """A conversation on a terminal: with a chat template turns are remembered, without one each prompt stands alone."""
-    say(("chat; " if session.chat else "") + "an empty line or Ctrl-D ends")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (input() gets line editing and a history)
+    say(("chat: /reset forgets, /system TEXT sets the system message, " if session.chat else "") + "/exit or Ctrl-D ends, Ctrl-C stops "
+        "an answer")
     messages: list[dict] = []
     while True:
         try:
-            say("") if messages else None
-            text = input("> ")
+            text = input("> ").strip()
         except EOFError:
             break
-        if not text:
+        except KeyboardInterrupt:
+            say("")
+            continue
+        command, _, rest = text.partition(" ")
+        if command == "/exit":
             break
-        if session.chat:
+        if session.chat and command in ("/reset", "/system"):
+            messages.clear()
+            session.settings.system = rest if command == "/system" else session.settings.system
+        elif text:
             messages.append({"role": "user", "content": text})
-        reply = session.stream(messages if session.chat else text, session.sampling)
-        print(flush=True)
-        if session.chat:
+            reply = session.stream(messages if session.chat else text, session.sampling, stoppable=True)
+            print(flush=True)
             messages.append({"role": "assistant", "content": reply})
 
 
@@ -1599,10 +1628,11 @@ ACTIONS = {
     "logits": Action("with --score: write the raw logits of the first text to this .safetensors file", str),
 }
 SECTIONS = {**TOKENIZER.SECTIONS, "inference": InferenceSection}
+SHORTS = {"max_num_seqs": "inference.batch_size", "quantization": "model.quantization"}
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = load_config(argv, SECTIONS, "inference", ACTIONS, __doc__, {"max_num_seqs": "inference.batch_size"})
+    config = load_config(argv, SECTIONS, "inference", ACTIONS, __doc__, SHORTS)
     actions = config.actions
     check_flags(actions, config.inference.logprobs)
     prompt = None if actions.prompt is None else TOKENIZER.checked(actions.prompt, "--prompt")

@@ -869,10 +869,10 @@ def type_lines(monkeypatch, lines):
     waiting = iter(lines)
 
     def answer(prompt=""):
-        try:
-            return next(waiting)
-        except StopIteration:
-            raise EOFError from None
+        line = next(waiting, EOFError)
+        if isinstance(line, type):
+            raise line
+        return line
 
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr("builtins.input", answer)
@@ -890,9 +890,47 @@ def test_terminal_keeps_a_conversation(monkeypatch, capsys, chat_folder, model, 
 
 
 def test_terminal_without_a_template(monkeypatch, capsys, model_folder, model, tokenizer):
-    type_lines(monkeypatch, ["The red", "owl", "", "never read"])
+    type_lines(monkeypatch, ["The red", "", "owl", "/exit", "never read"])
     INFER.main(["--model", str(model_folder), *map(str, GREEDY)])
     assert capsys.readouterr().out == "".join(answer_to(model, tokenizer, text) + "\n" for text in ("The red", "owl"))
+
+
+def test_terminal_commands_and_ctrl_c(monkeypatch, capsys, chat_folder, model, tokenizer):
+    """/reset forgets, /system sets a message, Ctrl-C stops an answer and at the prompt does nothing."""
+    type_lines(monkeypatch, ["The red", "/reset", "owl", "/system Be kind.", KeyboardInterrupt, "fox", "rain"])
+    whole, asked = INFER.stream, []
+
+    def cut(model, tokenizer, ids, *rest):
+        asked.append(ids)
+        for number, piece in enumerate(whole(model, tokenizer, ids, *rest)):
+            if len(asked) == 3 and number == 2:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(INFER, "stream", cut)
+    INFER.main(["--model", str(chat_folder), *map(str, GREEDY)])
+    said = capsys.readouterr().out
+    system, [fox] = {"role": "system", "content": "Be kind."}, [{"role": "user", "content": "fox"}]
+    assert asked[:3] == [chat_ids(chat_folder, [{"role": "user", "content": "The red"}]), chat_ids(chat_folder, [{"role": "user", "content": "owl"}]),
+                         chat_ids(chat_folder, [system, fox])]
+    [third] = INFER.generate(model, [asked[2]], greedy(max_new_tokens=12), tokenizer)[0]
+    stopped = next(part for part in (third.text[:end] for end in range(len(third.text), 0, -1))
+                   if asked[3] == chat_ids(chat_folder, [system, fox, {"role": "assistant", "content": part}, {"role": "user", "content": "rain"}]))
+    assert len(stopped) < len(third.text) and stopped in said
+
+
+def test_load_and_generate(model_folder, chat_folder, model, tokenizer):
+    session = INFER.load(str(model_folder), temperature=0, max_new_tokens=12)
+    assert session.generate("The red") == answer_to(model, tokenizer, "The red")
+    assert session.generate("owl", max_tokens=3) == answer_to(model, tokenizer, "owl", max_new_tokens=3)
+    assert session.generate("owl", n=2) == 2 * [answer_to(model, tokenizer, "owl")]
+    messages = [{"role": "user", "content": "The red"}]
+    said = INFER.load(str(chat_folder), temperature=0, max_new_tokens=12).generate(messages)
+    assert said == one(model, chat_ids(chat_folder, messages), greedy(max_new_tokens=12), tokenizer).text
+    with pytest.raises(UserError, match="temprature: unknown setting; nearest is temperature"):
+        session.generate("a", temprature=1)
+    with pytest.raises(UserError, match="lists of token ids here"):
+        generate(model, ["a text"], greedy(), tokenizer)
 
 
 # ------------------------------------------------------------------------------------------ scoring on the command line
