@@ -1,10 +1,12 @@
 """INFER.py: ids out of a model.
 
-Read in this order: settings (`Sampling`), the sampler (`sample`), generation with a KV cache (`generate`, `stream`),
-scoring (`score`), what makes a model fast here (`configure_for_hardware`), and the command line.
+Read in this order: settings (`Sampling`), the sampler (`sample`), one answer in the making (`Row`), the engine that computes many
+at the same time (`Engine`), `generate` and `stream`, scoring (`score`). Below the banner: what makes a model fast here, models
+without a cache of ours, the command line, the HTTP server.
 
     echo "Once upon a time" | python INFER.py --model out
     python INFER.py --model out --prompt "What is 12 plus 30?" --temperature 0 --max-new-tokens 32
+    python INFER.py --serve --model out/sft --port 8000
 """
 
 from __future__ import annotations
@@ -95,6 +97,7 @@ class InferenceSection(Sampling):
     max_num_batched_tokens: int = knob(512, "--serve: tokens per forward pass; long prompts take several", low=1)
     enable_prefix_caching: bool = knob(True, "--serve: compute the beginning that prompts share once")
     timeout: float = knob(600.0, "--serve: seconds that a request may take", above=0)
+    control_tokens: bool = knob(False, "--serve: let control tokens that a user types in a chat, such as <|im_end|>, act as such")
     max_body: int = knob(2**22, "--serve: bytes of a request", low=1)
     model: dict = knob({"name": "./out"}, "overrides `model` for this stage")
 
@@ -412,127 +415,6 @@ class Engine:
         return bool(self.waiting or self.running)
 
 
-PAGE = 64  # tokens; less memory is wasted by smaller pages, more time by copying them together
-
-
-def cache_room(model, rows: int) -> int:
-    """Tokens that the cache of an engine can hold: `rows` whole contexts, if four fifths of a card's free memory, or a quarter of the
-    machine's, are enough for them."""
-    a_token = MODEL.cache_numbers(model.config) * torch.empty(0, dtype=model.dtype).element_size()
-    if model.device.type == "cuda":
-        memory = torch.cuda.mem_get_info(model.device)[0] * 4 // 5
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 if hasattr(os, "sysconf") else 2**32
-    context = model.config.max_position_embeddings
-    return max(context, min(rows * context, memory // a_token))
-
-
-class Whole:
-    """An engine for what does not take part in continuous batching: rows are answered group by group, with prompts of one length
-    in the order of their arrival. A `MODEL.ForeignModel` runs transformers' own `generate`; without a cache all is computed anew
-    for each token, which is the oracle of `Engine`."""
-
-    def __init__(self, model, rows: int, use_cache: bool = True):
-        self.model, self.rows, self.use_cache = model, rows, use_cache
-        self.waiting: deque[Row] = deque()
-        self.running: list[Row] = []
-        self.steps: Iterator[None] = iter(())
-
-    def add(self, rows: list[Row]) -> None:
-        self.waiting.extend(rows)
-
-    def step(self) -> list[Row]:
-        if not self.running:
-            size = len(self.waiting[0].prompt)
-            self.running = [row for row in self.waiting if len(row.prompt) == size][: self.rows]
-            for row in self.running:
-                self.waiting.remove(row)
-            foreign = isinstance(self.model, MODEL.ForeignModel)
-            self.steps = _in_steps(partial(_decode_by_transformers, self.model, self.running, self.use_cache)) if foreign else \
-                _uncached(self.model, self.running)
-        before = {row: len(row.ids) for row in self.running}
-        if next(self.steps, self) is self:
-            self.running = []
-        return [row for row in before if len(row.ids) > before[row]]
-
-    def remove(self, row: Row) -> None:
-        if row in self.waiting:
-            self.waiting.remove(row)
-        row.finish = row.finish or "abort"
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.waiting or self.running)
-
-
-def _uncached(model, rows: list[Row]) -> Iterator[None]:
-    """The plain loop: everything anew for each token."""
-    while active := [row for row in rows if not row.finish]:
-        texts = [row.prompt + row.ids for row in active]
-        longest = max(map(len, texts))
-        ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=model.device)
-        positions = torch.tensor([[*range(len(t)), *[-1] * (longest - len(t))] for t in texts], device=model.device)
-        last = torch.tensor([i * longest + len(text) - 1 for i, text in enumerate(texts)], device=model.device)
-        with torch.no_grad():
-            logits = model(ids, positions=positions, at=last).logits
-        _accept(logits.float(), active)
-        yield
-
-
-def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Callable = lambda: None) -> None:
-    """Rows with prompts of one length: the model's own `generate`, in which our sampling names each token. Calls each() after
-    every token."""
-    from transformers import GenerationConfig
-
-    def name_tokens(ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits (B, V) -> 0 at the token that each row takes, -inf elsewhere."""
-        active = [i for i, row in enumerate(rows) if not row.finish]
-        if active:
-            _accept(scores[active].float(), [rows[i] for i in active])
-            each()
-        tokens = torch.tensor([[(row.ids or [0])[-1]] for row in rows], device=scores.device)
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
-
-    def finished(ids: Tensor, scores: Tensor) -> Tensor:
-        return torch.tensor([bool(row.finish) for row in rows], device=ids.device)
-
-    prompts = torch.tensor([row.prompt for row in rows], device=model.device)  # (B, T)
-    longest = max(row.budget for row in rows)
-    kept, model.inner.generation_config = model.inner.generation_config, GenerationConfig()  # its penalties are not ours
-    try:
-        model.inner.generate(prompts, GenerationConfig(max_new_tokens=longest, do_sample=False, use_cache=use_cache),
-                             [name_tokens], [finished], attention_mask=torch.ones_like(prompts))
-    finally:
-        model.inner.generation_config = kept
-
-
-def _in_steps(run: Callable[[Callable], None]) -> Iterator[None]:
-    """A generator over run(each), which calls each() after every step and works in a thread."""
-    steps: queue.Queue = queue.Queue()
-    stopped = threading.Event()
-
-    def each() -> None:
-        steps.put(None)
-        if stopped.is_set():
-            raise InterruptedError("the consumer has stopped")
-
-    def work() -> None:
-        try:
-            run(each)
-            steps.put(StopIteration())
-        except BaseException as error:  # whatever ends the work is raised where the generator is consumed
-            steps.put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while not isinstance(error := steps.get(), StopIteration):
-            if error is not None:
-                raise error
-            yield
-    finally:
-        stopped.set()
-
-
 def _accept(logits: Tensor, rows: list[Row]) -> None:
     tokens, logprobs, best = sample(logits, rows)
     for i, row in enumerate(rows):
@@ -668,6 +550,8 @@ def measures(tokens: int, size: int, nats: float) -> dict:
             "bits_per_byte": nats / math.log(2) / max(size, 1)}
 
 
+# ======================================================================================================== edges
+
 # ---------------------------------------------------------------------------------------------------- hardware
 
 
@@ -747,6 +631,130 @@ def _pack(model: nn.Module) -> None:
             setattr(parent, name.rpartition(".")[2], PackedLinear(module.weight.data, module.bias))
     if "lm" in model.heads and type(model.lm_head) is nn.Linear:
         model.lm_head = PackedLinear(model.lm_head.weight.data, None)
+
+
+# -------------------------------------------------------------------------------------- engines and their room
+
+
+PAGE = 64  # tokens; less memory is wasted by smaller pages, more time by copying them together
+
+
+def cache_room(model, rows: int) -> int:
+    """Tokens that the cache of an engine can hold: `rows` whole contexts, if four fifths of a card's free memory, or a quarter of the
+    machine's, are enough for them."""
+    a_token = MODEL.cache_numbers(model.config) * torch.empty(0, dtype=model.dtype).element_size()
+    if model.device.type == "cuda":
+        memory = torch.cuda.mem_get_info(model.device)[0] * 4 // 5
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 if hasattr(os, "sysconf") else 2**32
+    context = model.config.max_position_embeddings
+    return max(context, min(rows * context, memory // a_token))
+
+
+class Whole:
+    """An engine for what does not take part in continuous batching: rows are answered group by group, with prompts of one length
+    in the order of their arrival. A `MODEL.ForeignModel` runs transformers' own `generate`; without a cache all is computed anew
+    for each token, which is the oracle of `Engine`."""
+
+    def __init__(self, model, rows: int, use_cache: bool = True):
+        self.model, self.rows, self.use_cache = model, rows, use_cache
+        self.waiting: deque[Row] = deque()
+        self.running: list[Row] = []
+        self.steps: Iterator[None] = iter(())
+
+    def add(self, rows: list[Row]) -> None:
+        self.waiting.extend(rows)
+
+    def step(self) -> list[Row]:
+        if not self.running:
+            size = len(self.waiting[0].prompt)
+            self.running = [row for row in self.waiting if len(row.prompt) == size][: self.rows]
+            for row in self.running:
+                self.waiting.remove(row)
+            foreign = isinstance(self.model, MODEL.ForeignModel)
+            self.steps = _in_steps(partial(_decode_by_transformers, self.model, self.running, self.use_cache)) if foreign else \
+                _uncached(self.model, self.running)
+        before = {row: len(row.ids) for row in self.running}
+        if next(self.steps, self) is self:
+            self.running = []
+        return [row for row in before if len(row.ids) > before[row]]
+
+    def remove(self, row: Row) -> None:
+        if row in self.waiting:
+            self.waiting.remove(row)
+        row.finish = row.finish or "abort"
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+
+def _uncached(model, rows: list[Row]) -> Iterator[None]:
+    """The plain loop: everything anew for each token."""
+    while active := [row for row in rows if not row.finish]:
+        texts = [row.prompt + row.ids for row in active]
+        longest = max(map(len, texts))
+        ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=model.device)
+        positions = torch.tensor([[*range(len(t)), *[-1] * (longest - len(t))] for t in texts], device=model.device)
+        last = torch.tensor([i * longest + len(text) - 1 for i, text in enumerate(texts)], device=model.device)
+        with torch.no_grad():
+            logits = model(ids, positions=positions, at=last).logits
+        _accept(logits.float(), active)
+        yield
+
+
+def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Callable = lambda: None) -> None:
+    """Rows with prompts of one length: the model's own `generate`, in which our sampling names each token. Calls each() after
+    every token."""
+    from transformers import GenerationConfig
+
+    def name_tokens(ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits (B, V) -> 0 at the token that each row takes, -inf elsewhere."""
+        active = [i for i, row in enumerate(rows) if not row.finish]
+        if active:
+            _accept(scores[active].float(), [rows[i] for i in active])
+            each()
+        tokens = torch.tensor([[(row.ids or [0])[-1]] for row in rows], device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+
+    def finished(ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.tensor([bool(row.finish) for row in rows], device=ids.device)
+
+    prompts = torch.tensor([row.prompt for row in rows], device=model.device)  # (B, T)
+    longest = max(row.budget for row in rows)
+    kept, model.inner.generation_config = model.inner.generation_config, GenerationConfig()  # its penalties are not ours
+    try:
+        model.inner.generate(prompts, GenerationConfig(max_new_tokens=longest, do_sample=False, use_cache=use_cache),
+                             [name_tokens], [finished], attention_mask=torch.ones_like(prompts))
+    finally:
+        model.inner.generation_config = kept
+
+
+def _in_steps(run: Callable[[Callable], None]) -> Iterator[None]:
+    """A generator over run(each), which calls each() after every step and works in a thread."""
+    steps: queue.Queue = queue.Queue()
+    stopped = threading.Event()
+
+    def each() -> None:
+        steps.put(None)
+        if stopped.is_set():
+            raise InterruptedError("the consumer has stopped")
+
+    def work() -> None:
+        try:
+            run(each)
+            steps.put(StopIteration())
+        except BaseException as error:  # whatever ends the work is raised where the generator is consumed
+            steps.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while not isinstance(error := steps.get(), StopIteration):
+            if error is not None:
+                raise error
+            yield
+    finally:
+        stopped.set()
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -1425,7 +1433,8 @@ def make_app(session: Session, name: str, engine: Engine | Whole):
             raise Refused(400, "messages: a list of messages is expected")
         if settings.system and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": settings.system}, *messages]
-        return [whole(TOKENIZER.render_chat(tokenizer, messages, add_generation_prompt=True).ids)]
+        ids = TOKENIZER.render_chat(tokenizer, messages, add_generation_prompt=True, literal=not settings.control_tokens).ids
+        return [whole(ids)]
 
     async def complete(request, chat: bool):
         record = await body_of(request)

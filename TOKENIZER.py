@@ -301,7 +301,8 @@ class Conversation(NamedTuple):
     turns: list[Turn]
 
 
-def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False) -> Conversation:
+def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False,
+                literal: bool = False) -> Conversation:
     """A conversation in the tokenizer's chat template -> its ids and the assistant's turns.
 
     The ids are those of the whole rendering, so training and serving read the same. To find the turns, the conversation is
@@ -309,12 +310,17 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
     the template's. A turn starts where the prompt for it ends, and it stops after the end-of-turn token that follows its last
     mark. Everything in between (reasoning, tool calls and their markup) is for the model to generate.
 
+    `literal` (of a prompt): control tokens that stand in the messages' texts are text, as a server's users may not end turns.
+
     [user "Hi", assistant "Yo"] -> ids of "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nYo<|im_end|>\\n",
     one turn that holds "Yo<|im_end|>"
     """
     if not tokenizer.chat_template:
         raise UserError("this tokenizer has no chat template; use --chat off")
     problem = None
+    if literal:
+        messages = [{**message, "content": hide_special(tokenizer, message["content"])}
+                    if isinstance(message.get("content"), str) else message for message in messages]
     for spelling in spellings(messages):
         try:
             text, spans = locate_turns(tokenizer, spelling, tools, add_generation_prompt)
@@ -326,7 +332,7 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
     else:
         raise problem
     if add_generation_prompt:  # a blank at its end is part of the answer's first token
-        return Conversation(list(tokenizer(text.rstrip(" "), add_special_tokens=False).input_ids), [])
+        return Conversation(encode_hidden(tokenizer, text.rstrip(" ")), [])
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, (starts, stops) = list(encoded.input_ids), np.array(encoded.offset_mapping).reshape(-1, 2).T
     turns = [Turn(i, int(np.searchsorted(stops, start, "right")), int(np.searchsorted(starts, stop))) for i, start, stop in spans]
@@ -337,6 +343,30 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
             ids.append(tokenizer.convert_tokens_to_ids(end))
             turns[-1] = turns[-1]._replace(stop=len(ids))
     return Conversation(ids, turns)
+
+
+HIDDEN = "\ue000{}\ue001"  # in place of the special token of this number, in private characters
+
+
+def hide_special(tokenizer, text: str) -> str:
+    """A text in which no special token is left."""
+    for number, token in enumerate(sorted(special_texts(tokenizer), key=len, reverse=True)):
+        text = text.replace(token, HIDDEN.format(number))
+    return text
+
+
+def encode_hidden(tokenizer, text: str) -> list[int]:
+    """Ids of a rendering; special tokens that `hide_special` hid are encoded as any other text."""
+    named, ids = sorted(special_texts(tokenizer), key=len, reverse=True), []
+    for i, part in enumerate(re.split(HIDDEN.format(r"(\d+)"), text)):
+        hidden = i % 2 and int(part) < len(named)
+        part = named[int(part)] if hidden else HIDDEN.format(part) if i % 2 else part
+        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=bool(hidden)).input_ids
+    return ids
+
+
+def special_texts(tokenizer) -> set[str]:
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
 
 
 def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool) -> tuple[str, list[Turn]]:
