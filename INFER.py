@@ -51,8 +51,8 @@ class Sampling:
     top_p: float = knob(1.0, "sample from the smallest set with this cumulative probability (Holtzman 2019)", low=0, high=1,
                         often=True)
     min_p: float = knob(0.0, "minimum probability of a token relative to the most probable one", low=0, high=1, often=True)
-    repetition_penalty: float = knob(1.0, "above 1, tokens of the prompt and completion become less likely (Keskar 2019)", above=0,
-                                     often=True)
+    repetition_penalty: float = knob(1.0, "above 1, tokens of the prompt and completion become less likely (Keskar 2019)",
+                                     above=0, often=True)
     presence_penalty: float = knob(0.0, "subtracted once from the logits of generated tokens", often=True)
     frequency_penalty: float = knob(0.0, "subtracted from a token's logit for each time it was generated", often=True)
     stop: list[str] | str | None = knob(None, "stop strings; not included in the completion", often=True)
@@ -80,7 +80,8 @@ class Sampling:
     @property
     def adjusts(self) -> bool:
         """Whether logits are changed before a token is chosen."""
-        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias or self.min_tokens)
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias
+                    or self.min_tokens)
 
 
 @dataclass
@@ -176,7 +177,8 @@ def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float] | No
             probabilities[limited] = truncate(probabilities[limited], [settings[i] for i in limited])
         mass = probabilities.cumsum(-1)
         drawn = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)  # (B, 1)
-        drawn = torch.minimum(drawn, torch.searchsorted(mass, mass[:, -1:].contiguous()))[:, 0]  # rounding may point past the last one left
+        last = torch.searchsorted(mass, mass[:, -1:].contiguous())  # rounding may point past the last one that is left
+        drawn = torch.minimum(drawn, last)[:, 0]
         chosen = drawn if chosen is None else torch.where(torch.tensor(greedy, device=device), chosen, drawn)
     logprobs = best = None
     if any(s.logprobs for s in settings):
@@ -470,7 +472,8 @@ def _steps(model, rows: list[Row], use_cache: bool, batch_size: int) -> Iterator
         engine = Whole(model, batch_size, use_cache)
     else:
         seats = min(batch_size, len(rows)) or 1
-        engine = Engine(model, seats, seats, max((len(row.prompt) + row.budget for row in rows), default=1))  # a page holds any row
+        page = max((len(row.prompt) + row.budget for row in rows), default=1)  # which holds any row
+        engine = Engine(model, seats, seats, page)
     engine.add(rows)
     while engine.busy:
         engine.step()
@@ -640,8 +643,8 @@ PAGE = 64  # tokens; less memory is wasted by smaller pages, more time by copyin
 
 
 def cache_room(model, rows: int) -> int:
-    """Tokens that the cache of an engine can hold: `rows` whole contexts, if four fifths of a card's free memory, or a quarter of the
-    machine's, are enough for them."""
+    """Tokens that the cache of an engine can hold: `rows` whole contexts, if four fifths of a card's free memory, or a quarter of
+    the machine's, are enough for them."""
     a_token = MODEL.cache_numbers(model.config) * torch.empty(0, dtype=model.dtype).element_size()
     if model.device.type == "cuda":
         memory = torch.cuda.mem_get_info(model.device)[0] * 4 // 5
@@ -860,7 +863,8 @@ class Session:
 def load(model: str, **settings) -> Session:
     """A model that answers texts: load("out", temperature=0).generate("One rainy Monday"). `settings`: as on the command line,
     such as adapter="out/lora"; a section's keys as {"model.dtype": "bfloat16"}."""
-    words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in {"model": model, **settings}.items()]
+    words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+             for key, value in {"model": model, **settings}.items()]
     return Session(load_config(["--config", os.devnull, *words], SECTIONS, "inference", ACTIONS, __doc__, SHORTS))
 
 
@@ -876,21 +880,26 @@ def read_stdin() -> Iterator[str]:
         yield text.replace("\r\n", "\n")
 
 
-def batches(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of up to `size` items: those that arrive within 20 ms of each other, so that a program that waits for the answer to
-    one line gets it. Items before an error are yielded first."""
-    arrived: queue.Queue = queue.Queue(2 * size)
+def read_ahead(items: Iterable, size: int) -> queue.Queue:
+    """A queue of (item, None) that a thread fills, and at last (None, what ended the items: an error or StopIteration)."""
+    arrived: queue.Queue = queue.Queue(size)
 
     def read() -> None:
         try:
             for item in items:
                 arrived.put((item, None))
             arrived.put((None, StopIteration()))
-        except BaseException as error:  # whatever ends the reading is raised by the consumer below
+        except BaseException as error:  # whatever it is, it is raised where the queue is read
             arrived.put((None, error))
 
     threading.Thread(target=read, daemon=True).start()
-    error = None
+    return arrived
+
+
+def batches(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of up to `size` items: those that arrive within 20 ms of each other, so that a program that waits for the answer to
+    one line gets it. Items before an error are yielded first."""
+    arrived, error = read_ahead(items, 2 * size), None
     while error is None:
         item, error = arrived.get()
         group = [] if error else [item]
@@ -905,19 +914,9 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
 
 
 def answers(session: Session, requests: Iterable[tuple[object, Sampling, int]]) -> Iterator[list[Completion]]:
-    """Answers to (prompt, sampling, number), in order. Requests join the engine as they arrive, so that many are computed together
-    and a program that waits for the answer to one line gets it. Those before an error are answered first."""
-    arrived: queue.Queue = queue.Queue(4 * session.settings.batch_size)
-
-    def read() -> None:
-        try:
-            for request in requests:
-                arrived.put((request, None))
-            arrived.put((None, StopIteration()))
-        except BaseException as error:  # whatever ends the reading is raised by the consumer below
-            arrived.put((None, error))
-
-    threading.Thread(target=read, daemon=True).start()
+    """Answers to (prompt, sampling, number), in order. Requests join the engine as they arrive, so that many are computed
+    together and a program that waits for the answer to one line gets it. Those before an error are answered first."""
+    arrived = read_ahead(requests, 4 * session.settings.batch_size)
     engine, pending, error = session.engine(), deque(), None
     while error is None or pending:
         with contextlib.suppress(queue.Empty):
@@ -946,7 +945,7 @@ def run_lines(session: Session) -> None:
 
 
 def run_jsonl(session: Session) -> None:
-    """{"prompt": ...} or {"messages": [...], "tools": [...]} a line, with any sampling key beside it -> the record with its answer."""
+    """{"prompt": ...} or {"messages": [...], "tools": [...]} a line, with any sampling key -> the record with its answer."""
     given: deque[dict] = deque()
 
     def requests() -> Iterator[tuple]:
@@ -962,14 +961,15 @@ def run_jsonl(session: Session) -> None:
                 yield prompt, sampling, 0 if record.get("seed") is not None else place
 
     for completions in answers(session, requests()):
-        record = given.popleft()
+        asked = given.popleft()
         for index, c in enumerate(completions):
             extra = {"index": index} if len(completions) > 1 else {}
             if c.logprobs is not None:
                 extra |= {"tokens": [session.tokenizer.decode([i]) for i in c.ids], "logprobs": c.logprobs}
             if c.best is not None:
                 extra["top_logprobs"] = [{session.tokenizer.decode([i]): value for i, value in place.items()} for place in c.best]
-            print(json.dumps({**record, "completion": c.text, "finish_reason": c.finish_reason, **extra}, ensure_ascii=False), flush=True)
+            record = {**asked, "completion": c.text, "finish_reason": c.finish_reason, **extra}
+            print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
 def messages_of(value, where: str) -> list[dict]:
@@ -1006,7 +1006,7 @@ OPENAI_KEYS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new
 
 
 def own_sampling(record: dict, base: Sampling, where: str, **more) -> Sampling:
-    """The sampling of a request: its own keys, under OpenAI's names or ours, over the usual ones. null is a key that is not set."""
+    """The sampling of a request: its own keys, under OpenAI's names or ours, over the usual ones. null is not set."""
     kinds, stop = MODEL.field_types(Sampling), record.get("stop")
     if stop is not None and not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):
         raise UserError(f"{where}stop: {stop!r} is no text or list of texts")
@@ -1026,8 +1026,8 @@ def run_terminal(session: Session) -> None:
     """A conversation on a terminal: with a chat template turns are remembered, without one each prompt stands alone."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() gets line editing and a history)
-    say(("chat: /reset forgets, /system TEXT sets the system message, " if session.chat else "") + "/exit or Ctrl-D ends, Ctrl-C stops "
-        "an answer")
+    commands = "chat: /reset forgets, /system TEXT sets the system message, " if session.chat else ""
+    say(f"{commands}/exit or Ctrl-D ends, Ctrl-C stops an answer")
     messages: list[dict] = []
     while True:
         try:
@@ -1159,8 +1159,8 @@ def answered_ids(tokenizer, messages: list[dict]) -> list[int]:
 
 
 def classify(model, tokenizer, texts: list[str | list[dict]]) -> list[list[float]]:
-    """Probabilities of the labels for each text, or for the last answer of each conversation, in the order of `model.config.labels`;
-    the bare score of a model with one output."""
+    """Probabilities of the labels for each text, or for the last answer of each conversation, in the order of
+    `model.config.labels`; the bare score of a model with one output."""
     context = model.config.max_position_embeddings
     ids = [tokenizer(text).input_ids if isinstance(text, str) else answered_ids(tokenizer, text) for text in texts]
     if longer := sum(len(own) > context for own in ids):
@@ -1180,7 +1180,8 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
     labels = MODEL.label_names(session.model)
 
     def texts() -> Iterator[tuple[dict, str | list[dict]]]:
-        for number, line in enumerate([prompt] if prompt is not None and not piped else prompt.split("\n") if piped else read_stdin(), 1):
+        lines = read_stdin() if prompt is None else prompt.split("\n") if piped else [prompt]
+        for number, line in enumerate(lines, 1):
             record: dict = {}
             if actions.jsonl:
                 if not line.strip():
@@ -1328,8 +1329,8 @@ class Answer:
             return {"content": [{**entry(text, value), "top_logprobs": [entry(*one) for one in others]}
                                 for text, value, others in zip(texts, values, named, strict=True)]}
         offsets = list(itertools.accumulate(map(len, texts), initial=place))[:-1]
-        return {"tokens": texts, "token_logprobs": values, "top_logprobs": [dict(one) for one in named] if completion.best else None,
-                "text_offset": offsets}
+        others = [dict(one) for one in named] if completion.best else None
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": others, "text_offset": offsets}
 
     def choice(self, index: int, text: str, finish: str | None, logprobs: dict | None, delta: bool, first: bool = False) -> dict:
         content = {"role": "assistant"} if first or not delta else {}
@@ -1354,6 +1355,7 @@ def make_app(session: Session, name: str, engine: Engine | Whole):
     app, meters, began = FastAPI(docs_url=None, redoc_url=None, openapi_url=None), Meters(service), int(time.time())
     model, tokenizer = session.model, session.tokenizer
     context = model.config.max_position_embeddings
+    key = settings.api_key and f"Bearer {settings.api_key}".encode()
 
     def route(path: str, method: str = "POST"):
         """Errors of the function below become answers in OpenAI's shape; all but /health asks for the key."""
@@ -1362,7 +1364,7 @@ def make_app(session: Session, name: str, engine: Engine | Whole):
             async def guarded(request):
                 given = request.headers.get("authorization", "").encode()
                 try:
-                    if settings.api_key and path != "/health" and not hmac.compare_digest(given, f"Bearer {settings.api_key}".encode()):
+                    if path != "/health" and key and not hmac.compare_digest(given, key):
                         raise Refused(401, "wrong API key", "authentication_error")
                     return await function(request)
                 except Refused as error:
@@ -1481,7 +1483,8 @@ def make_app(session: Session, name: str, engine: Engine | Whole):
                 sent, told = [0] * len(rows), [0] * len(rows)
                 try:
                     if chat:
-                        yield _event(answer.record([answer.choice(i, "", None, None, True, True) for i in range(len(rows))], None, True))
+                        begins = [answer.choice(i, "", None, None, True, True) for i in range(len(rows))]
+                        yield _event(answer.record(begins, None, True))
                     async for number, text, count, finish in updates():
                         row, piece = rows[number], text[sent[number] :]
                         if not piece and not finish:
@@ -1619,8 +1622,8 @@ def run_server(session: Session, name: str) -> None:
         room = engine.cache.pages * engine.cache.page
         weights = sum(weight.numel() * weight.element_size() for weight in session.model.parameters())
         a_token = MODEL.cache_numbers(session.model.config) * torch.empty(0, dtype=session.model.dtype).element_size()
-        say(f"memory: weights {MODEL.size_text(weights)}, cache {MODEL.size_text(room * a_token)} for {room:,} tokens in pages of "
-            f"{engine.cache.page}, at most {s.batch_size} answers at the same time")
+        say(f"memory: weights {MODEL.size_text(weights)}, cache {MODEL.size_text(room * a_token)} for {room:,} tokens in pages "
+            f"of {engine.cache.page}, at most {s.batch_size} answers at the same time")
     generate(session.model, [[session.tokenizer.bos_token_id or 0] * 8], Sampling(2, 0, ignore_eos=True))  # warm up
     say(f"serving {name} at http://{s.host}:{s.port}/v1")
     uvicorn.run(app, host=s.host, port=s.port, log_level="warning", timeout_graceful_shutdown=int(s.timeout), access_log=False)
@@ -1645,7 +1648,8 @@ def main(argv: list[str] | None = None) -> None:
     actions = config.actions
     check_flags(actions, config.inference.logprobs)
     prompt = None if actions.prompt is None else TOKENIZER.checked(actions.prompt, "--prompt")
-    piped = prompt is None and not (sys.stdin and sys.stdin.isatty()) and actions.score is None and not (actions.lines or actions.jsonl or actions.serve)
+    elsewhere = actions.score is not None or actions.lines or actions.jsonl or actions.serve
+    piped = prompt is None and not elsewhere and not (sys.stdin and sys.stdin.isatty())
     if piped:
         prompt = "".join(read_stdin())
         if not prompt:

@@ -495,7 +495,8 @@ class CacheStep:
                 slab, stop = adjacent, stop + 1
             group = self.parts[start:stop]
             lengths = [length for _, length, _ in group]
-            yield Group(first, count, lengths, None if fresh else self._reader([pages for pages, *_ in group], max(lengths), slab))
+            read = None if fresh else self._reader([pages for pages, *_ in group], max(lengths), slab)
+            yield Group(first, count, lengths, read)
             first, start = first + count * len(group), stop
 
     def _reader(self, tables: list[list[int]], longest: int, slab: bool) -> Callable:
