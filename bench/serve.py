@@ -1,0 +1,183 @@
+"""The engine and the server under load.
+
+    python bench/serve.py soak --model out/sft --minutes 10 --clients 64     # clients that ask, stream, go away, overrun and send nonsense
+    python bench/serve.py prefix                     # seconds to the first token behind a beginning that is known, and that is not
+    python bench/serve.py overhead                   # all but the forward pass, as a share of a step at 16 sequences
+
+soak: every whole answer is compared with the one that was computed alone before; memory after the first minute and at the end;
+at the end nothing may run, wait or hold a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from train import machine
+
+import INFER
+import MODEL
+import TOKENIZER
+
+PORT = 8123
+URL = f"http://127.0.0.1:{PORT}"
+
+
+def resident(pid: int) -> float:
+    """MB"""
+    return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")) / 1000
+
+
+def soak(options) -> None:
+    import httpx
+
+    session = INFER.load(options.model, temperature=0)
+    words = Path(ROOT / "data/train.txt").read_text().split()
+    dice = random.Random(0)
+    asked = [" ".join(words[start : start + dice.randint(1, 60)]) for start in (dice.randrange(len(words) - 60) for _ in range(40))]
+    sampling = INFER.Sampling(dice.randint(20, 60), 0)
+    right = [one.text for [one] in INFER.generate(session.model, [TOKENIZER.encode_prompt(session.tokenizer, text) for text in asked], sampling, session.tokenizer)]
+    server = subprocess.Popen([sys.executable, str(ROOT / "INFER.py"), "--serve", "--model", options.model, "--port", str(PORT), "--max-num-seqs", "16",
+                               "--max-queue", str(options.clients // 2), *options.flags])
+    seen: Counter = Counter()
+
+    async def client(number: int, http, until: float) -> None:
+        own = random.Random(number)
+        while time.time() < until:
+            which, kind = own.randrange(len(asked)), own.choice(["whole", "whole", "stream", "stream", "cancel", "cancel", "overrun", "nonsense"])
+            body = {"prompt": asked[which], "max_tokens": sampling.max_new_tokens, "temperature": 0}
+            try:
+                if kind == "whole":
+                    answer = await http.post(f"{URL}/v1/completions", json=body)
+                    seen[f"whole {answer.status_code}"] += 1
+                    if answer.status_code == 200 and answer.json()["choices"][0]["text"] != right[which]:
+                        seen["WRONG"] += 1
+                elif kind in ("stream", "cancel"):
+                    async with http.stream("POST", f"{URL}/v1/completions", json={**body, "stream": True}) as answer:
+                        seen[f"{kind} {answer.status_code}"] += 1
+                        text, ended = "", False
+                        async for line in answer.aiter_lines():
+                            if kind == "cancel" and own.random() < 0.2:
+                                break
+                            ended |= line == "data: [DONE]"
+                            if answer.status_code == 200 and line.startswith("data: {"):
+                                text += json.loads(line[6:])["choices"][0]["text"]
+                        if kind == "stream" and answer.status_code == 200 and (text != right[which] or not ended):
+                            seen["WRONG"] += 1
+                elif kind == "overrun":
+                    bad = own.choice([{**body, "prompt": "the old owl " * 2000}, {**body, "n": 100_000}, {**body, "max_tokens": 10**9}])
+                    seen[f"overrun {(await http.post(f'{URL}/v1/completions', json=bad)).status_code}"] += 1
+                else:
+                    bad = own.choice([b"{", b"\xff\xfe", b"[]", b'{"prompt": 5}', b'{"prompt": "a", "temperature": "hot"}', os.urandom(1000)])
+                    seen[f"nonsense {(await http.post(f'{URL}/v1/completions', content=bad)).status_code}"] += 1
+            except httpx.HTTPError as error:
+                seen[f"WRONG {type(error).__name__}"] += 1
+
+    async def run() -> None:
+        async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=options.clients)) as http:
+            for _ in range(600):
+                try:
+                    await http.get(f"{URL}/health")
+                    break
+                except httpx.HTTPError:
+                    await asyncio.sleep(0.1)
+            until, memory = time.time() + 60 * options.minutes, []
+
+            async def watch() -> None:
+                while time.time() < until:
+                    await asyncio.sleep(10)
+                    memory.append(resident(server.pid))
+
+            await asyncio.gather(watch(), *(client(i, http, until) for i in range(options.clients)))
+            await asyncio.sleep(2)
+            figures = (await http.get(f"{URL}/metrics")).text
+        print(dict(sorted(seen.items())))
+        print(f"memory: {memory[min(5, len(memory) - 1)]:.0f} MB after a minute, {memory[-1]:.0f} MB at the end")
+        for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "generation_tokens_total"):
+            print(next(line for line in figures.splitlines() if line.startswith(f"vllm:{name} ")))
+
+    try:
+        asyncio.run(run())
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def shaped(preset: str):
+    model = MODEL.build(preset).to(torch.bfloat16 if MODEL.fast_half("cpu") or torch.cuda.is_available() else torch.float32)
+    return INFER.configure_for_hardware(model, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def rows_of(model, prompts: list[list[int]], count: int) -> list[INFER.Row]:
+    sampling = INFER.Sampling(count, 0, ignore_eos=True)
+    return [row for [row] in INFER._make_rows(model, prompts, [sampling] * len(prompts), None, 0)]
+
+
+def prefix(options) -> None:
+    """The time of the first token of prompts that share 1,000 tokens: of the first, and of the later ones (a median)."""
+    model, dice = shaped(options.preset), random.Random(0)
+    engine = INFER.Engine(model, 4, 80, INFER.PAGE, 512, reuse=True)
+    common, times = [dice.randrange(5, 1000) for _ in range(1000)], []
+    for _ in range(options.rounds + 1):
+        [row] = rows_of(model, [common + [dice.randrange(5, 1000) for _ in range(10)]], 1)
+        start = time.perf_counter()
+        engine.add([row])
+        while engine.busy:
+            engine.step()
+        times.append(time.perf_counter() - start)
+    known = sorted(times[1:])[len(times[1:]) // 2]
+    print(f"first token: {times[0]:.3f} s, with 1,000 known tokens {known:.3f} s ({times[0] / known:.1f}x)")
+
+
+def overhead(options) -> None:
+    """Medians over 100 steps of 16 sequences."""
+    model, dice, inside = shaped(options.preset), random.Random(0), []
+    forward = model.forward
+
+    def timed(*words, **more):
+        start = time.perf_counter()
+        out = forward(*words, **more)
+        inside.append(time.perf_counter() - start)
+        return out
+
+    model.forward = timed
+    engine = INFER.Engine(model, 16, 16 * 8, INFER.PAGE)
+    engine.add(rows_of(model, [[dice.randrange(5, 1000) for _ in range(dice.randint(10, 100))] for _ in range(16)], 110))
+    whole = []
+    while engine.busy:
+        start = time.perf_counter()
+        engine.step()
+        whole.append(time.perf_counter() - start)
+    shares = sorted(1 - a / b for a, b in zip(inside[5:], whole[5:], strict=True))
+    print(f"a step of 16: {1e3 * sorted(whole)[len(whole) // 2]:.1f} ms, of which all but the forward {shares[len(shares) // 2]:.1%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("soak", "prefix", "overhead"))
+    parser.add_argument("--model", default=str(ROOT / "out/sft"))
+    parser.add_argument("--preset", default="llama-14m")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="soak: the rest of the line goes to INFER.py")
+    options = parser.parse_args()
+    print(machine("cuda" if torch.cuda.is_available() else "cpu"))
+    {"soak": soak, "prefix": prefix, "overhead": overhead}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
