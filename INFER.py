@@ -1,8 +1,8 @@
-"""INFER.py: ids out of a model.
+"""INFER.py: text generation.
 
-Read in this order: settings (`Sampling`), the sampler (`sample`), one answer in the making (`Row`), the engine that computes many
-at the same time (`Engine`), `generate` and `stream`, scoring (`score`). Below the banner: what makes a model fast here, models
-without a cache of ours, the command line, the HTTP server.
+Read in this order: settings (`Sampling`), the sampler (`sample`), the state of one completion (`Row`), continuous batching
+(`Engine`), `generate` and `stream`, scoring (`score`). Below the banner: hardware settings, static batching for other models, the
+command line, the HTTP server.
 
     echo "Once upon a time" | python INFER.py --model out
     python INFER.py --model out --prompt "What is 12 plus 30?" --temperature 0 --max-new-tokens 32
@@ -58,10 +58,11 @@ class Sampling:
     stop: list[str] | str | None = knob(None, "stop strings; not included in the completion", often=True)
     seed: int | None = knob(None, "random seed; the completion does not depend on the rest of the batch", low=-(10**30),
                             high=10**30, often=True)
-    logit_bias: dict | None = knob(None, "added to the logits of single tokens: {token id: bias}")
-    min_tokens: int = knob(0, "number of tokens before which the text cannot end", low=0)
+    logit_bias: dict | None = knob(None, "biases added to the logits: {token id: bias}")
+    min_tokens: int = knob(0, "minimum number of generated tokens before an end-of-text token", low=0)
     logprobs: bool = knob(False, "return the log-probability of each token", often=True)
-    top_logprobs: int = knob(0, "return those of the most probable tokens at each position, too", low=0, only="logprobs")
+    top_logprobs: int = knob(0, "return the log-probabilities of the k most probable tokens at each position",
+                            low=0, only="logprobs")
     n: int = knob(1, "completions per prompt", low=1, often=True)
     ignore_eos: bool = knob(False, "continue after the end-of-text token")
 
@@ -87,19 +88,19 @@ class Sampling:
 @dataclass
 class InferenceSection(Sampling):
     use_cache: bool = knob(True, "KV cache; false recomputes past tokens at each step, which is much slower", often=True)
-    batch_size: int = knob(32, "answers computed at the same time", low=1, often=True)
+    batch_size: int = knob(32, "maximum number of sequences per batch", low=1, often=True)
     chat: str = knob("auto", "apply the chat template: on, off, or auto (if the tokenizer has one)", ("auto", "on", "off"),
                      often=True)
     system: str | None = knob(None, "system message", often=True)
-    host: str = knob("127.0.0.1", "--serve: address; 0.0.0.0 is every network", often=True)
+    host: str = knob("127.0.0.1", "--serve: address to bind; 0.0.0.0 accepts other machines", often=True)
     port: int = knob(8000, "--serve: port", low=0, high=65535, often=True)
-    api_key: str | None = knob(None, "--serve: key that every request has to carry")
-    max_queue: int = knob(256, "--serve: answers that may be computed or wait; more are refused (429)", low=1)
-    max_num_batched_tokens: int = knob(512, "--serve: tokens per forward pass; long prompts take several", low=1)
-    enable_prefix_caching: bool = knob(True, "--serve: compute the beginning that prompts share once")
-    timeout: float = knob(600.0, "--serve: seconds that a request may take", above=0)
-    control_tokens: bool = knob(False, "--serve: let control tokens that a user types in a chat, such as <|im_end|>, act as such")
-    max_body: int = knob(2**22, "--serve: bytes of a request", low=1)
+    api_key: str | None = knob(None, "--serve: API key that requests must send")
+    max_queue: int = knob(256, "--serve: maximum running and waiting completions; more get status 429", low=1)
+    max_num_batched_tokens: int = knob(512, "--serve: maximum tokens per forward pass; longer prompts are chunked", low=1)
+    enable_prefix_caching: bool = knob(True, "--serve: reuse the KV cache of shared prompt prefixes")
+    timeout: float = knob(600.0, "--serve: maximum seconds per request", above=0)
+    control_tokens: bool = knob(False, "--serve: parse control tokens in chat messages; false treats them as text")
+    max_body: int = knob(2**22, "--serve: maximum request size in bytes", low=1)
     model: dict = knob({"name": "./out"}, "overrides `model` for this stage")
 
 
@@ -140,8 +141,8 @@ def adjust(logits: Tensor, rows: list[Row]) -> Tensor:
 
 
 def truncate(probabilities: Tensor, settings: list[Sampling]) -> Tensor:
-    """Zero what top-k, then top-p of the rest, then min-p exclude from probabilities (B, V). Ties with the last kept token stay,
-    so that rounding, which may swap them, changes nothing."""
+    """Apply top-k, then top-p, then min-p to probabilities (B, V): excluded tokens become 0. Ties with the last kept token are
+    kept, so rounding that reorders ties has no effect."""
     device, vocabulary = probabilities.device, probabilities.shape[1]
     top_k, top_p, min_p = (torch.tensor(limit, device=device)[:, None] for limit in (
         [s.top_k or vocabulary for s in settings], [s.top_p if s.top_p < 1 else 2.0 for s in settings],
@@ -246,7 +247,7 @@ class Row:
 
     @property
     def missing(self) -> int:
-        """Tokens that the cache has not seen yet."""
+        """Number of tokens that are not in the KV cache yet."""
         return self.length - self.sequence.length
 
     def text_ids(self, start: int, stop: int) -> list[int]:
@@ -295,11 +296,11 @@ STEP_SCORES = 2**22  # queries x keys of a piece of a prompt: beside the cache, 
 
 
 class Engine:
-    """Continuous batching (Yu 2022): requests join and leave between forward passes, each of which computes one token of every
-    answer and pieces of the prompts that wait: `schedule -> run -> accept`.
+    """Continuous batching (Yu 2022): requests join and leave the batch between forward passes. Each pass decodes one token of
+    every running completion and prefills chunks of waiting prompts: `schedule -> run -> accept`.
 
-    Answers go on first, then the oldest prompts. When pages run out, the youngest row gives up all of its own and waits again;
-    it loses no token, as its text so far is a prompt from then on. Rows of one prompt (the same list) compute it once.
+    Decoding has priority, then the oldest prompts. When no page is free, the most recent row is preempted: it releases its
+    pages and later prefills its prompt and the tokens generated so far. Rows with the same prompt list prefill it once.
     """
 
     def __init__(self, model, rows: int, pages: int, page: int, tokens: int = 0, reuse: bool = False):
@@ -318,7 +319,7 @@ class Engine:
         self.waiting.extend(rows)
 
     def step(self) -> list[Row]:
-        """One forward pass. Returns the rows that got a token; those with `finish` have left."""
+        """One forward pass. Returns the rows that got a token; finished rows (`row.finish`) have been removed."""
         parts = self.schedule()
         ready, logits = self.run(parts)
         self.accept(ready, logits)
@@ -355,7 +356,7 @@ class Engine:
         return min(row.missing, left, max(1, STEP_SCORES // (start + row.missing)) if start else left)
 
     def _admit(self, row: Row, like: Row | None) -> bool:
-        """Give a waiting row pages for its whole text so far; the part of it that is known is shared."""
+        """Allocate pages for the tokens of a waiting row; cached prefixes are shared."""
         if like is not None:
             sequence = self.cache.fork(like.sequence, len(row.prompt) - 1)
         else:
@@ -374,7 +375,7 @@ class Engine:
         self.waiting.appendleft(row)
 
     def remove(self, row: Row) -> None:
-        """Take a row out, whether it is finished or not."""
+        """Remove a running or waiting row and release its pages."""
         if row.running:
             self.running.remove(row)
             self.cache.close(row.sequence)
@@ -384,7 +385,7 @@ class Engine:
 
     @torch.no_grad()
     def run(self, parts: dict[Row, int]) -> tuple[list[Row], Tensor]:
-        """One forward pass; the rows whose whole text is computed, and their next token's logits (R, V)."""
+        """One forward pass. Returns the rows whose tokens are all computed and the logits (R, V) of their next tokens."""
         rows = sorted(parts, key=lambda row: (parts[row], row.sequence.pages[0]))  # equal and adjacent ones are read together
         ids, ready, at = [], [], []
         for row in rows:
@@ -469,7 +470,7 @@ def generate(model, prompts: list[list[int]], sampling: Sampling | list[Sampling
 def _steps(model, rows: list[Row], use_cache: bool, batch_size: int) -> Iterator[None]:
     """Extend all rows until they are finished; yields after every forward pass."""
     if isinstance(model, MODEL.ForeignModel) or not use_cache:
-        engine = Whole(model, batch_size, use_cache)
+        engine = StaticEngine(model, batch_size, use_cache)
     else:
         seats = min(batch_size, len(rows)) or 1
         page = max((len(row.prompt) + row.budget for row in rows), default=1)  # which holds any row
@@ -643,8 +644,7 @@ PAGE = 64  # tokens; less memory is wasted by smaller pages, more time by copyin
 
 
 def cache_room(model, rows: int) -> int:
-    """Tokens that the cache of an engine can hold: `rows` whole contexts, if four fifths of a card's free memory, or a quarter of
-    the machine's, are enough for them."""
+    """KV cache capacity in tokens: `rows` full contexts, limited to 4/5 of the free GPU memory or 1/4 of the main memory."""
     a_token = MODEL.cache_numbers(model.config) * torch.empty(0, dtype=model.dtype).element_size()
     if model.device.type == "cuda":
         memory = torch.cuda.mem_get_info(model.device)[0] * 4 // 5
@@ -654,10 +654,10 @@ def cache_room(model, rows: int) -> int:
     return max(context, min(rows * context, memory // a_token))
 
 
-class Whole:
-    """An engine for what does not take part in continuous batching: rows are answered group by group, with prompts of one length
-    in the order of their arrival. A `MODEL.ForeignModel` runs transformers' own `generate`; without a cache all is computed anew
-    for each token, which is the oracle of `Engine`."""
+class StaticEngine:
+    """Static batching, with the interface of `Engine`: each batch has prompts of equal length and runs to its end. A
+    `MODEL.ForeignModel` uses transformers' `generate`; without a KV cache all tokens are recomputed in every step, which is the
+    reference for `Engine`."""
 
     def __init__(self, model, rows: int, use_cache: bool = True):
         self.model, self.rows, self.use_cache = model, rows, use_cache
@@ -693,7 +693,7 @@ class Whole:
 
 
 def _uncached(model, rows: list[Row]) -> Iterator[None]:
-    """The plain loop: everything anew for each token."""
+    """Generation without a KV cache: recompute all tokens in every step."""
     while active := [row for row in rows if not row.finish]:
         texts = [row.prompt + row.ids for row in active]
         longest = max(map(len, texts))
@@ -827,7 +827,7 @@ class Session:
         return begin + ids[len(ids) - room + len(begin) :]
 
     def stream(self, prompt, sampling: Sampling, stoppable: bool = False) -> str:
-        """Print one answer piece by piece and return it; Ctrl-C ends one that is `stoppable`, and no more."""
+        """Print a completion as it is generated and return it; if `stoppable`, Ctrl-C stops only this completion."""
         pieces = []
         try:
             for piece in stream(self.model, self.tokenizer, self.prompt_ids(prompt, sampling), sampling, self.settings.use_cache):
@@ -840,18 +840,18 @@ class Session:
         return "".join(pieces)
 
     def generate(self, prompt: str | list[dict], **own) -> str | list[str]:
-        """The answer to a text or to the messages of a chat; with n > 1 a list of answers. `own`: settings of this request."""
+        """The completion of a text or of chat messages, a list if n > 1. `own`: sampling parameters of this request."""
         sampling = own_sampling(own, self.sampling, "")
         if unknown := [key for key in own if OPENAI_KEYS.get(key, key) not in SAMPLING_KEYS]:
             raise UserError(f"{unknown[0]}: unknown setting; nearest is {MODEL.nearest(unknown[0], SAMPLING_KEYS)}")
         [found] = self.answer([prompt], [sampling])
         return found[0].text if sampling.n == 1 else [one.text for one in found]
 
-    def engine(self, reuse: bool = False, tokens: int = 0) -> Engine | Whole:
+    def engine(self, reuse: bool = False, tokens: int = 0) -> Engine | StaticEngine:
         """An engine for requests of any length."""
         model, rows = self.model, self.settings.batch_size
         if isinstance(model, MODEL.ForeignModel) or not self.settings.use_cache:
-            return Whole(model, rows, self.settings.use_cache)
+            return StaticEngine(model, rows, self.settings.use_cache)
         return Engine(model, rows, -(-cache_room(model, rows) // PAGE), PAGE, tokens, reuse)
 
     def answer(self, prompts: list, samplings: list[Sampling], first: int | list[int] = 0) -> list[list[Completion]]:
@@ -861,8 +861,8 @@ class Session:
 
 
 def load(model: str, **settings) -> Session:
-    """A model that answers texts: load("out", temperature=0).generate("One rainy Monday"). `settings`: as on the command line,
-    such as adapter="out/lora"; a section's keys as {"model.dtype": "bfloat16"}."""
+    """Load a model for text generation: load("out", temperature=0).generate("One rainy Monday"). `settings` are those of the
+    command line, such as adapter="out/lora", or **{"model.dtype": "bfloat16"}."""
     words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
              for key, value in {"model": model, **settings}.items()]
     return Session(load_config(["--config", os.devnull, *words], SECTIONS, "inference", ACTIONS, __doc__, SHORTS))
@@ -881,7 +881,7 @@ def read_stdin() -> Iterator[str]:
 
 
 def read_ahead(items: Iterable, size: int) -> queue.Queue:
-    """A queue of (item, None) that a thread fills, and at last (None, what ended the items: an error or StopIteration)."""
+    """A queue that a thread fills with (item, None), and at the end with (None, the error or StopIteration)."""
     arrived: queue.Queue = queue.Queue(size)
 
     def read() -> None:
@@ -914,8 +914,8 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
 
 
 def answers(session: Session, requests: Iterable[tuple[object, Sampling, int]]) -> Iterator[list[Completion]]:
-    """Answers to (prompt, sampling, number), in order. Requests join the engine as they arrive, so that many are computed
-    together and a program that waits for the answer to one line gets it. Those before an error are answered first."""
+    """Completions of (prompt, sampling, number), in the order of the requests. Requests join the batch as they arrive, so a
+    program can wait for each completion. Requests before an error are completed first."""
     arrived = read_ahead(requests, 4 * session.settings.batch_size)
     engine, pending, error = session.engine(), deque(), None
     while error is None or pending:
@@ -1006,7 +1006,7 @@ OPENAI_KEYS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new
 
 
 def own_sampling(record: dict, base: Sampling, where: str, **more) -> Sampling:
-    """The sampling of a request: its own keys, under OpenAI's names or ours, over the usual ones. null is not set."""
+    """The sampling parameters of a request: its keys, under OpenAI's names or ours, override `base`; null means not set."""
     kinds, stop = MODEL.field_types(Sampling), record.get("stop")
     if stop is not None and not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):
         raise UserError(f"{where}stop: {stop!r} is no text or list of texts")
@@ -1015,7 +1015,7 @@ def own_sampling(record: dict, base: Sampling, where: str, **more) -> Sampling:
            for name, (key, value) in given.items() if name in SAMPLING_KEYS and name not in more}
     own |= more
     if record.get("best_of") not in (None, own.get("n", base.n)):
-        raise UserError(f"{where}best_of: another number than n is not supported")
+        raise UserError(f"{where}best_of: only the value of n is supported")
     try:
         return replace(base, **own)
     except UserError as error:
@@ -1230,7 +1230,7 @@ def run_prompt(session: Session, prompt: str, echo: bool) -> None:
 
 
 class Refused(Exception):
-    """A request that is answered by an error in OpenAI's shape."""
+    """An HTTP error, returned in OpenAI's format."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", headers: dict | None = None):
         super().__init__(message)
@@ -1244,17 +1244,17 @@ class Refused(Exception):
 
 
 class Service:
-    """The engine in a thread of its own. Requests join and leave it between steps; each is told of its new tokens."""
+    """Runs the engine in a background thread. Requests are added and removed between steps; a callback reports new tokens."""
 
-    def __init__(self, engine: Engine | Whole, limit: int):
+    def __init__(self, engine: Engine | StaticEngine, limit: int):
         self.engine, self.limit, self.open = engine, limit, 0
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def submit(self, rows: list[Row], tell: Callable[[Row, Exception | None], None]) -> None:
-        """tell(row, error) is called in the engine's thread after each of a row's tokens, or when all fails."""
+        """tell(row, error) is called in the engine's thread after each new token of a row, or if the step fails."""
         if self.open + len(rows) > self.limit:
-            raise Refused(429, f"{self.open} answers are being computed or wait, and {self.limit} may; try again later",
+            raise Refused(429, f"the queue is full: {self.open} of {self.limit} completions run or wait; try again later",
                           "rate_limit_error", {"Retry-After": "1"})
         self.open += len(rows)
         for row in rows:
@@ -1262,7 +1262,7 @@ class Service:
         self.inbox.put(("add", rows))
 
     def leave(self, rows: list[Row]) -> None:
-        """To be called once for what was submitted, finished or not."""
+        """Remove submitted rows, finished or not; call once per `submit`."""
         self.open -= len(rows)
         self.inbox.put(("remove", rows))
 
@@ -1280,7 +1280,7 @@ class Service:
             try:
                 for row in engine.step() if engine.busy else ():
                     row.tell(row, None)
-            except Exception as error:  # a bug or a full card ends these requests, not the server
+            except Exception as error:  # such as out of memory: the current requests fail, the server continues
                 for row in [*engine.running, *engine.waiting]:
                     engine.remove(row)
                     row.tell(row, error)
@@ -1290,23 +1290,23 @@ REQUEST_FIELDS = {"model", "stream", "stream_options", "user", "metadata", "stor
 
 
 def sampling_of(record: dict, base: Sampling, chat: bool) -> Sampling:
-    """The sampling of a request to the server, all of whose keys have to be known."""
+    """The sampling parameters of an HTTP request; unknown keys are an error."""
     known = {*SAMPLING_KEYS, *OPENAI_KEYS, *REQUEST_FIELDS, *(("messages", "tools") if chat else ("prompt", "echo"))}
     for key in record:
         if key not in known:
             raise Refused(400, f"{key}: unknown key; nearest is {MODEL.nearest(key, known)}")
     if (record.get("response_format") or {"type": "text"}) != {"type": "text"}:
-        raise Refused(400, "response_format: text alone is supported")
+        raise Refused(400, "response_format: only {\"type\": \"text\"} is supported")
     count = None if chat else record.get("logprobs")  # the number of alternatives; in a chat yes or no
     more = {} if count is None else {"logprobs": True, "top_logprobs": MODEL.convert(count, int, "logprobs")}
     sampling = own_sampling(record, base, "", **more)
     if sampling.top_logprobs > 20 or sampling.n > 128:
-        raise Refused(400, "at most 20 top_logprobs and 128 answers (n) per request")
+        raise Refused(400, "top_logprobs must be at most 20, and n at most 128")
     return sampling
 
 
 class Answer:
-    """What is known of one request while it is computed, in the server's event loop."""
+    """Builds the JSON responses to one request."""
 
     def __init__(self, session: Session, kind: str, name: str, chat: bool):
         self.session, self.chat, self.name = session, chat, name
@@ -1316,7 +1316,7 @@ class Answer:
         return [self.session.tokenizer.decode([i]) for i in ids]
 
     def logprobs(self, completion: Completion, start: int, stop: int, place: int = 0) -> dict | None:
-        """OpenAI's form of the tokens from `start` to `stop`, whose text begins at `place`."""
+        """Log-probabilities of tokens `start` to `stop` in OpenAI's format; `place` is their character offset."""
         if completion.logprobs is None:
             return None
         texts, values = self.tokens(completion.ids[start:stop]), completion.logprobs[start:stop]
@@ -1345,8 +1345,8 @@ class Answer:
                 **({"usage": usage} if usage is not None else {})}
 
 
-def make_app(session: Session, name: str, engine: Engine | Whole):
-    """The server's routes: OpenAI's API over one engine."""
+def make_app(session: Session, name: str, engine: Engine | StaticEngine):
+    """The FastAPI application: OpenAI's routes on one engine."""
     from fastapi import FastAPI
     from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
@@ -1358,7 +1358,7 @@ def make_app(session: Session, name: str, engine: Engine | Whole):
     key = settings.api_key and f"Bearer {settings.api_key}".encode()
 
     def route(path: str, method: str = "POST"):
-        """Errors of the function below become answers in OpenAI's shape; all but /health asks for the key."""
+        """Register a route: errors are returned in OpenAI's format, and every route except /health requires the API key."""
 
         def add(function: Callable) -> Callable:
             async def guarded(request):
@@ -1455,7 +1455,7 @@ def make_app(session: Session, name: str, engine: Engine | Whole):
         service.submit(rows, tell)
 
         async def updates():
-            """(row's number, its text and tokens so far, how it finished), until all rows have."""
+            """(index, text so far, number of tokens, finish reason) after each token, until all rows are finished."""
             left = set(numbers.values())
             try:
                 while left:
@@ -1468,7 +1468,7 @@ def make_app(session: Session, name: str, engine: Engine | Whole):
                     yield number, text, count, finish
                     left -= {number} if finish else set()
             except asyncio.TimeoutError:
-                raise Refused(504, f"no whole answer within {settings.timeout:g} seconds", "timeout_error") from None
+                raise Refused(504, f"the request took longer than {settings.timeout:g} seconds", "timeout_error") from None
             finally:
                 service.leave(rows)
 
@@ -1575,7 +1575,7 @@ async def _disconnected(request) -> None:
 
 
 class Meters:
-    """The server's figures under vLLM's names, for Prometheus."""
+    """Prometheus metrics under vLLM's names."""
 
     def __init__(self, service: Service):
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -1609,7 +1609,7 @@ class Meters:
 
 
 def run_server(session: Session, name: str) -> None:
-    """Serve until SIGTERM or Ctrl-C: no new connections then, open answers are finished."""
+    """Serve until SIGTERM or Ctrl-C, which finish open requests but accept no new ones."""
     s = session.settings
     engine = session.engine(s.enable_prefix_caching, s.max_num_batched_tokens)
     try:
@@ -1623,7 +1623,7 @@ def run_server(session: Session, name: str) -> None:
         weights = sum(weight.numel() * weight.element_size() for weight in session.model.parameters())
         a_token = MODEL.cache_numbers(session.model.config) * torch.empty(0, dtype=session.model.dtype).element_size()
         say(f"memory: weights {MODEL.size_text(weights)}, cache {MODEL.size_text(room * a_token)} for {room:,} tokens in pages "
-            f"of {engine.cache.page}, at most {s.batch_size} answers at the same time")
+            f"of {engine.cache.page}, at most {s.batch_size} sequences per batch")
     generate(session.model, [[session.tokenizer.bos_token_id or 0] * 8], Sampling(2, 0, ignore_eos=True))  # warm up
     say(f"serving {name} at http://{s.host}:{s.port}/v1")
     uvicorn.run(app, host=s.host, port=s.port, log_level="warning", timeout_graceful_shutdown=int(s.timeout), access_log=False)
@@ -1636,7 +1636,7 @@ ACTIONS = {
     "lines": Action("each line of stdin (with --score, of the file) is a prompt of its own"),
     "jsonl": Action("stdin is JSONL: {prompt or messages, any sampling key}; so is stdout"),
     "score": Action("measure a file (- or nothing: stdin) instead of generating", str, "-"),
-    "serve": Action("serve OpenAI's API over HTTP"),
+    "serve": Action("start an OpenAI-compatible HTTP server"),
     "logits": Action("with --score: write the raw logits of the first text to this .safetensors file", str),
 }
 SECTIONS = {**TOKENIZER.SECTIONS, "inference": InferenceSection}

@@ -300,36 +300,36 @@ def _turn(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Sequence:
-    """One text in a KVCache: its pages, how many tokens they hold, and the digests of its full pages (see `remember`)."""
+    """A sequence in a KVCache: its pages, its length in tokens, and the digests of its full pages (see `remember`)."""
 
     def __init__(self, pages: list[int] = (), length: int = 0, digests: list[bytes] = ()):
         self.pages, self.length, self.digests = list(pages), length, list(digests)
 
 
 class KVCache:
-    """The past states of each layer in pages of `page` tokens (Kwon 2023), allocated once.
+    """Paged keys and values (or latents) of each layer (Kwon 2023), in pages of `page` tokens, allocated once.
 
-    Position p of a sequence is slot p % page of its page p // page. Full pages never change, so sequences that begin alike
-    share them: forks of one prompt, and with `remember` and `find` any later prompt. A page without owners is reused: those of
-    unknown content first, then the least recently used. All bookkeeping is done on the host. With page = the longest sequence,
-    a sequence is one page, and adjacent sequences are read in place.
+    Position p of a sequence is slot p % page of its page p // page. Full pages never change, so sequences with a common prefix
+    share them: forks of a prompt, and with `remember` and `find` later prompts. Pages without references are reused: first
+    those without a digest, then the least recently used. All bookkeeping is on the host. If a page holds the longest sequence,
+    each sequence is one page, and adjacent sequences are read in place.
     """
 
     def __init__(self, layers: int, pages: int, page: int, device=None):
         self.states: list[list[Tensor]] = [[] for _ in range(layers)]  # each (H, pages * page, D); made by the first `store`
         self.page, self.pages, self.device = page, pages, device
-        self.owners = [0] * pages
+        self.references = [0] * pages
         self.free = list(range(pages))[::-1]
         self.found: dict[bytes, int] = {}  # digest of all tokens up to the end of a page -> page
         self.digest_of: dict[int, bytes] = {}
-        self.idle: dict[int, None] = {}  # pages without owners whose content is known, the least recently used first
+        self.idle: dict[int, None] = {}  # cached pages without references, the least recently used first
 
     def available(self) -> int:
-        """Pages that can be taken."""
+        """Number of pages that can be allocated."""
         return len(self.free) + len(self.idle)
 
     def extend(self, sequence: Sequence, length: int) -> bool:
-        """Make room for `length` tokens of a sequence; False, and nothing is taken, if there are too few pages."""
+        """Allocate pages for `length` tokens of a sequence; False, without any allocation, if too few pages are free."""
         missing = -(-length // self.page) - len(sequence.pages)
         if missing > self.available():
             return False
@@ -342,26 +342,26 @@ class KVCache:
         else:
             page = next(iter(self.idle))
             del self.idle[page], self.found[self.digest_of.pop(page)]
-        self.owners[page] = 1
+        self.references[page] = 1
         return page
 
     def _share(self, page: int) -> None:
         self.idle.pop(page, None)
-        self.owners[page] += 1
+        self.references[page] += 1
 
     def close(self, sequence: Sequence) -> None:
-        """Give a sequence's pages back, the last one first, as the beginning of a text is the likeliest to come again."""
+        """Release the pages of a sequence, the last one first, because prefixes are the most likely to be reused."""
         for page in reversed(sequence.pages):
-            self.owners[page] -= 1
-            if not self.owners[page] and page in self.digest_of:
+            self.references[page] -= 1
+            if not self.references[page] and page in self.digest_of:
                 self.idle[page] = None
-            elif not self.owners[page]:
+            elif not self.references[page]:
                 self.free.append(page)
         sequence.pages, sequence.length, sequence.digests = [], 0, []
 
     def fork(self, source: Sequence, length: int) -> Sequence | None:
-        """A new sequence that begins with the first `length` tokens of another: shared pages and a copy of the last,
-        unfinished one; None if there is no page for it."""
+        """A new sequence with the first `length` tokens of `source`: full pages are shared, the last partial page is copied;
+        None if no page is free."""
         full, rest = divmod(length, self.page)
         copy = Sequence(source.pages[:full], length, source.digests[:full])
         if rest and not self.available():
@@ -379,8 +379,8 @@ class KVCache:
             states[:, target : target + length] = states[:, source : source + length]
 
     def remember(self, sequence: Sequence, ids: list[int], salt: bytes = b"") -> None:
-        """Make a sequence's full pages known by their tokens and all before them; `salt` keeps apart what other weights (an
-        adapter's) computed."""
+        """Register the full pages of a sequence in the prefix cache, by a digest of all tokens up to their end; `salt` separates
+        states of different weights (adapters)."""
         while (number := len(sequence.digests)) < sequence.length // self.page:
             digest = self._digest(sequence.digests[-1] if number else salt, ids, number)
             sequence.digests.append(digest)
@@ -393,7 +393,7 @@ class KVCache:
         return hashlib.blake2b(before + piece.tobytes(), digest_size=16).digest()
 
     def find(self, ids: list[int], salt: bytes = b"") -> Sequence:
-        """A sequence of the known pages that `ids` begins with, without the last token, which has to be computed."""
+        """A sequence with the longest cached prefix of `ids` in full pages, without the last token, whose logits are needed."""
         sequence = Sequence()
         while (number := len(sequence.pages)) < (len(ids) - 1) // self.page:
             digest = self._digest(sequence.digests[-1] if number else salt, ids, number)
@@ -406,16 +406,16 @@ class KVCache:
         return sequence
 
     def compact(self, sequences: list[Sequence]) -> None:
-        """Move sequences of one page each into the gaps that others left, so that they are neighbours."""
+        """Move single-page sequences into free pages, so that all are adjacent."""
         if any(len(one.pages) != 1 for one in sequences) or self.idle:
             return
-        gaps = [page for page in range(len(sequences)) if not self.owners[page]]
+        gaps = [page for page in range(len(sequences)) if not self.references[page]]
         for one in sequences:
             if (old := one.pages[0]) >= len(sequences):
                 new = gaps.pop()
                 self._copy(old, new, one.length)
-                self.owners[new], self.owners[old], one.pages = 1, 0, [new]
-        self.free = [page for page in reversed(range(self.pages)) if not self.owners[page]]
+                self.references[new], self.references[old], one.pages = 1, 0, [new]
+        self.free = [page for page in reversed(range(self.pages)) if not self.references[page]]
 
     def bytes(self) -> int:
         return sum(states.numel() * states.element_size() for states in itertools.chain(*self.states))
@@ -434,11 +434,11 @@ GATHER_BYTES = {"cpu": 2**20}  # of a layer's states that are copied to be read 
 
 
 class CacheStep:
-    """One forward pass over the next `count` tokens of each sequence in `parts`, which stand side by side in a batch (1, N)
-    without padding: prompts, pieces of prompts, and single tokens of answers.
+    """One forward pass over the next `count` tokens of each sequence in `parts`, concatenated to a batch (1, N) without
+    padding: prompts, chunks of prompts, and single tokens.
 
-    Attention goes group by group. Sequences with one new token each are read in one call if their pages are adjacent (in
-    place) or their states few (copied); any other sequence by itself, so that each key is read once and none is padding.
+    Attention is computed in groups. Sequences with one new token share a call if their pages are adjacent (read in place) or
+    their states are small (gathered). Other sequences have a call each, so every key is read once, without padding.
     """
 
     def __init__(self, cache: KVCache, parts: list[tuple[Sequence, int]]):
@@ -2328,8 +2328,8 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Hold the whole weights of a model that FSDP2 shards: inside, each process may run it as often as it likes, or not at all.
-    All processes have to enter and leave."""
+    """Gather the weights of an FSDP2 model, so that each process can run any number of forward passes inside. All processes must
+    enter and leave."""
     parts = [module for module in model.modules() if hasattr(module, "unshard")]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -2473,7 +2473,7 @@ def model_folder(name: str, key: str = "model.name") -> Path:
 
 
 def adapter_base(name: str, key: str = "model.name") -> str | None:
-    """The model that an adapter's folder stands on; None for the folder of a whole model."""
+    """The base model of an adapter's folder; None for the folder of a model."""
     folder = model_folder(name, key)
     adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
     return adapter_config(folder).base_model_name_or_path if adapter else None

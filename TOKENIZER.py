@@ -310,7 +310,7 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
     the template's. A turn starts where the prompt for it ends, and it stops after the end-of-turn token that follows its last
     mark. Everything in between (reasoning, tool calls and their markup) is for the model to generate.
 
-    `literal` (of a prompt): control tokens that stand in the messages' texts are text, as a server's users may not end turns.
+    With `literal`, control tokens in the content of messages are encoded as text, so a user cannot end a turn.
 
     [user "Hi", assistant "Yo"] -> ids of "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nYo<|im_end|>\\n",
     one turn that holds "Yo<|im_end|>"
@@ -349,15 +349,15 @@ HIDDEN = "\ue000{}\ue001"  # in place of the special token of this number, in pr
 
 
 def hide_special(tokenizer, text: str) -> str:
-    """A text in which no special token is left."""
-    for number, token in enumerate(sorted(special_texts(tokenizer), key=len, reverse=True)):
+    """Replace the special tokens in a text by placeholders."""
+    for number, token in enumerate(special_texts(tokenizer)):
         text = text.replace(token, HIDDEN.format(number))
     return text
 
 
 def encode_hidden(tokenizer, text: str) -> list[int]:
-    """Ids of a rendering; special tokens that `hide_special` hid are encoded as any other text."""
-    named, ids = sorted(special_texts(tokenizer), key=len, reverse=True), []
+    """Token ids of a rendered text; the placeholders of `hide_special` are encoded as text, not as special tokens."""
+    named, ids = special_texts(tokenizer), []
     for i, part in enumerate(re.split(HIDDEN.format(r"(\d+)"), text)):
         hidden = i % 2 and int(part) < len(named)
         part = named[int(part)] if hidden else HIDDEN.format(part) if i % 2 else part
@@ -365,8 +365,10 @@ def encode_hidden(tokenizer, text: str) -> list[int]:
     return ids
 
 
-def special_texts(tokenizer) -> set[str]:
-    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
+def special_texts(tokenizer) -> list[str]:
+    """The special tokens, longest first."""
+    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
+    return sorted(found, key=lambda token: (-len(token), token))
 
 
 def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool) -> tuple[str, list[Turn]]:
@@ -1208,13 +1210,13 @@ def of_model(config, checkpoint: Path | None = None):
 
 
 def say_foreign(tokenizer, name: str, folder: str) -> None:
-    """Say if a tokenizer is not the one that the model of this folder was trained with."""
+    """Print a warning if the model in this folder was trained with another tokenizer."""
     with suppress(UserError):  # a folder without a tokenizer
         known, vocabulary = load(folder).get_vocab(), tokenizer.get_vocab()
         other = sum(known.get(token) != i for token, i in vocabulary.items())
         if other or len(known) != len(vocabulary):
-            say(f"tokenizer.name: {name} is another tokenizer than that of {folder}: {other:,} of its {len(vocabulary):,} tokens "
-                "mean something else to the model")
+            say(f"tokenizer.name: {name} is not the tokenizer of {folder}: {other:,} of its {len(vocabulary):,} tokens have "
+                "other ids there")
 
 
 def choose(section: TokenizerSection, data: DataSection, model_name: str | None = None):

@@ -1017,7 +1017,7 @@ def test_steps_of_prompts_and_answers_together(family, page, gather, hub, monkey
             done[row] += count
     for one in open_:
         kv.close(one)
-    assert kv.available() == kv.pages and not any(kv.owners)
+    assert kv.available() == kv.pages and not any(kv.references)
 
 
 @pytest.mark.parametrize("page", PAGES)
