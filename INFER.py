@@ -27,7 +27,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,11 +64,16 @@ class Sampling:
     top_logprobs: int = knob(0, "return the log-probabilities of the k most probable tokens at each position",
                             low=0, only="logprobs")
     n: int = knob(1, "completions per prompt", low=1, often=True)
+    num_beams: int = knob(1, "beam search with this many beams; the completion with the highest mean log-probability", low=1)
     ignore_eos: bool = knob(False, "continue after the end-of-text token")
 
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
         check(self, "inference")
+        if self.num_beams > 1 and (self.penalizes or self.logit_bias or self.min_tokens or self.logprobs):
+            raise UserError("inference.num_beams: beam search takes no penalties, biases, min_tokens or logprobs")
+        if self.n > self.num_beams > 1:
+            raise UserError(f"inference.n: {self.n} completions of {self.num_beams} beams; raise num_beams")
         if self.logit_bias is not None:
             try:
                 self.logit_bias = {int(token): float(bias) for token, bias in self.logit_bias.items()}
@@ -79,10 +84,8 @@ class Sampling:
                     raise UserError(f"inference.logit_bias: {bias} is not between -100 and 100")
 
     @property
-    def adjusts(self) -> bool:
-        """Whether logits are changed before a token is chosen."""
-        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias
-                    or self.min_tokens)
+    def penalizes(self) -> bool:
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
 
 @dataclass
@@ -101,7 +104,15 @@ class InferenceSection(Sampling):
     timeout: float = knob(600.0, "--serve: maximum seconds per request", above=0)
     control_tokens: bool = knob(False, "--serve: parse control tokens in chat messages; false treats them as text")
     max_body: int = knob(2**22, "--serve: maximum request size in bytes", low=1)
+    prompt_lookup: bool = knob(False, "speculative decoding: guess tokens by looking up repetitions; same completions")
+    draft_model: str | None = knob(None, "speculative decoding: guess tokens with this smaller model; same completions")
+    num_speculative_tokens: int = knob(4, "speculative decoding: maximum number of guessed tokens per step", low=1)
     model: dict = knob({"name": "./out"}, "overrides `model` for this stage")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.prompt_lookup and self.draft_model:
+            raise UserError("inference.prompt_lookup and inference.draft_model exclude each other; set one")
 
 
 SAMPLING_KEYS = [f.name for f in fields(Sampling)]
@@ -122,74 +133,105 @@ class Completion(NamedTuple):
 # ----------------------------------------------------------------------------------------------------- sampler
 
 
-def adjust(logits: Tensor, rows: list[Row]) -> Tensor:
-    """Repetition, presence and frequency penalties, biases, and no end before `min_tokens`, on logits (B, V)."""
-    for logit, row in zip(logits, rows, strict=True):
-        s = row.sampling
-        if s.repetition_penalty != 1:
-            ids = torch.tensor(sorted(set(row.prompt) | set(row.ids)), device=logits.device)
-            seen = logit[ids]
-            logit[ids] = torch.where(seen > 0, seen / s.repetition_penalty, seen * s.repetition_penalty)
-        if (s.presence_penalty or s.frequency_penalty) and row.ids:
-            ids, counts = torch.tensor(row.ids, device=logits.device).unique(return_counts=True)
-            logit[ids] -= s.presence_penalty + s.frequency_penalty * counts
-        if s.logit_bias:
-            logit[list(s.logit_bias)] += torch.tensor(list(s.logit_bias.values()), device=logits.device)
-        if len(row.ids) < s.min_tokens:
-            logit[list(row.eos)] = -torch.inf
-    return logits
+class Sampler:
+    """Sampling for one batch. The settings of its rows become tensors once, as long as the batch stays the same."""
+
+    def __init__(self, rows: list[Row], vocabulary: int, device):
+        self.rows, self.device, settings = rows, device, [row.sampling for row in rows]
+        self.greedy = self._column([s.temperature == 0 for s in settings])[:, 0]
+        self.temperatures = self._column([max(s.temperature or 1.0, 1e-30) for s in settings])  # finite in float32
+        self.limited = [i for i, s in enumerate(settings) if s.temperature and (s.top_k or s.top_p < 1 or s.min_p)]
+        limits = [settings[i] for i in self.limited]
+        self.limits = [self._column([s.top_k or vocabulary for s in limits]), self._column([s.top_p for s in limits]),
+                       self._column([s.min_p for s in limits])]
+        self.penalized = [i for i, s in enumerate(settings) if s.penalizes]
+        weights = [settings[i] for i in self.penalized]
+        self.penalties = [self._column([getattr(s, f"{kind}_penalty") for s in weights])
+                          for kind in ("repetition", "presence", "frequency")]
+        self.counts = torch.zeros(len(weights), vocabulary, device=device)  # of each token in the completion
+        self.seen = torch.zeros_like(self.counts, dtype=torch.bool)  # in the prompt or the completion
+        for seen, i in zip(self.seen, self.penalized, strict=True):
+            seen[rows[i].prompt] = True
+        self.counted = [0] * len(weights)
+        self.adjusts = any(s.penalizes or s.logit_bias or s.min_tokens or row.grammar
+                           for s, row in zip(settings, rows, strict=True))
+
+    def _column(self, values: list) -> Tensor:
+        return torch.tensor(values, device=self.device)[:, None]  # (B, 1)
+
+    def __call__(self, logits: Tensor, ahead: int = 0) -> tuple[list[int], list[float] | None, list[dict[int, float]] | None]:
+        """Draw one token id per row from logits (B, V) float32 by inverting the cumulative distribution at the row's random
+        number for this position, so a completion does not depend on the rest of the batch. Also returns the log-probabilities of
+        the ids and of the most probable ids if any row wants them. `ahead`: the position after the row's next token."""
+        if not torch.isfinite(logits.amax(-1)).all():
+            raise UserError("the model's logits are not finite: its weights or its config.json are broken")
+        plain = logits / self.temperatures
+        if self.adjusts:
+            logits = self._adjust(logits.clone())
+        chosen = logits.argmax(-1)
+        if not self.greedy.all():
+            probabilities = (logits / self.temperatures).softmax(-1)
+            if self.limited:
+                probabilities[self.limited] = truncate(probabilities[self.limited], *self.limits)
+            uniform = self._column([row.uniform(len(row.ids) + ahead) for row in self.rows]).float()
+            mass = probabilities.cumsum(-1)
+            drawn = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)  # (B, 1)
+            last = torch.searchsorted(mass, mass[:, -1:].contiguous())  # rounding may point past the last possible token
+            chosen = torch.where(self.greedy, chosen, torch.minimum(drawn, last)[:, 0])
+        logprobs = best = None
+        settings = [row.sampling for row in self.rows]
+        if any(s.logprobs for s in settings):
+            every = plain.log_softmax(-1)
+            logprobs = every.gather(1, chosen[:, None]).squeeze(1).tolist()
+            if most := max(s.top_logprobs for s in settings):
+                values, ids = every.topk(min(most, every.shape[1]))
+                best = [dict(zip(row_ids[: s.top_logprobs], row_values, strict=False))
+                        for row_ids, row_values, s in zip(ids.tolist(), values.tolist(), settings, strict=True)]
+        return chosen.tolist(), logprobs, best
+
+    def _adjust(self, logits: Tensor) -> Tensor:
+        """Repetition, presence and frequency penalties, biases, no end before `min_tokens`, and the grammar's mask."""
+        for number, i in enumerate(self.penalized):
+            new = torch.tensor(self.rows[i].ids[self.counted[number] :], device=self.device, dtype=torch.long)
+            self.counts[number] += torch.bincount(new, minlength=logits.shape[1])
+            self.seen[number, new] = True
+            self.counted[number] = len(self.rows[i].ids)
+        if self.penalized:
+            repetition, presence, frequency = self.penalties
+            penalized = logits[self.penalized]
+            weaker = torch.where(penalized > 0, penalized / repetition, penalized * repetition)
+            penalized = torch.where(self.seen, weaker, penalized)
+            logits[self.penalized] = penalized - presence * (self.counts > 0) - frequency * self.counts
+        for logit, row in zip(logits, self.rows, strict=True):
+            if bias := row.sampling.logit_bias:
+                logit[list(bias)] += torch.tensor(list(bias.values()), device=self.device)
+            if len(row.ids) < row.sampling.min_tokens:
+                logit[list(row.eos)] = -torch.inf
+            if row.grammar:
+                logit[~row.grammar.allowed(len(logit)).to(self.device)] = -torch.inf
+        return logits
 
 
-def truncate(probabilities: Tensor, settings: list[Sampling]) -> Tensor:
-    """Apply top-k, then top-p, then min-p to probabilities (B, V): excluded tokens become 0. Ties with the last kept token are
-    kept, so rounding that reorders ties has no effect."""
-    device, vocabulary = probabilities.device, probabilities.shape[1]
-    top_k, top_p, min_p = (torch.tensor(limit, device=device)[:, None] for limit in (
-        [s.top_k or vocabulary for s in settings], [s.top_p if s.top_p < 1 else 2.0 for s in settings],
-        [s.min_p for s in settings]))
-    ordered = probabilities.topk(min(int(top_k.max()), vocabulary)).values  # all, sorted, unless each row has a top_k
-    ranks = torch.arange(ordered.shape[1], device=device)
+def truncate(probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Apply top-k, then top-p, then min-p (each (B, 1)) to probabilities (B, V): excluded tokens become 0. Ties with the last
+    kept token are kept, so rounding that reorders ties has no effect."""
+    ordered = probabilities.topk(min(int(top_k.max()), probabilities.shape[1])).values  # sorted; all, unless each row has a top_k
+    ranks = torch.arange(ordered.shape[1], device=probabilities.device)
     kept = ordered * (ranks < top_k)
     kept = kept / kept.sum(-1, keepdim=True)
     before = kept.cumsum(-1) - kept  # the token that crosses top_p is still in
-    inside = (kept > 0) & ((before < top_p) | (ranks == 0)) & (kept >= min_p * kept[:, :1])
+    inside = (kept > 0) & ((before < top_p) | (top_p == 1) | (ranks == 0)) & (kept >= min_p * kept[:, :1])
     least = ordered.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
     return probabilities * (probabilities >= least)
 
 
-def sample(logits: Tensor, rows: list[Row]) -> tuple[list[int], list[float] | None, list[dict[int, float]] | None]:
-    """Draw one id for each row from logits (B, V) float32 by inverting the distribution at the row's own random
-    number, so a row's text does not depend on who else is in its batch. Also returns the ids' log-probabilities and the most
-    probable ids with theirs, if any row wants them."""
-    settings = [row.sampling for row in rows]
-    device = logits.device
-    if not torch.isfinite(logits.amax(-1)).all():
-        raise UserError("the model's logits are not finite: its weights or its config.json are broken")
-    temperatures = torch.tensor([max(s.temperature or 1.0, 1e-30) for s in settings], device=device)[:, None]  # finite in float32
-    plain = logits / temperatures
-    if any(s.adjusts for s in settings):
-        logits = adjust(logits.clone(), rows)
-    greedy = [s.temperature == 0 for s in settings]
-    chosen = logits.argmax(-1) if any(greedy) else None
-    if not all(greedy):
-        uniform = torch.tensor([row.next_uniform() for row in rows], device=device, dtype=torch.float32)[:, None]
-        probabilities = (logits / temperatures).softmax(-1)
-        if limited := [i for i, s in enumerate(settings) if s.top_k or s.top_p < 1 or s.min_p]:
-            probabilities[limited] = truncate(probabilities[limited], [settings[i] for i in limited])
-        mass = probabilities.cumsum(-1)
-        drawn = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)  # (B, 1)
-        last = torch.searchsorted(mass, mass[:, -1:].contiguous())  # rounding may point past the last one that is left
-        drawn = torch.minimum(drawn, last)[:, 0]
-        chosen = drawn if chosen is None else torch.where(torch.tensor(greedy, device=device), chosen, drawn)
-    logprobs = best = None
-    if any(s.logprobs for s in settings):
-        every = plain.log_softmax(-1)
-        logprobs = every.gather(1, chosen[:, None]).squeeze(1).tolist()
-        if most := max(s.top_logprobs for s in settings):
-            values, ids = every.topk(min(most, every.shape[1]))
-            best = [dict(zip(own[: s.top_logprobs], theirs, strict=False))
-                    for own, theirs, s in zip(ids.tolist(), values.tolist(), settings, strict=True)]
-    return chosen.tolist(), logprobs, best
+def choose_tokens(logits: Tensor, rows: list[Row], last: Sampler | None = None) -> Sampler:
+    """Sample the next token of each row; returns the sampler, to be passed as `last` in the next step."""
+    sampler = last if last and last.rows == rows else Sampler(rows, logits.shape[1], logits.device)
+    tokens, logprobs, best = sampler(logits)
+    for i, row in enumerate(rows):
+        row.accept(tokens[i], logprobs[i] if logprobs else None, best[i] if best else None)
+    return sampler
 
 
 # -------------------------------------------------------------------------------------------------- generation
@@ -235,35 +277,44 @@ class Row:
         self.best: list[dict[int, float]] = []
         self.finish: str | None = None
         self.budget = min(sampling.max_new_tokens, context - len(prompt))
-        self.random = np.random.default_rng(key)
+        self.random, self.uniforms = np.random.default_rng(key), []
+        self.grammar = self.adapter = None
         self.detokenizer = Detokenizer(tokenizer, prompt) if tokenizer else None
         self.text = ""
         self.told = 0  # characters of the text that are final: no stop text can begin in them
-        self.sequence, self.running, self.salt = MODEL.Sequence(), False, b""  # the engine's
+        self.sequence, self.running, self.draft = MODEL.Sequence(), False, []  # the engine's; `draft`: guesses of the next tokens
 
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.ids)
 
     @property
+    def salt(self) -> bytes:
+        """Separates the prefix cache of rows with different adapters."""
+        return (self.adapter or "").encode()
+
+    @property
     def missing(self) -> int:
         """Number of tokens that are not in the KV cache yet."""
-        return self.length - self.sequence.length
+        return self.length + len(self.draft) - self.sequence.length
 
     def text_ids(self, start: int, stop: int) -> list[int]:
-        """Ids of the prompt and the answer, from position `start` to `stop`."""
+        """Ids of the prompt, the completion and the draft, from position `start` to `stop`."""
         first = len(self.prompt)
-        return self.prompt[start:stop] + self.ids[max(start - first, 0) : max(stop - first, 0)]
+        return self.prompt[start:stop] + (self.ids + self.draft)[max(start - first, 0) : max(stop - first, 0)]
 
-    def next_uniform(self) -> float:
-        return self.random.random()
+    def uniform(self, place: int) -> float:
+        """The random number for token `place` of the completion. It depends on (seed, step, prompt, sample, place) only."""
+        while len(self.uniforms) <= place:
+            self.uniforms.append(self.random.random())
+        return self.uniforms[place]
 
     def accept(self, token: int, logprob: float | None, best: dict | None = None) -> None:
         self.ids.append(token)
         if logprob is not None and self.sampling.logprobs:
             self.logprobs.append(logprob)
             self.best += [best] if self.sampling.top_logprobs else []
-        if token in self.eos:
+        if token in self.eos or (self.grammar and self.grammar.push(token)):
             self.finish = "stop"
         if self.detokenizer and token not in self.eos:
             self._extend(self.detokenizer.push(token))
@@ -291,6 +342,19 @@ class Row:
                           self.text if self.detokenizer else None, self.best if self.sampling.top_logprobs else None)
 
 
+@torch.no_grad()
+def next_logits(model, cache: MODEL.KVCache, parts: list[tuple[MODEL.Sequence, list[int], int]]) -> Tensor:
+    """One forward pass over new tokens: (sequence, its new ids, for how many of the last ones logits are wanted) -> (R, V)."""
+    ids, at = [], []
+    for _, new, wanted in parts:
+        ids += new
+        at += range(len(ids) - wanted, len(ids))
+    step = MODEL.CacheStep(cache, [(sequence, len(new)) for sequence, new, _ in parts])
+    device = model.device
+    return model(torch.tensor([ids], device=device), cache=step, at=torch.tensor(at or [0], device=device)).logits.float()
+
+
+PAGE = 64  # tokens; less memory is wasted by smaller pages, more time by copying them together
 STEP_TOKENS = 2048  # of one forward pass, at most
 STEP_SCORES = 2**22  # queries x keys of a piece of a prompt: beside the cache, memory stays flat however long the prompt
 
@@ -301,11 +365,15 @@ class Engine:
 
     Decoding has priority, then the oldest prompts. When no page is free, the most recent row is preempted: it releases its
     pages and later prefills its prompt and the tokens generated so far. Rows with the same prompt list prefill it once.
+
+    Speculative decoding (Leviathan 2023): `drafter` guesses the next tokens of each completion, and one pass computes the logits
+    after all of them. A guess is accepted if it is the token that sampling chooses at its position anyway, so the completions
+    are the same as without a drafter.
     """
 
-    def __init__(self, model, rows: int, pages: int, page: int, tokens: int = 0, reuse: bool = False):
+    def __init__(self, model, rows: int, pages: int, page: int, tokens: int = 0, reuse: bool = False, drafter=None):
         self.model, self.rows, self.tokens, self.reuse = model, rows, max(tokens or STEP_TOKENS, rows), reuse
-        self.cache = model.new_cache(pages, page)
+        self.cache, self.drafter, self.sampler = model.new_cache(pages, page), drafter, None
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []  # in the order of their admission
         self.computed = 0  # tokens that went through the model
@@ -329,9 +397,16 @@ class Engine:
         """How many tokens of each row are computed next."""
         parts: dict[Row, int] = {}
         left = self.tokens
-        for row in sorted(self.running, key=lambda row: row.missing > 1):  # answers, then prompts, each in order
+        decoding = [row for row in self.running if row.missing == 1]
+        if self.drafter and decoding:
+            most = max(0, min(self.drafter.count, left // len(decoding) - 1))
+            self.drafter({row: min(most, row.budget - len(row.ids) - 1) for row in decoding})
+        for row in [*decoding, *(row for row in self.running if row.missing > 1 and row not in decoding)]:
             count = self._piece(row, left)
             while row.running and count and not self.cache.extend(row.sequence, row.sequence.length + count):
+                if row.draft:
+                    row.draft, count = [], 1
+                    continue
                 left += parts.pop(self.running[-1], 0)
                 self.preempt(self.running[-1])
             if row.running and count:
@@ -379,30 +454,25 @@ class Engine:
         if row.running:
             self.running.remove(row)
             self.cache.close(row.sequence)
-            row.running = False
+            row.running, row.draft = False, []
+            if self.drafter:
+                self.drafter.forget(row)
         elif row in self.waiting:
             self.waiting.remove(row)
 
-    @torch.no_grad()
     def run(self, parts: dict[Row, int]) -> tuple[list[Row], Tensor]:
-        """One forward pass. Returns the rows whose tokens are all computed and the logits (R, V) of their next tokens."""
+        """One forward pass. Returns the rows whose tokens are all computed and the logits (R, V) after the last token of each and
+        after each token of its draft."""
         rows = sorted(parts, key=lambda row: (parts[row], row.sequence.pages[0]))  # equal and adjacent ones are read together
-        ids, ready, at = [], [], []
-        for row in rows:
-            start = row.sequence.length
-            ids += row.text_ids(start, start + parts[row])
-            if parts[row] == row.missing:
-                ready.append(row)
-                at.append(len(ids) - 1)
-        step = MODEL.CacheStep(self.cache, [(row.sequence, parts[row]) for row in rows])
-        self.computed += len(ids)
-        device = self.model.device
-        logits = self.model(torch.tensor([ids], device=device), cache=step, at=torch.tensor(at or [0], device=device)).logits
-        return ready, logits.float()
+        ready = [row for row in rows if parts[row] == row.missing]
+        wanted = {row: 1 + len(row.draft) for row in ready}
+        self.computed += sum(parts.values())
+        return ready, next_logits(self.model, self.cache, [
+            (row.sequence, row.text_ids(row.sequence.length, row.sequence.length + parts[row]), wanted.get(row, 0)) for row in rows])
 
     def accept(self, rows: list[Row], logits: Tensor) -> None:
         if rows:
-            _accept(logits, rows)
+            self._choose(rows, logits)
         if self.reuse:
             for row in self.running:
                 if row.sequence.length // self.cache.page > len(row.sequence.digests):
@@ -413,15 +483,80 @@ class Engine:
         if finished:
             self.cache.compact([row.sequence for row in self.running])
 
+    def _choose(self, rows: list[Row], logits: Tensor) -> None:
+        """Sample the next token of each row, then the token after it while the draft was right."""
+        drafts = [row for row in rows if row.draft]
+        places = dict(zip(rows, itertools.accumulate((1 + len(row.draft) for row in rows), initial=0), strict=False))
+        self.sampler = choose_tokens(logits[list(places.values())] if drafts else logits, rows, self.sampler)
+        for number in itertools.count():
+            drafts = [row for row in drafts if not row.finish and row.draft[number : number + 1] == row.ids[-1:]]
+            if not drafts:
+                break
+            self.drafter.accepted += len(drafts)
+            choose_tokens(logits[[places[row] + number + 1 for row in drafts]], drafts)
+        for row in rows:
+            if row.draft:
+                self.drafter.drafted += len(row.draft)
+            row.sequence.length, row.draft = min(row.sequence.length, row.length - 1), []  # forget what was guessed wrong
+
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
 
-def _accept(logits: Tensor, rows: list[Row]) -> None:
-    tokens, logprobs, best = sample(logits, rows)
-    for i, row in enumerate(rows):
-        row.accept(tokens[i], logprobs[i] if logprobs else None, best[i] if best else None)
+class PromptLookup:
+    """Drafts without a model (Saxena 2023): the tokens that followed the last occurrence of the current `size` tokens."""
+
+    drafted = accepted = 0  # tokens
+
+    def __init__(self, count: int, size: int = 3):
+        self.count, self.size = count, size
+        self.ends: dict[Row, dict[tuple, int]] = {}  # of each row: n-gram -> its end
+
+    def __call__(self, counts: dict[Row, int]) -> None:
+        """Set `row.draft` to at most counts[row] tokens."""
+        for row, count in counts.items():
+            text, ends = row.prompt + row.ids, self.ends.setdefault(row, {(): self.size})
+            for end in range(ends[()], len(text)):
+                ends[tuple(text[end - self.size : end])] = end
+            ends[()] = max(len(text), self.size)  # where to go on reading
+            start = ends.get(tuple(text[-self.size :]), len(text))
+            row.draft = text[start : start + count]
+
+    def forget(self, row: Row) -> None:
+        self.ends.pop(row, None)
+
+
+class DraftModel:
+    """Drafts of a smaller model with the same vocabulary. It samples with the random numbers that the large model will use: the
+    closer the two distributions, the more often both choose the same token."""
+
+    drafted = accepted = 0  # tokens
+
+    def __init__(self, model, count: int, pages: int, page: int):
+        self.model, self.count, self.cache = model, count, model.new_cache(pages, page)
+        self.sequences: dict[Row, MODEL.Sequence] = {}
+
+    def __call__(self, counts: dict[Row, int]) -> None:
+        """Set `row.draft` to at most counts[row] tokens, fewer if pages run out."""
+        for row in counts:
+            sequence = self.sequences.setdefault(row, MODEL.Sequence())
+            sequence.length = min(sequence.length, row.length - 1)  # the rest was guessed wrong
+        for number in range(max(counts.values())):
+            rows = [row for row, count in counts.items() if len(row.draft) == number < count
+                    and self.cache.extend(self.sequences[row], row.length + number)]
+            if not rows:
+                break
+            sequences = [self.sequences[row] for row in rows]
+            logits = next_logits(self.model, self.cache, [
+                (sequence, row.text_ids(sequence.length, row.length + number), 1) for row, sequence in zip(rows, sequences, strict=True)])
+            tokens, *_ = Sampler(rows, logits.shape[1], logits.device)(logits, number)
+            for row, token in zip(rows, tokens, strict=True):
+                row.draft.append(token)
+
+    def forget(self, row: Row) -> None:
+        if row in self.sequences:
+            self.cache.close(self.sequences.pop(row))
 
 
 def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | list[int] = 0) -> list[list[Row]]:
@@ -447,7 +582,7 @@ def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | lis
 
 
 def generate(model, prompts: list[list[int]], sampling: Sampling | list[Sampling], tokenizer=None, use_cache: bool = True,
-             batch_size: int = 64, step: int = 0, first: int | list[int] = 0) -> list[list[Completion]]:
+             batch_size: int = 64, step: int = 0, first: int | list[int] = 0, drafter=None) -> list[list[Completion]]:
     """Answers to ragged prompts, computed together: [prompt][sample] -> Completion.
 
     Each answer draws from its own generator keyed by (seed, step, prompt, sample): the same text alone or in any
@@ -457,38 +592,75 @@ def generate(model, prompts: list[list[int]], sampling: Sampling | list[Sampling
     """
     samplings = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
     groups = _make_rows(model, prompts, samplings, tokenizer, step, first)
-    rows = [row for group in groups for row in group]
+    rows = [row for group in groups for row in group if row.sampling.num_beams == 1]
     was_training = model.training
     model.eval()
     with MODEL.unsharded(model):
-        for _ in _steps(model, rows, use_cache, batch_size):
+        for group in groups:
+            if group[0].sampling.num_beams > 1:
+                beam_search(model, group)
+        for _ in _steps(model, rows, use_cache, batch_size, drafter):
             pass
     model.train(was_training)
     return [[row.completion() for row in group] for group in groups]
 
 
-def _steps(model, rows: list[Row], use_cache: bool, batch_size: int) -> Iterator[None]:
+def _steps(model, rows: list[Row], use_cache: bool, batch_size: int, drafter=None) -> Iterator[None]:
     """Extend all rows until they are finished; yields after every forward pass."""
     if isinstance(model, MODEL.ForeignModel) or not use_cache:
         engine = StaticEngine(model, batch_size, use_cache)
     else:
         seats = min(batch_size, len(rows)) or 1
         page = max((len(row.prompt) + row.budget for row in rows), default=1)  # which holds any row
-        engine = Engine(model, seats, seats, page)
+        engine = Engine(model, seats, seats, page, drafter=drafter)
     engine.add(rows)
     while engine.busy:
         engine.step()
         yield
 
 
-def stream(model, tokenizer, prompt_ids: list[int], sampling: Sampling, use_cache: bool = True) -> Iterator[str]:
+def stream(model, tokenizer, prompt_ids: list[int], sampling: Sampling, use_cache: bool = True, drafter=None) -> Iterator[str]:
     """The text of one answer, in pieces as it is generated; a piece never holds part of a character or a stop text."""
     [[row]] = _make_rows(model, [prompt_ids], [replace(sampling, n=1)], tokenizer, 0)
     told = 0
-    for _ in _steps(model, [row], use_cache, 1):
+    for _ in _steps(model, [row], use_cache, 1, drafter):
         if row.told > told:
             yield row.text[told : row.told]
             told = row.told
+
+
+def beam_search(model, rows: list[Row]) -> None:
+    """Complete `rows`, the n completions of one prompt, by beam search: in each step keep the `num_beams` most probable
+    continuations of all beams. A completion's score is its mean log-probability."""
+    prompt, width, eos, budget = rows[0].prompt, rows[0].sampling.num_beams, rows[0].eos, rows[0].budget
+    cache = model.new_cache(2 * width * (1 + (len(prompt) + budget) // PAGE), PAGE)
+    root = MODEL.Sequence()
+    cache.extend(root, len(prompt))
+    beams, new, finished = [(0.0, [], root)], [prompt], []  # (log-probability, ids, their states in the cache)
+    for length in range(1, budget + 1):
+        logits = next_logits(model, cache, [(sequence, ids, 1) for (_, _, sequence), ids in zip(beams, new, strict=True)])
+        sums = logits.double().log_softmax(-1) + torch.tensor([beam[0] for beam in beams], device=logits.device)[:, None]  # (b, V)
+        values, places = sums.flatten().topk(min((1 + len(eos)) * width, sums.numel()))
+        grown = []
+        for rank, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
+            beam, token = divmod(place, sums.shape[1])
+            ids = [*beams[beam][1], token]
+            if token in eos or length == budget:
+                finished += [(value / length, ids)] if rank < width else []
+            elif len(grown) < width:
+                grown.append((value, ids, cache.fork(beams[beam][2], beams[beam][2].length)))
+        for _, _, sequence in beams:
+            cache.close(sequence)
+        finished = sorted(finished, key=lambda scored: -scored[0])[:width]
+        if not grown or len(finished) == width and finished[-1][0] >= grown[0][0] / length:
+            break
+        for _, _, sequence in grown:
+            cache.extend(sequence, sequence.length + 1)
+        beams, new = grown, [ids[-1:] for _, ids, _ in grown]
+    for row, (_, ids) in zip(rows, finished, strict=False):
+        for token in ids:
+            if not row.finish:
+                row.accept(token, None)
 
 
 # ----------------------------------------------------------------------------------------------------- scoring
@@ -640,9 +812,6 @@ def _pack(model: nn.Module) -> None:
 # -------------------------------------------------------------------------------------- engines and their room
 
 
-PAGE = 64  # tokens; less memory is wasted by smaller pages, more time by copying them together
-
-
 def cache_room(model, rows: int) -> int:
     """KV cache capacity in tokens: `rows` full contexts, limited to 4/5 of the free GPU memory or 1/4 of the main memory."""
     a_token = MODEL.cache_numbers(model.config) * torch.empty(0, dtype=model.dtype).element_size()
@@ -702,7 +871,7 @@ def _uncached(model, rows: list[Row]) -> Iterator[None]:
         last = torch.tensor([i * longest + len(text) - 1 for i, text in enumerate(texts)], device=model.device)
         with torch.no_grad():
             logits = model(ids, positions=positions, at=last).logits
-        _accept(logits.float(), active)
+        choose_tokens(logits.float(), active)
         yield
 
 
@@ -715,7 +884,7 @@ def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Calla
         """Logits (B, V) -> 0 at the token that each row takes, -inf elsewhere."""
         active = [i for i, row in enumerate(rows) if not row.finish]
         if active:
-            _accept(scores[active].float(), [rows[i] for i in active])
+            choose_tokens(scores[active].float(), [rows[i] for i in active])
             each()
         tokens = torch.tensor([[(row.ids or [0])[-1]] for row in rows], device=scores.device)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
@@ -830,7 +999,8 @@ class Session:
         """Print a completion as it is generated and return it; if `stoppable`, Ctrl-C stops only this completion."""
         pieces = []
         try:
-            for piece in stream(self.model, self.tokenizer, self.prompt_ids(prompt, sampling), sampling, self.settings.use_cache):
+            for piece in stream(self.model, self.tokenizer, self.prompt_ids(prompt, sampling), sampling, self.settings.use_cache,
+                                self.drafter):
                 sys.stdout.write(piece)
                 sys.stdout.flush()
                 pieces.append(piece)
@@ -847,17 +1017,37 @@ class Session:
         [found] = self.answer([prompt], [sampling])
         return found[0].text if sampling.n == 1 else [one.text for one in found]
 
+    @cached_property
+    def drafter(self) -> PromptLookup | DraftModel | None:
+        s, config = self.settings, self.model.config
+        if s.prompt_lookup:
+            return PromptLookup(s.num_speculative_tokens)
+        if not s.draft_model:
+            return None
+        model = MODEL.load(s.draft_model, str(self.model.dtype).removeprefix("torch."), self.model.device)
+        if isinstance(model, MODEL.ForeignModel) or (model.config.vocab_size, model.config.causal) != (config.vocab_size, True):
+            raise UserError(f"inference.draft_model: {s.draft_model} cannot draft for this model; a causal model of a supported "
+                            f"family with the same vocabulary ({config.vocab_size:,} ids) is expected")
+        model = configure_for_hardware(model, quiet=True)
+        return DraftModel(model, s.num_speculative_tokens, -(-cache_room(model, s.batch_size) // PAGE), PAGE)
+
+    def report(self) -> None:
+        """Say how many guessed tokens were accepted."""
+        if self.drafter and self.drafter.drafted:
+            drafted, accepted = self.drafter.drafted, self.drafter.accepted
+            say(f"speculative decoding: {accepted:,} of {drafted:,} guessed tokens accepted ({accepted / drafted:.0%})")
+
     def engine(self, reuse: bool = False, tokens: int = 0) -> Engine | StaticEngine:
         """An engine for requests of any length."""
         model, rows = self.model, self.settings.batch_size
         if isinstance(model, MODEL.ForeignModel) or not self.settings.use_cache:
             return StaticEngine(model, rows, self.settings.use_cache)
-        return Engine(model, rows, -(-cache_room(model, rows) // PAGE), PAGE, tokens, reuse)
+        return Engine(model, rows, -(-cache_room(model, rows) // PAGE), PAGE, tokens, reuse, self.drafter)
 
     def answer(self, prompts: list, samplings: list[Sampling], first: int | list[int] = 0) -> list[list[Completion]]:
         ids = [self.prompt_ids(prompt, s) for prompt, s in zip(prompts, samplings, strict=True)]
         return generate(self.model, ids, samplings, self.tokenizer, self.settings.use_cache,
-                        max(self.settings.batch_size, 1), first=first)
+                        max(self.settings.batch_size, 1), first=first, drafter=self.drafter)
 
 
 def load(model: str, **settings) -> Session:
@@ -926,7 +1116,10 @@ def answers(session: Session, requests: Iterable[tuple[object, Sampling, int]]) 
                     prompt, sampling, number = request
                     ids = session.prompt_ids(prompt, sampling)
                     [rows] = _make_rows(session.model, [ids], [sampling], session.tokenizer, 0, number)
-                    engine.add(rows)
+                    if sampling.num_beams > 1:
+                        beam_search(session.model, rows)
+                    else:
+                        engine.add(rows)
                     pending.append(rows)
         if engine.busy:
             engine.step()
@@ -1216,7 +1409,7 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
 
 
 def run_prompt(session: Session, prompt: str, echo: bool) -> None:
-    if session.sampling.n == 1:
+    if session.sampling.n == session.sampling.num_beams == 1:
         if echo:
             sys.stdout.write(prompt)
         session.stream(prompt, session.sampling)
@@ -1674,6 +1867,7 @@ def main(argv: list[str] | None = None) -> None:
         run_prompt(session, prompt, actions.echo)
     else:
         run_terminal(session)
+    session.report()
 
 
 def check_flags(actions, logprobs: bool) -> None:

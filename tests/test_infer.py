@@ -145,18 +145,31 @@ def requests(count, seed=0):
     return prompts, [greedy(max_new_tokens=int(random.integers(1, 20)), ignore_eos=True) for _ in range(count)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("page, pages, reuse", [(4, 16, True), (4, 16, False), (1, 60, True), (64, 5, False), (16, 200, True)])
-def test_64_requests_equal_each_alone(family, page, pages, reuse):
-    """Whatever joins, leaves, shares pages, is read in pieces or has to wait again because pages run out."""
+def small_model(family="plain", noise=0.0):
     config = MODEL.ModelConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                                max_position_embeddings=64, **{"num_key_value_heads": 2, **FAMILIES[family]})
-    model = MODEL.build(config, seed=3).eval()
+    model, generator = MODEL.build(config, seed=3).eval(), torch.Generator().manual_seed(0)
     for weight in model.parameters():
         weight.data *= 3  # far from ties
+        weight.data += noise * weight.data.std() * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+def drafter_for(kind, family="plain"):
+    """PromptLookup of single tokens, which finds something to guess in random texts; a draft model that is often right."""
+    return {"none": lambda: None, "lookup": lambda: INFER.PromptLookup(3, size=1),
+            "model": lambda: INFER.DraftModel(small_model(family, 0.1), 3, 30, 4)}[kind]()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("page, pages, reuse, drafts", [(4, 16, True, "none"), (4, 16, False, "lookup"), (1, 60, True, "model"),
+                                                        (64, 5, False, "none"), (16, 200, True, "lookup"), (64, 8, False, "model")])
+def test_64_requests_equal_each_alone(family, page, pages, reuse, drafts):
+    """Whatever joins, leaves, shares pages, is guessed, is read in pieces or has to wait again because pages run out."""
+    model = small_model(family)
     prompts, samplings = requests(64)
     expected = generate(model, prompts, samplings, use_cache=False)
-    engine = INFER.Engine(model, 8, pages, page, tokens=16, reuse=reuse)
+    engine = INFER.Engine(model, 8, pages, page, tokens=16, reuse=reuse, drafter=drafter_for(drafts, family))
     rows = [row for [row] in INFER._make_rows(model, prompts, samplings, None, 0)]
     preempted, preempt = [], engine.preempt
     engine.preempt = lambda row: preempted.append(row) or preempt(row)
@@ -172,6 +185,63 @@ def test_64_requests_equal_each_alone(family, page, pages, reuse):
     assert [[row.completion()] for row in rows] == expected
     assert engine.cache.available() == pages and not any(engine.cache.references)
     assert bool(preempted) == (pages * page < 80)
+    if engine.drafter:
+        assert 0 < engine.drafter.accepted < engine.drafter.drafted
+    if drafts == "model":
+        assert not engine.drafter.sequences and not any(engine.drafter.cache.references)
+
+
+@pytest.mark.parametrize("drafts", ["lookup", "model"])
+def test_guesses_leave_sampled_completions_as_they_are(drafts):
+    """Penalties, biases and least lengths included: the token after a guess depends on the guess."""
+    model = small_model()
+    prompts, _ = requests(24)
+    samplings = [Sampling(max_new_tokens=20, seed=i, temperature=0.3, **more) for i, more in enumerate(
+        [{}, {"top_k": 5}, {"top_p": 0.8, "repetition_penalty": 1.3}, {"frequency_penalty": 1.0}, {"logprobs": True, "n": 2},
+         {"min_tokens": 6, "logit_bias": {0: 5}}] * 4)]
+    drafter = drafter_for(drafts)
+    guessed = generate(model, prompts, samplings, drafter=drafter)
+    for with_guesses, without in zip(sum(guessed, []), sum(generate(model, prompts, samplings), []), strict=True):
+        assert with_guesses.ids == without.ids
+        np.testing.assert_allclose(with_guesses.logprobs or 0, without.logprobs or 0, atol=1e-4)
+    assert 0 < drafter.accepted < drafter.drafted
+
+
+def test_guessed_tokens_have_the_distribution_of_the_large_model():
+    """The second token of 3,000 completions against the distribution by the chain rule: chi-squared within its 99.9%."""
+    model, prompt = small_model(), [7, 8]
+    count, drafter = 3000, INFER.DraftModel(small_model(noise=0.1), 2, 40, 4)
+    completions = generate(model, [prompt], Sampling(max_new_tokens=3, temperature=0.8, n=count, seed=5, ignore_eos=True),
+                           drafter=drafter)[0]
+    with torch.no_grad():
+        first = (model(torch.tensor([prompt])).logits[0, -1] / 0.8).softmax(-1)
+        after = torch.stack([(model(torch.tensor([[*prompt, i]])).logits[0, -1] / 0.8).softmax(-1) for i in range(100)])
+    expected = (first @ after).double().numpy() * count
+    seen = np.bincount([c.ids[1] for c in completions], minlength=100)
+    often = expected > 5
+    seen, expected = [np.append(x[often], x[~often].sum()) for x in (seen, expected)]
+    degrees = len(seen) - 1
+    assert ((seen - expected) ** 2 / expected).sum() < degrees + 3.1 * math.sqrt(2 * degrees) + 7
+    assert drafter.accepted > 0.3 * drafter.drafted
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_beam_search_equals_transformers(width, tmp_path):
+    model = small_model()
+    model.config.eos_token_id = [3, 7]
+    MODEL.save(model, tmp_path)
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for prompt in ([9], [20, 21, 22], list(range(10, 40))):
+        found = peer.generate(torch.tensor([prompt]), num_beams=width, num_return_sequences=width, max_new_tokens=20,
+                              do_sample=False, eos_token_id=[3, 7], pad_token_id=0)
+        ends = [[i for i, token in enumerate(row) if token in (3, 7)] for row in found[:, len(prompt) :].tolist()]
+        expected = [row[len(prompt) :][: end[0] + 1 if end else 20].tolist() for row, end in zip(found, ends, strict=True)]
+        [completions] = generate(model, [prompt], Sampling(max_new_tokens=20, num_beams=width, n=width))
+        assert [c.ids for c in completions] == expected
+        assert [c.finish_reason for c in completions] == ["stop" if end else "length" for end in ends]
+    for settings in (dict(n=3), dict(frequency_penalty=1), dict(logprobs=True)):
+        with pytest.raises(UserError):
+            Sampling(num_beams=2, **settings)
 
 
 def test_a_row_that_is_removed_gives_its_pages_back(model, prompts):
@@ -445,13 +515,17 @@ def some_logits(seed=0):
 
 
 def row(sampling, uniform, prompt=PROMPT, ids=ANSWER):
-    return SimpleNamespace(sampling=sampling, prompt=list(prompt), ids=list(ids), next_uniform=lambda: uniform)
+    return SimpleNamespace(sampling=sampling, prompt=list(prompt), ids=list(ids), grammar=None, uniform=lambda place: uniform)
+
+
+def sample(logits, rows):
+    return INFER.Sampler(rows, logits.shape[1], "cpu")(logits)
 
 
 def drawn_shares(logits, sampling, count=2000):
     """The distribution behind `sample`: inverting a CDF at an even grid hits each token as often as it is likely."""
     rows = [row(sampling, (k + 0.5) / count) for k in range(count)]
-    chosen, *_ = INFER.sample(logits.expand(count, -1).clone(), rows)
+    chosen, *_ = sample(logits.expand(count, -1).clone(), rows)
     return np.bincount(chosen, minlength=VOCABULARY) / count
 
 
@@ -514,13 +588,13 @@ def test_greedy_takes_the_best_after_penalties(settings):
     for seed in range(20):
         logits = some_logits(seed)
         logits[7] = logits.max() + 1  # the favourite is one that was often said
-        chosen, *_ = INFER.sample(logits[None].clone(), [row(Sampling(temperature=0, **settings), 0.9)])
+        chosen, *_ = sample(logits[None].clone(), [row(Sampling(temperature=0, **settings), 0.9)])
         assert chosen == [int(slow_distribution(logits, Sampling(temperature=1, **settings)).argmax())]
 
 
 def test_biases_and_a_least_number_of_tokens(model, tokenizer, prompts):
     logits = some_logits()
-    biased = [INFER.sample(logits[None].clone(), [row(Sampling(temperature=0, logit_bias={"7": bias}), 0.5)])[0][0] for bias in (100, -100)]
+    biased = [sample(logits[None].clone(), [row(Sampling(temperature=0, logit_bias={"7": bias}), 0.5)])[0][0] for bias in (100, -100)]
     assert biased == [7, int(logits.index_fill(0, torch.tensor(7), -math.inf).argmax())]
     shares = drawn_shares(logits, Sampling(temperature=1.0, logit_bias={3: 2.0, 5: -1.5}))
     expected = logits.clone()
@@ -540,7 +614,7 @@ def test_biases_and_a_least_number_of_tokens(model, tokenizer, prompts):
 def test_top_p_of_zero_is_the_best_token():
     logits = some_logits()
     for uniform in (0.0, 0.5, 0.999999):
-        chosen, *_ = INFER.sample(logits[None].clone(), [row(Sampling(temperature=1.0, top_p=0.0), uniform)])
+        chosen, *_ = sample(logits[None].clone(), [row(Sampling(temperature=1.0, top_p=0.0), uniform)])
         assert chosen == [int(logits.argmax())]
 
 
@@ -549,11 +623,11 @@ def test_the_ends_of_the_unit_interval_hit_kept_tokens():
         s = Sampling(temperature=1.0, **settings)
         kept = set(np.flatnonzero(slow_distribution(some_logits(), s)))
         for uniform in (0.0, 1 - 1e-16, 0.99999999):  # in float32 the last two are 1
-            chosen, *_ = INFER.sample(some_logits()[None].clone(), [row(s, uniform)])
+            chosen, *_ = sample(some_logits()[None].clone(), [row(s, uniform)])
             assert chosen[0] in kept
     barred = some_logits()
     barred[-5:] = -math.inf
-    chosen, *_ = INFER.sample(barred[None].clone(), [row(Sampling(temperature=1.0), 1 - 1e-16)])
+    chosen, *_ = sample(barred[None].clone(), [row(Sampling(temperature=1.0), 1 - 1e-16)])
     assert chosen[0] < VOCABULARY - 5
 
 
@@ -562,15 +636,15 @@ def test_a_draw_does_not_depend_on_its_neighbours():
     for k in range(12):
         uniform = (k + 0.5) / 12
         logits = torch.stack([some_logits(i) for i in range(len(mixed))])
-        together, *_ = INFER.sample(logits.clone(), [row(s, uniform) for s in mixed])
-        alone = [INFER.sample(logits[i : i + 1].clone(), [row(s, uniform)])[0][0] for i, s in enumerate(mixed)]
+        together, *_ = sample(logits.clone(), [row(s, uniform) for s in mixed])
+        alone = [sample(logits[i : i + 1].clone(), [row(s, uniform)])[0][0] for i, s in enumerate(mixed)]
         assert together == alone
 
 
 def test_sampling_does_not_change_the_logits_it_is_given():
     logits = torch.stack([some_logits(0), some_logits(1)])
     before = logits.clone()
-    INFER.sample(logits, [row(Sampling(repetition_penalty=2.0), 0.3), row(Sampling(temperature=0), 0.3)])
+    sample(logits, [row(Sampling(repetition_penalty=2.0), 0.3), row(Sampling(temperature=0), 0.3)])
     assert torch.equal(logits, before)
 
 
