@@ -27,7 +27,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +60,8 @@ class Sampling:
                             high=10**30, often=True)
     logit_bias: dict | None = knob(None, "biases added to the logits: {token id: bias}")
     min_tokens: int = knob(0, "minimum number of generated tokens before an end-of-text token", low=0)
+    structured_outputs: dict | None = knob(
+        None, "restrict the completion to {json: SCHEMA}, {json_object: true}, {regex: TEXT}, {choice: [TEXT]} or {grammar: LARK}")
     logprobs: bool = knob(False, "return the log-probability of each token", often=True)
     top_logprobs: int = knob(0, "return the log-probabilities of the k most probable tokens at each position",
                             low=0, only="logprobs")
@@ -70,8 +72,18 @@ class Sampling:
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
         check(self, "inference")
-        if self.num_beams > 1 and (self.penalizes or self.logit_bias or self.min_tokens or self.logprobs):
-            raise UserError("inference.num_beams: beam search takes no penalties, biases, min_tokens or logprobs")
+        if self.structured_outputs is not None:
+            kinds = {"json": dict, "json_object": bool, "regex": str, "choice": list, "grammar": str}
+            given = {kind: value for kind, value in self.structured_outputs.items() if value not in (None, False)}
+            if len(given) != 1 or not all(isinstance(value, kinds.get(kind, ())) for kind, value in given.items()) \
+                    or not all(isinstance(text, str) for text in given.get("choice", [""]) or [None]):
+                raise UserError("inference.structured_outputs: {json: SCHEMA}, {json_object: true}, {regex: TEXT}, "
+                                f"{{choice: [TEXT, ...]}} or {{grammar: LARK}} is expected, not {self.structured_outputs}")
+            self.structured_outputs = given
+        if self.num_beams > 1 and (self.penalizes or self.logit_bias or self.min_tokens or self.logprobs or
+                                   self.structured_outputs):
+            raise UserError("inference.num_beams: beam search takes no penalties, biases, min_tokens, structured_outputs or "
+                            "logprobs")
         if self.n > self.num_beams > 1:
             raise UserError(f"inference.n: {self.n} completions of {self.num_beams} beams; raise num_beams")
         if self.logit_bias is not None:
@@ -413,15 +425,15 @@ class Engine:
                 parts[row] = count
                 left -= count
         if self.waiting:
-            first = {id(row.prompt): row for row in reversed(self.running)}
+            first = {(id(row.prompt), row.adapter): row for row in reversed(self.running)}
             for row in list(self.waiting):
                 if not left or len(self.running) == self.rows:
                     break
-                if (like := first.get(id(row.prompt))) and like.sequence.length < len(row.prompt) - 1:
+                if (like := first.get((id(row.prompt), row.adapter))) and like.sequence.length < len(row.prompt) - 1:
                     continue  # its prompt is being computed
                 if not self._admit(row, like):
                     break
-                first.setdefault(id(row.prompt), row)
+                first.setdefault((id(row.prompt), row.adapter), row)
                 parts[row] = self._piece(row, left)
                 left -= parts[row]
         return parts
@@ -467,8 +479,10 @@ class Engine:
         ready = [row for row in rows if parts[row] == row.missing]
         wanted = {row: 1 + len(row.draft) for row in ready}
         self.computed += sum(parts.values())
-        return ready, next_logits(self.model, self.cache, [
-            (row.sequence, row.text_ids(row.sequence.length, row.sequence.length + parts[row]), wanted.get(row, 0)) for row in rows])
+        with MODEL.adapters_for(self.model, [(row.adapter, parts[row]) for row in rows]):
+            return ready, next_logits(self.model, self.cache, [
+                (row.sequence, row.text_ids(row.sequence.length, row.sequence.length + parts[row]), wanted.get(row, 0))
+                for row in rows])
 
     def accept(self, rows: list[Row], logits: Tensor) -> None:
         if rows:
@@ -559,7 +573,8 @@ class DraftModel:
             self.cache.close(self.sequences.pop(row))
 
 
-def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | list[int] = 0) -> list[list[Row]]:
+def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | list[int] = 0,
+               adapter: str | None = None) -> list[list[Row]]:
     config = model.config
     groups = []
     numbers = first if isinstance(first, list) else range(first, first + len(prompts))
@@ -572,12 +587,16 @@ def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | lis
             raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in a context of {config.max_position_embeddings}")
         if outside := [i for i in sampling.logit_bias or () if not 0 <= i < config.vocab_size]:
             raise UserError(f"inference.logit_bias: {outside[0]} is no id of a vocabulary of {config.vocab_size:,}")
-        if sampling.stop and tokenizer is None:
-            raise ValueError("stop texts need the tokenizer")
+        if (sampling.stop or sampling.structured_outputs) and tokenizer is None:
+            raise ValueError("stop texts and structured outputs need the tokenizer")
         # numpy takes no sign
         seed = (sampling.seed if sampling.seed is not None else int(np.random.SeedSequence().entropy)) % 2**64
         groups.append([Row(prompt, sampling, (seed, step, p, s), tokenizer, config.eos_ids, config.max_position_embeddings)
                        for s in range(sampling.n)])
+        for row in groups[-1]:
+            row.adapter = adapter
+            if sampling.structured_outputs:
+                row.grammar = Grammar(sampling.structured_outputs, tokenizer, config.vocab_size, tuple(config.eos_ids))
     return groups
 
 
@@ -802,11 +821,56 @@ def _fuse(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
 def _pack(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         # The head may share its weight with the embedding; absorbed attention multiplies kv_b_proj's weight by itself.
-        if type(module) is nn.Linear and not name.startswith("lm_head") and not name.endswith("kv_b_proj"):
+        if type(module) is nn.Linear and not name.startswith("lm_head") and not name.endswith("kv_b_proj") and "lora_" not in name:
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], PackedLinear(module.weight.data, module.bias))
     if "lm" in model.heads and type(model.lm_head) is nn.Linear:
         model.lm_head = PackedLinear(model.lm_head.weight.data, None)
+
+
+# ------------------------------------------------------------------------------------------- structured outputs
+
+
+class Grammar:
+    """Which tokens may come next in a structured completion, by llguidance."""
+
+    def __init__(self, options: dict, tokenizer, vocabulary: int, eos: tuple[int, ...]):
+        try:
+            from llguidance import LLMatcher
+        except ImportError:
+            raise UserError("inference.structured_outputs: needs llguidance; pip install -r requirements-extras.txt") from None
+        [(kind, value)] = options.items()
+        compact = {"whitespace_flexible": False}  # a weak model may write blanks forever
+        source = {"json": lambda: LLMatcher.grammar_from_json_schema(value, overrides=compact),
+                  "json_object": lambda: LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=compact),
+                  "regex": lambda: LLMatcher.grammar_from_regex(value),
+                  "choice": lambda: LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, value))),
+                  "grammar": lambda: LLMatcher.grammar_from_lark(value)}[kind]
+        try:
+            self.matcher = LLMatcher(_grammar_tokenizer(tokenizer, vocabulary, eos), source(), log_level=0)
+            problem = self.matcher.get_error()
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise UserError(f"inference.structured_outputs.{kind}: {problem.splitlines()[0]}")
+
+    def allowed(self, vocabulary: int) -> Tensor:
+        """(V,) True for the tokens that may come next."""
+        bits = np.unpackbits(np.frombuffer(self.matcher.compute_bitmask(), np.uint8), bitorder="little")
+        return torch.from_numpy(bits[:vocabulary].astype(bool))
+
+    def push(self, token: int) -> bool:
+        """Take a token; True if the completion can only end here."""
+        self.matcher.consume_token(token)
+        return self.matcher.is_stopped()
+
+
+@lru_cache(maxsize=4)
+def _grammar_tokenizer(tokenizer, vocabulary: int, eos: tuple[int, ...]):
+    """About a second for a large vocabulary."""
+    from llguidance.hf import from_tokenizer
+
+    return from_tokenizer(tokenizer, vocabulary, list(eos) or None)
 
 
 # -------------------------------------------------------------------------------------- engines and their room

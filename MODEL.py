@@ -1158,6 +1158,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         settle_vector_functions()
         self.adapter = None  # peft's LoraConfig, where one is attached
+        self.adapters: dict[str, str] = {}  # of `load_adapters`: names -> peft's names
+        self.adapter_tokens: dict[str, Tensor] = {}  # peft's names -> the tokens of this forward pass that use the adapter
         self.quantization = "none"  # of the layers' frozen matrices
         self.rates: dict[str, float] = {}  # part of a weight's name -> how many times faster it learns (LoRA+)
         self.new_ids: list[int] = []  # token ids added to the vocabulary after loading
@@ -2800,11 +2802,11 @@ def host_of(model: LanguageModel) -> nn.Module:
     return model.inner if isinstance(model, ForeignModel) else model
 
 
-def inject(config, host: nn.Module) -> None:
+def inject(config, host: nn.Module, name: str = "default") -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # about patterns that peft itself made for experts
         peft = import_peft()
-        peft.inject_adapter_in_model(config, host)
+        peft.inject_adapter_in_model(config, host, name)
     for module in host.modules():
         if type(module) is peft.tuners.lora.Linear and type(module.base_layer) is nn.Linear:
             module.forward = partial(adapted_product, module, module.forward)
@@ -2900,7 +2902,7 @@ def adapter_labels(folder: Path) -> list[str] | None:
     return None
 
 
-def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) -> None:
+def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False, name: str = "default") -> None:
     """Load a saved adapter into its base model; every tensor must fit."""
     peft, folder = import_peft(), resolve_folder(str(folder), "--adapter")
     config = adapter_config(folder)
@@ -2928,20 +2930,62 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False) 
         raise UserError(f"{folder}: an adapter without a classification head; merge it (SFT.py --merge) and start from the "
                         "merged folder")
     try:
-        inject(config, host)
+        inject(config, host, name)
         if any(re.search(r"\.experts\.\d+\.", name) for name in state):
             state = _stacked(host, config, state, folder)
-        result = peft.set_peft_model_state_dict(host, state)
+        result = peft.set_peft_model_state_dict(host, state, name)
     except (ValueError, RuntimeError) as error:
         base = config.base_model_name_or_path
         raise UserError(f"{folder}: made for another base model ({base}): {first_line(error)}") from None
     weights = dict(host.named_parameters(remove_duplicate=False))
     given = {id(weight) for name, weight in weights.items() if name not in result.missing_keys}  # shared ones stand there once
-    missing = [name for name in result.missing_keys if tensor_is_trained(name) and id(weights.get(name)) not in given]
+    others = [f".{key}." for key in model.adapters.values()]
+    missing = [name for name in result.missing_keys if tensor_is_trained(name) and id(weights.get(name)) not in given
+               and not any(key in name for key in others)]
     if missing or result.unexpected_keys:
         raise UserError(f"{folder}: made for another base model ({config.base_model_name_or_path}): "
                         f"{(missing or result.unexpected_keys)[0]} does not fit")
     model.adapter = config
+
+
+def load_adapters(model: Transformer, folders: dict[str, str]) -> None:
+    """Load several LoRA adapters, {name: folder}, which stay unmerged: `adapters_for` says which tokens use which."""
+    for number, (name, folder) in enumerate(folders.items()):
+        before, key = set(model.modules()), f"adapter{number}"  # of a ModuleDict, so without dots
+        load_adapter(model, folder, name=key)
+        layers = [module for module in model.modules() if hasattr(module, "lora_A") and key in module.lora_A]
+        new = [module for module in set(model.modules()) - before if hasattr(module, "adapter_layer_names")]
+        if model.adapter.use_dora or model.adapter.lora_bias or not set(new) <= set(layers):
+            raise UserError(f"{folder}: only plain LoRA on linear layers can be one of several adapters; serve it with --adapter")
+        for layer in layers:
+            layer.forward = partial(mixed_product, layer, model.adapter_tokens)
+        model.adapters[name], model.adapter = key, None
+
+
+@contextmanager
+def adapters_for(model: LanguageModel, parts: list[tuple[str | None, int]]) -> Iterator[None]:
+    """Within this context the tokens of a forward pass (1, N) use these adapters: (its name or None, number of tokens), ..."""
+    numbers: dict[str, list[int]] = {}
+    first = 0
+    for name, count in parts:
+        if name is not None:
+            numbers.setdefault(model.adapters[name], []).extend(range(first, first + count))
+        first += count
+    model.adapter_tokens.update({key: torch.tensor(tokens, device=model.device) for key, tokens in numbers.items()})
+    try:
+        yield
+    finally:
+        model.adapter_tokens.clear()
+
+
+def mixed_product(layer, tokens: dict[str, Tensor], hidden: Tensor) -> Tensor:
+    """W x for all tokens, plus B (alpha / r A x) of each adapter for its tokens; (1, N, out)"""
+    out = layer.base_layer(hidden)
+    for key, places in tokens.items():
+        if key in layer.lora_A:
+            narrow = layer.lora_A[key](hidden[0, places].to(layer.lora_A[key].weight.dtype)) * layer.scaling[key]
+            out[0].index_add_(0, places, layer.lora_B[key](narrow).to(out.dtype))
+    return out
 
 
 def _stacked(host: nn.Module, config, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:

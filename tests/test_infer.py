@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -242,6 +243,80 @@ def test_beam_search_equals_transformers(width, tmp_path):
     for settings in (dict(n=3), dict(frequency_penalty=1), dict(logprobs=True)):
         with pytest.raises(UserError):
             Sampling(num_beams=2, **settings)
+
+
+def saved_adapter(base, folder, seed, **more):
+    """A LoRA adapter that changes the model's answers, as peft saves it."""
+    peft = MODEL.import_peft()
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **more})
+    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.5)
+    tuned.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_adapters_in_one_batch_equal_each_alone(model_folder, tmp_path, reuse):
+    """Requests with two adapters of different rank and targets, and without, mixed: one prompt in several of them, too."""
+    folders = {"one": saved_adapter(model_folder, tmp_path / "one", 1),
+               "v1.two": saved_adapter(model_folder, tmp_path / "two", 2, r=8, target_modules=["q_proj", "down_proj"])}
+    prompts, samplings = requests(30)
+    names = [[None, "one", "v1.two"][i % 3] for i in range(30)]
+    prompts = [prompts[i - i % 3] if i % 4 else prompt for i, prompt in enumerate(prompts)]
+    expected = [None] * 30
+    for name in (None, "one", "v1.two"):
+        alone = MODEL.load(model_folder, adapter=folders.get(name))
+        chosen = [i for i in range(30) if names[i] == name]
+        found = generate(alone, [prompts[i] for i in chosen], [samplings[i] for i in chosen], use_cache=False)
+        for i, [completion] in zip(chosen, found, strict=True):
+            expected[i] = completion
+    model = MODEL.load(model_folder)
+    MODEL.load_adapters(model, folders)
+    model = INFER.configure_for_hardware(model, quiet=True)
+    engine = INFER.Engine(model, 8, 24, 4, tokens=16, reuse=reuse)
+    rows = [INFER._make_rows(model, [p], [s], None, 0, adapter=name)[0][0] for p, s, name in zip(prompts, samplings, names, strict=True)]
+    engine.add(rows)
+    while engine.busy:
+        engine.step()
+    assert [row.completion() for row in rows] == expected
+    assert len({tuple(completion.ids) for completion in expected[:3]}) == 3
+    for bad in (dict(use_dora=True), dict(modules_to_save=["lm_head"])):
+        with pytest.raises(UserError, match="only plain LoRA on linear layers"):
+            MODEL.load_adapters(MODEL.load(model_folder), {"bad": saved_adapter(model_folder, tmp_path / "bad", 3, **bad)})
+
+
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 99}},
+          "required": ["name", "age"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize("drafter", [None, INFER.PromptLookup(3, size=1)], ids=["plain", "with guesses"])
+def test_structured_outputs(model, tokenizer, prompts, drafter):
+    """Random weights write what is asked for, sampled, beside free requests and with guesses, whatever the temperature."""
+    forms = [{"json": SCHEMA}, {"regex": "[0-9]{3}-[a-f]{2}"}, {"choice": ["yes", "no", 'may"be']}, {"json_object": True},
+             {"grammar": 'start: "<" WORD ("," WORD)? ">"\nWORD: /[a-z]{1,4}/'}, None]
+    samplings = [Sampling(max_new_tokens=80, temperature=1.5, seed=i, structured_outputs=form, n=3, ignore_eos=form is None)
+                 for i, form in enumerate(forms)]
+    prompts = (prompts * 6)[:6]
+    found = generate(model, prompts, samplings, tokenizer, drafter=drafter)
+    checks = [lambda text: set(json.loads(text)) == {"name", "age"} and len(json.loads(text)["name"]) <= 8,
+              lambda text: re.fullmatch("[0-9]{3}-[a-f]{2}", text), lambda text: text in forms[2]["choice"],
+              lambda text: text.startswith("{"), lambda text: re.fullmatch("<[a-z]{1,4}(,[a-z]{1,4})?>", text)]
+    for completions, check in zip(found, checks, strict=False):
+        for completion in completions:
+            assert check(completion.text), completion.text
+            assert completion.finish_reason == "stop" or check is checks[3]
+    assert found[5] == generate(model, prompts[5:6], samplings[5], tokenizer, first=5)[0]
+
+
+@pytest.mark.parametrize("form", [{}, {"json": {}, "regex": "a"}, {"regex": 5}, {"xml": "a"}, {"json": 3}, {"choice": [1]}, {"choice": []},
+                                  {"regex": "("}, {"grammar": "start: ("}, {"json": {"type": "nonsense"}}], ids=str)
+def test_impossible_structures_are_one_line(model, tokenizer, prompts, form):
+    with pytest.raises(UserError, match="structured_outputs") as error:
+        one(model, prompts[0], Sampling(structured_outputs=form), tokenizer)
+    assert "\n" not in str(error.value)
 
 
 def test_a_row_that_is_removed_gives_its_pages_back(model, prompts):
@@ -1073,13 +1148,7 @@ def test_without_stdin_and_on_a_narrow_console(model_folder):
 
 
 def test_an_adapters_folder_is_its_base_with_the_adapter(infer, model_folder, tmp_path):
-    peft = MODEL.import_peft()
-    torch.manual_seed(0)
-    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, weight in tuned.named_parameters():
-        if "lora_B" in name:
-            weight.data.normal_(0, 0.5)
-    tuned.save_pretrained(tmp_path / "adapter")
+    saved_adapter(model_folder, tmp_path / "adapter", 0)
     plain, flag = infer("--prompt", "The red", *GREEDY)[0], infer("--prompt", "The red", "--adapter", tmp_path / "adapter", *GREEDY)[0]
     assert infer("--prompt", "The red", *GREEDY, folder=tmp_path / "adapter")[0] == flag != plain
     with pytest.raises(UserError, match="is an adapter itself; give its base model"):
