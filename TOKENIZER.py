@@ -302,7 +302,7 @@ class Conversation(NamedTuple):
 
 
 def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False,
-                literal: bool = False) -> Conversation:
+                literal: bool = False, options: dict | None = None) -> Conversation:
     """A conversation in the tokenizer's chat template -> its ids and the assistant's turns.
 
     The ids are those of the whole rendering, so training and serving read the same. To find the turns, the conversation is
@@ -310,7 +310,8 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
     the template's. A turn starts where the prompt for it ends, and it stops after the end-of-turn token that follows its last
     mark. Everything in between (reasoning, tool calls and their markup) is for the model to generate.
 
-    With `literal`, control tokens in the content of messages are encoded as text, so a user cannot end a turn.
+    With `literal`, control tokens in the content of messages are encoded as text, so a user cannot end a turn. `options` go to
+    the template, such as {"enable_thinking": False}.
 
     [user "Hi", assistant "Yo"] -> ids of "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nYo<|im_end|>\\n",
     one turn that holds "Yo<|im_end|>"
@@ -323,7 +324,7 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
                     if isinstance(message.get("content"), str) else message for message in messages]
     for spelling in spellings(messages):
         try:
-            text, spans = locate_turns(tokenizer, spelling, tools, add_generation_prompt)
+            text, spans = locate_turns(tokenizer, spelling, tools, add_generation_prompt, options)
         except UserError as error:
             if problem is None or "refuses" in str(problem) and "refuses" not in str(error):
                 problem = error  # of the spelling that got furthest
@@ -371,13 +372,14 @@ def special_texts(tokenizer) -> list[str]:
     return sorted(found, key=lambda token: (-len(token), token))
 
 
-def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool) -> tuple[str, list[Turn]]:
+def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool,
+                 options: dict | None = None) -> tuple[str, list[Turn]]:
     """The rendering, and the assistant's turns in it, in characters."""
-    text = render(tokenizer, messages, tools, add_generation_prompt)
+    text = render(tokenizer, messages, tools, add_generation_prompt, options)
     if add_generation_prompt and not any(message.get("tool_calls") for message in messages):
         return text, []
     marks = Marks(messages)
-    marked = render(tokenizer, marks.messages, tools, add_generation_prompt)
+    marked = render(tokenizer, marks.messages, tools, add_generation_prompt, options)
     if (i := marks.hidden(marked)) is not None:
         what = "tool calls" if messages[i].get("tool_calls") else "text"
         raise UserError(f"message {i + 1}: the chat template does not show the {what} of the assistant")
@@ -801,9 +803,11 @@ def with_function(call: dict, **changes) -> dict:
     return {**call, "function": {**call["function"], **changes}} if "function" in call else {**call, **changes}
 
 
-def render(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool = False) -> str:
+def render(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool = False,
+           options: dict | None = None) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False,
+                                             **(options or {}))
     except Exception as error:  # a template is a program: it can raise anything
         raise UserError(f"the chat template refuses this conversation ({first_line(error)})") from None
 
@@ -971,6 +975,80 @@ def _chat_ends(tokenizer, template: str, size: int) -> Ends:
     inside = between(reasoning, "zq2z", "zq1z")  # these end parts of a turn: generation goes on
     stop = [tokenizer.convert_tokens_to_ids(token) for token in [*ends, *calls] if token not in inside]
     return Ends([*ends, *calls], stop, by_next_role, asking.partition("zq0z")[2])
+
+
+class Markup(NamedTuple):
+    """How a model with this template writes its reasoning and its tool calls."""
+
+    think: tuple[str, str] | None  # around the reasoning, such as ("<think>", "</think>")
+    call: list[str] | None = None  # what surrounds the parts of a call; the first piece begins a call
+    form: str = ""  # the parts: "json" (name and arguments), "named" (name, arguments as JSON), "pairs" (name, key, value, ...)
+    arguments: str = "arguments"  # their key in "json"
+
+
+def answer_markup(tokenizer) -> Markup:
+    return _answer_markup(tokenizer, str(tokenizer.chat_template))
+
+
+@functools.lru_cache(16)
+def _answer_markup(tokenizer, template: str) -> Markup:
+    """Read off the rendering of an answer with a tool call: {"name": "zqname", "arguments": {"zqkey": ...}}, or XML-like text."""
+    think = next(((first, last) for first, last in (("<think>", "</think>"), ("[THINK]", "[/THINK]")) if last in template), None)
+    words = ["zqname", "zqkeya", "zqvaluea", "zqkeyb", "zqvalueb"]
+    call = {"type": "function", "id": "zqidzqid0", "function": {"name": words[0], "arguments": dict([words[1:3], words[3:]])}}
+    schema = {"type": "object", "properties": {key: {"type": "string", "description": "zq"} for key in words[1::2]}}
+    tools = [{"type": "function", "function": {"name": words[0], "description": "zq", "parameters": schema}}]
+    for spelled in spellings([{"role": "user", "content": "zq"}, {"role": "assistant", "content": "", "tool_calls": [call]}]):
+        try:
+            text, asking = render(tokenizer, spelled, tools), render(tokenizer, spelled[:1], tools, True)
+        except UserError:
+            continue
+        begin = len(os.path.commonprefix([text, asking]).rstrip("<|\uff5c["))
+        answer = text[begin:].rpartition(think[1] if think else "\0")[2].lstrip()
+        answer = any_of([*chat_ends(tokenizer).tokens, "\0"]).split(answer)[0].rstrip()
+        for found in re.finditer(r"\[?\{", answer):
+            with suppress(ValueError, AttributeError):
+                value, stop = json.JSONDecoder().raw_decode(answer, found.start())
+                value = value[0] if isinstance(value, list) else value
+                if value.get("name") == words[0] and "zq" not in answer[: found.start()]:
+                    key = "parameters" if "parameters" in value else "arguments"
+                    return Markup(think, [answer[: found.start()], answer[stop:]], "json", key)
+        found = re.fullmatch("(.+)" + "(.+)".join(words) + "(.*)", answer, re.S)
+        if found and "zq" not in "".join(found.groups()) and not found[1].endswith("["):
+            named = found[2].endswith('{"')
+            return Markup(think, [found[1], found[2][:-2], found[6]] if named else list(found.groups()), "named" if named else "pairs")
+    return Markup(think)
+
+
+def parse_calls(markup: Markup, text: str, tools: list[dict] = ()) -> list[tuple[str, dict]]:
+    """The (name, arguments) of the tool calls in an answer. What is no complete call is left out. `tools` tell which arguments
+    are strings, where the template writes values as plain text."""
+    first, *pieces = [r"\s*".join(["", *map(re.escape, piece.split()), ""]) for piece in markup.call or [""]]
+    calls = []
+
+    def json_at(place: int):
+        with suppress(ValueError):
+            return json.JSONDecoder().raw_decode(text, place)[0]
+
+    if markup.form == "json":
+        for found in itertools.islice(re.finditer(first + r"(?=[\[{])", text), None if first else 1):
+            values = json_at(found.end())
+            calls += [(value.get("name"), value.get(markup.arguments)) for value in (values if isinstance(values, list) else [values])
+                      if isinstance(value, dict)]
+    elif markup.form == "named":
+        for found in re.finditer(first + "(.+?)" + pieces[0] + r"(?=\{)", text):
+            calls.append((found[1], json_at(found.end())))
+    elif markup.form == "pairs":
+        after_name, after_key, between, _, after = pieces
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters", {}).get("properties", {}) for tool in tools}
+        for name, body in re.findall(f"{first}(.+?){after_name}(.*?){after}", text, re.S):
+            arguments = dict(re.findall(f"(.+?){after_key}(.*?)(?:{between}|$)", body, re.S))
+            for key in arguments.keys() & schemas.get(name, {}).keys():
+                if schemas[name][key].get("type") != "string":
+                    with suppress(ValueError):
+                        arguments[key] = json.loads(arguments[key])
+            calls.append((name, arguments))
+    return [(name, arguments) for name, arguments in calls if isinstance(name, str) and isinstance(arguments, dict)]
 
 
 def ensure_chat(tokenizer) -> None:
