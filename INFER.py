@@ -2,7 +2,7 @@
 
 Read in this order: settings (`Sampling`), the sampler (`sample`), the state of one completion (`Row`), continuous batching
 (`Engine`), `generate` and `stream`, scoring (`score`). Below the banner: hardware settings, static batching for other models, the
-command line, the HTTP server.
+command line, evaluation by lm-eval, the HTTP server.
 
     echo "Once upon a time" | python INFER.py --model out
     python INFER.py --model out --prompt "What is 12 plus 30?" --temperature 0 --max-new-tokens 32
@@ -1226,6 +1226,151 @@ def run_prompt(session: Session, prompt: str, echo: bool) -> None:
         print((prompt if echo else "") + completion.text, flush=True)
 
 
+# ------------------------------------------------------------------------------------------ evaluation by lm-eval
+
+
+@torch.no_grad()
+def score_continuations(model, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    """A batch of (context ids, continuation ids) -> the log-probability of each continuation in nats and whether greedy decoding
+    generates it. A context that is too long loses its first tokens."""
+    context = model.config.max_position_embeddings
+    if (longest := max(len(continuation) for _, continuation in pairs)) > context:
+        raise UserError(f"--eval: a continuation of {longest} tokens exceeds the model's context of {context}")
+    texts = [torch.tensor([*before, *continuation][-context - 1 :]) for before, continuation in pairs]
+    places = [torch.arange(len(text) - 1) for text in texts]
+    targets = [text[1:].masked_fill(place < len(place) - len(continuation), -100)
+               for text, place, (_, continuation) in zip(texts, places, pairs, strict=True)]
+    ids, positions, targets = (nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(model.device)  # (B, T)
+                               for rows, value in (([text[:-1] for text in texts], 0), (places, -1), (targets, -100)))
+    out = model(ids, positions=positions, targets=targets, reduce=lambda logits, rows: {"best": logits.argmax(-1)})
+    greedy = ((out.reduced["best"] == targets) | (targets == -100)).all(1)
+    return list(zip(out.logprobs.cpu().double().sum(1).tolist(), greedy.tolist(), strict=True))
+
+
+def as_lm(session: Session):
+    """The model of a session as lm-eval calls it. Texts are encoded, truncated and cut at stop strings as in lm-eval's class for
+    transformers (`HFLM`), so the results agree with `lm_eval --model hf`."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from tqdm import tqdm
+
+    model, tokenizer, settings = session.model, session.tokenizer, session.settings
+    context = model.config.max_position_embeddings
+    progress = partial(tqdm, disable=MODEL.QUIET)
+    base = Sampling(temperature=0, seed=settings.seed or 0)
+
+    class Evaluated(TemplateLM):
+        tokenizer, tokenizer_name = session.tokenizer, session.tokenizer.name_or_path
+        eot_token_id, prefix_token_id = session.tokenizer.eos_token_id, TOKENIZER.begin_id(session.tokenizer)
+
+        def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+            return tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+                                                 continue_final_message=not add_generation_prompt)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+            if add_special_tokens is None:  # a chat template may have written the beginning-of-text token
+                add_special_tokens = not string.startswith(tokenizer.decode(self.prefix_token_id))
+            return tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+        def _loglikelihood_tokens(self, requests: list[tuple], **_) -> list[tuple[float, bool]]:
+            longest = sorted(range(len(requests)), key=lambda i: len(requests[i][1]) + len(requests[i][2]), reverse=True)
+            found = {}
+            for start in progress(range(0, len(longest), settings.batch_size), desc="batches scored"):
+                batch = longest[start : start + settings.batch_size]
+                found |= zip(batch, score_continuations(model, [requests[i][1:] for i in batch]), strict=True)
+            return [found[i] for i in range(len(requests))]
+
+        def loglikelihood_rolling(self, requests, **_) -> list[float]:
+            windows = [[(None, *make_disjoint_window(window)) for window in get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, context, 1)] for request in requests]
+            scores = iter(self._loglikelihood_tokens([window for text in windows for window in text]))
+            return [math.fsum(next(scores)[0] for _ in text) for text in windows]
+
+        def generate_until(self, requests, **_) -> list[str]:
+            if unknown := {key for request in requests for key in request.args[1]} - {
+                    *SAMPLING_KEYS, *OPENAI_KEYS, "until", "do_sample", "max_gen_toks"}:
+                say(f"--eval: unsupported generation settings are ignored: {', '.join(sorted(unknown))}")
+            prompts, samplings = [], []
+            for text, given in (request.args for request in requests):
+                given = normalize_gen_kwargs(given, settings.max_new_tokens)
+                stop, count = handle_stop_sequences(given["until"], tokenizer.eos_token), given["max_gen_toks"]
+                room = context - count if count < context else context // 2
+                prompts.append((self.tok_encode(text) or [self.prefix_token_id])[-room:])
+                samplings.append(own_sampling(given, base, "--eval: ", max_new_tokens=count, stop=stop))
+            rows = [row for [row] in _make_rows(model, prompts, samplings, tokenizer, 0)]
+            engine = session.engine(reuse=True)
+            engine.add(rows)
+            with progress(total=len(rows), desc="completions") as bar:
+                while engine.busy:
+                    bar.update(sum(bool(row.finish) for row in engine.step()))
+            return [postprocess_generated_text(tokenizer.decode(row.ids, skip_special_tokens=True), row.sampling.stop, None)
+                    for row in rows]
+
+    return Evaluated()
+
+
+def find_tasks(names: list[str]) -> tuple[list[str], object]:
+    """Names and patterns (mmlu_*) of tasks, YAML files and folders of them -> tasks for lm-eval and its TaskManager."""
+    from lm_eval.tasks import TaskManager
+
+    folders, unknown = [name for name in names if Path(name).is_dir()], [name for name in names if not Path(name).exists()]
+    tasks = [name for name in names if Path(name).is_file()]
+    tasks += [task for name in folders for task in TaskManager(include_path=name, include_defaults=False).all_subtasks]
+    manager = TaskManager(include_path=folders, include_defaults=bool(unknown))  # reading lm-eval's 14,000 tasks takes seconds
+    for name in unknown:
+        if not (found := manager.match_tasks([name])):
+            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 3, 0))
+            raise UserError(f"--eval: there is no task or file '{name}'; the nearest tasks are {near}")
+        tasks += found
+    return tasks, manager
+
+
+def result_table(results: Iterable[dict]) -> str:
+    """lm-eval's results of tasks and groups -> one line per task and metric."""
+    rows = [("task", "metric", "value", "stderr", "n")]
+    for found in results:
+        for key, value in found.items():
+            metric, comma, kind = key.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                numbers = [f"{number:.4f}" if isinstance(number, float) else str(number)
+                           for number in (value, found.get(f"{metric}_stderr,{kind}", "N/A"))]
+                label = metric if kind == "none" else f"{metric} ({kind})"
+                rows.append((found["alias"], label, *numbers, str(found["sample_len"])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(word.ljust(width) if i < 2 else word.rjust(width)
+                               for i, (word, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
+
+
+def run_eval(session: Session, actions, name: str) -> None:
+    """Run tasks of lm-eval, print a table, and write `eval.json` into the folder `name`."""
+    settings, chat = session.settings, session.settings.chat == "on"
+    try:
+        from lm_eval import simple_evaluate
+    except ImportError as error:
+        raise UserError(f"--eval: needs {error.name}; pip install -r requirements-extras.txt") from None
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            tasks, manager = find_tasks([task.strip() for task in actions.eval.split(",")])
+            results = simple_evaluate(as_lm(session), tasks=tasks, num_fewshot=actions.num_fewshot, limit=actions.limit,
+                                      log_samples=False, task_manager=manager, apply_chat_template=chat,
+                                      system_instruction=settings.system)
+    except (OSError, ImportError) as error:
+        hint = "; the dataset of a task is downloaded when it is first used" if isinstance(error, ConnectionError) else ""
+        raise UserError(f"--eval: {MODEL.first_line(error)}{hint}") from None
+    print(result_table(results["results"].values()))
+    used = {"tasks": tasks, "limit": actions.limit, "num_fewshot": actions.num_fewshot, "chat": chat, "system": settings.system,
+            "dtype": str(session.model.dtype).removeprefix("torch."), "seed": settings.seed, "batch_size": settings.batch_size}
+    record = {**results, "model": name, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "settings": used}
+    record.pop("pretty_env_info", None)
+    try:
+        if not Path(name).is_dir():
+            raise UserError(f"{name} is not a folder")
+        MODEL.write_text(Path(name) / "eval.json", json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+    except UserError as error:
+        say(f"--eval: eval.json was not written: {error}")
+
+
 # ------------------------------------------------------------------------------------------------- HTTP server
 
 
@@ -1636,6 +1781,10 @@ ACTIONS = {
     "lines": Action("each line of stdin (with --score, of the file) is a prompt of its own"),
     "jsonl": Action("stdin is JSONL: {prompt or messages, any sampling key}; so is stdout"),
     "score": Action("measure a file (- or nothing: stdin) instead of generating", str, "-"),
+    "eval": Action("evaluate with lm-eval: comma-separated tasks, YAML files or folders; writes eval.json", str),
+    "limit": Action("with --eval: number of samples per task", partial(MODEL.convert, kind=int, where="--limit")),
+    "num_fewshot": Action("with --eval: number of examples in each prompt",
+                          partial(MODEL.convert, kind=int, where="--num_fewshot")),
     "serve": Action("start an OpenAI-compatible HTTP server"),
     "logits": Action("with --score: write the raw logits of the first text to this .safetensors file", str),
 }
@@ -1648,7 +1797,7 @@ def main(argv: list[str] | None = None) -> None:
     actions = config.actions
     check_flags(actions, config.inference.logprobs)
     prompt = None if actions.prompt is None else TOKENIZER.checked(actions.prompt, "--prompt")
-    elsewhere = actions.score is not None or actions.lines or actions.jsonl or actions.serve
+    elsewhere = actions.score is not None or actions.eval or actions.lines or actions.jsonl or actions.serve
     piped = prompt is None and not elsewhere and not (sys.stdin and sys.stdin.isatty())
     if piped:
         prompt = "".join(read_stdin())
@@ -1656,9 +1805,11 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("no prompt: stdin is empty; pipe some text in, or use --prompt")
         prompt = prompt.removesuffix("\n")
     session = Session(config)
-    if actions.serve:
-        if "score" in session.model.heads or not session.model.config.causal:
-            raise UserError("--serve: this model generates no text; name a causal language model")
+    if (actions.serve or actions.eval) and ("score" in session.model.heads or not session.model.config.causal):
+        raise UserError(f"--{'serve' if actions.serve else 'eval'}: this model generates no text; name a causal language model")
+    if actions.eval:
+        run_eval(session, actions, actions.adapter or config.model.name)
+    elif actions.serve:
         run_server(session, config.model.name)
     elif "score" in session.model.heads:
         run_labels(session, actions, prompt, piped)
@@ -1678,12 +1829,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_flags(actions, logprobs: bool) -> None:
     """Flags that would be ignored together are refused."""
-    modes = [f"--{name}" for name in ("prompt", "jsonl", "score", "serve") if getattr(actions, name) not in (None, False)]
+    modes = [f"--{name}" for name in ("prompt", "jsonl", "score", "eval", "serve") if getattr(actions, name) not in (None, False)]
     modes += ["--lines"] if actions.lines and actions.score is None else []
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} are mutually exclusive; set one")
     if actions.logits and actions.score is None:
         raise UserError("--logits: goes with --score")
+    for name, low in (("limit", 1), ("num_fewshot", 0)):
+        if (value := getattr(actions, name)) is not None and (actions.eval is None or value < low):
+            raise UserError(f"--{name}: goes with --eval" if actions.eval is None else f"--{name}: {value} is not >= {low}")
     if logprobs and actions.score is None and not actions.jsonl:
         raise UserError("--logprobs: goes with --jsonl or --score, whose output has a place for them")
     if actions.score not in (None, "-") and (Path(actions.score).is_dir() or not Path(actions.score).exists()):
