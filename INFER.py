@@ -26,6 +26,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -1257,7 +1258,6 @@ def as_lm(session: Session):
 
     model, tokenizer, settings = session.model, session.tokenizer, session.settings
     context = model.config.max_position_embeddings
-    progress = partial(tqdm, disable=MODEL.QUIET)
     base = Sampling(temperature=0, seed=settings.seed or 0)
 
     class Evaluated(TemplateLM):
@@ -1276,7 +1276,7 @@ def as_lm(session: Session):
         def _loglikelihood_tokens(self, requests: list[tuple], **_) -> list[tuple[float, bool]]:
             longest = sorted(range(len(requests)), key=lambda i: len(requests[i][1]) + len(requests[i][2]), reverse=True)
             found = {}
-            for start in progress(range(0, len(longest), settings.batch_size), desc="batches scored"):
+            for start in tqdm(range(0, len(longest), settings.batch_size), desc="batches scored"):
                 batch = longest[start : start + settings.batch_size]
                 found |= zip(batch, score_continuations(model, [requests[i][1:] for i in batch]), strict=True)
             return [found[i] for i in range(len(requests))]
@@ -1301,7 +1301,7 @@ def as_lm(session: Session):
             rows = [row for [row] in _make_rows(model, prompts, samplings, tokenizer, 0)]
             engine = session.engine(reuse=True)
             engine.add(rows)
-            with progress(total=len(rows), desc="completions") as bar:
+            with tqdm(total=len(rows), desc="completions") as bar:
                 while engine.busy:
                     bar.update(sum(bool(row.finish) for row in engine.step()))
             return [postprocess_generated_text(tokenizer.decode(row.ids, skip_special_tokens=True), row.sampling.stop, None)
@@ -1343,14 +1343,15 @@ def result_table(results: Iterable[dict]) -> str:
 
 
 def run_eval(session: Session, actions, name: str) -> None:
-    """Run tasks of lm-eval, print a table, and write `eval.json` into the folder `name`."""
+    """Run tasks of lm-eval, print a table, and write `eval.json` into the folder `name`. stdout gets only the table."""
     settings, chat = session.settings, session.settings.chat == "on"
     try:
         from lm_eval import simple_evaluate
     except ImportError as error:
         raise UserError(f"--eval: needs {error.name}; pip install -r requirements-extras.txt") from None
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with (open(os.devnull, "w") if MODEL.QUIET else contextlib.nullcontext(sys.stderr) as log,
+              contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
             tasks, manager = find_tasks([task.strip() for task in actions.eval.split(",")])
             results = simple_evaluate(as_lm(session), tasks=tasks, num_fewshot=actions.num_fewshot, limit=actions.limit,
                                       log_samples=False, task_manager=manager, apply_chat_template=chat,
@@ -1393,6 +1394,7 @@ class Service:
 
     def __init__(self, engine: Engine | StaticEngine, limit: int):
         self.engine, self.limit, self.open = engine, limit, 0
+        self.calls: deque[tuple[Future, Callable]] = deque()
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -1404,7 +1406,13 @@ class Service:
         self.open += len(rows)
         for row in rows:
             row.tell = tell
-        self.inbox.put(("add", rows))
+        self.inbox.put(("add", [row for row in rows if not row.finish]))
+
+    def call(self, function: Callable) -> Future:
+        """Run function() in the engine's thread between two steps, as no two threads may run the model at once."""
+        future: Future = Future()
+        self.inbox.put(("call", (future, function)))
+        return future
 
     def leave(self, rows: list[Row]) -> None:
         """Remove submitted rows, finished or not; call once per `submit`."""
@@ -1416,12 +1424,22 @@ class Service:
         while True:
             with contextlib.suppress(queue.Empty):
                 while True:
-                    what, rows = self.inbox.get(block=not engine.busy)
+                    what, rows = self.inbox.get(block=not (engine.busy or self.calls))
                     if what == "add":
                         engine.add(rows)
+                    elif what == "call":
+                        self.calls.append(rows)
                     else:
                         for row in rows:
                             engine.remove(row)
+            # transformers' `generate`, in a thread of its own, goes on while a static batch is running
+            if self.calls and not (isinstance(engine, StaticEngine) and engine.running):
+                future, function = self.calls.popleft()
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(function())
+                    except Exception as error:  # raised where the future is awaited
+                        future.set_exception(error)
             try:
                 for row in engine.step() if engine.busy else ():
                     row.tell(row, None)
@@ -1473,9 +1491,20 @@ class Answer:
 
             return {"content": [{**entry(text, value), "top_logprobs": [entry(*one) for one in others]}
                                 for text, value, others in zip(texts, values, named, strict=True)]}
-        offsets = list(itertools.accumulate(map(len, texts), initial=place))[:-1]
-        others = [dict(one) for one in named] if completion.best else None
+        sizes = [len(self.session.tokenizer.decode([i], skip_special_tokens=True)) for i in completion.ids[start:stop]]
+        offsets = list(itertools.accumulate(sizes, initial=place))[:-1]
+        # the most probable of several tokens with the same text, such as parts of characters
+        others = [dict(reversed(one)) for one in named] if completion.best is not None else None
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": others, "text_offset": offsets}
+
+    def of_prompt(self, scored: Scored) -> dict:
+        """Log-probabilities of a prompt's tokens, null for the first. The alternatives include the token itself."""
+        best = None if scored.best is None else [{}, *({**others, token: value} for others, token, value in zip(
+            scored.best, scored.ids[1:], scored.logprobs, strict=True))]
+        found = self.logprobs(Completion(scored.ids, [None, *scored.logprobs], "length", best=best), 0, len(scored.ids))
+        if best:
+            found["top_logprobs"][0] = None
+        return found
 
     def choice(self, index: int, text: str, finish: str | None, logprobs: dict | None, delta: bool, first: bool = False) -> dict:
         content = {"role": "assistant"} if first or not delta else {}
@@ -1585,10 +1614,15 @@ def make_app(session: Session, name: str, engine: Engine | StaticEngine):
 
     async def complete(request, chat: bool):
         record = await body_of(request)
-        sampling = sampling_of(record, session.sampling, chat)
-        prompts = conversation(record) if chat else prompts_of(record)
         echo, streamed = record.get("echo") is True, record.get("stream") is True
+        prompt_only = echo and record.get("max_tokens") == 0
+        sampling = sampling_of({**record, "max_tokens": 1} if prompt_only else record, session.sampling, chat)
+        prompts = conversation(record) if chat else prompts_of(record)
         rows = [row for group in _make_rows(model, prompts, [sampling] * len(prompts), tokenizer, 0) for row in group]
+        for row in rows if prompt_only else ():
+            row.finish = "length"
+        before = [tokenizer.decode(row.prompt, skip_special_tokens=True) if echo else "" for row in rows]
+        scored: list[Scored] = []  # with echo and logprobs, the prompts
         answer = Answer(session, "chatcmpl" if chat else "cmpl", name, chat)
         events: asyncio.Queue = asyncio.Queue()
         loop, numbers, clock = asyncio.get_running_loop(), {row: i for i, row in enumerate(rows)}, time.perf_counter()
@@ -1599,10 +1633,19 @@ def make_app(session: Session, name: str, engine: Engine | StaticEngine):
 
         service.submit(rows, tell)
 
+        async def score_prompts() -> None:
+            calls = [service.call(partial(score_ids, model, prompt, sampling.top_logprobs)) for prompt in prompts]
+            scored.extend(await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, calls)), settings.timeout))
+
         async def updates():
-            """(index, text so far, number of tokens, finish reason) after each token, until all rows are finished."""
-            left = set(numbers.values())
+            """(index, text so far, number of tokens, finish reason) after each token, until all rows are finished; with echo also
+            before the first token."""
+            left = set() if prompt_only else set(numbers.values())
             try:
+                if echo and sampling.logprobs:
+                    await score_prompts()
+                for row, number in numbers.items() if echo else ():
+                    yield number, "", 0, row.finish if prompt_only else None
                 while left:
                     remaining = settings.timeout - (time.perf_counter() - clock)
                     number, text, count, finish, error = await asyncio.wait_for(events.get(), max(remaining, 0))
@@ -1631,12 +1674,13 @@ def make_app(session: Session, name: str, engine: Engine | StaticEngine):
                         begins = [answer.choice(i, "", None, None, True, True) for i in range(len(rows))]
                         yield _event(answer.record(begins, None, True))
                     async for number, text, count, finish in updates():
-                        row, piece = rows[number], text[sent[number] :]
-                        if not piece and not finish:
+                        row, piece, place = rows[number], text[sent[number] :], len(before[number]) + sent[number]
+                        if not count:
+                            piece, logprobs = before[number], answer.of_prompt(scored[number // sampling.n]) if scored else None
+                        elif not piece and not finish:
                             continue
-                        logprobs = answer.logprobs(row.completion(), told[number], count, sent[number])
-                        if echo and not sent[number] and not told[number]:
-                            piece = tokenizer.decode(row.prompt, skip_special_tokens=True) + piece
+                        else:
+                            logprobs = answer.logprobs(row.completion(), told[number], count, place)
                         sent[number], told[number] = len(text), count
                         yield _event(answer.record([answer.choice(number, piece, finish, logprobs, True)], None, True))
                     if wants_usage:
@@ -1662,9 +1706,11 @@ def make_app(session: Session, name: str, engine: Engine | StaticEngine):
         choices = []
         for number, row in enumerate(rows):
             completion = row.completion()
-            before = tokenizer.decode(row.prompt, skip_special_tokens=True) if echo else ""
-            logprobs = answer.logprobs(completion, 0, len(completion.ids), len(before))
-            choices.append(answer.choice(number, before + completion.text, completion.finish_reason, logprobs, False))
+            logprobs = answer.logprobs(completion, 0, len(completion.ids), len(before[number]))
+            if scored:
+                first = answer.of_prompt(scored[number // sampling.n])
+                logprobs = {key: first[key] and first[key] + values for key, values in logprobs.items()}
+            choices.append(answer.choice(number, before[number] + completion.text, completion.finish_reason, logprobs, False))
         return JSONResponse(answer.record(choices, usage(), False))
 
     @route("/v1/completions")

@@ -2,15 +2,14 @@
 
 import json
 import math
-import os
-import shutil
+import sys
 import threading
 import time
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from conftest import free_port, make_text
+from conftest import TINY, free_port, make_text
 
 import INFER
 import MODEL
@@ -122,6 +121,21 @@ def test_results_are_those_of_lm_evals_own_class(options, world, reference):
     assert options or greedy == {True, False}  # so the comparison covers both
 
 
+def test_another_architecture(world, tmp_path):
+    """A model that transformers runs, from right-padded batches and with its own `generate`."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(vocab_size=len(world.session.tokenizer), bos_token_id=0, eos_token_id=0, initializer_range=0.2, **TINY)
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    TOKENIZER.save(world.session.tokenizer, tmp_path)
+    session = INFER.load(str(tmp_path), batch_size=3)
+    assert isinstance(session.model, MODEL.ForeignModel)
+    ours, theirs = (world.evaluate(model, limit=5) for model in (INFER.as_lm(session), HFLM(pretrained=str(tmp_path), device="cpu")))
+    for name in TASKS:
+        check_equal(answers(ours, name), answers(theirs, name), 1e-4)
+
+
 def test_the_command(world, capsys, tmp_path, monkeypatch):
     INFER.main(["--model", str(world.folder), "--eval", f"{world.tasks / 'choice.yaml'},{world.tasks / 'rolling.yaml'}", "--limit", "4"])
     out = capsys.readouterr().out.splitlines()
@@ -131,3 +145,69 @@ def test_the_command(world, capsys, tmp_path, monkeypatch):
     assert out[1].split() == ["choice", "acc", f"{accuracy:.4f}", f"{saved['results']['choice']['acc_stderr,none']:.4f}", "4"]
     assert saved["versions"] == {"choice": 1, "rolling": 1} and saved["settings"]["limit"] == 4 and saved["model"] == str(world.folder)
     assert saved["lm_eval_version"] and saved["date"]
+
+
+def test_mistakes_cost_one_line(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    from lm_eval.tasks import TaskManager
+
+    everything = TaskManager(include_path=world.tasks, include_defaults=False)  # reading lm-eval's own tasks takes seconds
+    (tmp_path / "far.yaml").write_text("task: far\ndataset_path: nobody/nothing\noutput_type: generate_until\ntest_split: test\n")
+    actions = SimpleNamespace(eval=str(tmp_path / "far.yaml"), limit=None, num_fewshot=None)
+    with pytest.raises(UserError, match="--eval: .*nobody/nothing.*; the dataset of a task is downloaded when it is first used"):
+        INFER.run_eval(world.session, actions, "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("lm_eval.tasks.TaskManager", lambda **options: everything)
+        assert INFER.find_tasks(["ch*", "rolling"])[0] == ["choice", "rolling"]
+        with pytest.raises(UserError, match="no task or file 'chioce'; the nearest tasks are choice"):
+            INFER.find_tasks(["chioce"])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "lm_eval", None)
+        with pytest.raises(UserError, match="--eval: needs lm_eval; pip install -r requirements-extras.txt"):
+            INFER.run_eval(world.session, actions, "out")
+    for flags, message in ((["--prompt", "a", "--limit", "3"], "--limit: goes with --eval"), (["--eval", "a", "--limit", "0"], "--limit: 0 is not >= 1"),
+                           (["--eval", "a", "--jsonl"], "--jsonl and --eval are mutually exclusive")):
+        with pytest.raises(UserError, match=message):
+            INFER.main(flags)
+    config = MODEL.ModelConfig(vocab_size=len(world.session.tokenizer), eos_token_id=0, labels=["a", "b"], **TINY)
+    MODEL.save(MODEL.build(config, head="score"), tmp_path / "labels")
+    TOKENIZER.save(world.session.tokenizer, tmp_path / "labels")
+    with pytest.raises(UserError, match="--eval: this model generates no text"):
+        INFER.main(["--model", str(tmp_path / "labels"), "--eval", "choice"])
+    actions.eval, actions.limit = str(world.tasks), 1
+    capsys.readouterr()
+    INFER.run_eval(world.session, actions, "nobody/nothing")
+    printed = capsys.readouterr()
+    assert "eval.json was not written: nobody/nothing is not a folder" in printed.err
+    assert {line.split()[0] for line in printed.out.splitlines()} == {"task", *TASKS}
+
+
+@pytest.fixture(scope="module")
+def address(world):
+    """A server on the session's model, in a thread."""
+    import uvicorn
+
+    port = free_port()
+    app = INFER.make_app(world.session, "m", world.session.engine(reuse=True))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+    threading.Thread(target=server.run, daemon=True).start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}/v1/completions"
+    server.should_exit = True
+
+
+@pytest.mark.parametrize("tokenized, batch_size", [(True, 4), (False, 1)])
+def test_lm_evals_client_for_servers_gets_the_same_results(tokenized, batch_size, world, reference, address):
+    pytest.importorskip("tenacity")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    client = LocalCompletionsAPI(address, "huggingface", model="m", tokenizer=str(world.folder), tokenized_requests=tokenized,
+                                 batch_size=batch_size, max_length=128, add_bos_token=True)
+    samples = {"choice": [0, 1, 2, 5, 6, 7], "writing": [0, 1, 2, 6], "rolling": [0, 4, 8]}  # those within the context
+    ours, theirs = (world.evaluate(model, samples=samples) for model in (client, reference))
+    for name in TASKS:
+        check_equal(answers(ours, name), answers(theirs, name), 1e-3)
+    for key in ("acc,none", "acc_norm,none"):
+        assert ours["results"]["choice"][key] == theirs["results"]["choice"][key]
+    assert {result[1] for texts in answers(theirs, "choice") for [result] in texts} == {True, False}
