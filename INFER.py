@@ -2,7 +2,7 @@
 
 Read in this order: settings (`Sampling`), the sampler (`sample`), the state of one completion (`Row`), continuous batching
 (`Engine`), `generate` and `stream`, scoring (`score`). Below the banner: hardware settings, static batching for other models, the
-command line, the HTTP server.
+command line, evaluation by lm-eval, the HTTP server.
 
     echo "Once upon a time" | python INFER.py --model out
     python INFER.py --model out --prompt "What is 12 plus 30?" --temperature 0 --max-new-tokens 32
@@ -26,6 +26,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -1483,6 +1484,151 @@ def run_prompt(session: Session, prompt: str, echo: bool) -> None:
         print((prompt if echo else "") + completion.text, flush=True)
 
 
+# ------------------------------------------------------------------------------------------ evaluation by lm-eval
+
+
+@torch.no_grad()
+def score_continuations(model, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    """A batch of (context ids, continuation ids) -> the log-probability of each continuation in nats and whether greedy decoding
+    generates it. A context that is too long loses its first tokens."""
+    context = model.config.max_position_embeddings
+    if (longest := max(len(continuation) for _, continuation in pairs)) > context:
+        raise UserError(f"--eval: a continuation of {longest} tokens exceeds the model's context of {context}")
+    texts = [torch.tensor([*before, *continuation][-context - 1 :]) for before, continuation in pairs]
+    places = [torch.arange(len(text) - 1) for text in texts]
+    targets = [text[1:].masked_fill(place < len(place) - len(continuation), -100)
+               for text, place, (_, continuation) in zip(texts, places, pairs, strict=True)]
+    ids, positions, targets = (nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(model.device)  # (B, T)
+                               for rows, value in (([text[:-1] for text in texts], 0), (places, -1), (targets, -100)))
+    out = model(ids, positions=positions, targets=targets, reduce=lambda logits, rows: {"best": logits.argmax(-1)})
+    greedy = ((out.reduced["best"] == targets) | (targets == -100)).all(1)
+    return list(zip(out.logprobs.cpu().double().sum(1).tolist(), greedy.tolist(), strict=True))
+
+
+def as_lm(session: Session):
+    """The model of a session as lm-eval calls it. Texts are encoded, truncated and cut at stop strings as in lm-eval's class for
+    transformers (`HFLM`), so the results agree with `lm_eval --model hf`."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from tqdm import tqdm
+
+    model, tokenizer, settings = session.model, session.tokenizer, session.settings
+    context = model.config.max_position_embeddings
+    base = Sampling(temperature=0, seed=settings.seed or 0)
+
+    class Evaluated(TemplateLM):
+        tokenizer, tokenizer_name = session.tokenizer, session.tokenizer.name_or_path
+        eot_token_id, prefix_token_id = session.tokenizer.eos_token_id, TOKENIZER.begin_id(session.tokenizer)
+
+        def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+            return tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+                                                 continue_final_message=not add_generation_prompt)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+            if add_special_tokens is None:  # a chat template may have written the beginning-of-text token
+                add_special_tokens = not string.startswith(tokenizer.decode(self.prefix_token_id))
+            return tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+        def _loglikelihood_tokens(self, requests: list[tuple], **_) -> list[tuple[float, bool]]:
+            longest = sorted(range(len(requests)), key=lambda i: len(requests[i][1]) + len(requests[i][2]), reverse=True)
+            found = {}
+            for start in tqdm(range(0, len(longest), settings.batch_size), desc="batches scored"):
+                batch = longest[start : start + settings.batch_size]
+                found |= zip(batch, score_continuations(model, [requests[i][1:] for i in batch]), strict=True)
+            return [found[i] for i in range(len(requests))]
+
+        def loglikelihood_rolling(self, requests, **_) -> list[float]:
+            windows = [[(None, *make_disjoint_window(window)) for window in get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, context, 1)] for request in requests]
+            scores = iter(self._loglikelihood_tokens([window for text in windows for window in text]))
+            return [math.fsum(next(scores)[0] for _ in text) for text in windows]
+
+        def generate_until(self, requests, **_) -> list[str]:
+            if unknown := {key for request in requests for key in request.args[1]} - {
+                    *SAMPLING_KEYS, *OPENAI_KEYS, "until", "do_sample", "max_gen_toks"}:
+                say(f"--eval: unsupported generation settings are ignored: {', '.join(sorted(unknown))}")
+            prompts, samplings = [], []
+            for text, given in (request.args for request in requests):
+                given = normalize_gen_kwargs(given, settings.max_new_tokens)
+                stop, count = handle_stop_sequences(given["until"], tokenizer.eos_token), given["max_gen_toks"]
+                room = context - count if count < context else context // 2
+                prompts.append((self.tok_encode(text) or [self.prefix_token_id])[-room:])
+                samplings.append(own_sampling(given, base, "--eval: ", max_new_tokens=count, stop=stop))
+            rows = [row for [row] in _make_rows(model, prompts, samplings, tokenizer, 0)]
+            engine = session.engine(reuse=True)
+            engine.add(rows)
+            with tqdm(total=len(rows), desc="completions") as bar:
+                while engine.busy:
+                    bar.update(sum(bool(row.finish) for row in engine.step()))
+            return [postprocess_generated_text(tokenizer.decode(row.ids, skip_special_tokens=True), row.sampling.stop, None)
+                    for row in rows]
+
+    return Evaluated()
+
+
+def find_tasks(names: list[str]) -> tuple[list[str], object]:
+    """Names and patterns (mmlu_*) of tasks, YAML files and folders of them -> tasks for lm-eval and its TaskManager."""
+    from lm_eval.tasks import TaskManager
+
+    folders, unknown = [name for name in names if Path(name).is_dir()], [name for name in names if not Path(name).exists()]
+    tasks = [name for name in names if Path(name).is_file()]
+    tasks += [task for name in folders for task in TaskManager(include_path=name, include_defaults=False).all_subtasks]
+    manager = TaskManager(include_path=folders, include_defaults=bool(unknown))  # reading lm-eval's 14,000 tasks takes seconds
+    for name in unknown:
+        if not (found := manager.match_tasks([name])):
+            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 3, 0))
+            raise UserError(f"--eval: there is no task or file '{name}'; the nearest tasks are {near}")
+        tasks += found
+    return tasks, manager
+
+
+def result_table(results: Iterable[dict]) -> str:
+    """lm-eval's results of tasks and groups -> one line per task and metric."""
+    rows = [("task", "metric", "value", "stderr", "n")]
+    for found in results:
+        for key, value in found.items():
+            metric, comma, kind = key.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                numbers = [f"{number:.4f}" if isinstance(number, float) else str(number)
+                           for number in (value, found.get(f"{metric}_stderr,{kind}", "N/A"))]
+                label = metric if kind == "none" else f"{metric} ({kind})"
+                rows.append((found["alias"], label, *numbers, str(found["sample_len"])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(word.ljust(width) if i < 2 else word.rjust(width)
+                               for i, (word, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
+
+
+def run_eval(session: Session, actions, name: str) -> None:
+    """Run tasks of lm-eval, print a table, and write `eval.json` into the folder `name`. stdout gets only the table."""
+    settings, chat = session.settings, session.settings.chat == "on"
+    try:
+        from lm_eval import simple_evaluate
+    except ImportError as error:
+        raise UserError(f"--eval: needs {error.name}; pip install -r requirements-extras.txt") from None
+    try:
+        with (open(os.devnull, "w") if MODEL.QUIET else contextlib.nullcontext(sys.stderr) as log,
+              contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
+            tasks, manager = find_tasks([task.strip() for task in actions.eval.split(",")])
+            results = simple_evaluate(as_lm(session), tasks=tasks, num_fewshot=actions.num_fewshot, limit=actions.limit,
+                                      log_samples=False, task_manager=manager, apply_chat_template=chat,
+                                      system_instruction=settings.system)
+    except (OSError, ImportError) as error:
+        hint = "; the dataset of a task is downloaded when it is first used" if isinstance(error, ConnectionError) else ""
+        raise UserError(f"--eval: {MODEL.first_line(error)}{hint}") from None
+    print(result_table(results["results"].values()))
+    used = {"tasks": tasks, "limit": actions.limit, "num_fewshot": actions.num_fewshot, "chat": chat, "system": settings.system,
+            "dtype": str(session.model.dtype).removeprefix("torch."), "seed": settings.seed, "batch_size": settings.batch_size}
+    record = {**results, "model": name, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "settings": used}
+    record.pop("pretty_env_info", None)
+    try:
+        if not Path(name).is_dir():
+            raise UserError(f"{name} is not a folder")
+        MODEL.write_text(Path(name) / "eval.json", json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+    except UserError as error:
+        say(f"--eval: eval.json was not written: {error}")
+
+
 # ------------------------------------------------------------------------------------------------- HTTP server
 
 
@@ -1505,6 +1651,7 @@ class Service:
 
     def __init__(self, engine: Engine | StaticEngine, limit: int):
         self.engine, self.limit, self.open = engine, limit, 0
+        self.calls: deque[tuple[Future, Callable]] = deque()
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -1516,7 +1663,13 @@ class Service:
         self.open += len(rows)
         for row in rows:
             row.tell = tell
-        self.inbox.put(("add", rows))
+        self.inbox.put(("add", [row for row in rows if not row.finish]))
+
+    def call(self, function: Callable) -> Future:
+        """Run function() in the engine's thread between two steps, as no two threads may run the model at once."""
+        future: Future = Future()
+        self.inbox.put(("call", (future, function)))
+        return future
 
     def leave(self, rows: list[Row]) -> None:
         """Remove submitted rows, finished or not; call once per `submit`."""
@@ -1528,12 +1681,22 @@ class Service:
         while True:
             with contextlib.suppress(queue.Empty):
                 while True:
-                    what, rows = self.inbox.get(block=not engine.busy)
+                    what, rows = self.inbox.get(block=not (engine.busy or self.calls))
                     if what == "add":
                         engine.add(rows)
+                    elif what == "call":
+                        self.calls.append(rows)
                     else:
                         for row in rows:
                             engine.remove(row)
+            # transformers' `generate`, in a thread of its own, goes on while a static batch is running
+            if self.calls and not (isinstance(engine, StaticEngine) and engine.running):
+                future, function = self.calls.popleft()
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(function())
+                    except Exception as error:  # raised where the future is awaited
+                        future.set_exception(error)
             try:
                 for row in engine.step() if engine.busy else ():
                     row.tell(row, None)
@@ -1585,9 +1748,20 @@ class Answer:
 
             return {"content": [{**entry(text, value), "top_logprobs": [entry(*one) for one in others]}
                                 for text, value, others in zip(texts, values, named, strict=True)]}
-        offsets = list(itertools.accumulate(map(len, texts), initial=place))[:-1]
-        others = [dict(one) for one in named] if completion.best else None
+        sizes = [len(self.session.tokenizer.decode([i], skip_special_tokens=True)) for i in completion.ids[start:stop]]
+        offsets = list(itertools.accumulate(sizes, initial=place))[:-1]
+        # the most probable of several tokens with the same text, such as parts of characters
+        others = [dict(reversed(one)) for one in named] if completion.best is not None else None
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": others, "text_offset": offsets}
+
+    def of_prompt(self, scored: Scored) -> dict:
+        """Log-probabilities of a prompt's tokens, null for the first. The alternatives include the token itself."""
+        best = None if scored.best is None else [{}, *({**others, token: value} for others, token, value in zip(
+            scored.best, scored.ids[1:], scored.logprobs, strict=True))]
+        found = self.logprobs(Completion(scored.ids, [None, *scored.logprobs], "length", best=best), 0, len(scored.ids))
+        if best:
+            found["top_logprobs"][0] = None
+        return found
 
     def choice(self, index: int, text: str, finish: str | None, logprobs: dict | None, delta: bool, first: bool = False) -> dict:
         content = {"role": "assistant"} if first or not delta else {}
@@ -1697,10 +1871,15 @@ def make_app(session: Session, name: str, engine: Engine | StaticEngine):
 
     async def complete(request, chat: bool):
         record = await body_of(request)
-        sampling = sampling_of(record, session.sampling, chat)
-        prompts = conversation(record) if chat else prompts_of(record)
         echo, streamed = record.get("echo") is True, record.get("stream") is True
+        prompt_only = echo and record.get("max_tokens") == 0
+        sampling = sampling_of({**record, "max_tokens": 1} if prompt_only else record, session.sampling, chat)
+        prompts = conversation(record) if chat else prompts_of(record)
         rows = [row for group in _make_rows(model, prompts, [sampling] * len(prompts), tokenizer, 0) for row in group]
+        for row in rows if prompt_only else ():
+            row.finish = "length"
+        before = [tokenizer.decode(row.prompt, skip_special_tokens=True) if echo else "" for row in rows]
+        scored: list[Scored] = []  # with echo and logprobs, the prompts
         answer = Answer(session, "chatcmpl" if chat else "cmpl", name, chat)
         events: asyncio.Queue = asyncio.Queue()
         loop, numbers, clock = asyncio.get_running_loop(), {row: i for i, row in enumerate(rows)}, time.perf_counter()
@@ -1711,10 +1890,19 @@ def make_app(session: Session, name: str, engine: Engine | StaticEngine):
 
         service.submit(rows, tell)
 
+        async def score_prompts() -> None:
+            calls = [service.call(partial(score_ids, model, prompt, sampling.top_logprobs)) for prompt in prompts]
+            scored.extend(await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, calls)), settings.timeout))
+
         async def updates():
-            """(index, text so far, number of tokens, finish reason) after each token, until all rows are finished."""
-            left = set(numbers.values())
+            """(index, text so far, number of tokens, finish reason) after each token, until all rows are finished; with echo also
+            before the first token."""
+            left = set() if prompt_only else set(numbers.values())
             try:
+                if echo and sampling.logprobs:
+                    await score_prompts()
+                for row, number in numbers.items() if echo else ():
+                    yield number, "", 0, row.finish if prompt_only else None
                 while left:
                     remaining = settings.timeout - (time.perf_counter() - clock)
                     number, text, count, finish, error = await asyncio.wait_for(events.get(), max(remaining, 0))
@@ -1743,12 +1931,13 @@ def make_app(session: Session, name: str, engine: Engine | StaticEngine):
                         begins = [answer.choice(i, "", None, None, True, True) for i in range(len(rows))]
                         yield _event(answer.record(begins, None, True))
                     async for number, text, count, finish in updates():
-                        row, piece = rows[number], text[sent[number] :]
-                        if not piece and not finish:
+                        row, piece, place = rows[number], text[sent[number] :], len(before[number]) + sent[number]
+                        if not count:
+                            piece, logprobs = before[number], answer.of_prompt(scored[number // sampling.n]) if scored else None
+                        elif not piece and not finish:
                             continue
-                        logprobs = answer.logprobs(row.completion(), told[number], count, sent[number])
-                        if echo and not sent[number] and not told[number]:
-                            piece = tokenizer.decode(row.prompt, skip_special_tokens=True) + piece
+                        else:
+                            logprobs = answer.logprobs(row.completion(), told[number], count, place)
                         sent[number], told[number] = len(text), count
                         yield _event(answer.record([answer.choice(number, piece, finish, logprobs, True)], None, True))
                     if wants_usage:
@@ -1774,9 +1963,11 @@ def make_app(session: Session, name: str, engine: Engine | StaticEngine):
         choices = []
         for number, row in enumerate(rows):
             completion = row.completion()
-            before = tokenizer.decode(row.prompt, skip_special_tokens=True) if echo else ""
-            logprobs = answer.logprobs(completion, 0, len(completion.ids), len(before))
-            choices.append(answer.choice(number, before + completion.text, completion.finish_reason, logprobs, False))
+            logprobs = answer.logprobs(completion, 0, len(completion.ids), len(before[number]))
+            if scored:
+                first = answer.of_prompt(scored[number // sampling.n])
+                logprobs = {key: first[key] and first[key] + values for key, values in logprobs.items()}
+            choices.append(answer.choice(number, before[number] + completion.text, completion.finish_reason, logprobs, False))
         return JSONResponse(answer.record(choices, usage(), False))
 
     @route("/v1/completions")
@@ -1893,6 +2084,10 @@ ACTIONS = {
     "lines": Action("each line of stdin (with --score, of the file) is a prompt of its own"),
     "jsonl": Action("stdin is JSONL: {prompt or messages, any sampling key}; so is stdout"),
     "score": Action("measure a file (- or nothing: stdin) instead of generating", str, "-"),
+    "eval": Action("evaluate with lm-eval: comma-separated tasks, YAML files or folders; writes eval.json", str),
+    "limit": Action("with --eval: number of samples per task", partial(MODEL.convert, kind=int, where="--limit")),
+    "num_fewshot": Action("with --eval: number of examples in each prompt",
+                          partial(MODEL.convert, kind=int, where="--num_fewshot")),
     "serve": Action("start an OpenAI-compatible HTTP server"),
     "logits": Action("with --score: write the raw logits of the first text to this .safetensors file", str),
 }
@@ -1905,7 +2100,7 @@ def main(argv: list[str] | None = None) -> None:
     actions = config.actions
     check_flags(actions, config.inference.logprobs)
     prompt = None if actions.prompt is None else TOKENIZER.checked(actions.prompt, "--prompt")
-    elsewhere = actions.score is not None or actions.lines or actions.jsonl or actions.serve
+    elsewhere = actions.score is not None or actions.eval or actions.lines or actions.jsonl or actions.serve
     piped = prompt is None and not elsewhere and not (sys.stdin and sys.stdin.isatty())
     if piped:
         prompt = "".join(read_stdin())
@@ -1913,9 +2108,11 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("no prompt: stdin is empty; pipe some text in, or use --prompt")
         prompt = prompt.removesuffix("\n")
     session = Session(config)
-    if actions.serve:
-        if "score" in session.model.heads or not session.model.config.causal:
-            raise UserError("--serve: this model generates no text; name a causal language model")
+    if (actions.serve or actions.eval) and ("score" in session.model.heads or not session.model.config.causal):
+        raise UserError(f"--{'serve' if actions.serve else 'eval'}: this model generates no text; name a causal language model")
+    if actions.eval:
+        run_eval(session, actions, actions.adapter or config.model.name)
+    elif actions.serve:
         run_server(session, config.model.name)
     elif "score" in session.model.heads:
         run_labels(session, actions, prompt, piped)
@@ -1936,12 +2133,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_flags(actions, logprobs: bool) -> None:
     """Flags that would be ignored together are refused."""
-    modes = [f"--{name}" for name in ("prompt", "jsonl", "score", "serve") if getattr(actions, name) not in (None, False)]
+    modes = [f"--{name}" for name in ("prompt", "jsonl", "score", "eval", "serve") if getattr(actions, name) not in (None, False)]
     modes += ["--lines"] if actions.lines and actions.score is None else []
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} are mutually exclusive; set one")
     if actions.logits and actions.score is None:
         raise UserError("--logits: goes with --score")
+    for name, low in (("limit", 1), ("num_fewshot", 0)):
+        if (value := getattr(actions, name)) is not None and (actions.eval is None or value < low):
+            raise UserError(f"--{name}: goes with --eval" if actions.eval is None else f"--{name}: {value} is not >= {low}")
     if logprobs and actions.score is None and not actions.jsonl:
         raise UserError("--logprobs: goes with --jsonl or --score, whose output has a place for them")
     if actions.score not in (None, "-") and (Path(actions.score).is_dir() or not Path(actions.score).exists()):

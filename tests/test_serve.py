@@ -93,15 +93,55 @@ def test_completions(server):
     for choice, text in zip(out.choices, texts, strict=True):
         [answer] = expected(server, text, max_new_tokens=9, logprobs=True, top_logprobs=2)
         assert choice.text == text + answer.text and choice.finish_reason == answer.finish_reason
-        np.testing.assert_allclose(choice.logprobs.token_logprobs, answer.logprobs, atol=1e-4)
-        assert len(choice.logprobs.tokens) == len(answer.ids) == len(choice.logprobs.top_logprobs)
-        assert choice.logprobs.text_offset[0] == len(text)
+        prompt = INFER.score_ids(server.model, TOKENIZER.encode_prompt(server.tokenizer, text), 2)
+        found, count = choice.logprobs, len(prompt.ids)
+        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+        np.testing.assert_allclose(found.token_logprobs[1:], prompt.logprobs + answer.logprobs, atol=1e-4)
+        assert found.tokens == [server.tokenizer.decode([i]) for i in prompt.ids + answer.ids]
+        assert found.text_offset[0] == 0 and found.text_offset[count] == len(text)
+        for token, value, best, others in zip(prompt.ids[1:], prompt.logprobs, prompt.best, found.top_logprobs[1:count], strict=True):
+            named = sorted((number, server.tokenizer.decode([i])) for i, number in {**best, token: value}.items())
+            assert others == pytest.approx({text: number for number, text in named}, abs=1e-4)
         written += len(answer.ids)
     read = sum(len(TOKENIZER.encode_prompt(server.tokenizer, text)) for text in texts)
     assert (out.usage.prompt_tokens, out.usage.completion_tokens) == (read, written)
     ids = TOKENIZER.encode_prompt(server.tokenizer, "The red fox")
     by_ids = server.client.completions.create(model=server.name, prompt=ids, max_tokens=9)
     assert by_ids.choices[0].text == expected(server, ids, max_new_tokens=9)[0].text
+
+
+def test_a_prompt_is_scored_without_a_completion(server):
+    """echo with max_tokens 0: a text, texts and token ids, whole and streamed."""
+    texts = ["The red fox", "Rain fell"]
+    ids = [TOKENIZER.encode_prompt(server.tokenizer, text) for text in texts]
+    for prompts in (texts[0], texts, ids[1], ids):
+        out = server.client.completions.create(model=server.name, prompt=prompts, max_tokens=0, logprobs=1, echo=True)
+        wanted = [0] if prompts == texts[0] else [1] if prompts == ids[1] else [0, 1]
+        assert [choice.text for choice in out.choices] == [texts[i] for i in wanted]
+        for choice, i in zip(out.choices, wanted, strict=True):
+            assert choice.finish_reason == "length" and choice.logprobs.token_logprobs[0] is None
+            np.testing.assert_allclose(choice.logprobs.token_logprobs[1:], INFER.score_ids(server.model, ids[i]).logprobs, atol=1e-4)
+        assert (out.usage.prompt_tokens, out.usage.completion_tokens) == (sum(len(ids[i]) for i in wanted), 0)
+    [chunk] = server.client.completions.create(model=server.name, prompt=texts[1], max_tokens=0, logprobs=1, echo=True, stream=True)
+    assert chunk.choices[0] == out.choices[1].model_copy(update={"index": 0})
+    plain = server.client.completions.create(model=server.name, prompt=texts[0], max_tokens=0, echo=True).choices[0]
+    assert plain.text == texts[0] and plain.logprobs is None
+    wait_until(lambda: is_idle(server))
+
+
+def test_an_echo_is_streamed_like_the_whole(server):
+    asked = dict(model=server.name, prompt=["The red", "Rain"], max_tokens=7, logprobs=1, echo=True, n=2, temperature=0.9, seed=3)
+    whole = server.client.completions.create(**asked).choices
+    texts, values, offsets = [""] * 4, [[] for _ in whole], [[] for _ in whole]
+    for chunk in server.client.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            values[choice.index] += choice.logprobs.token_logprobs
+            offsets[choice.index] += choice.logprobs.text_offset
+    assert texts == [choice.text for choice in whole]
+    for choice, found, places in zip(whole, values, offsets, strict=True):
+        assert found[0] is None and places == choice.logprobs.text_offset
+        np.testing.assert_allclose(found[1:], choice.logprobs.token_logprobs[1:], atol=1e-4)
 
 
 def test_every_sampling_key(server):
@@ -265,3 +305,24 @@ def test_a_failure_ends_its_requests_and_not_the_server(model_folder):
     ask()
     assert told[-1] is None and service.open == 0
     wait_until(lambda: not service.engine.busy and service.engine.cache.available() == 20)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_calls_run_in_the_engines_thread_and_not_within_a_static_batch(static, model_folder):
+    model, tokenizer = MODEL.load(model_folder), TOKENIZER.load(model_folder)
+    service = INFER.Service(INFER.StaticEngine(model, 2, use_cache=False) if static else INFER.Engine(model, 2, 20, 8), 10)
+    threads, calls, done = set(), [], threading.Event()
+
+    def tell(row, error):
+        threads.add(threading.get_ident())
+        if len(row.ids) == 1:
+            calls.append(service.call(lambda: (threading.get_ident(), len(service.engine.running))))
+        if row.finish:
+            done.set()
+
+    [rows] = INFER._make_rows(model, [[5, 6]], [Sampling(temperature=0, max_new_tokens=6, ignore_eos=True)], tokenizer, 0)
+    service.submit(rows, tell)
+    assert done.wait(20)
+    assert calls[0].result(20) == (*threads, 0 if static else 1)
+    assert isinstance(service.call(lambda: 1 / 0).exception(20), ZeroDivisionError)
+    service.leave(rows)
