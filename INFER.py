@@ -12,6 +12,7 @@ command line, evaluation by lm-eval, the HTTP server.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import difflib
 import hmac
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -117,6 +119,8 @@ class InferenceSection(Sampling):
     timeout: float = knob(600.0, "--serve: maximum seconds per request", above=0)
     control_tokens: bool = knob(False, "--serve: parse control tokens in chat messages; false treats them as text")
     max_body: int = knob(2**22, "--serve: maximum request size in bytes", low=1)
+    response_cache: int = knob(0, "--serve: keep the last N responses to deterministic requests (temperature 0 or a seed)", low=0)
+    lora_modules: list[str] = knob([], "--serve: LoRA adapters as NAME=FOLDER; requests choose one by `model`")
     prompt_lookup: bool = knob(False, "speculative decoding: guess tokens by looking up repetitions; same completions")
     draft_model: str | None = knob(None, "speculative decoding: guess tokens with this smaller model; same completions")
     num_speculative_tokens: int = knob(4, "speculative decoding: maximum number of guessed tokens per step", low=1)
@@ -277,6 +281,11 @@ class Detokenizer:
         return now[len(before) :]
 
 
+def held(text: str, marks: Iterable[str]) -> int:
+    """How many characters at the end of a text may be the beginning of a mark: "Yes. <tool" and ["<tool_call>"] -> 5"""
+    return max((k for mark in marks for k in range(1, len(mark)) if text.endswith(mark[:k])), default=0)
+
+
 class Row:
     """One answer in the making."""
 
@@ -347,8 +356,7 @@ class Row:
         if places:
             self.text, self.finish = self.text[: min(places)], "stop"
         # Hold back an ending that may be the beginning of a stop text.
-        held = max((k for stop in stops for k in range(1, len(stop)) if self.text.endswith(stop[:k])), default=0)
-        self.told = max(self.told, len(self.text) - held)
+        self.told = max(self.told, len(self.text) - held(self.text, stops))
 
     def completion(self) -> Completion:
         return Completion(self.ids, self.logprobs if self.sampling.logprobs else None, self.finish or "length",
@@ -1017,6 +1025,8 @@ class Session:
                                 changes=MODEL.overrides(config.model), adapter=adapter, quantization=config.model.quantization)
         if adapter:
             TOKENIZER.end_with_turns(self.model, self.tokenizer)
+        if modules := config.inference.lora_modules:
+            MODEL.load_adapters(self.model, adapter_folders(modules, self.model, adapter))
         if len(self.tokenizer) > self.model.config.vocab_size:
             raise UserError(f"{name}: the tokenizer has {len(self.tokenizer)} ids, the model only {self.model.config.vocab_size}")
         configure_for_hardware(self.model, device)
@@ -1113,6 +1123,17 @@ class Session:
         ids = [self.prompt_ids(prompt, s) for prompt, s in zip(prompts, samplings, strict=True)]
         return generate(self.model, ids, samplings, self.tokenizer, self.settings.use_cache,
                         max(self.settings.batch_size, 1), first=first, drafter=self.drafter)
+
+
+def adapter_folders(modules: list[str], model, adapter: str | None) -> dict[str, str]:
+    """["sql=out/sql"] -> {"sql": "out/sql"}"""
+    pairs = [module.partition("=")[::2] for module in modules]
+    if not all(name and folder for name, folder in pairs) or len(dict(pairs)) < len(pairs):
+        raise UserError(f"inference.lora_modules: {' '.join(modules)} is not a list of different NAME=FOLDER")
+    if isinstance(model, MODEL.ForeignModel) or adapter:
+        raise UserError("inference.lora_modules: " + ("leave out --adapter; name it here as well" if adapter else
+                                                      f"not for {model.config.model_type}, which transformers runs"))
+    return dict(pairs)
 
 
 def load(model: str, **settings) -> Session:
@@ -1639,11 +1660,13 @@ class Refused(Exception):
         super().__init__(message)
         self.status, self.kind, self.headers = status, kind, headers
 
+    def record(self) -> dict:
+        return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.status}}
+
     def response(self):
         from fastapi.responses import JSONResponse
 
-        error = {"message": str(self), "type": self.kind, "param": None, "code": self.status}
-        return JSONResponse({"error": error}, self.status, self.headers)
+        return JSONResponse(self.record(), self.status, self.headers)
 
 
 class Service:
@@ -1656,7 +1679,7 @@ class Service:
         threading.Thread(target=self._work, daemon=True).start()
 
     def submit(self, rows: list[Row], tell: Callable[[Row, Exception | None], None]) -> None:
-        """tell(row, error) is called in the engine's thread after each new token of a row, or if the step fails."""
+        """tell(row, error) is called in the engine's thread after new tokens of a row, or if the step fails."""
         if self.open + len(rows) > self.limit:
             raise Refused(429, f"the queue is full: {self.open} of {self.limit} completions run or wait; try again later",
                           "rate_limit_error", {"Retry-After": "1"})
@@ -1676,6 +1699,13 @@ class Service:
         self.open -= len(rows)
         self.inbox.put(("remove", rows))
 
+    def _add(self, rows: list[Row]) -> None:
+        try:
+            self.engine.add(rows)
+        except UserError as error:  # a prompt that the cache has no room for
+            for row in rows:
+                row.tell(row, error)
+
     def _work(self) -> None:
         engine = self.engine
         while True:
@@ -1683,7 +1713,7 @@ class Service:
                 while True:
                     what, rows = self.inbox.get(block=not (engine.busy or self.calls))
                     if what == "add":
-                        engine.add(rows)
+                        self._add(rows)
                     elif what == "call":
                         self.calls.append(rows)
                     else:
@@ -1706,56 +1736,227 @@ class Service:
                     row.tell(row, error)
 
 
-REQUEST_FIELDS = {"model", "stream", "stream_options", "user", "metadata", "store", "best_of", "response_format", "logprobs"}
+COMMON_FIELDS = {"model", "stream", "stream_options", "user", "metadata", "store", "best_of", "response_format", "logprobs"}
+CHAT_FIELDS = {"messages", "tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs"}
+TEXT_FIELDS = {"prompt", "echo"}
+
+
+def field(record: dict, key: str, kind: type, default=None):
+    """A value of a request, whose type is checked; null means not set."""
+    value = record.get(key)
+    if value is not None and not (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
+        raise Refused(400, f"{key}: {json.dumps(value)[:100]} is not of type {kind.__name__}")
+    return default if value is None else value
 
 
 def sampling_of(record: dict, base: Sampling, chat: bool) -> Sampling:
     """The sampling parameters of an HTTP request; unknown keys are an error."""
-    known = {*SAMPLING_KEYS, *OPENAI_KEYS, *REQUEST_FIELDS, *(("messages", "tools") if chat else ("prompt", "echo"))}
+    known = {*SAMPLING_KEYS, *OPENAI_KEYS, *COMMON_FIELDS, *(CHAT_FIELDS if chat else TEXT_FIELDS)}
     for key in record:
         if key not in known:
             raise Refused(400, f"{key}: unknown key; nearest is {MODEL.nearest(key, known)}")
-    if (record.get("response_format") or {"type": "text"}) != {"type": "text"}:
-        raise Refused(400, "response_format: only {\"type\": \"text\"} is supported")
     count = None if chat else record.get("logprobs")  # the number of alternatives; in a chat yes or no
     more = {} if count is None else {"logprobs": True, "top_logprobs": MODEL.convert(count, int, "logprobs")}
+    if (response := field(record, "response_format", dict, {"type": "text"})) != {"type": "text"}:
+        if record.get("structured_outputs"):
+            raise Refused(400, "response_format and structured_outputs exclude each other")
+        schema = response.get("json_schema")
+        forms = {"json_object": {"json_object": True}, "json_schema": {"json": schema.get("schema") if isinstance(schema, dict) else 0}}
+        if response.get("type") not in forms:
+            raise Refused(400, f"response_format.type: {response.get('type')!r} is not text, json_object or json_schema")
+        more["structured_outputs"] = forms[response["type"]]
     sampling = own_sampling(record, base, "", **more)
     if sampling.top_logprobs > 20 or sampling.n > 128:
         raise Refused(400, "top_logprobs must be at most 20, and n at most 128")
+    if sampling.num_beams > 1:
+        raise Refused(400, "num_beams: the server does no beam search")
     return sampling
 
 
-class Answer:
-    """Builds the JSON responses to one request."""
+class Reader:
+    """Splits an answer in a chat into reasoning, content and tool calls."""
 
-    def __init__(self, session: Session, kind: str, name: str, chat: bool):
-        self.session, self.chat, self.name = session, chat, name
-        self.id, self.created, self.kind = f"{kind}-{uuid.uuid4().hex}", int(time.time()), kind
+    def __init__(self, markup: TOKENIZER.Markup, thinks: bool, tools: list[dict]):
+        self.markup, self.thinks, self.tools = markup, thinks, tools  # thinks: the prompt has opened the reasoning
 
-    def tokens(self, ids: list[int]) -> list[str]:
-        return [self.session.tokenizer.decode([i]) for i in ids]
+    def __call__(self, text: str, final: bool) -> tuple[str, str, list[tuple[str, dict]]]:
+        """(reasoning, content, calls) of an answer so far. An ending that may become markup is held back until it is final."""
+        reasoning, calls = "", []
+        if self.markup.think:
+            first, last = self.markup.think
+            start = text.lstrip()
+            if not (self.thinks or final) and first.startswith(start):
+                return "", "", []
+            if self.thinks or start.startswith(first):
+                reasoning, closed, text = start.removeprefix(first).partition(last)
+                reasoning = reasoning[: len(reasoning) - (0 if closed or final else held(reasoning, [last]))].strip()
+                text = text.lstrip()
+        if self.tools and self.markup.call:
+            begin = self.markup.call[0].strip()
+            place = text.find(begin) if begin else 0 if text.lstrip()[:1] in ("{", "[") else -1
+            calls = TOKENIZER.parse_calls(self.markup, text[place:], self.tools) if final and place >= 0 else []
+            if place >= 0 and (calls or not final):
+                text = text[:place]
+            elif not final:
+                text = text[: len(text) - held(text, [begin])]
+        return reasoning, text, calls
+
+
+def call_grammar(markup: TOKENIZER.Markup, tools: list[dict], tokenizer) -> str:
+    """llguidance's Lark grammar of one call to one of the tools, as the template writes it."""
+    if markup.form != "json":
+        raise Refused(400, "tool_choice: only auto and none, as this model's chat template does not write calls as JSON")
+    schemas = [{"type": "object", "properties": {"name": {"const": tool["function"]["name"]},
+                                                 markup.arguments: tool["function"].get("parameters") or {"type": "object"}},
+                "required": ["name", markup.arguments], "additionalProperties": False} for tool in tools]
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    before, after = ("".join(f" <[{special[part]}]>" if part in special else f" {json.dumps(part)}" for part in
+                             re.split(f"({TOKENIZER.any_of(list(special)).pattern})", piece) if part) for piece in markup.call)
+    return f"start:{before} call{after}\ncall: %json {json.dumps({'anyOf': schemas, 'x-guidance': {'whitespace_flexible': False}})}"
+
+
+class Exchange:
+    """One request for completions, from its rows in the engine to the JSON of its response."""
+
+    def __init__(self, server: Server, record: dict, chat: bool):
+        session, self.server, self.chat = server.session, server, chat
+        self.echo, self.name = field(record, "echo", bool, False), field(record, "model", str, server.name)
+        self.with_usage = field(field(record, "stream_options", dict, {}), "include_usage", bool, False)
+        self.id, self.created = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
+        self.prompt_only = self.echo and record.get("max_tokens") == 0
+        self.sampling = sampling_of({**record, "max_tokens": 1} if self.prompt_only else record, session.sampling, chat)
+        self.reader = None
+        if chat:
+            ids, self.reader, grammar = server.conversation(record, self.sampling)
+            self.prompts, self.sampling = [ids], replace(self.sampling, structured_outputs=grammar)
+        else:
+            self.prompts = server.prompts_of(record)
+        adapter = self.name if self.name in session.model.adapters else None
+        known = self.sampling.temperature == 0 or self.sampling.seed is not None
+        self.key = repr((adapter, self.prompts, self.sampling)) if known and not self.prompt_only else None
+        self.cached = server.responses.get(self.key)
+        self.rows = self.cached or [row for group in _make_rows(
+            session.model, self.prompts, [self.sampling] * len(self.prompts), session.tokenizer, 0, adapter=adapter) for row in group]
+        for row in self.rows if self.prompt_only else ():
+            row.finish = "length"
+        self.before = [session.tokenizer.decode(row.prompt, skip_special_tokens=True) if self.echo else "" for row in self.rows]
+        self.scored: list[Scored] = []  # with echo and logprobs, the prompts
+        self.sent = [(0, 0, 0)] * len(self.rows)  # reasoning and content in characters, tokens
+
+    def submit(self) -> None:
+        """Hand the rows to the engine. Its news arrive in `self.events`: (index, text so far, number of tokens, finish, error)."""
+        self.events: asyncio.Queue = asyncio.Queue()
+        self.clock = time.perf_counter()
+        loop, numbers = asyncio.get_running_loop(), {row: i for i, row in enumerate(self.rows)}
+
+        def tell(row: Row, error: Exception | None) -> None:
+            event = (numbers[row], row.text[: row.told], len(row.ids), row.finish, error)
+            loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+        if self.cached:
+            self.server.meters.cached.inc()
+            for number, row in enumerate(self.rows):
+                self.events.put_nowait((number, row.text, len(row.ids), row.finish, None))
+        else:
+            self.server.service.submit(self.rows, tell)
+
+    async def updates(self):
+        """(index, text so far, number of tokens, finish reason) after new tokens, until all rows are finished; with echo also
+        before the first token."""
+        server, left, counts = self.server, set() if self.prompt_only else set(range(len(self.rows))), [0] * len(self.rows)
+        try:
+            if self.echo and self.sampling.logprobs:
+                top = self.sampling.top_logprobs
+                calls = [server.service.call(partial(score_ids, server.session.model, prompt, top)) for prompt in self.prompts]
+                self.scored += await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, calls)), server.settings.timeout)
+            for number, row in enumerate(self.rows) if self.echo else ():
+                yield number, "", 0, row.finish if self.prompt_only else None
+            while left:
+                remaining = server.settings.timeout - (time.perf_counter() - self.clock)
+                number, text, count, finish, error = await asyncio.wait_for(self.events.get(), max(remaining, 0))
+                if error:
+                    raise error
+                if not self.cached:
+                    server.meters.tokens(self.rows[number], self.clock, counts[number], count, finish)
+                counts[number] = count
+                yield number, text, count, finish
+                left -= {number} if finish else set()
+            if self.key and not self.cached:
+                server.responses.put(self.key, self.rows)
+        except asyncio.TimeoutError:
+            raise Refused(504, f"the request took longer than {server.settings.timeout:g} seconds", "timeout_error") from None
+        except Refused:
+            raise
+        except Exception as error:  # of the model: other requests are not affected
+            say(f"a request failed: {type(error).__name__}: {MODEL.first_line(error)}")
+            raise Refused(500, "the model failed on this request", "server_error") from None
+        finally:
+            if not self.cached:
+                server.service.leave(self.rows)
+
+    def usage(self) -> dict:
+        read, written = sum(map(len, self.prompts)), sum(len(row.ids) for row in self.rows)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    def record(self, choices: list[dict], usage: dict | None, chunk: bool) -> dict:
+        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.name, "choices": choices,
+                **({"usage": usage} if usage is not None else {})}
+
+    def piece(self, number: int, text: str, count: int, finish: str | None) -> dict | None:
+        """The choice of a chunk: what is new since the last one; None if there is nothing to send yet."""
+        row, (thought, said, tokens) = self.rows[number], self.sent[number]
+        if self.echo and not count:  # the prompt comes first
+            logprobs = self.of_prompt(number) if self.scored else None
+            return {"index": number, "text": self.before[number], "logprobs": logprobs, "finish_reason": finish}
+        reasoning, content, calls = self.reader(text, bool(finish)) if self.chat else ("", text, [])
+        if not (finish or reasoning[thought:] or content[said:]):
+            return None
+        logprobs = self.logprobs(row.completion(), tokens, count, len(self.before[number]) + said)
+        self.sent[number] = (max(thought, len(reasoning)), max(said, len(content)), count)
+        delta = {"reasoning_content": reasoning[thought:], "content": content[said:], "tool_calls": _call_records(calls)}
+        news = {"delta": {key: value for key, value in delta.items() if value}} if self.chat else {"text": content[said:]}
+        return {"index": number, **news, "logprobs": logprobs, "finish_reason": "tool_calls" if calls else finish}
+
+    def choice(self, number: int) -> dict:
+        """The choice of a whole response."""
+        completion = self.rows[number].completion()
+        logprobs = self.logprobs(completion, 0, len(completion.ids), len(self.before[number]))
+        if self.scored:
+            first = self.of_prompt(number)
+            logprobs = {key: first[key] and first[key] + values for key, values in logprobs.items()}
+        news, finish = {"text": self.before[number] + completion.text}, completion.finish_reason
+        if self.chat:
+            reasoning, content, calls = self.reader(completion.text, True)
+            more = {"reasoning_content": reasoning, "tool_calls": _call_records(calls)}
+            news = {"message": {"role": "assistant", "content": content if content.strip() or not calls else None,
+                                **{key: value for key, value in more.items() if value}}}
+            finish = "tool_calls" if calls else finish
+        return {"index": number, **news, "logprobs": logprobs, "finish_reason": finish}
 
     def logprobs(self, completion: Completion, start: int, stop: int, place: int = 0) -> dict | None:
         """Log-probabilities of tokens `start` to `stop` in OpenAI's format; `place` is their character offset."""
         if completion.logprobs is None:
             return None
-        texts, values = self.tokens(completion.ids[start:stop]), completion.logprobs[start:stop]
-        best = completion.best[start:stop] if completion.best else [{}] * len(texts)
-        named = [[(self.session.tokenizer.decode([i]), value) for i, value in one.items()] for one in best]
+        decode = self.server.session.tokenizer.decode
+        ids, values = completion.ids[start:stop], completion.logprobs[start:stop]
+        best = completion.best[start:stop] if completion.best else [{}] * len(ids)
+        named = [[(decode([i]), value) for i, value in alternatives.items()] for alternatives in best]
         if self.chat:
             def entry(text: str, value: float) -> dict:
                 return {"token": text, "logprob": value, "bytes": list(text.encode())}
 
-            return {"content": [{**entry(text, value), "top_logprobs": [entry(*one) for one in others]}
-                                for text, value, others in zip(texts, values, named, strict=True)]}
-        sizes = [len(self.session.tokenizer.decode([i], skip_special_tokens=True)) for i in completion.ids[start:stop]]
-        offsets = list(itertools.accumulate(sizes, initial=place))[:-1]
+            return {"content": [{**entry(decode([i]), value), "top_logprobs": [entry(*pair) for pair in pairs]}
+                                for i, value, pairs in zip(ids, values, named, strict=True)]}
+        sizes = [len(decode([i], skip_special_tokens=True)) for i in ids]
         # the most probable of several tokens with the same text, such as parts of characters
-        others = [dict(reversed(one)) for one in named] if completion.best is not None else None
-        return {"tokens": texts, "token_logprobs": values, "top_logprobs": others, "text_offset": offsets}
+        others = [dict(reversed(pairs)) for pairs in named] if completion.best is not None else None
+        return {"tokens": [decode([i]) for i in ids], "token_logprobs": values, "top_logprobs": others,
+                "text_offset": list(itertools.accumulate(sizes, initial=place))[:-1]}
 
-    def of_prompt(self, scored: Scored) -> dict:
+    def of_prompt(self, number: int) -> dict:
         """Log-probabilities of a prompt's tokens, null for the first. The alternatives include the token itself."""
+        scored = self.scored[number // self.sampling.n]
         best = None if scored.best is None else [{}, *({**others, token: value} for others, token, value in zip(
             scored.best, scored.ids[1:], scored.logprobs, strict=True))]
         found = self.logprobs(Completion(scored.ids, [None, *scored.logprobs], "length", best=best), 0, len(scored.ids))
@@ -1763,70 +1964,118 @@ class Answer:
             found["top_logprobs"][0] = None
         return found
 
-    def choice(self, index: int, text: str, finish: str | None, logprobs: dict | None, delta: bool, first: bool = False) -> dict:
-        content = {"role": "assistant"} if first or not delta else {}
-        if self.chat:
-            content |= {"content": text} if text or not delta or first else {}
-        own = {"delta" if delta else "message": content} if self.chat else {"text": text}
-        return {"index": index, **own, "logprobs": logprobs, "finish_reason": finish}
-
-    def record(self, choices: list[dict], usage: dict | None, delta: bool) -> dict:
-        kind = ("chat.completion.chunk" if delta else "chat.completion") if self.chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.name, "choices": choices,
-                **({"usage": usage} if usage is not None else {})}
-
-
-def make_app(session: Session, name: str, engine: Engine | StaticEngine):
-    """The FastAPI application: OpenAI's routes on one engine."""
-    from fastapi import FastAPI
-    from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-
-    settings = session.settings
-    service = Service(engine, settings.max_queue)
-    app, meters, began = FastAPI(docs_url=None, redoc_url=None, openapi_url=None), Meters(service), int(time.time())
-    model, tokenizer = session.model, session.tokenizer
-    context = model.config.max_position_embeddings
-    key = settings.api_key and f"Bearer {settings.api_key}".encode()
-
-    def route(path: str, method: str = "POST"):
-        """Register a route: errors are returned in OpenAI's format, and every route except /health requires the API key."""
-
-        def add(function: Callable) -> Callable:
-            async def guarded(request):
-                given = request.headers.get("authorization", "").encode()
-                try:
-                    if path != "/health" and key and not hmac.compare_digest(given, key):
-                        raise Refused(401, "wrong API key", "authentication_error")
-                    return await function(request)
-                except Refused as error:
-                    return error.response()
-                except UserError as error:
-                    return Refused(400, str(error)).response()
-
-            app.add_route(path, guarded, methods=[method])
-            return function
-
-        return add
-
-    @app.exception_handler(404)
-    async def unknown(request, _):
-        return Refused(404, f"{request.url.path}: no such route", "not_found_error").response()
-
-    @app.exception_handler(Exception)
-    async def failed(_, error):
-        return Refused(500, "the server failed on this request", "server_error").response()
-
-    async def read(request) -> bytes:
-        parts, size = [], 0
-        async for part in request.stream():
-            parts.append(part)
-            if (size := size + len(part)) > settings.max_body:
-                raise Refused(413, f"the request is larger than {settings.max_body:,} bytes")
-        return b"".join(parts)
-
-    async def body_of(request) -> dict:
+    async def events_of_stream(self):
+        """Server-sent events."""
         try:
-            data = await asyncio.wait_for(read(request), settings.timeout)
+            if self.chat:
+                first = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+                yield _event(self.record([{"index": i, **first} for i in range(len(self.rows))], None, True))
+            async for update in self.updates():
+                if choice := self.piece(*update):
+                    yield _event(self.record([choice], None, True))
+            if self.with_usage:
+                yield _event(self.record([], self.usage(), True))
+            yield "data: [DONE]\n\n"
+        except Refused as error:
+            yield _event(error.record())
+
+
+def _event(record: dict) -> str:
+    return f"data: {json.dumps(record, ensure_ascii=False)}\n\n"
+
+
+def _call_records(calls: list[tuple[str, dict]]) -> list[dict]:
+    return [{"index": i, "id": f"call_{uuid.uuid4().hex}", "type": "function",
+             "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+            for i, (name, arguments) in enumerate(calls)]
+
+
+class Responses:
+    """The responses to the last `size` deterministic requests; a new one displaces the least recently used."""
+
+    def __init__(self, size: int):
+        self.size, self.kept = size, {}
+
+    def get(self, key: str | None) -> list[Row] | None:
+        if key in self.kept:
+            self.kept[key] = self.kept.pop(key)
+        return self.kept.get(key)
+
+    def put(self, key: str, rows: list[Row]) -> None:
+        self.kept[key] = rows
+        while len(self.kept) > self.size:
+            del self.kept[next(iter(self.kept))]
+
+
+@torch.no_grad()
+def embed(model, rows: list[list[int]]) -> list[list[float]]:
+    """Embeddings of texts: the mean of the last hidden states, of length 1."""
+    found = []
+    for ids in rows:
+        hidden = model(torch.tensor([ids], device=model.device), want=("hidden_states",)).hidden_states[-1]  # (1, T, C)
+        found.append(F.normalize(hidden[0].float().mean(0), dim=0).tolist())
+    return found
+
+
+class Server:
+    """OpenAI's routes on one engine."""
+
+    def __init__(self, session: Session, name: str, engine: Engine | StaticEngine):
+        self.session, self.name, self.settings, self.began = session, name, session.settings, int(time.time())
+        self.service = Service(engine, self.settings.max_queue)
+        self.meters, self.responses = Meters(self.service), Responses(self.settings.response_cache)
+        self.context, self.vocabulary = session.model.config.max_position_embeddings, session.model.config.vocab_size
+
+    def app(self):
+        """The FastAPI application."""
+        from fastapi import FastAPI
+
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        for path, method, function in (("/v1/completions", "POST", partial(self.complete, chat=False)),
+                                       ("/v1/chat/completions", "POST", partial(self.complete, chat=True)),
+                                       ("/v1/embeddings", "POST", self.embeddings), ("/v1/models", "GET", self.models),
+                                       ("/tokenize", "POST", self.tokenize), ("/detokenize", "POST", self.detokenize),
+                                       ("/health", "GET", self.health), ("/metrics", "GET", self.metrics)):
+            app.add_route(path, self.guarded(function, path != "/health"), methods=[method])
+
+        @app.exception_handler(404)
+        async def unknown(request, _):
+            return Refused(404, f"{request.url.path}: no such route", "not_found_error").response()
+
+        @app.exception_handler(Exception)
+        async def failed(_, error):
+            return Refused(500, "the server failed on this request", "server_error").response()
+
+        return app
+
+    def guarded(self, function: Callable, needs_key: bool) -> Callable:
+        """A route that checks the API key and returns errors in OpenAI's format."""
+        key = self.settings.api_key and f"Bearer {self.settings.api_key}".encode()
+
+        async def answer(request):
+            try:
+                if needs_key and key and not hmac.compare_digest(request.headers.get("authorization", "").encode(), key):
+                    raise Refused(401, "wrong API key", "authentication_error")
+                return await function(request)
+            except Refused as error:
+                return error.response()
+            except UserError as error:
+                return Refused(400, str(error)).response()
+
+        return answer
+
+    async def read(self, request) -> dict:
+        """The JSON object in a request's body."""
+        async def body() -> bytes:
+            parts, size = [], 0
+            async for part in request.stream():
+                parts.append(part)
+                if (size := size + len(part)) > self.settings.max_body:
+                    raise Refused(413, f"the request is larger than {self.settings.max_body:,} bytes")
+            return b"".join(parts)
+
+        try:
+            data = await asyncio.wait_for(body(), self.settings.timeout)
             record = TOKENIZER.parse_json(data.decode("utf-8"), "the request")
         except asyncio.TimeoutError:
             raise Refused(408, "the request did not arrive in time") from None
@@ -1835,186 +2084,145 @@ def make_app(session: Session, name: str, engine: Engine | StaticEngine):
         if not isinstance(record, dict):
             raise Refused(400, "the request is not a JSON object")
         TOKENIZER.checked(json.dumps(record, ensure_ascii=False).replace("\0", ""), "the request")
-        if record.get("model") not in (None, name):
-            raise Refused(404, f"model: '{record['model']}' is not served; {name} is", "not_found_error")
+        if record.get("model") not in (None, self.name, *self.session.model.adapters):
+            raise Refused(404, f"model: '{record['model']}' is not served; GET /v1/models lists what is", "not_found_error")
         return record
 
-    def whole(ids: list[int]) -> list[int]:
-        if not ids or not all(type(i) is int and 0 <= i < model.config.vocab_size for i in ids):
-            raise Refused(400, f"prompt: token ids are numbers below {model.config.vocab_size:,}")
-        if len(ids) >= context:
-            raise Refused(400, f"the prompt has {len(ids)} tokens; the context is {context}, the answer included")
+    def checked(self, ids: list[int]) -> list[int]:
+        """The ids of a prompt, if they leave room for an answer."""
+        if not ids or not all(type(i) is int and 0 <= i < self.vocabulary for i in ids):
+            raise Refused(400, f"token ids are numbers below {self.vocabulary:,}, at least one")
+        if len(ids) >= self.context:
+            raise Refused(400, f"the prompt has {len(ids)} tokens; the context is {self.context}, the answer included")
         return ids
 
-    def prompts_of(record: dict) -> list[list[int]]:
-        prompt = record.get("prompt")
+    def prompts_of(self, record: dict, key: str = "prompt") -> list[list[int]]:
+        prompt = record.get(key)
         if isinstance(prompt, str):
             prompt = [prompt]
-        if isinstance(prompt, list) and prompt and all(type(one) is int for one in prompt):
+        if isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
             prompt = [prompt]
-        if not isinstance(prompt, list) or not prompt or not all(isinstance(one, (str, list)) for one in prompt):
-            raise Refused(400, "prompt: a text, a list of texts, or token ids are expected")
-        return [whole(TOKENIZER.encode_prompt(tokenizer, one) if isinstance(one, str) else one) for one in prompt]
+        if not isinstance(prompt, list) or not prompt or not all(isinstance(part, (str, list)) for part in prompt):
+            raise Refused(400, f"{key}: a text, a list of texts, or token ids are expected")
+        return [self.checked(TOKENIZER.encode_prompt(self.session.tokenizer, part) if isinstance(part, str) else part)
+                for part in prompt]
 
-    def conversation(record: dict) -> list[list[int]]:
+    def conversation(self, record: dict, sampling: Sampling) -> tuple[list[int], Reader, dict | None]:
+        """A chat's prompt, how to read its answer, and the structure of that answer, if it is restricted."""
+        tokenizer, system = self.session.tokenizer, self.settings.system
         if not tokenizer.chat_template:
             raise Refused(400, "messages: this model has no chat template; use /v1/completions")
-        if record.get("tools"):
-            raise Refused(400, "tools: not supported")
-        messages = messages_of(record.get("messages"), "messages") if isinstance(record.get("messages"), list) else None
+        messages = messages_of(field(record, "messages", list, []), "messages")
         if not messages:
             raise Refused(400, "messages: a list of messages is expected")
-        if settings.system and messages[0].get("role") != "system":
-            messages = [{"role": "system", "content": settings.system}, *messages]
-        ids = TOKENIZER.render_chat(tokenizer, messages, add_generation_prompt=True, literal=not settings.control_tokens).ids
-        return [whole(ids)]
+        if system and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        markup, tools, form = TOKENIZER.answer_markup(tokenizer), tools_of(record), sampling.structured_outputs
+        choice = record.get("tool_choice") or "auto"
+        tools = [] if choice == "none" else tools
+        if choice not in ("none", "auto"):
+            function = choice.get("function") if isinstance(choice, dict) else None
+            name = function.get("name") if isinstance(function, dict) else None
+            chosen = [tool for tool in tools if choice == "required" or tool["function"]["name"] == name]
+            if not chosen or form:
+                raise Refused(400, f"tool_choice: {json.dumps(choice)[:100]} is not auto, none, required or one of the tools"
+                              if not chosen else "tool_choice and response_format exclude each other")
+            form = {"grammar": call_grammar(markup, chosen, tokenizer)}
+        ids = TOKENIZER.render_chat(tokenizer, messages, tools or None, add_generation_prompt=True,
+                                    literal=not self.settings.control_tokens,
+                                    options=field(record, "chat_template_kwargs", dict)).ids
+        thinks = bool(markup.think) and tokenizer.decode(ids[-16:]).rstrip().endswith(markup.think[0])
+        if thinks and form:  # the answer starts at once
+            ids, thinks = ids + tokenizer(f"\n{markup.think[1]}\n\n", add_special_tokens=False).input_ids, False
+        return self.checked(ids), Reader(markup, thinks, tools), form
 
-    async def complete(request, chat: bool):
-        record = await body_of(request)
-        echo, streamed = record.get("echo") is True, record.get("stream") is True
-        prompt_only = echo and record.get("max_tokens") == 0
-        sampling = sampling_of({**record, "max_tokens": 1} if prompt_only else record, session.sampling, chat)
-        prompts = conversation(record) if chat else prompts_of(record)
-        rows = [row for group in _make_rows(model, prompts, [sampling] * len(prompts), tokenizer, 0) for row in group]
-        for row in rows if prompt_only else ():
-            row.finish = "length"
-        before = [tokenizer.decode(row.prompt, skip_special_tokens=True) if echo else "" for row in rows]
-        scored: list[Scored] = []  # with echo and logprobs, the prompts
-        answer = Answer(session, "chatcmpl" if chat else "cmpl", name, chat)
-        events: asyncio.Queue = asyncio.Queue()
-        loop, numbers, clock = asyncio.get_running_loop(), {row: i for i, row in enumerate(rows)}, time.perf_counter()
+    async def complete(self, request, chat: bool):
+        from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-        def tell(row: Row, error: Exception | None) -> None:
-            event = (numbers[row], row.text[: row.told], len(row.ids), row.finish, error)
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        service.submit(rows, tell)
-
-        async def score_prompts() -> None:
-            calls = [service.call(partial(score_ids, model, prompt, sampling.top_logprobs)) for prompt in prompts]
-            scored.extend(await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, calls)), settings.timeout))
-
-        async def updates():
-            """(index, text so far, number of tokens, finish reason) after each token, until all rows are finished; with echo also
-            before the first token."""
-            left = set() if prompt_only else set(numbers.values())
-            try:
-                if echo and sampling.logprobs:
-                    await score_prompts()
-                for row, number in numbers.items() if echo else ():
-                    yield number, "", 0, row.finish if prompt_only else None
-                while left:
-                    remaining = settings.timeout - (time.perf_counter() - clock)
-                    number, text, count, finish, error = await asyncio.wait_for(events.get(), max(remaining, 0))
-                    if error:
-                        say(f"a request failed: {type(error).__name__}: {MODEL.first_line(error)}")
-                        raise Refused(500, "the model failed on this request", "server_error")
-                    meters.token(rows[number], clock, count, finish)
-                    yield number, text, count, finish
-                    left -= {number} if finish else set()
-            except asyncio.TimeoutError:
-                raise Refused(504, f"the request took longer than {settings.timeout:g} seconds", "timeout_error") from None
-            finally:
-                service.leave(rows)
-
-        def usage() -> dict:
-            read, written = sum(map(len, prompts)), sum(len(row.ids) for row in rows)
-            return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-
+        record = await self.read(request)
+        exchange = Exchange(self, record, chat)
+        streamed = field(record, "stream", bool, False)
+        exchange.submit()
         if streamed:
-            wants_usage = bool((record.get("stream_options") or {}).get("include_usage"))
-
-            async def lines():
-                sent, told = [0] * len(rows), [0] * len(rows)
-                try:
-                    if chat:
-                        begins = [answer.choice(i, "", None, None, True, True) for i in range(len(rows))]
-                        yield _event(answer.record(begins, None, True))
-                    async for number, text, count, finish in updates():
-                        row, piece, place = rows[number], text[sent[number] :], len(before[number]) + sent[number]
-                        if not count:
-                            piece, logprobs = before[number], answer.of_prompt(scored[number // sampling.n]) if scored else None
-                        elif not piece and not finish:
-                            continue
-                        else:
-                            logprobs = answer.logprobs(row.completion(), told[number], count, place)
-                        sent[number], told[number] = len(text), count
-                        yield _event(answer.record([answer.choice(number, piece, finish, logprobs, True)], None, True))
-                    if wants_usage:
-                        yield _event(answer.record([], usage(), True))
-                    yield "data: [DONE]\n\n"
-                except Refused as error:
-                    yield _event({"error": {"message": str(error), "type": error.kind, "param": None, "code": error.status}})
-
-            return StreamingResponse(lines(), media_type="text/event-stream")
+            return StreamingResponse(exchange.events_of_stream(), media_type="text/event-stream")
 
         async def collect() -> None:
-            async for _ in updates():
+            async for _ in exchange.updates():
                 pass
 
-        work = asyncio.create_task(collect())
-        gone = asyncio.create_task(_disconnected(request))
+        work, gone = asyncio.create_task(collect()), asyncio.create_task(_disconnected(request))
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
         if not work.done():
             work.cancel()
             return PlainTextResponse("", 499)
         await work
-        choices = []
-        for number, row in enumerate(rows):
-            completion = row.completion()
-            logprobs = answer.logprobs(completion, 0, len(completion.ids), len(before[number]))
-            if scored:
-                first = answer.of_prompt(scored[number // sampling.n])
-                logprobs = {key: first[key] and first[key] + values for key, values in logprobs.items()}
-            choices.append(answer.choice(number, before[number] + completion.text, completion.finish_reason, logprobs, False))
-        return JSONResponse(answer.record(choices, usage(), False))
+        return JSONResponse(exchange.record([exchange.choice(i) for i in range(len(exchange.rows))], exchange.usage(), False))
 
-    @route("/v1/completions")
-    async def completions(request):
-        return await complete(request, chat=False)
+    async def embeddings(self, request):
+        from fastapi.responses import JSONResponse
 
-    @route("/v1/chat/completions")
-    async def chat_completions(request):
-        return await complete(request, chat=True)
+        record = await self.read(request)
+        rows = self.prompts_of(record, "input")
+        encoding = field(record, "encoding_format", str, "float")
+        if encoding not in ("float", "base64"):
+            raise Refused(400, f"encoding_format: {encoding!r} is not float or base64")
+        if record.get("dimensions") is not None:
+            raise Refused(400, "dimensions: not supported")
+        vectors = await asyncio.wrap_future(self.service.call(partial(embed, self.session.model, rows)))
+        if encoding == "base64":
+            vectors = [base64.b64encode(np.array(vector, "<f4").tobytes()).decode() for vector in vectors]
+        count = sum(map(len, rows))
+        return JSONResponse({"object": "list", "model": self.name, "usage": {"prompt_tokens": count, "total_tokens": count},
+                             "data": [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]})
 
-    @route("/v1/models", "GET")
-    async def models(_):
-        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model", "created": began, "owned_by": "local",
-                                                         "max_model_len": context}]})
+    async def models(self, _):
+        from fastapi.responses import JSONResponse
 
-    @route("/tokenize")
-    async def tokenize(request):
-        record = await body_of(request)
+        entry = {"object": "model", "created": self.began, "owned_by": "local", "max_model_len": self.context}
+        adapters = [{"id": name, "parent": self.name, **entry} for name in self.session.model.adapters]
+        return JSONResponse({"object": "list", "data": [{"id": self.name, **entry}, *adapters]})
+
+    async def tokenize(self, request):
+        from fastapi.responses import JSONResponse
+
+        record = await self.read(request)
         if "messages" in record:
-            [ids] = conversation(record)
+            ids, *_ = self.conversation(record, self.session.sampling)
         elif isinstance(record.get("prompt"), str):
-            ids = TOKENIZER.encode_prompt(tokenizer, record["prompt"])
+            ids = TOKENIZER.encode_prompt(self.session.tokenizer, record["prompt"])
         else:
             raise Refused(400, "prompt: a text is expected, or messages")
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": context})
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.context})
 
-    @route("/detokenize")
-    async def detokenize(request):
-        record = await body_of(request)
-        ids = record.get("tokens")
-        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < model.config.vocab_size for i in ids):
-            raise Refused(400, f"tokens: a list of token ids below {model.config.vocab_size:,} is expected")
-        return JSONResponse({"prompt": tokenizer.decode(ids)})
+    async def detokenize(self, request):
+        from fastapi.responses import JSONResponse
 
-    @route("/health", "GET")
-    async def health(_):
+        ids = (await self.read(request)).get("tokens")
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self.vocabulary for i in ids):
+            raise Refused(400, f"tokens: a list of token ids below {self.vocabulary:,} is expected")
+        return JSONResponse({"prompt": self.session.tokenizer.decode(ids)})
+
+    async def health(self, _):
+        from fastapi.responses import JSONResponse
+
         return JSONResponse({"status": "ok"})
 
-    @route("/metrics", "GET")
-    async def metrics(_):
-        return PlainTextResponse(meters.text())
+    async def metrics(self, _):
+        from fastapi.responses import PlainTextResponse
 
-    return app
+        return PlainTextResponse(self.meters.text())
 
 
-def _event(record: dict) -> str:
-    return f"data: {json.dumps(record, ensure_ascii=False)}\n\n"
+def tools_of(record: dict) -> list[dict]:
+    """The tools of a chat request, in OpenAI's form."""
+    tools = field(record, "tools", list, [])
+    for i, tool in enumerate(tools, 1):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) \
+                or not isinstance(function.get("parameters") or {}, dict):
+            raise Refused(400, f'tools: tool {i} is not {{"type": "function", "function": {{"name": ..., "parameters": SCHEMA}}}}')
+    return tools
 
 
 async def _disconnected(request) -> None:
@@ -2033,17 +2241,24 @@ class Meters:
         gauges = {"num_requests_running": lambda: len(engine.running), "num_requests_waiting": lambda: len(engine.waiting)}
         if isinstance(engine, Engine):
             gauges["kv_cache_usage_perc"] = lambda: 1 - engine.cache.available() / engine.cache.pages
+            if engine.drafter:
+                gauges["spec_decode_num_draft_tokens_total"] = lambda: engine.drafter.drafted
+                gauges["spec_decode_num_accepted_tokens_total"] = lambda: engine.drafter.accepted
         for name, read in gauges.items():
             Gauge(f"vllm:{name}", name.replace("_", " "), **named).set_function(read)
         self.read = Counter("vllm:prompt_tokens", "tokens of prompts", **named)
         self.written = Counter("vllm:generation_tokens", "tokens of answers", **named)
         self.finished = Counter("vllm:request_success", "answers", ["finished_reason"], **named)
+        self.cached = Counter("vllm:response_cache_hits", "requests that were answered from the response cache", **named)
+        self.total = 0  # generated tokens
         self.first = Histogram("vllm:time_to_first_token_seconds", "seconds to the first token", **named)
         self.whole = Histogram("vllm:e2e_request_latency_seconds", "seconds to the whole answer", **named)
 
-    def token(self, row: Row, clock: float, count: int, finish: str | None) -> None:
-        self.written.inc()
-        if count == 1:
+    def tokens(self, row: Row, clock: float, before: int, count: int, finish: str | None) -> None:
+        """A row had `before` tokens and has `count` now."""
+        self.written.inc(count - before)
+        self.total += count - before
+        if not before:
             self.read.inc(len(row.prompt))
             self.first.observe(time.perf_counter() - clock)
         if finish:
@@ -2056,6 +2271,25 @@ class Meters:
         return generate_latest(self.registry).decode()
 
 
+def show_figures(service: Service, meters: Meters) -> None:
+    """Keep one line of live figures on stderr, rewritten each second on a terminal; elsewhere a line every ten seconds of work."""
+    def work() -> None:
+        interval, before, engine = 1 if sys.stderr.isatty() else 10, 0, service.engine
+        while True:
+            time.sleep(interval)
+            written = meters.total
+            if written == before:
+                continue
+            pages = f", cache {1 - engine.cache.available() / engine.cache.pages:.0%}" if isinstance(engine, Engine) else ""
+            line = (f"{len(engine.running)} running, {len(engine.waiting)} waiting, {(written - before) / interval:,.0f} tokens/s"
+                    f"{pages}, {written:,} tokens in all")
+            sys.stderr.write(f"\r\033[K{line}" if sys.stderr.isatty() else f"{line}\n")
+            sys.stderr.flush()
+            before = written
+
+    threading.Thread(target=work, daemon=True).start()
+
+
 def run_server(session: Session, name: str) -> None:
     """Serve until SIGTERM or Ctrl-C, which finish open requests but accept no new ones."""
     s = session.settings
@@ -2063,7 +2297,8 @@ def run_server(session: Session, name: str) -> None:
     try:
         import uvicorn
 
-        app = make_app(session, name, engine)
+        server = Server(session, name, engine)
+        app = server.app()
     except ImportError as error:
         raise UserError(f"--serve: needs {error.name}; pip install -r requirements-extras.txt") from None
     if isinstance(engine, Engine):
@@ -2074,6 +2309,7 @@ def run_server(session: Session, name: str) -> None:
             f"of {engine.cache.page}, at most {s.batch_size} sequences per batch")
     generate(session.model, [[session.tokenizer.bos_token_id or 0] * 8], Sampling(2, 0, ignore_eos=True))  # warm up
     say(f"serving {name} at http://{s.host}:{s.port}/v1")
+    show_figures(server.service, server.meters)
     uvicorn.run(app, host=s.host, port=s.port, log_level="warning", timeout_graceful_shutdown=int(s.timeout), access_log=False)
 
 

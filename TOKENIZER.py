@@ -1044,7 +1044,7 @@ def parse_calls(markup: Markup, text: str, tools: list[dict] = ()) -> list[tuple
         for name, body in re.findall(f"{first}(.+?){after_name}(.*?){after}", text, re.S):
             arguments = dict(re.findall(f"(.+?){after_key}(.*?)(?:{between}|$)", body, re.S))
             for key in arguments.keys() & schemas.get(name, {}).keys():
-                if schemas[name][key].get("type") != "string":
+                if isinstance(schemas[name][key], dict) and schemas[name][key].get("type") != "string":
                     with suppress(ValueError):
                         arguments[key] = json.loads(arguments[key])
             calls.append((name, arguments))

@@ -234,3 +234,20 @@ def foreign_tokenizer(kind: str, texts: list[str], size: int = 330):
                                                        special_tokens=[(TOKENIZER.END, raw.token_to_id(TOKENIZER.END))])
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=TOKENIZER.END, eos_token=TOKENIZER.END, pad_token=TOKENIZER.PAD,
                                    mask_token=TOKENIZER.MASK, unk_token=TOKENIZER.UNKNOWN, clean_up_tokenization_spaces=False)
+
+
+def saved_adapter(base, folder, seed, **more):
+    """A LoRA adapter that changes the model's answers, as peft saves it."""
+    from transformers import AutoModelForCausalLM
+
+    import MODEL
+
+    peft = MODEL.import_peft()
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **more})
+    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.5)
+    tuned.save_pretrained(folder)
+    return str(folder)

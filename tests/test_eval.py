@@ -188,7 +188,7 @@ def address(world):
     import uvicorn
 
     port = free_port()
-    app = INFER.make_app(world.session, "m", world.session.engine(reuse=True))
+    app = INFER.Server(world.session, "m", world.session.engine(reuse=True)).app()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     threading.Thread(target=server.run, daemon=True).start()
     while not server.started:

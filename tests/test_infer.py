@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, foreign_tokenizer, launch, make_text
+from conftest import ROOT, foreign_tokenizer, launch, make_text, saved_adapter
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -243,19 +243,6 @@ def test_beam_search_equals_transformers(width, tmp_path):
     for settings in (dict(n=3), dict(frequency_penalty=1), dict(logprobs=True)):
         with pytest.raises(UserError):
             Sampling(num_beams=2, **settings)
-
-
-def saved_adapter(base, folder, seed, **more):
-    """A LoRA adapter that changes the model's answers, as peft saves it."""
-    peft = MODEL.import_peft()
-    torch.manual_seed(seed)
-    config = peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **more})
-    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    for name, weight in tuned.named_parameters():
-        if "lora_B" in name:
-            weight.data.normal_(0, 0.5)
-    tuned.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.parametrize("reuse", [True, False])

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import openai
 import pytest
-from conftest import ROOT, free_port, launch
+import torch
+from conftest import ROOT, free_port, launch, saved_adapter
 
 import INFER
 import MODEL
@@ -207,6 +208,142 @@ def test_many_at_once_equal_each_alone(server):
     wait_until(lambda: is_idle(server))
 
 
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": {
+    "type": "object", "properties": {"town": {"type": "string", "maxLength": 6}, "days": {"type": "integer", "maximum": 9}},
+    "required": ["town", "days"], "additionalProperties": False}}}
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}}
+
+
+@pytest.fixture(scope="module")
+def helper(model_folder, tmp_path_factory):
+    """A server with the project's own template (reasoning, tools), two adapters, a response cache and guesses."""
+    folder = tmp_path_factory.mktemp("helper")
+    MODEL.save(MODEL.load(model_folder), folder / "base")
+    tokenizer = TOKENIZER.load(model_folder)
+    tokenizer.chat_template = TOKENIZER.CHAT_TEMPLATE
+    TOKENIZER.save(tokenizer, folder / "base")
+    adapters = [saved_adapter(model_folder, folder / name, seed) for seed, name in enumerate(("calm", "wild"))]
+    found = start(folder / "base", "--response-cache", 4, "--prompt-lookup", "--lora-modules", f"calm={adapters[0]}", f"wild={adapters[1]}")
+    found.adapters = dict(zip(("calm", "wild"), adapters, strict=True))
+    yield found
+    found.process.kill()
+
+
+def test_adapters_are_chosen_by_model(helper):
+    assert [model.id for model in helper.client.models.list()] == [helper.name, "calm", "wild"]
+    prompts = ["The red fox", "Rain fell", "One"]
+    asked = [(name, prompt) for name in (helper.name, "calm", "wild") for prompt in prompts]
+    with ThreadPoolExecutor(9) as pool:
+        found = list(pool.map(lambda pair: helper.client.completions.create(model=pair[0], prompt=pair[1]).choices[0].text, asked))
+    for name in (helper.name, "calm", "wild"):
+        model = MODEL.load(helper.name, adapter=helper.adapters.get(name))
+        alone = INFER.generate(model, [TOKENIZER.encode_prompt(helper.tokenizer, prompt) for prompt in prompts],
+                               Sampling(12, temperature=0), helper.tokenizer)
+        assert [text for (own, _), text in zip(asked, found, strict=True) if own == name] == [one.text for [one] in alone]
+    assert len(set(found)) > 3
+
+
+def test_responses_in_a_form(helper):
+    messages = [{"role": "user", "content": "Weather?"}]
+    schema = {"type": "json_schema", "json_schema": {"name": "w", "schema": WEATHER["function"]["parameters"]}}
+    asked = dict(model=helper.name, messages=messages, temperature=1.2, max_tokens=80)
+    found = helper.client.chat.completions.create(**asked, response_format=schema, seed=1).choices[0].message.content
+    assert set(json.loads(found)) == {"town", "days"}
+    found = helper.client.completions.create(model=helper.name, prompt="a", temperature=1.2, extra_body={"structured_outputs": {"choice": ["left", "right"]}})
+    assert found.choices[0].text in ("left", "right")
+    assert helper.client.chat.completions.create(**asked, response_format={"type": "json_object"}, seed=2).choices[0].message.content[0] == "{"
+
+
+@pytest.mark.parametrize("choice, names", [("required", {"weather", "clock"}), ({"type": "function", "function": {"name": "clock"}}, {"clock"})], ids=["any", "clock"])
+def test_a_required_tool_is_called(helper, choice, names):
+    asked = dict(model=helper.name, messages=[{"role": "user", "content": "Now?"}], tools=[WEATHER, CLOCK], tool_choice=choice,
+                 temperature=1.0, seed=3, max_tokens=80, n=3)
+    whole = helper.client.chat.completions.create(**asked).choices
+    chunks = [choice for chunk in helper.client.chat.completions.create(**asked, stream=True) for choice in chunk.choices]
+    for i, choice in enumerate(whole):
+        [call] = choice.message.tool_calls
+        arguments = json.loads(call.function.arguments)
+        assert choice.finish_reason == "tool_calls" and not choice.message.content and call.id.startswith("call_")
+        assert call.function.name in names and set(arguments) == ({"town", "days"} if call.function.name == "weather" else set())
+        streamed = [part.delta for part in chunks if part.index == i]
+        [again] = [call for delta in streamed for call in delta.tool_calls or ()]
+        assert again.function == call.function and not "".join(delta.content or "" for delta in streamed)
+    # a conversation with that call and its result goes on
+    messages = [*asked["messages"], whole[0].message.model_dump(exclude_none=True),
+                {"role": "tool", "tool_call_id": whole[0].message.tool_calls[0].id, "content": "noon"}]
+    assert helper.client.chat.completions.create(model=helper.name, messages=messages, tools=[WEATHER, CLOCK]).choices[0].message.content is not None
+
+
+def test_equal_requests_are_answered_from_the_cache(helper):
+    asked = dict(model=helper.name, messages=[{"role": "user", "content": "Again?"}], logprobs=True, n=2, seed=7, temperature=0.8)
+    first = helper.client.chat.completions.create(**asked)
+    read, hits = metric(helper, "prompt_tokens_total"), metric(helper, "response_cache_hits_total")
+    again = helper.client.chat.completions.create(**asked)
+    assert [c.model_dump() for c in again.choices] == [c.model_dump() for c in first.choices] and again.usage == first.usage
+    streamed = [c for chunk in helper.client.chat.completions.create(**asked, stream=True) for c in chunk.choices if c.index == 1]
+    assert "".join(c.delta.content or "" for c in streamed) == first.choices[1].message.content
+    assert metric(helper, "response_cache_hits_total") == hits + 2 and metric(helper, "prompt_tokens_total") == read
+    for more in (dict(seed=8), dict(temperature=0.7), dict(max_tokens=3), dict(seed=None)):  # the last one is not deterministic
+        helper.client.chat.completions.create(**{**asked, **more})
+    assert metric(helper, "response_cache_hits_total") == hits + 2
+    assert metric(helper, "spec_decode_num_draft_tokens_total") > 0
+
+
+@torch.no_grad()
+def test_embeddings(helper):
+    texts = ["The red fox", "Rain"]
+    for prompts in (texts, [TOKENIZER.encode_prompt(helper.tokenizer, text) for text in texts]):
+        found = helper.client.embeddings.create(model=helper.name, input=prompts)  # base64
+        plain = post(helper, "/v1/embeddings", {"input": prompts})[1]["data"]
+        for text, entry, numbers in zip(texts, found.data, plain, strict=True):
+            ids = torch.tensor([TOKENIZER.encode_prompt(helper.tokenizer, text)])
+            hidden = helper.model(ids, want=("hidden_states",)).hidden_states[-1][0]
+            expected = hidden.mean(0) / hidden.mean(0).norm()
+            np.testing.assert_allclose(entry.embedding, expected, atol=1e-5)
+            np.testing.assert_allclose(numbers["embedding"], expected, atol=1e-5)
+    for bad in ({"input": []}, {"input": "a", "dimensions": 8}, {"input": "a", "encoding_format": "png"}):
+        assert post(helper, "/v1/embeddings", bad)[0] == 400
+
+
+def growing(reader, text):
+    """What a stream of this text, character by character, adds up to."""
+    parts = ["", ""]
+    for stop in range(len(text) + 1):
+        for i, part in enumerate(reader(text[:stop], False)[:2]):
+            assert part.startswith(parts[i]) or parts[i].startswith(part)
+            parts[i] = max(parts[i], part, key=len)
+    final = reader(text, True)
+    return [max(part, last, key=len) for part, last in zip(parts, final[:2], strict=True)], final
+
+
+MARKUP = TOKENIZER.Markup(("<think>", "</think>"), ["<tool_call>\n", "\n</tool_call>"], "json")
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"town": "Rill"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("thinks, text, expected", [
+    (False, "Hello <b>you</b> <", ("", "Hello <b>you</b> <", [])), (False, "<think>\nHm <tool_call>\n</think>\n\nYes", ("Hm <tool_call>", "Yes", [])),
+    (True, "Hm\n</think>\n\nYes", ("Hm", "Yes", [])), (True, "Hm, no end", ("Hm, no end", "", [])), (False, "<think", ("", "<think", [])),
+    (False, f"Look. {CALL}\n{CALL}", ("", "Look. ", 2 * [("weather", {"town": "Rill"})])), (True, f"Hm</think>{CALL}", ("Hm", "", [("weather", {"town": "Rill"})])),
+    (False, "Not a <tool_call>\n{broken", ("", "Not a <tool_call>\n{broken", [])), (False, "", ("", "", []))])
+def test_reasoning_and_calls_are_read_apart(thinks, text, expected):
+    streamed, final = growing(INFER.Reader(MARKUP, thinks, [WEATHER]), text)
+    assert final == expected and tuple(streamed) == expected[:2]
+    assert INFER.Reader(TOKENIZER.Markup(None), thinks, [])(text, True) == ("", text, [])
+
+
+def test_thinking_is_switched_by_the_template(server, tmp_path):
+    """A template that opens the reasoning itself, unless it is told not to."""
+    tokenizer = TOKENIZER.load(server.name)
+    tokenizer.chat_template = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n' + ('<think>\n' if enable_thinking else '')") + "{# </think> #}"
+    session = SimpleNamespace(tokenizer=tokenizer, settings=SimpleNamespace(system=None, control_tokens=False))
+    asked = SimpleNamespace(session=session, settings=session.settings, checked=lambda ids: ids)
+    for thinks, form in ((True, None), (False, None), (True, {"regex": "a"})):
+        record = {"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": {"enable_thinking": thinks}}
+        ids, reader, _ = INFER.Server.conversation(asked, record, Sampling(structured_outputs=form))
+        ending = "<think>\n" * thinks + "\n</think>\n\n" * bool(form)
+        assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n" + ending) and reader.thinks == (thinks and not form)
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 
 CONTEXT = 128
@@ -221,7 +358,10 @@ BAD = {
     "a surrogate": (b'{"prompt": "\\ud800"}', 400), "stop": ({"prompt": "a", "stop": 5}, 400), "a bias": ({"prompt": "a", "logit_bias": {"x": 1}}, 400),
     "a bias of no token": ({"prompt": "a", "logit_bias": {"1000000": 1}}, 400), "n": ({"prompt": "a", "n": 1000}, 400), "null n": ({"prompt": "a", "n": 0}, 400),
     "best_of": ({"prompt": "a", "best_of": 4}, 400), "alternatives": ({"prompt": "a", "logprobs": 50}, 400),
-    "a form": ({"prompt": "a", "response_format": {"type": "json_object"}}, 400), "overload": ({"prompt": "a", "n": 100}, 429),
+    "a form": ({"prompt": "a", "response_format": {"type": "xml"}}, 400), "no schema": ({"prompt": "a", "response_format": {"type": "json_schema"}}, 400),
+    "a form of a form": ({"prompt": "a", "response_format": "json"}, 400), "options": ({"prompt": "a", "stream_options": "x"}, 400),
+    "a stream": ({"prompt": "a", "stream": "yes"}, 400), "an echo": ({"prompt": "a", "echo": 1}, 400), "a regex": ({"prompt": "a", "structured_outputs": {"regex": "("}}, 400),
+    "beams": ({"prompt": "a", "num_beams": 2}, 400), "overload": ({"prompt": "a", "n": 100}, 429),
 }
 
 
@@ -233,11 +373,19 @@ def test_bad_requests_are_answered_in_openais_shape(case, server):
     assert post(server, "/v1/completions", {"prompt": "The", "max_tokens": 2})[0] == 200
 
 
-@pytest.mark.parametrize("messages", [None, [], "Hi", [{"role": "user"}], [{"role": "king", "content": "a"}], [{"role": "user", "content": 5}], [5]])
+@pytest.mark.parametrize("messages", [None, [], "Hi", [{"role": "user"}], [{"role": "king", "content": "a"}], [{"role": "user", "content": 5}], [5], {"role": "user"}])
 def test_bad_conversations(messages, server):
     status, answer = post(server, "/v1/chat/completions", {"messages": messages})
     assert status == 400 and answer["error"]["message"]
     assert post(server, "/v1/nothing", {})[0] == 404
+
+
+@pytest.mark.parametrize("more", [dict(tools=5), dict(tools=[{"function": "f"}]), dict(tools=[WEATHER], tool_choice="always"), dict(tool_choice="required"),
+                                  dict(tools=[WEATHER], tool_choice={"function": "weather"}), dict(chat_template_kwargs=[1]), dict(prompt="a"),
+                                  dict(tools=[{"type": "function", "function": {"name": "f", "parameters": 5}}])], ids=str)
+def test_bad_tools(more, server):
+    status, answer = post(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], **more})
+    assert status == 400 and answer["error"]["message"]
 
 
 def test_a_client_that_goes_away_frees_its_place(server):
