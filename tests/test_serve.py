@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -13,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import openai
 import pytest
-from conftest import ROOT, free_port, launch
+from conftest import ROOT, dockerfile, free_port, launch
 
 import INFER
 import MODEL
@@ -265,3 +267,16 @@ def test_a_failure_ends_its_requests_and_not_the_server(model_folder):
     ask()
     assert told[-1] is None and service.open == 0
     wait_until(lambda: not service.engine.busy and service.engine.cache.available() == 20)
+
+
+# ------------------------------------------------------------------------------------- what the documents promise
+
+
+def test_the_health_check_of_the_image(server):
+    """The Dockerfile's command, on this server's port, then on a port where nothing listens."""
+    [check] = [words for name, words in dockerfile() if name == "HEALTHCHECK"]
+    command = json.loads(check[check.index("["):])
+    for port, status in ((server.port, 0), (free_port(), 1)):
+        words = [word.replace("8000", str(port)) for word in command]
+        assert words != command and words[0] == "python"
+        assert subprocess.run([sys.executable, *words[1:]], capture_output=True).returncode == status
