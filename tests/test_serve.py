@@ -1,6 +1,7 @@
 """INFER.py --serve, through OpenAI's client and bare sockets."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -270,6 +271,25 @@ def test_a_failure_ends_its_requests_and_not_the_server(model_folder):
 
 
 # ------------------------------------------------------------------------------------- what the documents promise
+
+
+def test_the_chat_page_of_contributing_shows_the_answers_of_the_api(server, monkeypatch):
+    """The page is run as it is printed, for two messages: the second answer depends on the first turn."""
+    from streamlit.testing.v1 import AppTest
+
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    page, messages = AppTest.from_string(code, default_timeout=60).run(), []
+    for text in ("The red fox", "Who saw it?"):
+        page.chat_input[0].set_value(text).run()
+        messages.append({"role": "user", "content": text})
+        answer = server.client.chat.completions.create(model=server.name, messages=messages).choices[0].message.content
+        messages.append({"role": "assistant", "content": answer})
+        assert not page.exception and answer
+        assert page.session_state["messages"] == messages
+        shown = [(message.name, message.markdown[0].value) for message in page.chat_message]
+        assert shown == [(message["role"], message["content"].strip()) for message in messages]
 
 
 def test_the_health_check_of_the_image(server):
