@@ -100,6 +100,12 @@ def launch(folder, script, *words, stdin=subprocess.DEVNULL, fork=True, **enviro
                             preexec_fn=become if fork else None)
 
 
+def dockerfile() -> list[tuple[str, str]]:
+    """The instructions of the Dockerfile: (name, rest of the line)."""
+    lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    return [tuple(line.split(maxsplit=1)) for line in "\n".join(lines).replace("\\\n", " ").splitlines() if line]
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

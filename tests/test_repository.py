@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, in_file, make_text
+from conftest import ROOT, dockerfile, in_file, make_text
 
 import DISTILL
 import INFER
@@ -523,6 +523,52 @@ def test_the_first_four_files_alone_train(tmp_path):
     done = script(copied(tmp_path, *HOUSE[:4]), "TRAIN", *TINY, "--data", "text.txt", "--data.dir", "ids")
     assert done.returncode == 0 and done.stdout == "", done.stderr
     assert {"model.safetensors", "tokenizer.json", "result.json", "log.jsonl"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+# ----------------------------------------------------------------------------------------------------- container
+
+
+def instructions(name: str) -> list[str]:
+    return [rest for found, rest in dockerfile() if found == name]
+
+
+def settings(command: list[str], capsys) -> dict:
+    """The settings that a command of a container would run with."""
+    python, name, *argv = command
+    assert python == "python"
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(Path(name).stem).main([*argv, "--print-config"])
+    assert not stop.value.code
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_the_image_installs_what_is_listed_and_runs_as_a_user():
+    runs, values = " ".join(instructions("RUN")), dict(argument.split("=") for argument in instructions("ARG"))
+    listed = set(re.findall(r"-r (\S+)", runs))
+    assert listed == {"requirements.txt", "requirements-extras.txt"} and all((ROOT / name).exists() for name in listed)
+    assert instructions("USER") == ["$UID:$GID"] and int(values["UID"]) > 0 and values["TORCH"] == "cpu"
+    assert "non-unique" not in runs.partition("useradd")[2]  # so UID=0 is refused
+
+
+def test_the_containers_run_what_the_scripts_understand(capsys):
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    gpu = yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text())["services"]
+    assert set(services) == set(gpu) == {"dev", "train", "serve"} and services["dev"]["command"] == ["bash"]
+    assert settings(services["train"]["command"], capsys)["output"]["dir"] == "./out"
+    for command in (services["serve"]["command"], json.loads(instructions("CMD")[0])):
+        found = settings(command, capsys)
+        assert "--serve" in command and found["inference"]["host"] == "0.0.0.0" and found["model"]["name"] == "out"
+    assert services["serve"]["ports"][0].endswith(f"127.0.0.1:8000}}:{found['inference']['port']}")
+    assert instructions("EXPOSE") == [str(found["inference"]["port"])]
+
+
+HADOLINT = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
+
+
+@pytest.mark.skipif(not HADOLINT, reason="hadolint is not installed")
+def test_hadolint_accepts_the_dockerfile():
+    done = subprocess.run([HADOLINT, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stdout, done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------- data

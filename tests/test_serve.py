@@ -1,8 +1,11 @@
 """INFER.py --serve, through OpenAI's client and bare sockets."""
 
 import json
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -14,7 +17,7 @@ import numpy as np
 import openai
 import pytest
 import torch
-from conftest import ROOT, free_port, launch, saved_adapter
+from conftest import ROOT, dockerfile, free_port, launch, saved_adapter
 
 import INFER
 import MODEL
@@ -218,7 +221,9 @@ CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type"
 def helper(model_folder, tmp_path_factory):
     """A server with the project's own template (reasoning, tools), two adapters, a response cache and guesses."""
     folder = tmp_path_factory.mktemp("helper")
-    MODEL.save(MODEL.load(model_folder), folder / "base")
+    model = MODEL.load(model_folder)
+    model.config.max_position_embeddings = 2048
+    MODEL.save(model, folder / "base")
     tokenizer = TOKENIZER.load(model_folder)
     tokenizer.chat_template = TOKENIZER.CHAT_TEMPLATE
     TOKENIZER.save(tokenizer, folder / "base")
@@ -286,6 +291,7 @@ def test_equal_requests_are_answered_from_the_cache(helper):
     for more in (dict(seed=8), dict(temperature=0.7), dict(max_tokens=3), dict(seed=None)):  # the last one is not deterministic
         helper.client.chat.completions.create(**{**asked, **more})
     assert metric(helper, "response_cache_hits_total") == hits + 2
+    helper.client.completions.create(model=helper.name, prompt="The red fox. " * 4)
     assert metric(helper, "spec_decode_num_draft_tokens_total") > 0
 
 
@@ -474,3 +480,35 @@ def test_calls_run_in_the_engines_thread_and_not_within_a_static_batch(static, m
     assert calls[0].result(20) == (*threads, 0 if static else 1)
     assert isinstance(service.call(lambda: 1 / 0).exception(20), ZeroDivisionError)
     service.leave(rows)
+
+
+# ------------------------------------------------------------------------------------- what the documents promise
+
+
+def test_the_chat_page_of_contributing_shows_the_answers_of_the_api(server, monkeypatch):
+    """The page is run as it is printed, for two messages: the second answer depends on the first turn."""
+    from streamlit.testing.v1 import AppTest
+
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    page, messages = AppTest.from_string(code, default_timeout=60).run(), []
+    for text in ("The red fox", "Who saw it?"):
+        page.chat_input[0].set_value(text).run()
+        messages.append({"role": "user", "content": text})
+        answer = server.client.chat.completions.create(model=server.name, messages=messages).choices[0].message.content
+        messages.append({"role": "assistant", "content": answer})
+        assert not page.exception and answer
+        assert page.session_state["messages"] == messages
+        shown = [(message.name, message.markdown[0].value) for message in page.chat_message]
+        assert shown == [(message["role"], message["content"].strip()) for message in messages]
+
+
+def test_the_health_check_of_the_image(server):
+    """The Dockerfile's command, on this server's port, then on a port where nothing listens."""
+    [check] = [words for name, words in dockerfile() if name == "HEALTHCHECK"]
+    command = json.loads(check[check.index("["):])
+    for port, status in ((server.port, 0), (free_port(), 1)):
+        words = [word.replace("8000", str(port)) for word in command]
+        assert words != command and words[0] == "python"
+        assert subprocess.run([sys.executable, *words[1:]], capture_output=True).returncode == status
