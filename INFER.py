@@ -1148,6 +1148,11 @@ def read_stdin() -> Iterator[str]:
     """The lines of stdin as UTF-8; an error names the line."""
     if sys.stdin is None:
         raise UserError("no prompt: there is no stdin; use --prompt")
+    if sys.stdin.isatty():
+        with contextlib.suppress(EOFError):
+            while True:
+                yield typed()
+        return
     for number, line in enumerate(TOKENIZER.open_bytes(TOKENIZER.STDIN), 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -1301,16 +1306,21 @@ def own_sampling(record: dict, base: Sampling, where: str, **more) -> Sampling:
         raise UserError(f"{where}{error}") from None
 
 
+def typed() -> str:
+    """A line that is typed on the terminal, with line editing and a history."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (input() uses it)
+    return input("> ")
+
+
 def run_terminal(session: Session) -> None:
     """A conversation on a terminal: with a chat template turns are remembered, without one each prompt stands alone."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (input() gets line editing and a history)
     commands = "chat: /reset forgets, /system TEXT sets the system message, " if session.chat else ""
     say(f"{commands}/exit or Ctrl-D ends, Ctrl-C stops an answer")
     messages: list[dict] = []
     while True:
         try:
-            text = input("> ").strip()
+            text = typed().strip()
         except EOFError:
             break
         except KeyboardInterrupt:
@@ -1390,18 +1400,18 @@ def fill(model, tokenizer, text: str, where: str = "prompt") -> str:
 
 
 def refuse_sampling(session: Session, why: str) -> None:
-    usual = InferenceSection()
-    for key in ("n", "top_k", "top_p", "min_p", "logprobs", "stop", "repetition_penalty", "presence_penalty",
-                "frequency_penalty"):
-        if getattr(session.settings, key) != getattr(usual, key):
-            raise UserError(f"inference.{key}: this model {why} and samples nothing")
+    """Sampling parameters that would be ignored are errors; but `temperature` and others may stand in a shared config.yaml."""
+    usual = Sampling()
+    for key in SAMPLING_KEYS:
+        if key not in ("temperature", "max_new_tokens", "seed") and getattr(session.settings, key) != getattr(usual, key):
+            raise UserError(f"inference.{key}: {why}")
 
 
 def run_fill(session: Session, actions, prompt: str | None) -> None:
     if actions.score is not None or actions.jsonl:
         raise UserError("this model is an encoder: it gives no text a probability and answers no JSONL; use --prompt, --lines "
                         "or a pipe")
-    refuse_sampling(session, "is an encoder; it takes the likeliest piece for each mask")
+    refuse_sampling(session, "this model is an encoder; it takes the likeliest piece for each mask and samples nothing")
     lines = (line.rstrip("\r\n") for line in read_stdin()) if prompt is None else [prompt]
     for number, line in enumerate(lines, 1):
         print(fill(session.model, session.tokenizer, line, "prompt" if prompt is not None else f"stdin:{number}"), flush=True)
@@ -1455,7 +1465,7 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
     if actions.score is not None or actions.echo:
         raise UserError("this model tells labels apart and writes no words, so --score and --echo mean nothing; use --prompt, "
                         "--lines, --jsonl or a pipe")
-    refuse_sampling(session, "tells labels apart")
+    refuse_sampling(session, "this model tells labels apart and samples nothing")
     labels = MODEL.label_names(session.model)
 
     def texts() -> Iterator[tuple[dict, str | list[dict]]]:
@@ -1501,7 +1511,10 @@ def run_prompt(session: Session, prompt: str, echo: bool) -> None:
         session.stream(prompt, session.sampling)
         print(flush=True)
         return
-    for completion in session.answer([prompt], [session.sampling])[0]:
+    completions, colored = session.answer([prompt], [session.sampling])[0], sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for number, completion in enumerate(completions, 1):
+        if len(completions) > 1:
+            print(f"\033[2m[{number}]\033[0m" if colored else f"[{number}]")
         print((prompt if echo else "") + completion.text, flush=True)
 
 
@@ -1627,6 +1640,7 @@ def run_eval(session: Session, actions, name: str) -> None:
         from lm_eval import simple_evaluate
     except ImportError as error:
         raise UserError(f"--eval: needs {error.name}; pip install -r requirements-extras.txt") from None
+    refuse_sampling(session, "the tasks of --eval set how they sample")
     try:
         with (open(os.devnull, "w") if MODEL.QUIET else contextlib.nullcontext(sys.stderr) as log,
               contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):

@@ -883,7 +883,7 @@ def test_a_batch_size_of_zero_is_refused_or_one(mode, infer):
 def test_several_answers(infer, model, tokenizer):
     out, _ = infer("--prompt", "The red", "--n", 3, "--seed", 1, "--max-new-tokens", 8, "--echo")
     expected = generate(model, [tokenizer("The red").input_ids], Sampling(n=3, seed=1, max_new_tokens=8), tokenizer)[0]
-    assert out == "".join("The red" + answer.text + "\n" for answer in expected)
+    assert out == "".join(f"[{i}]\nThe red{answer.text}\n" for i, answer in enumerate(expected, 1))
 
 
 def test_jsonl_records(infer, model, tokenizer):
