@@ -1115,7 +1115,7 @@ def run_fill(session: Session, actions, prompt: str | None) -> None:
 @torch.no_grad()
 def scores_of(model, rows: list[list[int]], batch_size: int = 64) -> Tensor:
     """The score head's outputs (N, L) for each row of ids: at a decoder's last token, which has seen the whole text, or at an
-    encoder's first. Rows longer than the context keep that end."""
+    encoder's first. Longer rows than the context lose their beginning before a decoder, their end before an encoder."""
     if len(rows) > batch_size:
         return torch.cat([scores_of(model, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)])
     context = model.config.max_position_embeddings

@@ -505,7 +505,7 @@ def set_rates(training: TRAIN.TrainingSection, model, share: float = 1.0) -> Non
 
 def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | None = None, share: float = 1.0,
                   noise: float = 0.0) -> MODEL.LanguageModel:
-    """The trained model to fine-tune: with rows for new tokens, and what `finish_model` adds."""
+    """The trained model to fine-tune, with rows for new tokens, its adapter and its learning rate."""
     name, adapter = config.model.name, bool(config.actions.adapter or config.lora.r)
     if labels and adapter and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
         raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora out, "
@@ -518,7 +518,7 @@ def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | No
 
 
 def finish_model(config, model, tokenizer, share: float = 1.0, noise: float = 0.0) -> None:
-    """What all fine-tuning does to a loaded model: adapters, learning rates, noise."""
+    """Add what all fine-tuning needs to a loaded model: adapters, learning rates, noise."""
     adapter = config.actions.adapter
     for field in fields(LoraSection):
         if getattr(config.lora, field.name) != getattr(LoraSection(), field.name):
@@ -534,7 +534,7 @@ def finish_model(config, model, tokenizer, share: float = 1.0, noise: float = 0.
         if model.config.model_type == MODEL.CUSTOM:
             say("lora: no Hugging Face class has this mixture of knobs; only this program will open the adapter")
         known = TOKENIZER.load(config.tokenizer.name or config.model.name).get_vocab()
-        new = {i for token, i in tokenizer.get_vocab().items() if token not in known}  # the model may have spare rows for them
+        new = {i for token, i in tokenizer.get_vocab().items() if token not in known}  # some may fill spare rows of the model
         config.lora.attach(model, config.model.name, sorted(new.union(model.new_ids)), config.training.seed)
     set_rates(config.training, model, share)
     if config.lora.loraplus_lr_ratio and config.training.optim == "muon":
