@@ -254,21 +254,18 @@ def load_teacher(config, device, needed: bool = True) -> Teacher:
     """`needed`: whether it will have to answer; else its tokenizer and its settings are enough."""
     settings, name = config.distill, config.distill.teacher
     if not needed:
-        base, tokenizer = RL.base_and_tokenizer(name, "distill.teacher")
-        folder = MODEL.resolve_folder(base or name, "distill.teacher")
+        folder = MODEL.resolve_folder(MODEL.base_and_adapter(name, key="distill.teacher")[0])
         causal = MODEL.is_foreign(MODEL.read_json(folder / "config.json")) or MODEL.read_config(folder).causal
-        return Teacher(name, None, tokenizer, 0, MODEL.context_length(base or name, {}), causal)
-    form = None if settings.teacher_quantization == "none" else settings.teacher_quantization
+        return Teacher(name, None, TOKENIZER.of_model(name), 0, MODEL.context_length(name, {}), causal)
     dtype = settings.teacher_dtype
     if dtype == "float16" and str(device) == "cpu":
         say("distill.teacher_dtype: float16 on a CPU is slow; the teacher computes in float32")
         dtype = "float32"
-    model, tokenizer = RL.second_model(name, "distill.teacher", dtype=dtype, device=device,
-                                       attn_implementation=config.model.attn_implementation, quantization=form)
-    if "lm" not in model.heads:
-        raise UserError(f"distill.teacher: {name} gives words no probability, it has a head for labels or rewards")
-    return Teacher(name, model, tokenizer, MODEL.count_parameters(model)[0], model.config.max_position_embeddings,
-                   model.config.causal)
+    section = MODEL.ModelSection(name=name, dtype=dtype, device=str(device), quantization=settings.teacher_quantization,
+                                 attn_implementation=config.model.attn_implementation)
+    model, tokenizer = TOKENIZER.open_model(section, key="distill.teacher", head="lm")
+    return Teacher(name, model.requires_grad_(False), tokenizer, MODEL.count_parameters(model)[0],
+                   model.config.max_position_embeddings, model.config.causal)
 
 
 def words_of(teacher: Teacher) -> int:
@@ -985,13 +982,11 @@ def read_rows(config, tokenizer, teacher: Teacher, task: str) -> tuple[object, C
 
 def choose_tokenizer(config, checkpoint: Path | None, teacher: Teacher):
     """The student's tokenizer: its own, or the teacher's where that holds all of the student's tokens."""
-    settings, name = config.distill, config.tokenizer.name
-    if config.model.name and not name:
-        name = TOKENIZER.folder_of(config.actions.adapter, config.model.name)
-    if settings.method == "universal" and not name and not checkpoint:
+    settings, chosen = config.distill, checkpoint or config.tokenizer.name or config.model.name
+    if settings.method == "universal" and not chosen:
         raise UserError("distill.method: universal is for a student with a tokenizer of its own; name one with "
                         "--tokenizer.name, or a trained student with --model")
-    tokenizer = TOKENIZER.load(checkpoint or name) if checkpoint or name else teacher.tokenizer
+    tokenizer = TOKENIZER.of_run(config, checkpoint) if chosen else teacher.tokenizer
     if settings.method == "universal":
         return tokenizer
     known, vocabulary = teacher.tokenizer.get_vocab(), tokenizer.get_vocab()
@@ -1004,7 +999,6 @@ def choose_tokenizer(config, checkpoint: Path | None, teacher: Teacher):
 
 def make_student(config, tokenizer, teacher: Teacher, device) -> MODEL.LanguageModel:
     settings, training, section, adapter = config.distill, config.training, config.model, config.actions.adapter
-    requested = training.learning_rate, training.optim
     if settings.init_layers is not None:
         if adapter or config.lora.r:
             raise UserError("lora.r: the student of distill.init_layers is on no disk yet, where an adapter could find it "
@@ -1016,15 +1010,14 @@ def make_student(config, tokenizer, teacher: Teacher, device) -> MODEL.LanguageM
         model = student_of(source, settings.init_layers, training.seed, section.attn_implementation)
         MODEL.grow_vocabulary(model, TOKENIZER.vocab_size(tokenizer))
         TRAIN.fit_length(config, model.config.max_position_embeddings)
-    else:
-        if section.name:
-            SFT.need_model(config)
-        model = TRAIN.prepare_model(config, tokenizer, grow=bool(section.name), adapter=bool(adapter or config.lora.r))
-    if section.name or settings.init_layers is not None:
-        SFT.finish_model(config, model, *requested)
+        SFT.finish_model(config, model, tokenizer)
+    elif section.name:
+        model = SFT.prepare_model(config, tokenizer)
     elif adapter or config.lora.r:
         raise UserError(f"{'--adapter' if adapter else 'lora.r'}: adapters learn on trained weights; name the student with "
                         "--model")
+    else:
+        model = TRAIN.prepare_model(config, tokenizer)
     if model.config.causal != teacher.causal:
         raise UserError(f"distill.teacher: {teacher.name} is {'a causal model' if teacher.causal else 'an encoder'}, the "
                         "student is not; they do not predict the same")
@@ -1108,7 +1101,7 @@ def write_answers(config) -> None:
     part = out.with_name(f"{out.name}.part")
     stays = f"{part} holds what was answered, and the same command goes on"
     with alone_at(out.with_name(f".{out.name}.lock"), "--out"), on_interrupt(stays):
-        judges = RL.Judges(settings, RL.base_and_tokenizer(settings.teacher, "distill.teacher")[1], device,
+        judges = RL.Judges(settings, load_teacher(config, device, False).tokenizer, device,
                            "distill") if settings.reward_funcs else None
         teacher = load_teacher(config, device)
         if not teacher.causal:

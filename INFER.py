@@ -1009,29 +1009,13 @@ class Session:
     """A loaded model with its tokenizer and settings; turns what a user gives into ids and ids into what is printed."""
 
     def __init__(self, config):
-        self.settings = config.inference
-        name = config.model.name
-        if not name:
+        self.settings, section = config.inference, config.model
+        if not section.name:
             raise UserError("model.preset: fresh weights have nothing to say; name a trained model with --model")
-        device = MODEL.choose_device(config.model.device)
-        if base := MODEL.adapter_base(name):
-            if config.actions.adapter:
-                raise UserError(f"model.name: {name} is an adapter itself; give its base model, {base}, or leave out --adapter")
-            config.actions.adapter, config.model.name, name = name, base, base
-        MODEL.read_json(MODEL.model_folder(name) / "config.json")  # before the tokenizer, whose errors would blame the tokenizer
-        adapter = config.actions.adapter
-        self.tokenizer = TOKENIZER.of_model(config)
-        self.model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation,
-                                changes=MODEL.overrides(config.model), adapter=adapter, quantization=config.model.quantization)
-        if adapter:
-            TOKENIZER.end_with_turns(self.model, self.tokenizer)
+        self.model, self.tokenizer = TOKENIZER.open_model(section, TOKENIZER.of_run(config), config.actions.adapter)
         if modules := config.inference.lora_modules:
-            MODEL.load_adapters(self.model, adapter_folders(modules, self.model, adapter))
-        if len(self.tokenizer) > self.model.config.vocab_size:
-            raise UserError(f"{name}: the tokenizer has {len(self.tokenizer)} ids, the model only {self.model.config.vocab_size}")
-        configure_for_hardware(self.model, device)
-        if not self.model.config.eos_ids and self.tokenizer.eos_token_id is not None:
-            self.model.config.eos_token_id = self.tokenizer.eos_token_id
+            MODEL.load_adapters(self.model, adapter_folders(modules, self.model))
+        configure_for_hardware(self.model)
         template = bool(self.tokenizer.chat_template)
         if config.inference.chat == "on" and not template:
             raise UserError("inference.chat: on, but this tokenizer has no chat template")
@@ -1125,13 +1109,13 @@ class Session:
                         max(self.settings.batch_size, 1), first=first, drafter=self.drafter)
 
 
-def adapter_folders(modules: list[str], model, adapter: str | None) -> dict[str, str]:
+def adapter_folders(modules: list[str], model) -> dict[str, str]:
     """["sql=out/sql"] -> {"sql": "out/sql"}"""
     pairs = [module.partition("=")[::2] for module in modules]
     if not all(name and folder for name, folder in pairs) or len(dict(pairs)) < len(pairs):
         raise UserError(f"inference.lora_modules: {' '.join(modules)} is not a list of different NAME=FOLDER")
-    if isinstance(model, MODEL.ForeignModel) or adapter:
-        raise UserError("inference.lora_modules: " + ("leave out --adapter; name it here as well" if adapter else
+    if isinstance(model, MODEL.ForeignModel) or model.adapter:
+        raise UserError("inference.lora_modules: " + ("leave out --adapter; name it here as well" if model.adapter else
                                                       f"not for {model.config.model_type}, which transformers runs"))
     return dict(pairs)
 
@@ -1418,11 +1402,15 @@ def run_fill(session: Session, actions, prompt: str | None) -> None:
 
 
 @torch.no_grad()
-def scores_of(model, rows: list[list[int]]) -> torch.Tensor:
-    """The classification head's outputs (B, L) for each row of ids: at a decoder's last token, which has seen the whole text, or
-    an encoder's first."""
+def scores_of(model, rows: list[list[int]], batch_size: int = 64) -> Tensor:
+    """The score head's outputs (N, L) for each row of ids: at a decoder's last token, which has seen the whole text, or at an
+    encoder's first. Longer rows than the context lose their beginning before a decoder, their end before an encoder."""
+    if len(rows) > batch_size:
+        return torch.cat([scores_of(model, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)])
+    context = model.config.max_position_embeddings
     if model.config.causal:
-        rows = [TOKENIZER.without_padding(ids, model.config.pad_token_id) for ids in rows]
+        rows = [TOKENIZER.without_padding(ids[-context:], model.config.pad_token_id) for ids in rows]
+    rows = [ids[:context] for ids in rows]
     shape = len(rows), max(map(len, rows))
     inputs, positions = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
     for row, ids in enumerate(rows):
@@ -1451,13 +1439,13 @@ def classify(model, tokenizer, texts: list[str | list[dict]]) -> list[list[float
     """Probabilities of the labels for each text, or for the last answer of each conversation, in the order of
     `model.config.labels`; the bare score of a model with one output."""
     context = model.config.max_position_embeddings
-    ids = [tokenizer(text).input_ids if isinstance(text, str) else answered_ids(tokenizer, text) for text in texts]
-    if longer := sum(len(own) > context for own in ids):
+    rows = [tokenizer(text).input_ids if isinstance(text, str) else answered_ids(tokenizer, text) for text in texts]
+    if longer := sum(len(ids) > context for ids in rows):
         say(f"{longer} text{'s' * (longer > 1)} of more than {context} tokens, the model's context: truncated")
-        ids = [tokenizer(text, truncation=True, max_length=context).input_ids if isinstance(text, str) else own[:context]
-               for text, own in zip(texts, ids, strict=True)]
-    chosen = scores_of(model, ids)
-    return (chosen.softmax(-1) if chosen.shape[1] > 1 else chosen).tolist()
+        rows = [tokenizer(text, truncation=True, max_length=context).input_ids if isinstance(text, str) else ids
+                for text, ids in zip(texts, rows, strict=True)]
+    scores = scores_of(model, rows)  # (N, L)
+    return (scores.softmax(-1) if scores.shape[1] > 1 else scores).tolist()
 
 
 def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> None:

@@ -2474,11 +2474,19 @@ def model_folder(name: str, key: str = "model.name") -> Path:
     return resolve_folder(name, key)
 
 
-def adapter_base(name: str, key: str = "model.name") -> str | None:
-    """The base model of an adapter's folder; None for the folder of a model."""
+def base_and_adapter(name: str, adapter: str | None = None, key: str = "model.name") -> tuple[str, str | None]:
+    """(model, adapter). The folder of an adapter stands for its base model with that adapter."""
     folder = model_folder(name, key)
-    adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
-    return adapter_config(folder).base_model_name_or_path if adapter else None
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        base = adapter_config(folder).base_model_name_or_path
+        if not base:
+            raise UserError(f"{folder}/adapter_config.json: names no base model; name it with --model and the adapter with "
+                            "--adapter")
+        if adapter:
+            raise UserError(f"{key}: {name} is an adapter itself; give its base model, {base}, or leave out --adapter")
+        name, adapter, folder = base, name, model_folder(base, key)
+    read_json(folder / "config.json")
+    return name, adapter
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -2697,7 +2705,7 @@ def _load_own(folder: Path, raw: dict, dtype, device, attn_implementation: str, 
 
 def context_length(name: str, changes: dict) -> int:
     """The context length of a folder's model in tokens, from its config.json and changed settings."""
-    folder = resolve_folder(name)
+    folder = resolve_folder(base_and_adapter(name)[0])
     raw = read_json(folder / "config.json")
     if not is_foreign(raw):
         return changes.get("max_position_embeddings") or read_config(folder).max_position_embeddings

@@ -174,25 +174,23 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("model.quantization: has no effect here, where both forms are compared; say --method")
     if section.method == "int8" and section.group_size != 64:
         raise UserError("quantization.group_size: int8 has one scale for each row; leave it out")
-    device = MODEL.choose_device(config.model.device)
-    tokenizer = TOKENIZER.of_model(config)
     texts = list(itertools.islice(TOKENIZER.sample_texts(config.data, part="val"), 100))
     if not texts:
         raise UserError(f"data.validation: '{config.data.validation}' holds out no text, and perplexity is measured on held-out "
                         "text; use hash, tail or a file")
+    model, tokenizer = TOKENIZER.open_model(config.model, TOKENIZER.of_run(config), head="lm")
+    if not model.config.causal:
+        raise UserError(f"model.name: {name} is an encoder, so its texts have no perplexity; name a causal language model")
+    if model.adapter:
+        MODEL.merge_adapter(model)
     rows = []
     for method in dict.fromkeys(("none", section.method)):
-        model = MODEL.load(name, config.model.dtype, device, config.model.attn_implementation,
-                           changes=MODEL.overrides(config.model))
-        if "lm" not in model.heads or not model.config.causal:
-            raise UserError(f"model.name: {name} gives texts no probability that could be compared; name a causal language model")
         if method != "none":
             quantize(model, method, section.group_size)
         say(f"{method}: measuring perplexity on {len(texts)} held-out texts")
         start = time.perf_counter()
         score = INFER.score(model, tokenizer, texts)
         rows.append((method, weight_bytes(model), score, time.perf_counter() - start))
-        del model
     print(f"{'form':6} {'weights':>13} {'nats a token':>13} {'perplexity':>11} {'tokens/s':>9}")
     for method, size, score, seconds in rows:
         print(f"{method:6} {size / 1e6:10,.2f} MB {score['loss']:13.4f} {score['perplexity']:11.3f} "

@@ -865,36 +865,15 @@ def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[[list[S
     return judge
 
 
-def base_and_tokenizer(name: str, key: str) -> tuple:
-    """(the model that an adapter's folder stands on, or None where it holds a whole one, its tokenizer)."""
-    base = MODEL.adapter_base(name, key)
-    return base, TOKENIZER.load(TOKENIZER.folder_of(name, base) if base else name)
-
-
-def second_model(name: str, key: str, **options) -> tuple:
-    """(model, tokenizer) of a folder, of an adapter with its base, that stays as it is beside the one that is trained."""
-    base, tokenizer = base_and_tokenizer(name, key)
-    model = MODEL.load(base or name, adapter=name if base else None, **options)
-    return model.requires_grad_(False), tokenizer
-
-
 def reward_model(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[[list[Sample]], list[float]]:
     """A folder's reward model: the score after a text's last token."""
-    model, tokenizer_of_model = second_model(name, key, device=device)
+    model, tokenizer_of_model = TOKENIZER.open_model(MODEL.ModelSection(name=name, dtype="float32", device=str(device)), key=key)
     if "score" not in model.heads or model.config.num_labels != 1:
         raise UserError(f"{key}: {name} gives no single score; train a reward model with --rl.method reward")
     if tokenizer_of_model.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{key}: {name} was made with another tokenizer ({len(tokenizer_of_model):,} tokens, the policy's has "
                         f"{len(tokenizer):,}); it has to read the policy's own ids: train it from the same model")
-
-    def judge(samples: list[Sample]) -> list[float]:
-        found: list[float] = []
-        room = model.config.max_position_embeddings
-        for start in range(0, len(samples), 64):
-            found += INFER.scores_of(model, [sample.ids[-room:] for sample in samples[start : start + 64]])[:, 0].tolist()
-        return found
-
-    return judge
+    return lambda samples: INFER.scores_of(model, [sample.ids for sample in samples])[:, 0].tolist()
 
 
 def is_number(value) -> bool:
@@ -1552,51 +1531,44 @@ def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
     name = config.rl.ref_model
     if not name:
         return None
-    model, other = second_model(name, "rl.ref_model", dtype="float32", device=device,
-                                attn_implementation=config.model.attn_implementation)
+    section = MODEL.ModelSection(name=name, dtype="float32", device=str(device),
+                                 attn_implementation=config.model.attn_implementation)
+    model, other = TOKENIZER.open_model(section, key="rl.ref_model", head="lm")
     missing = set(tokenizer.get_vocab().items()) - set(other.get_vocab().items())
     if missing:
         raise UserError(f"rl.ref_model: {name} does not fit the policy: its tokenizer lacks {len(missing):,} of the policy's "
                         f"{len(tokenizer):,} tokens")
-    if "lm" not in model.heads or not model.config.causal:
-        raise UserError(f"rl.ref_model: {name} does not fit the policy: it gives words no probability")
+    if not model.config.causal:
+        raise UserError(f"rl.ref_model: {name} does not fit the policy: it is an encoder")
     if model.config.max_position_embeddings < config.training.max_length:
         raise UserError(f"rl.ref_model: {name} reads {model.config.max_position_embeddings} tokens, training.max_length is "
                         f"{config.training.max_length}")
-    return model
+    return model.requires_grad_(False)
 
 
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
-    settings, training, name, adapter = config.rl.fill(), config.training, config.model.name, config.actions.adapter
+    settings, name = config.rl.fill(), config.model.name
     SFT.need_model(config)
     for key in ("lora.lora_dropout", "model.attention_dropout", "model.resid_pdrop", "model.embd_pdrop"):
         if getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]):
             raise UserError(f"{key}: dropout is off here, as it would change the probabilities that are compared; leave it out")
-    SFT.check_new_head(config) if settings.method == "reward" else None
     TRAIN.fit_length(config, MODEL.context_length(name, MODEL.overrides(config.model)))
-    tokenizer = TOKENIZER.of_model(config, checkpoint)
+    tokenizer = TOKENIZER.of_run(config, checkpoint)
     left = TOKENIZER.LeftOut()
     SFT.say_unused(config.data)
     expand, kind = (prompt_record, "prompt") if settings.method in ON_POLICY else (preference, "pair")
     records, held = TOKENIZER.read_split(config.data, form_of(settings, expand), left, kind)
     make_chat(tokenizer, records + held)
     judges = Judges(settings, tokenizer, device) if settings.method in ON_POLICY else None
-    requested = training.learning_rate, training.optim
-    head = {"reward": "score", "ppo": ("lm", "value")}.get(settings.method, "lm")
     if settings.method == "reward":
-        SFT.pad_id(tokenizer)
-    model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r), head=head,
-                                labels=["reward"] if settings.method == "reward" else None)
+        model = SFT.prepare_model(config, tokenizer, "score", ["reward"], share=0.1)
+    else:
+        model = SFT.prepare_model(config, tokenizer, ("lm", "value") if settings.method == "ppo" else "lm", share=1 / 30)
     if not model.config.causal:
         raise UserError(f"model.name: {name} is an encoder; rewards and preferences are learnt by causal models here")
-    SFT.finish_model(config, model, *requested, share=0.1 if settings.method == "reward" else 1 / 30)
-    if head == ("lm", "value"):
+    if settings.method == "ppo":
         model.value_head.requires_grad_(True)
-    if settings.method == "reward":
-        model.config.pad_token_id = tokenizer.pad_token_id
     TOKENIZER.end_with_turns(model, tokenizer)
-    if not model.config.eos_ids and tokenizer.eos_token_id is not None:
-        model.config.eos_token_id = tokenizer.eos_token_id
     still(model)
     frozen = frozen_model(config, tokenizer, device)
     build = rollout_stage if settings.method in ON_POLICY else pair_stage

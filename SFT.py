@@ -458,25 +458,14 @@ def pad_id(tokenizer) -> int:
     return tokenizer.pad_token_id
 
 
-def check_new_head(config) -> None:
-    foreign = MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(config.model.name) / "config.json"))
-    if foreign and (config.actions.adapter or config.lora.r):
-        raise UserError(f"lora.r: {config.model.name} is computed by transformers, and its new head cannot join an adapter; "
-                        f"leave lora out, or use one of {', '.join(MODEL.FAMILIES)}")
-
-
 def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
     adapter, name = config.actions.adapter, config.model.name
     TRAIN.fit_length(config, MODEL.context_length(name, MODEL.overrides(config.model)))
-    tokenizer = TOKENIZER.of_model(config, checkpoint)
+    tokenizer = TOKENIZER.of_run(config, checkpoint)
     pad_id(tokenizer)
     known = MODEL.folder_labels(MODEL.resolve_folder(adapter or name))
-    check_new_head(config)
     train, kept, labels = read_labelled(config, tokenizer, known)
-    requested = config.training.learning_rate, config.training.optim
-    model = TRAIN.prepare_model(config, tokenizer, adapter=bool(adapter or config.lora.r), head="score", labels=labels)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    finish_model(config, model, *requested, config.sft.neftune_noise_alpha)
+    model = prepare_model(config, tokenizer, "score", labels, noise=config.sft.neftune_noise_alpha)
     stream, batches = in_batches(config, train, kept)
     causal = model.config.causal
     evaluate = Confusion(batches, labels, causal) if batches else None
@@ -504,18 +493,32 @@ def neftune(embedding: nn.Module, alpha: float) -> None:
     embedding.register_forward_hook(noise)
 
 
-def set_rates(training: TRAIN.TrainingSection, model, rate: float | None, optim: str, share: float = 1.0) -> None:
+def set_rates(training: TRAIN.TrainingSection, model, share: float = 1.0) -> None:
     """Where nothing was asked for: the wider a trained model, the smaller its steps, ten times larger for adapters.
     A narrow one still has most to learn, which Muon does faster. A later stage takes a `share` of this stage's rate, and AdamW:
     Muon makes as much of a rollout's noise as of its signal."""
-    width = model.config.hidden_size
+    width, optim = model.config.hidden_size, training.optim
     usual = share * min(3e-3, max(1e-5, 3e-3 * (128 / width) ** 2))
-    training.learning_rate = rate or (min(1e-2, 10 * usual) if model.adapter else usual)
+    training.learning_rate = training.learning_rate or (min(1e-2, 10 * usual) if model.adapter else usual)
     training.optim = optim if optim != "auto" else "muon" if width <= 256 and not model.adapter and share == 1 else "adamw"
 
 
-def finish_model(config, model, rate: float | None, optim: str, noise: float = 0.0, share: float = 1.0) -> None:
-    """What all fine-tuning does to a loaded model: adapters, learning rates, noise."""
+def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | None = None, share: float = 1.0,
+                  noise: float = 0.0) -> MODEL.LanguageModel:
+    """The trained model to fine-tune, with rows for new tokens, its adapter and its learning rate."""
+    name, adapter = config.model.name, bool(config.actions.adapter or config.lora.r)
+    if labels and adapter and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
+        raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora out, "
+                        f"or use one of {', '.join(MODEL.FAMILIES)}")
+    model = TRAIN.prepare_model(config, tokenizer, head, labels, adapter, grow=True)
+    if labels:
+        model.config.pad_token_id = pad_id(tokenizer)
+    finish_model(config, model, tokenizer, share, noise)
+    return model
+
+
+def finish_model(config, model, tokenizer, share: float = 1.0, noise: float = 0.0) -> None:
+    """Add what all fine-tuning needs to a loaded model: adapters, learning rates, noise."""
     adapter = config.actions.adapter
     for field in fields(LoraSection):
         if getattr(config.lora, field.name) != getattr(LoraSection(), field.name):
@@ -530,8 +533,10 @@ def finish_model(config, model, rate: float | None, optim: str, noise: float = 0
     elif config.lora.r:
         if model.config.model_type == MODEL.CUSTOM:
             say("lora: no Hugging Face class has this mixture of knobs; only this program will open the adapter")
-        config.lora.attach(model, config.model.name or "", model.new_ids, config.training.seed)
-    set_rates(config.training, model, rate, optim, share)
+        known = TOKENIZER.load(config.tokenizer.name or config.model.name).get_vocab()
+        new = {i for token, i in tokenizer.get_vocab().items() if token not in known}  # some may fill spare rows of the model
+        config.lora.attach(model, config.model.name, sorted(new.union(model.new_ids)), config.training.seed)
+    set_rates(config.training, model, share)
     if config.lora.loraplus_lr_ratio and config.training.optim == "muon":
         raise UserError("lora.loraplus_lr_ratio: has no effect with training.optim muon; take adamw")
     model.rates = {".lora_B.": config.lora.loraplus_lr_ratio} if config.lora.loraplus_lr_ratio else {}
@@ -542,23 +547,17 @@ def finish_model(config, model, rate: float | None, optim: str, noise: float = 0
 def need_model(config) -> None:
     if not config.model.name:
         raise UserError("model.preset: fine-tuning starts from a trained model; name one with --model, or make one with TRAIN.py")
-    folder = MODEL.model_folder(config.model.name)
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise UserError(f"model.name: {folder} holds an adapter; name its base with --model, the adapter with --adapter {folder}")
 
 
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
-    adapter = config.actions.adapter
     need_model(config)
     if config.sft.task == "classify":
         return prepare_labels(config, checkpoint, device)
-    tokenizer = TOKENIZER.of_model(config, checkpoint)
+    tokenizer = TOKENIZER.of_run(config, checkpoint)
     TOKENIZER.ensure_chat(tokenizer)
-    requested = config.training.learning_rate, config.training.optim
-    model = TRAIN.prepare_model(config, tokenizer, grow=True, adapter=bool(adapter or config.lora.r))
+    model = prepare_model(config, tokenizer, noise=config.sft.neftune_noise_alpha)
     if not model.config.causal:
         raise UserError(f"model.name: {config.model.name} is an encoder, which answers nobody; conversations need a causal model")
-    finish_model(config, model, *requested, config.sft.neftune_noise_alpha)
     TOKENIZER.end_with_turns(model, tokenizer)
     train, kept = read_conversations(config, tokenizer)
     stream, batches = in_batches(config, train, kept)
@@ -629,7 +628,7 @@ def dry_run(config) -> None:
     """The first records as the model reads them, the tokens that are trained on in green, and the distribution of lengths."""
     need_model(config)
     TRAIN.fit_length(config, MODEL.context_length(config.model.name, MODEL.overrides(config.model)))
-    tokenizer = TOKENIZER.of_model(config)
+    tokenizer = TOKENIZER.of_run(config)
     if config.sft.task == "classify":
         samples, _, _ = read_labelled(config, tokenizer, None)
     else:
@@ -687,13 +686,10 @@ def merge(config) -> None:
     TRAIN.check_apart(out, model=base, merge=str(folder))
     if not base:
         raise UserError(f"{folder}/adapter_config.json: names no base; name it with --model")
-    model = MODEL.load(base, "float32", adapter=folder)
-    tokenizer = TOKENIZER.load(TOKENIZER.folder_of(folder, base))
+    model, tokenizer = TOKENIZER.open_model(MODEL.ModelSection(name=base, dtype="float32", device="cpu"), adapter=str(folder))
     labels = "score" in model.heads
     if labels:
         model.config.pad_token_id = pad_id(tokenizer)
-    else:
-        TOKENIZER.end_with_turns(model, tokenizer)
     shape = 2, min(32, model.config.max_position_embeddings)
     ids = torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 

@@ -1273,18 +1273,60 @@ def save(tokenizer, folder: str | Path) -> None:
         tokenizer.save_pretrained(scratch)
 
 
-def folder_of(adapter: str | None, base: str) -> str:
-    """The folder with the tokenizer of a model with an adapter: the adapter's if it brought one."""
-    return adapter if adapter and (Path(adapter) / "tokenizer_config.json").exists() else base
-
-
-def of_model(config, checkpoint: Path | None = None):
-    """The tokenizer of a run with a trained model: its checkpoint's, the one that is named, or the model's own."""
-    own = folder_of(getattr(config.actions, "adapter", None), config.model.name)
-    tokenizer = load(checkpoint or config.tokenizer.name or own)
-    if config.tokenizer.name and not checkpoint:
-        say_foreign(tokenizer, config.tokenizer.name, own)
+def of_model(name: str, adapter: str | None = None, named: str | None = None):
+    """The tokenizer of a model: the `named` one, the adapter's if it brought one, or the model's."""
+    name, adapter = MODEL.base_and_adapter(name, adapter)
+    folder = adapter if adapter and (Path(adapter) / "tokenizer_config.json").exists() else name
+    tokenizer = load(named or folder)
+    if named:
+        say_foreign(tokenizer, named, folder)
     return tokenizer
+
+
+def of_run(config, checkpoint: Path | None = None):
+    """The tokenizer of a run: its checkpoint's, or the one that its settings choose."""
+    adapter = getattr(config.actions, "adapter", None)
+    return load(checkpoint) if checkpoint else choose(config.tokenizer, config.data, config.model.name, adapter)
+
+
+def open_model(section: ModelSection, tokenizer=None, adapter: str | None = None, key: str = "model.name",
+               head: str | tuple | None = None, labels: list | None = None, seed: int = 0, grow: bool = False) -> tuple:
+    """(model, tokenizer) of a `model` section: its trained model in eval mode, or its preset with fresh weights.
+
+    The folder of an adapter stands for its base model with that adapter. Without a `tokenizer` the model's is opened. `head` is
+    `MODEL.load`'s, but a language-model head is never initialized on a trained model; `labels` name a score head's outputs.
+    `grow` adds rows for the tokenizer's new tokens. Errors name the setting `key`.
+    """
+    changes = MODEL.overrides(section) | ({"labels": labels} if labels else {})
+    if section.name:
+        name, adapter = MODEL.base_and_adapter(section.name, adapter, key)
+        tokenizer = of_model(name, adapter) if tokenizer is None else tokenizer
+        heads = MODEL.folder_heads(read_json(resolve_folder(name) / "config.json"))
+        if "lm" in (head or ()) and ("lm" not in heads or adapter and MODEL.adapter_labels(resolve_folder(adapter))):
+            raise UserError(f"{key}: {section.name} has no language-model head, only one for labels or a reward; name the model "
+                            "that it was made from")
+        model = MODEL.load(name, section.dtype, MODEL.choose_device(section.device), section.attn_implementation, head, seed,
+                           changes, adapter, section.quantization)
+        if adapter and "lm" in model.heads:
+            end_with_turns(model, tokenizer)
+        if grow:
+            MODEL.grow_vocabulary(model, vocab_size(tokenizer))
+    else:
+        special = {"bos_token_id": begin_id(tokenizer), "eos_token_id": end_id(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        knobs = {"vocab_size": vocab_size(tokenizer), **special, **changes}
+        model = MODEL.build(MODEL.preset_config(section.preset, **knobs), head or "lm", seed,
+                            attn_implementation=section.attn_implementation)
+        MODEL.say_portability(model.config)
+        for name in special.keys() & changes:
+            for i in changes[name] if isinstance(changes[name], list) else [changes[name]]:
+                if not 0 <= i < model.config.vocab_size:
+                    raise UserError(f"model.{name}: {i} is no id of a vocabulary of {model.config.vocab_size}")
+    if model.config.vocab_size < (size := vocab_size(tokenizer)):
+        where = f"{key}: {section.name}: vocab_size" if section.name else "model.vocab_size:"
+        raise UserError(f"{where} {model.config.vocab_size} is smaller than the tokenizer's {size} ids")
+    if not model.config.eos_ids and tokenizer.eos_token_id is not None:
+        model.config.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer
 
 
 def say_foreign(tokenizer, name: str, folder: str) -> None:
@@ -1297,13 +1339,10 @@ def say_foreign(tokenizer, name: str, folder: str) -> None:
                 "other ids there")
 
 
-def choose(section: TokenizerSection, data: DataSection, model_name: str | None = None):
-    """The tokenizer of a run: named, the model's own, or trained on the data (kept in data.dir/tokenizer)."""
-    if section.name or model_name:
-        tokenizer = load(section.name or model_name)
-        if section.name and model_name:
-            say_foreign(tokenizer, section.name, model_name)
-        return tokenizer
+def choose(section: TokenizerSection, data: DataSection, model: str | None = None, adapter: str | None = None):
+    """The named tokenizer, that of the model or its adapter, or one trained on the data (kept in data.dir/tokenizer)."""
+    if model or section.name:
+        return of_model(model, adapter, section.name) if model else load(section.name)
     folder = Path(data.dir) / "tokenizer"
     if any(name.endswith(".bin") for name in data.train):
         path = Path(data.train[0]).parent / "tokenizer"
@@ -2045,7 +2084,7 @@ SECTIONS = {"model": ModelSection, "tokenizer": TokenizerSection, "data": DataSe
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(argv, SECTIONS, "tokenizer", {}, __doc__, {"out": "data.dir"})
-    tokenizer = choose(config.tokenizer, config.data, config.model.name)
+    tokenizer = of_run(config)
     if not (config.tokenizer.name or config.model.name):
         say(f"tokenizer of {len(tokenizer):,} tokens in {Path(config.data.dir) / 'tokenizer'}")
     for part, tokens in token_files(config.data, tokenizer).items():

@@ -22,7 +22,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -1237,45 +1237,20 @@ def openings(spans: TOKENIZER.Spans, tokenizer, count: int = 3) -> list[tuple[st
     return [(text, TOKENIZER.encode_prompt(tokenizer, text)) for text in texts]
 
 
-def prepare_model(config, tokenizer, grow: bool = False, adapter: bool = False, head: str | tuple = "lm",
-                  labels: list | None = None) -> MODEL.LanguageModel:
-    """The named model (with rows for new tokens where it may `grow`), or a preset with the tokenizer's vocabulary; float32
-    weights, packed ones where an `adapter` will learn in their place. `head` is what will be trained on top, `labels` name its outputs."""
-    section, changes = config.model, MODEL.overrides(config.model) | ({"labels": labels} if labels else {})
-    packed = section.quantization != "none"
+def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | None = None, adapter: bool = False,
+                  grow: bool = False) -> MODEL.LanguageModel:
+    """The model to train, with float32 weights, or quantized ones if an `adapter` will be trained on them. `head`, `labels` and
+    `grow` are those of `TOKENIZER.open_model`."""
+    section, packed = config.model, config.model.quantization != "none"
     if packed and not (adapter and section.name):
         raise UserError(f"model.quantization: {section.quantization} weights cannot learn; adapters on a trained model's can: "
                         "--lora.r 16 (SFT.py, RL.py)")
     if packed and config.training.fsdp:
         raise UserError("training.fsdp: packed weights are not sharded; leave out model.quantization, or run one process a "
                         "device without fsdp")
-    if section.name:
-        if "lm" in head and "lm" not in MODEL.folder_heads(MODEL.read_json(MODEL.resolve_folder(section.name) / "config.json")):
-            raise UserError(f"model.name: {section.name} has no head for words, only one for labels; name the model that it was "
-                            "made from")
-        device = MODEL.choose_device(section.device) if packed else None  # they are packed where they will be used
-        model = MODEL.load(section.name, "float32", device, section.attn_implementation, head if head != "lm" else None,
-                           config.training.seed, changes, quantization=section.quantization)
-    else:
-        knobs = {"vocab_size": TOKENIZER.vocab_size(tokenizer), "bos_token_id": TOKENIZER.begin_id(tokenizer),
-                 "eos_token_id": TOKENIZER.end_id(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-        knobs |= changes
-        model = MODEL.build(MODEL.preset_config(section.preset, **knobs), head, config.training.seed,
-                            attn_implementation=section.attn_implementation)
-        MODEL.say_portability(model.config)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        chosen = changes.get(name)
-        for i in chosen if isinstance(chosen, list) else [] if chosen is None else [chosen]:
-            if not 0 <= i < model.config.vocab_size:
-                raise UserError(f"model.{name}: {i} is no id of a vocabulary of {model.config.vocab_size}")
-    if grow:
-        MODEL.grow_vocabulary(model, TOKENIZER.vocab_size(tokenizer))
-    if grow and adapter and section.name:  # rows may have been there to spare
-        known = TOKENIZER.load(config.tokenizer.name or section.name).get_vocab()
-        model.new_ids = sorted({*model.new_ids, *(i for token, i in tokenizer.get_vocab().items() if token not in known)})
-    if model.config.vocab_size < (size := TOKENIZER.vocab_size(tokenizer)):
-        raise UserError(f"model.vocab_size: {model.config.vocab_size} is smaller than the tokenizer's {size} ids")
-    resolve_defaults(config.training, model, fresh=not section.name)
+    device = section.device if packed else "cpu"  # weights are quantized on the device that uses them
+    model, _ = TOKENIZER.open_model(replace(section, dtype="float32", device=device), tokenizer, head=head, labels=labels,
+                                    seed=config.training.seed, grow=grow)
     fit_length(config, model.config.max_position_embeddings)
     return model
 
@@ -1394,11 +1369,15 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
     out = Path(config.output.dir)
     check_apart(out, model=config.model.name, adapter=getattr(config.actions, "adapter", None))
     accelerator, device = start_processes(config.training, config.model.device, out)
+    if config.model.name and (base := MODEL.base_and_adapter(config.model.name)[0]) != config.model.name:
+        raise UserError(f"model.name: {config.model.name} holds an adapter; train it with --model {base} --adapter "
+                        f"{config.model.name} (SFT.py, RL.py, DISTILL.py)")
     MODEL.choose_attention(config.model.attn_implementation)  # what cannot work is said before any work
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
         # a measurement
         mixed = config.training.mixed_precision = from_first(precision(config.training, config.model.dtype, device))
         stage = prepare(config, checkpoint, device)
+        resolve_defaults(config.training, stage.model, fresh=not config.model.name)
         for key in ("load_best_model_at_end", "early_stopping_patience"):
             if stage.evaluate is None and getattr(config.training, key):
                 raise UserError(f"training.{key}: nothing is held out to judge by; set data.validation")
@@ -1441,8 +1420,7 @@ def one_after_another(function: Callable, *arguments):
 
 
 def pretraining(config, checkpoint: Path | None, device: torch.device) -> Stage:
-    chosen = partial(one_after_another, TOKENIZER.choose, config.tokenizer, config.data, config.model.name)
-    tokenizer = TOKENIZER.load(checkpoint) if checkpoint else chosen()
+    tokenizer = one_after_another(TOKENIZER.of_run, config, checkpoint)
     model = prepare_model(config, tokenizer)
     stream, evaluate = prepare_data(config, tokenizer, is_masked(model, tokenizer))
     return Stage(model, tokenizer, stream, token_loss, evaluate, save_product)

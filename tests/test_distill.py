@@ -502,7 +502,7 @@ def test_a_cache_that_does_not_fit_is_refused(world, tmp_path):
 def test_a_cache_needs_no_teacher(world, tmp_path, capsys, monkeypatch):
     need_cache(world, "cache-talks", tmp_path)
     flags = [*flags_of(world, "cache-talks", tmp_path), "--teacher", str(tmp_path / "gone"), "--max-steps", "2", "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(RL, "second_model", None)
+    monkeypatch.setattr(DISTILL, "load_teacher", None)
     DISTILL.main(flags)
     assert f"{tmp_path / 'gone'} is not here; the cache tells that it was made by {world / 'talker'}" in capsys.readouterr().err
     assert TOKENIZER.load(tmp_path / "run").chat_template

@@ -414,6 +414,10 @@ def test_rewards_stand_at_the_last_token(model_folder, tokenizer, tmp_path):
     judge = RL.reward_model(str(tmp_path), tokenizer, "cpu", "rl.reward_funcs")
     samples = [RL.Sample(RL.Prompt("", "", one.ids[: one.start], {}), 0, one.ids[one.start :], "stop", "", None) for item in own for one in item.examples]
     assert judge(samples) == pytest.approx([x for pair in scores for x in pair], abs=1e-5)
+    context = model.config.max_position_embeddings
+    long = RL.Sample(RL.Prompt("", "", [5] * context, {}), 0, own[0].examples[0].ids, "stop", "", None)
+    last = float(theirs(tensor([long.ids[-context:]])).logits)
+    assert judge([long] * 65) == pytest.approx([last] * 65, abs=1e-4)
 
 
 def stream_of(own, held, method, batch_size, grad_accum, model, **more):
@@ -1062,7 +1066,7 @@ def test_models_that_do_not_fit_each_other_are_one_line(world, tmp_path, model_f
     TOKENIZER.save(other, tmp_path / "lm")
     flags = [*flags_of(world, "grpo"), "--max-steps", "1", "--out", str(tmp_path / "run")]
     for more, message in ((["--rl.reward_funcs", str(tmp_path / "reward")], "was made with another tokenizer"), (["--rl.reward_funcs", str(world / "base")], "gives no single score"),
-                          (["--rl.ref_model", str(tmp_path / "lm")], "does not fit the policy: its tokenizer lacks"), (["--model", str(tmp_path / "reward")], "has no head for words")):
+                          (["--rl.ref_model", str(tmp_path / "lm")], "does not fit the policy: its tokenizer lacks"), (["--model", str(tmp_path / "reward")], "has no language-model head")):
         with pytest.raises(UserError, match=message):
             RL.main([*flags, *more])
     assert not (tmp_path / "run" / "config.yaml").exists()

@@ -1106,7 +1106,7 @@ def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, toke
     SFT.main(["--config", str(tmp_path / "whole" / "config.yaml"), "--out", str(tmp_path / "same")])  # a run repeats from its own settings
     same = load_file(tmp_path / "same" / "model.safetensors")
     assert all(torch.equal(whole[name], same[name]) for name in whole)
-    with pytest.raises(UserError, match="has no head for words, only one for labels"):
+    with pytest.raises(UserError, match="has no language-model head, only one for labels"):
         SFT.main(["--model", str(tmp_path / "whole"), "--data", str(write(tmp_path / "a.jsonl", [{"messages": ASKED}])), "--out", str(tmp_path / "no")])
     more = SFT.main([*label_flags, "--model", str(tmp_path / "whole"), "--max-steps", "2", "--out", str(tmp_path / "more")])
     assert math.isclose(more.before["loss"], result.after["loss"], rel_tol=1e-4)
@@ -1350,6 +1350,8 @@ def test_classifiers_keep_to_the_context_and_name_their_padding(label_flags, tmp
     SFT.main([*label_flags, "--model", str(tmp_path / "base"), "--data", str(tmp_path / "long.tsv"), "--lora.r", "2", "--max-steps", "2", "--out", str(tmp_path / "adapter")])
     SFT.main(["--merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")])
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["pad_token_id"] == tokenizer.pad_token_id
+    with pytest.raises(UserError, match="model.name: .*adapter holds an adapter; train it with --model .*base --adapter .*adapter"):
+        SFT.main([*label_flags, "--model", str(tmp_path / "adapter"), "--out", str(tmp_path / "more")])
 
 
 def test_weights_of_messages_and_answers_that_come_first(tokenizer):

@@ -1298,6 +1298,7 @@ def test_choose_trains_once_and_again_when_asked_for_something_else(trainings, t
 
 def test_choose_takes_a_named_tokenizer(trainings, text_file, tmp_path, tokenizer):
     TOKENIZER.save(tokenizer, tmp_path / "named")
+    (tmp_path / "named" / "config.json").write_text("{}")
     data = section(text_file, dir=str(tmp_path / "d"))
     named, unnamed = TOKENIZER.TokenizerSection(name=str(tmp_path / "named")), TOKENIZER.TokenizerSection()
     for options in ((named, data), (unnamed, data, tmp_path / "named")):
