@@ -457,7 +457,7 @@ class Engine:
             sequence = self.cache.fork(like.sequence, len(row.prompt) - 1)
         else:
             sequence = self.cache.find(row.prompt + row.ids, row.salt) if self.reuse else MODEL.Sequence()
-        if sequence is None or not self.cache.extend(sequence, row.length):
+        if sequence is None or not self.cache.extend(sequence, row.length, len(row.prompt) + row.budget):
             if sequence is not None:
                 self.cache.close(sequence)
             return False

@@ -311,15 +311,18 @@ class KVCache:
 
     Position p of a sequence is slot p % page of its page p // page. Full pages never change, so sequences with a common prefix
     share them: forks of a prompt, and with `remember` and `find` later prompts. Pages without references are reused: first
-    those without a digest, then the least recently used. All bookkeeping is on the host. If a page holds the longest sequence,
-    each sequence is one page, and adjacent sequences are read in place.
+    those without a digest, then the least recently used. All bookkeeping is on the host.
+
+    Adjacent pages are read in place, others are copied together in each step. So a sequence gets adjacent pages where possible. If
+    a page holds the longest sequence, each sequence is one page, and adjacent sequences are read in place.
     """
 
     def __init__(self, layers: int, pages: int, page: int, device=None):
         self.states: list[list[Tensor]] = [[] for _ in range(layers)]  # each (H, pages * page, D); made by the first `store`
         self.page, self.pages, self.device = page, pages, device
         self.references = [0] * pages
-        self.free = list(range(pages))[::-1]
+        self.free = dict.fromkeys(range(pages))
+        self.cursor = 0  # where to look for adjacent free pages
         self.found: dict[bytes, int] = {}  # digest of all tokens up to the end of a page -> page
         self.digest_of: dict[int, bytes] = {}
         self.idle: dict[int, None] = {}  # cached pages without references, the least recently used first
@@ -328,22 +331,43 @@ class KVCache:
         """Number of pages that can be allocated."""
         return len(self.free) + len(self.idle)
 
-    def extend(self, sequence: Sequence, length: int) -> bool:
-        """Allocate pages for `length` tokens of a sequence; False, without any allocation, if too few pages are free."""
+    def extend(self, sequence: Sequence, length: int, expected: int = 0) -> bool:
+        """Allocate pages for `length` tokens of a sequence that may grow to `expected`; False, without any allocation, if too few
+        pages are free."""
         missing = -(-length // self.page) - len(sequence.pages)
         if missing > self.available():
             return False
-        sequence.pages += [self._take() for _ in range(missing)]
+        if missing > 0:
+            wanted = sequence.pages[-1] + 1 if sequence.pages else self._gap(-(-max(length, expected) // self.page))
+            for _ in range(missing):
+                sequence.pages.append(self._take(wanted))
+                wanted = sequence.pages[-1] + 1
         return True
 
-    def _take(self) -> int:
-        if self.free:
-            page = self.free.pop()
-        else:
-            page = next(iter(self.idle))
-            del self.idle[page], self.found[self.digest_of.pop(page)]
+    def _gap(self, count: int) -> int:
+        """The first of `count` adjacent free pages, searched in a ring, so that sequences have room to grow; -1 if there are none."""
+        while len(self.free) < count and self.idle:
+            self._evict()
+        run = 0
+        for page in itertools.chain(range(self.cursor, self.pages), range(self.pages)):
+            run = run + 1 if page in self.free and page else int(page in self.free)
+            if run == count:
+                self.cursor = (page + 1) % self.pages
+                return page - count + 1
+        return -1
+
+    def _take(self, wanted: int = -1) -> int:
+        if not self.free:
+            self._evict()
+        page = wanted if wanted in self.free else next(iter(self.free))
+        del self.free[page]
         self.references[page] = 1
         return page
+
+    def _evict(self) -> None:
+        page = next(iter(self.idle))
+        del self.idle[page], self.found[self.digest_of.pop(page)]
+        self.free[page] = None
 
     def _share(self, page: int) -> None:
         self.idle.pop(page, None)
@@ -356,7 +380,7 @@ class KVCache:
             if not self.references[page] and page in self.digest_of:
                 self.idle[page] = None
             elif not self.references[page]:
-                self.free.append(page)
+                self.free[page] = None
         sequence.pages, sequence.length, sequence.digests = [], 0, []
 
     def fork(self, source: Sequence, length: int) -> Sequence | None:
@@ -369,7 +393,7 @@ class KVCache:
         for page in copy.pages:
             self._share(page)
         if rest:
-            copy.pages.append(self._take())
+            copy.pages.append(self._take(copy.pages[-1] + 1 if copy.pages else -1))
             self._copy(source.pages[full], copy.pages[full], rest)
         return copy
 
@@ -415,7 +439,7 @@ class KVCache:
                 new = gaps.pop()
                 self._copy(old, new, one.length)
                 self.references[new], self.references[old], one.pages = 1, 0, [new]
-        self.free = [page for page in reversed(range(self.pages)) if not self.references[page]]
+        self.free, self.cursor = dict.fromkeys(page for page in range(self.pages) if not self.references[page]), 0
 
     def bytes(self) -> int:
         return sum(states.numel() * states.element_size() for states in itertools.chain(*self.states))
