@@ -760,7 +760,7 @@ def measures(tokens: int, size: int, nats: float) -> dict:
 
 
 class PackedLinear(nn.Module):
-    """A frozen bf16 Linear on a CPU, its weight laid out once in the blocks that oneDNN reads fastest.
+    """A frozen Linear on a CPU in bf16 or float32, its weight laid out once in the blocks that oneDNN reads fastest.
 
     Few rows wait for memory, so half the bytes are twice the speed. Many rows wait for arithmetic: where the processor
     multiplies float32 faster than bf16, they are computed so, which repays unpacking from about 200 rows on.
@@ -768,10 +768,11 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        half = weight.dtype == torch.bfloat16
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1 if half else 16)  # for batches of about this size
         self.bias = bias
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
-        self.widen_from = math.inf if MODEL.fast_half("cpu") else 256
+        self.widen_from = 256 if half and not MODEL.fast_half("cpu") else math.inf
 
     def forward(self, hidden: Tensor) -> Tensor:
         if hidden.numel() // self.in_features >= self.widen_from:
@@ -803,8 +804,8 @@ def configure_for_hardware(model: MODEL.LanguageModel, device=None, quiet: bool 
         chosen.append("TF32")
     if device.type == "cpu":
         chosen.append(f"{torch.get_num_threads()} threads")
-        if model.dtype == torch.bfloat16 and isinstance(model,
-                                                        MODEL.Transformer) and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packs = model.dtype == torch.float32 or model.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if packs and torch.backends.mkldnn.is_available() and isinstance(model, MODEL.Transformer):
             _pack(model)
             chosen.append("packed weights")
     if not quiet:
