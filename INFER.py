@@ -2,7 +2,7 @@
 
 Read in this order: settings (`Sampling`), the sampler (`sample`), the state of one completion (`Row`), continuous batching
 (`Engine`), `generate` and `stream`, scoring (`score`). Below the banner: hardware settings, static batching for other models, the
-command line, evaluation by lm-eval, the HTTP server.
+command line, evaluation by lm-eval, the HTTP server and its chat page.
 
     echo "Once upon a time" | python INFER.py --model out
     python INFER.py --model out --prompt "What is 12 plus 30?" --temperature 0 --max-new-tokens 32
@@ -16,6 +16,7 @@ import base64
 import contextlib
 import difflib
 import hmac
+import importlib.util
 import itertools
 import json
 import math
@@ -2312,8 +2313,166 @@ def run_server(session: Session, name: str) -> None:
             f"of {engine.cache.page}, at most {s.batch_size} sequences per batch")
     generate(session.model, [[session.tokenizer.bos_token_id or 0] * 8], Sampling(2, 0, ignore_eos=True))  # warm up
     say(f"serving {name} at http://{s.host}:{s.port}/v1")
+    http = uvicorn.Server(uvicorn.Config(app, s.host, s.port, log_level="warning", access_log=False,
+                                           timeout_graceful_shutdown=int(s.timeout)))
+    add_page(app, session, name, http)
     show_figures(server.service, server.meters)
-    uvicorn.run(app, host=s.host, port=s.port, log_level="warning", timeout_graceful_shutdown=int(s.timeout), access_log=False)
+    with contextlib.suppress(KeyboardInterrupt):
+        http.run()
+
+
+# --------------------------------------------------------------------------------------------------- chat page
+
+PAGE_SETTINGS = {"temperature": 2, "top_p": 1, "min_p": 1, "top_k": None, "max_new_tokens": None, "seed": None}  # slider maximum
+
+
+def chat_blocks(session: Session, name: str):
+    """The chat page: its functions stream from the HTTP API of the server that it is opened on."""
+    import gradio as gr
+    import httpx
+
+    settings, sampling = session.settings, session.sampling
+    headers = {"Authorization": f"Bearer {settings.api_key}".encode()} if settings.api_key else {}
+    knows_thinking = session.chat and "enable_thinking" in str(session.tokenizer.chat_template)
+
+    def api(request) -> httpx.AsyncClient:
+        host, port = request.request.scope["server"]
+        address = httpx.URL(scheme="http", host=host, port=port)
+        return httpx.AsyncClient(base_url=address, headers=headers, timeout=None, trust_env=False)
+
+    async def models(request):
+        async with api(request) as client:
+            ids = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
+        return gr.Dropdown(ids, value=ids[0], visible=len(ids) > 1)
+
+    def conversation(history: list[dict], message: str, system: str) -> list[dict]:
+        messages = [{"role": "system", "content": system}] if system else []
+        for turn in [*history, {"role": "user", "content": [{"text": message}]}]:
+            if (turn.get("metadata") or {}).get("title"):
+                continue  # thinking, or an error
+            if messages and messages[-1]["role"] == turn["role"]:
+                messages.pop()  # this question got no answer
+            messages.append({"role": turn["role"], "content": "".join(part["text"] for part in turn["content"])})
+        return messages
+
+    async def answer(message, history, request, model, system, thinking, *values):
+        """Yields the messages of the answer so far. If Gradio closes this generator (stop), the request is aborted as well."""
+        record = {key: value for key, value in zip(PAGE_SETTINGS, values, strict=True) if value not in ("", None)}
+        record |= {"model": model, "n": 1, "stream": True}
+        record |= {"messages": conversation(history, message, system)} if session.chat else {"prompt": message}
+        if knows_thinking:
+            record["chat_template_kwargs"] = {"enable_thinking": thinking}
+        thought = text = error = ""
+        shown = 0.0
+
+        def messages(done: bool = True) -> list[dict]:
+            status = "done" if text or done else "pending"
+            found = [{"content": thought, "metadata": {"title": "Thinking", "status": status}}] if thought else []
+            found += [{"content": text}] if text else []
+            return [*found, {"content": error, "metadata": {"title": "Error"}}] if error else found
+
+        route = "/v1/chat/completions" if session.chat else "/v1/completions"
+        async with api(request) as client, client.stream("POST", route, json=record) as response:
+            async for line in response.aiter_lines():
+                if line in ("", "data: [DONE]"):
+                    continue
+                chunk = json.loads(line.removeprefix("data: "))
+                error = chunk.get("error", {}).get("message", "")
+                for choice in chunk.get("choices", ()):
+                    delta = choice.get("delta", choice)  # of a chat, or a text completion
+                    thought += delta.get("reasoning_content") or ""
+                    text += delta.get("content") or delta.get("text") or ""
+                if time.perf_counter() - shown > 0.05:  # the browser need not draw every token of a fast model
+                    yield messages(done=False)
+                    shown = time.perf_counter()
+        yield messages()
+
+    # Gradio passes the request to a parameter of this type; a string annotation cannot name a local import.
+    for function in (models, answer):
+        function.__annotations__ = {"request": gr.Request}
+    with gr.Blocks(title=name, fill_height=True, analytics_enabled=False) as page:
+        with gr.Sidebar(open=False, position="right"):
+            model = gr.Dropdown([name], value=name, label="Model", visible=False)
+            system = gr.Textbox(label="System message", placeholder=settings.system, lines=2, visible=session.chat)
+            thinking = gr.Checkbox(True, label="Thinking", visible=knows_thinking)
+            values = []
+            for key, high in PAGE_SETTINGS.items():
+                value, label = getattr(sampling, key), key.replace("_", " ").capitalize()
+                if high is None:
+                    values.append(gr.Textbox("" if value is None else str(value), label=label, placeholder="default"))
+                else:
+                    values.append(gr.Slider(0, max(high, value), value, step=0.01, label=label))
+        gr.Markdown(f"## {name}")
+        note = None if session.chat else "This model has no chat template. It continues each message without the earlier ones."
+        chatbot = gr.Chatbot(show_label=False, scale=1, buttons=["copy", "copy_all"], feedback_options=None, placeholder=note)
+        gr.ChatInterface(answer, chatbot=chatbot, editable=True, additional_inputs=[model, system, thinking, *values],
+                         concurrency_limit=None, api_visibility="private")
+        page.load(models, outputs=model, api_visibility="private")
+    return page
+
+
+def add_page(app, session: Session, name: str, server) -> None:
+    """Mount the chat page at /. It is built when / is first requested, because importing Gradio takes seconds."""
+    if not importlib.util.find_spec("gradio"):
+        say("no chat page at /: Gradio is not installed; pip install -r requirements-extras.txt")
+        return
+    from fastapi import FastAPI, HTTPException, Request
+    from fastapi.security import HTTPBasic
+
+    key, opening = (session.settings.api_key or "").encode(), None
+    policy = b"default-src 'self' data: blob: 'unsafe-inline'"  # the browser contacts no other host
+
+    def build() -> FastAPI:
+        os.environ["GRADIO_RUN_HISTORY"] = "False"  # the browser stores no conversations
+        import gradio
+
+        page = FastAPI(openapi_url=None)
+        style = "body:has(.stop-button) [aria-label=Clear] {display: none}"  # Gradio's Clear does not stop an answer
+        theme = gradio.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
+        return gradio.mount_gradio_app(page, chat_blocks(session, name), "/", footer_links=[], max_file_size=0, theme=theme,
+                                       head=f"<style>{style}</style>", app_kwargs={"openapi_url": None})
+
+    async def open_page() -> tuple:
+        page = await asyncio.to_thread(build)
+        lifespan = page.router.lifespan_context(page)
+        await lifespan.__aenter__()
+
+        async def close() -> None:
+            while not server.should_exit:
+                await asyncio.sleep(0.2)
+            page.routes[-1].app.stop_event.set()  # else browser tabs hold connections that delay the server's exit
+            await lifespan.__aexit__(None, None, None)
+
+        return page, asyncio.create_task(close())
+
+    async def serve(scope, receive, send):
+        nonlocal opening
+        size = 0
+        if scope["path"].startswith("/v1/") or not opening and scope["path"] != "/":
+            raise HTTPException(404)
+        if key:  # status 401 makes the browser ask for a name, which is ignored, and a password
+            given = await HTTPBasic()(Request(scope))
+            if not hmac.compare_digest(given.password.encode(), key):
+                raise HTTPException(401, "wrong API key", {"WWW-Authenticate": "Basic"})
+
+        async def bounded() -> dict:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > session.settings.max_body:
+                raise HTTPException(413)
+            return message
+
+        async def confined(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", policy)]
+            await send(message)
+
+        opening = opening or asyncio.create_task(open_page())
+        await (await opening)[0](scope, bounded, confined)
+
+    app.mount("/", serve)
+    say(f"chat page at http://{session.settings.host}:{session.settings.port}/")
 
 
 ACTIONS = {
