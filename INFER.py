@@ -1,8 +1,9 @@
 """INFER.py: text generation.
 
-Read in this order: settings (`Sampling`), the sampler (`sample`), the state of one completion (`Row`), continuous batching
-(`Engine`), `generate` and `stream`, scoring (`score`). Below the banner: hardware settings, static batching for other models, the
-command line, evaluation by lm-eval, the HTTP server and its chat page.
+Read in this order: settings (`Sampling`), sampling (`Sampler`), the state of one completion (`Row`), continuous batching
+(`Engine`), speculative decoding (`PromptLookup`, `DraftModel`), `generate` and `stream`, `beam_search`, scoring (`score`). Below the
+banner: hardware settings, structured outputs, static batching for other models, the command line, evaluation by lm-eval, the HTTP
+server and its chat page.
 
     echo "Once upon a time" | python INFER.py --model out
     python INFER.py --model out --prompt "What is 12 plus 30?" --temperature 0 --max-new-tokens 32
@@ -118,7 +119,7 @@ class InferenceSection(Sampling):
     max_num_batched_tokens: int = knob(512, "--serve: maximum tokens per forward pass; longer prompts are chunked", low=1)
     enable_prefix_caching: bool = knob(True, "--serve: reuse the KV cache of shared prompt prefixes")
     timeout: float = knob(600.0, "--serve: maximum seconds per request", above=0)
-    control_tokens: bool = knob(False, "--serve: parse control tokens in chat messages; false treats them as text")
+    control_tokens: bool = knob(False, "parse control tokens in chat messages; false treats them as text")
     max_body: int = knob(2**22, "--serve: maximum request size in bytes", low=1)
     response_cache: int = knob(0, "--serve: keep the last N responses to deterministic requests (temperature 0 or a seed)", low=0)
     lora_modules: list[str] = knob([], "--serve: LoRA adapters as NAME=FOLDER; requests choose one by `model`")
@@ -304,7 +305,7 @@ class Row:
         self.grammar = self.adapter = None
         self.detokenizer = Detokenizer(tokenizer, prompt) if tokenizer else None
         self.text = ""
-        self.told = 0  # characters of the text that are final: no stop text can begin in them
+        self.settled = 0  # characters of the text that are final: no stop text can begin in them
         self.sequence, self.running, self.draft = MODEL.Sequence(), False, []  # the engine's; `draft`: guesses of the next tokens
 
     @property
@@ -347,7 +348,7 @@ class Row:
             stopped_by_text = self.finish == "stop" and token not in self.eos
             if not stopped_by_text:
                 self._extend(self.detokenizer.flush())
-            self.told = len(self.text)
+            self.settled = len(self.text)
 
     def _extend(self, piece: str) -> None:
         stops = self.sampling.stop or ()
@@ -357,7 +358,7 @@ class Row:
         if places:
             self.text, self.finish = self.text[: min(places)], "stop"
         # Hold back an ending that may be the beginning of a stop text.
-        self.told = max(self.told, len(self.text) - held(self.text, stops))
+        self.settled = max(self.settled, len(self.text) - held(self.text, stops))
 
     def completion(self) -> Completion:
         return Completion(self.ids, self.logprobs if self.sampling.logprobs else None, self.finish or "length",
@@ -651,11 +652,11 @@ def _steps(model, rows: list[Row], use_cache: bool, batch_size: int, drafter=Non
 def stream(model, tokenizer, prompt_ids: list[int], sampling: Sampling, use_cache: bool = True, drafter=None) -> Iterator[str]:
     """The text of one answer, in pieces as it is generated; a piece never holds part of a character or a stop text."""
     [[row]] = _make_rows(model, [prompt_ids], [replace(sampling, n=1)], tokenizer, 0)
-    told = 0
+    sent = 0
     for _ in _steps(model, [row], use_cache, 1, drafter):
-        if row.told > told:
-            yield row.text[told : row.told]
-            told = row.told
+        if row.settled > sent:
+            yield row.text[sent : row.settled]
+            sent = row.settled
 
 
 def beam_search(model, rows: list[Row]) -> None:
@@ -740,12 +741,12 @@ def score(model, tokenizer, texts: Iterable[str], top: int = 0, each: Callable |
     sums = [0, 0, 0.0]
     for text in texts:
         scored = score_ids(model, score_prompt(tokenizer, text), top)
-        own = len(scored.logprobs), len(text.encode("utf-8")), -math.fsum(scored.logprobs)
-        if not math.isfinite(own[2]):
+        counts = len(scored.logprobs), len(text.encode("utf-8")), -math.fsum(scored.logprobs)
+        if not math.isfinite(counts[2]):
             raise UserError("the model's logits are not finite: its weights or its config.json are broken")
-        sums = [total + part for total, part in zip(sums, own, strict=True)]
+        sums = [total + part for total, part in zip(sums, counts, strict=True)]
         if each is not None:
-            each(text, scored, measures(*own))
+            each(text, scored, measures(*counts))
     return measures(*sums)
 
 
@@ -1027,15 +1028,21 @@ class Session:
     def sampling(self) -> Sampling:
         return Sampling(**{key: getattr(self.settings, key) for key in SAMPLING_KEYS})
 
+    def chat_ids(self, messages: list[dict], tools: list | None = None, options: dict | None = None) -> list[int]:
+        """The prompt of a conversation. It starts with the system message of the settings unless it has its own."""
+        if self.settings.system and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": self.settings.system}, *messages]
+        return TOKENIZER.render_chat(self.tokenizer, messages, tools, add_generation_prompt=True,
+                                     literal=not self.settings.control_tokens, options=options).ids
+
     def prompt_ids(self, prompt: str | list[dict] | dict, sampling: Sampling) -> list[int]:
         """A text, the messages of a chat, or {"messages", "tools"} -> ids that fit the context."""
+        messages, tools = [], None
         if self.chat or not isinstance(prompt, str):
-            said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            asked = prompt if isinstance(prompt, dict) else {"messages": said}
-            messages = asked["messages"]
-            if self.settings.system and messages[0].get("role") != "system":
-                messages = [{"role": "system", "content": self.settings.system}, *messages]
-            ids = TOKENIZER.render_chat(self.tokenizer, messages, asked.get("tools"), add_generation_prompt=True).ids
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            if isinstance(prompt, dict):
+                messages, tools = prompt["messages"], prompt.get("tools")
+            ids = self.chat_ids(messages, tools)
         else:
             ids = TOKENIZER.encode_prompt(self.tokenizer, prompt)
         context = self.model.config.max_position_embeddings
@@ -1043,15 +1050,13 @@ class Session:
             return ids
         room = context - min(sampling.max_new_tokens, context // 2)
         note = f"the prompt has {len(ids)} tokens, {room} fit a context of {context} beside the answer: its first"
-        if self.chat or not isinstance(prompt, str):
-            system = [message for message in messages[:1] if message["role"] == "system"]
-            for start in range(len(system) + 1, len(messages)):
-                with contextlib.suppress(UserError):  # a template may refuse a conversation that begins so
-                    rest = [*system, *messages[start:]]
-                    shorter = TOKENIZER.render_chat(self.tokenizer, rest, asked.get("tools"), add_generation_prompt=True).ids
-                    if len(shorter) <= room:
-                        say(f"{note} {start - len(system)} messages were dropped")
-                        return shorter
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        for start in range(len(system) + 1, len(messages)):
+            with contextlib.suppress(UserError):  # a template may refuse a conversation that begins so
+                shorter = self.chat_ids([*system, *messages[start:]], tools)
+                if len(shorter) <= room:
+                    say(f"{note} {start - len(system)} messages were dropped")
+                    return shorter
         say(f"{note} {len(ids) - room} were dropped")
         begin = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
         return begin + ids[len(ids) - room + len(begin) :]
@@ -1070,13 +1075,13 @@ class Session:
                 raise
         return "".join(pieces)
 
-    def generate(self, prompt: str | list[dict], **own) -> str | list[str]:
-        """The completion of a text or of chat messages, a list if n > 1. `own`: sampling parameters of this request."""
-        sampling = own_sampling(own, self.sampling, "")
-        if unknown := [key for key in own if OPENAI_KEYS.get(key, key) not in SAMPLING_KEYS]:
+    def generate(self, prompt: str | list[dict], **parameters) -> str | list[str]:
+        """The completion of a text or of chat messages, a list if n > 1. `parameters`: sampling parameters of this request."""
+        sampling = request_sampling(parameters, self.sampling, "")
+        if unknown := [key for key in parameters if OPENAI_KEYS.get(key, key) not in SAMPLING_KEYS]:
             raise UserError(f"{unknown[0]}: unknown setting; nearest is {MODEL.nearest(unknown[0], SAMPLING_KEYS)}")
         [found] = self.answer([prompt], [sampling])
-        return found[0].text if sampling.n == 1 else [one.text for one in found]
+        return found[0].text if sampling.n == 1 else [completion.text for completion in found]
 
     @cached_property
     def drafter(self) -> PromptLookup | DraftModel | None:
@@ -1231,14 +1236,14 @@ def run_jsonl(session: Session) -> None:
                 yield prompt, sampling, 0 if record.get("seed") is not None else place
 
     for completions in answers(session, requests()):
-        asked = given.popleft()
+        request = given.popleft()
         for index, c in enumerate(completions):
             extra = {"index": index} if len(completions) > 1 else {}
             if c.logprobs is not None:
                 extra |= {"tokens": [session.tokenizer.decode([i]) for i in c.ids], "logprobs": c.logprobs}
             if c.best is not None:
                 extra["top_logprobs"] = [{session.tokenizer.decode([i]): value for i, value in place.items()} for place in c.best]
-            record = {**asked, "completion": c.text, "finish_reason": c.finish_reason, **extra}
+            record = {**request, "completion": c.text, "finish_reason": c.finish_reason, **extra}
             print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
@@ -1269,25 +1274,25 @@ def _record(line: str, where: str, base: Sampling):
         plain = key.lower().replace("-", "_")
         if key not in REQUEST_KEYS and (meant := difflib.get_close_matches(plain, REQUEST_KEYS, 1, 0.8)):
             raise UserError(f"{where}: unknown key '{key}'; nearest is '{meant[0]}'")
-    return record, prompt, own_sampling(record, base, f"{where}: ")
+    return record, prompt, request_sampling(record, base, f"{where}: ")
 
 
 OPENAI_KEYS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 
 
-def own_sampling(record: dict, base: Sampling, where: str, **more) -> Sampling:
+def request_sampling(record: dict, base: Sampling, where: str, **more) -> Sampling:
     """The sampling parameters of a request: its keys, under OpenAI's names or ours, override `base`; null means not set."""
     kinds, stop = MODEL.field_types(Sampling), record.get("stop")
     if stop is not None and not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):
         raise UserError(f"{where}stop: {stop!r} is no text or list of texts")
     given = {OPENAI_KEYS.get(key, key): (key, value) for key, value in record.items() if value is not None}
-    own = {name: stop if name == "stop" else MODEL.convert(value, kinds[name], f"{where}{key}")
+    changed = {name: stop if name == "stop" else MODEL.convert(value, kinds[name], f"{where}{key}")
            for name, (key, value) in given.items() if name in SAMPLING_KEYS and name not in more}
-    own |= more
-    if record.get("best_of") not in (None, own.get("n", base.n)):
+    changed |= more
+    if record.get("best_of") not in (None, changed.get("n", base.n)):
         raise UserError(f"{where}best_of: only the value of n is supported")
     try:
-        return replace(base, **own)
+        return replace(base, **changed)
     except UserError as error:
         raise UserError(f"{where}{error}") from None
 
@@ -1337,10 +1342,10 @@ def run_score(session: Session, data: TOKENIZER.DataSection, path: str, lines: b
         texts = (text for file in files for text in TOKENIZER.read_documents(file, "line" if lines else "file", data.text_field))
     words = session.tokenizer.convert_ids_to_tokens
 
-    def each(text: str, scored, own: dict) -> None:
+    def each(text: str, scored, measured: dict) -> None:
         nonlocal logits_path
         if session.settings.logprobs:
-            record = {"text": text, **own, "ids": scored.ids, "token_strings": words(scored.ids), "logprobs": scored.logprobs}
+            record = {"text": text, **measured, "ids": scored.ids, "token_strings": words(scored.ids), "logprobs": scored.logprobs}
             if scored.best is not None:
                 record["top_logprobs"] = [{words(i) or f"<{i}>": value for i, value in place.items()} for place in scored.best]
             print(json.dumps(record, ensure_ascii=False), flush=True)
@@ -1578,7 +1583,7 @@ def as_lm(session: Session):
                 stop, count = handle_stop_sequences(given["until"], tokenizer.eos_token), given["max_gen_toks"]
                 room = context - count if count < context else context // 2
                 prompts.append((self.tok_encode(text) or [self.prefix_token_id])[-room:])
-                samplings.append(own_sampling(given, base, "--eval: ", max_new_tokens=count, stop=stop))
+                samplings.append(request_sampling(given, base, "--eval: ", max_new_tokens=count, stop=stop))
             rows = [row for [row] in _make_rows(model, prompts, samplings, tokenizer, 0)]
             engine = session.engine(reuse=True)
             engine.add(rows)
@@ -1682,14 +1687,14 @@ class Service:
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
-    def submit(self, rows: list[Row], tell: Callable[[Row, Exception | None], None]) -> None:
-        """tell(row, error) is called in the engine's thread after new tokens of a row, or if the step fails."""
+    def submit(self, rows: list[Row], notify: Callable[[Row, Exception | None], None]) -> None:
+        """notify(row, error) is called in the engine's thread after new tokens of a row, or if the step fails."""
         if self.open + len(rows) > self.limit:
             raise Refused(429, f"the queue is full: {self.open} of {self.limit} completions run or wait; try again later",
                           "rate_limit_error", {"Retry-After": "1"})
         self.open += len(rows)
         for row in rows:
-            row.tell = tell
+            row.notify = notify
         self.inbox.put(("add", [row for row in rows if not row.finish]))
 
     def call(self, function: Callable) -> Future:
@@ -1708,7 +1713,7 @@ class Service:
             self.engine.add(rows)
         except UserError as error:  # a prompt that the cache has no room for
             for row in rows:
-                row.tell(row, error)
+                row.notify(row, error)
 
     def _work(self) -> None:
         engine = self.engine
@@ -1733,11 +1738,11 @@ class Service:
                         future.set_exception(error)
             try:
                 for row in engine.step() if engine.busy else ():
-                    row.tell(row, None)
+                    row.notify(row, None)
             except Exception as error:  # such as out of memory: the current requests fail, the server continues
                 for row in [*engine.running, *engine.waiting]:
                     engine.remove(row)
-                    row.tell(row, error)
+                    row.notify(row, error)
 
 
 COMMON_FIELDS = {"model", "stream", "stream_options", "user", "metadata", "store", "best_of", "response_format", "logprobs"}
@@ -1769,7 +1774,7 @@ def sampling_of(record: dict, base: Sampling, chat: bool) -> Sampling:
         if response.get("type") not in forms:
             raise Refused(400, f"response_format.type: {response.get('type')!r} is not text, json_object or json_schema")
         more["structured_outputs"] = forms[response["type"]]
-    sampling = own_sampling(record, base, "", **more)
+    sampling = request_sampling(record, base, "", **more)
     if sampling.top_logprobs > 20 or sampling.n > 128:
         raise Refused(400, "top_logprobs must be at most 20, and n at most 128")
     if sampling.num_beams > 1:
@@ -1853,8 +1858,8 @@ class Exchange:
         self.clock = time.perf_counter()
         loop, numbers = asyncio.get_running_loop(), {row: i for i, row in enumerate(self.rows)}
 
-        def tell(row: Row, error: Exception | None) -> None:
-            event = (numbers[row], row.text[: row.told], len(row.ids), row.finish, error)
+        def notify(row: Row, error: Exception | None) -> None:
+            event = (numbers[row], row.text[: row.settled], len(row.ids), row.finish, error)
             loop.call_soon_threadsafe(self.events.put_nowait, event)
 
         if self.cached:
@@ -1862,7 +1867,7 @@ class Exchange:
             for number, row in enumerate(self.rows):
                 self.events.put_nowait((number, row.text, len(row.ids), row.finish, None))
         else:
-            self.server.service.submit(self.rows, tell)
+            self.server.service.submit(self.rows, notify)
 
     async def updates(self):
         """(index, text so far, number of tokens, finish reason) after new tokens, until all rows are finished; with echo also
@@ -1909,17 +1914,17 @@ class Exchange:
 
     def piece(self, number: int, text: str, count: int, finish: str | None) -> dict | None:
         """The choice of a chunk: what is new since the last one; None if there is nothing to send yet."""
-        row, (thought, said, tokens) = self.rows[number], self.sent[number]
+        row, (reasoned, written, tokens) = self.rows[number], self.sent[number]
         if self.echo and not count:  # the prompt comes first
             logprobs = self.of_prompt(number) if self.scored else None
             return {"index": number, "text": self.before[number], "logprobs": logprobs, "finish_reason": finish}
         reasoning, content, calls = self.reader(text, bool(finish)) if self.chat else ("", text, [])
-        if not (finish or reasoning[thought:] or content[said:]):
+        if not (finish or reasoning[reasoned:] or content[written:]):
             return None
-        logprobs = self.logprobs(row.completion(), tokens, count, len(self.before[number]) + said)
-        self.sent[number] = (max(thought, len(reasoning)), max(said, len(content)), count)
-        delta = {"reasoning_content": reasoning[thought:], "content": content[said:], "tool_calls": _call_records(calls)}
-        news = {"delta": {key: value for key, value in delta.items() if value}} if self.chat else {"text": content[said:]}
+        logprobs = self.logprobs(row.completion(), tokens, count, len(self.before[number]) + written)
+        self.sent[number] = (max(reasoned, len(reasoning)), max(written, len(content)), count)
+        delta = {"reasoning_content": reasoning[reasoned:], "content": content[written:], "tool_calls": _call_records(calls)}
+        news = {"delta": {key: value for key, value in delta.items() if value}} if self.chat else {"text": content[written:]}
         return {"index": number, **news, "logprobs": logprobs, "finish_reason": "tool_calls" if calls else finish}
 
     def choice(self, number: int) -> dict:
@@ -2113,14 +2118,12 @@ class Server:
 
     def conversation(self, record: dict, sampling: Sampling) -> tuple[list[int], Reader, dict | None]:
         """A chat's prompt, how to read its answer, and the structure of that answer, if it is restricted."""
-        tokenizer, system = self.session.tokenizer, self.settings.system
+        tokenizer = self.session.tokenizer
         if not tokenizer.chat_template:
             raise Refused(400, "messages: this model has no chat template; use /v1/completions")
         messages = messages_of(field(record, "messages", list, []), "messages")
         if not messages:
             raise Refused(400, "messages: a list of messages is expected")
-        if system and messages[0].get("role") != "system":
-            messages = [{"role": "system", "content": system}, *messages]
         markup, tools, form = TOKENIZER.answer_markup(tokenizer), tools_of(record), sampling.structured_outputs
         choice = record.get("tool_choice") or "auto"
         tools = [] if choice == "none" else tools
@@ -2132,9 +2135,7 @@ class Server:
                 raise Refused(400, f"tool_choice: {json.dumps(choice)[:100]} is not auto, none, required or one of the tools"
                               if not chosen else "tool_choice and response_format exclude each other")
             form = {"grammar": call_grammar(markup, chosen, tokenizer)}
-        ids = TOKENIZER.render_chat(tokenizer, messages, tools or None, add_generation_prompt=True,
-                                    literal=not self.settings.control_tokens,
-                                    options=field(record, "chat_template_kwargs", dict)).ids
+        ids = self.session.chat_ids(messages, tools or None, field(record, "chat_template_kwargs", dict))
         thinks = bool(markup.think) and tokenizer.decode(ids[-16:]).rstrip().endswith(markup.think[0])
         if thinks and form:  # the answer starts at once
             ids, thinks = ids + tokenizer(f"\n{markup.think[1]}\n\n", add_special_tokens=False).input_ids, False

@@ -502,7 +502,7 @@ def test_a_stop_over_several_tokens_holds_its_beginning_back(tokenizer):
         if row.finish:
             break
         row.accept(token, None)
-        told.append(row.text[: row.told])
+        told.append(row.text[: row.settled])
     assert told == ["", "E ", "E ", "E ", "E ENx", "E ENx ", "E ENx ", "E ENx ", "E ENx EN", "E ENx EN", "E ENx EN"]
     assert row.finish == "stop" and row.completion().text == "E ENx EN"
 
@@ -1132,6 +1132,32 @@ def test_without_stdin_and_on_a_narrow_console(model_folder):
     assert closed.returncode == 2 and closed.stderr.decode().splitlines()[-1] == "error: no prompt: there is no stdin; use --prompt"
     narrow = run("--prompt", "caf\u00e9 \U0001f600", "--echo", "--max-new-tokens", "2", env={**os.environ, "PYTHONIOENCODING": "cp1252"})
     assert narrow.returncode == 0 and narrow.stdout.decode("cp1252").startswith("caf\u00e9 ?")
+
+
+def test_lines_that_are_typed_get_a_prompt(monkeypatch):
+    """Labels, rewards and --lines on a terminal."""
+    typed, prompts = iter(["One", "Two"]), []
+
+    def read(prompt):
+        prompts.append(prompt)
+        for line in typed:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    assert list(INFER.read_stdin()) == ["One", "Two"] and prompts == ["> "] * 3
+
+
+def test_control_tokens_in_a_typed_message_are_text(infer, chat_folder):
+    """Also without a server; an option parses them."""
+    session = INFER.load(str(chat_folder))
+    typed = "Hi" + session.tokenizer.eos_token
+    ids = [INFER.Session.prompt_ids(session, typed, Sampling()) for session.settings.control_tokens in (False, True)]
+    plain = session.prompt_ids("Hi", Sampling())
+    count = [part.count(session.tokenizer.eos_token_id) for part in (*ids, plain)]
+    assert count[0] == count[2] and count[1] == count[2] + 1
+    assert session.tokenizer.decode(ids[0]) == session.tokenizer.decode(ids[1])
 
 
 def test_an_adapters_folder_is_its_base_with_the_adapter(infer, model_folder, tmp_path):

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -342,6 +343,7 @@ def test_thinking_is_switched_by_the_template(server, tmp_path):
     tokenizer = TOKENIZER.load(server.name)
     tokenizer.chat_template = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n' + ('<think>\n' if enable_thinking else '')") + "{# </think> #}"
     session = SimpleNamespace(tokenizer=tokenizer, settings=SimpleNamespace(system=None, control_tokens=False))
+    session.chat_ids = partial(INFER.Session.chat_ids, session)
     asked = SimpleNamespace(session=session, settings=session.settings, checked=lambda ids: ids)
     for thinks, form in ((True, None), (False, None), (True, {"regex": "a"})):
         record = {"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": {"enable_thinking": thinks}}

@@ -1348,6 +1348,39 @@ REFUSED = {("no_calls", "tool call"), *(("parts_only", kind) for kind in templat
            *(("strict", kind) for kind in ("tool call", "system", "assistant first"))}
 
 
+WRITES_CALLS = {"reasoning": "json", "chatml": "json", "headers": "json", "channels": "named", "next_role": "named", "response_opens": "named"}
+PAIRS = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] or '') }}{% for call in m.tool_calls or [] %}"
+         "{{ '<tool_call>\n<function=' + call.function.name + '>' }}{% for key, value in call.function.arguments.items() %}"
+         "{{ '\n<parameter=' + key + '>\n' + (value if value is string else value | tojson) + '\n</parameter>' }}{% endfor %}"
+         "{{ '\n</function>\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize("name", [*WRITES_CALLS, "pairs"])
+def test_tool_calls_are_read_as_the_template_writes_them(name):
+    text = PAIRS if name == "pairs" else (ROOT / f"tests/templates/{name}.jinja").read_text()
+    tokenizer = templates.tokenizer_of(text)
+    markup = TOKENIZER.answer_markup(tokenizer)
+    assert markup.form == ("pairs" if name == "pairs" else WRITES_CALLS[name])
+    schema = {"type": "object", "properties": {"town": {"type": "string"}, "days": {"type": "array"}, "code": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": schema}}]
+    for arguments in ({"town": "Alder \"on\" Sea", "days": [1, 2], "code": "007"}, {"town": "{Rill}"}):
+        call = {"type": "function", "id": "abcdefgh0", "function": {"name": "weather", "arguments": arguments}}
+        messages = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        ids, [turn] = TOKENIZER.render_chat(tokenizer, messages, tools)
+        written = tokenizer.decode(ids[turn.start : turn.stop])
+        assert TOKENIZER.parse_calls(markup, written, tools) == [("weather", arguments)], written
+        for cut in range(1, len(written) // 2):
+            TOKENIZER.parse_calls(markup, written[:-cut], tools)
+    assert TOKENIZER.parse_calls(markup, "No call {here}.", tools) == []
+
+
+def test_templates_without_readable_calls():
+    for name in ("no_calls", "strict", "summary", "end_at_last"):
+        markup = TOKENIZER.answer_markup(templates.tokenizer_of((ROOT / f"tests/templates/{name}.jinja").read_text()))
+        assert markup.call is None and TOKENIZER.parse_calls(markup, '{"name": "weather", "arguments": {}}') == []
+
+
+
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("kind", templates.conversations())
 def test_exactly_the_assistants_turns_are_trained(path, kind):
