@@ -761,6 +761,9 @@ def measures(tokens: int, size: int, nats: float) -> dict:
 # ---------------------------------------------------------------------------------------------------- hardware
 
 
+PACK_WIDTH = 256  # of float32 models; calling oneDNN costs narrower ones more than it saves
+
+
 class PackedLinear(nn.Module):
     """A frozen Linear on a CPU in bf16 or float32, its weight laid out once in the blocks that oneDNN reads fastest.
 
@@ -806,7 +809,8 @@ def configure_for_hardware(model: MODEL.LanguageModel, device=None, quiet: bool 
         chosen.append("TF32")
     if device.type == "cpu":
         chosen.append(f"{torch.get_num_threads()} threads")
-        packs = model.dtype == torch.float32 or model.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        packs = {torch.float32: model.config.hidden_size >= PACK_WIDTH,
+                 torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}.get(model.dtype)
         if packs and torch.backends.mkldnn.is_available() and isinstance(model, MODEL.Transformer):
             _pack(model)
             chosen.append("packed weights")

@@ -1283,7 +1283,8 @@ def prompts():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama-gqa", "llama-biases", "llama-mqa", "qwen3"])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
-def test_fused_and_packed_weights_compute_the_same(family, dtype, tolerance, hub, capsys):
+def test_fused_and_packed_weights_compute_the_same(family, dtype, tolerance, hub, capsys, monkeypatch):
+    monkeypatch.setattr(INFER, "PACK_WIDTH", 0)
     ids, greedy = ids_of(2, 16), INFER.Sampling(12, temperature=0, ignore_eos=True)
     model = MODEL.load(hub(family), dtype)
     with torch.no_grad():
