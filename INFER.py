@@ -809,9 +809,10 @@ def configure_for_hardware(model: MODEL.LanguageModel, device=None, quiet: bool 
         chosen.append("TF32")
     if device.type == "cpu":
         chosen.append(f"{torch.get_num_threads()} threads")
-        packs = {torch.float32: model.config.hidden_size >= PACK_WIDTH,
-                 torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}.get(model.dtype)
-        if packs and torch.backends.mkldnn.is_available() and isinstance(model, MODEL.Transformer):
+        packs = isinstance(model, MODEL.Transformer) and torch.backends.mkldnn.is_available() and {
+            torch.float32: model.config.hidden_size >= PACK_WIDTH,
+            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}.get(model.dtype)
+        if packs:
             _pack(model)
             chosen.append("packed weights")
     if not quiet:
