@@ -3,6 +3,8 @@
     python bench/serve.py soak --model out/sft --minutes 10 --clients 64     # clients that ask, stream, go away, overrun and send nonsense
     python bench/serve.py prefix                     # seconds to the first token behind a beginning that is known, and that is not
     python bench/serve.py overhead                   # all but the forward pass, as a share of a step at 16 sequences
+    python bench/serve.py streams --model out/sft    # the time between the tokens of 50 concurrent streams
+    python bench/serve.py lookup --preset llama-134m # prompt look-up on text that repeats itself
 
 soak: every whole answer is compared with the one that was computed alone before; memory after the first minute and at the end;
 at the end nothing may run, wait or hold a page.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -50,8 +53,6 @@ def soak(options) -> None:
     asked = [" ".join(words[start : start + dice.randint(1, 60)]) for start in (dice.randrange(len(words) - 60) for _ in range(40))]
     sampling = INFER.Sampling(dice.randint(20, 60), 0)
     right = [one.text for [one] in INFER.generate(session.model, [TOKENIZER.encode_prompt(session.tokenizer, text) for text in asked], sampling, session.tokenizer)]
-    server = subprocess.Popen([sys.executable, str(ROOT / "INFER.py"), "--serve", "--model", options.model, "--port", str(PORT), "--max-num-seqs", "16",
-                               "--max-queue", str(options.clients // 2), *options.flags])
     seen: Counter = Counter()
 
     async def client(number: int, http, until: float) -> None:
@@ -88,12 +89,7 @@ def soak(options) -> None:
 
     async def run() -> None:
         async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=options.clients)) as http:
-            for _ in range(600):
-                try:
-                    await http.get(f"{URL}/health")
-                    break
-                except httpx.HTTPError:
-                    await asyncio.sleep(0.1)
+            await ready(http)
             until, memory = time.time() + 60 * options.minutes, []
 
             async def watch() -> None:
@@ -109,11 +105,74 @@ def soak(options) -> None:
         for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "generation_tokens_total"):
             print(next(line for line in figures.splitlines() if line.startswith(f"vllm:{name} ")))
 
-    try:
+    with serving(options, "--max-num-seqs", "16", "--max-queue", str(options.clients // 2)) as server:
         asyncio.run(run())
+
+
+@contextlib.contextmanager
+def serving(options, *flags):
+    server = subprocess.Popen([sys.executable, str(ROOT / "INFER.py"), "--serve", "--model", options.model, "--port", str(PORT), *flags, *options.flags])
+    try:
+        yield server
     finally:
         server.terminate()
         server.wait()
+
+
+async def ready(http) -> None:
+    for _ in range(600):
+        try:
+            await http.get(f"{URL}/health")
+            break
+        except Exception:  # of httpx: the server is not there yet
+            await asyncio.sleep(0.1)
+
+
+def streams(options) -> None:
+    """Milliseconds between the events of 50 streams of 200 tokens each."""
+    import httpx
+
+    gaps: list[float] = []
+
+    async def client(number: int, http) -> None:
+        body = {"prompt": f"The {number}", "max_tokens": 200, "temperature": 0.8, "seed": number, "ignore_eos": True, "stream": True}
+        async with http.stream("POST", f"{URL}/v1/completions", json=body) as answer:
+            last = None
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    now = time.perf_counter()
+                    gaps.extend([1000 * (now - last)] if last else [])
+                    last = now
+
+    async def run() -> None:
+        async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=50)) as http:
+            await ready(http)
+            await asyncio.gather(*(client(i, http) for i in range(50)))
+
+    with serving(options, "--max-num-seqs", "50"):
+        asyncio.run(run())
+    gaps.sort()
+    middle, high = gaps[len(gaps) // 2], gaps[len(gaps) * 99 // 100]
+    print(f"50 streams, {len(gaps)} gaps: median {middle:.1f} ms, 99th percentile {high:.1f} ms ({high / middle:.1f} medians), longest {gaps[-1]:.0f} ms")
+
+
+def lookup(options) -> None:
+    """Greedy text of random weights soon repeats itself. Tokens per second of one sequence without and with prompt look-up."""
+    model, speeds, texts = shaped(options.preset), {}, {}
+    for _ in range(options.rounds):
+        for guesses in (0, 4):
+            drafter = INFER.PromptLookup(guesses) if guesses else None
+            engine = INFER.Engine(model, 1, 8, INFER.PAGE, drafter=drafter)
+            [row] = rows_of(model, [list(range(5, 25))], 200)
+            engine.add([row])
+            start = time.perf_counter()
+            while engine.busy:
+                engine.step()
+            speeds.setdefault(guesses, []).append(200 / (time.perf_counter() - start))
+            texts[guesses] = row.ids
+    without, with_guesses = (sorted(speeds[guesses])[options.rounds // 2] for guesses in (0, 4))
+    assert texts[0] == texts[4]
+    print(f"prompt look-up: {without:.1f} -> {with_guesses:.1f} tokens/s ({with_guesses / without:.2f}x), {drafter.accepted} of {drafter.drafted} guesses accepted")
 
 
 def shaped(preset: str):
@@ -167,7 +226,7 @@ def overhead(options) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("soak", "prefix", "overhead"))
+    parser.add_argument("what", choices=("soak", "prefix", "overhead", "streams", "lookup"))
     parser.add_argument("--model", default=str(ROOT / "out/sft"))
     parser.add_argument("--preset", default="llama-14m")
     parser.add_argument("--minutes", type=float, default=10)
@@ -176,7 +235,7 @@ def main() -> None:
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="soak: the rest of the line goes to INFER.py")
     options = parser.parse_args()
     print(machine("cuda" if torch.cuda.is_available() else "cpu"))
-    {"soak": soak, "prefix": prefix, "overhead": overhead}[options.what](options)
+    {"soak": soak, "prefix": prefix, "overhead": overhead, "streams": streams, "lookup": lookup}[options.what](options)
 
 
 if __name__ == "__main__":
