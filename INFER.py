@@ -57,7 +57,7 @@ class Sampling:
                         often=True)
     min_p: float = knob(0.0, "minimum probability of a token relative to the most probable one", low=0, high=1, often=True)
     repetition_penalty: float = knob(1.0, "above 1, tokens of the prompt and completion become less likely (Keskar 2019)",
-                                     above=0, often=True)
+                                     low=0.01, high=100, often=True)
     presence_penalty: float = knob(0.0, "subtracted once from the logits of generated tokens", often=True)
     frequency_penalty: float = knob(0.0, "subtracted from a token's logit for each time it was generated", often=True)
     stop: list[str] | str | None = knob(None, "stop strings; not included in the completion", often=True)
@@ -93,6 +93,8 @@ class Sampling:
             raise UserError(f"inference.n: {self.n} completions of {self.num_beams} beams; raise num_beams")
         if self.logit_bias is not None:
             try:
+                if not all(re.fullmatch("[0-9]+", str(token)) for token in self.logit_bias):
+                    raise ValueError
                 self.logit_bias = {int(token): float(bias) for token, bias in self.logit_bias.items()}
             except (AttributeError, TypeError, ValueError):
                 raise UserError("inference.logit_bias: token ids with a number each are expected") from None
@@ -130,8 +132,14 @@ class InferenceSection(Sampling):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.prompt_lookup and self.draft_model:
+        drafts = [key for key in ("prompt_lookup", "draft_model") if getattr(self, key)]
+        if len(drafts) == 2:
             raise UserError("inference.prompt_lookup and inference.draft_model exclude each other; set one")
+        if drafts and (not self.use_cache or self.num_beams > 1):
+            raise UserError(f"inference.{drafts[0]}: has no effect " +
+                            ("with num_beams" if self.use_cache else "with use_cache false") + "; leave it out")
+        if not drafts and self.num_speculative_tokens != 4:
+            raise UserError("inference.num_speculative_tokens: has no effect without prompt_lookup or draft_model; leave it out")
 
 
 SAMPLING_KEYS = [f.name for f in fields(Sampling)]
@@ -868,8 +876,8 @@ class Grammar:
             problem = self.matcher.get_error()
         except ValueError as error:
             problem = str(error)
-        if problem:
-            raise UserError(f"inference.structured_outputs.{kind}: {problem.splitlines()[0]}")
+        if lines := [line.strip() for line in problem.splitlines() if line.strip()]:  # a regex error ends with its reason
+            raise UserError(f"inference.structured_outputs.{kind}: {' '.join(dict.fromkeys([lines[0], lines[-1]]))}")
 
     def allowed(self, vocabulary: int) -> Tensor:
         """(V,) True for the tokens that may come next."""
@@ -1090,15 +1098,17 @@ class Session:
 
     @cached_property
     def drafter(self) -> PromptLookup | DraftModel | None:
-        s, config = self.settings, self.model.config
+        s = self.settings
         if s.prompt_lookup:
             return PromptLookup(s.num_speculative_tokens)
         if not s.draft_model:
             return None
+        MODEL.model_folder(s.draft_model, "inference.draft_model")
         model = MODEL.load(s.draft_model, str(self.model.dtype).removeprefix("torch."), self.model.device)
-        if isinstance(model, MODEL.ForeignModel) or (model.config.vocab_size, model.config.causal) != (config.vocab_size, True):
-            raise UserError(f"inference.draft_model: {s.draft_model} cannot draft for this model; a causal model of a supported "
-                            f"family with the same vocabulary ({config.vocab_size:,} ids) is expected")
+        same = TOKENIZER.load(s.draft_model).get_vocab() == self.tokenizer.get_vocab()
+        if isinstance(model, MODEL.ForeignModel) or not (same and model.config.causal and "lm" in model.heads):
+            raise UserError(f"inference.draft_model: {s.draft_model} cannot draft for this model; a causal language model of a "
+                            "supported family with the same vocabulary is expected")
         model = configure_for_hardware(model, quiet=True)
         return DraftModel(model, s.num_speculative_tokens, -(-cache_room(model, s.batch_size) // PAGE), PAGE)
 
@@ -1124,8 +1134,10 @@ class Session:
 def adapter_folders(modules: list[str], model) -> dict[str, str]:
     """["sql=out/sql"] -> {"sql": "out/sql"}"""
     pairs = [module.partition("=")[::2] for module in modules]
-    if not all(name and folder for name, folder in pairs) or len(dict(pairs)) < len(pairs):
-        raise UserError(f"inference.lora_modules: {' '.join(modules)} is not a list of different NAME=FOLDER")
+    for module, (name, folder) in zip(modules, pairs, strict=True):
+        if not (name and folder) or dict(pairs)[name] != folder:
+            raise UserError(f"inference.lora_modules: '{module}' is not NAME=FOLDER with a name of its own")
+        MODEL.resolve_folder(folder, "inference.lora_modules")
     if isinstance(model, MODEL.ForeignModel) or model.adapter:
         raise UserError("inference.lora_modules: " + ("leave out --adapter; name it here as well" if model.adapter else
                                                       f"not for {model.config.model_type}, which transformers runs"))
@@ -1294,12 +1306,15 @@ def request_sampling(record: dict, base: Sampling, where: str, **more) -> Sampli
     changed = {name: stop if name == "stop" else MODEL.convert(value, kinds[name], f"{where}{key}")
            for name, (key, value) in given.items() if name in SAMPLING_KEYS and name not in more}
     changed |= more
-    if record.get("best_of") not in (None, changed.get("n", base.n)):
+    if record.get("best_of") is not None and (record["best_of"] is True or record["best_of"] != changed.get("n", base.n)):
         raise UserError(f"{where}best_of: only the value of n is supported")
     try:
         return replace(base, **changed)
     except UserError as error:
-        raise UserError(f"{where}{error}") from None
+        text = str(error).replace("inference.", "")
+        for name, (key, _) in given.items():  # under the name that the request used
+            text = re.sub(rf"\b{name}\b", key, text)
+        raise UserError(f"{where}{text}") from None
 
 
 def typed() -> str:
@@ -1328,6 +1343,7 @@ def run_terminal(session: Session) -> None:
         if session.chat and command in ("/reset", "/system"):
             messages.clear()
             session.settings.system = rest if command == "/system" else session.settings.system
+            say("the conversation starts again" + (f"; system message: {rest}" if command == "/system" else ""))
         elif text:
             messages.append({"role": "user", "content": text})
             reply = session.stream(messages if session.chat else text, session.sampling, stoppable=True)
@@ -1675,7 +1691,8 @@ class Refused(Exception):
         self.status, self.kind, self.headers = status, kind, headers
 
     def record(self) -> dict:
-        return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.status}}
+        key = re.match(r"([a-z_]+)[\w.]*: ", str(self))
+        return {"error": {"message": str(self), "type": self.kind, "param": key and key[1], "code": self.status}}
 
     def response(self):
         from fastapi.responses import JSONResponse
@@ -1763,22 +1780,26 @@ def field(record: dict, key: str, kind: type, default=None):
     return default if value is None else value
 
 
-def sampling_of(record: dict, base: Sampling, chat: bool) -> Sampling:
-    """The sampling parameters of an HTTP request; unknown keys are an error."""
-    known = {*SAMPLING_KEYS, *OPENAI_KEYS, *COMMON_FIELDS, *(CHAT_FIELDS if chat else TEXT_FIELDS)}
+def check_keys(record: dict, known: set[str]) -> None:
     for key in record:
         if key not in known:
             raise Refused(400, f"{key}: unknown key; nearest is {MODEL.nearest(key, known)}")
+
+
+def sampling_of(record: dict, base: Sampling, chat: bool) -> Sampling:
+    """The sampling parameters of an HTTP request; unknown keys are an error."""
+    check_keys(record, {*SAMPLING_KEYS, *OPENAI_KEYS, *COMMON_FIELDS, *(CHAT_FIELDS if chat else TEXT_FIELDS)})
     count = None if chat else record.get("logprobs")  # the number of alternatives; in a chat yes or no
     more = {} if count is None else {"logprobs": True, "top_logprobs": MODEL.convert(count, int, "logprobs")}
     if (response := field(record, "response_format", dict, {"type": "text"})) != {"type": "text"}:
         if record.get("structured_outputs"):
             raise Refused(400, "response_format and structured_outputs exclude each other")
-        schema = response.get("json_schema")
-        forms = {"json_object": {"json_object": True}, "json_schema": {"json": schema.get("schema") if isinstance(schema, dict) else 0}}
-        if response.get("type") not in forms:
-            raise Refused(400, f"response_format.type: {response.get('type')!r} is not text, json_object or json_schema")
-        more["structured_outputs"] = forms[response["type"]]
+        if (kind := response.get("type")) not in ("json_object", "json_schema"):
+            raise Refused(400, f"response_format.type: {kind!r} is not text, json_object or json_schema")
+        schema = field(field(response, "json_schema", dict, {}), "schema", dict)
+        if kind == "json_schema" and schema is None:
+            raise Refused(400, "response_format.json_schema.schema: a JSON schema is required")
+        more["structured_outputs"] = {"json_object": True} if kind == "json_object" else {"json": schema}
     sampling = request_sampling(record, base, "", **more)
     if sampling.top_logprobs > 20 or sampling.n > 128:
         raise Refused(400, "top_logprobs must be at most 20, and n at most 128")
@@ -2054,7 +2075,11 @@ class Server:
 
         @app.exception_handler(404)
         async def unknown(request, _):
-            return Refused(404, f"{request.url.path}: no such route", "not_found_error").response()
+            return Refused(404, f"no route {request.url.path}", "not_found_error").response()
+
+        @app.exception_handler(405)
+        async def wrong_method(request, _):
+            return Refused(405, f"{request.url.path} does not take {request.method}").response()
 
         @app.exception_handler(Exception)
         async def failed(_, error):
@@ -2130,7 +2155,7 @@ class Server:
         if not messages:
             raise Refused(400, "messages: a list of messages is expected")
         markup, tools, form = TOKENIZER.answer_markup(tokenizer), tools_of(record), sampling.structured_outputs
-        choice = record.get("tool_choice") or "auto"
+        choice = "auto" if record.get("tool_choice") is None else record["tool_choice"]
         tools = [] if choice == "none" else tools
         if choice not in ("none", "auto"):
             function = choice.get("function") if isinstance(choice, dict) else None
@@ -2173,6 +2198,7 @@ class Server:
         from fastapi.responses import JSONResponse
 
         record = await self.read(request)
+        check_keys(record, {"model", "input", "encoding_format", "dimensions", "user"})
         rows = self.prompts_of(record, "input")
         encoding = field(record, "encoding_format", str, "float")
         if encoding not in ("float", "base64"):
@@ -2197,6 +2223,7 @@ class Server:
         from fastapi.responses import JSONResponse
 
         record = await self.read(request)
+        check_keys(record, {"model", "prompt", "messages", "tools", "tool_choice", "chat_template_kwargs"})
         if "messages" in record:
             ids, *_ = self.conversation(record, self.session.sampling)
         elif isinstance(record.get("prompt"), str):
@@ -2208,7 +2235,9 @@ class Server:
     async def detokenize(self, request):
         from fastapi.responses import JSONResponse
 
-        ids = (await self.read(request)).get("tokens")
+        record = await self.read(request)
+        check_keys(record, {"model", "tokens"})
+        ids = record.get("tokens")
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self.vocabulary for i in ids):
             raise Refused(400, f"tokens: a list of token ids below {self.vocabulary:,} is expected")
         return JSONResponse({"prompt": self.session.tokenizer.decode(ids)})
@@ -2232,6 +2261,9 @@ def tools_of(record: dict) -> list[dict]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) \
                 or not isinstance(function.get("parameters") or {}, dict):
             raise Refused(400, f'tools: tool {i} is not {{"type": "function", "function": {{"name": ..., "parameters": SCHEMA}}}}')
+    names = [tool["function"]["name"] for tool in tools]
+    if len(set(names)) < len(names):
+        raise Refused(400, "tools: two have the same name")
     return tools
 
 
@@ -2303,6 +2335,8 @@ def show_figures(service: Service, meters: Meters) -> None:
 def run_server(session: Session, name: str) -> None:
     """Serve until SIGTERM or Ctrl-C, which finish open requests but accept no new ones."""
     s = session.settings
+    if s.num_beams > 1:
+        raise UserError("inference.num_beams: the server does no beam search; leave it out")
     engine = session.engine(s.enable_prefix_caching, s.max_num_batched_tokens)
     try:
         import uvicorn
@@ -2454,6 +2488,8 @@ def add_page(app, session: Session, name: str, server) -> None:
     async def serve(scope, receive, send):
         nonlocal opening
         size = 0
+        if any(route.path == scope["path"] != "/" for route in app.routes):
+            raise HTTPException(405)
         if scope["path"].startswith("/v1/") or not opening and scope["path"] != "/":
             raise HTTPException(404)
         if key:  # status 401 makes the browser ask for a name, which is ignored, and a password
@@ -2502,7 +2538,7 @@ SHORTS = {"max_num_seqs": "inference.batch_size", "quantization": "model.quantiz
 def main(argv: list[str] | None = None) -> None:
     config = load_config(argv, SECTIONS, "inference", ACTIONS, __doc__, SHORTS)
     actions = config.actions
-    check_flags(actions, config.inference.logprobs)
+    check_flags(actions, config.inference)
     prompt = None if actions.prompt is None else TOKENIZER.checked(actions.prompt, "--prompt")
     elsewhere = actions.score is not None or actions.eval or actions.lines or actions.jsonl or actions.serve
     piped = prompt is None and not elsewhere and not (sys.stdin and sys.stdin.isatty())
@@ -2535,7 +2571,7 @@ def main(argv: list[str] | None = None) -> None:
     session.report()
 
 
-def check_flags(actions, logprobs: bool) -> None:
+def check_flags(actions, settings: InferenceSection) -> None:
     """Flags that would be ignored together are refused."""
     modes = [f"--{name}" for name in ("prompt", "jsonl", "score", "eval", "serve") if getattr(actions, name) not in (None, False)]
     modes += ["--lines"] if actions.lines and actions.score is None else []
@@ -2546,7 +2582,9 @@ def check_flags(actions, logprobs: bool) -> None:
     for name, low in (("limit", 1), ("num_fewshot", 0)):
         if (value := getattr(actions, name)) is not None and (actions.eval is None or value < low):
             raise UserError(f"--{name}: goes with --eval" if actions.eval is None else f"--{name}: {value} is not >= {low}")
-    if logprobs and actions.score is None and not actions.jsonl:
+    if settings.lora_modules and not actions.serve:
+        raise UserError("--lora-modules: goes with --serve; elsewhere --adapter FOLDER uses an adapter")
+    if settings.logprobs and actions.score is None and not actions.jsonl:
         raise UserError("--logprobs: goes with --jsonl or --score, whose output has a place for them")
     if actions.score not in (None, "-") and (Path(actions.score).is_dir() or not Path(actions.score).exists()):
         raise UserError(f"--score: there is no file '{actions.score}'")

@@ -3346,6 +3346,7 @@ def convert(value, kind, where: str, choices: tuple = ()):
         if option in (bool, dict) and isinstance(value, option):
             return value
     names = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
+    names = names.replace("dict", "JSON object, as in '{\"key\": ...}'") if isinstance(value, str) else names
     raise UserError(f"{where}: {value!r} is not of type {names}")
 
 

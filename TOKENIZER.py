@@ -1931,6 +1931,8 @@ def message_of(turn: dict, where: str) -> dict:
     if name == "function_call":
         calls, content = content, ""
     calls = parsed(calls, f"{where}: tool_calls") if calls else []
+    if not isinstance(calls, (dict, list)):
+        raise UserError(f"{where}: tool_calls is {type(calls).__name__}, a list is expected")
     calls = [call_of(call, where) for call in ([calls] if isinstance(calls, dict) else calls)]
     if not isinstance(content, (str, list)) and not (content is None and (calls or role == "tool")):
         raise UserError(f"{where}: content is {type(content).__name__}, text is expected")

@@ -1134,6 +1134,29 @@ def test_without_stdin_and_on_a_narrow_console(model_folder):
     assert narrow.returncode == 0 and narrow.stdout.decode("cp1252").startswith("caf\u00e9 ?")
 
 
+@pytest.mark.parametrize("flags, message", [
+    (("--prompt-lookup", "--use-cache", "false"), "inference.prompt_lookup: has no effect with use_cache false"),
+    (("--prompt-lookup", "--num-beams", 2), "inference.prompt_lookup: has no effect with num_beams"),
+    (("--num-speculative-tokens", 7), "inference.num_speculative_tokens: has no effect"), (("--lora-modules", "a=b"), "--lora-modules: goes with --serve"),
+    (("--serve", "--num-beams", 2), "inference.num_beams: the server does no beam search"),
+    (("--serve", "--lora-modules", "nonsense"), "inference.lora_modules: 'nonsense' is not NAME=FOLDER"),
+    (("--serve", "--lora-modules", "a=/nope"), "inference.lora_modules: .*nope"), (("--draft-model", "/nope"), "inference.draft_model: .*nope"),
+    (("--structured-outputs", "hello"), "is not of type JSON object"), (("--structured-outputs", '{"regex": "("}'), "unclosed group")], ids=str)
+def test_settings_that_do_nothing_or_are_wrong_are_named(flags, message, infer):
+    with pytest.raises(UserError, match=message) as error:
+        infer(*flags, *(() if "--serve" in flags else ("--prompt", "a")))
+    assert "\n" not in str(error.value)
+
+
+def test_a_draft_model_needs_the_same_vocabulary(infer, model_folder, tokenizer, tmp_path):
+    out = infer("--prompt", "The red", "--draft-model", model_folder, *GREEDY)
+    assert out[0] == infer("--prompt", "The red", *GREEDY)[0] and "guessed tokens accepted (100%)" in out[1]
+    MODEL.save(MODEL.load(model_folder), tmp_path)
+    TOKENIZER.save(TOKENIZER.train(["ships and sails and storms"] * 20, 300), tmp_path)
+    with pytest.raises(UserError, match="the same vocabulary is expected"):
+        infer("--prompt", "The red", "--draft-model", tmp_path, *GREEDY)
+
+
 def test_lines_that_are_typed_get_a_prompt(monkeypatch):
     """Labels, rewards and --lines on a terminal."""
     typed, prompts = iter(["One", "Two"]), []

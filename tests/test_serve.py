@@ -369,7 +369,8 @@ BAD = {
     "a form": ({"prompt": "a", "response_format": {"type": "xml"}}, 400), "no schema": ({"prompt": "a", "response_format": {"type": "json_schema"}}, 400),
     "a form of a form": ({"prompt": "a", "response_format": "json"}, 400), "options": ({"prompt": "a", "stream_options": "x"}, 400),
     "a stream": ({"prompt": "a", "stream": "yes"}, 400), "an echo": ({"prompt": "a", "echo": 1}, 400), "a regex": ({"prompt": "a", "structured_outputs": {"regex": "("}}, 400),
-    "beams": ({"prompt": "a", "num_beams": 2}, 400), "overload": ({"prompt": "a", "n": 100}, 429),
+    "beams": ({"prompt": "a", "num_beams": 2}, 400), "a tiny penalty": ({"prompt": "a", "repetition_penalty": 1e-40}, 400),
+    "true for a number": ({"prompt": "a", "best_of": True}, 400), "a bias of no id": ({"prompt": "a", "logit_bias": {"1_0": 1}}, 400), "overload": ({"prompt": "a", "n": 100}, 429),
 }
 
 
@@ -381,7 +382,20 @@ def test_bad_requests_are_answered_in_openais_shape(case, server):
     assert post(server, "/v1/completions", {"prompt": "The", "max_tokens": 2})[0] == 200
 
 
-@pytest.mark.parametrize("messages", [None, [], "Hi", [{"role": "user"}], [{"role": "king", "content": "a"}], [{"role": "user", "content": 5}], [5], {"role": "user"}])
+def test_errors_name_the_key_that_was_sent(server):
+    for body, key in (({"prompt": "a", "max_tokens": -1}, "max_tokens"), ({"prompt": "a", "max_new_tokens": -1}, "max_new_tokens"),
+                      ({"prompt": "a", "top_p": 2}, "top_p"), ({"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {}}}, "response_format")):
+        error = post(server, "/v1/completions", body)[1]["error"]
+        assert error["param"] == key and error["message"].startswith(key) and "inference." not in error["message"]
+    for route in ("/tokenize", "/detokenize", "/v1/embeddings"):
+        status, answer = post(server, route, {"prompt": "a", "tokens": [5], "input": "a", "zzz": 1})
+        assert status == 400 and "unknown key" in answer["error"]["message"]
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(f"{server.url}/v1/completions")
+    assert error.value.code == 405 and set(json.loads(error.value.read())) == {"error"}
+
+
+@pytest.mark.parametrize("messages", [None, [], "Hi", [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": 5}], [{"role": "user"}], [{"role": "king", "content": "a"}], [{"role": "user", "content": 5}], [5], {"role": "user"}])
 def test_bad_conversations(messages, server):
     status, answer = post(server, "/v1/chat/completions", {"messages": messages})
     assert status == 400 and answer["error"]["message"]
@@ -389,7 +403,7 @@ def test_bad_conversations(messages, server):
 
 
 @pytest.mark.parametrize("more", [dict(tools=5), dict(tools=[{"function": "f"}]), dict(tools=[WEATHER], tool_choice="always"), dict(tool_choice="required"),
-                                  dict(tools=[WEATHER], tool_choice={"function": "weather"}), dict(chat_template_kwargs=[1]), dict(prompt="a"),
+                                  dict(tools=[WEATHER], tool_choice={"function": "weather"}), dict(tools=[WEATHER], tool_choice={}), dict(tools=[WEATHER, WEATHER]), dict(chat_template_kwargs=[1]), dict(prompt="a"),
                                   dict(tools=[{"type": "function", "function": {"name": "f", "parameters": 5}}])], ids=str)
 def test_bad_tools(more, server):
     status, answer = post(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], **more})
