@@ -876,8 +876,10 @@ class Grammar:
             problem = self.matcher.get_error()
         except ValueError as error:
             problem = str(error)
-        if lines := [line.strip() for line in problem.splitlines() if line.strip()]:  # a regex error ends with its reason
-            raise UserError(f"inference.structured_outputs.{kind}: {' '.join(dict.fromkeys([lines[0], lines[-1]]))}")
+        if problem:  # the reason of a regex error is in a later line
+            lines = problem.splitlines()
+            reason = " ".join(line for line in lines[1:] if line.startswith("error: "))
+            raise UserError(f"inference.structured_outputs.{kind}: {lines[0]} {reason}".rstrip())
 
     def allowed(self, vocabulary: int) -> Tensor:
         """(V,) True for the tokens that may come next."""
