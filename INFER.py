@@ -434,6 +434,7 @@ class Engine:
             self.drafter({row: min(most, row.budget - len(row.ids) - 1) for row in decoding})
         for row in [*decoding, *(row for row in self.running if row.missing > 1 and row not in decoding)]:
             count = self._piece(row, left)
+            row.draft = row.draft[: max(count - 1, 0)]  # a draft is never split
             while row.running and count and not self.cache.extend(row.sequence, row.sequence.length + count):
                 if row.draft:
                     row.draft, count = [], 1

@@ -192,9 +192,11 @@ def test_64_requests_equal_each_alone(family, page, pages, reuse, drafts):
         assert not engine.drafter.sequences and not any(engine.drafter.cache.references)
 
 
+@pytest.mark.parametrize("scores", [2**22, 60])
 @pytest.mark.parametrize("drafts", ["lookup", "model"])
-def test_guesses_leave_sampled_completions_as_they_are(drafts):
-    """Penalties, biases and least lengths included: the token after a guess depends on the guess."""
+def test_guesses_leave_sampled_completions_as_they_are(drafts, scores, monkeypatch):
+    """Penalties, biases and least lengths included: the token after a guess depends on the guess. Also with pieces too small for a draft."""
+    monkeypatch.setattr(INFER, "STEP_SCORES", scores)
     model = small_model()
     prompts, _ = requests(24)
     samplings = [Sampling(max_new_tokens=20, seed=i, temperature=0.3, **more) for i, more in enumerate(
