@@ -1686,6 +1686,12 @@ def run_eval(session: Session, actions, name: str) -> None:
 # ------------------------------------------------------------------------------------------------- HTTP server
 
 
+def respond(record: dict, status: int = 200, headers: dict | None = None):
+    from fastapi.responses import JSONResponse
+
+    return JSONResponse(record, status, headers)
+
+
 class Refused(Exception):
     """An HTTP error, returned in OpenAI's format."""
 
@@ -1698,9 +1704,7 @@ class Refused(Exception):
         return {"error": {"message": str(self), "type": self.kind, "param": key and key[1], "code": self.status}}
 
     def response(self):
-        from fastapi.responses import JSONResponse
-
-        return JSONResponse(self.record(), self.status, self.headers)
+        return respond(self.record(), self.status, self.headers)
 
 
 class Service:
@@ -2175,7 +2179,7 @@ class Server:
         return self.checked(ids), Reader(markup, thinks, tools), form
 
     async def complete(self, request, chat: bool):
-        from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+        from fastapi.responses import PlainTextResponse, StreamingResponse
 
         record = await self.read(request)
         exchange = Exchange(self, record, chat)
@@ -2195,11 +2199,9 @@ class Server:
             work.cancel()
             return PlainTextResponse("", 499)
         await work
-        return JSONResponse(exchange.record([exchange.choice(i) for i in range(len(exchange.rows))], exchange.usage(), False))
+        return respond(exchange.record([exchange.choice(i) for i in range(len(exchange.rows))], exchange.usage(), False))
 
     async def embeddings(self, request):
-        from fastapi.responses import JSONResponse
-
         record = await self.read(request)
         check_keys(record, {"model", "input", "encoding_format", "dimensions", "user"})
         rows = self.prompts_of(record, "input")
@@ -2212,19 +2214,15 @@ class Server:
         if encoding == "base64":
             vectors = [base64.b64encode(np.array(vector, "<f4").tobytes()).decode() for vector in vectors]
         count = sum(map(len, rows))
-        return JSONResponse({"object": "list", "model": self.name, "usage": {"prompt_tokens": count, "total_tokens": count},
+        return respond({"object": "list", "model": self.name, "usage": {"prompt_tokens": count, "total_tokens": count},
                              "data": [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]})
 
     async def models(self, _):
-        from fastapi.responses import JSONResponse
-
         entry = {"object": "model", "created": self.began, "owned_by": "local", "max_model_len": self.context}
         adapters = [{"id": name, "parent": self.name, **entry} for name in self.session.model.adapters]
-        return JSONResponse({"object": "list", "data": [{"id": self.name, **entry}, *adapters]})
+        return respond({"object": "list", "data": [{"id": self.name, **entry}, *adapters]})
 
     async def tokenize(self, request):
-        from fastapi.responses import JSONResponse
-
         record = await self.read(request)
         check_keys(record, {"model", "prompt", "messages", "tools", "tool_choice", "chat_template_kwargs"})
         if "messages" in record:
@@ -2233,22 +2231,18 @@ class Server:
             ids = TOKENIZER.encode_prompt(self.session.tokenizer, record["prompt"])
         else:
             raise Refused(400, "prompt: a text is expected, or messages")
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.context})
+        return respond({"tokens": ids, "count": len(ids), "max_model_len": self.context})
 
     async def detokenize(self, request):
-        from fastapi.responses import JSONResponse
-
         record = await self.read(request)
         check_keys(record, {"model", "tokens"})
         ids = record.get("tokens")
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self.vocabulary for i in ids):
             raise Refused(400, f"tokens: a list of token ids below {self.vocabulary:,} is expected")
-        return JSONResponse({"prompt": self.session.tokenizer.decode(ids)})
+        return respond({"prompt": self.session.tokenizer.decode(ids)})
 
     async def health(self, _):
-        from fastapi.responses import JSONResponse
-
-        return JSONResponse({"status": "ok"})
+        return respond({"status": "ok"})
 
     async def metrics(self, _):
         from fastapi.responses import PlainTextResponse
