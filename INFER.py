@@ -1418,7 +1418,7 @@ def refuse_sampling(session: Session, why: str) -> None:
     """Sampling parameters that would be ignored are errors; but `temperature` and others may stand in a shared config.yaml."""
     usual = Sampling()
     for key in SAMPLING_KEYS:
-        if key not in ("temperature", "max_new_tokens", "seed") and getattr(session.settings, key) != getattr(usual, key):
+        if key not in ("temperature", "max_new_tokens", "seed", "ignore_eos") and getattr(session.settings, key) != getattr(usual, key):
             raise UserError(f"inference.{key}: {why}")
 
 
