@@ -1,9 +1,9 @@
 """INFER.py: text generation.
 
 Read in this order: settings (`Sampling`), sampling (`Sampler`), the state of one completion (`Row`), continuous batching
-(`Engine`), speculative decoding (`PromptLookup`, `DraftModel`), `generate` and `stream`, `beam_search`, scoring (`score`). Below the
-banner: hardware settings, structured outputs, static batching for other models, the command line, evaluation by lm-eval, the HTTP
-server and its chat page.
+(`Engine`), speculative decoding (`PromptLookup`, `DraftModel`), `generate` and `stream`, `beam_search`, scoring (`score`). Below
+the banner: hardware settings, structured outputs, static batching for other models, the command line, evaluation by lm-eval, the
+HTTP server and its chat page.
 
     echo "Once upon a time" | python INFER.py --model out
     python INFER.py --model out --prompt "What is 12 plus 30?" --temperature 0 --max-new-tokens 32
@@ -66,7 +66,7 @@ class Sampling:
     logit_bias: dict | None = knob(None, "biases added to the logits: {token id: bias}")
     min_tokens: int = knob(0, "minimum number of generated tokens before an end-of-text token", low=0)
     structured_outputs: dict | None = knob(
-        None, "restrict the completion to {json: SCHEMA}, {json_object: true}, {regex: TEXT}, {choice: [TEXT]} or {grammar: LARK}")
+        None, "restrict the completion: {json: SCHEMA}, {json_object: true}, {regex: TEXT}, {choice: [TEXT]} or {grammar: LARK}")
     logprobs: bool = knob(False, "return the log-probability of each token", often=True)
     top_logprobs: int = knob(0, "return the log-probabilities of the k most probable tokens at each position",
                             low=0, only="logprobs")
@@ -583,7 +583,8 @@ class DraftModel:
                 break
             sequences = [self.sequences[row] for row in rows]
             logits = next_logits(self.model, self.cache, [
-                (sequence, row.text_ids(sequence.length, row.length + number), 1) for row, sequence in zip(rows, sequences, strict=True)])
+                (sequence, row.text_ids(sequence.length, row.length + number), 1)
+                for row, sequence in zip(rows, sequences, strict=True)])
             tokens, *_ = Sampler(rows, logits.shape[1], logits.device)(logits, number)
             for row, token in zip(rows, tokens, strict=True):
                 row.draft.append(token)
@@ -678,7 +679,7 @@ def beam_search(model, rows: list[Row]) -> None:
     beams, new, finished = [(0.0, [], root)], [prompt], []  # (log-probability, ids, their states in the cache)
     for length in range(1, budget + 1):
         logits = next_logits(model, cache, [(sequence, ids, 1) for (_, _, sequence), ids in zip(beams, new, strict=True)])
-        sums = logits.double().log_softmax(-1) + torch.tensor([beam[0] for beam in beams], device=logits.device)[:, None]  # (b, V)
+        sums = torch.tensor([beam[0] for beam in beams], device=logits.device)[:, None] + logits.double().log_softmax(-1)
         values, places = sums.flatten().topk(min((1 + len(eos)) * width, sums.numel()))
         grown = []
         for rank, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
@@ -847,7 +848,8 @@ def _fuse(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
 def _pack(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         # The head may share its weight with the embedding; absorbed attention multiplies kv_b_proj's weight by itself.
-        if type(module) is nn.Linear and not name.startswith("lm_head") and not name.endswith("kv_b_proj") and "lora_" not in name:
+        kept = name.startswith("lm_head") or name.endswith("kv_b_proj") or "lora_" in name
+        if type(module) is nn.Linear and not kept:
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], PackedLinear(module.weight.data, module.bias))
     if "lm" in model.heads and type(model.lm_head) is nn.Linear:
@@ -1369,7 +1371,8 @@ def run_score(session: Session, data: TOKENIZER.DataSection, path: str, lines: b
     def each(text: str, scored, measured: dict) -> None:
         nonlocal logits_path
         if session.settings.logprobs:
-            record = {"text": text, **measured, "ids": scored.ids, "token_strings": words(scored.ids), "logprobs": scored.logprobs}
+            record = {"text": text, **measured, "ids": scored.ids, "token_strings": words(scored.ids),
+                      "logprobs": scored.logprobs}
             if scored.best is not None:
                 record["top_logprobs"] = [{words(i) or f"<{i}>": value for i, value in place.items()} for place in scored.best]
             print(json.dumps(record, ensure_ascii=False), flush=True)
@@ -1418,7 +1421,8 @@ def refuse_sampling(session: Session, why: str) -> None:
     """Sampling parameters that would be ignored are errors; but `temperature` and others may stand in a shared config.yaml."""
     usual = Sampling()
     for key in SAMPLING_KEYS:
-        if key not in ("temperature", "max_new_tokens", "seed", "ignore_eos") and getattr(session.settings, key) != getattr(usual, key):
+        shared = key in ("temperature", "max_new_tokens", "seed", "ignore_eos")
+        if not shared and getattr(session.settings, key) != getattr(usual, key):
             raise UserError(f"inference.{key}: {why}")
 
 
@@ -1877,8 +1881,8 @@ class Exchange:
         known = self.sampling.temperature == 0 or self.sampling.seed is not None
         self.key = repr((adapter, self.prompts, self.sampling)) if known and not self.prompt_only else None
         self.cached = server.responses.get(self.key)
-        self.rows = self.cached or [row for group in _make_rows(
-            session.model, self.prompts, [self.sampling] * len(self.prompts), session.tokenizer, 0, adapter=adapter) for row in group]
+        self.rows = self.cached or list(itertools.chain(*_make_rows(
+            session.model, self.prompts, [self.sampling] * len(self.prompts), session.tokenizer, 0, adapter=adapter)))
         for row in self.rows if self.prompt_only else ():
             row.finish = "length"
         self.before = [session.tokenizer.decode(row.prompt, skip_special_tokens=True) if self.echo else "" for row in self.rows]
@@ -1886,7 +1890,7 @@ class Exchange:
         self.sent = [(0, 0, 0)] * len(self.rows)  # reasoning and content in characters, tokens
 
     def submit(self) -> None:
-        """Hand the rows to the engine. Its news arrive in `self.events`: (index, text so far, number of tokens, finish, error)."""
+        """Hand the rows to the engine, which fills `self.events`: (index, text so far, number of tokens, finish, error)."""
         self.events: asyncio.Queue = asyncio.Queue()
         self.clock = time.perf_counter()
         loop, numbers = asyncio.get_running_loop(), {row: i for i, row in enumerate(self.rows)}
@@ -2311,7 +2315,7 @@ class Meters:
 
 
 def show_figures(service: Service, meters: Meters) -> None:
-    """Keep one line of live figures on stderr, rewritten each second on a terminal; elsewhere a line every ten seconds of work."""
+    """Write live figures to stderr: on a terminal one line that is rewritten each second, elsewhere a line every ten seconds."""
     def work() -> None:
         interval, before, engine = 1 if sys.stderr.isatty() else 10, 0, service.engine
         while True:
