@@ -1430,7 +1430,7 @@ def run_fill(session: Session, actions, prompt: str | None) -> None:
     if actions.score is not None or actions.jsonl:
         raise UserError("this model is an encoder: it gives no text a probability and answers no JSONL; use --prompt, --lines "
                         "or a pipe")
-    refuse_sampling(session, "this model is an encoder; it takes the likeliest piece for each mask and samples nothing")
+    refuse_sampling(session, "this model is an encoder, which replaces each mask by its most probable token without sampling")
     lines = (line.rstrip("\r\n") for line in read_stdin()) if prompt is None else [prompt]
     for number, line in enumerate(lines, 1):
         print(fill(session.model, session.tokenizer, line, "prompt" if prompt is not None else f"stdin:{number}"), flush=True)
@@ -1488,7 +1488,7 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
     if actions.score is not None or actions.echo:
         raise UserError("this model tells labels apart and writes no words, so --score and --echo mean nothing; use --prompt, "
                         "--lines, --jsonl or a pipe")
-    refuse_sampling(session, "this model tells labels apart and samples nothing")
+    refuse_sampling(session, "this model is a classifier, which does not sample")
     labels = MODEL.label_names(session.model)
 
     def texts() -> Iterator[tuple[dict, str | list[dict]]]:
@@ -1858,7 +1858,8 @@ def call_grammar(markup: TOKENIZER.Markup, tools: list[dict], tokenizer) -> str:
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     before, after = ("".join(f" <[{special[part]}]>" if part in special else f" {json.dumps(part)}" for part in
                              re.split(f"({TOKENIZER.any_of(list(special)).pattern})", piece) if part) for piece in markup.call)
-    return f"start:{before} call{after}\ncall: %json {json.dumps({'anyOf': schemas, 'x-guidance': {'whitespace_flexible': False}})}"
+    schema = {"anyOf": schemas, "x-guidance": {"whitespace_flexible": False}}
+    return f"start:{before} call{after}\ncall: %json {json.dumps(schema)}"
 
 
 class Exchange:
@@ -2219,7 +2220,8 @@ class Server:
             vectors = [base64.b64encode(np.array(vector, "<f4").tobytes()).decode() for vector in vectors]
         count = sum(map(len, rows))
         return respond({"object": "list", "model": self.name, "usage": {"prompt_tokens": count, "total_tokens": count},
-                             "data": [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]})
+                             "data": [{"object": "embedding", "index": i, "embedding": vector}
+                                      for i, vector in enumerate(vectors)]})
 
     async def models(self, _):
         entry = {"object": "model", "created": self.began, "owned_by": "local", "max_model_len": self.context}
@@ -2261,7 +2263,8 @@ def tools_of(record: dict) -> list[dict]:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) \
                 or not isinstance(function.get("parameters") or {}, dict):
-            raise Refused(400, f'tools: tool {i} is not {{"type": "function", "function": {{"name": ..., "parameters": SCHEMA}}}}')
+            form = '{"type": "function", "function": {"name": ..., "parameters": SCHEMA}}'
+            raise Refused(400, f"tools: tool {i} does not have the form {form}")
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) < len(names):
         raise Refused(400, "tools: two have the same name")

@@ -313,8 +313,8 @@ class KVCache:
     share them: forks of a prompt, and with `remember` and `find` later prompts. Pages without references are reused: first
     those without a digest, then the least recently used. All bookkeeping is on the host.
 
-    Adjacent pages are read in place, others are copied together in each step. So a sequence gets adjacent pages where possible. If
-    a page holds the longest sequence, each sequence is one page, and adjacent sequences are read in place.
+    Adjacent pages are read in place, others are gathered in each step. So a sequence gets adjacent pages where possible. If a page
+    holds the longest sequence, each sequence is one page, and adjacent sequences are read in place.
     """
 
     def __init__(self, layers: int, pages: int, page: int, device=None):
@@ -345,7 +345,7 @@ class KVCache:
         return True
 
     def _gap(self, count: int) -> int:
-        """The first of `count` adjacent free pages, searched in a ring, so that sequences have room to grow; -1 if there are none."""
+        """The first of `count` adjacent free pages, or -1. The search goes round in a ring, so sequences have room to grow."""
         while len(self.free) < count and self.idle:
             self._evict()
         run = 0

@@ -1015,8 +1015,9 @@ def _answer_markup(tokenizer, template: str) -> Markup:
                     return Markup(think, [answer[: found.start()], answer[stop:]], "json", key)
         found = re.fullmatch("(.+)" + "(.+)".join(words) + "(.*)", answer, re.S)
         if found and "zq" not in "".join(found.groups()) and not found[1].endswith("["):
-            named = found[2].endswith('{"')
-            return Markup(think, [found[1], found[2][:-2], found[6]] if named else list(found.groups()), "named" if named else "pairs")
+            if found[2].endswith('{"'):
+                return Markup(think, [found[1], found[2][:-2], found[6]], "named")
+            return Markup(think, list(found.groups()), "pairs")
     return Markup(think)
 
 
@@ -1033,8 +1034,8 @@ def parse_calls(markup: Markup, text: str, tools: list[dict] = ()) -> list[tuple
     if markup.form == "json":
         for found in itertools.islice(re.finditer(first + r"(?=[\[{])", text), None if first else 1):
             values = json_at(found.end())
-            calls += [(value.get("name"), value.get(markup.arguments)) for value in (values if isinstance(values, list) else [values])
-                      if isinstance(value, dict)]
+            values = values if isinstance(values, list) else [values]
+            calls += [(value.get("name"), value.get(markup.arguments)) for value in values if isinstance(value, dict)]
     elif markup.form == "named":
         for found in re.finditer(first + "(.+?)" + pieces[0] + r"(?=\{)", text):
             calls.append((found[1], json_at(found.end())))

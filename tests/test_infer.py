@@ -283,7 +283,7 @@ SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength
 
 @pytest.mark.parametrize("drafter", [None, INFER.PromptLookup(3, size=1)], ids=["plain", "with guesses"])
 def test_structured_outputs(model, tokenizer, prompts, drafter):
-    """Random weights write what is asked for, sampled, beside free requests and with guesses, whatever the temperature."""
+    """A model with random weights follows each structure, also beside unrestricted requests and with speculative decoding."""
     forms = [{"json": SCHEMA}, {"regex": "[0-9]{3}-[a-f]{2}"}, {"choice": ["yes", "no", 'may"be']}, {"json_object": True},
              {"grammar": 'start: "<" WORD ("," WORD)? ">"\nWORD: /[a-z]{1,4}/'}, None]
     samplings = [Sampling(max_new_tokens=80, temperature=1.5, seed=i, structured_outputs=form, n=3, ignore_eos=form is None)

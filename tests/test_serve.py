@@ -339,7 +339,7 @@ def test_reasoning_and_calls_are_read_apart(thinks, text, expected):
 
 
 def test_thinking_is_switched_by_the_template(server, tmp_path):
-    """A template that opens the reasoning itself, unless it is told not to."""
+    """A template that opens the reasoning unless `enable_thinking` is false."""
     tokenizer = TOKENIZER.load(server.name)
     tokenizer.chat_template = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n' + ('<think>\n' if enable_thinking else '')") + "{# </think> #}"
     session = SimpleNamespace(tokenizer=tokenizer, settings=SimpleNamespace(system=None, control_tokens=False))

@@ -1101,7 +1101,7 @@ def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, toke
     answer = json.loads(capsys.readouterr().out)
     assert answer["id"] == 7
     assert answer["label"] == theirs[0]["label"] and math.isclose(sum(answer["probabilities"].values()), 1.0, abs_tol=1e-5)
-    with pytest.raises(UserError, match="inference.top_k: this model tells labels apart"):
+    with pytest.raises(UserError, match="inference.top_k: this model is a classifier"):
         INFER.main(["--model", str(tmp_path / "whole"), "--prompt", "x", "--top-k", "3"])
     SFT.main(["--config", str(tmp_path / "whole" / "config.yaml"), "--out", str(tmp_path / "same")])  # a run repeats from its own settings
     same = load_file(tmp_path / "same" / "model.safetensors")
