@@ -771,60 +771,70 @@ def measures(tokens: int, size: int, nats: float) -> dict:
 # ---------------------------------------------------------------------------------------------------- hardware
 
 
-PACK_WIDTH = 256  # of float32 models; calling oneDNN costs narrower ones more than it saves
+PACK_WIDTH = 256  # a call of these kernels costs narrower models more than it saves
 
 
 class PackedLinear(nn.Module):
-    """A frozen Linear on a CPU in bf16 or float32, its weight laid out once in the blocks that oneDNN reads fastest.
+    """A frozen Linear on a CPU, its weight laid out once in the order in which the fastest kernel reads it.
 
-    Few rows wait for memory, so half the bytes are twice the speed. Many rows wait for arithmetic: where the processor
-    multiplies float32 faster than bf16, they are computed so, which repays unpacking from about 200 rows on.
+    Few rows wait for memory, so half the bytes are almost twice the speed. FBGEMM keeps weights in float16 and multiplies them in
+    float32: without loss for weights that were stored in 16 bits. oneDNN keeps bfloat16 for processors that multiply it, and
+    float32 weights that float16 cannot represent.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, half: bool):
         super().__init__()
-        half = weight.dtype == torch.bfloat16
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1 if half else 16)  # for batches of about this size
-        self.bias = bias
-        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
-        self.widen_from = 256 if half and not MODEL.fast_half("cpu") else math.inf
+        self.in_features, self.out_features, self.bias, self.half = weight.shape[1], weight.shape[0], bias, half
+        if half:
+            self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
+        else:
+            rows = 1 if weight.dtype == torch.bfloat16 else 16  # the layout is best for batches of about this size
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if hidden.numel() // self.in_features >= self.widen_from:
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(hidden.float(), self.packed.to_dense().float(), bias).to(hidden.dtype)
+        if self.half:
+            return torch.ops.quantized.linear_dynamic_fp16(hidden.float(), self.packed).to(hidden.dtype)
         return torch.ops.mkldnn._linear_pointwise(hidden, self.packed, self.bias, "none", [], "")
+
+
+def fits_float16(weight: Tensor) -> bool:
+    """Whether FBGEMM is there, this processor computes best in float32, and float16 holds the weight without loss (of numbers
+    below 2**-14 it keeps 24 binary places)."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines or weight.dtype == MODEL.fast_half("cpu"):
+        return False
+    pieces = (piece.float() for piece in weight.split(1024))  # most weights that do not fit are known by the first
+    return all(bool(((piece - piece.half().float()).abs() <= 2.0**-25).all()) for piece in pieces)
 
 
 def configure_for_hardware(model: MODEL.LanguageModel, device=None, quiet: bool = False) -> MODEL.Transformer:
     """Make a loaded model fast for inference on `device`; it can no longer be trained or saved.
 
-    Query, key and value become one product, as do gate and up: fewer, larger reads. On a CPU bf16 weights are packed
-    for oneDNN. On CUDA float32 products may use TF32. Says in one line what it chose.
+    Query, key and value become one product, as do gate and up: fewer, larger reads. On a CPU weights are packed, and what
+    is left of a bfloat16 model computes in float32 if that is faster. On CUDA float32 products may use TF32. Says in one line
+    what it chose.
     """
     device = torch.device(device or model.device)
     if model.adapter and model.quantization == "none" and MODEL.merges_exactly(model):
         MODEL.merge_adapter(model)
     model = model.to(device).eval().requires_grad_(False)
-    packed = [f"{model.quantization} weights"] if model.quantization != "none" else []
-    chosen = [f"{device.type}", str(model.dtype).removeprefix("torch."), *packed]
     for module in list(model.modules()):
         if isinstance(module, MODEL.Attention) and hasattr(module, "q_proj"):
             _fuse(module, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
         elif isinstance(module, MODEL.MLP) and hasattr(module, "gate_proj"):
             _fuse(module, "gate_up_proj", ("gate_proj", "up_proj"))
-    chosen.append("fused projections")
+    chosen = ["fused projections"]
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         chosen.append("TF32")
     if device.type == "cpu":
         chosen.append(f"{torch.get_num_threads()} threads")
-        packs = isinstance(model, MODEL.Transformer) and torch.backends.mkldnn.is_available() and {
-            torch.float32: model.config.hidden_size >= PACK_WIDTH,
-            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}.get(model.dtype)
-        if packs:
-            _pack(model)
-            chosen.append("packed weights")
+        if isinstance(model, MODEL.Transformer) and model.config.hidden_size >= PACK_WIDTH:
+            chosen += _pack(model)
+        emulated = model.dtype not in (torch.float32, MODEL.fast_half("cpu"))
+        if emulated and model.quantization == "none" and isinstance(model, MODEL.Transformer) and not model.config.num_experts:
+            model.float()
+    kind = [f"{model.quantization} weights"] if model.quantization != "none" else []
+    chosen = [device.type, str(model.dtype).removeprefix("torch."), *kind, *chosen]
     if not quiet:
         say("computing with " + ", ".join(chosen))
     return model
@@ -845,15 +855,24 @@ def _fuse(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
         delattr(module, part)
 
 
-def _pack(model: nn.Module) -> None:
+def _pack(model: MODEL.Transformer) -> list[str]:
+    """Pack the linear layers. Returns how, in words."""
+    def packed(linear: nn.Linear) -> nn.Module:
+        weight, onednn = linear.weight.data, torch.backends.mkldnn.is_available()
+        half = fits_float16(weight)
+        if half or onednn and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            ways.add("float16 weights" if half else "packed weights")
+            return PackedLinear(weight, linear.bias, half)
+        return linear
+
+    ways: set[str] = set()
     for name, module in list(model.named_modules()):
         # The head may share its weight with the embedding; absorbed attention multiplies kv_b_proj's weight by itself.
-        kept = name.startswith("lm_head") or name.endswith("kv_b_proj") or "lora_" in name
-        if type(module) is nn.Linear and not kept:
-            parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], PackedLinear(module.weight.data, module.bias))
+        if type(module) is nn.Linear and not (name.startswith("lm_head") or name.endswith("kv_b_proj") or "lora_" in name):
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], packed(module))
     if "lm" in model.heads and type(model.lm_head) is nn.Linear:
-        model.lm_head = PackedLinear(model.lm_head.weight.data, None)
+        model.lm_head = packed(model.lm_head)
+    return sorted(ways)
 
 
 # ------------------------------------------------------------------------------------------- structured outputs

