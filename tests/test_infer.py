@@ -118,9 +118,9 @@ def test_long_prompts_are_read_in_smaller_pieces(model, prompts, monkeypatch):
     long = [list(range(5, 45)), list(range(60, 85))]
     expected, pieces, step = generate(model, long, greedy(max_new_tokens=3)), [], MODEL.CacheStep
 
-    def watched(cache, parts):
+    def watched(cache, parts, pad):
         pieces.append([(count, one.length + count) for one, count in parts])
-        return step(cache, parts)
+        return step(cache, parts, pad)
 
     monkeypatch.setattr(MODEL, "CacheStep", watched)
     monkeypatch.setattr(INFER, "STEP_TOKENS", 12)
@@ -190,6 +190,55 @@ def test_64_requests_equal_each_alone(family, page, pages, reuse, drafts):
         assert 0 < engine.drafter.accepted < engine.drafter.drafted
     if drafts == "model":
         assert not engine.drafter.sequences and not any(engine.drafter.cache.references)
+
+
+# Triton's interpreter (set in conftest.py) stands in for a GPU.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def paging(monkeypatch):
+    pytest.importorskip("triton")
+    if DEVICE == "cpu":
+        monkeypatch.setattr(MODEL, "reads_pages", lambda device: True)
+        monkeypatch.setattr(INFER, "can_record", lambda model: True)
+        # What is recorded runs again each time.
+        monkeypatch.setattr(INFER.RecordedStep, "logits", lambda model, step, tokens: model(tokens, cache=step).logits[0].float())
+    yield
+    MODEL._pages_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("heads, kv_heads, width, page, window", [(4, 4, 16, 4, None), (6, 2, 24, 64, 5), (4, 1, 32, 300, 290)])
+def test_attention_follows_page_tables(heads, kv_heads, width, page, window, paging):
+    generator = torch.Generator().manual_seed(0)
+    lengths, pages = [1, 70, 257, 600], -(-600 // page)
+    tables = torch.randperm(4 * pages, generator=generator).view(4, pages)
+    key, value = torch.randn(2, kv_heads, 4 * pages * page, width, generator=generator)
+    query = torch.randn(heads, 4, width, generator=generator)
+    positions = torch.tensor(lengths) - 1
+    found = MODEL.attend_pages(*(one.to(DEVICE) for one in (query, key, value, positions, tables)), 600, page, window).cpu()
+    for row, length in enumerate(lengths):
+        places = torch.arange(max(0, length - (window or length)), length)
+        slots = tables[row][places // page] * page + places % page
+        keys, values = (states[:, slots].repeat_interleave(heads // kv_heads, 0).double() for states in (key, value))
+        scores = (keys @ query[:, row, :, None].double())[..., 0] / width**0.5
+        expected = (scores.softmax(-1)[:, None] @ values)[:, 0]
+        torch.testing.assert_close(found[:, row].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family, page, pages, drafts", [("plain", 4, 16, "lookup"), ("some windows", 64, 5, "none"),
+                                                         ("latent", 16, 20, "none"), ("learned positions", 16, 40, "lookup")])
+def test_requests_with_a_kernel_that_follows_page_tables(family, page, pages, drafts, paging):
+    prompts, samplings = requests(5)
+    expected = generate(small_model(family), prompts, samplings, use_cache=False)
+    drafter = drafter_for(drafts, family)
+    engine = INFER.Engine(small_model(family).to(DEVICE), 8, pages, page, tokens=16, reuse=True, drafter=drafter)
+    rows = [row for [row] in INFER._make_rows(engine.model, prompts, samplings, None, 0)]
+    engine.add(rows)
+    while engine.busy:
+        engine.step()
+    assert [[row.completion()] for row in rows] == expected
+    assert not any(engine.cache.references)
 
 
 @pytest.mark.parametrize("scores", [2**22, 60])
