@@ -928,9 +928,12 @@ class RecordedStep:
 
 
 class Grammar:
-    """Which tokens may come next in a structured completion, by llguidance."""
+    """Which tokens may come next in a structured completion, by llguidance: any as long as `after`, such as </think>, is missing."""
+
+    after: str | None = None
 
     def __init__(self, options: dict, tokenizer, vocabulary: int, eos: tuple[int, ...]):
+        self.tokenizer, self.last = tokenizer, []
         try:
             from llguidance import LLMatcher
         except ImportError:
@@ -954,11 +957,17 @@ class Grammar:
 
     def allowed(self, vocabulary: int) -> Tensor:
         """(V,) True for the tokens that may come next."""
+        if self.after:
+            return torch.ones(vocabulary, dtype=torch.bool)
         bits = np.unpackbits(np.frombuffer(self.matcher.compute_bitmask(), np.uint8), bitorder="little")
         return torch.from_numpy(bits[:vocabulary].astype(bool))
 
     def push(self, token: int) -> bool:
         """Take a token; True if the completion can only end here."""
+        if self.after:
+            self.last = [*self.last[-15:], token]
+            self.after = None if self.after in self.tokenizer.decode(self.last) else self.after
+            return False
         self.matcher.consume_token(token)
         return self.matcher.is_stopped()
 
@@ -1399,8 +1408,9 @@ def typed() -> str:
 
 def run_terminal(session: Session) -> None:
     """A conversation on a terminal: with a chat template turns are remembered, without one each prompt stands alone."""
-    commands = "chat: /reset forgets, /system TEXT sets the system message, " if session.chat else ""
-    say(f"{commands}/exit or Ctrl-D ends, Ctrl-C stops an answer")
+    commands = ("/reset", "/system", "/exit") if session.chat else ("/exit",)
+    say(("chat: /reset forgets, /system TEXT sets the system message, " if session.chat else "") +
+        "/exit or Ctrl-D ends, Ctrl-C stops an answer")
     messages: list[dict] = []
     while True:
         try:
@@ -1413,7 +1423,9 @@ def run_terminal(session: Session) -> None:
         command, _, rest = text.partition(" ")
         if command == "/exit":
             break
-        if session.chat and command in ("/reset", "/system"):
+        if re.fullmatch("/[a-z]+", command) and command not in commands:
+            say(f"{command}: unknown command; nearest is {MODEL.nearest(command, commands)}")
+        elif command in commands:
             messages.clear()
             session.settings.system = rest if command == "/system" else session.settings.system
             say("the conversation starts again" + (f"; system message: {rest}" if command == "/system" else ""))
@@ -1952,8 +1964,10 @@ class Exchange:
         self.cached = server.responses.get(self.key)
         self.rows = self.cached or list(itertools.chain(*_make_rows(
             session.model, self.prompts, [self.sampling] * len(self.prompts), session.tokenizer, 0, adapter=adapter)))
-        for row in self.rows if self.prompt_only else ():
-            row.finish = "length"
+        for row in self.rows:
+            row.finish = "length" if self.prompt_only else row.finish
+            if row.grammar and self.reader and self.reader.thinks:
+                row.grammar.after = self.reader.markup.think[1]
         self.before = [session.tokenizer.decode(row.prompt, skip_special_tokens=True) if self.echo else "" for row in self.rows]
         self.scored: list[Scored] = []  # with echo and logprobs, the prompts
         self.sent = [(0, 0, 0)] * len(self.rows)  # reasoning and content in characters, tokens
@@ -2247,8 +2261,6 @@ class Server:
             form = {"grammar": call_grammar(markup, chosen, tokenizer)}
         ids = self.session.chat_ids(messages, tools or None, field(record, "chat_template_kwargs", dict))
         thinks = bool(markup.think) and tokenizer.decode(ids[-16:]).rstrip().endswith(markup.think[0])
-        if thinks and form:  # the answer starts at once
-            ids, thinks = ids + tokenizer(f"\n{markup.think[1]}\n\n", add_special_tokens=False).input_ids, False
         return self.checked(ids), Reader(markup, thinks, tools), form
 
     async def complete(self, request, chat: bool):
@@ -2620,7 +2632,7 @@ SHORTS = {"max_num_seqs": "inference.batch_size", "quantization": "model.quantiz
 def main(argv: list[str] | None = None) -> None:
     config = load_config(argv, SECTIONS, "inference", ACTIONS, __doc__, SHORTS)
     actions = config.actions
-    check_flags(actions, config.inference)
+    check_flags(config)
     prompt = None if actions.prompt is None else TOKENIZER.checked(actions.prompt, "--prompt")
     elsewhere = actions.score is not None or actions.eval or actions.lines or actions.jsonl or actions.serve
     piped = prompt is None and not elsewhere and not (sys.stdin and sys.stdin.isatty())
@@ -2653,8 +2665,9 @@ def main(argv: list[str] | None = None) -> None:
     session.report()
 
 
-def check_flags(actions, settings: InferenceSection) -> None:
+def check_flags(config) -> None:
     """Flags that would be ignored together are refused."""
+    actions, settings = config.actions, config.inference
     modes = [f"--{name}" for name in ("prompt", "jsonl", "score", "eval", "serve") if getattr(actions, name) not in (None, False)]
     modes += ["--lines"] if actions.lines and actions.score is None else []
     if len(modes) > 1:
@@ -2664,8 +2677,11 @@ def check_flags(actions, settings: InferenceSection) -> None:
     for name, low in (("limit", 1), ("num_fewshot", 0)):
         if (value := getattr(actions, name)) is not None and (actions.eval is None or value < low):
             raise UserError(f"--{name}: goes with --eval" if actions.eval is None else f"--{name}: {value} is not >= {low}")
-    if settings.lora_modules and not actions.serve:
-        raise UserError("--lora-modules: goes with --serve; elsewhere --adapter FOLDER uses an adapter")
+    served = [f.name for f in fields(InferenceSection) if f.metadata["comment"].startswith("--serve:")]
+    for name in served if not actions.serve else ():
+        if config.origins[f"inference.{name}"].startswith("command line") or name == "lora_modules" and settings.lora_modules:
+            hint = "; elsewhere --adapter FOLDER uses an adapter" if name == "lora_modules" else ""
+            raise UserError(f"--{name.replace('_', '-')}: goes with --serve{hint}")
     if settings.logprobs and actions.score is None and not actions.jsonl:
         raise UserError("--logprobs: goes with --jsonl or --score, whose output has a place for them")
     if actions.score not in (None, "-") and (Path(actions.score).is_dir() or not Path(actions.score).exists()):

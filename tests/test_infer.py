@@ -349,6 +349,18 @@ def test_structured_outputs(model, tokenizer, prompts, drafter):
     assert found[5] == generate(model, prompts[5:6], samplings[5], tokenizer, first=5)[0]
 
 
+@pytest.mark.parametrize("drafts", ["none", "lookup"])
+def test_a_structure_may_begin_after_the_reasoning(model, tokenizer, prompts, drafts):
+    free = one(model, prompts[0], greedy(max_new_tokens=20), tokenizer).text
+    form = greedy(max_new_tokens=60, structured_outputs={"regex": "[0-9]{3}"})
+    [[row]] = INFER._make_rows(model, [prompts[0]], [form], tokenizer, 0)
+    row.grammar.after = free[4:8]
+    for _ in INFER._steps(model, [row], True, 1, drafter_for(drafts)):
+        pass
+    reasoning = row.text[:-3]
+    assert free.startswith(reasoning) and free[4:8] in reasoning and row.text[-3:].isdecimal() and row.finish == "stop"
+
+
 @pytest.mark.parametrize("form", [{}, {"json": {}, "regex": "a"}, {"regex": 5}, {"xml": "a"}, {"json": 3}, {"choice": [1]}, {"choice": []},
                                   {"regex": "("}, {"grammar": "start: ("}, {"json": {"type": "nonsense"}}], ids=str)
 def test_impossible_structures_are_one_line(model, tokenizer, prompts, form):
@@ -1084,7 +1096,7 @@ def test_terminal_without_a_template(monkeypatch, capsys, model_folder, model, t
 
 def test_terminal_commands_and_ctrl_c(monkeypatch, capsys, chat_folder, model, tokenizer):
     """/reset forgets, /system sets a message, Ctrl-C stops an answer and at the prompt does nothing."""
-    type_lines(monkeypatch, ["The red", "/reset", "owl", "/system Be kind.", KeyboardInterrupt, "fox", "rain"])
+    type_lines(monkeypatch, ["The red", "/reset", "owl", "/system Be kind.", "/resett", KeyboardInterrupt, "fox", "rain"])
     whole, asked = INFER.stream, []
 
     def cut(model, tokenizer, ids, *rest):
@@ -1096,7 +1108,8 @@ def test_terminal_commands_and_ctrl_c(monkeypatch, capsys, chat_folder, model, t
 
     monkeypatch.setattr(INFER, "stream", cut)
     INFER.main(["--model", str(chat_folder), *map(str, GREEDY)])
-    said = capsys.readouterr().out
+    said, talk = capsys.readouterr()
+    assert "/resett: unknown command; nearest is /reset" in talk
     system, [fox] = {"role": "system", "content": "Be kind."}, [{"role": "user", "content": "fox"}]
     assert asked[:3] == [chat_ids(chat_folder, [{"role": "user", "content": "The red"}]), chat_ids(chat_folder, [{"role": "user", "content": "owl"}]),
                          chat_ids(chat_folder, [system, fox])]
@@ -1189,6 +1202,7 @@ def test_without_stdin_and_on_a_narrow_console(model_folder):
     (("--prompt-lookup", "--use-cache", "false"), "inference.prompt_lookup: has no effect with use_cache false"),
     (("--prompt-lookup", "--num-beams", 2), "inference.prompt_lookup: has no effect with num_beams"),
     (("--num-speculative-tokens", 7), "inference.num_speculative_tokens: has no effect"), (("--lora-modules", "a=b"), "--lora-modules: goes with --serve"),
+    (("--port", 80), "--port: goes with --serve"), (("--api-key", "x"), "--api-key: goes with --serve"),
     (("--serve", "--num-beams", 2), "inference.num_beams: the server does no beam search"),
     (("--serve", "--lora-modules", "nonsense"), "inference.lora_modules: 'nonsense' is not NAME=FOLDER"),
     (("--serve", "--lora-modules", "a=/nope"), "inference.lora_modules: .*nope"), (("--draft-model", "/nope"), "inference.draft_model: .*nope"),
