@@ -864,9 +864,17 @@ def _fuse(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    plain = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    return plain + sum(linear.in_features * linear.out_features * linear.bytes for linear in packed)
+    """Bytes of all weights, shared ones once, packed ones and the scales of quantized ones included."""
+    states, scales, packed = [], [], 0
+    for module in model.modules():
+        states += [state for state in (getattr(getattr(module, "weight", None), "quant_state", None),
+                                       getattr(module, "state", None)) if hasattr(state, "absmax")]
+        held = (getattr(getattr(module, "weight", None), "SCB", None), getattr(getattr(module, "state", None), "SCB", None),
+                getattr(module, "scale", None))
+        scales += [next((scale for scale in held if scale is not None), None)]
+        packed += module.out_features * module.in_features * module.bytes if isinstance(module, PackedLinear) else 0
+    scales += [scale for state in states for scale in (state.absmax, state.state2.absmax if state.nested else None)]
+    return packed + sum(tensor.nbytes for tensor in (*model.parameters(), *scales) if tensor is not None)
 
 
 def _pack(model: MODEL.Transformer) -> list[str]:

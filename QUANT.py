@@ -152,19 +152,6 @@ def hub_settings(method: str):
 SECTIONS = {**INFER.SECTIONS, "quantization": QuantizationSection}
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, shared ones once, with the scales of packed ones."""
-    states, scales = [], []
-    for module in model.modules():
-        states += [state for state in (getattr(getattr(module, "weight", None), "quant_state", None),
-                                       getattr(module, "state", None)) if hasattr(state, "absmax")]
-        held = (getattr(getattr(module, "weight", None), "SCB", None), getattr(getattr(module, "state", None), "SCB", None),
-                getattr(module, "scale", None))
-        scales += [next((scale for scale in held if scale is not None), None)]
-    scales += [scale for state in states for scale in (state.absmax, state.state2.absmax if state.nested else None)]
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *scales) if tensor is not None)
-
-
 def main(argv: list[str] | None = None) -> None:
     config = load_config(argv, SECTIONS, "quantization", {}, __doc__)
     name, section = config.model.name, config.quantization
@@ -190,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{method}: measuring perplexity on {len(texts)} held-out texts")
         start = time.perf_counter()
         score = INFER.score(model, tokenizer, texts)
-        rows.append((method, weight_bytes(model), score, time.perf_counter() - start))
+        rows.append((method, INFER.weight_bytes(model), score, time.perf_counter() - start))
     print(f"{'form':6} {'weights':>13} {'nats a token':>13} {'perplexity':>11} {'tokens/s':>9}")
     for method, size, score, seconds in rows:
         print(f"{method:6} {size / 1e6:10,.2f} MB {score['loss']:13.4f} {score['perplexity']:11.3f} "

@@ -60,7 +60,7 @@ def test_packed_weights_are_the_published_form(method, knobs, tmp_path):
     assert (ours - by_hand).std() < (0.06 if method == "nf4" else 0.02) * exact.std()
     assert (ours - exact).std() > (2 if method == "nf4" else 0.5) * (ours - by_hand).std() and not torch.equal(ours, exact)
     torch.testing.assert_close(ours, in_place, atol=1e-6, rtol=1e-6)
-    share = QUANT.weight_bytes(packed) / QUANT.weight_bytes(MODEL.load(folder))
+    share = INFER.weight_bytes(packed) / INFER.weight_bytes(MODEL.load(folder))
     assert share < (0.45 if method == "nf4" else 0.55)
 
 
