@@ -47,7 +47,7 @@ class DistillSection:
     teacher: str = knob("./out", "teacher model: the folder of a model or an adapter, or a hub name", often=True)
     teacher_dtype: str = knob("auto", "dtype of the teacher's weights; auto keeps the stored one if the device supports it well",
                               ("auto", *MODEL.DTYPES))
-    teacher_quantization: str = knob("none", "quantize the teacher: none, nf4 or int8", MODEL.QUANTIZATIONS)
+    teacher_quantization: str = knob("none", "quantize the teacher, such as nf4 or int8", MODEL.QUANTIZATIONS)
     method: str = knob("logits", "logits, hidden (logits and hidden states), or universal (for different tokenizers)",
                        ("logits", "hidden", "universal"), often=True)
     task: str = knob("auto", "data format: text (as in TRAIN.py) or chat (as in SFT.py); auto is chat for records and a teacher "

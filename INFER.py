@@ -869,12 +869,11 @@ def weight_bytes(model: nn.Module) -> int:
     for module in model.modules():
         states += [state for state in (getattr(getattr(module, "weight", None), "quant_state", None),
                                        getattr(module, "state", None)) if hasattr(state, "absmax")]
-        held = (getattr(getattr(module, "weight", None), "SCB", None), getattr(getattr(module, "state", None), "SCB", None),
-                getattr(module, "scale", None))
+        held = getattr(getattr(module, "weight", None), "SCB", None), getattr(getattr(module, "state", None), "SCB", None)
         scales += [next((scale for scale in held if scale is not None), None)]
         packed += module.out_features * module.in_features * module.bytes if isinstance(module, PackedLinear) else 0
     scales += [scale for state in states for scale in (state.absmax, state.state2.absmax if state.nested else None)]
-    return packed + sum(tensor.nbytes for tensor in (*model.parameters(), *scales) if tensor is not None)
+    return packed + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *scales) if tensor is not None)
 
 
 def _pack(model: MODEL.Transformer) -> list[str]:
@@ -936,7 +935,7 @@ class RecordedStep:
 
 
 class Grammar:
-    """Which tokens may come next in a structured completion, by llguidance: any as long as `after`, such as </think>, is missing."""
+    """Which tokens may come next in a structured completion, by llguidance: any before the text `after`, such as </think>."""
 
     after: str | None = None
 
@@ -2687,7 +2686,8 @@ def check_flags(config) -> None:
             raise UserError(f"--{name}: goes with --eval" if actions.eval is None else f"--{name}: {value} is not >= {low}")
     served = [f.name for f in fields(InferenceSection) if f.metadata["comment"].startswith("--serve:")]
     for name in served if not actions.serve else ():
-        if config.origins[f"inference.{name}"].startswith("command line") or name == "lora_modules" and settings.lora_modules:
+        given = config.origins.get(f"inference.{name}", "").startswith("command line")
+        if given or name == "lora_modules" and settings.lora_modules:
             hint = "; elsewhere --adapter FOLDER uses an adapter" if name == "lora_modules" else ""
             raise UserError(f"--{name.replace('_', '-')}: goes with --serve{hint}")
     if settings.logprobs and actions.score is None and not actions.jsonl:

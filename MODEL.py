@@ -2484,8 +2484,6 @@ def save(model: LanguageModel, folder: str | Path) -> None:
 
     if model.adapter:
         return _save_adapter(model, folder)
-    if model.quantization != "none":
-        raise ValueError("packed weights are a form of computation and are not saved; save the model that they were packed from")
     if isinstance(model, ForeignModel):
         state = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
         if process_rank() == 0:
@@ -2503,11 +2501,17 @@ def save(model: LanguageModel, folder: str | Path) -> None:
         return
     if model.config.tie_word_embeddings:
         state.pop(model.tied_name, None)
+    if model.quantization != "none":
+        import QUANT
+
+        state = QUANT.to_hub(model, state)
     product = tuple(head for head in model.heads if head != "value")  # a critic is a tool of training
     state = {name: tensor for name, tensor in state.items() if not is_tool(name) or not product}
     raw = config_to_hub(model.config, product or model.heads)
     kind = raw["model_type"]
     raw["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    if model.quantization != "none":
+        raw["quantization_config"] = QUANT.hub_config(model)
     generation = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k) is not None}
     with staged(folder, "config.json", WEIGHTS) as scratch:
         save_torch_state_dict(weights_to_hub(kind, state), scratch, max_shard_size="5GB")
@@ -2675,6 +2679,11 @@ def dequantized(folder: Path, raw: dict) -> typing.Iterator[tuple[Path, str, Ten
     for each block of usually 128 x 128 weights, or one for the whole matrix."""
     files, quantization = weight_files(folder), raw.get("quantization_config") or {}
     method = quantization.get("quant_method")
+    if method == "compressed-tensors":
+        import QUANT
+
+        yield from QUANT.from_hub((path, name, tensor) for path in files for name, tensor in read_tensors(path))
+        return
     if method not in (None, "fp8"):
         raise UserError(f"{folder}: its weights are quantized with {method}, which is not supported; use the original model")
     ending = "_scale_inv"
@@ -2712,8 +2721,9 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
             if part.shape != shape:
                 raise UserError(f"{path}: {hub_name} is {tuple(part.shape)}, config.json implies {tuple(shape)}; "
                                 "is a key of config.json missing or changed?")
-            # A router's bias is the sum of tiny steps: it stays float32.
-            kind = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+            # A router's bias is the sum of tiny steps: it stays float32, as do the scales of quantized weights.
+            kind = torch.float32 if name.endswith(("e_score_correction_bias", "weight_scale")) else dtype
+            kind = kind if part.is_floating_point() else part.dtype
             if index:
                 if name not in state:
                     state[name] = torch.empty(shapes[name], dtype=kind or part.dtype, device=device or "cpu")
@@ -2771,7 +2781,7 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
     dtype None is float32, "auto" the fastest suitable type (see `auto_dtype`). head None is the head that config.json names;
     other heads are initialized from `seed`. `changes` are settings that do not change the shapes of the weights (`CHANGEABLE`).
     The model is built on `meta` and weights are assigned, so memory stays near one copy. Other architectures are run by
-    transformers, with the same forward. `adapter` is the folder of a LoRA adapter. `quantization` nf4 or int8 quantizes the
+    transformers, with the same forward. `adapter` is the folder of a LoRA adapter. `quantization` (`QUANTIZATIONS`) quantizes the
     layers' matrices while loading (`QUANT`); they can no longer be trained, adapters on them can.
     """
     folder = resolve_folder(str(name))
@@ -2822,6 +2832,12 @@ def _load_own(folder: Path, raw: dict, dtype, device, attn_implementation: str, 
     with torch.device("meta"):
         model = Transformer(config, head or folder_heads(raw), attn_implementation)
     dtype = _chosen_dtype(dtype, raw, model, device) or torch.float32
+    if (stored := raw.get("quantization_config") or {}).get("quant_method") == "compressed-tensors":
+        import QUANT
+
+        if packing:
+            raise UserError(f"model.quantization: the weights in {folder} are quantized already; leave it out")
+        QUANT.adopt(model, folder, stored)
     load_weights(model, folder, dtype, device, seed, packing and packing(model))
     return model.eval()
 
@@ -3047,8 +3063,8 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False, 
     path = folder / "adapter_model.safetensors"
     path = path if path.exists() else folder / "adapter_model.bin" if (folder / "adapter_model.bin").exists() else path
     state = {name.removeprefix("base_model.model."): tensor for name, tensor in read_tensors(path)}
-    if config.use_dora and model.quantization == "int8":
-        raise UserError(f"{folder}: DoRA does not work on int8 weights; use --model.quantization nf4 or none")
+    if config.use_dora and model.quantization not in ("none", "nf4"):
+        raise UserError(f"{folder}: DoRA does not work on {model.quantization} weights; use --model.quantization nf4 or none")
     if model.quantization != "none" and any(".experts." in name for name in state):
         raise UserError(f"{folder}: it has adapters on experts, which does not work with quantized weights; leave out "
                         "model.quantization")
@@ -3185,7 +3201,7 @@ def merge_adapter(model: LanguageModel) -> None:
 
 # -- devices and types
 
-QUANTIZATIONS = ("none", "nf4", "int8")
+QUANTIZATIONS = ("none", "int8", "int8_dynamic", "int4", "nf4", "llm_int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # training.mixed_precision
 
@@ -3378,7 +3394,7 @@ ModelSection = dataclasses.make_dataclass("ModelSection", [
           tuple(ATTENTION), often=True)),
     ("device", str, knob("auto", "cpu, cuda, cuda:1 or mps; auto picks the best available", often=True)),
     ("quantization", str,
-     knob("none", "quantize frozen weights: none, nf4 or int8; for QLoRA (with lora.r) and inference", QUANTIZATIONS,
+     knob("none", "quantize frozen weights, for QLoRA (nf4 with lora.r) and inference (int8, int4)", QUANTIZATIONS,
           often=True)),
     *[(name, f.type + " | None" if "None" not in f.type else f.type, field(default=None, metadata={**f.metadata, "only": ()}))
       for name, f in KNOBS.items() if name not in ("labels", "num_labels")]],

@@ -1,20 +1,31 @@
 """QUANT.py: the form a model is shipped in.
 
-Two forms of frozen weights, both bitsandbytes': `nf4` (4 bits, QLoRA's) and `int8`. `MODEL.load(..., quantization="nf4")`
-packs each weight as it is read, so memory never holds the whole model in full; adapters (`SFT.py --lora.r 16`) learn on top.
+Read in this order: rounding (`quantize_groups`), the layer (`QuantizedLinear`), methods that use calibration text (`gptq`, `awq`,
+`smoothquant`), the pass through the layers that calibrates them (`calibrate`), and `quantize`. Below the banner: bitsandbytes'
+forms, folders, the comparison, the command line.
 
-    python QUANT.py --model out                                      # what a packed form saves, and what it costs (--method int8)
-    python SFT.py --model gpt2-xl --data mine.jsonl --lora.r 16 --model.quantization nf4
+    python QUANT.py --model out --method int4 --out out/int4          # a folder that INFER.py, transformers and vLLM open
+    python QUANT.py --model out --method gptq --data text.txt         # without --out only the table
+    python INFER.py --model out --quantization int8                   # quantize while loading
+    python SFT.py --model gpt2-xl --data mine.jsonl --lora.r 16 --model.quantization nf4      # QLoRA
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
+import re
+import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -22,72 +33,429 @@ from torch.utils.checkpoint import checkpoint
 import INFER
 import MODEL
 import TOKENIZER
-from MODEL import UserError, knob, load_config, run_main, say
+from MODEL import Action, UserError, knob, load_config, run_main, say
+
+
+class Form(NamedTuple):
+    """How a linear layer's numbers are stored."""
+
+    bits: int
+    group: int = 0  # weights per scale; 0: a whole row
+    dynamic: bool = False  # activations are rounded to 8 bits, too
+
+
+FORMS = {"int8": Form(8), "int8_dynamic": Form(8, dynamic=True), "smoothquant": Form(8, dynamic=True), "int4": Form(4, 32),
+         "gptq": Form(4, 32), "awq": Form(4, 32)}
+CALIBRATED = ("gptq", "awq", "smoothquant")
+BITSANDBYTES = ("nf4", "llm_int8")
+METHODS = ("fp16", "bf16", *FORMS, *BITSANDBYTES)
 
 
 @dataclass
 class QuantizationSection:
-    method: str = knob("nf4", "quantization method: nf4 (4 bits), int8 (8 bits) or none", MODEL.QUANTIZATIONS, often=True)
-    group_size: int = knob(64, "nf4: weights per scale; smaller groups are more accurate but use more memory",
-                           (32, 64, 128, 256, 512, 1024), often=True)
+    method: str = knob("int8", "quantization method, such as int8, int8_dynamic (activations as well), int4, gptq or awq",
+                       ("none", *METHODS), often=True)
+    group_size: int = knob(0, "weights per scale for int4, gptq, awq and nf4; smaller groups are more accurate but use more "
+                           "memory; default 32, for nf4 64", low=0)
+    exclude: list[str] = knob([], "regular expressions of layers to keep as they are")
+    lm_head: bool = knob(False, "quantize the output head as well, unless it shares the embedding's weight")
+    calibration_samples: int = knob(128, "gptq, awq, smoothquant: calibration texts from data.train", low=1)
+    calibration_length: int = knob(512, "gptq, awq, smoothquant: maximum tokens per calibration text", low=8)
+    model: dict = knob({"name": "./out"}, "overrides `model` for this stage")
+
+
+# ---------------------------------------------------------------------------------------------------- rounding
+
+
+def grouped(weight: Tensor, size: int) -> Tensor:
+    """(..., in) -> (..., in / size, size); size 0 is the whole row"""
+    return weight.unflatten(-1, (-1, size or weight.shape[-1]))
+
+
+def largest_scale(groups: Tensor, bits: int) -> Tensor:
+    """The scale with which the largest weight of each group (..., G, size) just fits; (..., G)"""
+    return groups.abs().amax(-1).clamp(min=1e-12) / (2 ** (bits - 1) - 0.5)
+
+
+def best_scale(groups: Tensor, bits: int, importance: Tensor) -> Tensor:
+    """The scale, down to half of the largest, with the least squared error weighted by the importance (G, size) of each input.
+    To cut off a few large weights makes the steps of all others finer."""
+    largest = best = largest_scale(groups, bits)
+    least = torch.full_like(largest, math.inf)
+    for shrink in torch.linspace(1, 0.5, 21).tolist():
+        rounded = restore(quantize_groups(groups, largest * shrink, bits), largest * shrink)
+        error = ((rounded - groups).square() * importance).sum(-1)
+        best = torch.where(error < least, largest * shrink, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def quantize_groups(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Round to the nearest of 2**bits levels: groups (..., G, size), scale (..., G) -> int8 of the same shape."""
+    top = 2 ** (bits - 1)
+    return (groups / scale[..., None]).round().clamp(-top, top - 1).to(torch.int8)
+
+
+def restore(levels: Tensor, scale: Tensor) -> Tensor:
+    return levels.to(scale.dtype) * scale[..., None]
+
+
+def round_activations(hidden: Tensor) -> Tensor:
+    """Each token's numbers (..., in) rounded to 8 bits, with a scale for each token. Gradients pass unchanged."""
+    exact = hidden.detach().float()
+    scale = largest_scale(exact, 8)
+    return hidden + (restore(quantize_groups(exact, scale, 8), scale) - exact).to(hidden.dtype)
+
+
+def pack(levels: Tensor, bits: int) -> Tensor:
+    """Unsigned levels (out, in), 32 / bits in each int32, the first in the lowest bits (compressed-tensors' layout)."""
+    each = 32 // bits
+    levels = F.pad(levels.to(torch.int64) + 2 ** (bits - 1), (0, -levels.shape[-1] % each)).unflatten(-1, (-1, each))
+    return (levels << torch.arange(0, 32, bits, device=levels.device)).sum(-1).to(torch.int32)
+
+
+def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
+    levels = packed[..., None] >> torch.arange(0, 32, bits, device=packed.device, dtype=torch.int32)
+    return ((levels & (2**bits - 1)) - 2 ** (bits - 1)).flatten(-2)[..., :width].to(torch.int8)
+
+
+class QuantizedLinear(nn.Linear):
+    """y = x W^T + b with W = scale * integers, one scale for each group of a row, stored as compressed-tensors stores it."""
+
+    def __init__(self, out_features: int, in_features: int, bias: Tensor | None, form: Form, device=None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features, self.form, self.bias = out_features, in_features, form, bias
+        groups, integers = -(-in_features // (form.group or in_features)), -(-in_features * form.bits // 32)
+        self.register_buffer("weight_packed", torch.empty(out_features, integers, dtype=torch.int32, device=device))
+        self.register_buffer("weight_scale", torch.empty(out_features, groups, device=device))
+        self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
+
+    @classmethod
+    def of(cls, linear: nn.Linear, levels: Tensor, scale: Tensor, form: Form) -> QuantizedLinear:
+        """From integers (out, in) and their scale (out, groups)."""
+        new = cls(*levels.shape, linear.bias, form, levels.device)
+        new.weight_packed, new.weight_scale = pack(levels, form.bits), scale.float()
+        return new.train(linear.training)
+
+    @property
+    def levels(self) -> Tensor:
+        return unpack(self.weight_packed, self.form.bits, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) float32"""
+        return restore(grouped(self.levels, self.form.group), self.weight_scale.float()).flatten(-2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = round_activations(hidden) if self.form.dynamic else hidden
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        return F.linear(hidden, self.weight.to(hidden.dtype), bias)
+
+
+class Restored(nn.Module):
+    """The same for the stacked weights of experts (E, out, in), as a parametrization: restored together at each use."""
+
+    def __init__(self, scale: Tensor, form: Form, width: int):
+        super().__init__()
+        self.form, self.width = form, width
+        self.register_buffer("scale", scale)
+
+    def forward(self, packed: Tensor) -> Tensor:
+        return restore(grouped(unpack(packed, self.form.bits, self.width), self.form.group), self.scale).flatten(-2)
+
+
+def nearest(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """Round (..., out, in) to the nearest level -> levels (..., out, in), scale (..., out, groups)."""
+    groups = grouped(weight.float(), form.group)
+    scale = largest_scale(groups, form.bits)
+    return quantize_groups(groups, scale, form.bits).flatten(-2), scale
+
+
+# ------------------------------------------------------------------------------------- methods with calibration
+
+
+class Inputs:
+    """Statistics of the inputs x of one linear layer over the calibration text."""
+
+    def __init__(self, width: int, device):
+        self.count, self.products = 0, torch.zeros(width, width, device=device)  # sum of x x^T, (in, in)
+        self.mean, self.largest = torch.zeros(2, width, device=device)  # of |x|
+
+    def add(self, hidden: Tensor) -> None:
+        rows = hidden.detach().flatten(0, -2).float()  # (N, in)
+        self.products += rows.T @ rows
+        self.mean += rows.abs().sum(0)
+        self.largest = torch.maximum(self.largest, rows.abs().amax(0))
+        self.count += len(rows)
+
+    def error(self, difference: Tensor) -> float:
+        """||difference x||^2, summed over the text: what changing the weights by (out, in) changes in the outputs."""
+        return float(((difference @ self.products) * difference).sum())
+
+
+def gptq(weight: Tensor, products: Tensor, form: Form, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+    """GPTQ (Frantar 2022, algorithm 1): weight (out, in), sum of x x^T (in, in) -> levels (out, in), scale (out, groups).
+
+    Columns are rounded one after the other. Each column's rounding error is compensated by the columns that are not rounded yet,
+    by as much as the second derivatives of the output error say: the rows of the upper Cholesky factor of their inverse."""
+    weight, size = weight.float().clone(), form.group or weight.shape[1]
+    hessian = products.float().clone()
+    unused = hessian.diagonal() == 0
+    hessian.diagonal()[unused] = 1
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    levels, scales = torch.empty_like(weight, dtype=torch.int8), []
+    block = size if size <= 512 else 128
+    for start in range(0, weight.shape[1], block):
+        stop = min(start + block, weight.shape[1])
+        errors = torch.empty_like(weight[:, start:stop])
+        for i in range(start, stop):
+            if i % size == 0:
+                importance = hessian.diagonal()[i : i + size]
+                scales.append(best_scale(weight[:, None, i : i + size], form.bits, importance)[:, 0])
+            level = quantize_groups(weight[:, i, None, None], scales[-1][:, None], form.bits)[:, 0, 0]  # (out,)
+            levels[:, i] = level
+            errors[:, i - start] = (weight[:, i] - level * scales[-1]) / factor[i, i]
+            weight[:, i + 1 : stop] -= errors[:, i - start, None] * factor[i, i + 1 : stop]
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    return levels, torch.stack(scales, 1)
+
+
+def round_weighted(weight: Tensor, products: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """Round to the nearest, with the scales that are best for these inputs."""
+    groups = grouped(weight.float(), form.group)
+    scale = best_scale(groups, form.bits, grouped(products.diagonal(), form.group))
+    return quantize_groups(groups, scale, form.bits).flatten(-2), scale
+
+
+def awq_factors(weights: list[Tensor], inputs: Inputs, form: Form) -> Tensor:
+    """AWQ (Lin 2023, section 3.2): factors (in,) by which the columns of all `weights` that read these inputs are multiplied
+    before rounding, and the inputs divided. Columns with large inputs matter most, and a larger weight has a smaller relative
+    error. Of mean(|x|) ** alpha, take the alpha with the least output error."""
+    best, least = torch.ones_like(inputs.mean), math.inf
+    for alpha in torch.linspace(0, 0.95, 20).tolist():
+        factors = (inputs.mean / inputs.count).clamp(min=1e-4) ** alpha
+        factors = factors / (factors.amax() * factors.amin()).sqrt()
+        error = 0.0
+        for weight in weights:
+            levels, scale = nearest(weight.float() * factors, form)
+            rounded = restore(grouped(levels, form.group), scale).flatten(-2) / factors
+            error += inputs.error(rounded - weight.float())
+        if error < least:
+            best, least = factors, error
+    return best
+
+
+def smooth_factors(weights: list[Tensor], inputs: Inputs, form: Form, alpha: float = 0.5) -> Tensor:
+    """SmoothQuant (Xiao 2022, eq. 4): max|x|^alpha / max|w|^(1 - alpha) of each input. Activations have outliers in a few places,
+    which would take the precision of all others; part of their size is moved into the weights."""
+    largest = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
+    return (inputs.largest.clamp(min=1e-5) ** alpha / largest.clamp(min=1e-5) ** (1 - alpha)).clamp(min=1e-5)
+
+
+def fold(before: nn.Module, after: list[nn.Linear], factors: Tensor) -> None:
+    """Divide what `before` puts out by the factors (in,), and multiply the columns of the layers that read it by them."""
+    before.weight.data = before.weight / (factors[:, None] if isinstance(before, nn.Linear) else factors).to(before.weight.dtype)
+    if getattr(before, "bias", None) is not None:
+        before.bias.data = before.bias / factors.to(before.bias.dtype)
+    for linear in after:
+        linear.weight.data = linear.weight * factors.to(linear.weight.dtype)
+
+
+def scaled_pairs(layer: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Linear]]]:
+    """(a module, the linear layers that alone read its output), where the output may be divided by factors: norms, and linear
+    layers between which and the next there are only averages and products."""
+    attention, mlp = layer.self_attn, layer.mlp
+    if layer.post_norm or isinstance(attention, MODEL.LatentAttention):
+        return
+    yield layer.input_layernorm, [getattr(attention, name) for name in ("qkv_proj", "q_proj", "k_proj", "v_proj")
+                                  if hasattr(attention, name)]
+    if hasattr(attention, "v_proj") and attention.sizes[0] == attention.sizes[2]:
+        yield attention.v_proj, [attention.o_proj]
+    if isinstance(mlp, MODEL.MLP):
+        yield layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj] if mlp.gated else [mlp.up_proj]
+        if mlp.gated:
+            yield mlp.up_proj, [mlp.down_proj]
+
+
+class Stop(Exception):
+    pass
+
+
+@torch.no_grad()
+def calibrate(model: MODEL.LanguageModel, texts: list[list[int]], work: Callable[[nn.Module, Callable], None]) -> None:
+    """Call work(layer, observe) for each layer in turn. observe(linears) -> {linear: Inputs} runs the text through the layer,
+    whose inputs come from the layers before it as `work` has left them. One layer's statistics exist at a time."""
+    layers, calls = MODEL.layers_of(model), []
+
+    def catch(module, words, more):
+        calls.append((words, more))
+        raise Stop
+
+    hook = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    for ids in texts:
+        with contextlib.suppress(Stop):
+            model(torch.tensor([ids], device=model.device))
+    hook.remove()
+
+    def run(layer: nn.Module) -> list[Tensor]:
+        outputs = (layer(*words, **more) for words, more in calls)
+        return [output[0] if isinstance(output, tuple) else output for output in outputs]
+
+    for number, layer in enumerate(layers):
+        def observe(linears: list[nn.Linear], layer=layer) -> dict[nn.Linear, Inputs]:
+            found = {linear: Inputs(linear.in_features, model.device) for linear in linears}
+            hooks = [linear.register_forward_pre_hook(lambda module, inputs: found[module].add(inputs[0])) for linear in linears]
+            run(layer)
+            for hook in hooks:
+                hook.remove()
+            return found
+
+        work(layer, observe)
+        calls = [((hidden, *words[1:]), more) for hidden, (words, more) in zip(run(layer), calls, strict=True)]
+        say(f"calibrated layer {number + 1} of {len(layers)}")
+
+
+# ---------------------------------------------------------------------------------------------------- quantize
+
+
+def quantizable(model: MODEL.LanguageModel, exclude: list[str] = (), lm_head: bool = False) -> dict[str, tuple[nn.Module, str]]:
+    """{name of a matrix: (its module, the parameter's name)}: the linear layers and experts of the repeated blocks. Embedding,
+    norms and routers stay as they are."""
+    inside = {id(module) for layer in MODEL.layers_of(model) for module in layer.modules()}
+    parts = {nn.Linear: ("weight",), MODEL.Experts: ("gate_up_proj", "down_proj")}
+    found = {f"{name}.{part}": (module, part) for name, module in model.named_modules()
+             if id(module) in inside or lm_head and name == "lm_head" and not model.config.tie_word_embeddings
+             for part in parts.get(type(module), ())}
+    return {name: place for name, place in found.items() if not any(re.search(pattern, name) for pattern in exclude)}
+
+
+def put(model: nn.Module, name: str, levels: Tensor, scale: Tensor, form: Form) -> None:
+    """Put quantized numbers where the matrix `name` stood."""
+    owner, _, part = name.rpartition(".")
+    module, (parent, _, own) = model.get_submodule(owner), owner.rpartition(".")
+    if part == "weight":
+        setattr(model.get_submodule(parent), own, QuantizedLinear.of(module, levels, scale, form))
+    else:
+        replace_experts(module, part, pack(levels, form.bits), Restored(scale, form, levels.shape[-1]))
+
+
+def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int = 0, calibration: list[list[int]] | None = None,
+             exclude: list[str] = (), lm_head: bool = False) -> MODEL.LanguageModel:
+    """Quantize a loaded model in place. `calibration`: token ids of texts, for gptq, awq and smoothquant."""
+    if model.quantization != "none":
+        raise UserError(f"quantization.method: the model is quantized already ({model.quantization}); name the original")
+    if method in ("fp16", "bf16"):
+        return model.to(torch.float16 if method == "fp16" else torch.bfloat16)
+    if method in CALIBRATED and not calibration:
+        raise UserError(f"quantization.method: {method} needs calibration text (data.train)")
+    places = quantizable(model, exclude, lm_head)
+    if method in BITSANDBYTES:
+        packer = Packer(model, method, group_size or 64, model.device)
+        for name, (module, part) in places.items():
+            packer(name, getattr(module, part).data)
+        return keep_form(model, method)
+    form = form_of(method, group_size)
+    fits = {name: place for name, place in places.items() if not form.group or getattr(*place).shape[-1] % form.group == 0}
+    if kept := sorted(places.keys() - fits):
+        say(f"quantization.group_size: {form.group} does not divide the width of {len(kept)} layers, which stay as they are: "
+            + ", ".join(kept[:3]) + (", ..." if kept[3:] else ""))
+    if not places:
+        raise UserError("quantization.exclude: no layer is left")
+    if not fits:
+        raise UserError(f"quantization.group_size: {form.group} divides the width of no layer; use a divisor of "
+                        f"{getattr(*next(iter(places.values()))).shape[-1]}")
+    names = {module: name for name, (module, part) in fits.items() if part == "weight"}
+
+    def work(layer: nn.Module, observe: Callable) -> None:
+        linears = [module for module in layer.modules() if module in names]
+        if method in ("awq", "smoothquant"):
+            inputs = observe(linears)
+            for before, after in scaled_pairs(layer):
+                if all(linear in names for linear in after):
+                    factors = awq_factors if method == "awq" else smooth_factors
+                    fold(before, after, factors([linear.weight for linear in after], inputs[after[0]], form))
+        inputs = observe(linears) if method != "smoothquant" else {}
+        for linear in linears:
+            rounded = (gptq(linear.weight, inputs[linear].products, form) if method == "gptq" else
+                       round_weighted(linear.weight, inputs[linear].products, form) if method == "awq" else
+                       nearest(linear.weight, form))
+            put(model, names[linear], *rounded, form)
+
+    if method in CALIBRATED:
+        calibrate(model, calibration, work)
+    for name, (module, part) in fits.items():
+        if method not in CALIBRATED or part != "weight" or name.startswith("lm_head"):
+            put(model, name, *nearest(getattr(module, part).data, form), form)
+    model.quantization_form = form
+    return keep_form(model, method)
+
+
+def form_of(method: str, group_size: int = 0) -> Form:
+    form = FORMS[method]
+    return form._replace(group=group_size) if form.group and group_size else form
+
+
+# ======================================================================================================== edges
+
+# ------------------------------------------------------------------------------------------------ bitsandbytes
 
 
 def bitsandbytes():
     import logging
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # talk of kernels that could be fetched, of types that are cast
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its messages about missing kernels and type casts
     try:
         import bitsandbytes as bnb
         import bitsandbytes.nn
     except ImportError:
-        raise UserError("model.quantization: needs `pip install bitsandbytes`") from None
+        raise UserError("quantization.method: needs `pip install bitsandbytes`") from None
     return bnb
 
 
 class Unpacked(nn.Module):
-    """A parametrization: the parameter is kept packed and unpacked at each use."""
+    """A parametrization: nf4 numbers that are restored at each use."""
 
-    def __init__(self, scale: Tensor | None = None, state=None):
+    def __init__(self, state):
         super().__init__()
-        self.register_buffer("scale", scale)  # of int8
-        self.state = state  # bitsandbytes' QuantState, of nf4
+        self.state = state  # bitsandbytes' QuantState
 
     @torch.no_grad()
     def forward(self, packed: Tensor) -> Tensor:
-        return packed * self.scale if self.state is None else bitsandbytes().functional.dequantize_4bit(packed, self.state)
+        return bitsandbytes().functional.dequantize_4bit(packed, self.state)
 
     def _apply(self, function, recurse: bool = True):
-        if self.state is not None:
-            self.state.to(function(self.state.absmax).device)
+        self.state.to(function(self.state.absmax).device)
         return super()._apply(function, recurse)
 
 
 class Packer:
-    """Puts the packed form of weights where a model's full ones stood: `packer(name, weight)`, True if it took it.
+    """Quantizes the weights of a model on `meta` as they are read: packer(name, weight), True if it took the weight.
 
-    nf4 (Dettmers 2023, section 3): each group of weights is divided by its largest and rounded to the nearest of 16
-    quantiles of a normal distribution; the scales are themselves 8-bit numbers. int8 (Dettmers 2022): one scale a row;
-    CUDA rounds the inputs too, but for those above 6. Embedding, output head, norms and routers stay as they are.
-    """
+    nf4 (Dettmers 2023, section 3): each group of weights is divided by its largest and rounded to the nearest of 16 quantiles of
+    a normal distribution; the scales are 8-bit numbers themselves. llm_int8 (Dettmers 2022): one scale per row; on CUDA the
+    inputs are rounded too, but for those above 6. Experts in llm_int8 are restored before their product."""
 
-    def __init__(self, model: MODEL.LanguageModel, method: str, group_size: int = 64, device=None):
-        self.bnb, self.model, self.method, self.group_size = bitsandbytes(), model, method, group_size
-        self.device = torch.device(device or "cpu")
-        inside = {id(m) for layer in MODEL.layers_of(model) for m in layer.modules()}
-        parts = {nn.Linear: ("weight",), MODEL.Experts: ("gate_up_proj", "down_proj")}
-        self.names = {f"{name}.{part}" for name, module in model.named_modules() if id(module) in inside
-                      for part in parts.get(type(module), ())}
+    def __init__(self, model: MODEL.LanguageModel, method: str, group_size: int = 0, device=None):
+        self.model, self.method, self.device = model, method, torch.device(device or "cpu")
+        self.bnb = bitsandbytes() if method in BITSANDBYTES else None
+        self.group_size, self.places = group_size or 64, quantizable(model)
+        self.form = form_of("int8" if method == "llm_int8" else method, group_size) if method != "nf4" else None
 
     def __call__(self, name: str, weight: Tensor) -> bool:
-        if name not in self.names:
+        if name not in self.places or self.form and self.form.group and weight.shape[-1] % self.form.group:
             return False
-        owner, _, part = name.rpartition(".")
-        parent, _, own = owner.rpartition(".")
-        module = self.model.get_submodule(owner)
-        if part == "weight":
-            setattr(self.model.get_submodule(parent), own, self._linear(module, weight))
+        module, part = self.places[name]
+        owner, _, own = name.rpartition(".")[0].rpartition(".")
+        weight = weight.to(self.device)
+        if self.bnb and part == "weight":
+            setattr(self.model.get_submodule(owner), own, self._linear(module, weight))
+        elif self.method == "nf4":
+            packed, state = self.bnb.functional.quantize_4bit(weight, blocksize=self.group_size, compress_statistics=True,
+                                                              quant_type="nf4")
+            replace_experts(module, part, packed, Unpacked(state))
         else:
-            self._stacked(module, part, weight)
+            put(self.model, name, *nearest(weight, self.form), self.form)
         return True
 
     def _linear(self, plain: nn.Linear, weight: Tensor) -> nn.Module:
@@ -102,38 +470,24 @@ class Packer:
         layer.weight, layer.bias = packed.to(self.device), plain.bias
         return layer.train(plain.training)
 
-    def _stacked(self, experts: MODEL.Experts, part: str, weight: Tensor) -> None:
-        """Experts (E, out, in) are unpacked together, and again in backward, so that one layer's exist at a time."""
-        weight = weight.to(self.device)
-        if self.method == "nf4":
-            options = dict(blocksize=self.group_size, compress_statistics=True, quant_type="nf4")
-            packed, state = self.bnb.functional.quantize_4bit(weight, **options)
-            unpacked = Unpacked(state=state)
-        else:
-            scale = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127  # (E, out, 1)
-            packed, unpacked = (weight / scale).round().to(torch.int8), Unpacked(scale)
-        setattr(experts, part, nn.Parameter(packed, requires_grad=False))
-        parametrize.register_parametrization(experts, part, unpacked, unsafe=True)
-        if "forward" not in vars(experts):
-            experts.forward = partial(checkpoint, experts.forward, use_reentrant=False)
+
+def replace_experts(experts: MODEL.Experts, part: str, packed: Tensor, restored: nn.Module) -> None:
+    """Experts are restored together, and again in backward, so that one layer's exist at a time."""
+    setattr(experts, part, nn.Parameter(packed, requires_grad=False))
+    parametrize.register_parametrization(experts, part, restored, unsafe=True)
+    if "forward" not in vars(experts):
+        experts.forward = partial(checkpoint, experts.forward, use_reentrant=False)
 
 
-def keep_form(model: MODEL.LanguageModel, method: str) -> None:
+def keep_form(model: MODEL.LanguageModel, method: str) -> MODEL.LanguageModel:
     """Note a model's form where MODEL, peft and bitsandbytes look for it."""
     model.quantization = method
-    setattr(model, "is_loaded_in_4bit" if method == "nf4" else "is_loaded_in_8bit", True)
+    if method in BITSANDBYTES:
+        setattr(model, "is_loaded_in_4bit" if method == "nf4" else "is_loaded_in_8bit", True)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Some processors would repack the weights in eval mode, with coarser scales, and keep them so in training.
             module.support_avx512bf16_for_cpu = False
-
-
-def quantize(model: MODEL.LanguageModel, method: str = "nf4", group_size: int = 64) -> MODEL.LanguageModel:
-    """Pack a loaded model's matrices in place."""
-    packer = Packer(model, method, group_size, model.device)
-    for name in sorted(packer.names):
-        packer(name, model.get_parameter(name).data)
-    keep_form(model, method)
     return model
 
 
@@ -142,47 +496,187 @@ def hub_settings(method: str):
     from transformers import BitsAndBytesConfig
 
     bitsandbytes()
-    if method == "int8":
+    if method not in BITSANDBYTES:
+        raise UserError(f"model.quantization: {method} is not for models that transformers runs; use nf4 or llm_int8")
+    if method == "llm_int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ----------------------------------------------------------------------------------------------------- folders
+
+
+def hub_config(model: MODEL.Transformer) -> dict:
+    """`quantization_config` of config.json, as compressed-tensors, transformers and vLLM read it."""
+    form = next(module.form for module in model.modules() if isinstance(module, QuantizedLinear))
+    plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
+             and not isinstance(module, QuantizedLinear)]
+    integers = {"num_bits": form.bits, "type": "int", "symmetric": True}
+    weights = {**integers, "dynamic": False, **({"strategy": "group", "group_size": form.group} if form.group else
+                                                {"strategy": "channel"})}
+    activations = {**integers, "dynamic": True, "strategy": "token"} if form.dynamic else None
+    return {"quant_method": "compressed-tensors", "format": "int-quantized" if form.dynamic else "pack-quantized",
+            "quantization_status": "compressed", "ignore": plain,
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations,
+                                          "output_activations": None}}}
+
+
+def to_hub(model: MODEL.Transformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a quantized model under compressed-tensors' names."""
+    if model.quantization in BITSANDBYTES or any("parametrizations" in name for name in state) or \
+            model.config.model_type in ("gpt2", "bert"):
+        what = "experts" if any("parametrizations" in name for name in state) else model.config.model_type
+        raise UserError(f"quantization.method: a folder cannot hold {model.quantization} weights of {what}; quantize while "
+                        "loading (--quantization), or export to GGUF")
+    modules = {name: module for name, module in model.named_modules()
+               if isinstance(module, QuantizedLinear) and module.form.dynamic}
+    for name, module in modules.items():  # bytes instead of packed integers
+        del state[f"{name}.weight_packed"], state[f"{name}.weight_shape"]
+        state[f"{name}.weight"] = module.levels
+    return state
+
+
+def form_of_hub(folder: Path, quantization: dict) -> tuple[Form, list[str]]:
+    """The form that config.json names, and the layers that are not quantized."""
+    groups = list((quantization.get("config_groups") or {}).values())
+    weights, activations = (groups[0].get(key) or {} for key in ("weights", "input_activations")) if groups else ({}, {})
+    form = Form(weights.get("num_bits"), weights.get("group_size") or 0, bool(activations))
+    known = {"type": "int", "symmetric": True, "dynamic": False}
+    if len(groups) != 1 or form.bits not in (4, 8) or any(weights.get(key) != value for key, value in known.items()) or \
+            weights.get("strategy") not in ("group", "channel") or weights.get("actorder") or \
+            activations and not (activations.get("dynamic") and activations.get("strategy") == "token"):
+        raise UserError(f"{folder}/config.json: this form of compressed-tensors is not supported; symmetric integers of 4 or 8 "
+                        "bits in groups or rows are")
+    return form, quantization.get("ignore") or []
+
+
+def adopt(model: MODEL.Transformer, folder: Path, quantization: dict) -> None:
+    """Prepare a model on `meta` for the tensors of a quantized folder."""
+    form, plain = form_of_hub(folder, quantization)
+    for name, module in list(model.named_modules()):
+        ignored = any(re.match(one.removeprefix("re:"), name) if one.startswith("re:") else name == one for one in plain)
+        if type(module) is nn.Linear and not ignored:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own,
+                    QuantizedLinear(module.out_features, module.in_features, module.bias, form, "meta"))
+    keep_form(model, {(8, False): "int8", (8, True): "int8_dynamic", (4, False): "int4"}.get((form.bits, form.dynamic), "int4"))
+
+
+def from_hub(tensors: Iterator[tuple[Path, str, Tensor]]) -> Iterator[tuple[Path, str, Tensor]]:
+    for path, name, tensor in tensors:
+        if tensor.dtype == torch.int8:
+            yield path, f"{name}_packed", pack(tensor, 8)
+            yield path, f"{name}_shape", torch.tensor(tensor.shape)
+        else:
+            yield path, name, tensor
+
+
+# ------------------------------------------------------------------------------------- comparison, command line
 
 SECTIONS = {**INFER.SECTIONS, "quantization": QuantizationSection}
+ACTIONS = {"out": Action("folder in which to save the quantized model", str), "compare": Action("measure every method")}
+COMPARED = ("bf16", "int8", "int8_dynamic", "smoothquant", "int4", "gptq", "awq", "nf4", "llm_int8")
+
+
+def calibration_of(config, tokenizer) -> list[list[int]]:
+    """Token ids of training texts."""
+    section = config.quantization
+    texts = TOKENIZER.sample_texts(config.data, part="train")
+    ids = (TOKENIZER.encode_text(tokenizer, text)[: section.calibration_length] for text in texts)
+    return list(itertools.islice((one for one in ids if len(one) > 1), section.calibration_samples))
+
+
+class Measured(NamedTuple):
+    """What a form costs and brings: MB of weights; on held-out text perplexity, share of tokens that were the most probable, and
+    KL divergence from the original in nats; tokens/s of reading a prompt and of generating."""
+
+    size: float
+    perplexity: float
+    right: float
+    kl: float
+    prefill: float
+    decode: float
+
+
+MEASURED_TOKENS = 2048  # of held-out text are compared with the original's probabilities
+
+
+@torch.no_grad()
+def predictions(model, tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N, V) of each token of the first held-out texts, and the tokens (N,)."""
+    found, targets, context = [], [], model.config.max_position_embeddings
+    for text in texts:
+        ids = TOKENIZER.encode_text(tokenizer, text)[:context]
+        if sum(map(len, targets)) < MEASURED_TOKENS and len(ids) > 1:
+            found.append(model(torch.tensor([ids[:-1]], device=model.device)).logits[0].float().log_softmax(-1))
+            targets.append(torch.tensor(ids[1:], device=model.device))
+    return torch.cat(found), torch.cat(targets)
+
+
+def measure(model, tokenizer, texts: list[str], original: Tensor | None) -> tuple[Measured, Tensor]:
+    """Measure a model that is of no further use afterwards. Also returns its predictions, the next call's `original`."""
+    size, score = INFER.weight_bytes(model) / 1e6, INFER.score(model, tokenizer, texts)
+    logs, targets = predictions(model, tokenizer, texts)
+    kl = 0.0 if original is None else float((original.exp() * (original - logs)).sum(-1).mean())
+    model = INFER.configure_for_hardware(model, quiet=True)
+    context = model.config.max_position_embeddings
+    prompt, times = [5] * min(256, context // 2), []
+    row = [INFER.Sampling(min(64, context // 4), 0, ignore_eos=True)]
+    for _ in range(3):
+        [[row_]] = INFER._make_rows(model, [prompt], row, None, 0)
+        start, moments = time.perf_counter(), []
+        for _ in INFER._steps(model, [row_], True, 1):
+            moments.append(time.perf_counter() - start)
+        times.append((len(prompt) / moments[0], (len(moments) - 1) / (moments[-1] - moments[0])))
+    return Measured(size, score["perplexity"], float((logs.argmax(-1) == targets).float().mean()), kl,
+                    *(max(column) for column in zip(*times, strict=True))), logs
+
+
+def check_request(config) -> None:
+    section, actions = config.quantization, config.actions
+    if not config.model.name:
+        raise UserError("model.preset: fresh weights say nothing about what quantization costs; name a trained model (--model)")
+    if config.model.quantization != "none":
+        raise UserError("model.quantization: has no effect here, where both forms are compared; use --method")
+    if section.group_size and section.method not in ("nf4", *(method for method, form in FORMS.items() if form.group)):
+        raise UserError(f"quantization.group_size: {section.method} has one scale for each row; leave it out")
+    if actions.out and section.method in BITSANDBYTES:
+        raise UserError(f"--out: a folder cannot hold {section.method} weights; quantize while loading (--quantization)")
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = load_config(argv, SECTIONS, "quantization", {}, __doc__)
-    name, section = config.model.name, config.quantization
-    if not name:
-        raise UserError("model.preset: fresh weights say nothing about what packing costs; name a trained model with --model")
-    if config.model.quantization != "none":
-        raise UserError("model.quantization: has no effect here, where both forms are compared; say --method")
-    if section.method == "int8" and section.group_size != 64:
-        raise UserError("quantization.group_size: int8 has one scale for each row; leave it out")
+    config = load_config(argv, SECTIONS, "quantization", ACTIONS, __doc__)
+    check_request(config)
+    section, actions = config.quantization, config.actions
     texts = list(itertools.islice(TOKENIZER.sample_texts(config.data, part="val"), 100))
     if not texts:
         raise UserError(f"data.validation: '{config.data.validation}' holds out no text, and perplexity is measured on held-out "
                         "text; use hash, tail or a file")
-    model, tokenizer = TOKENIZER.open_model(config.model, TOKENIZER.of_run(config), head="lm")
-    if not model.config.causal:
-        raise UserError(f"model.name: {name} is an encoder, so its texts have no perplexity; name a causal language model")
-    if model.adapter:
-        MODEL.merge_adapter(model)
-    rows = []
-    for method in dict.fromkeys(("none", section.method)):
+    rows: dict[str, Measured] = {}
+    original = None
+    for method in dict.fromkeys(("none", *(COMPARED if actions.compare else (section.method,)))):
+        model, tokenizer = TOKENIZER.open_model(config.model, TOKENIZER.of_run(config), head="lm")
+        if not model.config.causal:
+            raise UserError(f"model.name: {config.model.name} is an encoder, so its texts have no perplexity; name a causal "
+                            "language model")
+        if model.adapter:
+            MODEL.merge_adapter(model)
         if method != "none":
-            quantize(model, method, section.group_size)
-        say(f"{method}: measuring perplexity on {len(texts)} held-out texts")
-        start = time.perf_counter()
-        score = INFER.score(model, tokenizer, texts)
-        rows.append((method, INFER.weight_bytes(model), score, time.perf_counter() - start))
-    print(f"{'form':6} {'weights':>13} {'nats a token':>13} {'perplexity':>11} {'tokens/s':>9}")
-    for method, size, score, seconds in rows:
-        print(f"{method:6} {size / 1e6:10,.2f} MB {score['loss']:13.4f} {score['perplexity']:11.3f} "
-              f"{score['tokens'] / seconds:9,.0f}")
+            calibration = calibration_of(config, tokenizer) if method in CALIBRATED else None
+            quantize(model, method, section.group_size, calibration, section.exclude, section.lm_head)
+            if actions.out and not actions.compare:
+                MODEL.save(model, actions.out)
+                TOKENIZER.save(tokenizer, actions.out)
+                say(f"saved to {actions.out}")
+        say(f"{method}: measuring on {len(texts)} held-out texts")
+        rows[method], logs = measure(model, tokenizer, texts, original)
+        original = logs if original is None else original
+    print(f"{'method':12} {'weights':>13} {'perplexity':>11} {'next right':>11} {'KL, nats':>9} {'prefill':>13} {'decode':>11}")
+    for method, one in rows.items():
+        print(f"{method:12} {one.size:10,.2f} MB {one.perplexity:11.3f} {one.right:11.1%} {one.kl:9.4f} "
+              f"{one.prefill:9,.0f} tok/s {one.decode:7,.0f} tok/s")
 
 
 if __name__ == "__main__":
+    sys.modules["QUANT"] = sys.modules[__name__]  # MODEL imports this file by its name, and its classes must exist once
     run_main(main)

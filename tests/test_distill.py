@@ -631,7 +631,7 @@ def test_two_processes_learn_as_one(world, tmp_path):
 # ------------------------------------------------------------------------------------------------- sorts of teachers
 
 
-@pytest.mark.parametrize("more", [["--teacher-quantization", "nf4"], ["--teacher-quantization", "int8"], ["--teacher-dtype", "bfloat16"], ["--training.mixed_precision", "bf16"]])
+@pytest.mark.parametrize("more", [["--teacher-quantization", "nf4"], ["--teacher-quantization", "llm_int8"], ["--teacher-dtype", "bfloat16"], ["--training.mixed_precision", "bf16"]])
 def test_teachers_in_few_bits(more, world, tmp_path):
     DISTILL.main([*flags_of(world, "text", tmp_path), "--max-steps", "2", "--out", str(tmp_path / "exact"), "--alpha", "0"])
     DISTILL.main([*flags_of(world, "text", tmp_path), *more, "--max-steps", "2", "--out", str(tmp_path / "rough"), "--alpha", "0"])

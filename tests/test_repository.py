@@ -398,7 +398,7 @@ def test_what_has_no_effect_is_refused_and_not_shown(capsys):
 
 @pytest.mark.parametrize("script, own, shown", [(TRAIN, "training", {"epochs": "2.5"}), (SFT, "sft", {"epochs": "5.0", "batch_size": "8", "dir": "./out/sft"}),
                                                 (RL, "rl", {"max_steps": "100", "epochs": "null", "name": "./out/sft"}), (DISTILL, "distill", {"preset": "llama-225k"}),
-                                                (INFER, "inference", {"name": "./out"}), (QUANT, "quantization", {"group_size": "64"})])
+                                                (INFER, "inference", {"name": "./out"}), (QUANT, "quantization", {"name": "./out"})])
 def test_help_shows_what_the_script_will_use(script, own, shown, capsys):
     def page(*argv):
         with pytest.raises(SystemExit) as stop:
