@@ -806,12 +806,12 @@ class PackedLinear(nn.Module):
 
 
 def fits_float16(weight: Tensor) -> bool:
-    """Whether FBGEMM is there, this processor computes best in float32, and float16 holds the weight without loss (of numbers
-    below 2**-14 it keeps 24 binary places)."""
+    """Whether FBGEMM is there, this processor computes best in float32, and float16 holds the weight as well as float32 would (its
+    range ends at 2**16 above, and its precision at 2**-24 below)."""
     if "fbgemm" not in torch.backends.quantized.supported_engines or weight.dtype == MODEL.fast_half("cpu"):
         return False
     pieces = (piece.float() for piece in weight.split(1024))  # most weights that do not fit are known by the first
-    return all(bool(((piece - piece.half().float()).abs() <= 2.0**-25).all()) for piece in pieces)
+    return all(bool((piece - piece.half().float()).norm() <= 2.0**-20 * piece.norm()) for piece in pieces)
 
 
 def configure_for_hardware(model: MODEL.LanguageModel, device=None, quiet: bool = False) -> MODEL.Transformer:
@@ -940,7 +940,7 @@ class Grammar:
     after: str | None = None
 
     def __init__(self, options: dict, tokenizer, vocabulary: int, eos: tuple[int, ...]):
-        self.tokenizer, self.last = tokenizer, []
+        self.tokenizer, self.eos, self.last = tokenizer, list(eos), []
         try:
             from llguidance import LLMatcher
         except ImportError:
@@ -965,7 +965,7 @@ class Grammar:
     def allowed(self, vocabulary: int) -> Tensor:
         """(V,) True for the tokens that may come next."""
         if self.after:
-            return torch.ones(vocabulary, dtype=torch.bool)
+            return torch.ones(vocabulary, dtype=torch.bool).index_fill_(0, torch.tensor(self.eos, dtype=torch.long), False)
         bits = np.unpackbits(np.frombuffer(self.matcher.compute_bitmask(), np.uint8), bitorder="little")
         return torch.from_numpy(bits[:vocabulary].astype(bool))
 

@@ -1319,12 +1319,13 @@ def test_weights_that_float16_would_round_stay_float32(monkeypatch):
     assert INFER.fits_float16(exact) and INFER.fits_float16(exact.float())
     for place, number in ((0, 1 / 3), (1400, 1 / 3), (1400, 1e5), (3, float("nan"))):
         rounded = exact.float()
-        rounded[place, 3] = number
+        rounded[place] = number
         assert not INFER.fits_float16(rounded)
-    assert INFER.fits_float16(torch.tensor([[2.0**-30, -2.0**-24, 60000.0]]))
-    assert INFER.fits_float16(exact.bfloat16())
+    assert INFER.fits_float16(torch.tensor([[2.0**-30, -2.0**-24, 60000.0]])) and INFER.fits_float16(torch.zeros(2, 3))
+    usual = (exact * 0.02).bfloat16()
+    assert INFER.fits_float16(usual) and not INFER.fits_float16(usual * 2.0**-10) and not INFER.fits_float16(usual * 2.0**24)
     monkeypatch.setattr(MODEL, "fast_half", lambda device: torch.bfloat16)
-    assert not INFER.fits_float16(exact.bfloat16())
+    assert not INFER.fits_float16(usual)
 
 
 PEAK = """
