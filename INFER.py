@@ -877,21 +877,25 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def _pack(model: MODEL.Transformer) -> list[str]:
-    """Pack the linear layers. Returns how, in words."""
+    """Pack the linear layers; integers that no kernel multiplies as fast are restored to float16. Returns how, in words."""
     def packed(linear: nn.Linear) -> nn.Module:
-        weight, onednn = linear.weight.data, torch.backends.mkldnn.is_available()
-        half = fits_float16(weight)
-        if half or onednn and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        stored = hasattr(linear, "weight_packed")  # `QUANT.QuantizedLinear`
+        weight, onednn = linear.weight.detach(), torch.backends.mkldnn.is_available()
+        half = fits_float16(weight.half() if stored else weight)
+        if half or onednn and not stored and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             ways.add("float16 weights" if half else "packed weights")
             return PackedLinear(weight, linear.bias, half)
         return linear
 
+    def packs(linear: nn.Module) -> bool:
+        return type(linear) is nn.Linear or hasattr(linear, "weight_packed") and not linear.form.dynamic
+
     ways: set[str] = set()
     for name, module in list(model.named_modules()):
         # The head may share its weight with the embedding; absorbed attention multiplies kv_b_proj's weight by itself.
-        if type(module) is nn.Linear and not (name.startswith("lm_head") or name.endswith("kv_b_proj") or "lora_" in name):
+        if packs(module) and not (name.startswith("lm_head") or name.endswith("kv_b_proj") or "lora_" in name):
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], packed(module))
-    if "lm" in model.heads and type(model.lm_head) is nn.Linear:
+    if "lm" in model.heads and packs(model.lm_head):
         model.lm_head = packed(model.lm_head)
     return sorted(ways)
 
