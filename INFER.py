@@ -2164,44 +2164,31 @@ class Server:
         self.context, self.vocabulary = session.model.config.max_position_embeddings, session.model.config.vocab_size
 
     def app(self):
-        """The FastAPI application."""
+        """The FastAPI application, whose errors have OpenAI's format."""
         from fastapi import FastAPI
 
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers={
+            Refused: lambda _, error: error.response(),
+            UserError: lambda _, error: Refused(400, str(error)).response(),
+            404: lambda request, _: Refused(404, f"no route {request.url.path}", "not_found_error").response(),
+            405: lambda request, _: Refused(405, f"{request.url.path} does not take {request.method}").response(),
+            Exception: lambda *_: Refused(500, "the server failed on this request", "server_error").response()})
         for path, method, function in (("/v1/completions", "POST", partial(self.complete, chat=False)),
                                        ("/v1/chat/completions", "POST", partial(self.complete, chat=True)),
                                        ("/v1/embeddings", "POST", self.embeddings), ("/v1/models", "GET", self.models),
                                        ("/tokenize", "POST", self.tokenize), ("/detokenize", "POST", self.detokenize),
                                        ("/health", "GET", self.health), ("/metrics", "GET", self.metrics)):
             app.add_route(path, self.guarded(function, path != "/health"), methods=[method])
-
-        @app.exception_handler(404)
-        async def unknown(request, _):
-            return Refused(404, f"no route {request.url.path}", "not_found_error").response()
-
-        @app.exception_handler(405)
-        async def wrong_method(request, _):
-            return Refused(405, f"{request.url.path} does not take {request.method}").response()
-
-        @app.exception_handler(Exception)
-        async def failed(_, error):
-            return Refused(500, "the server failed on this request", "server_error").response()
-
         return app
 
     def guarded(self, function: Callable, needs_key: bool) -> Callable:
-        """A route that checks the API key and returns errors in OpenAI's format."""
+        """A route that checks the API key."""
         key = self.settings.api_key and f"Bearer {self.settings.api_key}".encode()
 
         async def answer(request):
-            try:
-                if needs_key and key and not hmac.compare_digest(request.headers.get("authorization", "").encode(), key):
-                    raise Refused(401, "wrong API key", "authentication_error")
-                return await function(request)
-            except Refused as error:
-                return error.response()
-            except UserError as error:
-                return Refused(400, str(error)).response()
+            if needs_key and key and not hmac.compare_digest(request.headers.get("authorization", "").encode(), key):
+                raise Refused(401, "wrong API key", "authentication_error")
+            return await function(request)
 
         return answer
 
