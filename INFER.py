@@ -2018,8 +2018,11 @@ class Exchange:
                 counts[number] = count
                 yield number, text, count, finish
                 left -= {number} if finish else set()
-            if self.key and not self.cached:
-                server.responses.put(self.key, self.rows)
+            if self.key:
+                server.responses.pop(self.key, None)
+                server.responses[self.key] = self.rows
+                if len(server.responses) > server.settings.response_cache:
+                    del server.responses[next(iter(server.responses))]
         except asyncio.TimeoutError:
             raise Refused(504, f"the request took longer than {server.settings.timeout:g} seconds", "timeout_error") from None
         except Refused:
@@ -2127,23 +2130,6 @@ def _call_records(calls: list[tuple[str, dict]]) -> list[dict]:
             for i, (name, arguments) in enumerate(calls)]
 
 
-class Responses:
-    """The responses to the last `size` deterministic requests; a new one displaces the least recently used."""
-
-    def __init__(self, size: int):
-        self.size, self.kept = size, {}
-
-    def get(self, key: str | None) -> list[Row] | None:
-        if key in self.kept:
-            self.kept[key] = self.kept.pop(key)
-        return self.kept.get(key)
-
-    def put(self, key: str, rows: list[Row]) -> None:
-        self.kept[key] = rows
-        while len(self.kept) > self.size:
-            del self.kept[next(iter(self.kept))]
-
-
 @torch.no_grad()
 def embed(model, rows: list[list[int]]) -> list[list[float]]:
     """Embeddings of texts: the mean of the last hidden states, of length 1."""
@@ -2160,7 +2146,8 @@ class Server:
     def __init__(self, session: Session, name: str, engine: Engine | StaticEngine):
         self.session, self.name, self.settings, self.began = session, name, session.settings, int(time.time())
         self.service = Service(engine, self.settings.max_queue)
-        self.meters, self.responses = Meters(self.service), Responses(self.settings.response_cache)
+        self.meters = Meters(self.service)
+        self.responses: dict[str, list[Row]] = {}  # to deterministic requests, the least recently used first
         self.context, self.vocabulary = session.model.config.max_position_embeddings, session.model.config.vocab_size
 
     def app(self):
