@@ -1978,7 +1978,7 @@ class Exchange:
                 row.grammar.after = self.reader.markup.think[1]
         self.before = [session.tokenizer.decode(row.prompt, skip_special_tokens=True) if self.echo else "" for row in self.rows]
         self.scored: list[Scored] = []  # with echo and logprobs, the prompts
-        self.sent = [(0, 0, 0)] * len(self.rows)  # reasoning and content in characters, tokens
+        self.sent: list[tuple | None] = [None] * len(self.rows)  # reasoning and content in characters, tokens
 
     def submit(self) -> None:
         """Hand the rows to the engine, which fills `self.events`: (index, text so far, number of tokens, finish, error)."""
@@ -1992,8 +1992,8 @@ class Exchange:
 
         if self.cached:
             self.server.meters.cached.inc()
-            for number, row in enumerate(self.rows):
-                self.events.put_nowait((number, row.text, len(row.ids), row.finish, None))
+            for row in self.rows:
+                notify(row, None)
         else:
             self.server.service.submit(self.rows, notify)
 
@@ -2043,36 +2043,26 @@ class Exchange:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.name, "choices": choices,
                 **({"usage": usage} if usage is not None else {})}
 
-    def piece(self, number: int, text: str, count: int, finish: str | None) -> dict | None:
-        """The choice of a chunk: what is new since the last one; None if there is nothing to send yet."""
-        row, (reasoned, written, tokens) = self.rows[number], self.sent[number]
-        if self.echo and not count:  # the prompt comes first
-            logprobs = self.of_prompt(number) if self.scored else None
-            return {"index": number, "text": self.before[number], "logprobs": logprobs, "finish_reason": finish}
+    def choice(self, number: int, text: str, count: int, finish: str | None, whole: bool = False) -> dict | None:
+        """The choice of a whole response, or of a chunk: what is new since the last one; None if there is nothing to send yet."""
+        first = self.sent[number] is None
+        reasoned, written, tokens = self.sent[number] or (0, 0, 0)
         reasoning, content, calls = self.reader(text, bool(finish)) if self.chat else ("", text, [])
-        if not (finish or reasoning[reasoned:] or content[written:]):
+        if not (finish or first and self.echo or reasoning[reasoned:] or content[written:]):
             return None
-        logprobs = self.logprobs(row.completion(), tokens, count, len(self.before[number]) + written)
+        before = self.before[number]
+        logprobs = self.logprobs(self.rows[number].completion(), tokens, count, len(before) + written)
+        if first and self.scored:  # the prompt comes first
+            logprobs = {key: values and values + logprobs[key] for key, values in self.of_prompt(number).items()}
         self.sent[number] = (max(reasoned, len(reasoning)), max(written, len(content)), count)
-        delta = {"reasoning_content": reasoning[reasoned:], "content": content[written:], "tool_calls": _call_records(calls)}
-        news = {"delta": {key: value for key, value in delta.items() if value}} if self.chat else {"text": content[written:]}
+        if not self.chat:
+            news = {"text": before * first + content[written:]}
+        else:
+            news = {"reasoning_content": reasoning[reasoned:], "content": content[written:], "tool_calls": _call_records(calls)}
+            news = {key: value for key, value in news.items() if value}
+            blank = None if calls and not content.strip() else content
+            news = {"message": {"role": "assistant", **news, "content": blank}} if whole else {"delta": news}
         return {"index": number, **news, "logprobs": logprobs, "finish_reason": "tool_calls" if calls else finish}
-
-    def choice(self, number: int) -> dict:
-        """The choice of a whole response."""
-        completion = self.rows[number].completion()
-        logprobs = self.logprobs(completion, 0, len(completion.ids), len(self.before[number]))
-        if self.scored:
-            first = self.of_prompt(number)
-            logprobs = {key: first[key] and first[key] + values for key, values in logprobs.items()}
-        news, finish = {"text": self.before[number] + completion.text}, completion.finish_reason
-        if self.chat:
-            reasoning, content, calls = self.reader(completion.text, True)
-            more = {"reasoning_content": reasoning, "tool_calls": _call_records(calls)}
-            news = {"message": {"role": "assistant", "content": content if content.strip() or not calls else None,
-                                **{key: value for key, value in more.items() if value}}}
-            finish = "tool_calls" if calls else finish
-        return {"index": number, **news, "logprobs": logprobs, "finish_reason": finish}
 
     def logprobs(self, completion: Completion, start: int, stop: int, place: int = 0) -> dict | None:
         """Log-probabilities of tokens `start` to `stop` in OpenAI's format; `place` is their character offset."""
@@ -2111,7 +2101,7 @@ class Exchange:
                 first = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
                 yield _event(self.record([{"index": i, **first} for i in range(len(self.rows))], None, True))
             async for update in self.updates():
-                if choice := self.piece(*update):
+                if choice := self.choice(*update):
                     yield _event(self.record([choice], None, True))
             if self.with_usage:
                 yield _event(self.record([], self.usage(), True))
@@ -2266,7 +2256,8 @@ class Server:
             work.cancel()
             return PlainTextResponse("", 499)
         await work
-        return respond(exchange.record([exchange.choice(i) for i in range(len(exchange.rows))], exchange.usage(), False))
+        choices = [exchange.choice(i, row.text, len(row.ids), row.finish, whole=True) for i, row in enumerate(exchange.rows)]
+        return respond(exchange.record(choices, exchange.usage(), False))
 
     async def embeddings(self, request):
         record = await self.read(request)
