@@ -1805,7 +1805,7 @@ class Service:
     def __init__(self, engine: Engine | StaticEngine, limit: int):
         self.engine, self.limit, self.open = engine, limit, 0
         self.calls: deque[tuple[Future, Callable]] = deque()
-        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # functions for the engine's thread
         threading.Thread(target=self._work, daemon=True).start()
 
     def submit(self, rows: list[Row], notify: Callable[[Row, Exception | None], None]) -> None:
@@ -1816,18 +1816,18 @@ class Service:
         self.open += len(rows)
         for row in rows:
             row.notify = notify
-        self.inbox.put(("add", [row for row in rows if not row.finish]))
+        self.inbox.put(partial(self._add, [row for row in rows if not row.finish]))
 
     def call(self, function: Callable) -> Future:
         """Run function() in the engine's thread between two steps, as no two threads may run the model at once."""
         future: Future = Future()
-        self.inbox.put(("call", (future, function)))
+        self.inbox.put(partial(self.calls.append, (future, function)))
         return future
 
     def leave(self, rows: list[Row]) -> None:
         """Remove submitted rows, finished or not; call once per `submit`."""
         self.open -= len(rows)
-        self.inbox.put(("remove", rows))
+        self.inbox.put(partial(self._remove, rows))
 
     def _add(self, rows: list[Row]) -> None:
         try:
@@ -1836,19 +1836,16 @@ class Service:
             for row in rows:
                 row.notify(row, error)
 
+    def _remove(self, rows: list[Row]) -> None:
+        for row in rows:
+            self.engine.remove(row)
+
     def _work(self) -> None:
         engine = self.engine
         while True:
             with contextlib.suppress(queue.Empty):
                 while True:
-                    what, rows = self.inbox.get(block=not (engine.busy or self.calls))
-                    if what == "add":
-                        self._add(rows)
-                    elif what == "call":
-                        self.calls.append(rows)
-                    else:
-                        for row in rows:
-                            engine.remove(row)
+                    self.inbox.get(block=not (engine.busy or self.calls))()
             # transformers' `generate`, in a thread of its own, goes on while a static batch is running
             if self.calls and not (isinstance(engine, StaticEngine) and engine.running):
                 future, function = self.calls.popleft()
@@ -2305,8 +2302,9 @@ class Server:
 
     async def metrics(self, _):
         from fastapi.responses import PlainTextResponse
+        from prometheus_client import generate_latest
 
-        return PlainTextResponse(self.meters.text())
+        return PlainTextResponse(generate_latest(self.meters.registry))
 
 
 def tools_of(record: dict) -> list[dict]:
@@ -2349,14 +2347,12 @@ class Meters:
         self.written = Counter("vllm:generation_tokens", "tokens of answers", **named)
         self.finished = Counter("vllm:request_success", "answers", ["finished_reason"], **named)
         self.cached = Counter("vllm:response_cache_hits", "requests that were answered from the response cache", **named)
-        self.total = 0  # generated tokens
         self.first = Histogram("vllm:time_to_first_token_seconds", "seconds to the first token", **named)
         self.whole = Histogram("vllm:e2e_request_latency_seconds", "seconds to the whole answer", **named)
 
     def tokens(self, row: Row, clock: float, before: int, count: int, finish: str | None) -> None:
         """A row had `before` tokens and has `count` now."""
         self.written.inc(count - before)
-        self.total += count - before
         if not before:
             self.read.inc(len(row.prompt))
             self.first.observe(time.perf_counter() - clock)
@@ -2364,24 +2360,19 @@ class Meters:
             self.finished.labels(finish).inc()
             self.whole.observe(time.perf_counter() - clock)
 
-    def text(self) -> str:
-        from prometheus_client import generate_latest
 
-        return generate_latest(self.registry).decode()
-
-
-def show_figures(service: Service, meters: Meters) -> None:
+def show_figures(meters: Meters) -> None:
     """Write live figures to stderr: on a terminal one line that is rewritten each second, elsewhere a line every ten seconds."""
     def work() -> None:
-        interval, before, engine = 1 if sys.stderr.isatty() else 10, 0, service.engine
+        interval, before, read = 1 if sys.stderr.isatty() else 10, 0, meters.registry.get_sample_value
         while True:
             time.sleep(interval)
-            written = meters.total
+            written, usage = read("vllm:generation_tokens_total"), read("vllm:kv_cache_usage_perc")
             if written == before:
                 continue
-            pages = f", cache {1 - engine.cache.available() / engine.cache.pages:.0%}" if isinstance(engine, Engine) else ""
-            line = (f"{len(engine.running)} running, {len(engine.waiting)} waiting, {(written - before) / interval:,.0f} tokens/s"
-                    f"{pages}, {written:,} tokens in all")
+            line = (f"{read('vllm:num_requests_running'):.0f} running, {read('vllm:num_requests_waiting'):.0f} waiting, "
+                    f"{(written - before) / interval:,.0f} tokens/s{'' if usage is None else f', cache {usage:.0%}'}, "
+                    f"{written:,.0f} tokens in all")
             sys.stderr.write(f"\r\033[K{line}" if sys.stderr.isatty() else f"{line}\n")
             sys.stderr.flush()
             before = written
@@ -2423,7 +2414,7 @@ def run_server(session: Session, name: str) -> None:
     http = uvicorn.Server(uvicorn.Config(app, s.host, s.port, log_level="warning", access_log=False,
                                            timeout_graceful_shutdown=int(s.timeout)))
     add_page(app, session, name, http)
-    show_figures(server.service, server.meters)
+    show_figures(server.meters)
     with contextlib.suppress(KeyboardInterrupt):
         http.run()
 
