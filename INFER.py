@@ -661,9 +661,13 @@ def _steps(model, rows: list[Row], use_cache: bool, batch_size: int, drafter=Non
         page = max((len(row.prompt) + row.budget for row in rows), default=1)  # which holds any row
         engine = Engine(model, seats, seats, page, drafter=drafter)
     engine.add(rows)
-    while engine.busy:
-        engine.step()
-        yield
+    try:
+        while engine.busy:
+            engine.step()
+            yield
+    finally:  # if the consumer stops early, so does a thread of the engine
+        for row in rows:
+            engine.remove(row)
 
 
 def stream(model, tokenizer, prompt_ids: list[int], sampling: Sampling, use_cache: bool = True, drafter=None) -> Iterator[str]:
@@ -1083,29 +1087,27 @@ def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Calla
 
 def _in_steps(run: Callable[[Callable], None]) -> Iterator[None]:
     """A generator over run(each), which calls each() after every step and works in a thread."""
-    steps: queue.Queue = queue.Queue()
-    stopped = threading.Event()
+    steps = in_thread(run)
+    while (error := steps.get()[1]) is None:
+        yield
+    if not isinstance(error, StopIteration):
+        raise error
 
-    def each() -> None:
-        steps.put(None)
-        if stopped.is_set():
-            raise InterruptedError("the consumer has stopped")
 
-    def work() -> None:
+def in_thread(work: Callable[[Callable], None], size: int = 0) -> queue.Queue:
+    """A queue that work(put) fills in a thread: with (item, None), and at the end with (None, the error or StopIteration)."""
+    arrived: queue.Queue = queue.Queue(size)
+
+    def run() -> None:
+        error: BaseException = StopIteration()
         try:
-            run(each)
-            steps.put(StopIteration())
-        except BaseException as error:  # whatever ends the work is raised where the generator is consumed
-            steps.put(error)
+            work(lambda item=None: arrived.put((item, None)))
+        except BaseException as raised:  # whatever it is, it is raised where the queue is read
+            error = raised
+        arrived.put((None, error))
 
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while not isinstance(error := steps.get(), StopIteration):
-            if error is not None:
-                raise error
-            yield
-    finally:
-        stopped.set()
+    threading.Thread(target=run, daemon=True).start()
+    return arrived
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -1260,19 +1262,12 @@ def read_stdin() -> Iterator[str]:
 
 
 def read_ahead(items: Iterable, size: int) -> queue.Queue:
-    """A queue that a thread fills with (item, None), and at the end with (None, the error or StopIteration)."""
-    arrived: queue.Queue = queue.Queue(size)
+    """The queue of `in_thread`, filled with items."""
+    def read(put: Callable) -> None:
+        for item in items:
+            put(item)
 
-    def read() -> None:
-        try:
-            for item in items:
-                arrived.put((item, None))
-            arrived.put((None, StopIteration()))
-        except BaseException as error:  # whatever it is, it is raised where the queue is read
-            arrived.put((None, error))
-
-    threading.Thread(target=read, daemon=True).start()
-    return arrived
+    return in_thread(read, size)
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:
