@@ -2638,7 +2638,7 @@ def check_flags(config) -> None:
             raise UserError(f"--{name}: goes with --eval" if actions.eval is None else f"--{name}: {value} is not >= {low}")
     served = [f.name for f in fields(InferenceSection) if f.metadata["comment"].startswith("--serve:")]
     for name in served if not actions.serve else ():
-        if config.origins[f"inference.{name}"].startswith("command line") or name == "lora_modules" and settings.lora_modules:
+        if config.origins.get(f"inference.{name}", "").startswith("command line") or name == "lora_modules" and settings.lora_modules:
             hint = "; elsewhere --adapter FOLDER uses an adapter" if name == "lora_modules" else ""
             raise UserError(f"--{name.replace('_', '-')}: goes with --serve{hint}")
     if settings.logprobs and actions.score is None and not actions.jsonl:
