@@ -1047,15 +1047,20 @@ class StaticEngine:
 def _uncached(model, rows: list[Row]) -> Iterator[None]:
     """Generation without a KV cache: recompute all tokens in every step."""
     while active := [row for row in rows if not row.finish]:
-        texts = [row.prompt + row.ids for row in active]
-        longest = max(map(len, texts))
-        ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=model.device)
-        positions = torch.tensor([[*range(len(t)), *[-1] * (longest - len(t))] for t in texts], device=model.device)
-        last = torch.tensor([i * longest + len(text) - 1 for i, text in enumerate(texts)], device=model.device)
+        ids, positions = padded([row.prompt + row.ids for row in active], model.device)
+        last = torch.arange(len(active), device=model.device) * ids.shape[1] + positions.argmax(1)
         with torch.no_grad():
             logits = model(ids, positions=positions, at=last).logits
         choose_tokens(logits.float(), active)
         yield
+
+
+def padded(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) with zeros on the right, and their positions (B, T), -1 for padding."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+    lengths = torch.tensor([[len(row)] for row in rows])
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    return ids.to(device), torch.where(positions < lengths, positions, -1).to(device)
 
 
 def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Callable = lambda: None) -> None:
@@ -1529,13 +1534,9 @@ def scores_of(model, rows: list[list[int]], batch_size: int = 64) -> Tensor:
     if model.config.causal:
         rows = [TOKENIZER.without_padding(ids[-context:], model.config.pad_token_id) for ids in rows]
     rows = [ids[:context] for ids in rows]
-    shape = len(rows), max(map(len, rows))
-    inputs, positions = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
-    for row, ids in enumerate(rows):
-        inputs[row, : len(ids)], positions[row, : len(ids)] = torch.tensor(ids), torch.arange(len(ids))
-    scores = model(inputs.to(model.device), positions=positions.to(model.device),
-                   want=("scores",)).scores.float().cpu()  # (B, T, L)
-    return scores[torch.arange(len(rows)), positions.argmax(1) if model.config.causal else 0]  # (B, L)
+    ids, positions = padded(rows, model.device)
+    scores = model(ids, positions=positions, want=("scores",)).scores.float().cpu()  # (B, T, L)
+    return scores[torch.arange(len(rows)), positions.argmax(1).cpu() if model.config.causal else 0]  # (B, L)
 
 
 def completion_text(tokenizer, prompt: list[int], ids: list[int]) -> str:
@@ -1634,12 +1635,12 @@ def score_continuations(model, pairs: list[tuple[list[int], list[int]]]) -> list
     context = model.config.max_position_embeddings
     if (longest := max(len(continuation) for _, continuation in pairs)) > context:
         raise UserError(f"--eval: a continuation of {longest} tokens exceeds the model's context of {context}")
-    texts = [torch.tensor([*before, *continuation][-context - 1 :]) for before, continuation in pairs]
-    places = [torch.arange(len(text) - 1) for text in texts]
-    targets = [text[1:].masked_fill(place < len(place) - len(continuation), -100)
-               for text, place, (_, continuation) in zip(texts, places, pairs, strict=True)]
-    ids, positions, targets = (nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(model.device)  # (B, T)
-                               for rows, value in (([text[:-1] for text in texts], 0), (places, -1), (targets, -100)))
+    texts = [[*before, *continuation][-context - 1 :] for before, continuation in pairs]
+    ids, positions = padded([text[:-1] for text in texts], model.device)  # (B, T)
+    targets, _ = padded([text[1:] for text in texts], model.device)
+    counts = torch.tensor([[len(continuation)] for _, continuation in pairs], device=model.device)
+    before = positions < positions.amax(1, keepdim=True) + 1 - counts
+    targets = targets.masked_fill(before | (positions < 0), -100)
     out = model(ids, positions=positions, targets=targets, reduce=lambda logits, rows: {"best": logits.argmax(-1)})
     greedy = ((out.reduced["best"] == targets) | (targets == -100)).all(1)
     return list(zip(out.logprobs.cpu().double().sum(1).tolist(), greedy.tolist(), strict=True))
