@@ -895,7 +895,7 @@ def _pack(model: MODEL.Transformer) -> list[str]:
     for name, module in list(model.named_modules()):
         # The head may share its weight with the embedding; absorbed attention multiplies kv_b_proj's weight by itself.
         if type(module) is nn.Linear and not (name.startswith("lm_head") or name.endswith("kv_b_proj") or "lora_" in name):
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], packed(module))
+            model.set_submodule(name, packed(module))
     if "lm" in model.heads and type(model.lm_head) is nn.Linear:
         model.lm_head = packed(model.lm_head)
     return sorted(ways)
@@ -1650,7 +1650,7 @@ def as_lm(session: Session):
     """The model of a session as lm-eval calls it. Texts are encoded, truncated and cut at stop strings as in lm-eval's class for
     transformers (`HFLM`), so the results agree with `lm_eval --model hf`."""
     from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 
@@ -1672,12 +1672,11 @@ def as_lm(session: Session):
             return tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
         def _loglikelihood_tokens(self, requests: list[tuple], **_) -> list[tuple[float, bool]]:
-            longest = sorted(range(len(requests)), key=lambda i: len(requests[i][1]) + len(requests[i][2]), reverse=True)
-            found = {}
-            for start in tqdm(range(0, len(longest), settings.batch_size), desc="batches scored"):
-                batch = longest[start : start + settings.batch_size]
-                found |= zip(batch, score_continuations(model, [requests[i][1:] for i in batch]), strict=True)
-            return [found[i] for i in range(len(requests))]
+            ordered = Collator(requests, sort_fn=lambda request: -len(request[1]) - len(request[2]))
+            batches = tqdm(ordered.get_batched(settings.batch_size), desc="batches scored",
+                           total=-(-len(requests) // settings.batch_size))
+            return ordered.get_original([score for batch in batches
+                                         for score in score_continuations(model, [request[1:] for request in batch])])
 
         def loglikelihood_rolling(self, requests, **_) -> list[float]:
             windows = [[(None, *make_disjoint_window(window)) for window in get_rolling_token_windows(
@@ -2116,11 +2115,8 @@ def _call_records(calls: list[tuple[str, dict]]) -> list[dict]:
 @torch.no_grad()
 def embed(model, rows: list[list[int]]) -> list[list[float]]:
     """Embeddings of texts: the mean of the last hidden states, of length 1."""
-    found = []
-    for ids in rows:
-        hidden = model(torch.tensor([ids], device=model.device), want=("hidden_states",)).hidden_states[-1]  # (1, T, C)
-        found.append(F.normalize(hidden[0].float().mean(0), dim=0).tolist())
-    return found
+    states = (model(torch.tensor([ids], device=model.device), want=("hidden_states",)).hidden_states[-1] for ids in rows)
+    return [F.normalize(hidden[0].float().mean(0), dim=0).tolist() for hidden in states]  # hidden: (1, T, C)
 
 
 class Server:
@@ -2164,13 +2160,13 @@ class Server:
 
     async def read(self, request) -> dict:
         """The JSON object in a request's body."""
-        async def body() -> bytes:
-            parts, size = [], 0
+        async def body() -> bytearray:
+            data = bytearray()
             async for part in request.stream():
-                parts.append(part)
-                if (size := size + len(part)) > self.settings.max_body:
+                data += part
+                if len(data) > self.settings.max_body:
                     raise Refused(413, f"the request is larger than {self.settings.max_body:,} bytes")
-            return b"".join(parts)
+            return data
 
         try:
             data = await asyncio.wait_for(body(), self.settings.timeout)
@@ -2242,12 +2238,11 @@ class Server:
             async for _ in exchange.updates():
                 pass
 
-        work, gone = asyncio.create_task(collect()), asyncio.create_task(_disconnected(request))
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
-        if not work.done():
-            work.cancel()
-            return PlainTextResponse("", 499)
+        work = asyncio.create_task(collect())
+        while not (await asyncio.wait({work}, timeout=0.1))[0]:
+            if await request.is_disconnected():
+                work.cancel()
+                return PlainTextResponse("", 499)
         await work
         choices = [exchange.choice(i, row.text, len(row.ids), row.finish, whole=True) for i, row in enumerate(exchange.rows)]
         return respond(exchange.record(choices, exchange.usage(), False))
@@ -2316,11 +2311,6 @@ def tools_of(record: dict) -> list[dict]:
     if len(set(names)) < len(names):
         raise Refused(400, "tools: two have the same name")
     return tools
-
-
-async def _disconnected(request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)
 
 
 class Meters:
