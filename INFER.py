@@ -869,16 +869,14 @@ def _fuse(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all weights, shared ones once, packed ones and the scales of quantized ones included."""
-    states, scales, packed = [], [], 0
+    tensors, packed = list(model.parameters()), 0
     for module in model.modules():
-        states += [state for state in (getattr(getattr(module, "weight", None), "quant_state", None),
-                                       getattr(module, "state", None)) if hasattr(state, "absmax")]
-        held = (getattr(getattr(module, "weight", None), "SCB", None), getattr(getattr(module, "state", None), "SCB", None),
-                getattr(module, "scale", None))
-        scales += [next((scale for scale in held if scale is not None), None)]
+        weight = getattr(module, "weight", None)
+        holders = [module, getattr(module, "state", None), weight, getattr(weight, "quant_state", None)]
+        holders += [getattr(holder, "state2", None) for holder in holders]  # scales of scales
+        tensors += [getattr(holder, name, None) for holder in holders for name in ("absmax", "SCB", "scale")]
         packed += module.out_features * module.in_features * module.bytes if isinstance(module, PackedLinear) else 0
-    scales += [scale for state in states for scale in (state.absmax, state.state2.absmax if state.nested else None)]
-    return packed + sum(tensor.nbytes for tensor in (*model.parameters(), *scales) if tensor is not None)
+    return packed + sum({id(tensor): tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor)}.values())
 
 
 def _pack(model: MODEL.Transformer) -> list[str]:
@@ -1599,11 +1597,10 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
         given = iter(classify(session.model, session.tokenizer, full) if full else ())
         for record, text in group:
             shares = dict(zip(labels, next(given), strict=True)) if not isinstance(text, str) or text.strip() else {}
-            best = max(shares, key=shares.get) if shares else ""
+            best = max(shares, key=shares.get, default="")
             if actions.jsonl:
-                print(json.dumps({**record,
-                                  **({"reward": shares[best]} if len(shares) == 1 else {"label": best, "probabilities": shares})},
-                                  ensure_ascii=False))
+                found = {"reward": shares[best]} if len(shares) == 1 else {"label": best, "probabilities": shares}
+                print(json.dumps({**record, **found}, ensure_ascii=False))
             elif len(shares) == 1:
                 print(f"{shares[best]:.4f}")
             else:
@@ -2582,10 +2579,8 @@ SHORTS = {"max_num_seqs": "inference.batch_size", "quantization": "model.quantiz
 def main(argv: list[str] | None = None) -> None:
     config = load_config(argv, SECTIONS, "inference", ACTIONS, __doc__, SHORTS)
     actions = config.actions
-    check_flags(config)
+    piped = not check_flags(config) and not (sys.stdin and sys.stdin.isatty())
     prompt = None if actions.prompt is None else TOKENIZER.checked(actions.prompt, "--prompt")
-    elsewhere = actions.score is not None or actions.eval or actions.lines or actions.jsonl or actions.serve
-    piped = prompt is None and not elsewhere and not (sys.stdin and sys.stdin.isatty())
     if piped:
         prompt = "".join(read_stdin())
         if not prompt:
@@ -2615,8 +2610,8 @@ def main(argv: list[str] | None = None) -> None:
     session.report()
 
 
-def check_flags(config) -> None:
-    """Flags that would be ignored together are refused."""
+def check_flags(config) -> list[str]:
+    """Refuse flags that would be ignored together. Returns the flag that names the mode, if there is one."""
     actions, settings = config.actions, config.inference
     modes = [f"--{name}" for name in ("prompt", "jsonl", "score", "eval", "serve") if getattr(actions, name) not in (None, False)]
     modes += ["--lines"] if actions.lines and actions.score is None else []
@@ -2636,6 +2631,7 @@ def check_flags(config) -> None:
         raise UserError("--logprobs: goes with --jsonl or --score, whose output has a place for them")
     if actions.score not in (None, "-") and (Path(actions.score).is_dir() or not Path(actions.score).exists()):
         raise UserError(f"--score: there is no file '{actions.score}'")
+    return modes
 
 
 if __name__ == "__main__":
