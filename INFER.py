@@ -993,15 +993,15 @@ def _grammar_tokenizer(tokenizer, vocabulary: int, eos: tuple[int, ...]):
 # -------------------------------------------------------------------------------------- engines and their room
 
 
-def cache_room(model, rows: int) -> int:
-    """KV cache capacity in tokens: `rows` full contexts, limited to 4/5 of the free GPU memory or 1/4 of the main memory."""
-    a_token = MODEL.cache_numbers(model.config) * torch.empty(0, dtype=model.dtype).element_size()
+def cache_pages(model, rows: int) -> int:
+    """KV cache capacity in pages: `rows` full contexts, limited to 4/5 of the free GPU memory or 1/4 of the main memory."""
+    a_token = MODEL.cache_numbers(model.config) * model.dtype.itemsize
     if model.device.type == "cuda":
         memory = torch.cuda.mem_get_info(model.device)[0] * 4 // 5
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 if hasattr(os, "sysconf") else 2**32
     context = model.config.max_position_embeddings
-    return max(context, min(rows * context, memory // a_token))
+    return -(-max(context, min(rows * context, memory // a_token)) // PAGE)
 
 
 class StaticEngine:
@@ -1061,7 +1061,7 @@ def padded(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
     return ids.to(device), torch.where(positions < lengths, positions, -1).to(device)
 
 
-def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Callable = lambda: None) -> None:
+def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Callable) -> None:
     """Rows with prompts of one length: the model's own `generate`, in which our sampling names each token. Calls each() after
     every token."""
     from transformers import GenerationConfig
@@ -1188,7 +1188,7 @@ class Session:
         sampling = request_sampling(parameters, self.sampling, "")
         if unknown := [key for key in parameters if OPENAI_KEYS.get(key, key) not in SAMPLING_KEYS]:
             raise UserError(f"{unknown[0]}: unknown setting; nearest is {MODEL.nearest(unknown[0], SAMPLING_KEYS)}")
-        [found] = self.answer([prompt], [sampling])
+        found = self.answer(prompt, sampling)
         return found[0].text if sampling.n == 1 else [completion.text for completion in found]
 
     @cached_property
@@ -1205,7 +1205,7 @@ class Session:
             raise UserError(f"inference.draft_model: {s.draft_model} cannot draft for this model; a causal language model of a "
                             "supported family with the same vocabulary is expected")
         model = configure_for_hardware(model, quiet=True)
-        return DraftModel(model, s.num_speculative_tokens, -(-cache_room(model, s.batch_size) // PAGE), PAGE)
+        return DraftModel(model, s.num_speculative_tokens, cache_pages(model, s.batch_size), PAGE)
 
     def report(self) -> None:
         """Say how many guessed tokens were accepted."""
@@ -1218,12 +1218,12 @@ class Session:
         model, rows = self.model, self.settings.batch_size
         if isinstance(model, MODEL.ForeignModel) or not self.settings.use_cache:
             return StaticEngine(model, rows, self.settings.use_cache)
-        return Engine(model, rows, -(-cache_room(model, rows) // PAGE), PAGE, tokens, reuse, self.drafter)
+        return Engine(model, rows, cache_pages(model, rows), PAGE, tokens, reuse, self.drafter)
 
-    def answer(self, prompts: list, samplings: list[Sampling], first: int | list[int] = 0) -> list[list[Completion]]:
-        ids = [self.prompt_ids(prompt, s) for prompt, s in zip(prompts, samplings, strict=True)]
-        return generate(self.model, ids, samplings, self.tokenizer, self.settings.use_cache,
-                        max(self.settings.batch_size, 1), first=first, drafter=self.drafter)
+    def answer(self, prompt, sampling: Sampling) -> list[Completion]:
+        [found] = generate(self.model, [self.prompt_ids(prompt, sampling)], sampling, self.tokenizer, self.settings.use_cache,
+                           self.settings.batch_size, drafter=self.drafter)
+        return found
 
 
 def adapter_folders(modules: list[str], model) -> dict[str, str]:
@@ -1615,7 +1615,8 @@ def run_prompt(session: Session, prompt: str, echo: bool) -> None:
         session.stream(prompt, session.sampling)
         print(flush=True)
         return
-    completions, colored = session.answer([prompt], [session.sampling])[0], sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    completions = session.answer(prompt, session.sampling)
+    colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for number, completion in enumerate(completions, 1):
         if len(completions) > 1:
             print(f"\033[2m[{number}]\033[0m" if colored else f"[{number}]")
@@ -1896,11 +1897,12 @@ def sampling_of(record: dict, base: Sampling, chat: bool) -> Sampling:
     return sampling
 
 
-class Reader:
+class Reader(NamedTuple):
     """Splits an answer in a chat into reasoning, content and tool calls."""
 
-    def __init__(self, markup: TOKENIZER.Markup, thinks: bool, tools: list[dict]):
-        self.markup, self.thinks, self.tools = markup, thinks, tools  # thinks: the prompt has opened the reasoning
+    markup: TOKENIZER.Markup
+    thinks: bool  # the prompt has opened the reasoning
+    tools: list[dict]
 
     def __call__(self, text: str, final: bool) -> tuple[str, str, list[tuple[str, dict]]]:
         """(reasoning, content, calls) of an answer so far. An ending that may become markup is held back until it is final."""
@@ -2388,9 +2390,8 @@ def run_server(session: Session, name: str) -> None:
         raise UserError(f"--serve: needs {error.name}; pip install -r requirements-extras.txt") from None
     if isinstance(engine, Engine):
         room = engine.cache.pages * engine.cache.page
-        weights = weight_bytes(session.model)
-        a_token = MODEL.cache_numbers(session.model.config) * torch.empty(0, dtype=session.model.dtype).element_size()
-        say(f"memory: weights {MODEL.size_text(weights)}, cache {MODEL.size_text(room * a_token)} for {room:,} tokens in pages "
+        size = MODEL.size_text(room * MODEL.cache_numbers(session.model.config) * session.model.dtype.itemsize)
+        say(f"memory: weights {MODEL.size_text(weight_bytes(session.model))}, cache {size} for {room:,} tokens in pages "
             f"of {engine.cache.page}, at most {s.batch_size} sequences per batch")
     warm_up(engine)
     say(f"serving {name} at http://{s.host}:{s.port}/v1")
