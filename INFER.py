@@ -1991,7 +1991,8 @@ class Exchange:
     async def updates(self):
         """(index, text so far, number of tokens, finish reason) after new tokens, until all rows are finished; with echo also
         before the first token."""
-        server, left, counts = self.server, set() if self.prompt_only else set(range(len(self.rows))), [0] * len(self.rows)
+        server, counts = self.server, [0] * len(self.rows)
+        left = set() if self.prompt_only else set(range(len(self.rows)))
         try:
             if self.echo and self.sampling.logprobs:
                 top = self.sampling.top_logprobs
@@ -2049,7 +2050,10 @@ class Exchange:
         if not self.chat:
             news = {"text": before * first + content[written:]}
         else:
-            news = {"reasoning_content": reasoning[reasoned:], "content": content[written:], "tool_calls": _call_records(calls)}
+            records = [{"index": i, "id": f"call_{uuid.uuid4().hex}", "type": "function",
+                        "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+                       for i, (name, arguments) in enumerate(calls)]
+            news = {"reasoning_content": reasoning[reasoned:], "content": content[written:], "tool_calls": records}
             news = {key: value for key, value in news.items() if value}
             blank = None if calls and not content.strip() else content
             news = {"message": {"role": "assistant", **news, "content": blank}} if whole else {"delta": news}
@@ -2103,12 +2107,6 @@ class Exchange:
 
 def _event(record: dict) -> str:
     return f"data: {json.dumps(record, ensure_ascii=False)}\n\n"
-
-
-def _call_records(calls: list[tuple[str, dict]]) -> list[dict]:
-    return [{"index": i, "id": f"call_{uuid.uuid4().hex}", "type": "function",
-             "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
-            for i, (name, arguments) in enumerate(calls)]
 
 
 @torch.no_grad()
