@@ -661,9 +661,13 @@ def _steps(model, rows: list[Row], use_cache: bool, batch_size: int, drafter=Non
         page = max((len(row.prompt) + row.budget for row in rows), default=1)  # which holds any row
         engine = Engine(model, seats, seats, page, drafter=drafter)
     engine.add(rows)
-    while engine.busy:
-        engine.step()
-        yield
+    try:
+        while engine.busy:
+            engine.step()
+            yield
+    finally:  # if the consumer stops early, so does a thread of the engine
+        for row in rows:
+            engine.remove(row)
 
 
 def stream(model, tokenizer, prompt_ids: list[int], sampling: Sampling, use_cache: bool = True, drafter=None) -> Iterator[str]:
@@ -865,15 +869,14 @@ def _fuse(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all weights, shared ones once, packed ones and the scales of quantized ones included."""
-    states, scales, packed = [], [], 0
+    tensors, packed = [*model.parameters(), *model.buffers()], 0
     for module in model.modules():
-        states += [state for state in (getattr(getattr(module, "weight", None), "quant_state", None),
-                                       getattr(module, "state", None)) if hasattr(state, "absmax")]
-        held = getattr(getattr(module, "weight", None), "SCB", None), getattr(getattr(module, "state", None), "SCB", None)
-        scales += [next((scale for scale in held if scale is not None), None)]
+        weight = getattr(module, "weight", None)
+        holders = [module, getattr(module, "state", None), weight, getattr(weight, "quant_state", None)]
+        holders += [getattr(holder, "state2", None) for holder in holders]  # scales of scales
+        tensors += [getattr(holder, name, None) for holder in holders for name in ("absmax", "SCB", "scale")]
         packed += module.out_features * module.in_features * module.bytes if isinstance(module, PackedLinear) else 0
-    scales += [scale for state in states for scale in (state.absmax, state.state2.absmax if state.nested else None)]
-    return packed + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *scales) if tensor is not None)
+    return packed + sum({id(tensor): tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor)}.values())
 
 
 def _pack(model: MODEL.Transformer) -> list[str]:
@@ -894,7 +897,7 @@ def _pack(model: MODEL.Transformer) -> list[str]:
     for name, module in list(model.named_modules()):
         # The head may share its weight with the embedding; absorbed attention multiplies kv_b_proj's weight by itself.
         if packs(module) and not (name.startswith("lm_head") or name.endswith("kv_b_proj") or "lora_" in name):
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], packed(module))
+            model.set_submodule(name, packed(module))
     if "lm" in model.heads and packs(model.lm_head):
         model.lm_head = packed(model.lm_head)
     return sorted(ways)
@@ -994,15 +997,15 @@ def _grammar_tokenizer(tokenizer, vocabulary: int, eos: tuple[int, ...]):
 # -------------------------------------------------------------------------------------- engines and their room
 
 
-def cache_room(model, rows: int) -> int:
-    """KV cache capacity in tokens: `rows` full contexts, limited to 4/5 of the free GPU memory or 1/4 of the main memory."""
-    a_token = MODEL.cache_numbers(model.config) * torch.empty(0, dtype=model.dtype).element_size()
+def cache_pages(model, rows: int) -> int:
+    """KV cache capacity in pages: `rows` full contexts, limited to 4/5 of the free GPU memory or 1/4 of the main memory."""
+    a_token = MODEL.cache_numbers(model.config) * model.dtype.itemsize
     if model.device.type == "cuda":
         memory = torch.cuda.mem_get_info(model.device)[0] * 4 // 5
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 if hasattr(os, "sysconf") else 2**32
     context = model.config.max_position_embeddings
-    return max(context, min(rows * context, memory // a_token))
+    return -(-max(context, min(rows * context, memory // a_token)) // PAGE)
 
 
 class StaticEngine:
@@ -1046,18 +1049,23 @@ class StaticEngine:
 def _uncached(model, rows: list[Row]) -> Iterator[None]:
     """Generation without a KV cache: recompute all tokens in every step."""
     while active := [row for row in rows if not row.finish]:
-        texts = [row.prompt + row.ids for row in active]
-        longest = max(map(len, texts))
-        ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=model.device)
-        positions = torch.tensor([[*range(len(t)), *[-1] * (longest - len(t))] for t in texts], device=model.device)
-        last = torch.tensor([i * longest + len(text) - 1 for i, text in enumerate(texts)], device=model.device)
+        ids, positions = padded([row.prompt + row.ids for row in active], model.device)
+        last = torch.arange(len(active), device=model.device) * ids.shape[1] + positions.argmax(1)
         with torch.no_grad():
             logits = model(ids, positions=positions, at=last).logits
         choose_tokens(logits.float(), active)
         yield
 
 
-def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Callable = lambda: None) -> None:
+def padded(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) with zeros on the right, and their positions (B, T), -1 for padding."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+    lengths = torch.tensor([[len(row)] for row in rows])
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    return ids.to(device), torch.where(positions < lengths, positions, -1).to(device)
+
+
+def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Callable) -> None:
     """Rows with prompts of one length: the model's own `generate`, in which our sampling names each token. Calls each() after
     every token."""
     from transformers import GenerationConfig
@@ -1086,29 +1094,27 @@ def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Calla
 
 def _in_steps(run: Callable[[Callable], None]) -> Iterator[None]:
     """A generator over run(each), which calls each() after every step and works in a thread."""
-    steps: queue.Queue = queue.Queue()
-    stopped = threading.Event()
+    steps = in_thread(run)
+    while (error := steps.get()[1]) is None:
+        yield
+    if not isinstance(error, StopIteration):
+        raise error
 
-    def each() -> None:
-        steps.put(None)
-        if stopped.is_set():
-            raise InterruptedError("the consumer has stopped")
 
-    def work() -> None:
+def in_thread(work: Callable[[Callable], None], size: int = 0) -> queue.Queue:
+    """A queue that work(put) fills in a thread: with (item, None), and at the end with (None, the error or StopIteration)."""
+    arrived: queue.Queue = queue.Queue(size)
+
+    def run() -> None:
+        error: BaseException = StopIteration()
         try:
-            run(each)
-            steps.put(StopIteration())
-        except BaseException as error:  # whatever ends the work is raised where the generator is consumed
-            steps.put(error)
+            work(lambda item=None: arrived.put((item, None)))
+        except BaseException as raised:  # whatever it is, it is raised where the queue is read
+            error = raised
+        arrived.put((None, error))
 
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while not isinstance(error := steps.get(), StopIteration):
-            if error is not None:
-                raise error
-            yield
-    finally:
-        stopped.set()
+    threading.Thread(target=run, daemon=True).start()
+    return arrived
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -1186,7 +1192,7 @@ class Session:
         sampling = request_sampling(parameters, self.sampling, "")
         if unknown := [key for key in parameters if OPENAI_KEYS.get(key, key) not in SAMPLING_KEYS]:
             raise UserError(f"{unknown[0]}: unknown setting; nearest is {MODEL.nearest(unknown[0], SAMPLING_KEYS)}")
-        [found] = self.answer([prompt], [sampling])
+        found = self.answer(prompt, sampling)
         return found[0].text if sampling.n == 1 else [completion.text for completion in found]
 
     @cached_property
@@ -1203,7 +1209,7 @@ class Session:
             raise UserError(f"inference.draft_model: {s.draft_model} cannot draft for this model; a causal language model of a "
                             "supported family with the same vocabulary is expected")
         model = configure_for_hardware(model, quiet=True)
-        return DraftModel(model, s.num_speculative_tokens, -(-cache_room(model, s.batch_size) // PAGE), PAGE)
+        return DraftModel(model, s.num_speculative_tokens, cache_pages(model, s.batch_size), PAGE)
 
     def report(self) -> None:
         """Say how many guessed tokens were accepted."""
@@ -1216,12 +1222,12 @@ class Session:
         model, rows = self.model, self.settings.batch_size
         if isinstance(model, MODEL.ForeignModel) or not self.settings.use_cache:
             return StaticEngine(model, rows, self.settings.use_cache)
-        return Engine(model, rows, -(-cache_room(model, rows) // PAGE), PAGE, tokens, reuse, self.drafter)
+        return Engine(model, rows, cache_pages(model, rows), PAGE, tokens, reuse, self.drafter)
 
-    def answer(self, prompts: list, samplings: list[Sampling], first: int | list[int] = 0) -> list[list[Completion]]:
-        ids = [self.prompt_ids(prompt, s) for prompt, s in zip(prompts, samplings, strict=True)]
-        return generate(self.model, ids, samplings, self.tokenizer, self.settings.use_cache,
-                        max(self.settings.batch_size, 1), first=first, drafter=self.drafter)
+    def answer(self, prompt, sampling: Sampling) -> list[Completion]:
+        [found] = generate(self.model, [self.prompt_ids(prompt, sampling)], sampling, self.tokenizer, self.settings.use_cache,
+                           self.settings.batch_size, drafter=self.drafter)
+        return found
 
 
 def adapter_folders(modules: list[str], model) -> dict[str, str]:
@@ -1263,19 +1269,12 @@ def read_stdin() -> Iterator[str]:
 
 
 def read_ahead(items: Iterable, size: int) -> queue.Queue:
-    """A queue that a thread fills with (item, None), and at the end with (None, the error or StopIteration)."""
-    arrived: queue.Queue = queue.Queue(size)
+    """The queue of `in_thread`, filled with items."""
+    def read(put: Callable) -> None:
+        for item in items:
+            put(item)
 
-    def read() -> None:
-        try:
-            for item in items:
-                arrived.put((item, None))
-            arrived.put((None, StopIteration()))
-        except BaseException as error:  # whatever it is, it is raised where the queue is read
-            arrived.put((None, error))
-
-    threading.Thread(target=read, daemon=True).start()
-    return arrived
+    return in_thread(read, size)
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:
@@ -1537,13 +1536,9 @@ def scores_of(model, rows: list[list[int]], batch_size: int = 64) -> Tensor:
     if model.config.causal:
         rows = [TOKENIZER.without_padding(ids[-context:], model.config.pad_token_id) for ids in rows]
     rows = [ids[:context] for ids in rows]
-    shape = len(rows), max(map(len, rows))
-    inputs, positions = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
-    for row, ids in enumerate(rows):
-        inputs[row, : len(ids)], positions[row, : len(ids)] = torch.tensor(ids), torch.arange(len(ids))
-    scores = model(inputs.to(model.device), positions=positions.to(model.device),
-                   want=("scores",)).scores.float().cpu()  # (B, T, L)
-    return scores[torch.arange(len(rows)), positions.argmax(1) if model.config.causal else 0]  # (B, L)
+    ids, positions = padded(rows, model.device)
+    scores = model(ids, positions=positions, want=("scores",)).scores.float().cpu()  # (B, T, L)
+    return scores[torch.arange(len(rows)), positions.argmax(1).cpu() if model.config.causal else 0]  # (B, L)
 
 
 def completion_text(tokenizer, prompt: list[int], ids: list[int]) -> str:
@@ -1606,11 +1601,10 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
         given = iter(classify(session.model, session.tokenizer, full) if full else ())
         for record, text in group:
             shares = dict(zip(labels, next(given), strict=True)) if not isinstance(text, str) or text.strip() else {}
-            best = max(shares, key=shares.get) if shares else ""
+            best = max(shares, key=shares.get, default="")
             if actions.jsonl:
-                print(json.dumps({**record,
-                                  **({"reward": shares[best]} if len(shares) == 1 else {"label": best, "probabilities": shares})},
-                                  ensure_ascii=False))
+                found = {"reward": shares[best]} if len(shares) == 1 else {"label": best, "probabilities": shares}
+                print(json.dumps({**record, **found}, ensure_ascii=False))
             elif len(shares) == 1:
                 print(f"{shares[best]:.4f}")
             else:
@@ -1625,7 +1619,8 @@ def run_prompt(session: Session, prompt: str, echo: bool) -> None:
         session.stream(prompt, session.sampling)
         print(flush=True)
         return
-    completions, colored = session.answer([prompt], [session.sampling])[0], sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    completions = session.answer(prompt, session.sampling)
+    colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for number, completion in enumerate(completions, 1):
         if len(completions) > 1:
             print(f"\033[2m[{number}]\033[0m" if colored else f"[{number}]")
@@ -1642,12 +1637,12 @@ def score_continuations(model, pairs: list[tuple[list[int], list[int]]]) -> list
     context = model.config.max_position_embeddings
     if (longest := max(len(continuation) for _, continuation in pairs)) > context:
         raise UserError(f"--eval: a continuation of {longest} tokens exceeds the model's context of {context}")
-    texts = [torch.tensor([*before, *continuation][-context - 1 :]) for before, continuation in pairs]
-    places = [torch.arange(len(text) - 1) for text in texts]
-    targets = [text[1:].masked_fill(place < len(place) - len(continuation), -100)
-               for text, place, (_, continuation) in zip(texts, places, pairs, strict=True)]
-    ids, positions, targets = (nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(model.device)  # (B, T)
-                               for rows, value in (([text[:-1] for text in texts], 0), (places, -1), (targets, -100)))
+    texts = [[*before, *continuation][-context - 1 :] for before, continuation in pairs]
+    ids, positions = padded([text[:-1] for text in texts], model.device)  # (B, T)
+    targets, _ = padded([text[1:] for text in texts], model.device)
+    counts = torch.tensor([[len(continuation)] for _, continuation in pairs], device=model.device)
+    before = positions < positions.amax(1, keepdim=True) + 1 - counts
+    targets = targets.masked_fill(before | (positions < 0), -100)
     out = model(ids, positions=positions, targets=targets, reduce=lambda logits, rows: {"best": logits.argmax(-1)})
     greedy = ((out.reduced["best"] == targets) | (targets == -100)).all(1)
     return list(zip(out.logprobs.cpu().double().sum(1).tolist(), greedy.tolist(), strict=True))
@@ -1657,7 +1652,7 @@ def as_lm(session: Session):
     """The model of a session as lm-eval calls it. Texts are encoded, truncated and cut at stop strings as in lm-eval's class for
     transformers (`HFLM`), so the results agree with `lm_eval --model hf`."""
     from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 
@@ -1679,12 +1674,11 @@ def as_lm(session: Session):
             return tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
         def _loglikelihood_tokens(self, requests: list[tuple], **_) -> list[tuple[float, bool]]:
-            longest = sorted(range(len(requests)), key=lambda i: len(requests[i][1]) + len(requests[i][2]), reverse=True)
-            found = {}
-            for start in tqdm(range(0, len(longest), settings.batch_size), desc="batches scored"):
-                batch = longest[start : start + settings.batch_size]
-                found |= zip(batch, score_continuations(model, [requests[i][1:] for i in batch]), strict=True)
-            return [found[i] for i in range(len(requests))]
+            ordered = Collator(requests, sort_fn=lambda request: -len(request[1]) - len(request[2]))
+            batches = tqdm(ordered.get_batched(settings.batch_size), desc="batches scored",
+                           total=-(-len(requests) // settings.batch_size))
+            return ordered.get_original([score for batch in batches
+                                         for score in score_continuations(model, [request[1:] for request in batch])])
 
         def loglikelihood_rolling(self, requests, **_) -> list[float]:
             windows = [[(None, *make_disjoint_window(window)) for window in get_rolling_token_windows(
@@ -1808,7 +1802,7 @@ class Service:
     def __init__(self, engine: Engine | StaticEngine, limit: int):
         self.engine, self.limit, self.open = engine, limit, 0
         self.calls: deque[tuple[Future, Callable]] = deque()
-        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # functions for the engine's thread
         threading.Thread(target=self._work, daemon=True).start()
 
     def submit(self, rows: list[Row], notify: Callable[[Row, Exception | None], None]) -> None:
@@ -1819,18 +1813,18 @@ class Service:
         self.open += len(rows)
         for row in rows:
             row.notify = notify
-        self.inbox.put(("add", [row for row in rows if not row.finish]))
+        self.inbox.put(partial(self._add, [row for row in rows if not row.finish]))
 
     def call(self, function: Callable) -> Future:
         """Run function() in the engine's thread between two steps, as no two threads may run the model at once."""
         future: Future = Future()
-        self.inbox.put(("call", (future, function)))
+        self.inbox.put(partial(self.calls.append, (future, function)))
         return future
 
     def leave(self, rows: list[Row]) -> None:
         """Remove submitted rows, finished or not; call once per `submit`."""
         self.open -= len(rows)
-        self.inbox.put(("remove", rows))
+        self.inbox.put(partial(self._remove, rows))
 
     def _add(self, rows: list[Row]) -> None:
         try:
@@ -1839,19 +1833,16 @@ class Service:
             for row in rows:
                 row.notify(row, error)
 
+    def _remove(self, rows: list[Row]) -> None:
+        for row in rows:
+            self.engine.remove(row)
+
     def _work(self) -> None:
         engine = self.engine
         while True:
             with contextlib.suppress(queue.Empty):
                 while True:
-                    what, rows = self.inbox.get(block=not (engine.busy or self.calls))
-                    if what == "add":
-                        self._add(rows)
-                    elif what == "call":
-                        self.calls.append(rows)
-                    else:
-                        for row in rows:
-                            engine.remove(row)
+                    self.inbox.get(block=not (engine.busy or self.calls))()
             # transformers' `generate`, in a thread of its own, goes on while a static batch is running
             if self.calls and not (isinstance(engine, StaticEngine) and engine.running):
                 future, function = self.calls.popleft()
@@ -1910,11 +1901,12 @@ def sampling_of(record: dict, base: Sampling, chat: bool) -> Sampling:
     return sampling
 
 
-class Reader:
+class Reader(NamedTuple):
     """Splits an answer in a chat into reasoning, content and tool calls."""
 
-    def __init__(self, markup: TOKENIZER.Markup, thinks: bool, tools: list[dict]):
-        self.markup, self.thinks, self.tools = markup, thinks, tools  # thinks: the prompt has opened the reasoning
+    markup: TOKENIZER.Markup
+    thinks: bool  # the prompt has opened the reasoning
+    tools: list[dict]
 
     def __call__(self, text: str, final: bool) -> tuple[str, str, list[tuple[str, dict]]]:
         """(reasoning, content, calls) of an answer so far. An ending that may become markup is held back until it is final."""
@@ -1981,7 +1973,7 @@ class Exchange:
                 row.grammar.after = self.reader.markup.think[1]
         self.before = [session.tokenizer.decode(row.prompt, skip_special_tokens=True) if self.echo else "" for row in self.rows]
         self.scored: list[Scored] = []  # with echo and logprobs, the prompts
-        self.sent = [(0, 0, 0)] * len(self.rows)  # reasoning and content in characters, tokens
+        self.sent: list[tuple | None] = [None] * len(self.rows)  # reasoning and content in characters, tokens
 
     def submit(self) -> None:
         """Hand the rows to the engine, which fills `self.events`: (index, text so far, number of tokens, finish, error)."""
@@ -1995,15 +1987,16 @@ class Exchange:
 
         if self.cached:
             self.server.meters.cached.inc()
-            for number, row in enumerate(self.rows):
-                self.events.put_nowait((number, row.text, len(row.ids), row.finish, None))
+            for row in self.rows:
+                notify(row, None)
         else:
             self.server.service.submit(self.rows, notify)
 
     async def updates(self):
         """(index, text so far, number of tokens, finish reason) after new tokens, until all rows are finished; with echo also
         before the first token."""
-        server, left, counts = self.server, set() if self.prompt_only else set(range(len(self.rows))), [0] * len(self.rows)
+        server, counts = self.server, [0] * len(self.rows)
+        left = set() if self.prompt_only else set(range(len(self.rows)))
         try:
             if self.echo and self.sampling.logprobs:
                 top = self.sampling.top_logprobs
@@ -2021,8 +2014,11 @@ class Exchange:
                 counts[number] = count
                 yield number, text, count, finish
                 left -= {number} if finish else set()
-            if self.key and not self.cached:
-                server.responses.put(self.key, self.rows)
+            if self.key:
+                server.responses.pop(self.key, None)
+                server.responses[self.key] = self.rows
+                if len(server.responses) > server.settings.response_cache:
+                    del server.responses[next(iter(server.responses))]
         except asyncio.TimeoutError:
             raise Refused(504, f"the request took longer than {server.settings.timeout:g} seconds", "timeout_error") from None
         except Refused:
@@ -2043,36 +2039,29 @@ class Exchange:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.name, "choices": choices,
                 **({"usage": usage} if usage is not None else {})}
 
-    def piece(self, number: int, text: str, count: int, finish: str | None) -> dict | None:
-        """The choice of a chunk: what is new since the last one; None if there is nothing to send yet."""
-        row, (reasoned, written, tokens) = self.rows[number], self.sent[number]
-        if self.echo and not count:  # the prompt comes first
-            logprobs = self.of_prompt(number) if self.scored else None
-            return {"index": number, "text": self.before[number], "logprobs": logprobs, "finish_reason": finish}
+    def choice(self, number: int, text: str, count: int, finish: str | None, whole: bool = False) -> dict | None:
+        """The choice of a whole response, or of a chunk: what is new since the last one; None if there is nothing to send yet."""
+        first = self.sent[number] is None
+        reasoned, written, tokens = self.sent[number] or (0, 0, 0)
         reasoning, content, calls = self.reader(text, bool(finish)) if self.chat else ("", text, [])
-        if not (finish or reasoning[reasoned:] or content[written:]):
+        if not (finish or first and self.echo or reasoning[reasoned:] or content[written:]):
             return None
-        logprobs = self.logprobs(row.completion(), tokens, count, len(self.before[number]) + written)
+        before = self.before[number]
+        logprobs = self.logprobs(self.rows[number].completion(), tokens, count, len(before) + written)
+        if first and self.scored:  # the prompt comes first
+            logprobs = {key: values and values + logprobs[key] for key, values in self.of_prompt(number).items()}
         self.sent[number] = (max(reasoned, len(reasoning)), max(written, len(content)), count)
-        delta = {"reasoning_content": reasoning[reasoned:], "content": content[written:], "tool_calls": _call_records(calls)}
-        news = {"delta": {key: value for key, value in delta.items() if value}} if self.chat else {"text": content[written:]}
+        if not self.chat:
+            news = {"text": before * first + content[written:]}
+        else:
+            records = [{"index": i, "id": f"call_{uuid.uuid4().hex}", "type": "function",
+                        "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+                       for i, (name, arguments) in enumerate(calls)]
+            news = {"reasoning_content": reasoning[reasoned:], "content": content[written:], "tool_calls": records}
+            news = {key: value for key, value in news.items() if value}
+            blank = None if calls and not content.strip() else content
+            news = {"message": {"role": "assistant", **news, "content": blank}} if whole else {"delta": news}
         return {"index": number, **news, "logprobs": logprobs, "finish_reason": "tool_calls" if calls else finish}
-
-    def choice(self, number: int) -> dict:
-        """The choice of a whole response."""
-        completion = self.rows[number].completion()
-        logprobs = self.logprobs(completion, 0, len(completion.ids), len(self.before[number]))
-        if self.scored:
-            first = self.of_prompt(number)
-            logprobs = {key: first[key] and first[key] + values for key, values in logprobs.items()}
-        news, finish = {"text": self.before[number] + completion.text}, completion.finish_reason
-        if self.chat:
-            reasoning, content, calls = self.reader(completion.text, True)
-            more = {"reasoning_content": reasoning, "tool_calls": _call_records(calls)}
-            news = {"message": {"role": "assistant", "content": content if content.strip() or not calls else None,
-                                **{key: value for key, value in more.items() if value}}}
-            finish = "tool_calls" if calls else finish
-        return {"index": number, **news, "logprobs": logprobs, "finish_reason": finish}
 
     def logprobs(self, completion: Completion, start: int, stop: int, place: int = 0) -> dict | None:
         """Log-probabilities of tokens `start` to `stop` in OpenAI's format; `place` is their character offset."""
@@ -2111,7 +2100,7 @@ class Exchange:
                 first = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
                 yield _event(self.record([{"index": i, **first} for i in range(len(self.rows))], None, True))
             async for update in self.updates():
-                if choice := self.piece(*update):
+                if choice := self.choice(*update):
                     yield _event(self.record([choice], None, True))
             if self.with_usage:
                 yield _event(self.record([], self.usage(), True))
@@ -2124,37 +2113,11 @@ def _event(record: dict) -> str:
     return f"data: {json.dumps(record, ensure_ascii=False)}\n\n"
 
 
-def _call_records(calls: list[tuple[str, dict]]) -> list[dict]:
-    return [{"index": i, "id": f"call_{uuid.uuid4().hex}", "type": "function",
-             "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
-            for i, (name, arguments) in enumerate(calls)]
-
-
-class Responses:
-    """The responses to the last `size` deterministic requests; a new one displaces the least recently used."""
-
-    def __init__(self, size: int):
-        self.size, self.kept = size, {}
-
-    def get(self, key: str | None) -> list[Row] | None:
-        if key in self.kept:
-            self.kept[key] = self.kept.pop(key)
-        return self.kept.get(key)
-
-    def put(self, key: str, rows: list[Row]) -> None:
-        self.kept[key] = rows
-        while len(self.kept) > self.size:
-            del self.kept[next(iter(self.kept))]
-
-
 @torch.no_grad()
 def embed(model, rows: list[list[int]]) -> list[list[float]]:
     """Embeddings of texts: the mean of the last hidden states, of length 1."""
-    found = []
-    for ids in rows:
-        hidden = model(torch.tensor([ids], device=model.device), want=("hidden_states",)).hidden_states[-1]  # (1, T, C)
-        found.append(F.normalize(hidden[0].float().mean(0), dim=0).tolist())
-    return found
+    states = (model(torch.tensor([ids], device=model.device), want=("hidden_states",)).hidden_states[-1] for ids in rows)
+    return [F.normalize(hidden[0].float().mean(0), dim=0).tolist() for hidden in states]  # hidden: (1, T, C)
 
 
 class Server:
@@ -2163,60 +2126,48 @@ class Server:
     def __init__(self, session: Session, name: str, engine: Engine | StaticEngine):
         self.session, self.name, self.settings, self.began = session, name, session.settings, int(time.time())
         self.service = Service(engine, self.settings.max_queue)
-        self.meters, self.responses = Meters(self.service), Responses(self.settings.response_cache)
+        self.meters = Meters(self.service)
+        self.responses: dict[str, list[Row]] = {}  # to deterministic requests, the least recently used first
         self.context, self.vocabulary = session.model.config.max_position_embeddings, session.model.config.vocab_size
 
     def app(self):
-        """The FastAPI application."""
+        """The FastAPI application, whose errors have OpenAI's format."""
         from fastapi import FastAPI
 
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers={
+            Refused: lambda _, error: error.response(),
+            UserError: lambda _, error: Refused(400, str(error)).response(),
+            404: lambda request, _: Refused(404, f"no route {request.url.path}", "not_found_error").response(),
+            405: lambda request, _: Refused(405, f"{request.url.path} does not take {request.method}").response(),
+            Exception: lambda *_: Refused(500, "the server failed on this request", "server_error").response()})
         for path, method, function in (("/v1/completions", "POST", partial(self.complete, chat=False)),
                                        ("/v1/chat/completions", "POST", partial(self.complete, chat=True)),
                                        ("/v1/embeddings", "POST", self.embeddings), ("/v1/models", "GET", self.models),
                                        ("/tokenize", "POST", self.tokenize), ("/detokenize", "POST", self.detokenize),
                                        ("/health", "GET", self.health), ("/metrics", "GET", self.metrics)):
             app.add_route(path, self.guarded(function, path != "/health"), methods=[method])
-
-        @app.exception_handler(404)
-        async def unknown(request, _):
-            return Refused(404, f"no route {request.url.path}", "not_found_error").response()
-
-        @app.exception_handler(405)
-        async def wrong_method(request, _):
-            return Refused(405, f"{request.url.path} does not take {request.method}").response()
-
-        @app.exception_handler(Exception)
-        async def failed(_, error):
-            return Refused(500, "the server failed on this request", "server_error").response()
-
         return app
 
     def guarded(self, function: Callable, needs_key: bool) -> Callable:
-        """A route that checks the API key and returns errors in OpenAI's format."""
+        """A route that checks the API key."""
         key = self.settings.api_key and f"Bearer {self.settings.api_key}".encode()
 
         async def answer(request):
-            try:
-                if needs_key and key and not hmac.compare_digest(request.headers.get("authorization", "").encode(), key):
-                    raise Refused(401, "wrong API key", "authentication_error")
-                return await function(request)
-            except Refused as error:
-                return error.response()
-            except UserError as error:
-                return Refused(400, str(error)).response()
+            if needs_key and key and not hmac.compare_digest(request.headers.get("authorization", "").encode(), key):
+                raise Refused(401, "wrong API key", "authentication_error")
+            return await function(request)
 
         return answer
 
     async def read(self, request) -> dict:
         """The JSON object in a request's body."""
-        async def body() -> bytes:
-            parts, size = [], 0
+        async def body() -> bytearray:
+            data = bytearray()
             async for part in request.stream():
-                parts.append(part)
-                if (size := size + len(part)) > self.settings.max_body:
+                data += part
+                if len(data) > self.settings.max_body:
                     raise Refused(413, f"the request is larger than {self.settings.max_body:,} bytes")
-            return b"".join(parts)
+            return data
 
         try:
             data = await asyncio.wait_for(body(), self.settings.timeout)
@@ -2288,14 +2239,14 @@ class Server:
             async for _ in exchange.updates():
                 pass
 
-        work, gone = asyncio.create_task(collect()), asyncio.create_task(_disconnected(request))
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
-        if not work.done():
-            work.cancel()
-            return PlainTextResponse("", 499)
+        work = asyncio.create_task(collect())
+        while not (await asyncio.wait({work}, timeout=0.1))[0]:
+            if await request.is_disconnected():
+                work.cancel()
+                return PlainTextResponse("", 499)
         await work
-        return respond(exchange.record([exchange.choice(i) for i in range(len(exchange.rows))], exchange.usage(), False))
+        choices = [exchange.choice(i, row.text, len(row.ids), row.finish, whole=True) for i, row in enumerate(exchange.rows)]
+        return respond(exchange.record(choices, exchange.usage(), False))
 
     async def embeddings(self, request):
         record = await self.read(request)
@@ -2343,8 +2294,9 @@ class Server:
 
     async def metrics(self, _):
         from fastapi.responses import PlainTextResponse
+        from prometheus_client import generate_latest
 
-        return PlainTextResponse(self.meters.text())
+        return PlainTextResponse(generate_latest(self.meters.registry))
 
 
 def tools_of(record: dict) -> list[dict]:
@@ -2360,11 +2312,6 @@ def tools_of(record: dict) -> list[dict]:
     if len(set(names)) < len(names):
         raise Refused(400, "tools: two have the same name")
     return tools
-
-
-async def _disconnected(request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)
 
 
 class Meters:
@@ -2387,14 +2334,12 @@ class Meters:
         self.written = Counter("vllm:generation_tokens", "tokens of answers", **named)
         self.finished = Counter("vllm:request_success", "answers", ["finished_reason"], **named)
         self.cached = Counter("vllm:response_cache_hits", "requests that were answered from the response cache", **named)
-        self.total = 0  # generated tokens
         self.first = Histogram("vllm:time_to_first_token_seconds", "seconds to the first token", **named)
         self.whole = Histogram("vllm:e2e_request_latency_seconds", "seconds to the whole answer", **named)
 
     def tokens(self, row: Row, clock: float, before: int, count: int, finish: str | None) -> None:
         """A row had `before` tokens and has `count` now."""
         self.written.inc(count - before)
-        self.total += count - before
         if not before:
             self.read.inc(len(row.prompt))
             self.first.observe(time.perf_counter() - clock)
@@ -2402,24 +2347,19 @@ class Meters:
             self.finished.labels(finish).inc()
             self.whole.observe(time.perf_counter() - clock)
 
-    def text(self) -> str:
-        from prometheus_client import generate_latest
 
-        return generate_latest(self.registry).decode()
-
-
-def show_figures(service: Service, meters: Meters) -> None:
+def show_figures(meters: Meters) -> None:
     """Write live figures to stderr: on a terminal one line that is rewritten each second, elsewhere a line every ten seconds."""
     def work() -> None:
-        interval, before, engine = 1 if sys.stderr.isatty() else 10, 0, service.engine
+        interval, before, read = 1 if sys.stderr.isatty() else 10, 0, meters.registry.get_sample_value
         while True:
             time.sleep(interval)
-            written = meters.total
+            written, usage = read("vllm:generation_tokens_total"), read("vllm:kv_cache_usage_perc")
             if written == before:
                 continue
-            pages = f", cache {1 - engine.cache.available() / engine.cache.pages:.0%}" if isinstance(engine, Engine) else ""
-            line = (f"{len(engine.running)} running, {len(engine.waiting)} waiting, {(written - before) / interval:,.0f} tokens/s"
-                    f"{pages}, {written:,} tokens in all")
+            line = (f"{read('vllm:num_requests_running'):.0f} running, {read('vllm:num_requests_waiting'):.0f} waiting, "
+                    f"{(written - before) / interval:,.0f} tokens/s{'' if usage is None else f', cache {usage:.0%}'}, "
+                    f"{written:,.0f} tokens in all")
             sys.stderr.write(f"\r\033[K{line}" if sys.stderr.isatty() else f"{line}\n")
             sys.stderr.flush()
             before = written
@@ -2452,16 +2392,15 @@ def run_server(session: Session, name: str) -> None:
         raise UserError(f"--serve: needs {error.name}; pip install -r requirements-extras.txt") from None
     if isinstance(engine, Engine):
         room = engine.cache.pages * engine.cache.page
-        weights = weight_bytes(session.model)
-        a_token = MODEL.cache_numbers(session.model.config) * torch.empty(0, dtype=session.model.dtype).element_size()
-        say(f"memory: weights {MODEL.size_text(weights)}, cache {MODEL.size_text(room * a_token)} for {room:,} tokens in pages "
+        size = MODEL.size_text(room * MODEL.cache_numbers(session.model.config) * session.model.dtype.itemsize)
+        say(f"memory: weights {MODEL.size_text(weight_bytes(session.model))}, cache {size} for {room:,} tokens in pages "
             f"of {engine.cache.page}, at most {s.batch_size} sequences per batch")
     warm_up(engine)
     say(f"serving {name} at http://{s.host}:{s.port}/v1")
     http = uvicorn.Server(uvicorn.Config(app, s.host, s.port, log_level="warning", access_log=False,
                                            timeout_graceful_shutdown=int(s.timeout)))
     add_page(app, session, name, http)
-    show_figures(server.service, server.meters)
+    show_figures(server.meters)
     with contextlib.suppress(KeyboardInterrupt):
         http.run()
 
@@ -2643,10 +2582,8 @@ SHORTS = {"max_num_seqs": "inference.batch_size", "quantization": "model.quantiz
 def main(argv: list[str] | None = None) -> None:
     config = load_config(argv, SECTIONS, "inference", ACTIONS, __doc__, SHORTS)
     actions = config.actions
-    check_flags(config)
+    piped = not check_flags(config) and not (sys.stdin and sys.stdin.isatty())
     prompt = None if actions.prompt is None else TOKENIZER.checked(actions.prompt, "--prompt")
-    elsewhere = actions.score is not None or actions.eval or actions.lines or actions.jsonl or actions.serve
-    piped = prompt is None and not elsewhere and not (sys.stdin and sys.stdin.isatty())
     if piped:
         prompt = "".join(read_stdin())
         if not prompt:
@@ -2676,8 +2613,8 @@ def main(argv: list[str] | None = None) -> None:
     session.report()
 
 
-def check_flags(config) -> None:
-    """Flags that would be ignored together are refused."""
+def check_flags(config) -> list[str]:
+    """Refuse flags that would be ignored together. Returns the flag that names the mode, if there is one."""
     actions, settings = config.actions, config.inference
     modes = [f"--{name}" for name in ("prompt", "jsonl", "score", "eval", "serve") if getattr(actions, name) not in (None, False)]
     modes += ["--lines"] if actions.lines and actions.score is None else []
@@ -2698,6 +2635,7 @@ def check_flags(config) -> None:
         raise UserError("--logprobs: goes with --jsonl or --score, whose output has a place for them")
     if actions.score not in (None, "-") and (Path(actions.score).is_dir() or not Path(actions.score).exists()):
         raise UserError(f"--score: there is no file '{actions.score}'")
+    return modes
 
 
 if __name__ == "__main__":
