@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import copy
 import difflib
 import gc
 import hmac
@@ -25,6 +26,7 @@ import math
 import os
 import queue
 import re
+import socket
 import sys
 import threading
 import time
@@ -1128,13 +1130,19 @@ class Session:
         if not section.name:
             raise UserError("model.preset: fresh weights have nothing to say; name a trained model with --model")
         self.model, self.tokenizer = TOKENIZER.open_model(section, TOKENIZER.of_run(config), config.actions.adapter)
-        if modules := config.inference.lora_modules:
-            MODEL.load_adapters(self.model, adapter_folders(modules, self.model))
+        folders = adapter_folders(config.inference.lora_modules, self.model) if config.inference.lora_modules else {}
+        if folders:
+            MODEL.load_adapters(self.model, folders)
         configure_for_hardware(self.model)
         template = bool(self.tokenizer.chat_template)
         if config.inference.chat == "on" and not template:
             raise UserError("inference.chat: on, but this tokenizer has no chat template")
         self.chat = template and config.inference.chat != "off"
+        self.of_adapter: dict[str, Session] = {}  # with the chat template of an adapter
+        for name, folder in folders.items():
+            if Path(folder, "tokenizer_config.json").exists() and (tokenizer := TOKENIZER.load(folder)).chat_template:
+                self.of_adapter[name] = copy.copy(self)
+                self.of_adapter[name].tokenizer = tokenizer
 
     @property
     def sampling(self) -> Sampling:
@@ -1434,7 +1442,7 @@ def run_terminal(session: Session) -> None:
         if command == "/exit":
             break
         if re.fullmatch("/[a-z]+", command) and command not in commands:
-            say(f"{command}: unknown command; nearest is {MODEL.nearest(command, commands)}")
+            say(f"{command}: unknown command; {', '.join(commands)} are known")
         elif command in commands:
             messages.clear()
             session.settings.system = rest if command == "/system" else session.settings.system
@@ -1807,6 +1815,8 @@ class Service:
 
     def submit(self, rows: list[Row], notify: Callable[[Row, Exception | None], None]) -> None:
         """notify(row, error) is called in the engine's thread after new tokens of a row, or if the step fails."""
+        if len(rows) > self.limit:
+            raise Refused(400, f"n: {len(rows)} completions are more than the server's --max-queue {self.limit}")
         if self.open + len(rows) > self.limit:
             raise Refused(429, f"the queue is full: {self.open} of {self.limit} completions run or wait; try again later",
                           "rate_limit_error", {"Retry-After": "1"})
@@ -1876,7 +1886,9 @@ def field(record: dict, key: str, kind: type, default=None):
 def check_keys(record: dict, known: set[str]) -> None:
     for key in record:
         if key not in known:
-            raise Refused(400, f"{key}: unknown key; nearest is {MODEL.nearest(key, known)}")
+            elsewhere = {"messages": "use /v1/chat/completions", "tools": "use /v1/chat/completions", "prompt": "use /v1/completions"}
+            hint = elsewhere.get(key) or "nearest is " + MODEL.nearest(key, known)
+            raise Refused(400, f"{key}: unknown key; {hint}")
 
 
 def sampling_of(record: dict, base: Sampling, chat: bool) -> Sampling:
@@ -1956,6 +1968,7 @@ class Exchange:
         self.prompt_only = self.echo and record.get("max_tokens") == 0
         self.sampling = sampling_of({**record, "max_tokens": 1} if self.prompt_only else record, session.sampling, chat)
         self.reader = None
+        session = session.of_adapter.get(self.name, session) if chat else session
         if chat:
             ids, self.reader, grammar = server.conversation(record, self.sampling)
             self.prompts, self.sampling = [ids], replace(self.sampling, structured_outputs=grammar)
@@ -1967,7 +1980,9 @@ class Exchange:
         self.cached = server.responses.get(self.key)
         self.rows = self.cached or list(itertools.chain(*_make_rows(
             session.model, self.prompts, [self.sampling] * len(self.prompts), session.tokenizer, 0, adapter=adapter)))
+        ends = TOKENIZER.chat_ends(session.tokenizer).stop if chat and not self.sampling.ignore_eos else ()
         for row in self.rows:
+            row.eos = (*row.eos, *ends)
             row.finish = "length" if self.prompt_only else row.finish
             if row.grammar and self.reader and self.reader.thinks:
                 row.grammar.after = self.reader.markup.think[1]
@@ -1983,7 +1998,8 @@ class Exchange:
 
         def notify(row: Row, error: Exception | None) -> None:
             event = (numbers[row], row.text[: row.settled], len(row.ids), row.finish, error)
-            loop.call_soon_threadsafe(self.events.put_nowait, event)
+            with contextlib.suppress(RuntimeError):  # the server has stopped
+                loop.call_soon_threadsafe(self.events.put_nowait, event)
 
         if self.cached:
             self.server.meters.cached.inc()
@@ -2114,10 +2130,14 @@ def _event(record: dict) -> str:
 
 
 @torch.no_grad()
-def embed(model, rows: list[list[int]]) -> list[list[float]]:
+def embed(model, rows: list[list[int]], adapter: str | None) -> list[list[float]]:
     """Embeddings of texts: the mean of the last hidden states, of length 1."""
-    states = (model(torch.tensor([ids], device=model.device), want=("hidden_states",)).hidden_states[-1] for ids in rows)
-    return [F.normalize(hidden[0].float().mean(0), dim=0).tolist() for hidden in states]  # hidden: (1, T, C)
+    found = []
+    for ids in rows:
+        with MODEL.adapters_for(model, [(adapter, len(ids))]):
+            hidden = model(torch.tensor([ids], device=model.device), want=("hidden_states",)).hidden_states[-1]  # (1, T, C)
+        found.append(F.normalize(hidden[0].float().mean(0), dim=0).tolist())
+    return found
 
 
 class Server:
@@ -2161,6 +2181,8 @@ class Server:
 
     async def read(self, request) -> dict:
         """The JSON object in a request's body."""
+        from starlette.requests import ClientDisconnect
+
         async def body() -> bytearray:
             data = bytearray()
             async for part in request.stream():
@@ -2174,6 +2196,8 @@ class Server:
             record = TOKENIZER.parse_json(data.decode("utf-8"), "the request")
         except asyncio.TimeoutError:
             raise Refused(408, "the request did not arrive in time") from None
+        except ClientDisconnect:
+            raise Refused(499, "the client hung up") from None
         except UnicodeDecodeError:
             raise Refused(400, "the request is not UTF-8") from None
         if not isinstance(record, dict):
@@ -2204,7 +2228,8 @@ class Server:
 
     def conversation(self, record: dict, sampling: Sampling) -> tuple[list[int], Reader, dict | None]:
         """A chat's prompt, how to read its answer, and the structure of that answer, if it is restricted."""
-        tokenizer = self.session.tokenizer
+        session = self.session.of_adapter.get(record.get("model"), self.session)
+        tokenizer = session.tokenizer
         if not tokenizer.chat_template:
             raise Refused(400, "messages: this model has no chat template; use /v1/completions")
         messages = messages_of(field(record, "messages", list, []), "messages")
@@ -2221,7 +2246,7 @@ class Server:
                 raise Refused(400, f"tool_choice: {json.dumps(choice)[:100]} is not auto, none, required or one of the tools"
                               if not chosen else "tool_choice and response_format exclude each other")
             form = {"grammar": call_grammar(markup, chosen, tokenizer)}
-        ids = self.session.chat_ids(messages, tools or None, field(record, "chat_template_kwargs", dict))
+        ids = session.chat_ids(messages, tools or None, field(record, "chat_template_kwargs", dict))
         thinks = bool(markup.think) and tokenizer.decode(ids[-16:]).rstrip().endswith(markup.think[0])
         return self.checked(ids), Reader(markup, thinks, tools), form
 
@@ -2257,13 +2282,14 @@ class Server:
             raise Refused(400, f"encoding_format: {encoding!r} is not float or base64")
         if record.get("dimensions") is not None:
             raise Refused(400, "dimensions: not supported")
-        vectors = await asyncio.wrap_future(self.service.call(partial(embed, self.session.model, rows)))
+        name = field(record, "model", str, self.name)
+        adapter = name if name in self.session.model.adapters else None
+        vectors = await asyncio.wrap_future(self.service.call(partial(embed, self.session.model, rows, adapter)))
         if encoding == "base64":
             vectors = [base64.b64encode(np.array(vector, "<f4").tobytes()).decode() for vector in vectors]
         count = sum(map(len, rows))
-        return respond({"object": "list", "model": self.name, "usage": {"prompt_tokens": count, "total_tokens": count},
-                             "data": [{"object": "embedding", "index": i, "embedding": vector}
-                                      for i, vector in enumerate(vectors)]})
+        return respond({"object": "list", "model": name, "usage": {"prompt_tokens": count, "total_tokens": count},
+                        "data": [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]})
 
     async def models(self, _):
         entry = {"object": "model", "created": self.began, "owned_by": "local", "max_model_len": self.context}
@@ -2631,6 +2657,12 @@ def check_flags(config) -> list[str]:
         if given or name == "lora_modules" and settings.lora_modules:
             hint = "; elsewhere --adapter FOLDER uses an adapter" if name == "lora_modules" else ""
             raise UserError(f"--{name.replace('_', '-')}: goes with --serve{hint}")
+    if actions.serve:
+        try:
+            with socket.create_server((settings.host, settings.port)):
+                pass
+        except OSError as error:
+            raise UserError(f"--port: cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
     if settings.logprobs and actions.score is None and not actions.jsonl:
         raise UserError("--logprobs: goes with --jsonl or --score, whose output has a place for them")
     if actions.score not in (None, "-") and (Path(actions.score).is_dir() or not Path(actions.score).exists()):

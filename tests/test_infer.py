@@ -1110,7 +1110,7 @@ def test_terminal_commands_and_ctrl_c(monkeypatch, capsys, chat_folder, model, t
     monkeypatch.setattr(INFER, "stream", cut)
     INFER.main(["--model", str(chat_folder), *map(str, GREEDY)])
     said, talk = capsys.readouterr()
-    assert "/resett: unknown command; nearest is /reset" in talk
+    assert "/resett: unknown command; /reset, /system, /exit are known" in talk
     system, [fox] = {"role": "system", "content": "Be kind."}, [{"role": "user", "content": "fox"}]
     assert asked[:3] == [chat_ids(chat_folder, [{"role": "user", "content": "The red"}]), chat_ids(chat_folder, [{"role": "user", "content": "owl"}]),
                          chat_ids(chat_folder, [system, fox])]

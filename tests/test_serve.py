@@ -229,6 +229,8 @@ def helper(model_folder, tmp_path_factory):
     tokenizer.chat_template = TOKENIZER.CHAT_TEMPLATE
     TOKENIZER.save(tokenizer, folder / "base")
     adapters = [saved_adapter(model_folder, folder / name, seed) for seed, name in enumerate(("calm", "wild"))]
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
+    TOKENIZER.save(tokenizer, adapters[1])
     found = start(folder / "base", "--response-cache", 4, "--prompt-lookup", "--lora-modules", f"calm={adapters[0]}", f"wild={adapters[1]}")
     found.adapters = dict(zip(("calm", "wild"), adapters, strict=True))
     yield found
@@ -247,6 +249,24 @@ def test_adapters_are_chosen_by_model(helper):
                                Sampling(12, temperature=0), helper.tokenizer)
         assert [text for (own, _), text in zip(asked, found, strict=True) if own == name] == [one.text for [one] in alone]
     assert len(set(found)) > 3
+
+
+def test_an_adapter_brings_its_chat_template(helper):
+    messages, texts = [{"role": "user", "content": "Hi"}], {}
+    for name in (helper.name, "calm", "wild"):
+        ids = post(helper, "/tokenize", {"model": name, "messages": messages})[1]["tokens"]
+        texts[name] = helper.tokenizer.decode(ids)
+        asked = helper.client.chat.completions.create(model=name, messages=messages)
+        assert asked.usage.prompt_tokens == len(ids)
+    assert texts["wild"].endswith("<user>Hi<answer>") and texts["calm"] == texts[helper.name] != texts["wild"]
+
+
+def test_embeddings_of_an_adapter(helper):
+    base, calm = (helper.client.embeddings.create(model=name, input="The red fox") for name in (helper.name, "calm"))
+    assert calm.model == "calm" and base.data[0].embedding != calm.data[0].embedding
+    model = MODEL.load(helper.name, adapter=helper.adapters["calm"])
+    [expected] = INFER.embed(model, [TOKENIZER.encode_prompt(helper.tokenizer, "The red fox")], None)
+    assert calm.data[0].embedding == pytest.approx(expected, abs=1e-5)
 
 
 def test_responses_in_a_form(helper):
@@ -342,7 +362,7 @@ def test_thinking_is_switched_by_the_template(server, tmp_path):
     """A template that opens the reasoning unless `enable_thinking` is false."""
     tokenizer = TOKENIZER.load(server.name)
     tokenizer.chat_template = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n' + ('<think>\n' if enable_thinking else '')") + "{# </think> #}"
-    session = SimpleNamespace(tokenizer=tokenizer, settings=SimpleNamespace(system=None, control_tokens=False))
+    session = SimpleNamespace(tokenizer=tokenizer, settings=SimpleNamespace(system=None, control_tokens=False), of_adapter={})
     session.chat_ids = partial(INFER.Session.chat_ids, session)
     asked = SimpleNamespace(session=session, settings=session.settings, checked=lambda ids: ids)
     for thinks, form in ((True, None), (False, None), (True, {"regex": "a"})):
@@ -370,7 +390,7 @@ BAD = {
     "a form of a form": ({"prompt": "a", "response_format": "json"}, 400), "options": ({"prompt": "a", "stream_options": "x"}, 400),
     "a stream": ({"prompt": "a", "stream": "yes"}, 400), "an echo": ({"prompt": "a", "echo": 1}, 400), "a regex": ({"prompt": "a", "structured_outputs": {"regex": "("}}, 400),
     "beams": ({"prompt": "a", "num_beams": 2}, 400), "a tiny penalty": ({"prompt": "a", "repetition_penalty": 1e-40}, 400),
-    "true for a number": ({"prompt": "a", "best_of": True}, 400), "a bias of no id": ({"prompt": "a", "logit_bias": {"1_0": 1}}, 400), "overload": ({"prompt": "a", "n": 100}, 429),
+    "true for a number": ({"prompt": "a", "best_of": True}, 400), "a bias of no id": ({"prompt": "a", "logit_bias": {"1_0": 1}}, 400), "overload": ({"prompt": "a", "n": 100}, 400),
 }
 
 
