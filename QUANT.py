@@ -217,6 +217,7 @@ def gguf_architecture(model: MODEL.LanguageModel) -> str:
         "attention_out_bias": config.attention_out_bias and kind not in ("gpt2", "llama"),
         "norm_topk_prob": kind == "qwen3_moe" and not config.norm_topk_prob,
         "mlp_only_layers": kind == "qwen3_moe" and config.mlp_only_layers,
+        "num_hidden_layers": config.q_lora_rank and config.num_hidden_layers in (26, 27),  # taken for a DeepSeek-V2-Lite
         "n_shared_experts": latent and not config.n_shared_experts,
         "rope_interleave": latent and not config.rope_interleave,
         "rms_norm_eps": latent and config.rms_norm_eps != 1e-6,  # as in the norms of the latents
@@ -376,7 +377,8 @@ def pre_tokenizer_name(raw, ignores_merges: bool) -> str:
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     probe = normalizers.NFC().normalize_str(PROBE)
-    words = raw.pre_tokenizer.pre_tokenize_str(raw.normalizer.normalize_str(probe) if raw.normalizer else probe)
+    normal = raw.normalizer.normalize_str(probe) if raw.normalizer else probe
+    words = raw.pre_tokenizer.pre_tokenize_str(normal) if raw.pre_tokenizer else None
     for name, patterns in PRE_TOKENIZERS.items():
         steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
@@ -410,7 +412,7 @@ def gguf_tokenizer(tokenizer, config: MODEL.ModelConfig) -> dict:
         merges = [*dict.fromkeys(f"{word[:k]} {word[k]}" for word in words for k in range(1, len(word)))]
     elif model["type"] != "BPE":
         raise UserError(f"--to gguf: the tokenizer is a {model['type']}; llama.cpp has byte-level BPE and SentencePiece's BPE")
-    elif merges:
+    elif merges or not {*pre_tokenizers.ByteLevel.alphabet()} <= {*tokens.values()}:
         values["tokenizer_pre"] = pre_tokenizer_name(raw, model["ignore_merges"])
     if values["tokenizer_model"] == "gpt2":
         values["token_merges"] = merges or ["\u2581 \u2581"]  # a list may not be empty; no byte-level text has this
@@ -431,6 +433,8 @@ def gguf_tokenizer(tokenizer, config: MODEL.ModelConfig) -> dict:
 def special_tokens(tokenizer, config: MODEL.ModelConfig) -> dict:
     ids, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     begins, ends = ids[:1] != bare[:1], ids[-1:] != bare[-1:]
+    if len(ids) - len(bare) != begins + ends:
+        raise UserError("--to gguf: the tokenizer puts several tokens before or after a text; llama.cpp puts one at most")
     stops = config.eos_ids or [TOKENIZER.end_id(tokenizer)]
     stops = sorted(stops, key=lambda i: i != tokenizer.eos_token_id)  # the end of a text, then ends of turns
     return {"bos_token_id": ids[0] if begins else TOKENIZER.begin_id(tokenizer), "add_bos_token": begins, "add_eos_token": ends,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 64
-NOISE = {"F32": 2e-5, "F16": 2e-3}  # relative
+NOISE = {"F32": 2e-5, "F16": 1e-3}  # relative; and 5 times this in nats between the best two tokens
 BOUND = {"F32": 1e-3, "F16": 0.05}  # on the difference of two log-probabilities
 TEXT = ("Once upon a time, Zoë's dog didn't see 3 cats, 1234567 mice and 3.14 owls.\n\n  def f(x):\n\treturn x**2  # ok!!\n"
         "你好，世界！ Привет, мир. नमस्ते ŝafoj HTTPServer I'VE we'Ll\r\n 😀🚀👩‍👩‍👧 café naïve <b>x_y</b>   end \n")
@@ -119,9 +119,12 @@ def greedy(model, noise: float) -> tuple[list, list]:
     for scale in (noise, noise, 0):
         for name, tensor in model.state_dict().items():
             tensor.copy_(exact[name] * (1 + scale * torch.randn(tensor.shape, generator=dice)))
-        answers.append([row.ids for (row,) in INFER.generate(model, prompts, INFER.Sampling(TOKENS, 0))])
-    clear = [i for i, row in enumerate(zip(*answers, strict=True)) if row[0] == row[1] == row[2]]
-    return [prompts[i] for i in clear], [answers[-1][i] for i in clear]
+        sampling = INFER.Sampling(TOKENS, 0, logprobs=True, top_logprobs=2)
+        answers.append([row for (row,) in INFER.generate(model, prompts, sampling)])
+    gap = lambda row: min(max(best.values()) - min(best.values()) for best in row.best)  # noqa: E731
+    clear = [i for i, rows in enumerate(zip(*answers, strict=True))
+             if all(row.ids == rows[0].ids and gap(row) > 5 * noise for row in rows)]
+    return [prompts[i] for i in clear], [answers[-1][i].ids for i in clear]
 
 
 def difference(model, prompts: list, theirs: list) -> float:

@@ -269,8 +269,13 @@ def test_encoders_classifiers_and_other_tokenizers_are_refused(tokenizer, tmp_pa
         with pytest.raises(UserError, match="only causal language models of gpt2, llama"):
             export(model, tokenizer, tmp_path)
     words = Tokenizer(models.WordLevel({"<unk>": 0, "owl": 1}, unk_token="<unk>"))
-    with pytest.raises(UserError, match="the tokenizer is a WordLevel"):
-        export(build(), PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<unk>", eos_token="<unk>"), tmp_path)
+    letters = Tokenizer(models.BPE({"<unk>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")], unk_token="<unk>"))
+    several = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    several.post_processor = processors.TemplateProcessing(single=f"{TOKENIZER.END} {TOKENIZER.PAD} $A",
+                                                           special_tokens=[(TOKENIZER.END, 0), (TOKENIZER.PAD, 1)])
+    for raw, match in ((words, "the tokenizer is a WordLevel"), (letters, "splits texts in none"), (several, "puts several tokens")):
+        with pytest.raises(UserError, match=match):
+            export(build(), PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<unk>", eos_token="<unk>"), tmp_path)
 
 
 def test_a_missing_library_is_one_line(tokenizer, tmp_path, monkeypatch):
@@ -369,11 +374,16 @@ def test_adapter(family, tokenizer, tmp_path):
         assert torch.allclose(6 / 4 * high @ low, added, atol=1e-5)
 
 
-def test_adapters_of_other_kinds_are_refused(tokenizer, tmp_path):
+@pytest.mark.parametrize("knobs, settings", [
+    ({}, dict(target_modules=["q_proj"], use_dora=True)), (dict(tie_word_embeddings=True), dict(target_modules=["lm_head"])),
+    (LATENT, dict(target_modules=["kv_b_proj"])), ({}, dict(target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    (dict(model_type="mixtral", **EXPERTS), dict(target_modules=[], target_parameters=["mlp.experts.down_proj"]))],
+    ids=["dora", "tied head", "latent", "saved module", "experts"])
+def test_adapters_that_llama_cpp_would_lose_are_refused(knobs, settings, tokenizer, tmp_path):
     import peft
 
-    model = build()
-    model.adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    model = build(**knobs)
+    model.adapter = peft.LoraConfig(r=2, **settings)
     MODEL.inject(model.adapter, model)
-    with pytest.raises(UserError, match="lora_magnitude_vector.*has no effect in llama.cpp"):
+    with pytest.raises(UserError, match="has no effect in llama.cpp"):
         QUANT.export_gguf_adapter(model, tokenizer, tmp_path, QUANT.QuantizationSection())
