@@ -6,6 +6,8 @@ forms, folders, the comparison, the command line.
 
     python QUANT.py --model out --method int4 --out out/int4          # a folder that INFER.py, transformers and vLLM open
     python QUANT.py --model out --method gptq --data text.txt         # without --out only the table
+    python QUANT.py --model out --compare                             # what each method saves and costs
+    python QUANT.py --model out --to gguf --out out/gguf              # for llama.cpp, Ollama and LM Studio
     python INFER.py --model out --quantization int8                   # quantize while loading
     python SFT.py --model gpt2-xl --data mine.jsonl --lora.r 16 --model.quantization nf4      # QLoRA
 """
@@ -13,9 +15,14 @@ forms, folders, the comparison, the command line.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import dataclasses
 import itertools
+import json
 import math
 import re
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,6 +69,8 @@ class QuantizationSection:
     lm_head: bool = knob(False, "quantize the output head as well, unless it shares the embedding's weight")
     calibration_samples: int = knob(128, "gptq, awq, smoothquant: calibration texts from data.train", low=1)
     calibration_length: int = knob(512, "gptq, awq, smoothquant: maximum tokens per calibration text", low=8)
+    gguf_type: str = knob("Q8_0", "type of the matrices in a GGUF file",
+                          ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q5_1", "Q5_0", "Q4_1", "Q4_0"))
     model: dict = knob({"name": "./out"}, "overrides `model` for this stage")
 
 
@@ -571,10 +581,356 @@ def from_hub(tensors: Iterator[tuple[Path, str, Tensor]]) -> Iterator[tuple[Path
             yield path, name, tensor
 
 
+# -------------------------------------------------------------------------------------------------------- GGUF
+
+# The network of llama.cpp that computes each family.
+GGUF_ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2",
+                      "qwen3": "qwen3", "qwen3_moe": "qwen3moe", "deepseek_v3": "deepseek2"}
+K_QUANTS = ("Q6_K", "Q5_K_M", "Q4_K_M")  # encoded by llama.cpp
+
+
+def import_gguf():
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError:
+        raise UserError("--to gguf: needs gguf; pip install -r requirements-extras.txt") from None
+    return gguf
+
+
+def export_gguf(model: MODEL.LanguageModel, tokenizer, target: Path, section: QuantizationSection) -> None:
+    """Write the folder `target`: model.gguf and Ollama's Modelfile. UserError for what llama.cpp cannot compute."""
+    gguf, architecture = import_gguf(), gguf_architecture(model)
+    target.mkdir(exist_ok=True)
+    packed = section.gguf_type in K_QUANTS
+    path, kind = target / ("float.gguf" if packed else "model.gguf"), "F16" if packed else section.gguf_type
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(gguf.LlamaFileType[("ALL_" if kind == "F32" else "MOSTLY_") + kind])
+    values = gguf_values(model.config) | gguf_tokenizer(tokenizer, model.config) | special_tokens(tokenizer, model.config)
+    for name, value in values.items():
+        if value is not None:
+            getattr(writer, f"add_{name}")(value)
+    write_tensors(writer, partial(gguf_tensors, model, architecture), kind)
+    if packed:
+        pack_gguf(path, target / "model.gguf", section.gguf_type)
+        path.unlink()
+    MODEL.write_text(target / "Modelfile", modelfile(tokenizer, model.config, values))
+
+
+def gguf_architecture(model: MODEL.LanguageModel) -> str:
+    """llama.cpp's name for the network of a model; UserError names the first setting that it does not compute."""
+    config = model.config
+    if isinstance(model, MODEL.ForeignModel) or model.heads != ("lm",) or not config.causal:
+        raise UserError(f"--to gguf: only causal language models of {', '.join(GGUF_ARCHITECTURES)} can be exported, without "
+                        "encoders, classifiers and models that transformers runs")
+    kind = MODEL.config_to_hub(config)["model_type"]
+    if kind not in GGUF_ARCHITECTURES:
+        raise UserError("--to gguf: no network of llama.cpp has this combination of `model` settings; use --to onnx")
+    scaling, latent = config.rope_scaling or {}, bool(config.kv_lora_rank)
+    rope = scaling.get("rope_type", "default")
+    # llama.cpp's YaRN has the usual ramp, and scales the scores of latent attention in one of the two ways that exist.
+    other_yarn = rope == "yarn" and (
+        scaling.get("beta_fast") not in (None, 32) or scaling.get("beta_slow") not in (None, 1)
+        or scaling.get("truncate") is False
+        or latent and (not scaling.get("mscale_all_dim") or MODEL.rope_frequencies(config)[1] != 1))
+    impossible = {
+        "hidden_act": config.hidden_act not in (("gelu_new", "gelu_pytorch_tanh") if kind == "gpt2" else ("silu",)),
+        "attention_out_bias": config.attention_out_bias and kind not in ("gpt2", "llama"),
+        "norm_topk_prob": kind == "qwen3_moe" and not config.norm_topk_prob,
+        "mlp_only_layers": kind == "qwen3_moe" and config.mlp_only_layers,
+        "num_hidden_layers": config.q_lora_rank and config.num_hidden_layers in (26, 27),  # taken for a DeepSeek-V2-Lite
+        "n_shared_experts": latent and not config.n_shared_experts,
+        "rope_interleave": latent and not config.rope_interleave,
+        "rms_norm_eps": latent and config.rms_norm_eps != 1e-6,  # as in the norms of the latents
+        "rope_scaling": other_yarn or rope == "llama3" and GGUF_ARCHITECTURES[kind] != "llama",
+    }
+    for name in (name for name, wrong in impossible.items() if wrong):
+        raise UserError(f"model.{name}: llama.cpp does not compute {getattr(config, name)} in a {kind}; use --to onnx")
+    return GGUF_ARCHITECTURES[kind]
+
+
+def gguf_values(config: MODEL.ModelConfig) -> dict:
+    """The hyperparameters as {method of GGUFWriter without "add_": value}."""
+    gguf = import_gguf()
+    windows = [config.window(i) for i in range(config.num_hidden_layers)]
+    context = min([config.max_position_embeddings, *filter(None, windows)])
+    if context < config.max_position_embeddings:  # up to this length, full attention is the same
+        say(f"llama.cpp has no sliding window in these models: the context is limited to the window, {context} tokens")
+    values = {"vocab_size": config.vocab_size, "context_length": context, "embedding_length": config.hidden_size,
+              "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size,
+              "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
+              {"rmsnorm": "layer_norm_rms_eps", "layernorm": "layer_norm_eps"}[config.norm_type]: config.rms_norm_eps}
+    if config.position_embedding_type == "rope":
+        values |= {"rope_dimension_count": config.head_dim, "rope_freq_base": config.rope_theta,
+                   "key_length": config.head_dim, "value_length": config.head_dim}
+    if config.num_experts:
+        values |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok,
+                   "expert_feed_forward_length": config.moe_intermediate_size}
+    if rank := config.kv_lora_rank:  # one head of latents, which serve as keys and values of all query heads
+        content, place = config.qk_nope_head_dim, config.qk_rope_head_dim
+        values |= {"head_count_kv": 1, "rope_dimension_count": place, "key_length": rank + place, "value_length": rank,
+                   "key_length_mla": content + place, "value_length_mla": config.v_head_dim, "kv_lora_rank": rank,
+                   "q_lora_rank": config.q_lora_rank or 0, "leading_dense_block_count": len(config.mlp_only_layers or ()),
+                   "expert_shared_count": config.n_shared_experts, "expert_weights_norm": config.norm_topk_prob,
+                   "expert_weights_scale": config.routed_scaling_factor, "expert_group_count": config.n_group,
+                   "expert_group_used_count": config.topk_group,
+                   "expert_gating_func": gguf.ExpertGatingFuncType[config.scoring_func.upper()]}
+    scaling = config.rope_scaling or {}
+    kind, factor = scaling.get("rope_type"), scaling.get("factor")
+    if kind in ("linear", "yarn"):  # llama3's frequencies are a tensor
+        values |= {"rope_scaling_type": gguf.RopeScalingType[kind.upper()], "rope_scaling_factor": factor}
+    if kind == "yarn":
+        values["rope_scaling_orig_ctx_len"] = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+        if config.kv_lora_rank:
+            values["rope_scaling_yarn_log_mul"] = scaling["mscale_all_dim"] / 10  # which is how llama.cpp wants it
+        else:  # llama.cpp multiplies by the usual factor itself
+            values["rope_scaling_attn_factors"] = MODEL.rope_frequencies(config)[1] / (0.1 * math.log(factor) + 1)
+    return values
+
+
+def adjacent_pairs(rows: Tensor, name: str, config: MODEL.ModelConfig, architecture: str) -> Tensor:
+    """Rows of a projection `name` in llama.cpp's order: a Llama rotates neighbors, the others numbers half a head apart."""
+    heads = config.num_attention_heads * (".q_proj" in name) or config.num_key_value_heads * (".k_proj" in name)
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads and architecture == "llama" else rows
+
+
+def gguf_tensors(model: MODEL.LanguageModel, architecture: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a GGUF file, in the same order in each call."""
+    gguf, config = import_gguf(), model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
+    if (config.rope_scaling or {}).get("rope_type") == "llama3":
+        plain, _ = MODEL.rope_frequencies(dataclasses.replace(config, rope_scaling=None))
+        yield "rope_freqs.weight", plain / MODEL.rope_frequencies(config)[0]
+    for name, tensor in model.state_dict().items():
+        if name == model.tied_name and config.tie_word_embeddings:
+            continue
+        stem, _, part = name.rpartition(".")
+        pieces = {name: adjacent_pairs(tensor, name, config, architecture)}
+        if part == "gate_up_proj":  # (E, 2I, C)
+            pieces = dict(zip((f"{stem}.gate_proj.weight", f"{stem}.up_proj.weight"), tensor.chunk(2, 1), strict=True))
+        elif part in ("down_proj", "e_score_correction_bias"):
+            pieces = {f"{stem}.{part.removesuffix('_bias')}.{'bias' if part[0] == 'e' else 'weight'}": tensor}
+        elif stem.endswith(".kv_b_proj"):
+            sizes = [config.qk_nope_head_dim, config.v_head_dim]
+            keys, values = tensor.unflatten(0, (config.num_attention_heads, -1)).split(sizes, 1)
+            pieces = {name.replace(".kv_b_", ".k_b_"): keys.transpose(1, 2),  # (H, R, Dc)
+                      name.replace(".kv_b_", ".v_b_"): values}  # (H, Dv, R)
+        for name, piece in pieces.items():
+            yield names.get_name(name, (".weight", ".bias")), piece
+
+
+def write_tensors(writer, tensors: Callable[[], Iterator[tuple[str, Tensor]]], kind: str) -> None:
+    """Encode and write tensors one by one. As in llama.cpp's converter, norms, routers and positions stay float32, and rows
+    that a block does not divide become float16. The output head has 8 bits where the others have fewer."""
+    gguf = import_gguf()
+    wanted, types, narrow = gguf.GGMLQuantizationType[kind], {}, []
+    head = "output.weight" if any(name == "output.weight" for name, _ in tensors()) else "token_embd.weight"
+    block, _ = gguf.GGML_QUANT_SIZES[wanted]
+    for name, tensor in tensors():
+        types[name] = wanted
+        if tensor.dim() == 1 or name.endswith(("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")):
+            types[name] = gguf.GGMLQuantizationType.F32
+        elif tensor.shape[-1] % block:
+            types[name] = gguf.GGMLQuantizationType.F16
+            narrow.append(name)
+        elif name == head and kind[:2] in ("Q4", "Q5"):
+            types[name] = gguf.GGMLQuantizationType.Q8_0
+        shape = gguf.quant_shape_to_byte_shape(tensor.shape, types[name])
+        writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), types[name])
+    if narrow:
+        say(f"{len(narrow)} tensors stay in F16, since {block} does not divide the length of their rows: {', '.join(narrow[:4])}"
+            f"{', ...' if len(narrow) > 4 else ''}")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in tensors():
+        numbers = tensor.detach().float().contiguous().cpu().numpy()
+        writer.write_tensor_data(gguf.quants.quantize(numbers, types[name]).view(np.uint8))
+    writer.close()
+
+
+def pack_gguf(source: Path, target: Path, kind: str) -> None:
+    """Quantize a file in F16 with llama.cpp."""
+    try:
+        import llama_cpp
+    except ImportError:
+        program = shutil.which("llama-quantize")
+        if not program:
+            raise UserError(f"quantization.gguf_type: {kind} needs llama.cpp's quantizer: `pip install llama-cpp-python`, or "
+                            "llama-quantize on PATH; Q8_0, Q5_1 and Q4_1 need neither") from None
+        run = subprocess.run([program, source, target, kind], capture_output=True, text=True)
+        failed = run.returncode and (run.stderr.strip() or run.stdout.strip() or "no message").splitlines()[-1]
+    else:
+        settings = llama_cpp.llama_model_quantize_default_params()
+        settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        failed = llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(settings)) and "see above"
+    if failed:
+        raise UserError(f"quantization.gguf_type: llama.cpp could not quantize to {kind} ({failed}); use Q8_0")
+
+
+# llama.cpp's name of a pre-tokenizer -> the patterns at which it splits a text, one after the other (its src/llama-vocab.cpp)
+_SUFFIXES = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_BLANKS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = _SUFFIXES + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*" + _BLANKS
+_CASED = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
+          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s"
+          r"|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*") + _BLANKS
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS = {
+    "gpt-2": (_GPT2,),
+    "starcoder": (r"\p{N}", _GPT2),
+    "qwen2": (_WORDS % "",),
+    "llama-bpe": (_WORDS % "{1,3}",),
+    "qwen35": (_SUFFIXES + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _BLANKS,),
+    "gpt-4o": (_CASED % (_SUFFIXES + "?", _SUFFIXES + "?", "{1,3}"),),
+    "tekken": (_CASED % ("", "", ""),),
+    "deepseek-v3": (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+                    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+                    r"| ?[\p{P}\p{S}]+[\r\n]*" + _BLANKS),
+}
+PROBE = ("\n \n\n \t\t \n  word   I've 'TOLD it's 'RE \r\n\r\n3 33 333 4444 3.14 x_y foo(bar)/;\n\n a-b\u00a0c d\u00e9j\u00e0"
+         " HTTPServer e\u0301 \u4f60\u597d\u30c6\u30b9 \u041f\u0440\u0438 \u0939\u093f\u0928\u094d\u0926 \U0001f600\U0001f680"
+         " ```py\n\tx = [1, 2]  # ok!!  \n")
+
+
+def pre_tokenizer_name(raw, ignores_merges: bool) -> str:
+    """llama.cpp's name for the way in which a byte-level tokenizer splits texts into words, found with a probe."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    probe = normalizers.NFC().normalize_str(PROBE)
+    normal = raw.normalizer.normalize_str(probe) if raw.normalizer else probe
+    words = raw.pre_tokenizer.pre_tokenize_str(normal) if raw.pre_tokenizer else None
+    for name, patterns in PRE_TOKENIZERS.items():
+        steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+        if words == pre_tokenizers.Sequence(steps).pre_tokenize_str(probe):
+            return "dbrx" if name == "llama-bpe" and not ignores_merges else name
+    raise UserError(f"--to gguf: the tokenizer splits texts in none of these ways of llama.cpp: {', '.join(PRE_TOKENIZERS)}")
+
+
+def gguf_tokenizer(tokenizer, config: MODEL.ModelConfig) -> dict:
+    """The tokenizer as {method of GGUFWriter without "add_": value}. llama.cpp has byte-level BPE and SentencePiece's BPE; the
+    tokens of a character tokenizer become byte-level ones, each merged from the bytes of its character."""
+    from tokenizers import pre_tokenizers
+
+    kinds, raw = import_gguf().TokenType, tokenizer.backend_tokenizer
+    model, added = json.loads(raw.to_str())["model"], tokenizer.added_tokens_decoder
+    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model.get("merges", ())]
+    values = {"tokenizer_model": "gpt2", "tokenizer_pre": "gpt-2"}
+    if model["type"] == "BPE" and model["byte_fallback"]:
+        pieces = "".join(tokenizer.convert_ids_to_tokens(tokenizer("a a  a", add_special_tokens=False).input_ids))
+        if pieces.removeprefix("\u2581") != "a\u2581a\u2581\u2581a":
+            raise UserError("--to gguf: the tokenizer changes texts in a way that llama.cpp does not")
+        ranks = {merge.replace(" ", ""): -float(rank) for rank, merge in reversed([*enumerate(merges)])}
+        values = {"tokenizer_model": "llama", "tokenizer_pre": "default", "add_space_prefix": pieces[0] == "\u2581",
+                  "token_scores": [ranks.get(tokens.get(i), -float(len(merges))) for i in range(config.vocab_size)]}
+    elif model["type"] == "WordLevel" and all(len(token) == 1 for i, token in tokens.items() if i not in added):
+        say(f"llama.cpp will leave out characters that are not in the vocabulary, instead of reading {tokenizer.unk_token}")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokens |= {i: byte_level.pre_tokenize_str(token)[0][0] for i, token in tokens.items() if i not in added}
+        words = [token for i, token in tokens.items() if i not in added]
+        merges = [*dict.fromkeys(f"{word[:k]} {word[k]}" for word in words for k in range(1, len(word)))]
+    elif model["type"] != "BPE":
+        raise UserError(f"--to gguf: the tokenizer is a {model['type']}; llama.cpp has byte-level BPE and SentencePiece's BPE")
+    elif merges or not {*pre_tokenizers.ByteLevel.alphabet()} <= {*tokens.values()}:
+        values["tokenizer_pre"] = pre_tokenizer_name(raw, model["ignore_merges"])
+    if values["tokenizer_model"] == "gpt2":
+        values["token_merges"] = merges or ["\u2581 \u2581"]  # a list may not be empty; no byte-level text has this
+
+    def kind_of(i: int) -> int:
+        if i in added:
+            return kinds.CONTROL if added[i].special else kinds.USER_DEFINED
+        if i not in tokens:
+            return kinds.UNUSED
+        return kinds.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", tokens[i]) else kinds.NORMAL
+
+    rows = range(config.vocab_size)
+    template = tokenizer.chat_template
+    return values | {"token_list": [tokens.get(i, f"[PAD{i}]") for i in rows], "token_types": [kind_of(i) for i in rows],
+                     "chat_template": template.get("default") if isinstance(template, dict) else template}
+
+
+def special_tokens(tokenizer, config: MODEL.ModelConfig) -> dict:
+    ids, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    begins, ends = ids[:1] != bare[:1], ids[-1:] != bare[-1:]
+    if len(ids) - len(bare) != begins + ends:
+        raise UserError("--to gguf: the tokenizer puts several tokens before or after a text; llama.cpp puts one at most")
+    stops = config.eos_ids or [TOKENIZER.end_id(tokenizer)]
+    stops = sorted(stops, key=lambda i: i != tokenizer.eos_token_id)  # the end of a text, then ends of turns
+    return {"bos_token_id": ids[0] if begins else TOKENIZER.begin_id(tokenizer), "add_bos_token": begins, "add_eos_token": ends,
+            **dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), stops, strict=False)),
+            **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "unk", "mask")}}
+
+
+def modelfile(tokenizer, config: MODEL.ModelConfig, values: dict) -> str:
+    """Ollama's settings for a GGUF file."""
+    template = ollama_template(tokenizer, values["add_bos_token"]) if tokenizer.chat_template else None
+    stops = tokenizer.convert_ids_to_tokens(config.eos_ids)
+    context = min(values["context_length"], 8192)  # Ollama reserves memory for the whole context
+    return "\n".join(["FROM ./model.gguf", *([f'TEMPLATE """{template}"""'] if template else ()),
+                      *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops),
+                      f"PARAMETER temperature {INFER.InferenceSection().temperature}", f"PARAMETER num_ctx {context}\n"])
+
+
+def ollama_template(tokenizer, begins: bool) -> str | None:
+    """A chat template in Go's language if all turns are their contents in a fixed frame (ChatML), else None: Ollama then goes
+    by the template in the GGUF file. Tools are left out."""
+    opening = tokenizer.bos_token or ""
+
+    def rendered(*roles: str, ask: bool = False) -> str:
+        return TOKENIZER.render(tokenizer, [{"role": role, "content": f"zq{i}z"} for i, role in enumerate(roles)], None, ask)
+
+    try:
+        user = rendered("user").removeprefix(opening)
+        ask = rendered("user", ask=True).removeprefix(opening + user)
+        system = rendered("system", "user").removeprefix(opening).removesuffix(user.replace("zq0z", "zq1z"))
+        reply = rendered("user", "assistant").removeprefix(opening + user).replace("zq1z", "zq0z")
+        roles = ("system", "user", "assistant", "user", "assistant", "user")
+        whole = rendered(*roles, ask=True)
+    except UserError:  # a system turn may be forbidden
+        return None
+    frames = {"system": system, "user": user, "assistant": reply}
+    joined = "".join(frames[role].replace("zq0z", f"zq{i}z") for i, role in enumerate(roles)) + ask
+    if whole.removeprefix(opening) != joined or '"""' in joined or "{{" in joined:
+        return None
+    cases = [f'if eq .Role "{role}" }}}}{frame.replace("zq0z", "{{ .Content }}")}' for role, frame in frames.items()]
+    first = opening if whole.startswith(opening) and not begins else ""
+    return first + "{{ range .Messages }}{{ " + "{{ else ".join(cases) + "{{ end }}{{ end }}" + ask
+
+
+def export_gguf_adapter(model: MODEL.LanguageModel, tokenizer, target: Path, section: QuantizationSection) -> None:
+    """Write the folder `target` with adapter.gguf, the unmerged LoRA of a model in float32 (llama-server --lora FILE)."""
+    gguf, architecture = import_gguf(), gguf_architecture(model)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
+    tensors, alpha, latent = {}, float(model.adapter.lora_alpha), model.config.kv_lora_rank
+    for name, tensor in model.state_dict().items():
+        if not MODEL.tensor_is_trained(name):
+            continue
+        module, _, part = name.rpartition(".lora_")
+        lost = ".experts" in module or module == "lm_head" and (latent or model.config.tie_word_embeddings)
+        lost = lost or latent and re.search(r"\.(q|q_a|q_b|kv_a|kv_b)_proj", module)
+        if lost or part not in ("A.default.weight", "B.default.weight"):
+            raise UserError(f"--adapter: {name} has no effect in llama.cpp, which adds plain LoRA to linear layers; merge it")
+        if part[0] == "B":  # llama.cpp multiplies by alpha / r
+            tensor = tensor * (model.get_submodule(module).scaling["default"] * tensor.shape[1] / alpha)
+            tensor = adjacent_pairs(tensor, module, model.config, architecture)
+        tensors[f"{names.get_name(module)}.weight.lora_{part[0].lower()}"] = tensor
+    target.mkdir(exist_ok=True)
+    writer = gguf.GGUFWriter(target / "adapter.gguf", architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    write_tensors(writer, lambda: iter(tensors.items()), "F32")
+
+
 # ------------------------------------------------------------------------------------- comparison, command line
 
 SECTIONS = {**INFER.SECTIONS, "quantization": QuantizationSection}
-ACTIONS = {"out": Action("folder in which to save the quantized model", str), "compare": Action("measure every method")}
+EXPORTS = {"gguf": export_gguf, "gguf-lora": export_gguf_adapter}
+ACTIONS = {"out": Action("folder of the quantized or exported model", str), "compare": Action("measure every method"),
+           "to": Action(f"export: {', '.join(EXPORTS)}", str)}
 COMPARED = ("bf16", "int8", "int8_dynamic", "smoothquant", "int4", "gptq", "awq", "nf4", "llm_int8")
 
 
@@ -640,38 +996,72 @@ def check_request(config) -> None:
         raise UserError("model.quantization: has no effect here, where both forms are compared; use --method")
     if section.group_size and section.method not in ("nf4", *(method for method, form in FORMS.items() if form.group)):
         raise UserError(f"quantization.group_size: {section.method} has one scale for each row; leave it out")
-    if actions.out and section.method in BITSANDBYTES:
+    if actions.to and (actions.to not in EXPORTS or not actions.out or actions.compare):
+        raise UserError("--to: needs --out FOLDER, without --compare" if actions.to in EXPORTS else
+                        f"--to: '{actions.to}' is not one of {', '.join(EXPORTS)}")
+    if actions.compare and actions.out:
+        raise UserError("--compare: only measures; leave out --out")
+    if actions.out and not actions.to and section.method in BITSANDBYTES:
         raise UserError(f"--out: a folder cannot hold {section.method} weights; quantize while loading (--quantization)")
+
+
+def opened(config, merge: bool = True) -> tuple[MODEL.LanguageModel, object]:
+    model, tokenizer = TOKENIZER.open_model(config.model, TOKENIZER.of_run(config), head="lm")
+    if not model.config.causal:
+        raise UserError(f"model.name: {config.model.name} is an encoder; name a causal language model")
+    if model.adapter and merge:
+        MODEL.merge_adapter(model)
+    return model, tokenizer
+
+
+def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSection | None = None) -> None:
+    """Write a model in another program's format (`EXPORTS`). Files get their final names once all are complete."""
+    out = Path(out)
+    if out.suffix or out.is_file():
+        raise UserError(f"--out: {out} is a file name; --to {form} writes a folder")
+    with MODEL.staged(out) as scratch:
+        target = scratch / "export"
+        EXPORTS[form](model, tokenizer, target, section or QuantizationSection())
+        for path in sorted(path for path in target.rglob("*") if path.is_file()):
+            place = out / path.relative_to(target)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            MODEL.sync(path)
+            path.replace(place)
+        shutil.rmtree(target)
+    say(f"exported to {out}")
+
+
+def compare(config, methods: list[str], out: str | None) -> dict[str, Measured]:
+    """Measure the original and the model after each method; the last one is saved to `out`."""
+    section, rows, original = config.quantization, {}, None
+    texts = list(itertools.islice(TOKENIZER.sample_texts(config.data, part="val"), 100))
+    if not texts:
+        raise UserError(f"data.validation: '{config.data.validation}' holds out no text, and perplexity is measured on held-out "
+                        "text; use hash, tail or a file")
+    for method in dict.fromkeys(("none", *methods)):
+        model, tokenizer = opened(config)
+        if method != "none":
+            calibration = calibration_of(config, tokenizer) if method in CALIBRATED else None
+            quantize(model, method, section.group_size, calibration, section.exclude, section.lm_head)
+            if out:
+                MODEL.save(model, out)
+                TOKENIZER.save(tokenizer, out)
+                say(f"saved to {out}")
+        say(f"{method}: measuring on {len(texts)} held-out texts")
+        rows[method], logs = measure(model, tokenizer, texts, original)
+        original = logs if original is None else original
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(argv, SECTIONS, "quantization", ACTIONS, __doc__)
     check_request(config)
     section, actions = config.quantization, config.actions
-    texts = list(itertools.islice(TOKENIZER.sample_texts(config.data, part="val"), 100))
-    if not texts:
-        raise UserError(f"data.validation: '{config.data.validation}' holds out no text, and perplexity is measured on held-out "
-                        "text; use hash, tail or a file")
-    rows: dict[str, Measured] = {}
-    original = None
-    for method in dict.fromkeys(("none", *(COMPARED if actions.compare else (section.method,)))):
-        model, tokenizer = TOKENIZER.open_model(config.model, TOKENIZER.of_run(config), head="lm")
-        if not model.config.causal:
-            raise UserError(f"model.name: {config.model.name} is an encoder, so its texts have no perplexity; name a causal "
-                            "language model")
-        if model.adapter:
-            MODEL.merge_adapter(model)
-        if method != "none":
-            calibration = calibration_of(config, tokenizer) if method in CALIBRATED else None
-            quantize(model, method, section.group_size, calibration, section.exclude, section.lm_head)
-            if actions.out and not actions.compare:
-                MODEL.save(model, actions.out)
-                TOKENIZER.save(tokenizer, actions.out)
-                say(f"saved to {actions.out}")
-        say(f"{method}: measuring on {len(texts)} held-out texts")
-        rows[method], logs = measure(model, tokenizer, texts, original)
-        original = logs if original is None else original
-    print(f"{'method':12} {'weights':>13} {'perplexity':>11} {'next right':>11} {'KL, nats':>9} {'prefill':>13} {'decode':>11}")
+    if actions.to:
+        export(*opened(config, actions.to != "gguf-lora"), actions.to, actions.out, section)
+        return
+    rows = compare(config, COMPARED if actions.compare else [section.method], actions.out)
+    print(f"{'method':12} {'weights':>13} {'perplexity':>11} {'next right':>11} {'KL, nats':>9} {'prefill':>15} {'decode':>13}")
     for method, one in rows.items():
         print(f"{method:12} {one.size:10,.2f} MB {one.perplexity:11.3f} {one.right:11.1%} {one.kl:9.4f} "
               f"{one.prefill:9,.0f} tok/s {one.decode:7,.0f} tok/s")
