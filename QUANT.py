@@ -9,12 +9,26 @@ packs each weight as it is read, so memory never holds the whole model in full; 
 
 from __future__ import annotations
 
+import copy
+import importlib
 import itertools
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -145,6 +159,301 @@ def hub_settings(method: str):
     if method == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+# --------------------------------------------------- ONNX, OpenVINO, torch.export, AOTInductor, TorchScript, TensorRT
+
+
+class GivenStates:
+    """A KV cache whose states are inputs and outputs of the forward pass; `attend` is that of `MODEL.CacheStep`.
+
+    past: the states of all layers in order, two per layer (B, H, P, D); mask (B, P + T): 0 is padding.
+    """
+
+    def __init__(self, positions: Tensor, mask: Tensor | None, past: tuple[Tensor, ...]):
+        self.positions, self.mask, self.past, self.present = positions, mask, past, []
+
+    def attend(self, layer: int, queries: tuple[Tensor, ...], new: tuple[Tensor, ...], window: int | None,
+               compute: Callable) -> Tensor:
+        past = self.past[2 * layer : 2 * layer + 2]
+        states = [torch.cat(pair, 2) for pair in zip(past, new)] if past else new  # (B, H, P + T, D)
+        self.present += states
+        if self.mask is None and window is None:
+            return compute(*queries, *states, None)
+        keys = torch.arange(states[0].shape[2])
+        last = keys[-new[0].shape[2] :, None]  # (T, 1), the last key that each query attends to
+        allowed = (keys <= last) & (keys > last - window) if window else keys <= last  # (T, P + T)
+        allowed = allowed[None] if self.mask is None else allowed & self.mask[:, None].bool() | (keys == last)  # padding: itself
+        return compute(*queries, *states, MODEL.Mask(MODEL.bias_of(allowed, queries[0].dtype), None))
+
+
+def attend_fused(query: Tensor, key: Tensor, value: Tensor, mask: MODEL.Mask | None, window=None, dropout=0.0) -> Tensor:
+    """`MODEL.attend_sdpa` without questions about sizes, which a traced file would answer once for all lengths."""
+    bias = None if mask is None else mask.bias
+    return F.scaled_dot_product_attention(query, key, value, bias, is_causal=mask is None, enable_gqa=True)
+
+
+def attend_grouped(query: Tensor, key: Tensor, value: Tensor, mask: MODEL.Mask, window=None, dropout=0.0) -> Tensor:
+    """`MODEL.attend_eager` in which keys that several query heads share are broadcast, not copied."""
+    query = query.unflatten(1, (key.shape[1], query.shape[1] // key.shape[1]))  # (B, H_kv, H / H_kv, T, D)
+    scores = (query * query.shape[-1] ** -0.5) @ key[:, :, None].transpose(-1, -2) + mask.bias[:, :, None]
+    return (scores.softmax(-1) @ value[:, :, None]).flatten(1, 2)  # (B, H, T, D)
+
+
+class SplitExperts(nn.Module):
+    """`MODEL.Experts` as plain products, an expert at a time: exporters have no grouped product, quantizers no stacked weights."""
+
+    def __init__(self, stacked: MODEL.Experts):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = (nn.ParameterList(nn.Parameter(weight, False) for weight in weights.detach())
+                                             for weights in (stacked.gate_up_proj, stacked.down_proj))
+        self.activation = stacked.activation
+
+    def forward(self, hidden: Tensor, experts: Tensor, weights: Tensor, real: None) -> Tensor:
+        mixed = torch.zeros_like(hidden)  # (N, C)
+        for number, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj)):
+            tokens, rank = (experts == number).nonzero(as_tuple=True)  # (n,) tokens of this expert
+            gate, up = F.linear(hidden[tokens], gate_up).chunk(2, -1)
+            output = F.linear(self.activation(gate) * up, down) * weights[tokens, rank][:, None]
+            mixed = mixed.index_add(0, tokens, output)
+        return mixed
+
+
+class Exportable(nn.Module):
+    """A model with tensors as inputs and outputs: ids (B, T) -> logits (B, T, V), or with a KV cache -> logits and all states."""
+
+    def __init__(self, model: MODEL.LanguageModel, attend: Callable = attend_fused):
+        super().__init__()
+        if isinstance(model, MODEL.ForeignModel) or not model.config.causal or "lm" not in model.heads:
+            what = "encoder" if not model.config.causal else "classifier" if "lm" not in model.heads else "architecture"
+            raise UserError(f"model.name: {model.config.model_type} is an {what}")
+        self.model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval().requires_grad_(False)  # shares weights
+        for module in list(self.model.modules()):
+            if isinstance(module, MODEL.MixtureOfExperts):
+                module.experts = SplitExperts(module.experts)
+            elif hasattr(module, "attend"):
+                module.attend, module.expand_from = attend, 0  # expanded latents suit all lengths
+        self.eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, *past: Tensor):
+        cache = GivenStates(torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids, attention_mask, past)
+        logits = self.model(input_ids, cache=cache).logits
+        return (logits, *cache.present) if past else logits
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings and log lines of exporters, which name their internals."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def optional(package: str, target: str):
+    """An optional package that the export `--to target` needs."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"--to {target}: needs {package}; pip install -r requirements-extras.txt") from None
+
+
+ONNX_FILES = {"none": ("fp32", "model.onnx"), "int8": ("q8", "model_quantized.onnx"), "int4": ("q4", "model_q4.onnx")}
+ONNX_SINGLE = 2**30  # bytes of an ONNX file; larger weights go into a second file, since protobuf ends at 2 GiB
+
+
+def onnx_variant(section: QuantizationSection, to: str) -> tuple[str, str]:
+    """The type and the file name of a method, which are those of transformers.js."""
+    if section.method not in ONNX_FILES:
+        raise UserError(f"quantization.method: --to {to} writes {', '.join(ONNX_FILES)}; found {section.method}")
+    return ONNX_FILES[section.method]
+
+
+def onnx_graph(model: MODEL.Transformer, untied: bool):
+    """An onnx.ModelProto with the inputs and outputs that onnxruntime-genai, transformers.js and optimum share:
+    input_ids, attention_mask, position_ids, past_key_values.N.key/value -> logits, present.N.key/value.
+
+    Keys and values are (B, H_kv, P, D). Latent attention (MLA) has its latents (B, 1, P, R) as key, rotary keys (B, 1, P, Dr)
+    as value. `untied` copies an output head that shares the embedding, so that the head can be quantized."""
+    optional("onnxscript", "onnx")
+    config, exportable = model.config, Exportable(model, attend_grouped)
+    if untied and config.tie_word_embeddings:
+        exportable.model.lm_head.weight = nn.Parameter(exportable.model.lm_head.weight.clone(), False)
+    sizes = [(config.num_key_value_heads, config.head_dim)] * 2
+    if config.kv_lora_rank:
+        sizes = [(1, config.kv_lora_rank), (1, config.qk_rope_head_dim)]
+    layers = range(config.num_hidden_layers)
+    past = [torch.zeros(2, heads, 3, width, dtype=model.dtype) for _ in layers for heads, width in sizes]
+    ids, mask, positions = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 7, dtype=torch.long), torch.arange(3, 7).repeat(2, 1)
+    batch, length, before, total = map(torch.export.Dim, ("batch_size", "sequence_length", "past_sequence_length",
+                                                          "total_sequence_length"))
+    names = [f".{layer}.{kind}" for layer in layers for kind in ("key", "value")]
+    dynamic = ({0: batch, 1: length}, {0: batch, 1: total}, {0: batch, 1: length}, ({0: batch, 2: before},) * len(past))
+    program = torch.onnx.export(
+        exportable, (ids, mask, positions, *past), dynamo=True, verbose=False, opset_version=20, dynamic_shapes=dynamic,
+        input_names=["input_ids", "attention_mask", "position_ids", *("past_key_values" + name for name in names)],
+        output_names=["logits", *("present" + name for name in names)])
+    graph = program.model_proto
+    for node in graph.graph.node:
+        del node.metadata_props[:]  # stack traces
+    return graph
+
+
+def write_onnx(graph, path: Path, section: QuantizationSection) -> bool:
+    """Quantize and write a graph; True if its weights are in a second file."""
+    import onnx
+
+    if section.method == "int8":
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            quantize_dynamic(graph, Path(scratch) / path.name, weight_type=QuantType.QUInt8, per_channel=True,
+                             use_external_data_format=True)
+            graph = onnx.load(Path(scratch) / path.name)
+    if section.method == "int4":
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        quantizer = MatMulNBitsQuantizer(graph, block_size=section.group_size, is_symmetric=True, accuracy_level=4)
+        quantizer.process()
+        graph = quantizer.model.model
+    large = graph.ByteSize() > ONNX_SINGLE
+    onnx.save_model(graph, path, save_as_external_data=large, location=path.name + "_data")
+    return large
+
+
+def check_onnx(path: Path, model: MODEL.Transformer, exact: bool) -> None:
+    """Compare the logits of an ONNX file in onnxruntime with those of the model."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    ids = torch.arange(16)[None] % model.config.vocab_size
+    given = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy(), "position_ids": torch.arange(16)[None].numpy()}
+    for one in session.get_inputs()[3:]:
+        given[one.name] = torch.zeros(1, one.shape[1], 0, one.shape[3], dtype=model.dtype).numpy()
+    with torch.no_grad():
+        expected = model(ids).logits
+    difference = float((torch.from_numpy(session.run(["logits"], given)[0]) - expected).std() / expected.std())
+    say(f"{path.name}: {path.stat().st_size / 1e6:,.1f} MB; its logits in onnxruntime differ by {difference:.1e} of their spread")
+    if exact and not difference < 1e-3:
+        raise RuntimeError(f"{path.name}: its logits in onnxruntime are not the model's")
+
+
+def export_onnx(model, tokenizer, target: Path, section: QuantizationSection) -> None:
+    """A folder for transformers.js and onnxruntime-genai: onnx/model*.onnx, config.json, tokenizer, genai_config.json."""
+    dtype, name = onnx_variant(section, "onnx")
+    optional("onnx", "onnx")
+    optional("onnxruntime", "onnx")
+    config, path = model.config, target / "onnx" / name
+    path.parent.mkdir(parents=True)
+    with quiet():
+        large = write_onnx(onnx_graph(model, section.method != "none"), path, section)
+    check_onnx(path, model, section.method == "none")
+    TOKENIZER.save(tokenizer, target)
+    raw = MODEL.config_to_hub(config)
+    special = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
+    browser = {"dtype": dtype, "use_external_data_format": {name: int(large)}}
+    files = {"config.json": {**raw, "transformers.js_config": browser}, "generation_config.json": special}
+    if not config.kv_lora_rank:  # onnxruntime-genai has one width for keys and values
+        files["genai_config.json"] = genai_config(config, f"onnx/{name}", special)
+    for file, content in files.items():
+        (target / file).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def genai_config(config: MODEL.ModelConfig, path: str, special: dict) -> dict:
+    """genai_config.json of onnxruntime-genai."""
+    decoder = {
+        "filename": path, "session_options": {"provider_options": []}, "hidden_size": config.hidden_size, "head_size": config.head_dim,
+        "num_hidden_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "inputs": {**{name: name for name in ("input_ids", "attention_mask", "position_ids")},
+                   **{f"past_{kind}_names": f"past_key_values.%d.{kind}" for kind in ("key", "value")}},
+        "outputs": {"logits": "logits", **{f"present_{kind}_names": f"present.%d.{kind}" for kind in ("key", "value")}}}
+    ids = {"pad_token_id": (config.eos_ids or [0])[0], **special}
+    return {"model": {"type": "decoder", "vocab_size": config.vocab_size, "context_length": config.max_position_embeddings, **ids,
+                      "decoder": decoder},
+            "search": {"max_length": config.max_position_embeddings, "past_present_share_buffer": False}}
+
+
+def export_tensorrt(model, tokenizer, target: Path, section: QuantizationSection) -> None:
+    """The folder of `export_onnx`, and in it model.engine where TensorRT is installed."""
+    if section.method != "none":
+        raise UserError(f"quantization.method: --to tensorrt writes none; found {section.method}")
+    export_onnx(model, tokenizer, target, section)
+    path, longest = target / "onnx" / "model.onnx", model.config.max_position_embeddings
+    try:
+        import tensorrt
+    except ImportError:
+        return say("tensorrt is not installed, so only the ONNX model for it was written; on a machine with TensorRT: "
+                   "trtexec --onnx=onnx/model.onnx --saveEngine=model.engine, with --minShapes, --optShapes, --maxShapes")
+    builder = tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.WARNING))
+    network, profile, settings = builder.create_network(0), builder.create_optimization_profile(), builder.create_builder_config()
+    parser = tensorrt.OnnxParser(network, builder.logger)
+    if not parser.parse_from_file(str(path)):
+        raise UserError(f"--to tensorrt: {parser.get_error(0).desc()}")
+    for tensor in map(network.get_input, range(network.num_inputs)):
+        axis = 1 if len(tensor.shape) == 2 else 2  # of the length
+        shapes = [tuple(size if size >= 0 else length if i == axis else 1 for i, size in enumerate(tensor.shape))
+                  for length in (0 if axis == 2 else 1, 1 if axis == 1 else longest // 2, longest)]
+        profile.set_shape(tensor.name, *shapes)
+    settings.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, settings)
+    if engine is None:
+        raise UserError("--to tensorrt: the engine could not be built; the reason is above")
+    (target / "model.engine").write_bytes(engine)
+
+
+def export_openvino(model, tokenizer, target: Path, section: QuantizationSection) -> None:
+    """A folder for openvino-genai, by the exporter of optimum-intel, which reads Hugging Face folders."""
+    formats = {"none": ["fp16"], "int8": ["int8"], "int4": ["int4", "--sym", "--ratio", "1.0", "--group-size", str(section.group_size)]}
+    if section.method not in formats:
+        raise UserError(f"quantization.method: --to openvino writes {', '.join(formats)}; found {section.method}")
+    command = shutil.which("optimum-cli", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
+    if command is None:
+        raise UserError("--to openvino: optimum-cli is not on PATH; pip install optimum-intel openvino openvino-tokenizers nncf")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        MODEL.save(model, folder)
+        TOKENIZER.save(tokenizer, folder)
+        done = subprocess.run([command, "export", "openvino", "--model", folder, "--task", "text-generation-with-past",
+                               "--weight-format", *formats[section.method], str(target)], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"--to openvino: optimum-cli failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:300]}")
+
+
+def exported_program(model) -> torch.export.ExportedProgram:
+    """ids (1, T) -> logits (1, T, V) as torch.export traces it."""
+    length = torch.export.Dim("T", max=model.config.max_position_embeddings)
+    ids = torch.ones(1, min(8, model.config.max_position_embeddings), dtype=torch.long)
+    with torch.no_grad():
+        return torch.export.export(Exportable(model), (ids,), dynamic_shapes=({1: length},))
+
+
+def export_program(model, tokenizer, target: Path, section: QuantizationSection) -> None:
+    """A .pt2 file: torch.export.load(FILE).module()(ids (1, T)) -> logits (1, T, V), by a program that imports only torch."""
+    with target.open("wb") as file:
+        torch.export.save(exported_program(model), file)
+
+
+def export_compiled(model, tokenizer, target: Path, section: QuantizationSection) -> None:
+    """A .pt2 package of kernels that AOTInductor compiled for this machine: torch._inductor.aoti_load_package(FILE)(ids)."""
+    from torch._inductor import aoti_compile_and_package
+
+    with target.open("wb") as file:
+        aoti_compile_and_package(exported_program(model), package_path=file)
+
+
+def export_torchscript(model, tokenizer, target: Path, section: QuantizationSection) -> None:
+    """A TorchScript file: torch.jit.load(FILE)(ids (1, T)) -> logits (1, T, V)."""
+    say("torchscript is deprecated in torch; torch-export is its successor")
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace(Exportable(model), torch.ones(1, 8, dtype=torch.long), check_trace=False), str(target))
+
+
+EXPORTS = {"onnx": export_onnx, "openvino": export_openvino, "torch-export": export_program, "aotinductor": export_compiled,
+           "torchscript": export_torchscript, "tensorrt": export_tensorrt}
 
 
 # ------------------------------------------------------------------------------------------------ command line
