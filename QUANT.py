@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -164,6 +165,13 @@ def hub_settings(method: str):
 # --------------------------------------------------- ONNX, OpenVINO, torch.export, AOTInductor, TorchScript, TensorRT
 
 
+def check_exportable(model: MODEL.LanguageModel, foreign: bool = False) -> None:
+    reason = "is an encoder" if not model.config.causal else "has no language-model head" if "lm" not in model.heads else \
+        "is not an architecture of MODEL.py" if isinstance(model, MODEL.ForeignModel) and not foreign else ""
+    if reason:
+        raise UserError(f"model.name: this {model.config.model_type} {reason}; this export needs a causal language model")
+
+
 class GivenStates:
     """A KV cache whose states are inputs and outputs of the forward pass; `attend` is that of `MODEL.CacheStep`.
 
@@ -188,20 +196,13 @@ class GivenStates:
 
 
 def attend_fused(query: Tensor, key: Tensor, value: Tensor, mask: MODEL.Mask | None, window=None, dropout=0.0) -> Tensor:
-    """`MODEL.attend_sdpa` without questions about sizes, which a traced file would answer once for all lengths."""
-    bias = None if mask is None else mask.bias
-    return F.scaled_dot_product_attention(query, key, value, bias, is_causal=mask is None, enable_gqa=True)
-
-
-def attend_grouped(query: Tensor, key: Tensor, value: Tensor, mask: MODEL.Mask, window=None, dropout=0.0) -> Tensor:
-    """`MODEL.attend_eager` in which keys that several query heads share are broadcast, not copied."""
-    query = query.unflatten(1, (key.shape[1], query.shape[1] // key.shape[1]))  # (B, H_kv, H / H_kv, T, D)
-    scores = (query * query.shape[-1] ** -0.5) @ key[:, :, None].transpose(-1, -2) + mask.bias[:, :, None]
-    return (scores.softmax(-1) @ value[:, :, None]).flatten(1, 2)  # (B, H, T, D)
+    """`MODEL.attend_sdpa` without conditions on lengths, which tracing would fix."""
+    bias, grouped = None if mask is None else mask.bias, bool(query.shape[1] != key.shape[1])
+    return F.scaled_dot_product_attention(query, key, value, bias, is_causal=mask is None, enable_gqa=grouped)
 
 
 class SplitExperts(nn.Module):
-    """`MODEL.Experts` as plain products, an expert at a time: exporters have no grouped product, quantizers no stacked weights."""
+    """`MODEL.Experts` as one product per expert: exporters know no grouped product, quantizers no stacked weights."""
 
     def __init__(self, stacked: MODEL.Experts):
         super().__init__()
@@ -222,21 +223,21 @@ class SplitExperts(nn.Module):
 class Exportable(nn.Module):
     """A model with tensors as inputs and outputs: ids (B, T) -> logits (B, T, V), or with a KV cache -> logits and all states."""
 
-    def __init__(self, model: MODEL.LanguageModel, attend: Callable = attend_fused):
+    def __init__(self, model: MODEL.LanguageModel):
         super().__init__()
-        if isinstance(model, MODEL.ForeignModel) or not model.config.causal or "lm" not in model.heads:
-            what = "encoder" if not model.config.causal else "classifier" if "lm" not in model.heads else "architecture"
-            raise UserError(f"model.name: {model.config.model_type} is an {what}")
-        self.model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval().requires_grad_(False)  # shares weights
+        check_exportable(model)
+        frozen = {id(weight): nn.Parameter(weight.detach(), False) for weight in model.parameters()}  # in the same memory
+        self.model = copy.deepcopy(model, frozen)
         for module in list(self.model.modules()):
             if isinstance(module, MODEL.MixtureOfExperts):
                 module.experts = SplitExperts(module.experts)
             elif hasattr(module, "attend"):
-                module.attend, module.expand_from = attend, 0  # expanded latents suit all lengths
+                module.attend, module.expand_from = attend_fused, 0  # expanded latents suit all lengths
         self.eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, *past: Tensor):
-        cache = GivenStates(torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids, attention_mask, past)
+        positions = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
+        cache = GivenStates(positions, attention_mask, past)
         logits = self.model(input_ids, cache=cache).logits
         return (logits, *cache.present) if past else logits
 
@@ -262,25 +263,19 @@ def optional(package: str, target: str):
         raise UserError(f"--to {target}: needs {package}; pip install -r requirements-extras.txt") from None
 
 
+# The types and file names of transformers.js.
 ONNX_FILES = {"none": ("fp32", "model.onnx"), "int8": ("q8", "model_quantized.onnx"), "int4": ("q4", "model_q4.onnx")}
 ONNX_SINGLE = 2**30  # bytes of an ONNX file; larger weights go into a second file, since protobuf ends at 2 GiB
-
-
-def onnx_variant(section: QuantizationSection, to: str) -> tuple[str, str]:
-    """The type and the file name of a method, which are those of transformers.js."""
-    if section.method not in ONNX_FILES:
-        raise UserError(f"quantization.method: --to {to} writes {', '.join(ONNX_FILES)}; found {section.method}")
-    return ONNX_FILES[section.method]
 
 
 def onnx_graph(model: MODEL.Transformer, untied: bool):
     """An onnx.ModelProto with the inputs and outputs that onnxruntime-genai, transformers.js and optimum share:
     input_ids, attention_mask, position_ids, past_key_values.N.key/value -> logits, present.N.key/value.
 
-    Keys and values are (B, H_kv, P, D). Latent attention (MLA) has its latents (B, 1, P, R) as key, rotary keys (B, 1, P, Dr)
-    as value. `untied` copies an output head that shares the embedding, so that the head can be quantized."""
-    optional("onnxscript", "onnx")
-    config, exportable = model.config, Exportable(model, attend_grouped)
+    Keys and values are (B, H_kv, P, D); of latent attention (MLA) the key is the latent (B, 1, P, R), the value the rotary key
+    (B, 1, P, Dr). `untied` copies an output head that shares the embedding, so that it can be quantized. Operator set 23 has
+    attention as an operator."""
+    config, exportable = model.config, Exportable(model)
     if untied and config.tie_word_embeddings:
         exportable.model.lm_head.weight = nn.Parameter(exportable.model.lm_head.weight.clone(), False)
     sizes = [(config.num_key_value_heads, config.head_dim)] * 2
@@ -294,7 +289,7 @@ def onnx_graph(model: MODEL.Transformer, untied: bool):
     names = [f".{layer}.{kind}" for layer in layers for kind in ("key", "value")]
     dynamic = ({0: batch, 1: length}, {0: batch, 1: total}, {0: batch, 1: length}, ({0: batch, 2: before},) * len(past))
     program = torch.onnx.export(
-        exportable, (ids, mask, positions, *past), dynamo=True, verbose=False, opset_version=20, dynamic_shapes=dynamic,
+        exportable, (ids, mask, positions, *past), dynamo=True, verbose=False, opset_version=23, dynamic_shapes=dynamic,
         input_names=["input_ids", "attention_mask", "position_ids", *("past_key_values" + name for name in names)],
         output_names=["logits", *("present" + name for name in names)])
     graph = program.model_proto
@@ -311,16 +306,19 @@ def write_onnx(graph, path: Path, section: QuantizationSection) -> bool:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            quantize_dynamic(graph, Path(scratch) / path.name, weight_type=QuantType.QUInt8, per_channel=True,
+            full, quantized = Path(scratch) / "full.onnx", Path(scratch) / "quantized.onnx"
+            onnx.save_model(graph, full, save_as_external_data=True, location="full.onnx_data")
+            # Unsigned weights: products of signed ones saturate on x86 processors without VNNI.
+            quantize_dynamic(full, quantized, ["MatMul", "Gather"], per_channel=True, weight_type=QuantType.QUInt8,
                              use_external_data_format=True)
-            graph = onnx.load(Path(scratch) / path.name)
+            graph = onnx.load(quantized)
     if section.method == "int4":
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
         quantizer = MatMulNBitsQuantizer(graph, block_size=section.group_size, is_symmetric=True, accuracy_level=4)
         quantizer.process()
         graph = quantizer.model.model
-    large = graph.ByteSize() > ONNX_SINGLE
+    large = sum(len(tensor.raw_data) for tensor in graph.graph.initializer) > ONNX_SINGLE
     onnx.save_model(graph, path, save_as_external_data=large, location=path.name + "_data")
     return large
 
@@ -330,25 +328,30 @@ def check_onnx(path: Path, model: MODEL.Transformer, exact: bool) -> None:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    ids = torch.arange(16)[None] % model.config.vocab_size
-    given = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy(), "position_ids": torch.arange(16)[None].numpy()}
-    for one in session.get_inputs()[3:]:
-        given[one.name] = torch.zeros(1, one.shape[1], 0, one.shape[3], dtype=model.dtype).numpy()
+    positions = torch.arange(min(16, model.config.max_position_embeddings))[None]
+    ids = positions % model.config.vocab_size
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+    for state in session.get_inputs()[3:]:
+        given[state.name] = torch.zeros(1, state.shape[1], 0, state.shape[3])
     with torch.no_grad():
         expected = model(ids).logits
-    difference = float((torch.from_numpy(session.run(["logits"], given)[0]) - expected).std() / expected.std())
-    say(f"{path.name}: {path.stat().st_size / 1e6:,.1f} MB; its logits in onnxruntime differ by {difference:.1e} of their spread")
+    [logits] = session.run(["logits"], {name: tensor.numpy() for name, tensor in given.items()})
+    difference = float((torch.from_numpy(logits) - expected).std() / expected.std())
+    size = sum(file.stat().st_size for file in path.parent.iterdir())
+    say(f"{path.name}: {size / 1e6:,.1f} MB; its logits in onnxruntime differ by {difference:.1e} standard deviations")
     if exact and not difference < 1e-3:
-        raise RuntimeError(f"{path.name}: its logits in onnxruntime are not the model's")
+        raise RuntimeError(f"{path.name}: its logits in onnxruntime are not those of the model")
 
 
 def export_onnx(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """A folder for transformers.js and onnxruntime-genai: onnx/model*.onnx, config.json, tokenizer, genai_config.json."""
-    dtype, name = onnx_variant(section, "onnx")
-    optional("onnx", "onnx")
-    optional("onnxruntime", "onnx")
+    if section.method not in ONNX_FILES:
+        raise UserError(f"quantization.method: --to onnx writes {', '.join(ONNX_FILES)}; found {section.method}")
+    dtype, name = ONNX_FILES[section.method]
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        optional(package, "onnx")
     config, path = model.config, target / "onnx" / name
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with quiet():
         large = write_onnx(onnx_graph(model, section.method != "none"), path, section)
     check_onnx(path, model, section.method == "none")
@@ -366,9 +369,9 @@ def export_onnx(model, tokenizer, target: Path, section: QuantizationSection) ->
 def genai_config(config: MODEL.ModelConfig, path: str, special: dict) -> dict:
     """genai_config.json of onnxruntime-genai."""
     decoder = {
-        "filename": path, "session_options": {"provider_options": []}, "hidden_size": config.hidden_size, "head_size": config.head_dim,
-        "num_hidden_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
+        "filename": path, "session_options": {"provider_options": []}, "hidden_size": config.hidden_size,
+        "head_size": config.head_dim,
+        **{f"num_{key}": getattr(config, f"num_{key}") for key in ("hidden_layers", "attention_heads", "key_value_heads")},
         "inputs": {**{name: name for name in ("input_ids", "attention_mask", "position_ids")},
                    **{f"past_{kind}_names": f"past_key_values.%d.{kind}" for kind in ("key", "value")}},
         "outputs": {"logits": "logits", **{f"present_{kind}_names": f"present.%d.{kind}" for kind in ("key", "value")}}}
@@ -379,36 +382,39 @@ def genai_config(config: MODEL.ModelConfig, path: str, special: dict) -> dict:
 
 
 def export_tensorrt(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """The folder of `export_onnx`, and in it model.engine where TensorRT is installed."""
+    """The folder of `export_onnx`, build_engine.sh, which makes model.engine of it, and model.engine if trtexec is on PATH."""
     if section.method != "none":
         raise UserError(f"quantization.method: --to tensorrt writes none; found {section.method}")
+    import onnx
+
     export_onnx(model, tokenizer, target, section)
-    path, longest = target / "onnx" / "model.onnx", model.config.max_position_embeddings
-    try:
-        import tensorrt
-    except ImportError:
-        return say("tensorrt is not installed, so only the ONNX model for it was written; on a machine with TensorRT: "
-                   "trtexec --onnx=onnx/model.onnx --saveEngine=model.engine, with --minShapes, --optShapes, --maxShapes")
-    builder = tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.WARNING))
-    network, profile, settings = builder.create_network(0), builder.create_optimization_profile(), builder.create_builder_config()
-    parser = tensorrt.OnnxParser(network, builder.logger)
-    if not parser.parse_from_file(str(path)):
-        raise UserError(f"--to tensorrt: {parser.get_error(0).desc()}")
-    for tensor in map(network.get_input, range(network.num_inputs)):
-        axis = 1 if len(tensor.shape) == 2 else 2  # of the length
-        shapes = [tuple(size if size >= 0 else length if i == axis else 1 for i, size in enumerate(tensor.shape))
-                  for length in (0 if axis == 2 else 1, 1 if axis == 1 else longest // 2, longest)]
-        profile.set_shape(tensor.name, *shapes)
-    settings.add_optimization_profile(profile)
-    engine = builder.build_serialized_network(network, settings)
-    if engine is None:
-        raise UserError("--to tensorrt: the engine could not be built; the reason is above")
-    (target / "model.engine").write_bytes(engine)
+    half = model.config.max_position_embeddings // 2  # new tokens in a step, and tokens before them, at most
+    lengths = {"batch_size": (1, 1, 1), "sequence_length": (1, 1, half), "past_sequence_length": (0, half, half),
+               "total_sequence_length": (1, half + 1, 2 * half)}  # smallest, usual, largest
+    inputs = onnx.load(target / "onnx/model.onnx", load_external_data=False).graph.input
+    command = ["trtexec", "--onnx=onnx/model.onnx", "--saveEngine=model.engine"]
+    for i, flag in enumerate(("minShapes", "optShapes", "maxShapes")):
+        shapes = [[lengths[dim.dim_param][i] if dim.dim_param else dim.dim_value for dim in tensor.type.tensor_type.shape.dim]
+                  for tensor in inputs]
+        named = (f"{tensor.name}:{'x'.join(map(str, shape))}" for tensor, shape in zip(inputs, shapes))
+        command.append(f"--{flag}={','.join(named)}")
+    (target / "build_engine.sh").write_text(f"cd \"$(dirname \"$0\")\" && {shlex.join(command)}\n")
+    if shutil.which("trtexec") is None:
+        return say("trtexec is not on PATH; run build_engine.sh of this folder on a machine with TensorRT")
+    done = subprocess.run(command, cwd=target, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"--to tensorrt: trtexec failed: {last_line(done)}")
+
+
+def last_line(done: subprocess.CompletedProcess) -> str:
+    return ((done.stderr or done.stdout).strip().splitlines() or ["no message"])[-1][:300]
 
 
 def export_openvino(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """A folder for openvino-genai, by the exporter of optimum-intel, which reads Hugging Face folders."""
-    formats = {"none": ["fp16"], "int8": ["int8"], "int4": ["int4", "--sym", "--ratio", "1.0", "--group-size", str(section.group_size)]}
+    check_exportable(model, foreign=True)
+    int4 = ["int4", "--sym", "--ratio", "1.0", "--group-size", str(section.group_size)]
+    formats = {"none": ["fp16"], "int8": ["int8"], "int4": int4}
     if section.method not in formats:
         raise UserError(f"quantization.method: --to openvino writes {', '.join(formats)}; found {section.method}")
     command = shutil.which("optimum-cli", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
@@ -420,39 +426,37 @@ def export_openvino(model, tokenizer, target: Path, section: QuantizationSection
         done = subprocess.run([command, "export", "openvino", "--model", folder, "--task", "text-generation-with-past",
                                "--weight-format", *formats[section.method], str(target)], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"--to openvino: optimum-cli failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:300]}")
+        raise UserError(f"--to openvino: optimum-cli failed: {last_line(done)}")
 
 
-def exported_program(model) -> torch.export.ExportedProgram:
+def traced_program(model) -> torch.export.ExportedProgram:
     """ids (1, T) -> logits (1, T, V) as torch.export traces it."""
     length = torch.export.Dim("T", max=model.config.max_position_embeddings)
-    ids = torch.ones(1, min(8, model.config.max_position_embeddings), dtype=torch.long)
-    with torch.no_grad():
-        return torch.export.export(Exportable(model), (ids,), dynamic_shapes=({1: length},))
+    with quiet():
+        return torch.export.export(Exportable(model), (torch.ones(1, 8, dtype=torch.long),), dynamic_shapes=({1: length},))
 
 
-def export_program(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """A .pt2 file: torch.export.load(FILE).module()(ids (1, T)) -> logits (1, T, V), by a program that imports only torch."""
+def export_pt2(model, tokenizer, target: Path, section: QuantizationSection) -> None:
+    """A .pt2 file: torch.export.load(FILE).module()(ids (1, T)) -> logits (1, T, V) in a program that imports only torch."""
     with target.open("wb") as file:
-        torch.export.save(exported_program(model), file)
+        torch.export.save(traced_program(model), file)
 
 
 def export_compiled(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """A .pt2 package of kernels that AOTInductor compiled for this machine: torch._inductor.aoti_load_package(FILE)(ids)."""
-    from torch._inductor import aoti_compile_and_package
-
-    with target.open("wb") as file:
-        aoti_compile_and_package(exported_program(model), package_path=file)
+    """A .pt2 package that AOTInductor compiled for this machine: torch._inductor.aoti_load_package(FILE)(ids (1, T))."""
+    program = traced_program(model)
+    with target.open("wb") as file, quiet():
+        torch._inductor.aoti_compile_and_package(program, package_path=file)
 
 
 def export_torchscript(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """A TorchScript file: torch.jit.load(FILE)(ids (1, T)) -> logits (1, T, V)."""
-    say("torchscript is deprecated in torch; torch-export is its successor")
-    with torch.no_grad():
-        torch.jit.save(torch.jit.trace(Exportable(model), torch.ones(1, 8, dtype=torch.long), check_trace=False), str(target))
+    say("TorchScript is deprecated in torch; --to torch-export is its successor")
+    with quiet():
+        torch.jit.trace(Exportable(model), torch.ones(1, 8, dtype=torch.long), check_trace=False).save(str(target))
 
 
-EXPORTS = {"onnx": export_onnx, "openvino": export_openvino, "torch-export": export_program, "aotinductor": export_compiled,
+EXPORTS = {"onnx": export_onnx, "openvino": export_openvino, "torch-export": export_pt2, "aotinductor": export_compiled,
            "torchscript": export_torchscript, "tensorrt": export_tensorrt}
 
 
