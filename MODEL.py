@@ -950,10 +950,10 @@ class Router(nn.Module):
         if config.scoring_func == "sigmoid":
             scores = scores + self.e_score_correction_bias
         if config.n_group > 1:
-            grouped = scores.view(len(scores), config.n_group, -1)  # (N, G, E/G)
+            grouped = scores.unflatten(1, (config.n_group, -1))  # (N, G, E/G)
             strength = grouped.topk(2, -1).values.sum(-1)  # (N, G)
-            best = torch.zeros_like(strength, dtype=torch.bool).scatter_(1, strength.topk(config.topk_group, -1).indices, True)
-            scores = grouped.masked_fill(~best[..., None], -math.inf).flatten(1)  # (N, E)
+            others = torch.ones_like(strength).scatter_(1, strength.topk(config.topk_group, -1).indices, 0.0).bool()
+            scores = grouped.masked_fill(others[..., None], -math.inf).flatten(1)  # (N, E)
         return scores.topk(config.num_experts_per_tok, -1).indices
 
 
@@ -1049,7 +1049,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, hidden: Tensor, real: Tensor | None) -> tuple[Tensor, Routing | None]:
         flat = hidden.flatten(0, 1)  # (N, C)
         real = None if real is None else real.flatten()
-        experts, weights, routing = self.gate(flat, real, len(hidden))
+        experts, weights, routing = self.gate(flat, real, hidden.shape[0])
         mixed = self.experts(flat, experts, weights, real).view_as(hidden)  # (B, T, C)
         return mixed + self.shared_experts(hidden) if hasattr(self, "shared_experts") else mixed, routing
 
@@ -1146,7 +1146,7 @@ class Decoder(nn.Module):
         dtype = compute_dtype(hidden)
         if self.config.position_embedding_type == "rope":
             rope = self.rope_tables(positions, dtype)
-        masks = self.masks(len(input_ids), positions, segment_ids, cache, plain, dtype)
+        masks = self.masks(input_ids.shape[0], positions, segment_ids, cache, plain, dtype)
         states, routings = [], []
         for layer, mask in zip(self.layers, masks, strict=True):
             if keep:

@@ -1,0 +1,284 @@
+"""Exports: each file computes what the model computes, in the runtime that it is made for."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import INFER
+import MODEL
+import QUANT
+import TOKENIZER
+from MODEL import UserError
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+TINY = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=64, initializer_range=0.3)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+FAMILIES = {
+    "llama": {},
+    "gpt2": dict(norm_type="layernorm", mlp_gated=False, attention_bias=True, attention_out_bias=True, mlp_bias=True, fused_qkv=True,
+                 position_embedding_type="learned", hidden_act="gelu_new", tie_word_embeddings=True, num_key_value_heads=4),
+    "qwen3": dict(qk_norm=True, head_dim=16, rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)),
+    "mistral": dict(sliding_window=6),
+    "mixtral": EXPERTS,
+    "deepseek_v3": dict(EXPERTS, kv_lora_rank=16, q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
+                        rope_interleave=True, n_shared_experts=1, n_group=2, topk_group=1, scoring_func="sigmoid",
+                        num_key_value_heads=4, mlp_only_layers=[0]),
+}
+PROMPT = [5, 17, 90, 3, 41]
+
+
+def tiny(family: str, **changes) -> MODEL.Transformer:
+    return MODEL.build(MODEL.ModelConfig(model_type=family, **{**TINY, **FAMILIES[family], **changes}), seed=3).eval()
+
+
+def greedy(model, prompt: list[int], count: int) -> list[int]:
+    return INFER.generate(model, [prompt], INFER.Sampling(max_new_tokens=count, temperature=0))[0][0].ids
+
+
+def section(method: str = "none", group_size: int = 32) -> QUANT.QuantizationSection:
+    return QUANT.QuantizationSection(method=method, group_size=group_size)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return TOKENIZER.train(["a small text"] * 4, 64, "char")
+
+
+# ---------------------------------------------------------------------------------------- files that need torch alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_torch_files_give_the_logits_of_every_length(family, tmp_path):
+    model = tiny(family)
+    QUANT.EXPORTS["torch-export"](model, None, tmp_path / "program", section())
+    QUANT.EXPORTS["torchscript"](model, None, tmp_path / "script", section())
+    loaded = torch.export.load(tmp_path / "program").module(), torch.jit.load(tmp_path / "script")
+    for length in (1, 7, 20):
+        ids = torch.randint(96, (1, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            expected = model(ids).logits
+            for run in loaded:
+                torch.testing.assert_close(run(ids), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_torch_files_run_where_only_torch_is_imported(tmp_path):
+    model = tiny("llama")
+    QUANT.EXPORTS["torch-export"](model, None, tmp_path / "program.pt2", section())
+    QUANT.EXPORTS["torchscript"](model, None, tmp_path / "script", section())
+    code = f"""
+import json, sys, torch
+def text(run):
+    ids = {PROMPT}
+    for _ in range(24):
+        ids.append(int(run(torch.tensor([ids]))[0, -1].argmax()))
+    return ids
+print(json.dumps([text(torch.export.load("program.pt2").module()), text(torch.jit.load("script"))]))
+assert not {{"MODEL", "QUANT", "transformers"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    expected = PROMPT + greedy(model, PROMPT, 24)
+    assert json.loads(done.stdout) == [expected, expected]
+
+
+def test_the_model_is_left_as_it_was(tmp_path):
+    model = tiny("mixtral")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    QUANT.EXPORTS["torchscript"](model, None, tmp_path / "script", section())
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("to", ["torch-export", "aotinductor", "torchscript", "onnx", "openvino"])
+def test_a_model_that_no_export_expresses_is_refused(to, tokenizer, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    encoder = MODEL.build("bert-2m")
+    with pytest.raises(UserError, match="bert is an encoder"):
+        QUANT.EXPORTS[to](encoder, tokenizer, tmp_path / "out", section())
+    labels = MODEL.build(MODEL.ModelConfig(**TINY), head="score")
+    with pytest.raises(UserError, match="has no language-model head"):
+        QUANT.EXPORTS[to](labels, tokenizer, tmp_path / "out2", section())
+
+
+# ------------------------------------------------------------------------------------------------------------- ONNX
+
+
+def start(path):
+    """A session of onnxruntime and its inputs without past tokens, for B rows."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session, lambda rows: {one.name: torch.zeros(rows, one.shape[1], 0, one.shape[3]).numpy() for one in session.get_inputs()[3:]}
+
+
+def step(session, ids: torch.Tensor, mask: torch.Tensor, past: dict) -> tuple[torch.Tensor, dict]:
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy(), **past}
+    logits, *present = session.run(None, given)
+    return torch.from_numpy(logits), dict(zip(past, present, strict=True))
+
+
+def greedy_onnx(path, prompt: list[int], count: int) -> list[int]:
+    session, empty = start(path)
+    ids, past, new = [], empty(1), prompt
+    while len(ids) < count:
+        mask = torch.ones(1, len(prompt) + len(ids), dtype=torch.long)
+        logits, past = step(session, torch.tensor([new]), mask, past)
+        new = [int(logits[0, -1].argmax())]
+        ids += new
+    return ids
+
+
+@pytest.fixture(scope="module")
+def mistral():
+    """A model with grouped keys and a sliding window, and its ONNX graph with the output head apart."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = tiny("mistral", tie_word_embeddings=True)
+    with QUANT.quiet():
+        return model, QUANT.onnx_graph(model, True)
+
+
+@pytest.fixture
+def ready(mistral, monkeypatch):
+    """The model, whose graph is not made again by each export."""
+    monkeypatch.setattr(QUANT, "onnx_graph", lambda model, untied: copy.deepcopy(mistral[1]))
+    return mistral[0]
+
+
+def test_the_onnx_folder_generates_the_same_text(ready, tokenizer, tmp_path):
+    """With the names and files that onnxruntime-genai and transformers.js read."""
+    QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section())
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert names >= {"onnx/model.onnx", "config.json", "generation_config.json", "tokenizer.json", "genai_config.json"}
+    assert not any("safetensors" in name for name in names)
+    session, _ = start(tmp_path / "onnx/model.onnx")
+    states = [f"{layer}.{kind}" for layer in range(2) for kind in ("key", "value")]
+    given = {one.name: one.shape for one in session.get_inputs()}
+    assert list(given) == ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{state}" for state in states)]
+    assert given["past_key_values.0.key"] == ["batch_size", 2, "past_sequence_length", 8]
+    assert [one.name for one in session.get_outputs()] == ["logits", *(f"present.{state}" for state in states)]
+    assert greedy_onnx(tmp_path / "onnx/model.onnx", PROMPT, 40) == greedy(ready, PROMPT, 40)
+    assert b"test_export" not in (tmp_path / "onnx/model.onnx").read_bytes()  # no stack traces
+
+
+def test_onnx_rows_with_left_padding_are_independent(ready, tokenizer, tmp_path):
+    QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section())
+    session, empty = start(tmp_path / "onnx/model.onnx")
+    rows = [PROMPT * 2, PROMPT[1:4]]
+    ids, mask = torch.zeros(2, 2, 10, dtype=torch.long)
+    for row, prompt in enumerate(rows):
+        ids[row, 10 - len(prompt) :], mask[row, 10 - len(prompt) :] = torch.tensor(prompt), 1
+    past = empty(2)
+    for _ in range(12):
+        logits, past = step(session, ids[:, -(1 if past["past_key_values.0.key"].shape[2] else 10) :], mask, past)
+        ids = torch.cat((ids, logits[:, -1:].argmax(-1)), 1)
+        mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), 1)
+    assert [row[-12:] for row in ids.tolist()] == [greedy(ready, prompt, 12) for prompt in rows]
+
+
+@pytest.mark.parametrize("method, name, product", [("int8", "model_quantized", "MatMulInteger"), ("int4", "model_q4", "MatMulNBits")])
+def test_quantized_onnx(method, name, product, ready, tokenizer, tmp_path):
+    """Every weight matrix is quantized, the output head too, and the logits stay near."""
+    onnx = pytest.importorskip("onnx")
+    QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section(method))
+    path = tmp_path / f"onnx/{name}.onnx"
+    products = [node.op_type for node in onnx.load(path).graph.node if "MatMul" in node.op_type]
+    assert products.count(product) == 2 * 7 + 1
+    browser = json.loads((tmp_path / "config.json").read_text())["transformers.js_config"]
+    assert browser == {"dtype": {"int8": "q8", "int4": "q4"}[method], "use_external_data_format": {f"{name}.onnx": 0}}
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    session, empty = start(path)
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        expected = ready(ids).logits
+    logits, _ = step(session, ids, torch.ones_like(ids), empty(1))
+    assert (logits - expected).std() < (0.1 if method == "int8" else 0.4) * expected.std()
+
+
+def test_large_weights_are_in_a_second_onnx_file(ready, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(QUANT, "ONNX_SINGLE", 1000)
+    QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section())
+    assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["model.onnx", "model.onnx_data"]
+    assert json.loads((tmp_path / "config.json").read_text())["transformers.js_config"]["use_external_data_format"] == {"model.onnx": 1}
+    assert greedy_onnx(tmp_path / "onnx/model.onnx", PROMPT, 8) == greedy(ready, PROMPT, 8)
+
+
+def test_onnx_of_latent_attention_and_grouped_experts(tokenizer, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = tiny("deepseek_v3")
+    QUANT.EXPORTS["onnx"](model, tokenizer, tmp_path, section())
+    session, empty = start(tmp_path / "onnx/model.onnx")
+    assert [empty(1)[f"past_key_values.0.{kind}"].shape for kind in ("key", "value")] == [(1, 1, 0, 16), (1, 1, 0, 4)]
+    assert greedy_onnx(tmp_path / "onnx/model.onnx", PROMPT, 24) == greedy(model, PROMPT, 24)
+    assert not (tmp_path / "genai_config.json").exists()
+
+
+def test_onnxruntime_genai_opens_the_folder(ready, tokenizer, tmp_path):
+    genai = pytest.importorskip("onnxruntime_genai")
+    QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section())
+    model = genai.Model(str(tmp_path))
+    options = genai.GeneratorParams(model)
+    options.set_search_options(max_length=len(PROMPT) + 24, do_sample=False)
+    generator = genai.Generator(model, options)
+    generator.append_tokens(PROMPT)
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert list(generator.get_sequence(0))[len(PROMPT) :] == greedy(ready, PROMPT, 24)
+
+
+def test_other_methods_and_missing_packages_are_one_line(ready, tokenizer, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="quantization.method: --to onnx writes none, int8, int4; found nf4"):
+        QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section("nf4"))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match="--to onnx: needs onnxscript; pip install -r requirements-extras.txt"):
+        QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section())
+
+
+# -------------------------------------------------------------------------------------------- programs of other people
+
+
+def program(folder, name: str, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_tensorrt_gets_an_onnx_model_and_its_shapes(ready, tokenizer, tmp_path, monkeypatch, capsys):
+    """trtexec is replaced by a program that writes down its arguments."""
+    QUANT.EXPORTS["tensorrt"](ready, tokenizer, tmp_path / "bare", section())
+    assert "trtexec is not on PATH" in capsys.readouterr().err
+    program(tmp_path / "bin", "trtexec", 'printf "%s\\n" "$@" > model.engine')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    subprocess.run(["sh", tmp_path / "bare/build_engine.sh"], check=True)
+    QUANT.EXPORTS["tensorrt"](ready, tokenizer, tmp_path / "built", section())
+    flags = (tmp_path / "built/model.engine").read_text().splitlines()
+    assert (tmp_path / "bare/model.engine").read_text().splitlines() == flags
+    assert flags[:2] == ["--onnx=onnx/model.onnx", "--saveEngine=model.engine"]
+    assert flags[3].startswith("--optShapes=input_ids:1x1,attention_mask:1x33,position_ids:1x1,past_key_values.0.key:1x2x32x8,")
+    program(tmp_path / "bin", "trtexec", "echo no GPU >&2; exit 1")
+    with pytest.raises(UserError, match="trtexec failed: no GPU"):
+        QUANT.EXPORTS["tensorrt"](ready, tokenizer, tmp_path / "failed", section())
+
+
+def test_openvino_gets_a_hugging_face_folder(tokenizer, tmp_path, monkeypatch):
+    """optimum-cli is replaced by a program that keeps the folder and writes down its arguments."""
+    model = tiny("llama")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    with pytest.raises(UserError, match="optimum-cli is not on PATH; pip install optimum-intel"):
+        QUANT.EXPORTS["openvino"](model, tokenizer, tmp_path / "out", section())
+    program(tmp_path / "bin", "optimum-cli", 'for last; do :; done; cp -r "$4" "$last"; echo "$@" > "$last/flags"')
+    QUANT.EXPORTS["openvino"](model, tokenizer, tmp_path / "out", section("int4"))
+    assert greedy(MODEL.load(tmp_path / "out"), PROMPT, 8) == greedy(model, PROMPT, 8)
+    assert TOKENIZER.load(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+    assert "--weight-format int4 --sym --ratio 1.0 --group-size 32" in (tmp_path / "out/flags").read_text()
+    program(tmp_path / "bin", "optimum-cli", "echo ValueError: unknown architecture >&2; exit 1")
+    with pytest.raises(UserError, match="optimum-cli failed: ValueError: unknown architecture"):
+        QUANT.EXPORTS["openvino"](model, tokenizer, tmp_path / "other", section())
