@@ -1232,8 +1232,8 @@ SECTIONS = {**INFER.SECTIONS, "quantization": QuantizationSection}
 EXPORTS = {"gguf": export_gguf, "gguf-lora": export_gguf_adapter, "onnx": export_onnx, "openvino": export_openvino,
            "torch-export": export_pt2, "aotinductor": export_compiled, "torchscript": export_torchscript,
            "tensorrt": export_tensorrt}
-ACTIONS = {"out": Action("folder (a file for torch-export, aotinductor and torchscript) to write to", str), "compare": Action("measure every method"),
-           "to": Action(f"export: {', '.join(EXPORTS)}", str)}
+ACTIONS = {"out": Action("folder (a file for torch-export, aotinductor and torchscript) to write to", str),
+           "compare": Action("measure every method"), "to": Action(f"export: {', '.join(EXPORTS)}", str)}
 COMPARED = ("bf16", "int8", "int8_dynamic", "smoothquant", "int4", "gptq", "awq", "nf4", "llm_int8")
 
 
