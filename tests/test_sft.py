@@ -816,7 +816,7 @@ def test_adapters_that_cannot_be_computed_are_refused_in_one_line(tmp_path):
     packed = MODEL.load(tmp_path / "llama", quantization="llm_int8")
     with pytest.raises(UserError, match="lora.use_dora: does not work on llm_int8 weights"):
         SFT.attach_lora(packed, "x", r=4, use_dora=True)
-    with pytest.raises(ValueError, match="packed weights .* are not saved"):
+    with pytest.raises(UserError, match="a folder cannot hold llm_int8 weights"):
         MODEL.save(packed, tmp_path / "no")
 
 
