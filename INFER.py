@@ -2423,8 +2423,8 @@ def run_server(session: Session, name: str) -> None:
             f"of {engine.cache.page}, at most {s.batch_size} sequences per batch")
     warm_up(engine)
     say(f"serving {name} at http://{s.host}:{s.port}/v1")
-    http = uvicorn.Server(uvicorn.Config(app, s.host, s.port, log_level="warning", access_log=False,
-                                           timeout_graceful_shutdown=int(s.timeout)))
+    http = uvicorn.Server(uvicorn.Config(app, s.host, s.port, log_level="warning", access_log=False, timeout_keep_alive=60,
+                                         timeout_graceful_shutdown=int(s.timeout)))
     add_page(app, session, name, http)
     show_figures(server.meters)
     with contextlib.suppress(KeyboardInterrupt):
