@@ -812,8 +812,7 @@ class PackedLinear(nn.Module):
 
 
 def fits_float16(weight: Tensor) -> bool:
-    """Whether FBGEMM is there, this processor computes best in float32, and float16 holds the weight as well as float32 would (its
-    range ends at 2**16 above, and its precision at 2**-24 below)."""
+    """Whether FBGEMM is available, this processor computes fastest in float32, and float16 represents the weight without loss."""
     if "fbgemm" not in torch.backends.quantized.supported_engines or weight.dtype == MODEL.fast_half("cpu"):
         return False
     pieces = (piece.float() for piece in weight.split(1024))  # most weights that do not fit are known by the first
@@ -912,8 +911,8 @@ def can_record(model) -> bool:
 
 
 class RecordedStep:
-    """A step of few tokens per sequence on CUDA. To launch the kernels of all layers one by one takes longer than to run them. So
-    a step is recorded (a CUDA graph), and replayed with the numbers of later steps of its size in the same tensors."""
+    """A step of few tokens per sequence on CUDA. Launching the kernels of all layers one by one takes longer than running them. So
+    a step is recorded as a CUDA graph and replayed for later steps of the same size, whose numbers are copied into its tensors."""
 
     graph = None
 
@@ -1886,8 +1885,8 @@ def field(record: dict, key: str, kind: type, default=None):
 def check_keys(record: dict, known: set[str]) -> None:
     for key in record:
         if key not in known:
-            elsewhere = {"messages": "use /v1/chat/completions", "tools": "use /v1/chat/completions", "prompt": "use /v1/completions"}
-            hint = elsewhere.get(key) or "nearest is " + MODEL.nearest(key, known)
+            route = {"messages": "/v1/chat/completions", "tools": "/v1/chat/completions", "prompt": "/v1/completions"}.get(key)
+            hint = f"use {route}" if route else f"nearest is {MODEL.nearest(key, known)}"
             raise Refused(400, f"{key}: unknown key; {hint}")
 
 

@@ -2,7 +2,7 @@
 
 Read in this order: rounding (`quantize_groups`), the layer (`QuantizedLinear`), methods that use calibration text (`gptq`, `awq`,
 `smoothquant`), the pass through the layers that calibrates them (`calibrate`), and `quantize`. Below the banner: bitsandbytes'
-forms, folders, the comparison, the command line.
+forms, folders, the exports (GGUF; ONNX, OpenVINO and torch's formats), the comparison, the command line.
 
     python QUANT.py --model out --method int4 --out out/int4          # a folder that INFER.py, transformers and vLLM open
     python QUANT.py --model out --method gptq --data text.txt         # without --out only the table
@@ -96,7 +96,7 @@ def largest_scale(groups: Tensor, bits: int) -> Tensor:
 
 def best_scale(groups: Tensor, bits: int, importance: Tensor) -> Tensor:
     """The scale, down to half of the largest, with the least squared error weighted by the importance (G, size) of each input.
-    To cut off a few large weights makes the steps of all others finer."""
+    Clipping a few large weights makes the steps of all others finer."""
     largest = best = largest_scale(groups, bits)
     least = torch.full_like(largest, math.inf)
     for shrink in torch.linspace(1, 0.5, 21).tolist():
@@ -368,44 +368,51 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
         raise UserError(f"quantization.method: {method} needs calibration text (data.train)")
     places = quantizable(model, exclude, lm_head)
     if method in BITSANDBYTES:
-        packer = Packer(model, method, group_size or 64, model.device)
+        packer = Packer(model, method, group_size, model.device)
+        packer.places = places
         for name, (module, part) in places.items():
             packer(name, getattr(module, part).data)
         return keep_form(model, method)
     form = form_of(method, group_size)
-    fits = {name: place for name, place in places.items() if not form.group or getattr(*place).shape[-1] % form.group == 0}
-    if kept := sorted(places.keys() - fits):
-        say(f"quantization.group_size: {form.group} does not divide the width of {len(kept)} layers, which stay as they are: "
-            + ", ".join(kept[:3]) + (", ..." if kept[3:] else ""))
-    if not places:
-        raise UserError("quantization.exclude: no layer is left")
-    if not fits:
-        raise UserError(f"quantization.group_size: {form.group} divides the width of no layer; use a divisor of "
-                        f"{getattr(*next(iter(places.values()))).shape[-1]}")
-    names = {module: name for name, (module, part) in fits.items() if part == "weight"}
+    places = fitting(places, form)
+    names = {module: name for name, (module, part) in places.items() if part == "weight"}
 
     def work(layer: nn.Module, observe: Callable) -> None:
         linears = [module for module in layer.modules() if module in names]
         if method in ("awq", "smoothquant"):
-            inputs = observe(linears)
+            inputs, factors_of = observe(linears), awq_factors if method == "awq" else smooth_factors
             for before, after in scaled_pairs(layer):
                 if all(linear in names for linear in after):
-                    factors = awq_factors if method == "awq" else smooth_factors
-                    fold(before, after, factors([linear.weight for linear in after], inputs[after[0]], form))
+                    fold(before, after, factors_of([linear.weight for linear in after], inputs[after[0]], form))
         inputs = observe(linears) if method != "smoothquant" else {}
         for linear in linears:
-            rounded = (gptq(linear.weight, inputs[linear].products, form) if method == "gptq" else
-                       round_weighted(linear.weight, inputs[linear].products, form) if method == "awq" else
-                       nearest(linear.weight, form))
+            if method == "smoothquant":
+                rounded = nearest(linear.weight, form)
+            else:
+                rounded = (gptq if method == "gptq" else round_weighted)(linear.weight, inputs[linear].products, form)
             put(model, names[linear], *rounded, form)
 
     if method in CALIBRATED:
         calibrate(model, calibration, work)
-    for name, (module, part) in fits.items():
+    for name, (module, part) in places.items():
         if method not in CALIBRATED or part != "weight" or name.startswith("lm_head"):
             put(model, name, *nearest(getattr(module, part).data, form), form)
-    model.quantization_form = form
     return keep_form(model, method)
+
+
+def fitting(places: dict[str, tuple[nn.Module, str]], form: Form) -> dict[str, tuple[nn.Module, str]]:
+    """The matrices whose width the group size divides; the others are listed."""
+    if not places:
+        raise UserError("quantization.exclude: no layer is left")
+    widths = {name: getattr(*place).shape[-1] for name, place in places.items()}
+    kept = sorted(name for name, width in widths.items() if form.group and width % form.group)
+    if len(kept) == len(places):
+        raise UserError(f"quantization.group_size: {form.group} divides the width of no layer; use a divisor of "
+                        f"{widths[kept[0]]}")
+    if kept:
+        say(f"quantization.group_size: {form.group} does not divide the width of {len(kept)} layers, which stay as they are: "
+            + ", ".join(kept[:3]) + (", ..." if kept[3:] else ""))
+    return {name: place for name, place in places.items() if name not in kept}
 
 
 def form_of(method: str, group_size: int = 0) -> Form:
@@ -596,13 +603,17 @@ GGUF_ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "mix
 K_QUANTS = ("Q6_K", "Q5_K_M", "Q4_K_M")  # encoded by llama.cpp
 
 
-def import_gguf():
+def optional(package: str, target: str):
+    """An optional package that the export `--to target` needs."""
     try:
-        import gguf
-        import gguf.quants
+        return importlib.import_module(package)
     except ImportError:
-        raise UserError("--to gguf: needs gguf; pip install -r requirements-extras.txt") from None
-    return gguf
+        raise UserError(f"--to {target}: needs {package.partition('.')[0]}; pip install -r requirements-extras.txt") from None
+
+
+def import_gguf():
+    optional("gguf.quants", "gguf")
+    return optional("gguf", "gguf")
 
 
 def export_gguf(model: MODEL.LanguageModel, tokenizer, target: Path, section: QuantizationSection) -> None:
@@ -1025,14 +1036,6 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def optional(package: str, target: str):
-    """An optional package that the export `--to target` needs."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise UserError(f"--to {target}: needs {package}; pip install -r requirements-extras.txt") from None
-
-
 # The types and file names of transformers.js.
 ONNX_FILES = {"none": ("fp32", "model.onnx"), "int8": ("q8", "model_quantized.onnx"), "int4": ("q4", "model_q4.onnx")}
 ONNX_SINGLE = 2**30  # bytes of an ONNX file; larger weights go into a second file, since protobuf ends at 2 GiB
@@ -1277,18 +1280,20 @@ def measure(model, tokenizer, texts: list[str], original: Tensor | None) -> tupl
     size, score = INFER.weight_bytes(model) / 1e6, INFER.score(model, tokenizer, texts)
     logs, targets = predictions(model, tokenizer, texts)
     kl = 0.0 if original is None else float((original.exp() * (original - logs)).sum(-1).mean())
+    right = float((logs.argmax(-1) == targets).float().mean())
     model = INFER.configure_for_hardware(model, quiet=True)
+    prefill, decode = map(max, zip(*(speeds(model) for _ in range(3)), strict=True))
+    return Measured(size, score["perplexity"], right, kl, prefill, decode), logs
+
+
+def speeds(model) -> tuple[float, float]:
+    """Tokens/s of reading a prompt of 256 tokens and of generating 64, fewer in a short context."""
     context = model.config.max_position_embeddings
-    prompt, times = [5] * min(256, context // 2), []
-    row = [INFER.Sampling(min(64, context // 4), 0, ignore_eos=True)]
-    for _ in range(3):
-        [[row_]] = INFER._make_rows(model, [prompt], row, None, 0)
-        start, moments = time.perf_counter(), []
-        for _ in INFER._steps(model, [row_], True, 1):
-            moments.append(time.perf_counter() - start)
-        times.append((len(prompt) / moments[0], (len(moments) - 1) / (moments[-1] - moments[0])))
-    return Measured(size, score["perplexity"], float((logs.argmax(-1) == targets).float().mean()), kl,
-                    *(max(column) for column in zip(*times, strict=True))), logs
+    prompt, sampling = [5] * min(256, context // 2), INFER.Sampling(min(64, context // 4), 0, ignore_eos=True)
+    [rows] = INFER._make_rows(model, [prompt], [sampling], None, 0)
+    start = time.perf_counter()
+    moments = [time.perf_counter() - start for _ in INFER._steps(model, rows, True, 1)]
+    return len(prompt) / moments[0], (len(moments) - 1) / (moments[-1] - moments[0])
 
 
 def check_request(config) -> None:
@@ -1302,6 +1307,9 @@ def check_request(config) -> None:
     if actions.to and (actions.to not in EXPORTS or not actions.out or actions.compare):
         raise UserError("--to: needs --out FOLDER, without --compare" if actions.to in EXPORTS else
                         f"--to: '{actions.to}' is not one of {', '.join(EXPORTS)}")
+    if (section.exclude or section.lm_head) and (actions.to or section.method in ("none", "fp16", "bf16")):
+        raise UserError("quantization.exclude and quantization.lm_head: have no effect on an export, fp16 or bf16; leave them "
+                        "out")
     if actions.compare and actions.out:
         raise UserError("--compare: only measures; leave out --out")
     if actions.out and not actions.to and section.method in BITSANDBYTES:

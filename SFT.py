@@ -104,7 +104,8 @@ def attach_lora(model: MODEL.LanguageModel, base: str, target_modules: tuple | l
         names = [name for name in names if name not in ("gate_proj", "up_proj", "down_proj")]
     targets = names if everywhere else list(target_modules)
     if options.get("use_dora") and model.quantization not in ("none", "nf4"):
-        raise UserError(f"lora.use_dora: does not work on {model.quantization} weights; use --model.quantization nf4, or leave it out")
+        raise UserError(f"lora.use_dora: does not work on {model.quantization} weights; use --model.quantization nf4, or leave "
+                        "it out")
     if "lm_head" in targets and getattr(model.config, "tie_word_embeddings", False):
         raise UserError("lora.target_modules: lm_head shares its weights with the embedding and cannot have a separate adapter")
     if "score" in model.heads:  # the new head is trained in full and saved with the adapter

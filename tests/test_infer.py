@@ -192,7 +192,7 @@ def test_64_requests_equal_each_alone(family, page, pages, reuse, drafts):
         assert not engine.drafter.sequences and not any(engine.drafter.cache.references)
 
 
-# Triton's interpreter (set in conftest.py) stands in for a GPU.
+# Without a GPU the kernel runs in Triton's interpreter, which conftest.py turns on.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

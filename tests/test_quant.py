@@ -337,6 +337,13 @@ def test_a_quantized_folder_opens_here_and_in_transformers(method, tmp_path):
     assert difference < (1e-2 if method == "int8_dynamic" else 1e-5)
 
 
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_the_head_and_single_layers_by_choice(method, tmp_path):
+    model = QUANT.quantize(MODEL.load(base(tmp_path / "base")), method, exclude=["layers.0.*q_proj"], lm_head=True)
+    assert type(model.lm_head) is not torch.nn.Linear and type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert type(model.model.layers[1].self_attn.q_proj) is type(model.lm_head)
+
+
 def test_what_cannot_be_quantized_or_saved_is_one_line(tmp_path, capsys):
     folder = base(tmp_path / "base", intermediate_size=100)
     QUANT.quantize(MODEL.load(folder), "int4")
