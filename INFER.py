@@ -911,8 +911,9 @@ def can_record(model) -> bool:
 
 
 class RecordedStep:
-    """A step of few tokens per sequence on CUDA. Launching the kernels of all layers one by one takes longer than running them. So
-    a step is recorded as a CUDA graph and replayed for later steps of the same size, whose numbers are copied into its tensors."""
+    """A step of few tokens per sequence on CUDA. Launching the kernels of all layers one by one takes longer than running them.
+    So a step is recorded as a CUDA graph and replayed for later steps of the same size, whose numbers are copied into its
+    tensors."""
 
     graph = None
 
