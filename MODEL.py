@@ -2721,9 +2721,9 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
             if part.shape != shape:
                 raise UserError(f"{path}: {hub_name} is {tuple(part.shape)}, config.json implies {tuple(shape)}; "
                                 "is a key of config.json missing or changed?")
-            # A router's bias is the sum of tiny steps: it stays float32, as do the scales of quantized weights.
-            kind = torch.float32 if name.endswith(("e_score_correction_bias", "weight_scale")) else dtype
-            kind = kind if part.is_floating_point() else part.dtype
+            # A router's bias is the sum of tiny steps and stays float32; scales of quantized weights stay as they are.
+            kind = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+            kind = kind if part.is_floating_point() and not name.endswith("weight_scale") else part.dtype
             if index:
                 if name not in state:
                     state[name] = torch.empty(shapes[name], dtype=kind or part.dtype, device=device or "cpu")

@@ -94,15 +94,20 @@ def largest_scale(groups: Tensor, bits: int) -> Tensor:
     return groups.abs().amax(-1).clamp(min=1e-12) / (2 ** (bits - 1) - 0.5)
 
 
+def short(scale: Tensor) -> Tensor:
+    """Weights' scales are stored in bfloat16: the nearest that is one, in the same type"""
+    return scale.bfloat16().to(scale.dtype)
+
+
 def best_scale(groups: Tensor, bits: int, importance: Tensor) -> Tensor:
     """The scale, down to half of the largest, with the least squared error weighted by the importance (G, size) of each input.
     Clipping a few large weights makes the steps of all others finer."""
     largest = best = largest_scale(groups, bits)
     least = torch.full_like(largest, math.inf)
     for shrink in torch.linspace(1, 0.5, 21).tolist():
-        rounded = restore(quantize_groups(groups, largest * shrink, bits), largest * shrink)
-        error = ((rounded - groups).square() * importance).sum(-1)
-        best = torch.where(error < least, largest * shrink, best)
+        scale = short(largest * shrink)
+        error = ((restore(quantize_groups(groups, scale, bits), scale) - groups).square() * importance).sum(-1)
+        best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
 
@@ -132,8 +137,12 @@ def pack(levels: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
-    levels = packed[..., None] >> torch.arange(0, 32, bits, device=packed.device, dtype=torch.int32)
-    return ((levels & (2**bits - 1)) - 2 ** (bits - 1)).flatten(-2)[..., :width].to(torch.int8)
+    """Integers of 4 or 8 bits, (..., in * bits / 32) int32 -> levels (..., in) int8."""
+    unsigned = packed.view(torch.uint8)
+    if bits == 4:  # spread the two halves of each byte to two bytes
+        pairs = unsigned.to(torch.int16)
+        unsigned = pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)
+    return unsigned[..., :width].sub(2 ** (bits - 1)).view(torch.int8)
 
 
 class QuantizedLinear(nn.Linear):
@@ -144,14 +153,14 @@ class QuantizedLinear(nn.Linear):
         self.out_features, self.in_features, self.form, self.bias = out_features, in_features, form, bias
         groups, integers = -(-in_features // (form.group or in_features)), -(-in_features * form.bits // 32)
         self.register_buffer("weight_packed", torch.empty(out_features, integers, dtype=torch.int32, device=device))
-        self.register_buffer("weight_scale", torch.empty(out_features, groups, device=device))
+        self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=torch.bfloat16, device=device))
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
 
     @classmethod
     def of(cls, linear: nn.Linear, levels: Tensor, scale: Tensor, form: Form) -> QuantizedLinear:
         """From integers (out, in) and their scale (out, groups)."""
         new = cls(*levels.shape, linear.bias, form, levels.device)
-        new.weight_packed, new.weight_scale = pack(levels, form.bits), scale.float()
+        new.weight_packed, new.weight_scale = pack(levels, form.bits), scale.bfloat16()
         return new.train(linear.training)
 
     @property
@@ -167,6 +176,74 @@ class QuantizedLinear(nn.Linear):
         hidden = round_activations(hidden) if self.form.dynamic else hidden
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         return F.linear(hidden, self.weight.to(hidden.dtype), bias)
+
+    @classmethod
+    def join(cls, linears: list[QuantizedLinear]) -> QuantizedLinear:
+        """One layer for several that read the same input."""
+        first, rows = linears[0], sum(linear.out_features for linear in linears)
+        join = lambda name: torch.cat([getattr(linear, name) for linear in linears])  # noqa: E731
+        bias = None if first.bias is None else nn.Parameter(join("bias"), requires_grad=False)
+        new = cls(rows, first.in_features, bias, first.form, first.weight_packed.device)
+        new.weight_packed, new.weight_scale = join("weight_packed"), join("weight_scale")
+        return new.train(first.training)
+
+    def packed(self) -> KernelLinear | None:
+        """The layer for the integer kernels of this processor (VNNI or AMX; others round their sums), if one takes its form."""
+        form, kernels = self.form, torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+        fits = form.bits == 4 and form.group in (32, 64, 128, 256) and self.out_features % 16 == 0 or not form.group
+        return KernelLinear(self) if kernels and fits and self.weight_packed.device.type == "cpu" else None
+
+
+class KernelLinear(nn.Module):
+    """A frozen QuantizedLinear in the layout of a processor's integer kernels (`QuantizedLinear.packed`). Few rows wait for the
+    weights, so a quarter of the bytes takes almost a quarter of the time; many rows are multiplied by weights restored for them.
+
+    Several rows and 8 bits: int8 times int8, added in int32, is exact. Activations that are not to be rounded enter as two rows,
+    x = unit * (256 * high + low): 16-bit integers, as exact as bfloat16."""
+
+    def __init__(self, linear: QuantizedLinear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.form, self.bias = linear.form, linear.bias
+        self.scale = scale = linear.weight_scale  # (out, groups)
+        if self.form.group:
+            self.bytes, self.many = 1 + 6 / self.form.group, linear.weight_packed  # bytes per weight
+            self.few = torch.ops.aten._convert_weight_to_int4pack_for_cpu(linear.levels.int() + 8, 1)
+            self.offset = torch.stack((scale.T, torch.zeros_like(scale.T)), -1).bfloat16()  # (groups, out, 2)
+        else:
+            self.bytes, self.levels = 1 + 2 / self.in_features, linear.levels
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = hidden.flatten(0, -2)  # (N, in)
+        out = (self.in_groups if self.form.group else self.dynamic if self.form.dynamic else self.in_bytes)(rows)
+        out = out if self.bias is None else out + self.bias
+        return out.to(hidden.dtype).unflatten(0, hidden.shape[:-1])
+
+    def in_groups(self, rows: Tensor) -> Tensor:
+        """(N, in) -> (N, out)"""
+        if len(rows) <= 32:
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16().contiguous(), self.few, self.form.group,
+                                                              self.offset)
+        levels = unpack(self.many, self.form.bits, self.in_features).to(rows.dtype)
+        return F.linear(rows, grouped(levels, self.form.group).mul_(self.scale[..., None]).flatten(-2))
+
+    def dynamic(self, rows: Tensor) -> Tensor:
+        rows = rows.float()
+        unit = largest_scale(rows, 8)
+        sums = torch._int_mm(quantize_groups(rows, unit, 8), self.levels.T)  # (N, out) int32
+        return sums * unit[:, None] * self.scale[:, 0].float()
+
+    def in_bytes(self, rows: Tensor) -> Tensor:
+        if len(rows) <= 2:
+            return torch._weight_int8pack_mm(rows, self.levels, self.scale[:, 0].to(rows.dtype))
+        if len(rows) > 128:
+            return F.linear(rows, self.levels.to(rows.dtype)).mul_(self.scale[:, 0])
+        unit = rows.abs().amax(-1, True).float().clamp_(min=1e-12) / (127 * 256)  # (N, 1)
+        # The bytes of x / unit + 128 in memory are low + 128 and high; the exclusive or takes the 128 away again.
+        halves = (rows / unit).round_().to(torch.int16).add_(128).bitwise_xor_(128)
+        halves = halves.view(torch.int8).unflatten(-1, (-1, 2)).permute(2, 0, 1).flatten(0, 1).contiguous()  # (2 N, in)
+        low, high = torch._int_mm(halves, self.levels.T).float().unflatten(0, (2, -1))
+        return low.add_(high, alpha=256).mul_(unit).mul_(self.scale[:, 0])
 
 
 class Restored(nn.Module):
@@ -184,7 +261,7 @@ class Restored(nn.Module):
 def nearest(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Round (..., out, in) to the nearest level -> levels (..., out, in), scale (..., out, groups)."""
     groups = grouped(weight.float(), form.group)
-    scale = largest_scale(groups, form.bits)
+    scale = short(largest_scale(groups, form.bits))
     return quantize_groups(groups, scale, form.bits).flatten(-2), scale
 
 

@@ -1304,7 +1304,7 @@ def test_fused_and_packed_weights_compute_the_same(family, stored, hub, capsys, 
         assert ("float16 weights" in said) == (half and stored != "float32")
     with torch.no_grad():
         error = (tuned(ids).logits.float() - expected).norm() / expected.norm()
-    assert error < (2e-2 if fast else 1e-5)
+    assert error < (3e-2 if fast else 1e-5)
     again = [answer.ids for [answer] in INFER.generate(tuned, prompts(), greedy)]
     assert [len(answer) for answer in again] == [12, 12]
     if not fast:

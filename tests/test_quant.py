@@ -188,7 +188,7 @@ def test_round_to_nearest(method, bits, group, knobs, tmp_path):
         for name, weight in plain.named_parameters():
             if "layers." in name and weight.dim() >= 2 and not name.endswith("mlp.gate.weight"):
                 rows = weight.reshape(-1, group or weight.shape[-1])
-                scale = rows.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)
+                scale = (rows.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)).bfloat16().float()  # stored in bfloat16
                 weight.copy_((rows / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).mul(scale).view_as(weight))
         torch.testing.assert_close(packed(ids).logits, plain(ids).logits, atol=2e-5, rtol=1e-5)
         if group in (0, 32):
@@ -202,10 +202,38 @@ def test_dynamic_activations_by_hand():
     form = QUANT.FORMS["int8_dynamic"]
     quantized = QUANT.QuantizedLinear.of(linear, *QUANT.nearest(linear.weight.data, form), form)
     weight = linear.weight.data
-    row = weight.abs().amax(1, keepdim=True) / 127.5
+    row = (weight.abs().amax(1, keepdim=True) / 127.5).bfloat16().float()
     token = hidden.abs().amax(-1, keepdim=True) / 127.5
     products = (hidden / token).round().clamp(-128, 127).double() @ (weight / row).round().clamp(-128, 127).double().T
     torch.testing.assert_close(quantized(hidden).double(), products * token * row[:, 0] + linear.bias, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [QUANT.Form(8), QUANT.Form(8, dynamic=True), QUANT.Form(4, 32), QUANT.Form(4)], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 40, 200])
+def test_integer_kernels_multiply_by_the_same_weights(form, rows, dtype):
+    """With outliers in the inputs. Without VNNI the kernels are slower, but as exact."""
+    linear, hidden = torch.nn.Linear(96, 48), (draw(2, rows, 96) * torch.exp(draw(96, seed=1))).to(dtype)
+    quantized = QUANT.QuantizedLinear.of(linear, *QUANT.nearest(linear.weight.data, form), form)
+    found, exact = QUANT.KernelLinear(quantized)(hidden), quantized(hidden.float())
+    assert found.dtype == dtype
+    in_bfloat16 = dtype == torch.bfloat16 or form.group and 2 * rows <= 32
+    assert (found - exact).norm() < (5e-3 if in_bfloat16 else 1e-4) * exact.norm()
+
+
+@pytest.mark.parametrize("method", ["int8", "int8_dynamic", "int4"])
+def test_quantized_models_run_on_integer_kernels(method, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    config = MODEL.ModelConfig(vocab_size=320, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                               num_key_value_heads=2, attention_bias=True)
+    model = QUANT.quantize(MODEL.build(config, seed=1).eval(), method)
+    ids = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, size = model(ids).logits, INFER.weight_bytes(model)
+        tuned = INFER.configure_for_hardware(model)
+        assert sum(isinstance(module, QUANT.KernelLinear) for module in tuned.modules()) == 2 * 4  # fused projections
+        assert (tuned(ids).logits - expected).norm() < 2e-2 * expected.norm()
+    assert INFER.weight_bytes(tuned) < (1.6 if method == "int4" else 1.1) * size
 
 
 @pytest.mark.parametrize("group", [0, 8])
