@@ -852,7 +852,7 @@ def configure_for_hardware(model: MODEL.LanguageModel, device=None, quiet: bool 
     chosen = ["fused projections"]
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        chosen.append("TF32")
+        chosen += ["TF32", *_pack(model)]
     if device.type == "cpu":
         chosen.append(f"{torch.get_num_threads()} threads")
         if isinstance(model, MODEL.Transformer) and model.config.hidden_size >= PACK_WIDTH:
@@ -900,13 +900,16 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def _pack(model: MODEL.Transformer) -> list[str]:
-    """Pack the linear layers; integers that no kernel multiplies as fast are restored to float16. Returns how, in words."""
+    """Pack the linear layers, on CUDA only quantized ones. Integers without a fast kernel are restored to float16 if FBGEMM
+    multiplies it. Returns how, in words."""
+    on_cpu = model.device.type == "cpu"
+
     def packed(linear: nn.Linear) -> nn.Module:
         stored = hasattr(linear, "weight_packed")  # `QUANT.QuantizedLinear`
         if stored and (kernel := linear.packed()):
             ways.add("integer kernels")
             return kernel
-        if stored and linear.form.dynamic:
+        if stored and linear.form.dynamic or not on_cpu:
             return linear
         weight, onednn = linear.weight.detach(), torch.backends.mkldnn.is_available()
         half = fits_float16(weight.half() if stored else weight)
@@ -923,7 +926,7 @@ def _pack(model: MODEL.Transformer) -> list[str]:
         # The head may share its weight with the embedding; absorbed attention multiplies kv_b_proj's weight by itself.
         if packs(module) and not (name.startswith("lm_head") or name.endswith("kv_b_proj") or "lora_" in name):
             model.set_submodule(name, packed(module))
-        if type(module) is MODEL.RMSNorm:
+        if on_cpu and type(module) is MODEL.RMSNorm:
             model.set_submodule(name, PackedNorm(module))
     if "lm" in model.heads and packs(model.lm_head):
         model.lm_head = packed(model.lm_head)
@@ -932,7 +935,7 @@ def _pack(model: MODEL.Transformer) -> list[str]:
 
 def can_record(model) -> bool:
     """Whether a forward pass has the same kernels each time and never waits for the GPU."""
-    return model.device.type == "cuda" and model.quantization == "none" and not model.adapter_tokens and \
+    return model.device.type == "cuda" and model.quantization not in ("nf4", "llm_int8") and not model.adapter_tokens and \
         not model.config.num_experts and not torch.is_autocast_enabled("cuda")
 
 

@@ -188,10 +188,15 @@ class QuantizedLinear(nn.Linear):
         return new.train(first.training)
 
     def packed(self) -> KernelLinear | None:
-        """The layer for the integer kernels of this processor (VNNI or AMX; others round their sums), if one takes its form."""
-        form, kernels = self.form, torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
-        fits = form.bits == 4 and form.group in (32, 64, 128, 256) and self.out_features % 16 == 0 or not form.group
-        return KernelLinear(self) if kernels and fits and self.weight_packed.device.type == "cpu" else None
+        """The layer for integer kernels, if the device has some (VNNI or AMX, which others imitate with rounded sums; CUDA) and one
+        takes its form."""
+        form, (rows, width), device = self.form, (self.out_features, self.in_features), self.weight_packed.device
+        in_groups = form.bits == 4 and form.group in (32, 64, 128, 256)
+        if device.type == "cuda":
+            fits = in_groups and rows % 8 == 0 and width % 128 == 0 or not form.group and rows % 8 == 0 and width % 8 == 0
+            return KernelLinear(self) if fits and torch.cuda.get_device_capability(device) >= (8, 0) else None
+        kernels = device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+        return KernelLinear(self) if kernels and (in_groups and rows % 16 == 0 or not form.group) else None
 
 
 class KernelLinear(nn.Module):
@@ -208,7 +213,7 @@ class KernelLinear(nn.Module):
         self.scale = scale = linear.weight_scale  # (out, groups)
         if self.form.group:
             self.bytes, self.many = 1 + 6 / self.form.group, linear.weight_packed  # bytes per weight
-            self.few = torch.ops.aten._convert_weight_to_int4pack_for_cpu(linear.levels.int() + 8, 1)
+            self.few, self.multiply = int4_kernel(linear.levels)
             self.offset = torch.stack((scale.T, torch.zeros_like(scale.T)), -1).bfloat16()  # (groups, out, 2)
         else:
             self.bytes, self.levels = 1 + 2 / self.in_features, linear.levels
@@ -222,21 +227,23 @@ class KernelLinear(nn.Module):
     def in_groups(self, rows: Tensor) -> Tensor:
         """(N, in) -> (N, out)"""
         if len(rows) <= 32:
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16().contiguous(), self.few, self.form.group,
-                                                              self.offset)
+            return self.multiply(rows.bfloat16().contiguous(), self.few, self.form.group, self.offset)
         levels = unpack(self.many, self.form.bits, self.in_features).to(rows.dtype)
         return F.linear(rows, grouped(levels, self.form.group).mul_(self.scale[..., None]).flatten(-2))
 
     def dynamic(self, rows: Tensor) -> Tensor:
         rows = rows.float()
         unit = largest_scale(rows, 8)
-        sums = torch._int_mm(quantize_groups(rows, unit, 8), self.levels.T)  # (N, out) int32
+        levels = quantize_groups(rows, unit, 8)
+        if len(rows) < 32 and rows.is_cuda:  # its kernel takes more than 16 rows
+            levels = F.pad(levels, (0, 0, 0, 32 - len(rows)))
+        sums = torch._int_mm(levels, self.levels.T)[: len(rows)]  # (N, out) int32
         return sums * unit[:, None] * self.scale[:, 0].float()
 
     def in_bytes(self, rows: Tensor) -> Tensor:
-        if len(rows) <= 2:
+        if len(rows) <= 2 and not rows.is_cuda:
             return torch._weight_int8pack_mm(rows, self.levels, self.scale[:, 0].to(rows.dtype))
-        if len(rows) > 128:
+        if len(rows) > 128 or rows.is_cuda:
             return F.linear(rows, self.levels.to(rows.dtype)).mul_(self.scale[:, 0])
         unit = rows.abs().amax(-1, True).float().clamp_(min=1e-12) / (127 * 256)  # (N, 1)
         # The bytes of x / unit + 128 in memory are low + 128 and high; the exclusive or takes the 128 away again.
@@ -244,6 +251,15 @@ class KernelLinear(nn.Module):
         halves = halves.view(torch.int8).unflatten(-1, (-1, 2)).permute(2, 0, 1).flatten(0, 1).contiguous()  # (2 N, in)
         low, high = torch._int_mm(halves, self.levels.T).float().unflatten(0, (2, -1))
         return low.add_(high, alpha=256).mul_(unit).mul_(self.scale[:, 0])
+
+
+def int4_kernel(levels: Tensor) -> tuple[Tensor, Callable]:
+    """Levels (out, in) in the layout of torch's 4-bit kernel for their device, and the kernel."""
+    levels = levels.int() + 8
+    if levels.is_cuda:
+        pairs = (levels[:, ::2] << 4 | levels[:, 1::2]).to(torch.uint8)  # (out, in / 2)
+        return torch.ops.aten._convert_weight_to_int4pack(pairs, 8), torch.ops.aten._weight_int4pack_mm
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1), torch.ops.aten._weight_int4pack_mm_for_cpu
 
 
 class Restored(nn.Module):
