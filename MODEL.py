@@ -2705,7 +2705,8 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
                  packer: Callable | None = None) -> None:
     """Assign a folder's weights to a model (on `meta` or not); every tensor must fit by name and shape.
 
-    packer(name, weight) -> whether it has put the weight into the model itself, in another form."""
+    packer(name, weight) -> whether it has put the weight into the model itself, in another form. It gets the weights that it
+    names in packer.exact as they are stored, the others in `dtype`."""
     config, raw = model.config, read_json(folder / "config.json")
     head = model.tied_name
     expected = dict(model.state_dict())
@@ -2723,7 +2724,7 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
                                 "is a key of config.json missing or changed?")
             # A router's bias is the sum of tiny steps: it stays float32, as do the scales of quantized weights.
             kind = torch.float32 if name.endswith(("e_score_correction_bias", "weight_scale")) else dtype
-            kind = kind if part.is_floating_point() else part.dtype
+            kind = kind if part.is_floating_point() and not (packer and name in packer.exact) else part.dtype
             if index:
                 if name not in state:
                     state[name] = torch.empty(shapes[name], dtype=kind or part.dtype, device=device or "cpu")
@@ -2864,9 +2865,14 @@ CHANGEABLE = ("rope_scaling", "rope_theta", "max_position_embeddings", "sliding_
               "initializer_range")
 
 
+def stored_dtype(raw: dict) -> str:
+    """The type of a folder's weights according to its config.json."""
+    return raw.get("dtype") or raw.get("torch_dtype") or "float32"
+
+
 def _chosen_dtype(dtype, raw: dict, model: nn.Module, device) -> torch.dtype | None:
     if dtype == "auto":
-        return auto_dtype(raw.get("dtype") or raw.get("torch_dtype"), count_parameters(model)[0], device)
+        return auto_dtype(stored_dtype(raw), count_parameters(model)[0], device)
     return supported_dtype(dtype, device) if isinstance(dtype, str) else dtype
 
 

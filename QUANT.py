@@ -62,6 +62,7 @@ class Form(NamedTuple):
 FORMS = {"int8": Form(8), "int8_dynamic": Form(8, dynamic=True), "smoothquant": Form(8, dynamic=True), "int4": Form(4, 32),
          "gptq": Form(4, 32), "awq": Form(4, 32)}
 CALIBRATED = ("gptq", "awq", "smoothquant")
+NEAREST = ("int8", "int8_dynamic", "int4")  # each weight is rounded to the nearest level
 BITSANDBYTES = ("nf4", "llm_int8")
 METHODS = ("fp16", "bf16", *FORMS, *BITSANDBYTES)
 
@@ -91,7 +92,9 @@ def grouped(weight: Tensor, size: int) -> Tensor:
 
 def largest_scale(groups: Tensor, bits: int) -> Tensor:
     """The scale with which the largest weight of each group (..., G, size) just fits; (..., G)"""
-    return groups.abs().amax(-1).clamp(min=1e-12) / (2 ** (bits - 1) - 0.5)
+    largest = groups.abs().amax(-1).clamp(min=1e-12)
+    # CUDA multiplies by the reciprocal of a plain number; then the largest weights would round differently than on a CPU.
+    return largest / torch.full_like(largest, 2 ** (bits - 1) - 0.5)
 
 
 def best_scale(groups: Tensor, bits: int, importance: Tensor) -> Tensor:
@@ -119,9 +122,7 @@ def restore(levels: Tensor, scale: Tensor) -> Tensor:
 
 def round_activations(hidden: Tensor) -> Tensor:
     """Each token's numbers (..., in) rounded to 8 bits, with a scale for each token. Gradients pass unchanged."""
-    exact = hidden.detach().float()
-    scale = largest_scale(exact, 8)
-    return hidden + (restore(quantize_groups(exact, scale, 8), scale) - exact).to(hidden.dtype)
+    return rounded(hidden.detach(), Form(8)).to(hidden.dtype) + (hidden - hidden.detach())
 
 
 def pack(levels: Tensor, bits: int) -> Tensor:
@@ -186,6 +187,12 @@ def nearest(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     groups = grouped(weight.float(), form.group)
     scale = largest_scale(groups, form.bits)
     return quantize_groups(groups, scale, form.bits).flatten(-2), scale
+
+
+def rounded(weight: Tensor, form: Form) -> Tensor:
+    """(..., out, in) -> the weights that the nearest levels stand for, float32."""
+    levels, scale = nearest(weight, form)
+    return restore(grouped(levels, form.group), scale).flatten(-2)
 
 
 # ------------------------------------------------------------------------------------- methods with calibration
@@ -255,9 +262,7 @@ def awq_factors(weights: list[Tensor], inputs: Inputs, form: Form) -> Tensor:
         factors = factors / (factors.amax() * factors.amin()).sqrt()
         error = 0.0
         for weight in weights:
-            levels, scale = nearest(weight.float() * factors, form)
-            rounded = restore(grouped(levels, form.group), scale).flatten(-2) / factors
-            error += inputs.error(rounded - weight.float())
+            error += inputs.error(rounded(weight.float() * factors, form) / factors - weight.float())
         if error < least:
             best, least = factors, error
     return best
@@ -387,10 +392,10 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
         inputs = observe(linears) if method != "smoothquant" else {}
         for linear in linears:
             if method == "smoothquant":
-                rounded = nearest(linear.weight, form)
+                numbers = nearest(linear.weight, form)
             else:
-                rounded = (gptq if method == "gptq" else round_weighted)(linear.weight, inputs[linear].products, form)
-            put(model, names[linear], *rounded, form)
+                numbers = (gptq if method == "gptq" else round_weighted)(linear.weight, inputs[linear].products, form)
+            put(model, names[linear], *numbers, form)
 
     if method in CALIBRATED:
         calibrate(model, calibration, work)
@@ -465,9 +470,12 @@ class Packer:
         self.bnb = bitsandbytes() if method in BITSANDBYTES else None
         self.group_size, self.places = group_size or 64, quantizable(model)
         self.form = form_of("int8" if method == "llm_int8" else method, group_size) if method != "nf4" else None
+        if self.form and self.form.group:
+            self.places = {name: place for name, place in self.places.items() if getattr(*place).shape[-1] % self.form.group == 0}
+        self.exact = {} if self.bnb else self.places  # rounded from the weights as they are stored
 
     def __call__(self, name: str, weight: Tensor) -> bool:
-        if name not in self.places or self.form and self.form.group and weight.shape[-1] % self.form.group:
+        if name not in self.places:
             return False
         module, part = self.places[name]
         owner, _, own = name.rpartition(".")[0].rpartition(".")
@@ -1316,8 +1324,10 @@ def check_request(config) -> None:
         raise UserError(f"--out: a folder cannot hold {section.method} weights; quantize while loading (--quantization)")
 
 
-def opened(config, merge: bool = True) -> tuple[MODEL.LanguageModel, object]:
-    model, tokenizer = TOKENIZER.open_model(config.model, TOKENIZER.of_run(config), head="lm")
+def opened(config, merge: bool = True, dtype: str | None = None) -> tuple[MODEL.LanguageModel, object]:
+    """Model and tokenizer; `dtype` is used in place of model.dtype."""
+    section = dataclasses.replace(config.model, dtype=dtype or config.model.dtype)
+    model, tokenizer = TOKENIZER.open_model(section, TOKENIZER.of_run(config), head="lm")
     if not model.config.causal:
         raise UserError(f"model.name: {config.model.name} is an encoder; name a causal language model")
     if model.adapter and merge:
@@ -1347,15 +1357,21 @@ def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSe
 def compare(config, methods: list[str], out: str | None) -> dict[str, Measured]:
     """Measure the original and the model after each method; the last one is saved to `out`."""
     section, rows, original = config.quantization, {}, None
-    texts = list(itertools.islice(TOKENIZER.sample_texts(config.data, part="val"), 100))
+    folder = MODEL.resolve_folder(MODEL.base_and_adapter(config.model.name)[0])
+    stored = MODEL.stored_dtype(MODEL.read_json(folder / "config.json"))
+    texts, dtype = list(itertools.islice(TOKENIZER.sample_texts(config.data, part="val"), 100)), None
     if not texts:
         raise UserError(f"data.validation: '{config.data.validation}' holds out no text, and perplexity is measured on held-out "
                         "text; use hash, tail or a file")
     for method in dict.fromkeys(("none", *methods)):
-        model, tokenizer = opened(config)
+        precise = method in NEAREST and stored == "float32"  # the nearest levels of 16-bit weights may be others
+        model, tokenizer = opened(config, dtype="float32" if precise else None)
+        dtype = dtype or model.dtype  # of the original, and of what is not quantized
         if method != "none":
             calibration = calibration_of(config, tokenizer) if method in CALIBRATED else None
             quantize(model, method, section.group_size, calibration, section.exclude, section.lm_head)
+            for weight in model.parameters() if precise else ():
+                weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data
             if out:
                 MODEL.save(model, out)
                 TOKENIZER.save(tokenizer, out)

@@ -704,8 +704,7 @@ def merge(config) -> None:
         difference = float((outputs() - unmerged).abs().max())
     if not difference <= 1e-3 * max(float(unmerged.std()), 1.0):
         raise UserError(f"{folder}: merged and unmerged logits differ by {difference:.2g}; nothing was written")
-    raw = MODEL.read_json(MODEL.resolve_folder(base) / "config.json")
-    stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    stored = MODEL.stored_dtype(MODEL.read_json(MODEL.resolve_folder(base) / "config.json"))
     for weight in model.parameters():  # the base's type; a router's bias, a buffer, stays float32
         weight.data = weight.data.to(MODEL.DTYPES.get(stored, torch.float32))
     with TRAIN.run_folder(out, None, config.actions.overwrite):

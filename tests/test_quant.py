@@ -197,6 +197,19 @@ def test_round_to_nearest(method, bits, group, knobs, tmp_path):
     assert INFER.weight_bytes(packed) < (0.55 if bits == 8 else 0.5) * INFER.weight_bytes(MODEL.load(folder))
 
 
+def test_integers_are_those_of_the_stored_weights(tmp_path, model_folder, text_file, monkeypatch):
+    """Whatever the type of the other weights."""
+    monkeypatch.setattr(QUANT, "speeds", lambda model: (1.0, 1.0))
+    QUANT.main(["--model", str(model_folder), "--method", "int4", "--data", str(text_file), "--model.device", "cpu", "--model.dtype", "bfloat16",
+                "--out", str(tmp_path)])
+    exact, saved = QUANT.quantize(MODEL.load(model_folder), "int4").state_dict(), load_file(tmp_path / "model.safetensors")
+    while_loading = MODEL.load(model_folder, "bfloat16", quantization="int4").state_dict()
+    names = [name for name in exact if name.endswith(("weight_packed", "weight_scale"))]
+    for found in (saved, while_loading):
+        assert names and all(torch.equal(found[name], exact[name]) for name in names)
+        assert found["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
 def test_dynamic_activations_by_hand():
     linear, hidden = torch.nn.Linear(16, 6), draw(3, 5, 16)
     form = QUANT.FORMS["int8_dynamic"]
