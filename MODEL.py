@@ -1021,11 +1021,14 @@ class Experts(nn.Module):
         behind = None if real is None else (torch.arange(len(order), device=order.device) >= ends[-1])[:, None]
         runs = Gather.apply(hidden, order // k, inverse)  # (N * k, C)
         runs = runs if behind is None else runs.masked_fill(behind, 0.0)
-        gate, up = grouped_product(runs, self.gate_up_proj, ends).chunk(2, -1)
-        runs = grouped_product(self.activation(gate) * up, self.down_proj, ends)  # (N * k, C)
+        gate, up = self.product(runs, "gate_up_proj", ends).chunk(2, -1)
+        runs = self.product(self.activation(gate) * up, "down_proj", ends)  # (N * k, C)
         runs = runs if behind is None else runs.masked_fill(behind, 0.0)  # the product leaves these rows undefined
         apart = Gather.apply(runs, inverse, order).view(len(hidden), k, -1)  # (N, k, C)
         return (weights.to(apart.dtype)[:, None] @ apart).squeeze(1)  # (N, C)
+
+    def product(self, runs: Tensor, part: str, ends: Tensor) -> Tensor:
+        return grouped_product(runs, getattr(self, part), ends)
 
 
 def grouped_product(runs: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """QUANT.py: the form a model is shipped in.
 
 Read in this order: rounding (`quantize_groups`), the layer (`QuantizedLinear`), methods that use calibration text (`gptq`, `awq`,
-`smoothquant`), the pass through the layers that calibrates them (`calibrate`), and `quantize`. Below the banner: bitsandbytes'
-forms, folders, the exports (GGUF; ONNX, OpenVINO and torch's formats), the comparison, the command line.
+`smoothquant`), the pass through the layers that calibrates them (`calibrate`), `quantize`, and quantization-aware training
+(`fake_quantize`). Below the banner: bitsandbytes' forms, folders, the exports (GGUF; ONNX, OpenVINO and torch's formats), the
+comparison, the command line.
 
     python QUANT.py --model out --method int4 --out out/int4          # a folder that INFER.py, transformers and vLLM open
     python QUANT.py --model out --method gptq --data text.txt         # without --out only the table
     python QUANT.py --model out --compare                             # what each method saves and costs
     python QUANT.py --model out --to gguf --out out/gguf              # for llama.cpp, Ollama and LM Studio
     python INFER.py --model out --quantization int8                   # quantize while loading
+    python SFT.py --training.qat int4                                 # train with rounded weights, then quantize
     python SFT.py --model gpt2-xl --data mine.jsonl --lora.r 16 --model.quantization nf4      # QLoRA
 """
 
@@ -405,17 +407,17 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
     return keep_form(model, method)
 
 
-def fitting(places: dict[str, tuple[nn.Module, str]], form: Form) -> dict[str, tuple[nn.Module, str]]:
-    """The matrices whose width the group size divides; the others are listed."""
+def fitting(places: dict[str, tuple[nn.Module, str]], form: Form,
+            key: str = "quantization.group_size") -> dict[str, tuple[nn.Module, str]]:
+    """The matrices whose width the group size divides; the others are listed. `key` is the setting that messages name."""
     if not places:
         raise UserError("quantization.exclude: no layer is left")
     widths = {name: getattr(*place).shape[-1] for name, place in places.items()}
     kept = sorted(name for name, width in widths.items() if form.group and width % form.group)
     if len(kept) == len(places):
-        raise UserError(f"quantization.group_size: {form.group} divides the width of no layer; use a divisor of "
-                        f"{widths[kept[0]]}")
+        raise UserError(f"{key}: {form.group} divides the width of no layer; use a divisor of {widths[kept[0]]}")
     if kept:
-        say(f"quantization.group_size: {form.group} does not divide the width of {len(kept)} layers, which stay as they are: "
+        say(f"{key}: {form.group} does not divide the width of {len(kept)} layers, which stay as they are: "
             + ", ".join(kept[:3]) + (", ..." if kept[3:] else ""))
     return {name: place for name, place in places.items() if name not in kept}
 
@@ -423,6 +425,73 @@ def fitting(places: dict[str, tuple[nn.Module, str]], form: Form) -> dict[str, t
 def form_of(method: str, group_size: int = 0) -> Form:
     form = FORMS[method]
     return form._replace(group=group_size) if form.group and group_size else form
+
+
+# ----------------------------------------------------------------------------------- quantization-aware training
+
+
+@torch.library.custom_op("quant::straight_through", mutates_args=(),
+                         schema="(Tensor numbers, int bits, int group) -> Tensor")
+def straight_through(numbers: Tensor, bits: int, group: int) -> Tensor:
+    """`rounded`, in the type of the numbers, as one operation. Gradients pass unchanged: the true ones are zero almost everywhere
+    (Bengio 2013).
+
+    The largest weight of a group lies half-way between two levels. If torch.compile fused the steps, its less exact division
+    would round many of these to the other level."""
+    return rounded(numbers, Form(bits, group)).to(numbers.dtype)
+
+
+straight_through.register_fake(lambda numbers, bits, group: torch.empty_like(numbers))
+straight_through.register_autograd(lambda context, gradient: (gradient, None, None))
+
+
+class FakeQuantized(nn.Module):
+    """A module that computes with the weights that `quantize` would store. Its parameters are the float32 weights that learn."""
+
+    forms: dict[str, Form]  # of the parameters that are rounded
+    kept: dict[str, nn.Parameter]  # rounded weights in eval mode, where they do not change
+
+    def read(self, part: str) -> Tensor:
+        """A parameter's weights as the forward pass uses them."""
+        if part in self.kept and not torch.is_grad_enabled():
+            return self.kept[part]
+        weight, form = getattr(self, part), self.forms.get(part)
+        return straight_through(weight, form.bits, form.group) if form else weight
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Generation reads all weights for each token, so eval mode rounds them once, unless they are sharded (FSDP2)."""
+        weights = {part: getattr(self, part).detach() for part in self.forms}
+        self.kept = {part: nn.Parameter(rounded(weight, self.forms[part]))  # autocast converts parameters once
+                     for part, weight in weights.items() if not mode and not hasattr(weight, "full_tensor")}
+        return super().train(mode)
+
+
+class FakeQuantizedLinear(FakeQuantized, nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = straight_through(hidden, 8, 0) if self.forms["weight"].dynamic else hidden
+        return F.linear(hidden, self.read("weight"), self.bias)
+
+
+class FakeQuantizedExperts(FakeQuantized, MODEL.Experts):
+    def product(self, runs: Tensor, part: str, ends: Tensor) -> Tensor:
+        return MODEL.grouped_product(runs, self.read(part), ends)
+
+
+def fake_quantize(model: MODEL.LanguageModel, method: str, group_size: int = 0) -> MODEL.LanguageModel:
+    """Prepare a float32 model for quantization-aware training (Jacob 2018, section 3; Liu 2023), in place. Its forward pass then
+    gives what it would give after `quantize(model, method, group_size)`, while its float32 weights learn."""
+    if model.quantization != "none":
+        raise UserError(f"training.qat: the model is quantized already ({model.quantization}); name the original")
+    if isinstance(model, MODEL.ForeignModel):
+        raise UserError(f"training.qat: {model.config.model_type} is computed by transformers and cannot be quantized to "
+                        f"{method}; use one of {', '.join(MODEL.FAMILIES)}")
+    form = form_of(method, group_size)
+    for module, part in fitting(quantizable(model), form, "training.qat_group_size").values():
+        if not isinstance(module, FakeQuantized):
+            module.__class__ = FakeQuantizedLinear if type(module) is nn.Linear else FakeQuantizedExperts
+            module.forms, module.kept = {}, {}
+        module.forms[part] = form
+    return model
 
 
 # ======================================================================================================== edges
