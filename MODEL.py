@@ -1021,11 +1021,14 @@ class Experts(nn.Module):
         behind = None if real is None else (torch.arange(len(order), device=order.device) >= ends[-1])[:, None]
         runs = Gather.apply(hidden, order // k, inverse)  # (N * k, C)
         runs = runs if behind is None else runs.masked_fill(behind, 0.0)
-        gate, up = grouped_product(runs, self.gate_up_proj, ends).chunk(2, -1)
-        runs = grouped_product(self.activation(gate) * up, self.down_proj, ends)  # (N * k, C)
+        gate, up = self.product(runs, "gate_up_proj", ends).chunk(2, -1)
+        runs = self.product(self.activation(gate) * up, "down_proj", ends)  # (N * k, C)
         runs = runs if behind is None else runs.masked_fill(behind, 0.0)  # the product leaves these rows undefined
         apart = Gather.apply(runs, inverse, order).view(len(hidden), k, -1)  # (N, k, C)
         return (weights.to(apart.dtype)[:, None] @ apart).squeeze(1)  # (N, C)
+
+    def product(self, runs: Tensor, part: str, ends: Tensor) -> Tensor:
+        return grouped_product(runs, getattr(self, part), ends)
 
 
 def grouped_product(runs: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -2705,7 +2708,8 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
                  packer: Callable | None = None) -> None:
     """Assign a folder's weights to a model (on `meta` or not); every tensor must fit by name and shape.
 
-    packer(name, weight) -> whether it has put the weight into the model itself, in another form."""
+    packer(name, weight) -> whether it has put the weight into the model itself, in another form. It gets the weights that it
+    names in packer.exact as they are stored, the others in `dtype`."""
     config, raw = model.config, read_json(folder / "config.json")
     head = model.tied_name
     expected = dict(model.state_dict())
@@ -2721,9 +2725,10 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
             if part.shape != shape:
                 raise UserError(f"{path}: {hub_name} is {tuple(part.shape)}, config.json implies {tuple(shape)}; "
                                 "is a key of config.json missing or changed?")
-            # A router's bias is the sum of tiny steps and stays float32; scales of quantized weights stay as they are.
+            # A router's bias is the sum of tiny steps and stays float32; scales and what a packer rounds stay as they are.
             kind = torch.float32 if name.endswith("e_score_correction_bias") else dtype
-            kind = kind if part.is_floating_point() and not name.endswith("weight_scale") else part.dtype
+            exact = name.endswith("weight_scale") or packer and name in packer.exact
+            kind = kind if part.is_floating_point() and not exact else part.dtype
             if index:
                 if name not in state:
                     state[name] = torch.empty(shapes[name], dtype=kind or part.dtype, device=device or "cpu")
@@ -2864,9 +2869,14 @@ CHANGEABLE = ("rope_scaling", "rope_theta", "max_position_embeddings", "sliding_
               "initializer_range")
 
 
+def stored_dtype(raw: dict) -> str:
+    """The type of a folder's weights according to its config.json."""
+    return raw.get("dtype") or raw.get("torch_dtype") or "float32"
+
+
 def _chosen_dtype(dtype, raw: dict, model: nn.Module, device) -> torch.dtype | None:
     if dtype == "auto":
-        return auto_dtype(raw.get("dtype") or raw.get("torch_dtype"), count_parameters(model)[0], device)
+        return auto_dtype(stored_dtype(raw), count_parameters(model)[0], device)
     return supported_dtype(dtype, device) if isinstance(dtype, str) else dtype
 
 

@@ -1,14 +1,16 @@
 """QUANT.py: the form a model is shipped in.
 
 Read in this order: rounding (`quantize_groups`), the layer (`QuantizedLinear`), methods that use calibration text (`gptq`, `awq`,
-`smoothquant`), the pass through the layers that calibrates them (`calibrate`), and `quantize`. Below the banner: bitsandbytes'
-forms, folders, the exports (GGUF; ONNX, OpenVINO and torch's formats), the comparison, the command line.
+`smoothquant`), the pass through the layers that calibrates them (`calibrate`), `quantize`, and quantization-aware training
+(`fake_quantize`). Below the banner: bitsandbytes' forms, folders, the exports (GGUF; ONNX, OpenVINO and torch's formats), the
+comparison, the command line.
 
     python QUANT.py --model out --method int4 --out out/int4          # a folder that INFER.py, transformers and vLLM open
     python QUANT.py --model out --method gptq --data text.txt         # without --out only the table
     python QUANT.py --model out --compare                             # what each method saves and costs
     python QUANT.py --model out --to gguf --out out/gguf              # for llama.cpp, Ollama and LM Studio
     python INFER.py --model out --quantization int8                   # quantize while loading
+    python SFT.py --training.qat int4                                 # train with rounded weights, then quantize
     python SFT.py --model gpt2-xl --data mine.jsonl --lora.r 16 --model.quantization nf4      # QLoRA
 """
 
@@ -62,6 +64,7 @@ class Form(NamedTuple):
 FORMS = {"int8": Form(8), "int8_dynamic": Form(8, dynamic=True), "smoothquant": Form(8, dynamic=True), "int4": Form(4, 32),
          "gptq": Form(4, 32), "awq": Form(4, 32)}
 CALIBRATED = ("gptq", "awq", "smoothquant")
+NEAREST = ("int8", "int8_dynamic", "int4")  # each weight is rounded to the nearest level
 BITSANDBYTES = ("nf4", "llm_int8")
 METHODS = ("fp16", "bf16", *FORMS, *BITSANDBYTES)
 
@@ -91,11 +94,13 @@ def grouped(weight: Tensor, size: int) -> Tensor:
 
 def largest_scale(groups: Tensor, bits: int) -> Tensor:
     """The scale with which the largest weight of each group (..., G, size) just fits; (..., G)"""
-    return groups.abs().amax(-1).clamp(min=1e-12) / (2 ** (bits - 1) - 0.5)
+    largest = groups.abs().amax(-1).clamp(min=1e-12)
+    # CUDA multiplies by the reciprocal of a plain number; then the largest weights would round differently than on a CPU.
+    return largest / torch.full_like(largest, 2 ** (bits - 1) - 0.5)
 
 
 def short(scale: Tensor) -> Tensor:
-    """Weights' scales are stored in bfloat16: the nearest that is one, in the same type"""
+    """The nearest bfloat16 number, in the same type: scales of groups are stored in bfloat16."""
     return scale.bfloat16().to(scale.dtype)
 
 
@@ -124,9 +129,7 @@ def restore(levels: Tensor, scale: Tensor) -> Tensor:
 
 def round_activations(hidden: Tensor) -> Tensor:
     """Each token's numbers (..., in) rounded to 8 bits, with a scale for each token. Gradients pass unchanged."""
-    exact = hidden.detach().float()
-    scale = largest_scale(exact, 8)
-    return hidden + (restore(quantize_groups(exact, scale, 8), scale) - exact).to(hidden.dtype)
+    return rounded(hidden.detach(), Form(8)).to(hidden.dtype) + (hidden - hidden.detach())
 
 
 def pack(levels: Tensor, bits: int) -> Tensor:
@@ -160,7 +163,7 @@ class QuantizedLinear(nn.Linear):
     def of(cls, linear: nn.Linear, levels: Tensor, scale: Tensor, form: Form) -> QuantizedLinear:
         """From integers (out, in) and their scale (out, groups)."""
         new = cls(*levels.shape, linear.bias, form, levels.device)
-        new.weight_packed, new.weight_scale = pack(levels, form.bits), scale.bfloat16()
+        new.weight_packed, new.weight_scale = pack(levels, form.bits), scale.bfloat16() if form.group else scale.float()
         return new.train(linear.training)
 
     @property
@@ -216,7 +219,8 @@ class KernelLinear(nn.Module):
             self.few, self.multiply = int4_kernel(linear.levels)
             self.offset = torch.stack((scale.T, torch.zeros_like(scale.T)), -1).bfloat16()  # (groups, out, 2)
         else:
-            self.bytes, self.levels = 1 + 2 / self.in_features, linear.levels
+            self.bytes, self.levels = 1 + 4 / self.in_features, linear.levels
+            self.ones = torch.ones(self.out_features, dtype=torch.bfloat16, device=scale.device)
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.flatten(0, -2)  # (N, in)
@@ -242,7 +246,7 @@ class KernelLinear(nn.Module):
 
     def in_bytes(self, rows: Tensor) -> Tensor:
         if len(rows) <= 2 and not rows.is_cuda:
-            return torch._weight_int8pack_mm(rows, self.levels, self.scale[:, 0].to(rows.dtype))
+            return torch._weight_int8pack_mm(rows, self.levels, self.ones.to(rows.dtype)).mul_(self.scale[:, 0])
         if len(rows) > 128 or rows.is_cuda:
             return F.linear(rows, self.levels.to(rows.dtype)).mul_(self.scale[:, 0])
         unit = rows.abs().amax(-1, True).float().clamp_(min=1e-12) / (127 * 256)  # (N, 1)
@@ -277,8 +281,15 @@ class Restored(nn.Module):
 def nearest(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Round (..., out, in) to the nearest level -> levels (..., out, in), scale (..., out, groups)."""
     groups = grouped(weight.float(), form.group)
-    scale = short(largest_scale(groups, form.bits))
+    scale = largest_scale(groups, form.bits)
+    scale = short(scale) if form.group else scale
     return quantize_groups(groups, scale, form.bits).flatten(-2), scale
+
+
+def rounded(weight: Tensor, form: Form) -> Tensor:
+    """(..., out, in) -> the weights that the nearest levels stand for, float32."""
+    levels, scale = nearest(weight, form)
+    return restore(grouped(levels, form.group), scale).flatten(-2)
 
 
 # ------------------------------------------------------------------------------------- methods with calibration
@@ -348,9 +359,7 @@ def awq_factors(weights: list[Tensor], inputs: Inputs, form: Form) -> Tensor:
         factors = factors / (factors.amax() * factors.amin()).sqrt()
         error = 0.0
         for weight in weights:
-            levels, scale = nearest(weight.float() * factors, form)
-            rounded = restore(grouped(levels, form.group), scale).flatten(-2) / factors
-            error += inputs.error(rounded - weight.float())
+            error += inputs.error(rounded(weight.float() * factors, form) / factors - weight.float())
         if error < least:
             best, least = factors, error
     return best
@@ -480,10 +489,10 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
         inputs = observe(linears) if method != "smoothquant" else {}
         for linear in linears:
             if method == "smoothquant":
-                rounded = nearest(linear.weight, form)
+                numbers = nearest(linear.weight, form)
             else:
-                rounded = (gptq if method == "gptq" else round_weighted)(linear.weight, inputs[linear].products, form)
-            put(model, names[linear], *rounded, form)
+                numbers = (gptq if method == "gptq" else round_weighted)(linear.weight, inputs[linear].products, form)
+            put(model, names[linear], *numbers, form)
 
     if method in CALIBRATED:
         calibrate(model, calibration, work)
@@ -493,17 +502,17 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
     return keep_form(model, method)
 
 
-def fitting(places: dict[str, tuple[nn.Module, str]], form: Form) -> dict[str, tuple[nn.Module, str]]:
-    """The matrices whose width the group size divides; the others are listed."""
+def fitting(places: dict[str, tuple[nn.Module, str]], form: Form,
+            key: str = "quantization.group_size") -> dict[str, tuple[nn.Module, str]]:
+    """The matrices whose width the group size divides; the others are listed. `key` is the setting that messages name."""
     if not places:
         raise UserError("quantization.exclude: no layer is left")
     widths = {name: getattr(*place).shape[-1] for name, place in places.items()}
     kept = sorted(name for name, width in widths.items() if form.group and width % form.group)
     if len(kept) == len(places):
-        raise UserError(f"quantization.group_size: {form.group} divides the width of no layer; use a divisor of "
-                        f"{widths[kept[0]]}")
+        raise UserError(f"{key}: {form.group} divides the width of no layer; use a divisor of {widths[kept[0]]}")
     if kept:
-        say(f"quantization.group_size: {form.group} does not divide the width of {len(kept)} layers, which stay as they are: "
+        say(f"{key}: {form.group} does not divide the width of {len(kept)} layers, which stay as they are: "
             + ", ".join(kept[:3]) + (", ..." if kept[3:] else ""))
     return {name: place for name, place in places.items() if name not in kept}
 
@@ -511,6 +520,73 @@ def fitting(places: dict[str, tuple[nn.Module, str]], form: Form) -> dict[str, t
 def form_of(method: str, group_size: int = 0) -> Form:
     form = FORMS[method]
     return form._replace(group=group_size) if form.group and group_size else form
+
+
+# ----------------------------------------------------------------------------------- quantization-aware training
+
+
+@torch.library.custom_op("quant::straight_through", mutates_args=(),
+                         schema="(Tensor numbers, int bits, int group) -> Tensor")
+def straight_through(numbers: Tensor, bits: int, group: int) -> Tensor:
+    """`rounded`, in the type of the numbers, as one operation. Gradients pass unchanged: the true ones are zero almost everywhere
+    (Bengio 2013).
+
+    The largest weight of a group lies half-way between two levels. If torch.compile fused the steps, its less exact division
+    would round many of these to the other level."""
+    return rounded(numbers, Form(bits, group)).to(numbers.dtype)
+
+
+straight_through.register_fake(lambda numbers, bits, group: torch.empty_like(numbers))
+straight_through.register_autograd(lambda context, gradient: (gradient, None, None))
+
+
+class FakeQuantized(nn.Module):
+    """A module that computes with the weights that `quantize` would store. Its parameters are the float32 weights that learn."""
+
+    forms: dict[str, Form]  # of the parameters that are rounded
+    kept: dict[str, nn.Parameter]  # rounded weights in eval mode, where they do not change
+
+    def read(self, part: str) -> Tensor:
+        """A parameter's weights as the forward pass uses them."""
+        if part in self.kept and not torch.is_grad_enabled():
+            return self.kept[part]
+        weight, form = getattr(self, part), self.forms.get(part)
+        return straight_through(weight, form.bits, form.group) if form else weight
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Generation reads all weights for each token, so eval mode rounds them once, unless they are sharded (FSDP2)."""
+        weights = {part: getattr(self, part).detach() for part in self.forms}
+        self.kept = {part: nn.Parameter(rounded(weight, self.forms[part]))  # autocast converts parameters once
+                     for part, weight in weights.items() if not mode and not hasattr(weight, "full_tensor")}
+        return super().train(mode)
+
+
+class FakeQuantizedLinear(FakeQuantized, nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = straight_through(hidden, 8, 0) if self.forms["weight"].dynamic else hidden
+        return F.linear(hidden, self.read("weight"), self.bias)
+
+
+class FakeQuantizedExperts(FakeQuantized, MODEL.Experts):
+    def product(self, runs: Tensor, part: str, ends: Tensor) -> Tensor:
+        return MODEL.grouped_product(runs, self.read(part), ends)
+
+
+def fake_quantize(model: MODEL.LanguageModel, method: str, group_size: int = 0) -> MODEL.LanguageModel:
+    """Prepare a float32 model for quantization-aware training (Jacob 2018, section 3; Liu 2023), in place. Its forward pass then
+    gives what it would give after `quantize(model, method, group_size)`, while its float32 weights learn."""
+    if model.quantization != "none":
+        raise UserError(f"training.qat: the model is quantized already ({model.quantization}); name the original")
+    if isinstance(model, MODEL.ForeignModel):
+        raise UserError(f"training.qat: {model.config.model_type} is computed by transformers and cannot be quantized to "
+                        f"{method}; use one of {', '.join(MODEL.FAMILIES)}")
+    form = form_of(method, group_size)
+    for module, part in fitting(quantizable(model), form, "training.qat_group_size").values():
+        if not isinstance(module, FakeQuantized):
+            module.__class__ = FakeQuantizedLinear if type(module) is nn.Linear else FakeQuantizedExperts
+            module.forms, module.kept = {}, {}
+        module.forms[part] = form
+    return model
 
 
 # ======================================================================================================== edges
@@ -558,9 +634,12 @@ class Packer:
         self.bnb = bitsandbytes() if method in BITSANDBYTES else None
         self.group_size, self.places = group_size or 64, quantizable(model)
         self.form = form_of("int8" if method == "llm_int8" else method, group_size) if method != "nf4" else None
+        if self.form and self.form.group:
+            self.places = {name: place for name, place in self.places.items() if getattr(*place).shape[-1] % self.form.group == 0}
+        self.exact = {} if self.bnb else self.places  # rounded from the weights as they are stored
 
     def __call__(self, name: str, weight: Tensor) -> bool:
-        if name not in self.places or self.form and self.form.group and weight.shape[-1] % self.form.group:
+        if name not in self.places:
             return False
         module, part = self.places[name]
         owner, _, own = name.rpartition(".")[0].rpartition(".")
@@ -1409,8 +1488,10 @@ def check_request(config) -> None:
         raise UserError(f"--out: a folder cannot hold {section.method} weights; quantize while loading (--quantization)")
 
 
-def opened(config, merge: bool = True) -> tuple[MODEL.LanguageModel, object]:
-    model, tokenizer = TOKENIZER.open_model(config.model, TOKENIZER.of_run(config), head="lm")
+def opened(config, merge: bool = True, dtype: str | None = None) -> tuple[MODEL.LanguageModel, object]:
+    """Model and tokenizer; `dtype` is used in place of model.dtype."""
+    section = dataclasses.replace(config.model, dtype=dtype or config.model.dtype)
+    model, tokenizer = TOKENIZER.open_model(section, TOKENIZER.of_run(config), head="lm")
     if not model.config.causal:
         raise UserError(f"model.name: {config.model.name} is an encoder; name a causal language model")
     if model.adapter and merge:
@@ -1440,15 +1521,21 @@ def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSe
 def compare(config, methods: list[str], out: str | None) -> dict[str, Measured]:
     """Measure the original and the model after each method; the last one is saved to `out`."""
     section, rows, original = config.quantization, {}, None
-    texts = list(itertools.islice(TOKENIZER.sample_texts(config.data, part="val"), 100))
+    folder = MODEL.resolve_folder(MODEL.base_and_adapter(config.model.name)[0])
+    stored = MODEL.stored_dtype(MODEL.read_json(folder / "config.json"))
+    texts, dtype = list(itertools.islice(TOKENIZER.sample_texts(config.data, part="val"), 100)), None
     if not texts:
         raise UserError(f"data.validation: '{config.data.validation}' holds out no text, and perplexity is measured on held-out "
                         "text; use hash, tail or a file")
     for method in dict.fromkeys(("none", *methods)):
-        model, tokenizer = opened(config)
+        precise = method in NEAREST and stored == "float32"  # the nearest levels of 16-bit weights may be others
+        model, tokenizer = opened(config, dtype="float32" if precise else None)
+        dtype = dtype or model.dtype  # of the original, and of what is not quantized
         if method != "none":
             calibration = calibration_of(config, tokenizer) if method in CALIBRATED else None
             quantize(model, method, section.group_size, calibration, section.exclude, section.lm_head)
+            for weight in model.parameters() if precise else ():
+                weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data
             if out:
                 MODEL.save(model, out)
                 TOKENIZER.save(tokenizer, out)

@@ -1549,6 +1549,9 @@ def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
     settings, name = config.rl.fill(), config.model.name
     SFT.need_model(config)
+    if config.training.qat != "none":
+        raise UserError("training.qat: not available in RL.py, which compares the policy with an unquantized reference; use it in "
+                        "SFT.py or DISTILL.py")
     for key in ("lora.lora_dropout", "model.attention_dropout", "model.resid_pdrop", "model.embd_pdrop"):
         if getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]):
             raise UserError(f"{key}: dropout is off here, as it would change the probabilities that are compared; leave it out")

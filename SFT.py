@@ -508,6 +508,9 @@ def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | No
                   noise: float = 0.0) -> MODEL.LanguageModel:
     """The trained model to fine-tune, with rows for new tokens, its adapter and its learning rate."""
     name, adapter = config.model.name, bool(config.actions.adapter or config.lora.r)
+    if adapter and config.training.qat != "none":
+        raise UserError(f"training.qat: {config.training.qat} is for training all weights; leave out lora.r and --adapter. Adapters "
+                        "learn on quantized weights with model.quantization")
     if labels and adapter and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
         raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora out, "
                         f"or use one of {', '.join(MODEL.FAMILIES)}")
@@ -704,8 +707,7 @@ def merge(config) -> None:
         difference = float((outputs() - unmerged).abs().max())
     if not difference <= 1e-3 * max(float(unmerged.std()), 1.0):
         raise UserError(f"{folder}: merged and unmerged logits differ by {difference:.2g}; nothing was written")
-    raw = MODEL.read_json(MODEL.resolve_folder(base) / "config.json")
-    stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    stored = MODEL.stored_dtype(MODEL.read_json(MODEL.resolve_folder(base) / "config.json"))
     for weight in model.parameters():  # the base's type; a router's bias, a buffer, stays float32
         weight.data = weight.data.to(MODEL.DTYPES.get(stored, torch.float32))
     with TRAIN.run_folder(out, None, config.actions.overwrite):

@@ -71,6 +71,9 @@ class TrainingSection:
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, about a third slower",
                                         often=True)
     torch_compile: bool = knob(False, "compile the layers: starts about half a minute later, then runs faster", often=True)
+    qat: str = knob("none", "quantization-aware training: compute with weights rounded as in QUANT.py; int8_dynamic rounds "
+                            "activations as well", ("none", "int8", "int8_dynamic", "int4"), often=True)
+    qat_group_size: int = knob(0, "weights per scale, as quantization.group_size; default 32", low=0, only=("qat", "int4"))
     fsdp: bool = knob(False, "with several processes: shard the model (FSDP2) instead of replicating it (DDP)", often=True)
     logging_steps: int = knob(10, "steps between lines in log.jsonl", low=1, often=True)
     eval_steps: int = knob(100, "steps between validations; 0 validates at the end only", low=0, often=True)
@@ -1376,7 +1379,11 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
         # a measurement
         mixed = config.training.mixed_precision = from_first(precision(config.training, config.model.dtype, device))
-        stage = prepare(config, checkpoint, device)
+        stage, qat = prepare(config, checkpoint, device), config.training.qat
+        if qat != "none":
+            import QUANT
+
+            QUANT.fake_quantize(stage.model, qat, config.training.qat_group_size)
         resolve_defaults(config.training, stage.model, fresh=not config.model.name)
         for key in ("load_best_model_at_end", "early_stopping_patience"):
             if stage.evaluate is None and getattr(config.training, key):
@@ -1405,6 +1412,10 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
         adapter = getattr(stage.model, "adapter", None)
         result_flags = f"--model {config.model.name} --adapter {out}" if adapter else f"--model {out}"
         say(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {out}: {show.replace('MODEL', result_flags)}")
+        if qat != "none":
+            size = config.training.qat_group_size
+            other = f" --group-size {size}" if size else f" or INFER.py --quantization {qat}"
+            say(f"{out} holds float32 weights; QUANT.py --method {qat}{other} rounds them as in training")
     return result
 
 

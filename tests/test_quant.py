@@ -13,8 +13,10 @@ from test_sft import questions
 import INFER
 import MODEL
 import QUANT
+import RL
 import SFT
 import TOKENIZER
+import TRAIN
 from MODEL import UserError
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*JIT|.*is_gradient_checkpointing")]
@@ -144,6 +146,8 @@ def test_a_foreign_model_is_packed_by_transformers(tmp_path):
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(w.grad is not None for w in model.parameters() if w.requires_grad)
+    with pytest.raises(UserError, match="training.qat: gpt_neox is computed by transformers"):
+        QUANT.fake_quantize(MODEL.load(tmp_path / "neox"), "int8")
 
 
 def test_wrong_uses_are_one_line(tmp_path, model_folder, monkeypatch):
@@ -188,7 +192,8 @@ def test_round_to_nearest(method, bits, group, knobs, tmp_path):
         for name, weight in plain.named_parameters():
             if "layers." in name and weight.dim() >= 2 and not name.endswith("mlp.gate.weight"):
                 rows = weight.reshape(-1, group or weight.shape[-1])
-                scale = (rows.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)).bfloat16().float()  # stored in bfloat16
+                scale = rows.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)
+                scale = scale.bfloat16().float() if group else scale  # as it is stored
                 weight.copy_((rows / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).mul(scale).view_as(weight))
         torch.testing.assert_close(packed(ids).logits, plain(ids).logits, atol=2e-5, rtol=1e-5)
         if group in (0, 32):
@@ -197,12 +202,25 @@ def test_round_to_nearest(method, bits, group, knobs, tmp_path):
     assert INFER.weight_bytes(packed) < (0.55 if bits == 8 else 0.5) * INFER.weight_bytes(MODEL.load(folder))
 
 
+def test_integers_are_those_of_the_stored_weights(tmp_path, model_folder, text_file, monkeypatch):
+    """Whatever the type of the other weights."""
+    monkeypatch.setattr(QUANT, "speeds", lambda model: (1.0, 1.0))
+    QUANT.main(["--model", str(model_folder), "--method", "int4", "--data", str(text_file), "--model.device", "cpu", "--model.dtype", "bfloat16",
+                "--out", str(tmp_path)])
+    exact, saved = QUANT.quantize(MODEL.load(model_folder), "int4").state_dict(), load_file(tmp_path / "model.safetensors")
+    while_loading = MODEL.load(model_folder, "bfloat16", quantization="int4").state_dict()
+    names = [name for name in exact if name.endswith(("weight_packed", "weight_scale"))]
+    for found in (saved, while_loading):
+        assert names and all(torch.equal(found[name], exact[name]) for name in names)
+        assert found["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
 def test_dynamic_activations_by_hand():
     linear, hidden = torch.nn.Linear(16, 6), draw(3, 5, 16)
     form = QUANT.FORMS["int8_dynamic"]
     quantized = QUANT.QuantizedLinear.of(linear, *QUANT.nearest(linear.weight.data, form), form)
     weight = linear.weight.data
-    row = (weight.abs().amax(1, keepdim=True) / 127.5).bfloat16().float()
+    row = weight.abs().amax(1, keepdim=True) / 127.5
     token = hidden.abs().amax(-1, keepdim=True) / 127.5
     products = (hidden / token).round().clamp(-128, 127).double() @ (weight / row).round().clamp(-128, 127).double().T
     torch.testing.assert_close(quantized(hidden).double(), products * token * row[:, 0] + linear.bias, atol=1e-5, rtol=1e-5)
@@ -337,6 +355,110 @@ def test_layers_are_calibrated_one_after_the_other(tmp_path):
     assert seen[1].count == 6 * 40
     torch.testing.assert_close(seen[1].products, inputs.T @ inputs, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(seen[1].largest, inputs.abs().amax(0))
+
+
+# ----------------------------------------------------------------------------------- quantization-aware training
+
+LATENT = dict(model_type="deepseek_v3", q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32)
+GPT2 = dict(model_type="gpt2", position_embedding_type="learned", norm_type="layernorm", mlp_gated=False, mlp_bias=True, attention_bias=True,
+            attention_out_bias=True)
+
+
+def loss_of(model, ids) -> torch.Tensor:
+    return -model(ids[:, :-1], targets=ids[:, 1:]).logprobs.mean()
+
+
+@pytest.mark.parametrize("method", ["int8_dynamic", "int4"])
+@pytest.mark.parametrize("knobs", [{}, EXPERTS, LATENT, GPT2, dict(intermediate_size=48)], ids=["llama", "experts", "latent", "gpt2", "48 wide"])
+def test_a_model_trained_for_a_form_is_the_converted_one(method, knobs, tmp_path):
+    """Bit for bit, also as it generates, and under bfloat16. What is saved and learns are the float weights, all of them."""
+    model, ids = MODEL.build(MODEL.ModelConfig(**{**SMALL, **knobs}), seed=1), torch.tensor(TEXTS[:2])
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    QUANT.fake_quantize(model, method)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_of(model.train(), ids).backward()
+    optimizer.step()
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert not [name for name, weight in model.named_parameters() if weight.dim() > 1 and torch.equal(weight, before[name])]
+    MODEL.save(model, tmp_path)
+    plain, converted = MODEL.load(tmp_path), QUANT.quantize(MODEL.load(tmp_path), method)
+    with torch.no_grad():
+        expected = converted(ids).logits
+        assert torch.equal(model(ids).logits, expected) and torch.equal(model.eval()(ids).logits, expected)
+        assert not torch.equal(plain(ids).logits, expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(ids).logits, converted(ids).logits)
+        assert torch.equal(MODEL.load(tmp_path, quantization=method)(ids).logits, expected)
+    sampling = INFER.Sampling(8, temperature=0, ignore_eos=True)
+    assert INFER.generate(model, TEXTS[:2], sampling) == INFER.generate(converted, TEXTS[:2], sampling)
+
+
+def test_gradients_pass_through_rounding():
+    weight, outward = draw(6, 32).requires_grad_(), draw(6, 32, seed=1)
+    QUANT.straight_through(weight, 4, 8).backward(outward)
+    assert torch.equal(weight.grad, outward)
+    assert QUANT.straight_through(weight.to("meta"), 4, 8).shape == weight.shape  # as torch.compile traces it
+    linear = QUANT.fake_quantize(MODEL.build(MODEL.ModelConfig(**SMALL)), "int4").model.layers[0].mlp.down_proj.eval()
+    linear(draw(3, 128)).sum().backward()  # also in eval mode, where rounded weights are kept
+    assert linear.kept and linear.weight.grad.abs().sum() > 0
+    linear.weight.data.mul_(2)
+    hidden = draw(3, 128)
+    torch.testing.assert_close(linear.train()(hidden), hidden @ QUANT.rounded(linear.weight.data, QUANT.Form(4, 32)).T)
+
+
+def test_training_for_int4_loses_less_than_rounding_afterwards(tmp_path):
+    """Two models learn the same 32 rows by heart, and both are converted."""
+    ids, losses = torch.randint(0, 64, (32, 17), generator=torch.Generator().manual_seed(0)), []
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, initializer_range=0.3)
+    for aware in (False, True):
+        model = MODEL.build(MODEL.ModelConfig(**{**SMALL, **sizes}), seed=0)
+        if aware:
+            QUANT.fake_quantize(model, "int4")
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 60)
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss_of(model, ids).backward()
+            optimizer.step()
+            schedule.step()
+        MODEL.save(model, tmp_path)
+        with torch.no_grad():
+            losses.append(float(loss_of(QUANT.quantize(MODEL.load(tmp_path), "int4"), ids)))
+    assert losses[1] < losses[0] / 3
+
+
+def test_a_run_measures_the_converted_model(tmp_path, text_file, capsys, monkeypatch):
+    monkeypatch.setattr(TRAIN.Log, "plot", lambda self: None)
+    flags = ["--model.preset", "llama-1m", "--model.hidden_size", "64", "--model.num_hidden_layers", "1", "--model.num_attention_heads", "4",
+             "--model.intermediate_size", "96", "--model.device", "cpu", "--tokenizer.kind", "byte", "--max-length", "32", "--batch-size", "4",
+             "--training.mixed_precision", "no", "--training.sample_tokens", "0", "--data", str(text_file), "--data.dir", str(tmp_path / "ids"),
+             "--max-steps", "3", "--training.qat", "int4", "--training.qat_group_size", "16", "--out", str(tmp_path / "out")]
+    result = TRAIN.main(flags)
+    assert "out holds float32 weights; QUANT.py --method int4 --group-size 16 rounds them as in training" in capsys.readouterr().err
+    converted = QUANT.quantize(MODEL.load(tmp_path / "out"), "int4", 16)
+    _, evaluate = TRAIN.prepare_data(MODEL.load_config(flags, TRAIN.SECTIONS, "training", TRAIN.ACTIONS), TOKENIZER.load(tmp_path / "out"))
+    assert evaluate(converted) == result.after
+
+
+def test_where_it_cannot_train_for_a_form_is_one_line(tmp_path, model_folder, capsys):
+    build = lambda **knobs: MODEL.build(MODEL.ModelConfig(**{**SMALL, **knobs}))  # noqa: E731
+    model = QUANT.fake_quantize(build(intermediate_size=48), "int4")
+    assert "training.qat_group_size: 32 does not divide the width of 2 layers, which stay as they are" in capsys.readouterr().err
+    assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
+    with pytest.raises(UserError, match="training.qat_group_size: 48 divides the width of no layer"):
+        QUANT.fake_quantize(build(), "int4", 48)
+    with pytest.raises(UserError, match="training.qat: the model is quantized already"):
+        QUANT.fake_quantize(QUANT.quantize(build(), "int8"), "int8")
+    flags = ["--model", str(model_folder), "--training.qat", "int4", "--out", str(tmp_path / "out")]
+    for main, more, message in ((SFT.main, ["--lora.r", "4"], "training.qat: int4 is for training all weights"),
+                                (RL.main, [], "training.qat: not available in RL.py"),
+                                (TRAIN.main, ["--model.quantization", "nf4"], "nf4 weights cannot learn"),
+                                (TRAIN.main, ["--training.qat_group_size", "-1"], "training.qat_group_size: -1 must be at least 0")):
+        with pytest.raises(UserError, match=message):
+            main([*flags, *more])
+    with pytest.raises(UserError, match="training.qat_group_size: has no effect with training.qat int8"):
+        TRAIN.main(["--training.qat", "int8", "--training.qat_group_size", "16"])
 
 
 # --------------------------------------------------------------------------------------------------------- folders

@@ -295,6 +295,7 @@ def test_impossible_settings_are_refused_by_name():
 RESUMES = {
     "adamw": ["--training.optim", "adamw", "--model.attention_dropout", "0.2"],
     "muon, accumulated, over an epoch's end": ["--training.optim", "muon", "--grad-accum", "2", "--batch-size", "4"],
+    "for int4, muon": ["--training.optim", "muon", "--training.qat", "int4", "--training.qat_group_size", "16"],
     "muon, bf16, dropout": ["--training.optim", "muon", "--training.mixed_precision", "bf16", "--model.attention_dropout", "0.2"],
 }
 
