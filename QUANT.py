@@ -300,36 +300,56 @@ class Stop(Exception):
 
 
 @torch.no_grad()
+def layer_inputs(model: MODEL.LanguageModel, texts: list[list[int]]) -> tuple[list[Tensor], list[list[tuple[tuple, dict]]]]:
+    """The hidden states (1, T, C) of each text before the first layer, and for each layer the further arguments (such as masks)
+    of its call for each text. No layer runs."""
+    layers = MODEL.layers_of(model)
+    states, arguments = [], [[] for _ in layers]
+
+    def skip(number: int, hidden_states: Tensor, *words, **more):
+        if number == 0:
+            states.append(hidden_states)
+        arguments[number].append((words, more))
+        if number == len(layers) - 1:
+            raise Stop
+        return hidden_states if isinstance(model, MODEL.ForeignModel) else (hidden_states, None)
+
+    for number, layer in enumerate(layers):
+        layer.forward = partial(skip, number)
+    try:
+        for ids in texts:
+            with contextlib.suppress(Stop):
+                model(torch.tensor([ids], device=model.device))
+    finally:
+        for layer in layers:
+            del layer.forward
+    return states, arguments
+
+
+def layer_outputs(layer: nn.Module, states: list[Tensor], arguments: list[tuple[tuple, dict]]) -> list[Tensor]:
+    outputs = (layer(hidden, *words, **more) for hidden, (words, more) in zip(states, arguments, strict=True))
+    return [output[0] if isinstance(output, tuple) else output for output in outputs]
+
+
+@torch.no_grad()
 def calibrate(model: MODEL.LanguageModel, texts: list[list[int]], work: Callable[[nn.Module, Callable], None]) -> None:
     """Call work(layer, observe) for each layer in turn. observe(linears) -> {linear: Inputs} runs the text through the layer,
     whose inputs come from the layers before it as `work` has left them. One layer's statistics exist at a time."""
-    layers, calls = MODEL.layers_of(model), []
-
-    def catch(module, words, more):
-        calls.append((words, more))
-        raise Stop
-
-    hook = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    for ids in texts:
-        with contextlib.suppress(Stop):
-            model(torch.tensor([ids], device=model.device))
-    hook.remove()
-
-    def run(layer: nn.Module) -> list[Tensor]:
-        outputs = (layer(*words, **more) for words, more in calls)
-        return [output[0] if isinstance(output, tuple) else output for output in outputs]
-
+    layers = MODEL.layers_of(model)
+    states, arguments = layer_inputs(model, texts)
     for number, layer in enumerate(layers):
-        def observe(linears: list[nn.Linear], layer=layer) -> dict[nn.Linear, Inputs]:
+        run = partial(layer_outputs, layer, states, arguments[number])
+
+        def observe(linears: list[nn.Linear], run=run) -> dict[nn.Linear, Inputs]:
             found = {linear: Inputs(linear.in_features, model.device) for linear in linears}
             hooks = [linear.register_forward_pre_hook(lambda module, inputs: found[module].add(inputs[0])) for linear in linears]
-            run(layer)
+            run()
             for hook in hooks:
                 hook.remove()
             return found
 
         work(layer, observe)
-        calls = [((hidden, *words[1:]), more) for hidden, (words, more) in zip(run(layer), calls, strict=True)]
+        states = run()
         say(f"calibrated layer {number + 1} of {len(layers)}")
 
 

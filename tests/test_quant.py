@@ -295,8 +295,9 @@ def test_calibrated_methods_change_less_than_rounding_does(method, tmp_path):
 
 
 def test_layers_are_calibrated_one_after_the_other(tmp_path):
-    """Each layer sees what the layers before it, already changed, make of the text."""
-    model, seen = MODEL.load(base(tmp_path / "base")), []
+    """Each layer sees what the layers before it, already changed, make of the text, through its own attention mask."""
+    windows = dict(model_type="qwen2", attention_bias=True, sliding_window=5, layer_types=["full_attention", "sliding_attention", "full_attention"])
+    model, seen = MODEL.load(base(tmp_path / "base", num_hidden_layers=3, **windows)), []
 
     def work(layer, observe):
         seen.append(observe([layer.self_attn.q_proj])[layer.self_attn.q_proj])
@@ -304,11 +305,11 @@ def test_layers_are_calibrated_one_after_the_other(tmp_path):
 
     QUANT.calibrate(model, TEXTS, work)
     with torch.no_grad():
-        hidden = torch.cat([model(torch.tensor([ids]), want=("hidden_states",)).hidden_states[1][0] for ids in TEXTS])
-        inputs = model.model.layers[1].input_layernorm(hidden)
-    assert seen[1].count == 6 * 40
-    torch.testing.assert_close(seen[1].products, inputs.T @ inputs, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(seen[1].largest, inputs.abs().amax(0))
+        hidden = torch.cat([model(torch.tensor([ids]), want=("hidden_states",)).hidden_states[2][0] for ids in TEXTS])
+        inputs = model.model.layers[2].input_layernorm(hidden)
+    assert seen[2].count == 6 * 40
+    torch.testing.assert_close(seen[2].products, inputs.T @ inputs, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(seen[2].largest, inputs.abs().amax(0))
 
 
 # --------------------------------------------------------------------------------------------------------- folders
