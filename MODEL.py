@@ -2265,10 +2265,10 @@ def _family_quirks(kind: str, raw: dict, knobs: dict) -> None:
         knobs["mlp_only_layers"] = list(range(min(raw.get("first_k_dense_replace", 3), layers)))
 
 
-def config_to_hub(config: ModelConfig, heads: tuple = ("lm",)) -> dict:
+def config_to_hub(config: ModelConfig, heads: tuple = ("lm",), custom: bool = False) -> dict:
     """ModelConfig -> config.json, under the first family that computes exactly these knobs."""
     own = dataclasses.asdict(config)
-    for kind in sorted(FAMILIES, key=lambda k: k != config.model_type):
+    for kind in () if custom else sorted(FAMILIES, key=lambda k: k != config.model_type):
         family = FAMILIES[kind]
         raw = {family.names.get(name, name): own[name] for name in _hub_knobs(kind)}
         raw["model_type"] = kind
@@ -2352,10 +2352,9 @@ def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor, extra_layer
     """One tensor of a hub file -> ours; an empty list for a known tensor that is not needed, such as DeepSeek-V3's extra layers
     for multi-token prediction."""
     kind = config.model_type
-    if KNOWN_BUFFERS.search(name) or kind not in FAMILIES:
-        return [] if KNOWN_BUFFERS.search(name) else [Piece(name, (), tensor)]
-    family = FAMILIES[kind]
-    prefix, *bare = family.base
+    if KNOWN_BUFFERS.search(name):
+        return []
+    prefix, *bare = FAMILIES[kind].base if kind in FAMILIES else ("",)
     if name.split(".")[0] in bare:  # saved from the base class, without a head
         name = f"{prefix}.{name}"
     if kind == "bert":
@@ -2367,11 +2366,15 @@ def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor, extra_layer
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer and 0 <= int(layer[1]) - config.num_hidden_layers < extra_layers:
         return []
-    if expert := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name):
+    if expert := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight(|_packed|_scale|_shape)", name):
         stem, number, part, inner = expert[1], int(expert[2]), expert[3], config.moe_intermediate_size or 0
+        place = {"": "{}", "_packed": "parametrizations.{}.original", "_scale": "parametrizations.{}.0.scale"}.get(expert[4])
+        if place is None:  # quantized shapes, which the model knows
+            return []
         if part == "down":
-            return [Piece(f"{stem}.down_proj", (number,), tensor)]
-        return [Piece(f"{stem}.gate_up_proj", (number, slice(0, inner) if part == "gate" else slice(inner, None)), tensor)]
+            return [Piece(f"{stem}.{place.format('down_proj')}", (number,), tensor)]
+        rows = slice(0, inner) if part == "gate" else slice(inner, None)
+        return [Piece(f"{stem}.{place.format('gate_up_proj')}", (number, rows), tensor)]
     return [Piece(name, (), tensor)]
 
 # -- files
@@ -2490,6 +2493,12 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     if isinstance(model, ForeignModel):
         state = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
         if process_rank() == 0:
+            ours = model.quantization != "none" and not hasattr(model.inner.config, "quantization_config")
+            if ours:  # quantized by us, not by transformers
+                import QUANT
+
+                state = QUANT.to_hub(model, state)
+                model.inner.config.quantization_config = QUANT.hub_config(model.inner, model.config.model_type)
             inner, state = (_with_score(model, state) if model.heads == ("score",) else
                             (model.inner,
                              {name.removeprefix("inner."): tensor
@@ -2498,6 +2507,8 @@ def save(model: LanguageModel, folder: str | Path) -> None:
                 setattr(model.inner.generation_config, key, getattr(model.config, key))
             with staged(folder, "config.json", WEIGHTS) as scratch:
                 inner.save_pretrained(scratch, state_dict=state)
+            if ours:
+                del model.inner.config.quantization_config
         return
     state = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
     if process_rank() != 0:
@@ -2511,10 +2522,13 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     product = tuple(head for head in model.heads if head != "value")  # a critic is a tool of training
     state = {name: tensor for name, tensor in state.items() if not is_tool(name) or not product}
     raw = config_to_hub(model.config, product or model.heads)
+    if model.quantization != "none" and raw["model_type"] == "gpt2":  # whose layers are no Linear there
+        say(f"{folder}: transformers cannot open a quantized GPT-2, so only this program can open the folder")
+        raw = config_to_hub(model.config, product or model.heads, custom=True)
     kind = raw["model_type"]
     raw["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     if model.quantization != "none":
-        raw["quantization_config"] = QUANT.hub_config(model)
+        raw["quantization_config"] = QUANT.hub_config(model, kind)
     generation = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k) is not None}
     with staged(folder, "config.json", WEIGHTS) as scratch:
         save_torch_state_dict(weights_to_hub(kind, state), scratch, max_shard_size="5GB")
@@ -2727,7 +2741,7 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
                                 "is a key of config.json missing or changed?")
             # A router's bias is the sum of tiny steps and stays float32; scales and what a packer rounds stay as they are.
             kind = torch.float32 if name.endswith("e_score_correction_bias") else dtype
-            exact = name.endswith("weight_scale") or packer and name in packer.exact
+            exact = name.endswith(("weight_scale", ".scale")) or packer and name in packer.exact
             kind = kind if part.is_floating_point() and not exact else part.dtype
             if index:
                 if name not in state:
@@ -2801,9 +2815,15 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
                         "single_label_classification is")
     if quantization:
         import QUANT
+    stored = (raw.get("quantization_config") or {}).get("quant_method")
+    if quantization and stored not in (None, "fp8"):
+        raise UserError(f"model.quantization: the weights in {folder} are quantized already; leave it out")
     if is_foreign(raw):
         packing = QUANT.hub_settings(quantization) if quantization else None
         model = _load_foreign(folder, raw, dtype, device, attn_implementation, head, seed, changes, packing)
+        model.quantization = stored or "none"
+        if quantization and not packing:
+            QUANT.quantize(model, quantization)
     else:
         packing = partial(QUANT.Packer, method=quantization, device=device) if quantization else None
         model = _load_own(folder, raw, dtype, device, attn_implementation, head, seed, changes, packing)
@@ -2840,8 +2860,6 @@ def _load_own(folder: Path, raw: dict, dtype, device, attn_implementation: str, 
     if (stored := raw.get("quantization_config") or {}).get("quant_method") == "compressed-tensors":
         import QUANT
 
-        if packing:
-            raise UserError(f"model.quantization: the weights in {folder} are quantized already; leave it out")
         QUANT.adopt(model, folder, stored)
     load_weights(model, folder, dtype, device, seed, packing and packing(model))
     return model.eval()

@@ -402,36 +402,56 @@ class Stop(Exception):
 
 
 @torch.no_grad()
+def layer_inputs(model: MODEL.LanguageModel, texts: list[list[int]]) -> tuple[list[Tensor], list[list[tuple[tuple, dict]]]]:
+    """The hidden states (1, T, C) of each text before the first layer, and for each layer the further arguments (such as masks)
+    of its call for each text. No layer runs."""
+    layers = MODEL.layers_of(model)
+    states, arguments = [], [[] for _ in layers]
+
+    def skip(number: int, hidden_states: Tensor, *words, **more):
+        if number == 0:
+            states.append(hidden_states)
+        arguments[number].append((words, more))
+        if number == len(layers) - 1:
+            raise Stop
+        return hidden_states if isinstance(model, MODEL.ForeignModel) else (hidden_states, None)
+
+    for number, layer in enumerate(layers):
+        layer.forward = partial(skip, number)
+    try:
+        for ids in texts:
+            with contextlib.suppress(Stop):
+                model(torch.tensor([ids], device=model.device))
+    finally:
+        for layer in layers:
+            del layer.forward
+    return states, arguments
+
+
+def layer_outputs(layer: nn.Module, states: list[Tensor], arguments: list[tuple[tuple, dict]]) -> list[Tensor]:
+    outputs = (layer(hidden, *words, **more) for hidden, (words, more) in zip(states, arguments, strict=True))
+    return [output[0] if isinstance(output, tuple) else output for output in outputs]
+
+
+@torch.no_grad()
 def calibrate(model: MODEL.LanguageModel, texts: list[list[int]], work: Callable[[nn.Module, Callable], None]) -> None:
     """Call work(layer, observe) for each layer in turn. observe(linears) -> {linear: Inputs} runs the text through the layer,
     whose inputs come from the layers before it as `work` has left them. One layer's statistics exist at a time."""
-    layers, calls = MODEL.layers_of(model), []
-
-    def catch(module, words, more):
-        calls.append((words, more))
-        raise Stop
-
-    hook = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    for ids in texts:
-        with contextlib.suppress(Stop):
-            model(torch.tensor([ids], device=model.device))
-    hook.remove()
-
-    def run(layer: nn.Module) -> list[Tensor]:
-        outputs = (layer(*words, **more) for words, more in calls)
-        return [output[0] if isinstance(output, tuple) else output for output in outputs]
-
+    layers = MODEL.layers_of(model)
+    states, arguments = layer_inputs(model, texts)
     for number, layer in enumerate(layers):
-        def observe(linears: list[nn.Linear], layer=layer) -> dict[nn.Linear, Inputs]:
+        run = partial(layer_outputs, layer, states, arguments[number])
+
+        def observe(linears: list[nn.Linear], run=run) -> dict[nn.Linear, Inputs]:
             found = {linear: Inputs(linear.in_features, model.device) for linear in linears}
             hooks = [linear.register_forward_pre_hook(lambda module, inputs: found[module].add(inputs[0])) for linear in linears]
-            run(layer)
+            run()
             for hook in hooks:
                 hook.remove()
             return found
 
         work(layer, observe)
-        calls = [((hidden, *words[1:]), more) for hidden, (words, more) in zip(run(layer), calls, strict=True)]
+        states = run()
         say(f"calibrated layer {number + 1} of {len(layers)}")
 
 
@@ -466,6 +486,9 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
         raise UserError(f"quantization.method: the model is quantized already ({model.quantization}); name the original")
     if method in ("fp16", "bf16"):
         return model.to(torch.float16 if method == "fp16" else torch.bfloat16)
+    if method in ("awq", "smoothquant") and isinstance(model, MODEL.ForeignModel):
+        raise UserError(f"quantization.method: {method} is not for a {model.config.model_type}, which transformers runs; use "
+                        "gptq, int4 or int8")
     if method in CALIBRATED and not calibration:
         raise UserError(f"quantization.method: {method} needs calibration text (data.train)")
     places = quantizable(model, exclude, lm_head)
@@ -506,7 +529,7 @@ def fitting(places: dict[str, tuple[nn.Module, str]], form: Form,
             key: str = "quantization.group_size") -> dict[str, tuple[nn.Module, str]]:
     """The matrices whose width the group size divides; the others are listed. `key` is the setting that messages name."""
     if not places:
-        raise UserError("quantization.exclude: no layer is left")
+        raise UserError("quantization.exclude: no layer is left that can be quantized")
     widths = {name: getattr(*place).shape[-1] for name, place in places.items()}
     kept = sorted(name for name, width in widths.items() if form.group and width % form.group)
     if len(kept) == len(places):
@@ -688,12 +711,12 @@ def keep_form(model: MODEL.LanguageModel, method: str) -> MODEL.LanguageModel:
 
 
 def hub_settings(method: str):
-    """The same for a model that transformers loads."""
+    """The same for a model that transformers loads; None for other methods, which `quantize` applies afterwards."""
     from transformers import BitsAndBytesConfig
 
-    bitsandbytes()
     if method not in BITSANDBYTES:
-        raise UserError(f"model.quantization: {method} is not for models that transformers runs; use nf4 or llm_int8")
+        return None
+    bitsandbytes()
     if method == "llm_int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -702,11 +725,13 @@ def hub_settings(method: str):
 # ----------------------------------------------------------------------------------------------------- folders
 
 
-def hub_config(model: MODEL.Transformer) -> dict:
+def hub_config(model: MODEL.Transformer, kind: str) -> dict:
     """`quantization_config` of config.json, as compressed-tensors, transformers and vLLM read it."""
-    form = next(module.form for module in model.modules() if isinstance(module, QuantizedLinear))
-    plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
-             and not isinstance(module, QuantizedLinear)]
+    form = next(module.form for module in model.modules() if isinstance(module, (QuantizedLinear, Restored)))
+    plain = [MODEL.hub_name(kind, f"{name}.weight").removesuffix(".weight") for name, module in model.named_modules()
+             if isinstance(module, (nn.Linear, MODEL.Router)) and not isinstance(module, QuantizedLinear)]
+    plain += [f"re:.*{re.escape(MODEL.hub_name(kind, name + '.').removesuffix('.'))}.*" for name, module in model.named_modules()
+              if type(module) is MODEL.Experts]
     integers = {"num_bits": form.bits, "type": "int", "symmetric": True}
     weights = {**integers, "dynamic": False, **({"strategy": "group", "group_size": form.group} if form.group else
                                                 {"strategy": "channel"})}
@@ -717,19 +742,46 @@ def hub_config(model: MODEL.Transformer) -> dict:
                                           "output_activations": None}}}
 
 
+def check_folder(model: MODEL.LanguageModel) -> None:
+    """UserError if the layout of compressed-tensors cannot hold a quantized model."""
+    experts = [module for module in model.modules() if isinstance(module, MODEL.Experts) and parametrize.is_parametrized(module)]
+    dynamic = any(isinstance(module, QuantizedLinear) and module.form.dynamic for module in model.modules())
+    if model.quantization in BITSANDBYTES:
+        what = f"{model.quantization} weights; quantize while loading (--quantization)"
+    elif isinstance(model, MODEL.ForeignModel) and any(".experts." in name for name, _ in model.named_parameters()):
+        what = f"the experts of {model.config.model_type}, which transformers runs"
+    elif experts and dynamic:
+        what = f"experts in {model.quantization}; use int8 or int4"
+    elif any(len(module.parametrizations) == 1 for module in experts):
+        what = "experts of which the group size divides one width only; set quantization.group_size to a divisor of both"
+    else:
+        return
+    raise UserError(f"quantization.method: a folder cannot hold {what}")
+
+
 def to_hub(model: MODEL.Transformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a quantized model under compressed-tensors' names."""
-    if model.quantization in BITSANDBYTES or any("parametrizations" in name for name in state) or \
-            model.config.model_type in ("gpt2", "bert"):
-        what = "experts" if any("parametrizations" in name for name in state) else model.config.model_type
-        raise UserError(f"quantization.method: a folder cannot hold {model.quantization} weights of {what}; quantize while "
-                        "loading (--quantization), or export to GGUF")
-    modules = {name: module for name, module in model.named_modules()
-               if isinstance(module, QuantizedLinear) and module.form.dynamic}
-    for name, module in modules.items():  # bytes instead of packed integers
-        del state[f"{name}.weight_packed"], state[f"{name}.weight_shape"]
-        state[f"{name}.weight"] = module.levels
+    check_folder(model)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and module.form.dynamic:  # bytes instead of packed integers
+            del state[f"{name}.weight_packed"], state[f"{name}.weight_shape"]
+            state[f"{name}.weight"] = module.levels
+        elif isinstance(module, Restored):
+            owner, _, part = name.removesuffix(".0").partition(".parametrizations.")
+            packed, scale = (state.pop(name.removesuffix("0") + end) for end in ("original", "0.scale"))
+            state.update(expert_tensors(owner, part, packed, scale, module.width))
     return state
+
+
+def expert_tensors(owner: str, part: str, packed: Tensor, scale: Tensor, width: int) -> Iterator[tuple[str, Tensor]]:
+    """Quantized matrices of all experts (E, out, ...) -> the names and tensors of each expert's linear layers."""
+    names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[part]
+    for number, both in enumerate(zip(packed, scale, strict=True)):
+        for name, *parts in zip(names, *(tensor.chunk(len(names)) for tensor in both), strict=True):
+            linear = f"{owner}.{number}.{name}"
+            yield f"{linear}.weight_packed", parts[0]
+            yield f"{linear}.weight_scale", parts[1]
+            yield f"{linear}.weight_shape", torch.tensor([len(parts[0]), width])
 
 
 def form_of_hub(folder: Path, quantization: dict) -> tuple[Form, list[str]]:
@@ -749,12 +801,20 @@ def form_of_hub(folder: Path, quantization: dict) -> tuple[Form, list[str]]:
 def adopt(model: MODEL.Transformer, folder: Path, quantization: dict) -> None:
     """Prepare a model on `meta` for the tensors of a quantized folder."""
     form, plain = form_of_hub(folder, quantization)
+
+    def kept(name: str) -> bool:
+        name = MODEL.hub_name(model.config.model_type, f"{name}.weight").removesuffix(".weight")
+        return any(re.match(one.removeprefix("re:"), name) if one.startswith("re:") else name == one for one in plain)
+
     for name, module in list(model.named_modules()):
-        ignored = any(re.match(one.removeprefix("re:"), name) if one.startswith("re:") else name == one for one in plain)
-        if type(module) is nn.Linear and not ignored:
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own,
-                    QuantizedLinear(module.out_features, module.in_features, module.bias, form, "meta"))
+        if type(module) is nn.Linear and not kept(name):
+            model.set_submodule(name, QuantizedLinear(module.out_features, module.in_features, module.bias, form, "meta"))
+        elif type(module) is MODEL.Experts and not kept(f"{name}.0.down_proj"):
+            for part in ("gate_up_proj", "down_proj"):
+                count, height, width = getattr(module, part).shape
+                stored = QuantizedLinear(count * height, width, None, form, "meta")
+                restored = Restored(stored.weight_scale.unflatten(0, (count, -1)), form, width)
+                replace_experts(module, part, stored.weight_packed.unflatten(0, (count, -1)), restored)
     keep_form(model, {(8, False): "int8", (8, True): "int8_dynamic", (4, False): "int4"}.get((form.bits, form.dynamic), "int4"))
 
 

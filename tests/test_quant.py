@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from test_model import VOCAB, reference
 from test_sft import questions
 
 import INFER
@@ -130,8 +132,6 @@ def test_qlora_end_to_end(method, tmp_path, tokenizer, model_folder, text_file, 
 
 
 def test_a_foreign_model_is_packed_by_transformers(tmp_path):
-    import transformers
-
     config = transformers.GPTNeoXConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                                         max_position_embeddings=128)
     transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
@@ -341,8 +341,9 @@ def test_calibrated_methods_change_less_than_rounding_does(method, tmp_path):
 
 
 def test_layers_are_calibrated_one_after_the_other(tmp_path):
-    """Each layer sees what the layers before it, already changed, make of the text."""
-    model, seen = MODEL.load(base(tmp_path / "base")), []
+    """Each layer sees what the layers before it, already changed, make of the text, through its own attention mask."""
+    windows = dict(model_type="qwen2", attention_bias=True, sliding_window=5, layer_types=["full_attention", "sliding_attention", "full_attention"])
+    model, seen = MODEL.load(base(tmp_path / "base", num_hidden_layers=3, **windows)), []
 
     def work(layer, observe):
         seen.append(observe([layer.self_attn.q_proj])[layer.self_attn.q_proj])
@@ -350,11 +351,11 @@ def test_layers_are_calibrated_one_after_the_other(tmp_path):
 
     QUANT.calibrate(model, TEXTS, work)
     with torch.no_grad():
-        hidden = torch.cat([model(torch.tensor([ids]), want=("hidden_states",)).hidden_states[1][0] for ids in TEXTS])
-        inputs = model.model.layers[1].input_layernorm(hidden)
-    assert seen[1].count == 6 * 40
-    torch.testing.assert_close(seen[1].products, inputs.T @ inputs, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(seen[1].largest, inputs.abs().amax(0))
+        hidden = torch.cat([model(torch.tensor([ids]), want=("hidden_states",)).hidden_states[2][0] for ids in TEXTS])
+        inputs = model.model.layers[2].input_layernorm(hidden)
+    assert seen[2].count == 6 * 40
+    torch.testing.assert_close(seen[2].products, inputs.T @ inputs, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(seen[2].largest, inputs.abs().amax(0))
 
 
 # ----------------------------------------------------------------------------------- quantization-aware training
@@ -478,13 +479,56 @@ def test_a_quantized_folder_opens_here_and_in_transformers(method, tmp_path):
     with pytest.raises(UserError, match="are quantized already; leave it out"):
         MODEL.load(tmp_path / "out", quantization="int8")
     pytest.importorskip("compressed_tensors")
-    import transformers
-
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         difference = (theirs(ids).logits - expected).norm() / expected.norm()
     # Rounding errors of activations grow from layer to layer.
     assert difference < (1e-2 if method == "int8_dynamic" else 1e-5)
+
+
+@pytest.mark.parametrize("family, method", [
+    ("gpt2", "gptq"), ("llama-biases", "smoothquant"), ("llama-mqa", "awq"), ("mistral", "int8"), ("qwen2-window", "gptq"), ("qwen3", "int4"),
+    ("mixtral", "int8"), ("qwen3-moe", "awq"), ("deepseek-v3", "gptq"), ("deepseek-v3-direct", "int4"), ("bert", "int8_dynamic")])
+def test_a_quantized_folder_of_every_family(family, method, tmp_path, capsys):
+    reference(family).save_pretrained(tmp_path / "base")
+    texts = [[token % VOCAB for token in text] for text in TEXTS]
+    model = QUANT.quantize(MODEL.load(tmp_path / "base"), method, 0 if "int8" in method else 4, texts)
+    MODEL.save(model, tmp_path / "out")
+    ids = torch.tensor(texts[:2])
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(MODEL.load(tmp_path / "out")(ids).logits, expected)
+    auto = transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM
+    if family == "gpt2":  # its layers are Conv1D in transformers
+        assert "only this program can open" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="custom"):
+            auto.from_pretrained(tmp_path / "out")
+        return
+    pytest.importorskip("compressed_tensors")
+    theirs = auto.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        difference = (theirs(ids).logits - expected).norm() / expected.norm()
+    assert difference < (1e-2 if method in ("int8_dynamic", "smoothquant") else 1e-5)
+
+
+def test_a_foreign_model_is_quantized_and_saved(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    config = transformers.Gemma2Config(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                                       num_key_value_heads=2, head_dim=16, sliding_window=8, max_position_embeddings=128)
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    texts = [[token % VOCAB for token in text] for text in TEXTS]
+    model, ids = QUANT.quantize(MODEL.load(tmp_path / "base"), "gptq", 0, texts), torch.tensor(texts[:2])
+    MODEL.save(model, tmp_path / "out")
+    again = MODEL.load(tmp_path / "out")
+    assert sum(isinstance(module, QUANT.QuantizedLinear) for module in model.modules()) == 14 and again.quantization == "compressed-tensors"
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+        rounded = MODEL.load(tmp_path / "base", quantization="int8")(ids).logits
+        assert 0 < (rounded - MODEL.load(tmp_path / "base")(ids).logits).norm() < 0.05 * rounded.norm()
+    with pytest.raises(UserError, match="awq is not for a gemma2, which transformers runs; use gptq, int4 or int8"):
+        QUANT.quantize(MODEL.load(tmp_path / "base"), "awq", 0, texts)
+    with pytest.raises(UserError, match="are quantized already; leave it out"):
+        MODEL.load(tmp_path / "out", quantization="int4")
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
@@ -503,9 +547,10 @@ def test_what_cannot_be_quantized_or_saved_is_one_line(tmp_path, capsys):
             QUANT.quantize(MODEL.load(folder), "int4", **more)
     with pytest.raises(UserError, match="gptq needs calibration text"):
         QUANT.quantize(MODEL.load(folder), "gptq")
-    for knobs, what in ((EXPERTS, "experts"), (dict(model_type="gpt2", position_embedding_type="learned", norm_type="layernorm", mlp_gated=False), "gpt2")):
-        with pytest.raises(UserError, match=f"a folder cannot hold int8 weights of {what}"):
-            MODEL.save(QUANT.quantize(MODEL.build(MODEL.ModelConfig(**{**SMALL, **knobs})), "int8"), tmp_path / "no")
+    for method, knobs, what in (("int8_dynamic", {}, "experts in int8_dynamic; use int8 or int4"), ("nf4", {}, "nf4 weights; quantize while"),
+                                ("int4", dict(moe_intermediate_size=48), "experts of which the group size divides one width only")):
+        with pytest.raises(UserError, match=f"a folder cannot hold {what}"):
+            MODEL.save(QUANT.quantize(MODEL.build(MODEL.ModelConfig(**{**SMALL, **EXPERTS, **knobs})), method), tmp_path / "no")
     for settings in ({"symmetric": False}, {"num_bits": 3}, {"strategy": "tensor"}, {"type": "float"}):
         MODEL.save(QUANT.quantize(MODEL.load(folder), "int8"), tmp_path / "odd")
         config = json.loads((tmp_path / "odd/config.json").read_text())
