@@ -3229,7 +3229,7 @@ def merge_adapter(model: LanguageModel) -> None:
 
 # -- devices and types
 
-QUANTIZATIONS = ("none", "int8", "int8_dynamic", "int4", "nf4", "llm_int8")
+QUANTIZATIONS = ("none", "int8", "int8_dynamic", "int4", "fp8", "nf4", "llm_int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # training.mixed_precision
 

@@ -52,17 +52,19 @@ import MODEL
 import TOKENIZER
 from MODEL import Action, UserError, knob, load_config, run_main, say
 
+FP8 = "fp8"  # floats of 8 bits: 4 for the exponent, 3 for the mantissa (Micikevicius 2022); the largest is 448
+
 
 class Form(NamedTuple):
     """How a linear layer's numbers are stored."""
 
-    bits: int
+    bits: int | str  # of integers, or FP8
     group: int = 0  # weights per scale; 0: a whole row
     dynamic: bool = False  # activations are rounded to 8 bits, too
 
 
 FORMS = {"int8": Form(8), "int8_dynamic": Form(8, dynamic=True), "smoothquant": Form(8, dynamic=True), "int4": Form(4, 32),
-         "gptq": Form(4, 32), "awq": Form(4, 32)}
+         "gptq": Form(4, 32), "awq": Form(4, 32), "fp8": Form(FP8, dynamic=True)}
 CALIBRATED = ("gptq", "awq", "smoothquant")
 NEAREST = ("int8", "int8_dynamic", "int4")  # each weight is rounded to the nearest level
 BITSANDBYTES = ("nf4", "llm_int8")
@@ -71,7 +73,7 @@ METHODS = ("fp16", "bf16", *FORMS, *BITSANDBYTES)
 
 @dataclass
 class QuantizationSection:
-    method: str = knob("int8", "quantization method, such as int8, int8_dynamic (activations as well), int4, gptq or awq",
+    method: str = knob("int8", "quantization method, such as int8, int8_dynamic (activations as well), int4, gptq, awq or fp8",
                        ("none", *METHODS), often=True)
     group_size: int = knob(0, "weights per scale for int4, gptq, awq and nf4; smaller groups are more accurate but use more "
                            "memory; default 32, for nf4 64", low=0)
@@ -96,7 +98,7 @@ def largest_scale(groups: Tensor, bits: int) -> Tensor:
     """The scale with which the largest weight of each group (..., G, size) just fits; (..., G)"""
     largest = groups.abs().amax(-1).clamp(min=1e-12)
     # CUDA multiplies by the reciprocal of a plain number; then the largest weights would round differently than on a CPU.
-    return largest / torch.full_like(largest, 2 ** (bits - 1) - 0.5)
+    return largest / torch.full_like(largest, 448 if bits == FP8 else 2 ** (bits - 1) - 0.5)
 
 
 def short(scale: Tensor) -> Tensor:
@@ -118,7 +120,9 @@ def best_scale(groups: Tensor, bits: int, importance: Tensor) -> Tensor:
 
 
 def quantize_groups(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Round to the nearest of 2**bits levels: groups (..., G, size), scale (..., G) -> int8 of the same shape."""
+    """Round to the nearest of 2**bits levels: groups (..., G, size), scale (..., G) -> int8 (or float8) of the same shape."""
+    if bits == FP8:
+        return (groups / scale[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn)
     top = 2 ** (bits - 1)
     return (groups / scale[..., None]).round().clamp(-top, top - 1).to(torch.int8)
 
@@ -127,13 +131,16 @@ def restore(levels: Tensor, scale: Tensor) -> Tensor:
     return levels.to(scale.dtype) * scale[..., None]
 
 
-def round_activations(hidden: Tensor) -> Tensor:
+def round_activations(hidden: Tensor, bits: int | str = 8) -> Tensor:
     """Each token's numbers (..., in) rounded to 8 bits, with a scale for each token. Gradients pass unchanged."""
-    return rounded(hidden.detach(), Form(8)).to(hidden.dtype) + (hidden - hidden.detach())
+    return rounded(hidden.detach(), Form(bits)).to(hidden.dtype) + (hidden - hidden.detach())
 
 
 def pack(levels: Tensor, bits: int) -> Tensor:
-    """Unsigned levels (out, in), 32 / bits in each int32, the first in the lowest bits (compressed-tensors' layout)."""
+    """Unsigned levels (out, in), 32 / bits in each int32, the first in the lowest bits (compressed-tensors' layout). FP8 stays
+    as it is."""
+    if bits == FP8:
+        return F.pad(levels.view(torch.uint8), (0, -levels.shape[-1] % 4)).view(torch.int32)
     each = 32 // bits
     levels = F.pad(levels.to(torch.int64) + 2 ** (bits - 1), (0, -levels.shape[-1] % each)).unflatten(-1, (-1, each))
     return (levels << torch.arange(0, 32, bits, device=levels.device)).sum(-1).to(torch.int32)
@@ -142,6 +149,8 @@ def pack(levels: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     """Integers of 4 or 8 bits, (..., in * bits / 32) int32 -> levels (..., in) int8."""
     unsigned = packed.view(torch.uint8)
+    if bits == FP8:
+        return unsigned[..., :width].contiguous().view(torch.float8_e4m3fn)
     if bits == 4:  # spread the two halves of each byte to two bytes
         pairs = unsigned.to(torch.int16)
         unsigned = pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)
@@ -154,7 +163,8 @@ class QuantizedLinear(nn.Linear):
     def __init__(self, out_features: int, in_features: int, bias: Tensor | None, form: Form, device=None):
         nn.Module.__init__(self)
         self.out_features, self.in_features, self.form, self.bias = out_features, in_features, form, bias
-        groups, integers = -(-in_features // (form.group or in_features)), -(-in_features * form.bits // 32)
+        bits = 8 if form.bits == FP8 else form.bits
+        groups, integers = -(-in_features // (form.group or in_features)), -(-in_features * bits // 32)
         self.register_buffer("weight_packed", torch.empty(out_features, integers, dtype=torch.int32, device=device))
         self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=torch.bfloat16, device=device))
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
@@ -176,7 +186,7 @@ class QuantizedLinear(nn.Linear):
         return restore(grouped(self.levels, self.form.group), self.weight_scale.float()).flatten(-2)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = round_activations(hidden) if self.form.dynamic else hidden
+        hidden = round_activations(hidden, self.form.bits) if self.form.dynamic else hidden
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         return F.linear(hidden, self.weight.to(hidden.dtype), bias)
 
@@ -191,15 +201,17 @@ class QuantizedLinear(nn.Linear):
         return new.train(first.training)
 
     def packed(self) -> KernelLinear | None:
-        """The layer for integer kernels, if the device has some (VNNI or AMX, which others imitate with rounded sums; CUDA) and one
-        takes its form."""
+        """The layer for the device's integer or fp8 kernels, if one takes its form. CPUs without VNNI or AMX have none: their
+        sums would saturate."""
         form, (rows, width), device = self.form, (self.out_features, self.in_features), self.weight_packed.device
         in_groups = form.bits == 4 and form.group in (32, 64, 128, 256)
         if device.type == "cuda":
-            fits = in_groups and rows % 8 == 0 and width % 128 == 0 or not form.group and rows % 8 == 0 and width % 8 == 0
-            return KernelLinear(self) if fits and torch.cuda.get_device_capability(device) >= (8, 0) else None
+            fits = rows % 16 == 0 and width % (128 if form.group else 16) == 0 and (in_groups or not form.group)
+            needed = (9, 0) if form.bits == FP8 else (8, 0)
+            return KernelLinear(self) if fits and torch.cuda.get_device_capability(device) >= needed else None
         kernels = device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
-        return KernelLinear(self) if kernels and (in_groups and rows % 16 == 0 or not form.group) else None
+        fits = in_groups and rows % 16 == 0 or not form.group and form.bits != FP8
+        return KernelLinear(self) if kernels and fits else None
 
 
 class KernelLinear(nn.Module):
@@ -237,8 +249,10 @@ class KernelLinear(nn.Module):
 
     def dynamic(self, rows: Tensor) -> Tensor:
         rows = rows.float()
-        unit = largest_scale(rows, 8)
-        levels = quantize_groups(rows, unit, 8)
+        unit = largest_scale(rows, self.form.bits)
+        levels = quantize_groups(rows, unit, self.form.bits)
+        if self.form.bits == FP8:
+            return torch._scaled_mm(levels, self.levels.T, unit[:, None], self.scale.T, out_dtype=torch.bfloat16)
         if len(rows) < 32 and rows.is_cuda:  # its kernel takes more than 16 rows
             levels = F.pad(levels, (0, 0, 0, 32 - len(rows)))
         sums = torch._int_mm(levels, self.levels.T)[: len(rows)]  # (N, out) int32
@@ -732,11 +746,12 @@ def hub_config(model: MODEL.Transformer, kind: str) -> dict:
              if isinstance(module, (nn.Linear, MODEL.Router)) and not isinstance(module, QuantizedLinear)]
     plain += [f"re:.*{re.escape(MODEL.hub_name(kind, name + '.').removesuffix('.'))}.*" for name, module in model.named_modules()
               if type(module) is MODEL.Experts]
-    integers = {"num_bits": form.bits, "type": "int", "symmetric": True}
-    weights = {**integers, "dynamic": False, **({"strategy": "group", "group_size": form.group} if form.group else
+    floats = form.bits == FP8
+    numbers = {"num_bits": 8 if floats else form.bits, "type": "float" if floats else "int", "symmetric": True}
+    weights = {**numbers, "dynamic": False, **({"strategy": "group", "group_size": form.group} if form.group else
                                                 {"strategy": "channel"})}
-    activations = {**integers, "dynamic": True, "strategy": "token"} if form.dynamic else None
-    return {"quant_method": "compressed-tensors", "format": "int-quantized" if form.dynamic else "pack-quantized",
+    activations = {**numbers, "dynamic": True, "strategy": "token"} if form.dynamic else None
+    return {"quant_method": "compressed-tensors", "format": f"{numbers['type']}-quantized" if form.dynamic else "pack-quantized",
             "quantization_status": "compressed", "ignore": plain,
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations,
                                           "output_activations": None}}}
@@ -788,13 +803,15 @@ def form_of_hub(folder: Path, quantization: dict) -> tuple[Form, list[str]]:
     """The form that config.json names, and the layers that are not quantized."""
     groups = list((quantization.get("config_groups") or {}).values())
     weights, activations = (groups[0].get(key) or {} for key in ("weights", "input_activations")) if groups else ({}, {})
-    form = Form(weights.get("num_bits"), weights.get("group_size") or 0, bool(activations))
-    known = {"type": "int", "symmetric": True, "dynamic": False}
-    if len(groups) != 1 or form.bits not in (4, 8) or any(weights.get(key) != value for key, value in known.items()) or \
+    kind = weights.get("num_bits"), weights.get("type")
+    form = Form(FP8 if kind == (8, "float") else kind[0], weights.get("group_size") or 0, bool(activations))
+    known = {"symmetric": True, "dynamic": False}
+    if len(groups) != 1 or kind not in ((4, "int"), (8, "int"), (8, "float")) or \
+            any(weights.get(key) != value for key, value in known.items()) or \
             weights.get("strategy") not in ("group", "channel") or weights.get("actorder") or \
             activations and not (activations.get("dynamic") and activations.get("strategy") == "token"):
         raise UserError(f"{folder}/config.json: this form of compressed-tensors is not supported; symmetric integers of 4 or 8 "
-                        "bits in groups or rows are")
+                        "bits in groups or rows and fp8 are")
     return form, quantization.get("ignore") or []
 
 
@@ -815,13 +832,13 @@ def adopt(model: MODEL.Transformer, folder: Path, quantization: dict) -> None:
                 stored = QuantizedLinear(count * height, width, None, form, "meta")
                 restored = Restored(stored.weight_scale.unflatten(0, (count, -1)), form, width)
                 replace_experts(module, part, stored.weight_packed.unflatten(0, (count, -1)), restored)
-    keep_form(model, {(8, False): "int8", (8, True): "int8_dynamic", (4, False): "int4"}.get((form.bits, form.dynamic), "int4"))
+    keep_form(model, next((name for name, one in FORMS.items() if (one.bits, one.dynamic) == (form.bits, form.dynamic)), "int4"))
 
 
 def from_hub(tensors: Iterator[tuple[Path, str, Tensor]]) -> Iterator[tuple[Path, str, Tensor]]:
     for path, name, tensor in tensors:
-        if tensor.dtype == torch.int8:
-            yield path, f"{name}_packed", pack(tensor, 8)
+        if tensor.dtype in (torch.int8, torch.float8_e4m3fn):
+            yield path, f"{name}_packed", pack(tensor, 8 if tensor.dtype == torch.int8 else FP8)
             yield path, f"{name}_shape", torch.tensor(tensor.shape)
         else:
             yield path, name, tensor

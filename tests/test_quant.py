@@ -71,7 +71,7 @@ def test_packed_weights_are_the_published_form(method, knobs, tmp_path):
 
 
 @pytest.mark.parametrize("knobs", [{}, EXPERTS], ids=["dense", "experts"])
-@pytest.mark.parametrize("method", ["nf4", "llm_int8", "int8", "int8_dynamic", "int4"])
+@pytest.mark.parametrize("method", ["nf4", "llm_int8", "int8", "int8_dynamic", "int4", "fp8"])
 def test_an_adapter_learns_on_packed_weights_that_do_not_move(method, knobs, tmp_path):
     """Also through eval mode, where bitsandbytes would repack the weights of some processors."""
     model = MODEL.load(base(tmp_path / "base", **knobs), quantization=method)
@@ -224,6 +224,18 @@ def test_dynamic_activations_by_hand():
     token = hidden.abs().amax(-1, keepdim=True) / 127.5
     products = (hidden / token).round().clamp(-128, 127).double() @ (weight / row).round().clamp(-128, 127).double().T
     torch.testing.assert_close(quantized(hidden).double(), products * token * row[:, 0] + linear.bias, atol=1e-5, rtol=1e-5)
+
+
+def test_fp8_by_hand():
+    """The nearest of all 253 finite numbers of the type, after the largest weight of a row and number of a token became 448."""
+    linear, hidden = torch.nn.Linear(16, 6, bias=False), draw(3, 16)
+    numbers = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()].unique()
+    near = lambda x: numbers[(x[..., None] - numbers).abs().argmin(-1)]  # noqa: E731
+    row, token = (x.abs().amax(1, keepdim=True) / 448 for x in (linear.weight.data, hidden))
+    expected = (near(hidden / token) * token).double() @ (near(linear.weight.data / row) * row).double().T
+    quantized = QUANT.QuantizedLinear.of(linear, *QUANT.nearest(linear.weight.data, QUANT.FORMS["fp8"]), QUANT.FORMS["fp8"])
+    torch.testing.assert_close(quantized(hidden).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -465,7 +477,7 @@ def test_where_it_cannot_train_for_a_form_is_one_line(tmp_path, model_folder, ca
 # --------------------------------------------------------------------------------------------------------- folders
 
 
-@pytest.mark.parametrize("method", ["int8", "int8_dynamic", "int4", "gptq"])
+@pytest.mark.parametrize("method", ["int8", "int8_dynamic", "int4", "gptq", "fp8"])
 def test_a_quantized_folder_opens_here_and_in_transformers(method, tmp_path):
     model = QUANT.quantize(MODEL.load(base(tmp_path / "base", num_key_value_heads=2)), method, 0, TEXTS, exclude=["layers.1.*down_proj"])
     MODEL.save(model, tmp_path / "out")
@@ -483,7 +495,7 @@ def test_a_quantized_folder_opens_here_and_in_transformers(method, tmp_path):
     with torch.no_grad():
         difference = (theirs(ids).logits - expected).norm() / expected.norm()
     # Rounding errors of activations grow from layer to layer.
-    assert difference < (1e-2 if method == "int8_dynamic" else 1e-5)
+    assert difference < (1e-2 if method in ("int8_dynamic", "fp8") else 1e-5)
 
 
 @pytest.mark.parametrize("family, method", [
@@ -551,7 +563,7 @@ def test_what_cannot_be_quantized_or_saved_is_one_line(tmp_path, capsys):
                                 ("int4", dict(moe_intermediate_size=48), "experts of which the group size divides one width only")):
         with pytest.raises(UserError, match=f"a folder cannot hold {what}"):
             MODEL.save(QUANT.quantize(MODEL.build(MODEL.ModelConfig(**{**SMALL, **EXPERTS, **knobs})), method), tmp_path / "no")
-    for settings in ({"symmetric": False}, {"num_bits": 3}, {"strategy": "tensor"}, {"type": "float"}):
+    for settings in ({"symmetric": False}, {"num_bits": 3}, {"strategy": "tensor"}, {"type": "float", "num_bits": 4}):
         MODEL.save(QUANT.quantize(MODEL.load(folder), "int8"), tmp_path / "odd")
         config = json.loads((tmp_path / "odd/config.json").read_text())
         config["quantization_config"]["config_groups"]["group_0"]["weights"].update(settings)
