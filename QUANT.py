@@ -1186,7 +1186,7 @@ def last_line(done: subprocess.CompletedProcess) -> str:
 def export_openvino(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """A folder for openvino-genai, by the exporter of optimum-intel, which reads Hugging Face folders."""
     check_exportable(model, foreign=True)
-    int4 = ["int4", "--sym", "--ratio", "1.0", "--group-size", str(section.group_size), "--group-size-fallback", "adjust"]
+    int4 = ["int4", "--sym", "--ratio", "1.0", "--group-size", str(section.group_size or 32), "--group-size-fallback", "adjust"]
     formats = {"none": ["fp16"], "int8": ["int8"], "int4": int4}
     if section.method not in formats:
         raise UserError(f"quantization.method: --to openvino writes {', '.join(formats)}; found {section.method}")

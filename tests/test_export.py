@@ -40,7 +40,7 @@ def greedy(model, prompt: list[int], count: int) -> list[int]:
     return INFER.generate(model, [prompt], INFER.Sampling(max_new_tokens=count, temperature=0))[0][0].ids
 
 
-def section(method: str = "none", group_size: int = 32) -> QUANT.QuantizationSection:
+def section(method: str = "none", group_size: int = 0) -> QUANT.QuantizationSection:
     return QUANT.QuantizationSection(method=method, group_size=group_size)
 
 
