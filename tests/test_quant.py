@@ -17,6 +17,7 @@ import MODEL
 import QUANT
 import SFT
 import TOKENIZER
+from bench import quant
 from MODEL import UserError
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*JIT|.*is_gradient_checkpointing")]
@@ -463,6 +464,17 @@ def test_labels_of_the_plot_do_not_overlap(tmp_path, monkeypatch):
         labels = [Text.get_window_extent(label) for label in axes.texts]  # without their lines
         assert len(labels) == count and not any(one.overlaps(two) for one, two in itertools.combinations(labels, 2))
         assert all(figures[0].bbox.x1 >= label.x1 and not axes.bbox.overlaps(label) for label in labels)
+
+
+def test_llama_cpp_is_measured(model_folder, text_file, tmp_path):
+    pytest.importorskip("xllamacpp")
+    ours = comparison_of(model_folder, text_file)
+    settings = QUANT.QuantizationSection(gguf_type="F16")
+    QUANT.export(MODEL.load(model_folder), TOKENIZER.load(model_folder), "gguf", tmp_path / "out", settings)
+    quant.add(ours, "llama.cpp F16", quant.LlamaCpp, tmp_path / "out")
+    row = ours.rows["llama.cpp F16"]
+    assert row["KL, nats"] < 1e-3 and row["perplexity"] == pytest.approx(ours.rows["none"]["perplexity"], rel=1e-2)
+    assert row["decode, tokens/s"] > 0 and row["prefill, tokens/s"] > 0
 
 
 def test_a_model_without_a_language_model_head_is_refused(tmp_path, model_folder, text_file):
