@@ -26,6 +26,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -81,6 +82,8 @@ class QuantizationSection:
     lm_head: bool = knob(False, "quantize the output head as well, unless it shares the embedding's weight")
     calibration_samples: int = knob(128, "gptq, awq, smoothquant: calibration texts from data.train", low=1)
     calibration_length: int = knob(512, "gptq, awq, smoothquant: maximum tokens per calibration text", low=8)
+    questions: str | None = knob("auto", "file of questions to measure exact answers with; auto is the bundled file, with bundled "
+                                         "data")
     gguf_type: str = knob("Q8_0", "type of the matrices in a GGUF file",
                           ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q5_1", "Q5_0", "Q4_1", "Q4_0"))
     model: dict = knob({"name": "./out"}, "overrides `model` for this stage")
@@ -1435,7 +1438,7 @@ def last_line(done: subprocess.CompletedProcess) -> str:
 def export_openvino(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """A folder for openvino-genai, by the exporter of optimum-intel, which reads Hugging Face folders."""
     check_exportable(model, foreign=True)
-    int4 = ["int4", "--sym", "--ratio", "1.0", "--group-size", str(section.group_size), "--group-size-fallback", "adjust"]
+    int4 = ["int4", "--sym", "--ratio", "1.0", "--group-size", str(section.group_size or 32), "--group-size-fallback", "adjust"]
     formats = {"none": ["fp16"], "int8": ["int8"], "int4": int4}
     if section.method not in formats:
         raise UserError(f"quantization.method: --to openvino writes {', '.join(formats)}; found {section.method}")
@@ -1485,64 +1488,127 @@ EXPORTS = {"gguf": export_gguf, "gguf-lora": export_gguf_adapter, "onnx": export
            "torch-export": export_pt2, "aotinductor": export_compiled, "torchscript": export_torchscript,
            "tensorrt": export_tensorrt}
 ACTIONS = {"out": Action("folder (a file for torch-export, aotinductor and torchscript) to write to", str),
-           "compare": Action("measure every method"), "to": Action(f"export: {', '.join(EXPORTS)}", str)}
-COMPARED = ("bf16", "int8", "int8_dynamic", "smoothquant", "int4", "gptq", "awq", "nf4", "llm_int8")
+           "compare": Action("measure every method; writes compare.png to --out or to the model's folder"),
+           "to": Action(f"export: {', '.join(EXPORTS)}", str)}
+COMPARED = ("bf16", "int8", "int8_dynamic", "smoothquant", "int4", "gptq", "awq", "fp8", "nf4", "llm_int8")
+COLUMNS = {  # of the table, with formats
+    "size, MB": ",.2f",
+    "perplexity": ".3f",  # of held-out text
+    "correct": ".1%",  # share of its tokens that were the most probable
+    "KL, nats": ".4f",  # divergence from the original, per token
+    "answered": ".1%",  # share of questions that were answered exactly
+    "prefill, tokens/s": ",.0f",
+    "decode, tokens/s": ",.0f",
+}
 
 
-def calibration_of(config, tokenizer) -> list[list[int]]:
-    """Token ids of training texts."""
-    section = config.quantization
-    texts = TOKENIZER.sample_texts(config.data, part="train")
-    ids = (TOKENIZER.encode_text(tokenizer, text)[: section.calibration_length] for text in texts)
-    return list(itertools.islice((one for one in ids if len(one) > 1), section.calibration_samples))
+class Comparison:
+    """Forms of one model, measured on the same held-out texts and questions, beginning with the original."""
+
+    def __init__(self, config, model: MODEL.LanguageModel, tokenizer):
+        self.rows: dict[str, dict[str, float]] = {}  # {form: {column: value}}
+        self.original: Tensor | None = None  # log-probabilities (N, V)
+        self.dtype = model.dtype
+        self.context, self.texts = model.config.max_position_embeddings, []
+        tokens = min(8192, 2**28 // model.config.vocab_size)  # a GB of log-probabilities at most
+        pieces = sample_ids(config.data, tokenizer, "val", min(self.context, 1024) + 1)
+        while sum(map(len, self.texts)) < tokens and (piece := next(pieces, None)):
+            self.texts.append(piece)
+        if not self.texts:
+            raise UserError(f"data.validation: '{config.data.validation}' holds out no text, and perplexity is measured on "
+                            "held-out text; use hash, tail or a file")
+        self.answered = exact_answers(config, tokenizer)
+        self.add("none", model)
+
+    def add(self, name: str, model: MODEL.LanguageModel) -> None:
+        """Measure a model, which is of no further use afterwards."""
+        say(f"{name}: measuring on {sum(map(len, self.texts)):,} held-out tokens")
+        row = {"size, MB": INFER.weight_bytes(model) / 1e6}
+        row |= self.quality(lambda ids: model(torch.tensor([ids], device=model.device)).logits[0])
+        model = INFER.configure_for_hardware(model, quiet=True)
+        answered = {"answered": self.answered(model)} if self.answered else {}
+        self.rows[name] = row | answered | self.speed(partial(token_times, model))
+
+    @torch.no_grad()
+    def quality(self, logits_of: Callable[[list[int]], Tensor]) -> dict[str, float]:
+        """Columns that follow from logits_of(ids) -> (T, V)."""
+        logs = torch.cat([logits_of(ids[:-1]).float().log_softmax(-1).cpu() for ids in self.texts])  # (N, V)
+        targets = torch.tensor([token for ids in self.texts for token in ids[1:]])  # (N,)
+        self.original = logs if self.original is None else self.original
+        return {"perplexity": float(F.nll_loss(logs, targets).exp()),
+                "correct": float((logs.argmax(-1) == targets).float().mean()),
+                "KL, nats": float(F.kl_div(logs, self.original, reduction="batchmean", log_target=True))}
+
+    def speed(self, times: Callable[[list[int], int], list[float]]) -> dict[str, float]:
+        """Tokens/s of reading a prompt of 256 tokens and of generating 64, fewer in a short context: the best of three runs.
+        times(prompt, count) -> seconds from the start to each new token."""
+        prompt, count = [5] * min(256, self.context // 2), min(64, self.context // 4)
+        runs = [times(prompt, count) for _ in range(3)]
+        return {"prefill, tokens/s": max(len(prompt) / run[0] for run in runs),
+                "decode, tokens/s": max((count - 1) / (run[-1] - run[0]) for run in runs)}
+
+    def table(self) -> str:
+        width = max(map(len, self.rows))
+        lines = [f"| {'method':{width}} | " + " | ".join(COLUMNS) + " |",
+                 f"|{'-' * (width + 2)}|" + "".join(f"{'-' * (len(title) + 1)}:|" for title in COLUMNS)]
+        for name, row in self.rows.items():
+            cells = (format(row[title], form) if title in row else "-" for title, form in COLUMNS.items())
+            lines.append(f"| {name:{width}} |" + "".join(f" {cell:>{len(title)}} |" for cell, title in zip(cells, COLUMNS)))
+        return "\n".join(lines)
+
+    def plot(self, path: Path) -> None:
+        """Size against perplexity and speed. Names stand beside each panel, in the order of their points' heights."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return say("no plot: matplotlib is not installed")
+        figure = Figure(figsize=(15, 5), layout="constrained")
+        runtimes = dict.fromkeys(name.rpartition(" ")[0] for name in self.rows)  # of "llama.cpp Q8_0"; "" for methods
+        colors = dict(zip(runtimes, itertools.cycle(("#1f5fa8", "#d1495b", "#2a9d5c", "#e09f3e", "#7b5ea7"))))
+        for axes, title in zip(figure.subplots(1, 3), ("perplexity", "decode, tokens/s", "prefill, tokens/s"), strict=True):
+            points = sorted((row[title], row["size, MB"], name) for name, row in self.rows.items() if title in row)
+            for height, (value, size, name) in zip(np.linspace(0, 1, len(points)), points, strict=True):
+                color = colors[name.rpartition(" ")[0]]
+                axes.plot(size, value, "o", color=color, markersize=5)
+                line = {"arrowstyle": "-", "color": color, "alpha": 0.4, "relpos": (0, 0.5), "shrinkA": 0}
+                axes.annotate(name, (size, value), (1.05, height), textcoords="axes fraction", va="center", color=color,
+                              arrowprops=line)
+            axes.set(xlabel="size, MB", title=title, yscale="log" if points[-1][0] > 10 * points[0][0] else "linear")
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+        with MODEL.staged(path.parent) as scratch:
+            figure.savefig(scratch / path.name, dpi=120)
+        say(f"plot: {path}")
 
 
-class Measured(NamedTuple):
-    """What a form costs and brings: MB of weights; on held-out text perplexity, share of tokens that were the most probable, and
-    KL divergence from the original in nats; tokens/s of reading a prompt and of generating."""
-
-    size: float
-    perplexity: float
-    right: float
-    kl: float
-    prefill: float
-    decode: float
-
-
-MEASURED_TOKENS = 2048  # of held-out text are compared with the original's probabilities
-
-
-@torch.no_grad()
-def predictions(model, tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N, V) of each token of the first held-out texts, and the tokens (N,)."""
-    found, targets, context = [], [], model.config.max_position_embeddings
+def sample_ids(data: TOKENIZER.DataSection, tokenizer, part: str, length: int) -> Iterator[list[int]]:
+    """Token ids of random texts of a part ("train" or "val"), in pieces of at most `length` tokens."""
+    texts = list(TOKENIZER.sample_texts(data, part=part))
+    random.Random(0).shuffle(texts)
     for text in texts:
-        ids = TOKENIZER.encode_text(tokenizer, text)[:context]
-        if sum(map(len, targets)) < MEASURED_TOKENS and len(ids) > 1:
-            found.append(model(torch.tensor([ids[:-1]], device=model.device)).logits[0].float().log_softmax(-1))
-            targets.append(torch.tensor(ids[1:], device=model.device))
-    return torch.cat(found), torch.cat(targets)
+        ids = INFER.score_prompt(tokenizer, text)
+        yield from (ids[start : start + length] for start in range(0, len(ids) - 1, length))
 
 
-def measure(model, tokenizer, texts: list[str], original: Tensor | None) -> tuple[Measured, Tensor]:
-    """Measure a model that is of no further use afterwards. Also returns its predictions, the next call's `original`."""
-    size, score = INFER.weight_bytes(model) / 1e6, INFER.score(model, tokenizer, texts)
-    logs, targets = predictions(model, tokenizer, texts)
-    kl = 0.0 if original is None else float((original.exp() * (original - logs)).sum(-1).mean())
-    right = float((logs.argmax(-1) == targets).float().mean())
-    model = INFER.configure_for_hardware(model, quiet=True)
-    prefill, decode = map(max, zip(*(speeds(model) for _ in range(3)), strict=True))
-    return Measured(size, score["perplexity"], right, kl, prefill, decode), logs
+def exact_answers(config, tokenizer) -> Callable[[MODEL.LanguageModel], float] | None:
+    """measure(model) -> the share of 200 questions that it answers exactly."""
+    name, bundled = config.quantization.questions, "data/chat_test.jsonl"
+    if name == "auto":
+        name = bundled if config.data.train == TOKENIZER.DataSection().train and Path(bundled).exists() else None
+    if name is None:
+        return None
+    import SFT
+
+    questions = SFT.read_questions(name, 200, "quantization.questions")
+    greedy = INFER.Sampling(64, 0, stop=None if tokenizer.chat_template else ["\n"])
+    return SFT.exact_match(questions, tokenizer, greedy)
 
 
-def speeds(model) -> tuple[float, float]:
-    """Tokens/s of reading a prompt of 256 tokens and of generating 64, fewer in a short context."""
-    context = model.config.max_position_embeddings
-    prompt, sampling = [5] * min(256, context // 2), INFER.Sampling(min(64, context // 4), 0, ignore_eos=True)
-    [rows] = INFER._make_rows(model, [prompt], [sampling], None, 0)
+def token_times(model: MODEL.LanguageModel, prompt: list[int], count: int) -> list[float]:
+    """Seconds from the start of generation to each of `count` tokens."""
+    [rows] = INFER._make_rows(model, [prompt], [INFER.Sampling(count, 0, ignore_eos=True)], None, 0)
     start = time.perf_counter()
-    moments = [time.perf_counter() - start for _ in INFER._steps(model, rows, True, 1)]
-    return len(prompt) / moments[0], (len(moments) - 1) / (moments[-1] - moments[0])
+    return [time.perf_counter() - start for _ in INFER._steps(model, rows, True, 1)]
 
 
 def check_request(config) -> None:
@@ -1556,11 +1622,13 @@ def check_request(config) -> None:
     if actions.to and (actions.to not in EXPORTS or not actions.out or actions.compare):
         raise UserError("--to: needs --out FOLDER, without --compare" if actions.to in EXPORTS else
                         f"--to: '{actions.to}' is not one of {', '.join(EXPORTS)}")
+    if section.method == "none" and not actions.to and not actions.compare:
+        raise UserError("quantization.method: none changes nothing; name a method")
     if (section.exclude or section.lm_head) and (actions.to or section.method in ("none", "fp16", "bf16")):
         raise UserError("quantization.exclude and quantization.lm_head: have no effect on an export, fp16 or bf16; leave them "
                         "out")
-    if actions.compare and actions.out:
-        raise UserError("--compare: only measures; leave out --out")
+    if actions.compare and actions.out and Path(actions.out).suffix:
+        raise UserError(f"--out: --compare writes compare.png into a folder; found '{actions.out}'")
     if actions.out and not actions.to and section.method in BITSANDBYTES:
         raise UserError(f"--out: a folder cannot hold {section.method} weights; quantize while loading (--quantization)")
 
@@ -1595,32 +1663,29 @@ def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSe
     say(f"exported to {out}")
 
 
-def compare(config, methods: list[str], out: str | None) -> dict[str, Measured]:
-    """Measure the original and the model after each method; the last one is saved to `out`."""
-    section, rows, original = config.quantization, {}, None
-    folder = MODEL.resolve_folder(MODEL.base_and_adapter(config.model.name)[0])
-    stored = MODEL.stored_dtype(MODEL.read_json(folder / "config.json"))
-    texts, dtype = list(itertools.islice(TOKENIZER.sample_texts(config.data, part="val"), 100)), None
-    if not texts:
-        raise UserError(f"data.validation: '{config.data.validation}' holds out no text, and perplexity is measured on held-out "
-                        "text; use hash, tail or a file")
-    for method in dict.fromkeys(("none", *methods)):
-        precise = method in NEAREST and stored == "float32"  # the nearest levels of 16-bit weights may be others
-        model, tokenizer = opened(config, dtype="float32" if precise else None)
-        dtype = dtype or model.dtype  # of the original, and of what is not quantized
-        if method != "none":
-            calibration = calibration_of(config, tokenizer) if method in CALIBRATED else None
-            quantize(model, method, section.group_size, calibration, section.exclude, section.lm_head)
-            for weight in model.parameters() if precise else ():
-                weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data
-            if out:
-                MODEL.save(model, out)
-                TOKENIZER.save(tokenizer, out)
-                say(f"saved to {out}")
-        say(f"{method}: measuring on {len(texts)} held-out texts")
-        rows[method], logs = measure(model, tokenizer, texts, original)
-        original = logs if original is None else original
-    return rows
+def quantized(config, method: str, dtype: torch.dtype) -> tuple[MODEL.LanguageModel, object]:
+    """The model after a method, in `dtype` where it is not quantized, and its tokenizer."""
+    section, folder = config.quantization, MODEL.resolve_folder(MODEL.base_and_adapter(config.model.name)[0])
+    # The nearest levels of weights that were narrowed to 16 bits may be others.
+    precise = method in NEAREST and MODEL.stored_dtype(MODEL.read_json(folder / "config.json")) == "float32"
+    model, tokenizer = opened(config, dtype="float32" if precise else None)
+    pieces = sample_ids(config.data, tokenizer, "train", section.calibration_length) if method in CALIBRATED else ()
+    calibration = list(itertools.islice(pieces, section.calibration_samples))
+    quantize(model, method, section.group_size, calibration, section.exclude, section.lm_head)
+    for weight in model.parameters() if precise else ():
+        weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data
+    return model, tokenizer
+
+
+def compare(config) -> Comparison:
+    """Measure the original and the model after each method; one that cannot be used with this model is left out."""
+    comparison = Comparison(config, *opened(config))
+    for method in COMPARED:
+        try:
+            comparison.add(method, quantized(config, method, comparison.dtype)[0])
+        except UserError as error:
+            say(f"{method} is left out: {error}")
+    return comparison
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1632,11 +1697,19 @@ def main(argv: list[str] | None = None) -> None:
             section.method = "none"  # the default is one for folders
         export(*opened(config, actions.to != "gguf-lora"), actions.to, actions.out, section)
         return
-    rows = compare(config, COMPARED if actions.compare else [section.method], actions.out)
-    print(f"{'method':12} {'weights':>13} {'perplexity':>11} {'next right':>11} {'KL, nats':>9} {'prefill':>15} {'decode':>13}")
-    for method, one in rows.items():
-        print(f"{method:12} {one.size:10,.2f} MB {one.perplexity:11.3f} {one.right:11.1%} {one.kl:9.4f} "
-              f"{one.prefill:9,.0f} tok/s {one.decode:7,.0f} tok/s")
+    if actions.compare:
+        comparison, folder = compare(config), Path(actions.out or config.model.name)
+        print(comparison.table())
+        comparison.plot((folder if actions.out or folder.is_dir() else Path()) / "compare.png")
+        return
+    comparison = Comparison(config, *opened(config))
+    model, tokenizer = quantized(config, section.method, comparison.dtype)
+    if actions.out:
+        MODEL.save(model, actions.out)
+        TOKENIZER.save(tokenizer, actions.out)
+        say(f"saved to {actions.out}")
+    comparison.add(section.method, model)
+    print(comparison.table())
 
 
 if __name__ == "__main__":

@@ -1588,15 +1588,9 @@ def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable | None:
         name = SHIPPED_QUESTIONS if shipped and config.rl.method != "reward" else None
     if name is None:
         return evaluate
-    path, form = Path(name), TOKENIZER.Form(SFT.conversation, "rl", None, config.rl.system)
-    if not path.exists():
-        raise UserError(f"rl.kept: file not found: '{path}'")
+    questions = SFT.read_questions(name, SFT.SFTSection().eval_answers, "rl.kept", config.rl.system)
     if not tokenizer.chat_template:
         raise UserError("rl.kept: conversations need a chat template, which this tokenizer lacks; set --rl.kept null")
-    samples = [SFT.Sample(where, record, tokenizer, SFT.SFTSection()) for where, record in form.read(path, TOKENIZER.LeftOut())]
-    questions = SFT.questions_of(samples, SFT.SFTSection().eval_answers)
-    if not questions:
-        raise UserError(f"rl.kept: {path} has no conversation with an 'answer' to compare with")
     match = SFT.exact_match(questions, tokenizer, INFER.Sampling(64, temperature=0))
     return lambda model: {**(evaluate(model) if evaluate else {}), "kept": match(model)}
 

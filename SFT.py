@@ -323,10 +323,10 @@ def in_batches(config, train: list, held_out: list) -> tuple[TOKENIZER.TokenStre
 # -------------------------------------------------------------------------------------------------- evaluation
 
 
-def question_of(sample: Sample) -> tuple[list[dict], str] | None:
+def question_of(record: dict) -> tuple[list[dict], str] | None:
     """(the conversation up to its last answer, that answer), of a record whose answer can be checked."""
-    messages = sample.record.get("messages") or []
-    if "answer" not in sample.record or len(messages) < 2 or messages[-1]["role"] != "assistant":
+    messages = record.get("messages") or []
+    if "answer" not in record or len(messages) < 2 or messages[-1]["role"] != "assistant":
         return None
     return messages[:-1], messages[-1]["content"]
 
@@ -336,14 +336,28 @@ def same_answer(answer: str, expected: str) -> bool:
     return " ".join(answer.split()).lower() == " ".join(expected.split()).lower()
 
 
-def question_ids(tokenizer, sample: Sample, messages: list[dict]) -> list[int]:
-    return TOKENIZER.render_chat(tokenizer, messages, sample.record.get("tools"), add_generation_prompt=True).ids
+def question_ids(tokenizer, record: dict, messages: list[dict]) -> list[int]:
+    """The prompt for the next answer; without a chat template, the messages as lines of text."""
+    if not tokenizer.chat_template:
+        return TOKENIZER.encode_prompt(tokenizer, "\n".join(message["content"] for message in messages))
+    return TOKENIZER.render_chat(tokenizer, messages, record.get("tools"), add_generation_prompt=True).ids
 
 
-def questions_of(samples: list[Sample], limit: int) -> list[tuple[Sample, list[dict], str]]:
-    """At most `limit` of the samples whose answers can be checked, spread over all of them."""
-    questions = [(sample, *question) for sample in samples if (question := question_of(sample))]
+def questions_of(records: list[dict], limit: int) -> list[tuple[dict, list[dict], str]]:
+    """(record, messages before the answer, answer) of at most `limit` records whose answers can be checked, spread evenly."""
+    questions = [(record, *question) for record in records if (question := question_of(record))]
     return [questions[i] for i in np.linspace(0, len(questions) - 1, min(len(questions), limit)).astype(int)]
+
+
+def read_questions(path: str | Path, limit: int, key: str, system: str | None = None) -> list[tuple[dict, list[dict], str]]:
+    """`questions_of` the conversations in the file that the setting `key` names."""
+    if not Path(path).exists():
+        raise UserError(f"{key}: file not found: '{path}'")
+    form = TOKENIZER.Form(conversation, key.partition(".")[0], None, system)
+    questions = questions_of([record for _, record in form.read(Path(path), TOKENIZER.LeftOut())], limit)
+    if not questions:
+        raise UserError(f"{key}: {path} has no conversation with an 'answer' to compare with")
+    return questions
 
 
 def exact_match(questions: list, tokenizer, sampling: INFER.Sampling) -> Callable:
@@ -352,7 +366,7 @@ def exact_match(questions: list, tokenizer, sampling: INFER.Sampling) -> Callabl
     def measure(model) -> float:
         part = questions[MODEL.process_rank() :: TRAIN.world_size()]
         room = 1 - model.config.max_position_embeddings
-        prompts = [question_ids(tokenizer, sample, messages)[room:] for sample, messages, _ in part]
+        prompts = [question_ids(tokenizer, record, messages)[room:] for record, messages, _ in part]
         answers = INFER.generate(model, prompts, sampling, tokenizer, batch_size=64)
         right = sum(same_answer(answer.text, expected) for [answer], (_, _, expected) in zip(answers, part, strict=True))
         return TRAIN.all_sum([float(right)], model.device)[0] / len(questions)
@@ -362,9 +376,9 @@ def exact_match(questions: list, tokenizer, sampling: INFER.Sampling) -> Callabl
 
 def with_answers(evaluate: Callable | None, samples: list[Sample], tokenizer, config) -> Callable | None:
     """The held-out loss, preceded by the share of held-out questions that are answered word for word; a few are shown."""
-    questions = questions_of(samples, config.sft.eval_answers)
-    chats = [(sample, sample.record.get("messages", ())) for sample in samples]
-    shown = questions or [(sample, messages[:-1], "") for sample, messages in chats if len(messages) > 1]
+    records = [sample.record for sample in samples]
+    questions = questions_of(records, config.sft.eval_answers)
+    shown = questions or [(record, record["messages"][:-1], "") for record in records if len(record.get("messages", ())) > 1]
     greedy = INFER.Sampling(config.sft.answer_tokens, temperature=0)
     match = exact_match(questions, tokenizer, greedy)
 
@@ -372,7 +386,7 @@ def with_answers(evaluate: Callable | None, samples: list[Sample], tokenizer, co
         return {"exact_match": match(model), **(evaluate(model) if evaluate else {})}
 
     shown = shown[:: max(1, len(shown) // 3)][:3]
-    prompts = [(messages[-1]["content"], question_ids(tokenizer, sample, messages)) for sample, messages, _ in shown]
+    prompts = [(messages[-1]["content"], question_ids(tokenizer, record, messages)) for record, messages, _ in shown]
     return TRAIN.with_samples(measure if questions else evaluate, tokenizer, config.training, prompts, greedy)
 
 

@@ -27,6 +27,7 @@ import MODEL
 import TOKENIZER
 
 PORT = 8124
+NPM = Path.home() / ".cache/workshop-npm"
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 
 
@@ -60,16 +61,24 @@ def serve(onnx: Path, npm: Path) -> http.server.ThreadingHTTPServer:
     return http.server.ThreadingHTTPServer(("127.0.0.1", PORT), functools.partial(Handler, folders=folders))
 
 
-def generated(url: str, prompt: str, picture: Path) -> tuple[list[int], str]:
+def open_page(driver):
+    """The page in headless Chromium, with the model loaded."""
+    from playwright.sync_api import expect
+
+    page = driver.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS).new_page(viewport={"width": 800, "height": 560})
+    page.on("pageerror", lambda error: print("page error:", error, file=sys.stderr))
+    page.on("console", lambda message: message.type == "error" and print("console:", message.text[:300], file=sys.stderr))
+    page.goto(f"http://127.0.0.1:{PORT}/")
+    expect(page.locator("#run")).to_be_enabled(timeout=120_000)
+    return page
+
+
+def generated(prompt: str, picture: Path) -> tuple[list[int], str]:
     """The ids that the page generates, and its last line of state."""
     from playwright.sync_api import expect, sync_playwright
 
     with sync_playwright() as driver:
-        page = driver.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS).new_page(viewport={"width": 800, "height": 560})
-        page.on("pageerror", lambda error: print("page error:", error, file=sys.stderr))
-        page.on("console", lambda message: message.type == "error" and print("console:", message.text[:300], file=sys.stderr))
-        page.goto(url)
-        expect(page.locator("#run")).to_be_enabled(timeout=120_000)
+        page = open_page(driver)
         page.locator("#prompt").fill(prompt)
         page.locator("#run").click()
         expect(page.locator("#run[data-ids]")).to_be_enabled(timeout=120_000)
@@ -81,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--onnx", type=Path, required=True, help="folder of QUANT.py --to onnx")
     parser.add_argument("--model", help="folder that the ONNX model was made from; compares the texts")
-    parser.add_argument("--npm", type=Path, default=Path.home() / ".cache/workshop-npm", help="folder of the npm packages")
+    parser.add_argument("--npm", type=Path, default=NPM, help="folder of the npm packages")
     parser.add_argument("--prompt", default="Once upon a time")
     parser.add_argument("--picture", type=Path, default=ROOT / "bench/browser.png")
     options = parser.parse_args()
@@ -90,7 +99,7 @@ def main() -> None:
     if not options.model:
         return server.serve_forever()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    ids, state = generated(f"http://127.0.0.1:{PORT}/", options.prompt, options.picture)
+    ids, state = generated(options.prompt, options.picture)
     tokenizer, model = TOKENIZER.load(options.model), MODEL.load(options.model)
     prompt = TOKENIZER.encode_prompt(tokenizer, options.prompt)
     [[ours]] = INFER.generate(model, [prompt], INFER.Sampling(max_new_tokens=64, temperature=0))

@@ -119,9 +119,8 @@ def introduced(model, tokenizer, seed: int, start) -> tuple[list[bool], list[str
 
 
 def kept(model, tokenizer) -> float:
-    form = TOKENIZER.Form(SFT.conversation, "sft")
-    samples = [SFT.Sample(where, record, tokenizer, SFT.SFTSection()) for where, record in form.read(ROOT / "data/chat_test.jsonl", TOKENIZER.LeftOut())]
-    return SFT.exact_match(SFT.questions_of(samples, len(samples)), tokenizer, INFER.Sampling(64, temperature=0))(model)
+    questions = SFT.read_questions(ROOT / "data/chat_test.jsonl", 10**6, "rl.kept")
+    return SFT.exact_match(questions, tokenizer, INFER.Sampling(64, temperature=0))(model)
 
 
 @torch.no_grad()

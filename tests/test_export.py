@@ -12,6 +12,7 @@ import INFER
 import MODEL
 import QUANT
 import TOKENIZER
+from bench import quant
 from MODEL import UserError
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -40,7 +41,7 @@ def greedy(model, prompt: list[int], count: int) -> list[int]:
     return INFER.generate(model, [prompt], INFER.Sampling(max_new_tokens=count, temperature=0))[0][0].ids
 
 
-def section(method: str = "none", group_size: int = 32) -> QUANT.QuantizationSection:
+def section(method: str = "none", group_size: int = 0) -> QUANT.QuantizationSection:
     return QUANT.QuantizationSection(method=method, group_size=group_size)
 
 
@@ -231,6 +232,20 @@ def test_onnxruntime_genai_opens_the_folder(ready, tokenizer, tmp_path):
     while not generator.is_done():
         generator.generate_next_token()
     assert list(generator.get_sequence(0))[len(PROMPT) :] == greedy(ready, PROMPT, 24)
+
+
+def test_the_benchmark_measures_an_onnx_file(ready, tokenizer, tmp_path):
+    QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section())
+    comparison = QUANT.Comparison.__new__(QUANT.Comparison)
+    comparison.rows, comparison.texts, comparison.original, comparison.context = {}, [PROMPT * 6, PROMPT], None, 64
+    expected = comparison.quality(lambda ids: ready(torch.tensor([ids])).logits[0])
+    quant.add(comparison, "onnxruntime", quant.OnnxRuntime, tmp_path)
+    row = comparison.rows["onnxruntime"]
+    assert {title: row[title] for title in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert row["size, MB"] == (tmp_path / "onnx/model.onnx").stat().st_size / 1e6
+    assert row["decode, tokens/s"] > 0 and row["prefill, tokens/s"] > 0
+    times = quant.OnnxRuntime(tmp_path, 64).times(PROMPT, 5)
+    assert len(times) == 5 and times == sorted(times)
 
 
 def test_other_methods_and_missing_packages_are_one_line(ready, tokenizer, tmp_path, monkeypatch):

@@ -3,11 +3,13 @@
 import itertools
 import json
 import math
+import shutil
 import sys
 
 import pytest
 import torch
 import transformers
+from conftest import make_text
 from safetensors.torch import load_file
 from test_model import VOCAB, reference
 from test_sft import questions
@@ -19,6 +21,7 @@ import RL
 import SFT
 import TOKENIZER
 import TRAIN
+from bench import quant
 from MODEL import UserError
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*JIT|.*is_gradient_checkpointing")]
@@ -127,7 +130,7 @@ def test_qlora_end_to_end(method, tmp_path, tokenizer, model_folder, text_file, 
     tables = []
     for name in ("whole", "merged"):  # an adapter's folder is measured as the model that it makes of its base
         QUANT.main(["--model", str(tmp_path / name), "--data", str(text_file), "--method", method, "--model.device", "cpu", "--model.dtype", "float32"])
-        tables.append([[float(line.split()[i]) for i in (1, 3)] for line in capsys.readouterr().out.splitlines()[1:]])
+        tables.append([[float(row[title]) for title in ("size, MB", "perplexity")] for row in table_of(capsys.readouterr().out)])
     torch.testing.assert_close(*map(torch.tensor, tables), rtol=1e-3, atol=1e-3)
 
 
@@ -204,7 +207,7 @@ def test_round_to_nearest(method, bits, group, knobs, tmp_path):
 
 def test_integers_are_those_of_the_stored_weights(tmp_path, model_folder, text_file, monkeypatch):
     """Whatever the type of the other weights."""
-    monkeypatch.setattr(QUANT, "speeds", lambda model: (1.0, 1.0))
+    monkeypatch.setattr(QUANT.Comparison, "speed", lambda *words: {})
     QUANT.main(["--model", str(model_folder), "--method", "int4", "--data", str(text_file), "--model.device", "cpu", "--model.dtype", "bfloat16",
                 "--out", str(tmp_path)])
     exact, saved = QUANT.quantize(MODEL.load(model_folder), "int4").state_dict(), load_file(tmp_path / "model.safetensors")
@@ -572,18 +575,113 @@ def test_what_cannot_be_quantized_or_saved_is_one_line(tmp_path, capsys):
             MODEL.load(tmp_path / "odd")
 
 
+def table_of(text: str) -> list[dict]:
+    """The rows of a printed table, {title: cell}."""
+    head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines())
+    return [dict(zip(head, line, strict=True)) for line in lines]
+
+
 def test_a_quantized_folder_generates_and_serves_adapters(tmp_path, model_folder, text_file, capsys):
     QUANT.main(["--model", str(model_folder), "--data", str(text_file), "--method", "awq", "--calibration-samples", "8", "--out", str(tmp_path / "out"), "--model.device", "cpu"])
-    head, plain, packed = capsys.readouterr().out.splitlines()
-    assert head.split() == ["method", "weights", "perplexity", "next", "right", "KL,", "nats", "prefill", "decode"]
-    plain, packed = plain.split(), packed.split()
-    assert plain[0] == "none" and packed[0] == "awq" and float(packed[1]) < float(plain[1]) and float(plain[5]) == 0 < float(packed[5])
+    plain, packed = table_of(capsys.readouterr().out)
+    assert plain["method"] == "none" and packed["method"] == "awq" and float(packed["size, MB"]) < float(plain["size, MB"])
+    assert float(plain["KL, nats"]) == 0 < float(packed["KL, nats"]) and plain["answered"] == "-"
     INFER.main(["--model", str(tmp_path / "out"), "--prompt", "The red", "--temperature", "0", "--max-new-tokens", "8", "--model.device", "cpu"])
     said = capsys.readouterr()
     assert said.out.strip() and "int4 weights" in said.err
     reference = INFER.score(MODEL.load(model_folder), TOKENIZER.load(model_folder),
-                            itertools.islice(TOKENIZER.sample_texts(TOKENIZER.DataSection(train=[str(text_file)]), part="val"), 100))
-    assert math.isclose(float(plain[3]), reference["perplexity"], rel_tol=1e-3)
+                            TOKENIZER.sample_texts(TOKENIZER.DataSection(train=[str(text_file)]), part="val"))
+    assert math.isclose(float(plain["perplexity"]), reference["perplexity"], rel_tol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------- comparison
+
+
+def comparison_of(model_folder, text_file, **flags) -> QUANT.Comparison:
+    words = [f"--{key}={value}" for key, value in {"model": model_folder, "data": text_file, "model.device": "cpu", **flags}.items()]
+    return QUANT.Comparison(MODEL.load_config(words, QUANT.SECTIONS, "quantization"), MODEL.load(model_folder), TOKENIZER.load(model_folder))
+
+
+def test_quality_by_hand():
+    """Two models that look up the next token in a table of logits."""
+    ours, texts = QUANT.Comparison.__new__(QUANT.Comparison), [[1, 2, 0, 2], [2, 0]]
+    ours.texts, ours.original = texts, None
+    tables = draw(3, 3), draw(3, 3, seed=1)
+    nats, right, divergence, pairs = 0.0, 0, 0.0, [pair for ids in texts for pair in itertools.pairwise(ids)]
+    for first, second in pairs:
+        old, new = (table[first].double().softmax(0).tolist() for table in tables)
+        nats -= math.log(new[second])
+        right += max(new) == new[second]
+        divergence += sum(p * math.log(p / q) for p, q in zip(old, new, strict=True))
+    first, second = (ours.quality(lambda ids, table=table: table[ids]) for table in tables)
+    assert first["KL, nats"] == 0
+    assert second == pytest.approx({"perplexity": math.exp(nats / 4), "correct": right / 4, "KL, nats": divergence / 4}, rel=1e-5)
+
+
+def test_held_out_pieces_cover_a_long_text(model_folder, tmp_path):
+    (tmp_path / "book.txt").write_text(" ".join(make_text(300)))
+    ours = comparison_of(model_folder, tmp_path / "book.txt", **{"data.text_unit": "file", "data.validation": "tail"})
+    assert len(ours.texts) > 1 and max(map(len, ours.texts)) <= ours.context + 1
+    [text] = TOKENIZER.sample_texts(TOKENIZER.DataSection(train=[str(tmp_path / "book.txt")], text_unit="file", validation="tail"), part="val")
+    assert sum(ours.texts, []) == INFER.score_prompt(TOKENIZER.load(model_folder), text)
+
+
+def test_exact_answers_are_counted(model_folder, text_file, tmp_path):
+    """Some of the expected answers are what the model generates up to the end of the line."""
+    model, tokenizer, prompts = MODEL.load(model_folder), TOKENIZER.load(model_folder), make_text(8, seed=3)
+    rows = [TOKENIZER.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    generated = [own.text for [own] in INFER.generate(model, rows, INFER.Sampling(64, 0, stop=["\n"]), tokenizer)]
+    pairs = [(prompt, text) for prompt, text in zip(prompts, generated, strict=True) if text.strip()]
+    pairs = [*pairs, *((prompt, "No.") for prompt, _ in pairs[:3])]
+    assert len(pairs) > 6
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps({"answer": text, "messages": [
+        {"role": "user", "content": prompt}, {"role": "assistant", "content": text}]}) + "\n" for prompt, text in pairs))
+    ours = comparison_of(model_folder, text_file, questions=tmp_path / "questions.jsonl")
+    assert ours.rows["none"]["answered"] == 1 - 3 / len(pairs)
+    with pytest.raises(UserError, match="quantization.questions: file not found"):
+        comparison_of(model_folder, text_file, questions=tmp_path / "none.jsonl")
+
+
+def test_compare_prints_and_draws_what_works(model_folder, text_file, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    flags = ["--model", str(folder), "--data", str(text_file), "--compare", "--model.device", "cpu"]
+    with pytest.raises(UserError, match="--out: --compare writes compare.png into a folder; found 'a.png'"):
+        QUANT.main([*flags, "--out", "a.png"])
+    monkeypatch.setattr(QUANT, "COMPARED", ("int8", "nf4"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    QUANT.main(flags)
+    said = capsys.readouterr()
+    assert [row["method"] for row in table_of(said.out)] == ["none", "int8"]
+    assert f"plot: {folder}/compare.png" in said.err and (folder / "compare.png").stat().st_size > 10_000
+    assert "nf4 is left out: quantization.method: needs `pip install bitsandbytes`" in said.err
+
+
+def test_labels_of_the_plot_do_not_overlap(tmp_path, monkeypatch):
+    from matplotlib.text import Text
+
+    figures, ours = [], QUANT.Comparison.__new__(QUANT.Comparison)
+    runtimes = [f"onnxruntime {name}" for name in ("float32", "int8", "int4")] + [f"llama.cpp {name}" for name in ("F16", "Q8_0", "Q4_0")]
+    ours.rows = {name: {"size, MB": 1.34, "perplexity": 1.5, "decode, tokens/s": 100.0 + i, "prefill, tokens/s": 1e4}
+                 for i, name in enumerate(("none", *QUANT.COMPARED, *runtimes))}
+    del ours.rows["llama.cpp F16"]["perplexity"]
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, dpi: figures.append(figure) or path.touch())
+    ours.plot(tmp_path / "compare.png")
+    figures[0].draw_without_rendering()
+    for axes, count in zip(figures[0].axes, (len(ours.rows) - 1, len(ours.rows), len(ours.rows)), strict=True):
+        labels = [Text.get_window_extent(label) for label in axes.texts]  # without their lines
+        assert len(labels) == count and not any(one.overlaps(two) for one, two in itertools.combinations(labels, 2))
+        assert all(figures[0].bbox.x1 >= label.x1 and not axes.bbox.overlaps(label) for label in labels)
+
+
+def test_llama_cpp_is_measured(model_folder, text_file, tmp_path):
+    pytest.importorskip("xllamacpp")
+    ours = comparison_of(model_folder, text_file)
+    settings = QUANT.QuantizationSection(gguf_type="F16")
+    QUANT.export(MODEL.load(model_folder), TOKENIZER.load(model_folder), "gguf", tmp_path / "out", settings)
+    quant.add(ours, "llama.cpp F16", quant.LlamaCpp, tmp_path / "out")
+    row = ours.rows["llama.cpp F16"]
+    assert row["KL, nats"] < 1e-3 and row["perplexity"] == pytest.approx(ours.rows["none"]["perplexity"], rel=1e-2)
+    assert row["decode, tokens/s"] > 0 and row["prefill, tokens/s"] > 0
 
 
 def test_a_model_without_a_language_model_head_is_refused(tmp_path, model_folder, text_file):
