@@ -82,8 +82,8 @@ class QuantizationSection:
     lm_head: bool = knob(False, "quantize the output head as well, unless it shares the embedding's weight")
     calibration_samples: int = knob(128, "gptq, awq, smoothquant: calibration texts from data.train", low=1)
     calibration_length: int = knob(512, "gptq, awq, smoothquant: maximum tokens per calibration text", low=8)
-    questions: str | None = knob("auto", "file of questions to measure exact answers with; auto is the bundled file, with bundled "
-                                         "data")
+    questions: str | None = knob("auto", "file of questions to measure exact answers with; auto is the bundled file, with "
+                                         "bundled data")
     gguf_type: str = knob("Q8_0", "type of the matrices in a GGUF file",
                           ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q5_1", "Q5_0", "Q4_1", "Q4_0"))
     model: dict = knob({"name": "./out"}, "overrides `model` for this stage")
@@ -1537,7 +1537,7 @@ class Comparison:
         self.original = logs if self.original is None else self.original
         return {"perplexity": float(F.nll_loss(logs, targets).exp()),
                 "correct": float((logs.argmax(-1) == targets).float().mean()),
-                "KL, nats": float(F.kl_div(logs, self.original, reduction="batchmean", log_target=True))}
+                "KL, nats": float(F.kl_div(logs, self.original, reduction="batchmean", log_target=True).clamp(min=0))}
 
     def speed(self, times: Callable[[list[int], int], list[float]]) -> dict[str, float]:
         """Tokens/s of reading a prompt of 256 tokens and of generating 64, fewer in a short context: the best of three runs.
