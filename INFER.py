@@ -855,8 +855,8 @@ def configure_for_hardware(model: MODEL.LanguageModel, device=None, quiet: bool 
         chosen += ["TF32", *_pack(model)]
     if device.type == "cpu":
         chosen.append(f"{torch.get_num_threads()} threads")
-        if isinstance(model, MODEL.Transformer) and model.config.hidden_size >= PACK_WIDTH:
-            chosen += _pack(model)
+        if isinstance(model, MODEL.Transformer):
+            chosen += _pack(model) if model.config.hidden_size >= PACK_WIDTH else _restore(model)
         emulated = model.dtype not in (torch.float32, MODEL.fast_half("cpu"))
         if emulated and model.quantization == "none" and isinstance(model, MODEL.Transformer) and not model.config.num_experts:
             model.float()
@@ -931,6 +931,18 @@ def _pack(model: MODEL.Transformer) -> list[str]:
     if "lm" in model.heads and packs(model.lm_head):
         model.lm_head = packed(model.lm_head)
     return sorted(ways)
+
+
+def _restore(model: MODEL.Transformer) -> list[str]:
+    """Restore quantized weights where they are too few to be worth a kernel's call. Returns how, in words."""
+    stored = [(name, module) for name, module in model.named_modules() if hasattr(module, "weight_packed")]
+    for name, module in stored:
+        if not module.form.dynamic:
+            with torch.device("meta"):
+                plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            plain.weight, plain.bias = nn.Parameter(module.weight.to(model.dtype), requires_grad=False), module.bias
+            model.set_submodule(name, plain)
+    return ["restored weights"] if stored else []
 
 
 def can_record(model) -> bool:
