@@ -1491,15 +1491,8 @@ ACTIONS = {"out": Action("folder (a file for torch-export, aotinductor and torch
            "compare": Action("measure every method; writes compare.png to --out or to the model's folder"),
            "to": Action(f"export: {', '.join(EXPORTS)}", str)}
 COMPARED = ("bf16", "int8", "int8_dynamic", "smoothquant", "int4", "gptq", "awq", "fp8", "nf4", "llm_int8")
-COLUMNS = {  # of the table, with formats
-    "size, MB": ",.2f",
-    "perplexity": ".3f",  # of held-out text
-    "correct": ".1%",  # share of its tokens that were the most probable
-    "KL, nats": ".4f",  # divergence from the original, per token
-    "answered": ".1%",  # share of questions that were answered exactly
-    "prefill, tokens/s": ",.0f",
-    "decode, tokens/s": ",.0f",
-}
+COLUMNS = {"size, MB": ",.2f", "perplexity": ".3f", "correct": ".1%", "KL, nats": ".4f", "answered": ".1%",
+           "prefill, tokens/s": ",.0f", "decode, tokens/s": ",.0f"}  # of the table, with formats
 
 
 class Comparison:
@@ -1531,7 +1524,8 @@ class Comparison:
 
     @torch.no_grad()
     def quality(self, logits_of: Callable[[list[int]], Tensor]) -> dict[str, float]:
-        """Columns that follow from logits_of(ids) -> (T, V)."""
+        """Perplexity, the share of tokens that were the most probable, and the KL divergence from the original per token.
+        logits_of(ids) -> (T, V)."""
         logs = torch.cat([logits_of(ids[:-1]).float().log_softmax(-1).cpu() for ids in self.texts])  # (N, V)
         targets = torch.tensor([token for ids in self.texts for token in ids[1:]])  # (N,)
         self.original = logs if self.original is None else self.original

@@ -2,9 +2,10 @@
 
     python bench/quant.py --model out                         # prints the table, draws bench/compare.png
 
-Takes the settings of QUANT.py. The other runtimes run on the CPU, with as many threads as torch: llama.cpp, onnxruntime, OpenVINO,
-and transformers.js in headless Chromium. What a runtime needs and is not installed is named on stderr, and its rows are left out.
-optimum-intel may need an older transformers than this project; an environment of its own is enough, with its bin/ on PATH.
+Takes the settings of QUANT.py. The other runtimes run on the CPU, with as many threads as torch: llama.cpp, onnxruntime,
+OpenVINO, and transformers.js in headless Chromium. The rows of a runtime that is not installed are left out, and a line on stderr
+says what to install. optimum-intel may need an older transformers than this project: install it into a separate environment whose
+bin folder is on PATH.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class OnnxRuntime:
 
 
 class OpenVINO:
-    needs = {"openvino": "pip install openvino", "openvino_genai": "pip install openvino-genai"}
+    needs = {"openvino_genai": "pip install openvino-genai"}
     files = "openvino_model.*"
 
     def __init__(self, folder: Path, context: int):
