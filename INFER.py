@@ -891,7 +891,7 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes of all weights, shared ones once, packed ones and the scales of quantized ones included."""
     tensors, packed = [*model.parameters(), *model.buffers()], 0
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight = module._parameters.get("weight")  # a quantized layer's attribute would be restored
         holders = [module, getattr(module, "state", None), weight, getattr(weight, "quant_state", None)]
         holders += [getattr(holder, "state2", None) for holder in holders]  # scales of scales
         tensors += [getattr(holder, name, None) for holder in holders for name in ("absmax", "SCB", "scale")]

@@ -44,6 +44,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -2513,30 +2514,102 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     state = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
     if process_rank() != 0:
         return
+    with staged(folder, "config.json", WEIGHTS) as scratch:
+        save_torch_state_dict(hub_tensors(model, state), scratch, max_shard_size="5GB")
+        _write_configs(model, scratch)
+    _remove_adapter(folder)
+
+
+def hub_tensors(model: Transformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict, or of a part of one, as they are stored."""
     if model.config.tie_word_embeddings:
         state.pop(model.tied_name, None)
     if model.quantization != "none":
         import QUANT
 
         state = QUANT.to_hub(model, state)
-    product = tuple(head for head in model.heads if head != "value")  # a critic is a tool of training
-    state = {name: tensor for name, tensor in state.items() if not is_tool(name) or not product}
-    raw = config_to_hub(model.config, product or model.heads)
-    if model.quantization != "none" and raw["model_type"] == "gpt2":  # whose layers are no Linear there
-        say(f"{folder}: transformers cannot open a quantized GPT-2, so only this program can open the folder")
-        raw = config_to_hub(model.config, product or model.heads, custom=True)
-    kind = raw["model_type"]
-    raw["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    if set(model.heads) != {"value"}:  # a critic is a tool of training
+        state = {name: tensor for name, tensor in state.items() if not is_tool(name)}
+    return weights_to_hub(hub_json(model)["model_type"], state)
+
+
+def hub_json(model: Transformer) -> dict:
+    """config.json of a model."""
+    heads = tuple(head for head in model.heads if head != "value") or model.heads
+    raw = config_to_hub(model.config, heads)
+    if model.quantization != "none" and raw["model_type"] == "gpt2":  # transformers' has Conv1D in place of Linear
+        raw = config_to_hub(model.config, heads, custom=True)
+    raw["dtype"] = str(model.dtype).removeprefix("torch.")
+    return raw
+
+
+def _write_configs(model: Transformer, scratch: Path) -> None:
+    raw = hub_json(model)
     if model.quantization != "none":
-        raw["quantization_config"] = QUANT.hub_config(model, kind)
+        import QUANT
+
+        raw["quantization_config"] = QUANT.hub_config(model, raw["model_type"])
+        if model.config.model_type == "gpt2":
+            say("transformers cannot open a quantized GPT-2: only this program can open the folder")
     generation = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k) is not None}
+    (scratch / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    (scratch / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _remove_adapter(folder: str | Path) -> None:
+    """transformers would put an adapter that lies in the folder on top of the model."""
+    for name in ("config.json", "model.safetensors"):
+        (Path(folder) / f"adapter_{name}").unlink(missing_ok=True)
+
+
+@contextmanager
+def saving(model: Transformer, folder: str | Path) -> Iterator[Callable[[nn.Module], None]]:
+    """Save a model in parts: write(layer) saves the weights of a layer and frees their memory. The rest follows at the end."""
+    layers = {*layers_of(model), model}
+    names = {module: f"{name}." if name else "" for name, module in model.named_modules() if module in layers}
     with staged(folder, "config.json", WEIGHTS) as scratch:
-        save_torch_state_dict(weights_to_hub(kind, state), scratch, max_shard_size="5GB")
-        (scratch / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        (scratch / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        adapter = [Path(folder) / f"adapter_{name}" for name in ("config.json", "model.safetensors")]
-    for path in adapter:  # transformers would put it on top
-        path.unlink(missing_ok=True)
+        shards = Shards(scratch)
+
+        def write(module: nn.Module) -> None:
+            state = {names[module] + name: tensor for name, tensor in module.state_dict().items() if not tensor.is_meta}
+            shards.add(hub_tensors(model, state))
+            module.to("meta")
+
+        yield write
+        write(model)
+        shards.close()
+        _write_configs(model, scratch)
+    _remove_adapter(folder)
+
+
+class Shards:
+    """Safetensors files of about half a gigabyte, with the names and the index that transformers gives them."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.held, self.files, self.size = folder, {}, [], 0
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        self.held.update(tensors)
+        if sum(tensor.nbytes for tensor in self.held.values()) > 2**29:
+            self.flush()
+
+    def flush(self) -> None:
+        save_file(self.held, self.folder / f"{len(self.files)}", metadata={"format": "pt"})
+        self.size += sum(tensor.nbytes for tensor in self.held.values())
+        self.files.append([*self.held])
+        self.held = {}
+
+    def close(self) -> None:
+        if self.held:
+            self.flush()
+        count = len(self.files)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+        for i, name in enumerate(names):
+            (self.folder / str(i)).rename(self.folder / name)
+        if count > 1:
+            places = {tensor: name for name, tensors in zip(names, self.files, strict=True) for tensor in tensors}
+            index = {"metadata": {"total_size": self.size}, "weight_map": places}
+            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _with_score(model: ForeignModel, state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -21,6 +21,7 @@ import copy
 import ctypes
 import dataclasses
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -35,7 +36,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,7 +128,7 @@ def quantize_groups(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
     if bits == FP8:
         return (groups / scale[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn)
     top = 2 ** (bits - 1)
-    return (groups / scale[..., None]).round().clamp(-top, top - 1).to(torch.int8)
+    return (groups / scale[..., None]).round_().clamp_(-top, top - 1).to(torch.int8)
 
 
 def restore(levels: Tensor, scale: Tensor) -> Tensor:
@@ -144,9 +145,11 @@ def pack(levels: Tensor, bits: int) -> Tensor:
     as it is."""
     if bits == FP8:
         return F.pad(levels.view(torch.uint8), (0, -levels.shape[-1] % 4)).view(torch.int32)
-    each = 32 // bits
-    levels = F.pad(levels.to(torch.int64) + 2 ** (bits - 1), (0, -levels.shape[-1] % each)).unflatten(-1, (-1, each))
-    return (levels << torch.arange(0, 32, bits, device=levels.device)).sum(-1).to(torch.int32)
+    levels = F.pad(levels, (0, -levels.shape[-1] % (32 // bits)), value=-(2 ** (bits - 1)))
+    unsigned = levels.view(torch.uint8) & 2**bits - 1 ^ 2 ** (bits - 1)  # -8 -> 0, 7 -> 15
+    if bits == 4:
+        unsigned = unsigned[..., ::2] | unsigned[..., 1::2] << 4
+    return unsigned.view(torch.int32)
 
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
@@ -341,7 +344,10 @@ def gptq(weight: Tensor, products: Tensor, form: Form, damping: float = 0.01) ->
     unused = hessian.diagonal() == 0
     hessian.diagonal()[unused] = 1
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    diagonal = hessian.diagonal().clone()
+    hessian = torch.linalg.cholesky(hessian)
+    hessian = torch.cholesky_inverse(hessian)
+    factor = torch.linalg.cholesky(hessian, upper=True)
     levels, scales = torch.empty_like(weight, dtype=torch.int8), []
     block = size if size <= 512 else 128
     for start in range(0, weight.shape[1], block):
@@ -349,7 +355,7 @@ def gptq(weight: Tensor, products: Tensor, form: Form, damping: float = 0.01) ->
         errors = torch.empty_like(weight[:, start:stop])
         for i in range(start, stop):
             if i % size == 0:
-                importance = hessian.diagonal()[i : i + size]
+                importance = diagonal[i : i + size]
                 scales.append(best_scale(weight[:, None, i : i + size], form.bits, importance)[:, 0])
             level = quantize_groups(weight[:, i, None, None], scales[-1][:, None], form.bits)[:, 0, 0]  # (out,)
             levels[:, i] = level
@@ -418,11 +424,21 @@ class Stop(Exception):
     pass
 
 
+def joined(texts: list[list[int]], limit: int = 2048) -> list[list[list[int]]]:
+    """Texts in groups of at most `limit` tokens together: with 4, [[1, 2], [3, 4], [5]] -> [[[1, 2], [3, 4]], [[5]]]."""
+    groups: list[list[list[int]]] = []
+    for ids in texts:
+        if not groups or sum(map(len, groups[-1])) + len(ids) > limit:
+            groups.append([])
+        groups[-1].append(ids)
+    return groups
+
+
 @torch.no_grad()
 def layer_inputs(model: MODEL.LanguageModel, texts: list[list[int]]) -> tuple[list[Tensor], list[list[tuple[tuple, dict]]]]:
-    """The hidden states (1, T, C) of each text before the first layer, and for each layer the further arguments (such as masks)
-    of its call for each text. No layer runs."""
-    layers = MODEL.layers_of(model)
+    """The hidden states before the first layer, rows (1, T, C) of several texts each, and for each layer the further arguments
+    (such as masks) of its call for each row. No layer runs."""
+    layers, foreign = MODEL.layers_of(model), isinstance(model, MODEL.ForeignModel)
     states, arguments = [], [[] for _ in layers]
 
     def skip(number: int, hidden_states: Tensor, *words, **more):
@@ -431,45 +447,69 @@ def layer_inputs(model: MODEL.LanguageModel, texts: list[list[int]]) -> tuple[li
         arguments[number].append((words, more))
         if number == len(layers) - 1:
             raise Stop
-        return hidden_states if isinstance(model, MODEL.ForeignModel) else (hidden_states, None)
+        return hidden_states if foreign else (hidden_states, None)
 
     for number, layer in enumerate(layers):
         layer.forward = partial(skip, number)
     try:
-        for ids in texts:
+        for row in joined(texts, 1 if foreign else 2048):
+            ids = torch.tensor([list(itertools.chain(*row))], device=model.device)
+            segments = torch.tensor([[i for i, text in enumerate(row) for _ in text]], device=model.device)
             with contextlib.suppress(Stop):
-                model(torch.tensor([ids], device=model.device))
+                model(ids, segment_ids=segments if len(row) > 1 else None)
     finally:
         for layer in layers:
             del layer.forward
     return states, arguments
 
 
-def layer_outputs(layer: nn.Module, states: list[Tensor], arguments: list[tuple[tuple, dict]]) -> list[Tensor]:
-    outputs = (layer(hidden, *words, **more) for hidden, (words, more) in zip(states, arguments, strict=True))
-    return [output[0] if isinstance(output, tuple) else output for output in outputs]
-
-
 @torch.no_grad()
-def calibrate(model: MODEL.LanguageModel, texts: list[list[int]], work: Callable[[nn.Module, Callable], None]) -> None:
+def layer_by_layer(model: MODEL.LanguageModel, texts: list[list[int]], work: Callable[[nn.Module, Callable], None],
+                   done: Callable[[nn.Module], None] = lambda layer: None) -> list[Tensor]:
     """Call work(layer, observe) for each layer in turn. observe(linears) -> {linear: Inputs} runs the text through the layer,
-    whose inputs come from the layers before it as `work` has left them. One layer's statistics exist at a time."""
+    whose inputs come from the layers before it as `work` has left them. One layer's statistics exist at a time. done(layer) is
+    called when the layer is not needed any more. Returns the hidden states after the last layer, rows of several texts."""
     layers = MODEL.layers_of(model)
     states, arguments = layer_inputs(model, texts)
-    for number, layer in enumerate(layers):
-        run = partial(layer_outputs, layer, states, arguments[number])
 
-        def observe(linears: list[nn.Linear], run=run) -> dict[nn.Linear, Inputs]:
+    def outputs(layer: nn.Module, number: int) -> Iterator[Tensor]:
+        for hidden, (words, more) in zip(states, arguments[number], strict=True):
+            output = layer(hidden, *words, **more)
+            yield output[0] if isinstance(output, tuple) else output
+
+    for number, layer in enumerate(layers):
+        def observe(linears: list[nn.Linear], layer=layer, number=number) -> dict[nn.Linear, Inputs]:
             found = {linear: Inputs(linear.in_features, model.device) for linear in linears}
             hooks = [linear.register_forward_pre_hook(lambda module, inputs: found[module].add(inputs[0])) for linear in linears]
-            run()
+            for _ in outputs(layer, number):
+                pass
             for hook in hooks:
                 hook.remove()
+            if not all(inputs.mean.isfinite().all() for inputs in found.values()):
+                raise UserError(f"model.name: the hidden states of layer {number + 1} are not finite; the weights are broken")
             return found
 
         work(layer, observe)
-        states = run()
-        say(f"calibrated layer {number + 1} of {len(layers)}")
+        with restored_once(layer, states[0].dtype):
+            for i, output in enumerate(outputs(layer, number)):
+                states[i] = output
+        done(layer)
+        say(f"layer {number + 1} of {len(layers)}")
+    return states
+
+
+@contextlib.contextmanager
+def restored_once(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Restore a layer's quantized weights once for many texts."""
+    quantized = {name: module for name, module in layer.named_modules()
+                 if isinstance(module, QuantizedLinear) and not module.form.dynamic}
+    for name, module in quantized.items():
+        plain = nn.Linear(module.in_features, module.out_features, device="meta")
+        plain.weight, plain.bias = nn.Parameter(module.weight.to(dtype)), module.bias
+        layer.set_submodule(name, plain)
+    yield
+    for name, module in quantized.items():
+        layer.set_submodule(name, module)
 
 
 # ---------------------------------------------------------------------------------------------------- quantize
@@ -483,11 +523,16 @@ def quantizable(model: MODEL.LanguageModel, exclude: list[str] = (), lm_head: bo
     found = {f"{name}.{part}": (module, part) for name, module in model.named_modules()
              if id(module) in inside or lm_head and name == "lm_head" and not model.config.tie_word_embeddings
              for part in parts.get(type(module), ())}
+    for pattern in exclude:
+        if not any(re.search(pattern, name) for name in found):
+            raise UserError(f"quantization.exclude: '{pattern}' matches no layer, such as {next(iter(found), 'none')}")
     return {name: place for name, place in found.items() if not any(re.search(pattern, name) for pattern in exclude)}
 
 
 def put(model: nn.Module, name: str, levels: Tensor, scale: Tensor, form: Form) -> None:
     """Put quantized numbers where the matrix `name` stood."""
+    if not scale.isfinite().all():
+        raise UserError(f"model.name: {name} holds numbers that are not finite")
     owner, _, part = name.rpartition(".")
     module, (parent, _, own) = model.get_submodule(owner), owner.rpartition(".")
     if part == "weight":
@@ -497,17 +542,19 @@ def put(model: nn.Module, name: str, levels: Tensor, scale: Tensor, form: Form) 
 
 
 def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int = 0, calibration: list[list[int]] | None = None,
-             exclude: list[str] = (), lm_head: bool = False) -> MODEL.LanguageModel:
-    """Quantize a loaded model in place. `calibration`: token ids of texts, for gptq, awq and smoothquant."""
-    if model.quantization != "none":
-        raise UserError(f"quantization.method: the model is quantized already ({model.quantization}); name the original")
-    if method in ("fp16", "bf16"):
-        return model.to(torch.float16 if method == "fp16" else torch.bfloat16)
-    if method in ("awq", "smoothquant") and isinstance(model, MODEL.ForeignModel):
-        raise UserError(f"quantization.method: {method} is not for a {model.config.model_type}, which transformers runs; use "
-                        "gptq, int4 or int8")
+             exclude: list[str] = (), lm_head: bool = False, dtype: torch.dtype | None = None,
+             done: Callable[[nn.Module], None] = lambda layer: None) -> MODEL.LanguageModel:
+    """Quantize a loaded model in place. `calibration`: token ids of texts, for gptq, awq and smoothquant. `dtype`: of computation,
+    and of the weights that stay as they are. done(layer) is called when the numbers of a layer are final."""
+    check_method(model, method)
     if method in CALIBRATED and not calibration:
-        raise UserError(f"quantization.method: {method} needs calibration text (data.train)")
+        raise UserError(f"quantization.method: {method} needs calibration text, and data.train holds none")
+    layers = MODEL.layers_of(model)
+    if method in ("fp16", "bf16"):
+        dtype = torch.float16 if method == "fp16" else torch.bfloat16
+        for layer in layers:
+            done(layer.to(dtype))
+        return model.to(dtype)
     places = quantizable(model, exclude, lm_head)
     if method in BITSANDBYTES:
         packer = Packer(model, method, group_size, model.device)
@@ -517,29 +564,58 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
         return keep_form(model, method)
     form = form_of(method, group_size)
     places = fitting(places, form)
-    names = {module: name for name, (module, part) in places.items() if part == "weight"}
+    keep_form(model, method)
+    in_layers = {id(weight) for layer in layers for weight in layer.parameters()}
+    convert((weight for weight in model.parameters() if id(weight) not in in_layers), dtype)
 
-    def work(layer: nn.Module, observe: Callable) -> None:
-        linears = [module for module in layer.modules() if module in names]
+    def work(layer: nn.Module, observe: Callable | None = None) -> None:
+        if observe:
+            convert(layer.parameters(), dtype)
+        modules = set(layer.modules())
+        names = {module: name for name, (module, part) in places.items() if module in modules and part == "weight"}
         if method in ("awq", "smoothquant"):
-            inputs, factors_of = observe(linears), awq_factors if method == "awq" else smooth_factors
+            inputs, factors_of = observe(names), awq_factors if method == "awq" else smooth_factors
             for before, after in scaled_pairs(layer):
                 if all(linear in names for linear in after):
                     fold(before, after, factors_of([linear.weight for linear in after], inputs[after[0]], form))
-        inputs = observe(linears) if method != "smoothquant" else {}
-        for linear in linears:
-            if method == "smoothquant":
-                numbers = nearest(linear.weight, form)
-            else:
-                numbers = (gptq if method == "gptq" else round_weighted)(linear.weight, inputs[linear].products, form)
-            put(model, names[linear], *numbers, form)
+        inputs = observe(names) if method in ("gptq", "awq") else {}
+        for linear in [*inputs]:
+            rounding = gptq if method == "gptq" else round_weighted
+            round_one(names[linear], partial(rounding, products=inputs.pop(linear).products))
+        for name in [name for name, (module, _) in places.items() if module in modules]:
+            round_one(name)
+        convert(layer.parameters(), dtype)
+
+    def round_one(name: str, rounding: Callable = nearest) -> None:
+        module, part = places.pop(name)  # with it goes the memory of the exact numbers
+        put(model, name, *rounding(getattr(module, part).data, form=form), form)
 
     if method in CALIBRATED:
-        calibrate(model, calibration, work)
-    for name, (module, part) in places.items():
-        if method not in CALIBRATED or part != "weight" or name.startswith("lm_head"):
-            put(model, name, *nearest(getattr(module, part).data, form), form)
-    return keep_form(model, method)
+        say(f"calibrating on {len(calibration)} texts, {sum(map(len, calibration)):,} tokens")
+        layer_by_layer(model, calibration, work, done)
+    else:
+        for layer in layers:
+            work(layer)
+            done(layer)
+    for name in [*places]:  # the head
+        round_one(name)
+    return model
+
+
+def convert(weights: Iterator[nn.Parameter], dtype: torch.dtype | None) -> None:
+    """Convert weights in place, but not the scales of quantized ones, which are buffers."""
+    for weight in weights:
+        weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data
+
+
+def check_method(model: MODEL.LanguageModel, method: str) -> None:
+    if method not in ("none", *METHODS):
+        raise UserError(f"quantization.method: '{method}' is not one of {', '.join(METHODS)}")
+    if model.quantization != "none":
+        raise UserError(f"quantization.method: the model is quantized already ({model.quantization}); name the original")
+    if method in ("awq", "smoothquant") and isinstance(model, MODEL.ForeignModel):
+        raise UserError(f"quantization.method: {method} is not for a {model.config.model_type}, which transformers runs; use "
+                        "gptq, int4 or int8")
 
 
 def fitting(places: dict[str, tuple[nn.Module, str]], form: Form,
@@ -777,14 +853,14 @@ def check_folder(model: MODEL.LanguageModel) -> None:
     raise UserError(f"quantization.method: a folder cannot hold {what}")
 
 
-def to_hub(model: MODEL.Transformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a quantized model under compressed-tensors' names."""
+def to_hub(model: MODEL.LanguageModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a quantized model, or of a part of it, under compressed-tensors' names."""
     check_folder(model)
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear) and module.form.dynamic:  # bytes instead of packed integers
+        if isinstance(module, QuantizedLinear) and module.form.dynamic and f"{name}.weight_packed" in state:
+            state[f"{name}.weight"] = module.levels  # bytes instead of packed integers
             del state[f"{name}.weight_packed"], state[f"{name}.weight_shape"]
-            state[f"{name}.weight"] = module.levels
-        elif isinstance(module, Restored):
+        elif isinstance(module, Restored) and f"{name}.scale" in state:
             owner, _, part = name.removesuffix(".0").partition(".parametrizations.")
             packed, scale = (state.pop(name.removesuffix("0") + end) for end in ("original", "0.scale"))
             state.update(expert_tensors(owner, part, packed, scale, module.width))
@@ -1461,24 +1537,31 @@ def traced_program(model) -> torch.export.ExportedProgram:
         return torch.export.export(Exportable(model), (torch.ones(1, 8, dtype=torch.long),), dynamic_shapes=({1: length},))
 
 
+def buffered(target: Path, write: Callable) -> None:
+    """write(file) through memory: where the disk is full, torch's own writers end the process."""
+    file = io.BytesIO()
+    write(file)
+    target.write_bytes(file.getbuffer())
+
+
 def export_pt2(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """A .pt2 file: torch.export.load(FILE).module()(ids (1, T)) -> logits (1, T, V) in a program that imports only torch."""
-    with target.open("wb") as file:
-        torch.export.save(traced_program(model), file)
+    buffered(target, partial(torch.export.save, traced_program(model)))
 
 
 def export_compiled(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """A .pt2 package that AOTInductor compiled for this machine: torch._inductor.aoti_load_package(FILE)(ids (1, T))."""
     program = traced_program(model)
-    with target.open("wb") as file, quiet():
-        torch._inductor.aoti_compile_and_package(program, package_path=file)
+    with quiet():
+        buffered(target, lambda file: torch._inductor.aoti_compile_and_package(program, package_path=file))
 
 
 def export_torchscript(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """A TorchScript file: torch.jit.load(FILE)(ids (1, T)) -> logits (1, T, V)."""
     say("TorchScript is deprecated in torch; --to torch-export is its successor")
     with quiet():
-        torch.jit.trace(Exportable(model), torch.ones(1, 8, dtype=torch.long), check_trace=False).save(str(target))
+        program = torch.jit.trace(Exportable(model), torch.ones(1, 8, dtype=torch.long), check_trace=False)
+        buffered(target, partial(torch.jit.save, program))
 
 
 # ------------------------------------------------------------------------------------- comparison, command line
@@ -1498,12 +1581,13 @@ COLUMNS = {"size, MB": ",.2f", "perplexity": ".3f", "correct": ".1%", "KL, nats"
 class Comparison:
     """Forms of one model, measured on the same held-out texts and questions, beginning with the original."""
 
-    def __init__(self, config, model: MODEL.LanguageModel, tokenizer):
+    def __init__(self, config, model: MODEL.LanguageModel, tokenizer, flat: torch.dtype | None = None):
+        self.flat = flat  # compute a large model in this type, layer by layer, and free each layer afterwards
         self.rows: dict[str, dict[str, float]] = {}  # {form: {column: value}}
         self.original: Tensor | None = None  # log-probabilities (N, V)
         self.dtype = model.dtype
         self.context, self.texts = model.config.max_position_embeddings, []
-        tokens = min(8192, 2**28 // model.config.vocab_size)  # a GB of log-probabilities at most
+        tokens = min(8192, 2**26 // model.config.vocab_size if flat else 2**28 // model.config.vocab_size)  # a GB of log-probabilities
         pieces = sample_ids(config.data, tokenizer, "val", min(self.context, 1024) + 1)
         while sum(map(len, self.texts)) < tokens and (piece := next(pieces, None)):
             self.texts.append(piece)
@@ -1517,6 +1601,9 @@ class Comparison:
         """Measure a model, which is of no further use afterwards."""
         say(f"{name}: measuring on {sum(map(len, self.texts)):,} held-out tokens")
         row = {"size, MB": INFER.weight_bytes(model) / 1e6}
+        if self.flat:
+            self.rows[name] = row | self.scores(self.flat_logits(model))
+            return
         row |= self.quality(lambda ids: model(torch.tensor([ids], device=model.device)).logits[0])
         model = INFER.configure_for_hardware(model, quiet=True)
         answered = {"answered": self.answered(model)} if self.answered else {}
@@ -1524,9 +1611,21 @@ class Comparison:
 
     @torch.no_grad()
     def quality(self, logits_of: Callable[[list[int]], Tensor]) -> dict[str, float]:
-        """Perplexity, the share of tokens that were the most probable, and the KL divergence from the original per token.
-        logits_of(ids) -> (T, V)."""
-        logs = torch.cat([logits_of(ids[:-1]).float().log_softmax(-1).cpu() for ids in self.texts])  # (N, V)
+        """Columns that follow from logits_of(ids) -> (T, V)."""
+        return self.scores(logits_of(ids[:-1]) for ids in self.texts)
+
+    @torch.no_grad()
+    def flat_logits(self, model: MODEL.LanguageModel) -> Iterator[Tensor]:
+        """The same logits from a model whose layers exist one at a time."""
+        inputs = [ids[:-1] for ids in self.texts]
+        states = layer_by_layer(model, inputs, lambda layer, observe: convert(layer.parameters(), self.flat),
+                                lambda layer: layer.to("meta"))
+        yield from (model.head_logits(model.model.norm(hidden))[0] for hidden in states)
+
+    @torch.no_grad()
+    def scores(self, logits: Iterable[Tensor]) -> dict[str, float]:
+        """Perplexity, the share of tokens that were the most probable, and the KL divergence from the original per token."""
+        logs = torch.cat([one.float().log_softmax(-1).cpu() for one in logits])  # (N, V)
         targets = torch.tensor([token for ids in self.texts for token in ids[1:]])  # (N,)
         self.original = logs if self.original is None else self.original
         return {"perplexity": float(F.nll_loss(logs, targets).exp()),
@@ -1621,15 +1720,47 @@ def check_request(config) -> None:
     if (section.exclude or section.lm_head) and (actions.to or section.method in ("none", "fp16", "bf16")):
         raise UserError("quantization.exclude and quantization.lm_head: have no effect on an export, fp16 or bf16; leave them "
                         "out")
+    for pattern in section.exclude:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"quantization.exclude: '{pattern}' is not a regular expression ({error})") from None
     if actions.compare and actions.out and Path(actions.out).suffix:
         raise UserError(f"--out: --compare writes compare.png into a folder; found '{actions.out}'")
-    if actions.out and not actions.to and section.method in BITSANDBYTES:
-        raise UserError(f"--out: a folder cannot hold {section.method} weights; quantize while loading (--quantization)")
+    if actions.out and not actions.to and not actions.compare:
+        check_out(Path(actions.out), section.method)
 
 
-def opened(config, merge: bool = True, dtype: str | None = None) -> tuple[MODEL.LanguageModel, object]:
+def check_out(out: Path, method: str) -> None:
+    """UserError where no quantized folder can or should be written."""
+    if method == "none":
+        raise UserError("--out: quantization.method none changes nothing; choose a method")
+    if method in BITSANDBYTES:
+        raise UserError(f"--out: a folder cannot hold {method} weights; quantize while loading (--quantization)")
+    if out.is_file():
+        raise UserError(f"--out: {out} is a file; name a folder")
+    model = (out / "config.json").exists() and not MODEL.read_json(out / "config.json").get("quantization_config")
+    if model or (out / "adapter_config.json").exists():
+        raise UserError(f"--out: {out} holds a model that is not quantized, which would be lost; name another folder")
+
+
+@contextlib.contextmanager
+def room_for(out: Path) -> Iterator[None]:
+    """A full disk while `out` is written is one line."""
+    try:
+        yield
+    except Exception as error:
+        import TRAIN
+
+        if not TRAIN.is_disk_full(error, next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())):
+            raise
+        raise UserError(f"--out: {out}: the disk is full; free some space") from None
+
+
+def opened(config, merge: bool = True, dtype: torch.dtype | str | None = None) -> tuple[MODEL.LanguageModel, object]:
     """Model and tokenizer; `dtype` is used in place of model.dtype."""
-    section = dataclasses.replace(config.model, dtype=dtype or config.model.dtype)
+    section = copy.copy(config.model)
+    section.dtype = dtype or section.dtype
     model, tokenizer = TOKENIZER.open_model(section, TOKENIZER.of_run(config), head="lm")
     if not model.config.causal:
         raise UserError(f"model.name: {config.model.name} is an encoder; name a causal language model")
@@ -1644,7 +1775,7 @@ def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSe
     if one_file and out.is_dir() or not one_file and (out.suffix or out.is_file()):
         raise UserError(f"--out: {out} is the name of a {'folder' if one_file else 'file'}; --to {form} writes a "
                         f"{'file' if one_file else 'folder'}")
-    with MODEL.staged(out.parent if one_file else out) as scratch:
+    with room_for(out), MODEL.staged(out.parent if one_file else out) as scratch:
         target = scratch / (out.name if one_file else "export")
         EXPORTS[form](model, tokenizer, target, section or QuantizationSection("none"))
         for path in () if one_file else sorted(path for path in target.rglob("*") if path.is_file()):
@@ -1657,17 +1788,21 @@ def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSe
     say(f"exported to {out}")
 
 
+def calibration_of(config, tokenizer, method: str) -> list[list[int]]:
+    """Token ids of training texts, for methods that calibrate."""
+    section = config.quantization
+    pieces = sample_ids(config.data, tokenizer, "train", section.calibration_length) if method in CALIBRATED else ()
+    return list(itertools.islice(pieces, section.calibration_samples))
+
+
 def quantized(config, method: str, dtype: torch.dtype) -> tuple[MODEL.LanguageModel, object]:
     """The model after a method, in `dtype` where it is not quantized, and its tokenizer."""
     section, folder = config.quantization, MODEL.resolve_folder(MODEL.base_and_adapter(config.model.name)[0])
     # The nearest levels of weights that were narrowed to 16 bits may be others.
     precise = method in NEAREST and MODEL.stored_dtype(MODEL.read_json(folder / "config.json")) == "float32"
     model, tokenizer = opened(config, dtype="float32" if precise else None)
-    pieces = sample_ids(config.data, tokenizer, "train", section.calibration_length) if method in CALIBRATED else ()
-    calibration = list(itertools.islice(pieces, section.calibration_samples))
-    quantize(model, method, section.group_size, calibration, section.exclude, section.lm_head)
-    for weight in model.parameters() if precise else ():
-        weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data
+    calibration = calibration_of(config, tokenizer, method)
+    quantize(model, method, section.group_size, calibration, section.exclude, section.lm_head, dtype if precise else None)
     return model, tokenizer
 
 
@@ -1679,6 +1814,38 @@ def compare(config) -> Comparison:
             comparison.add(method, quantized(config, method, comparison.dtype)[0])
         except UserError as error:
             say(f"{method} is left out: {error}")
+    return comparison
+
+
+LARGE = 4e9  # bytes of weights above which a model is measured layer by layer, and not timed
+
+
+def shrink(config, out: Path) -> Comparison:
+    """Quantize a model into a folder and measure both. The weights are read from the original's files when they are needed, and
+    each layer is written and freed before the next one, so that memory does not grow with the model."""
+    section, folder = config.quantization, MODEL.resolve_folder(MODEL.base_and_adapter(config.model.name)[0])
+    raw = MODEL.read_json(folder / "config.json")
+    foreign = MODEL.is_foreign(raw)  # transformers loads all weights at once
+    stored = None if foreign else getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), torch.float32)
+    model, tokenizer = opened(config, dtype=stored)
+    device = model.device
+    dtype = MODEL._chosen_dtype(config.model.dtype, raw, model, device) or torch.float32
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(section.method, dtype)
+    flat = dtype if INFER.weight_bytes(model) > LARGE and not foreign else None
+    calibration = calibration_of(config, tokenizer, section.method)
+    settings = (section.method, section.group_size, calibration, section.exclude, section.lm_head)
+    with room_for(out):
+        if foreign:
+            quantize(model, *settings)
+            TOKENIZER.save(tokenizer, out)
+            MODEL.save(model, out)
+        else:
+            with MODEL.saving(model, out) as write:
+                quantize(model, *settings, dtype, write)
+                TOKENIZER.save(tokenizer, out)
+    say(f"saved to {out}")
+    comparison = Comparison(config, opened(config, dtype=stored if flat else None)[0], tokenizer, flat)
+    comparison.add(section.method, model if foreign else MODEL.load(out, dtype, device))
     return comparison
 
 
@@ -1696,13 +1863,11 @@ def main(argv: list[str] | None = None) -> None:
         print(comparison.table())
         comparison.plot((folder if actions.out or folder.is_dir() else Path()) / "compare.png")
         return
-    comparison = Comparison(config, *opened(config))
-    model, tokenizer = quantized(config, section.method, comparison.dtype)
     if actions.out:
-        MODEL.save(model, actions.out)
-        TOKENIZER.save(tokenizer, actions.out)
-        say(f"saved to {actions.out}")
-    comparison.add(section.method, model)
+        comparison = shrink(config, Path(actions.out))
+    else:
+        comparison = Comparison(config, *opened(config))
+        comparison.add(section.method, quantized(config, section.method, comparison.dtype)[0])
     print(comparison.table())
 
 

@@ -890,8 +890,8 @@ def restore(model: nn.Module, folder: Path) -> dict:
 
 def is_disk_full(error: Exception, out: Path) -> bool:
     known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    # torch.save says only "iostream error"
-    return known or (isinstance(error, RuntimeError) and shutil.disk_usage(out).free < 2**20)
+    # torch.save says only "iostream error", and NumPy how many bytes it wrote
+    return known or (isinstance(error, (RuntimeError, OSError)) and shutil.disk_usage(out).free < 2**20)
 
 
 # -------------------------------------------------------------------------------------------------------- log

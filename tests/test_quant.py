@@ -364,7 +364,7 @@ def test_layers_are_calibrated_one_after_the_other(tmp_path):
         seen.append(observe([layer.self_attn.q_proj])[layer.self_attn.q_proj])
         layer.mlp.down_proj.weight.data.zero_()
 
-    QUANT.calibrate(model, TEXTS, work)
+    QUANT.layer_by_layer(model, TEXTS, work)
     with torch.no_grad():
         hidden = torch.cat([model(torch.tensor([ids]), want=("hidden_states",)).hidden_states[2][0] for ids in TEXTS])
         inputs = model.model.layers[2].input_layernorm(hidden)
@@ -560,7 +560,7 @@ def test_what_cannot_be_quantized_or_saved_is_one_line(tmp_path, capsys):
     for more, message in ((dict(group_size=48), "48 divides the width of no layer"), (dict(exclude=["."]), "no layer is left")):
         with pytest.raises(UserError, match=message):
             QUANT.quantize(MODEL.load(folder), "int4", **more)
-    with pytest.raises(UserError, match="gptq needs calibration text"):
+    with pytest.raises(UserError, match="gptq needs calibration text, and data.train holds none"):
         QUANT.quantize(MODEL.load(folder), "gptq")
     for method, knobs, what in (("int8_dynamic", {}, "experts in int8_dynamic; use int8 or int4"), ("nf4", {}, "nf4 weights; quantize while"),
                                 ("int4", dict(moe_intermediate_size=48), "experts of which the group size divides one width only")):
