@@ -2514,8 +2514,9 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     state = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
     if process_rank() != 0:
         return
+    state = hub_tensors(model, state)
     with staged(folder, "config.json", WEIGHTS) as scratch:
-        save_torch_state_dict(hub_tensors(model, state), scratch, max_shard_size="5GB")
+        save_torch_state_dict(state, scratch, max_shard_size="5GB")
         _write_configs(model, scratch)
     _remove_adapter(folder)
 
