@@ -2586,12 +2586,14 @@ def saving(model: Transformer, folder: str | Path) -> Iterator[Callable[[nn.Modu
 class Shards:
     """Safetensors files of about half a gigabyte, with the names and the index that transformers gives them."""
 
+    limit = 2**29  # bytes
+
     def __init__(self, folder: Path):
         self.folder, self.held, self.files, self.size = folder, {}, [], 0
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         self.held.update(tensors)
-        if sum(tensor.nbytes for tensor in self.held.values()) > 2**29:
+        if sum(tensor.nbytes for tensor in self.held.values()) > self.limit:
             self.flush()
 
     def flush(self) -> None:

@@ -1618,6 +1618,8 @@ class Comparison:
     def flat_logits(self, model: MODEL.LanguageModel) -> Iterator[Tensor]:
         """The same logits from a model whose layers exist one at a time."""
         inputs = [ids[:-1] for ids in self.texts]
+        in_layers = {id(weight) for layer in MODEL.layers_of(model) for weight in layer.parameters()}
+        convert((weight for weight in model.parameters() if id(weight) not in in_layers), self.flat)
         states = layer_by_layer(model, inputs, lambda layer, observe: convert(layer.parameters(), self.flat),
                                 lambda layer: layer.to("meta"))
         yield from (model.head_logits(model.model.norm(hidden))[0] for hidden in states)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -215,6 +216,18 @@ def model_folder(tmp_path_factory, tokenizer):
     MODEL.save(MODEL.build(config, seed=1), folder)
     TOKENIZER.save(tokenizer, folder)
     return folder
+
+
+@pytest.fixture()
+def small_disk(tmp_path):
+    """A folder on a file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)  # mapped weights may still be open
 
 
 @pytest.fixture()

@@ -1,10 +1,12 @@
 """Quantized weights: what they compute, that they stay what they are, folders, and adapters that learn on them."""
 
+import contextlib
 import itertools
 import json
 import math
 import shutil
 import sys
+import weakref
 
 import pytest
 import torch
@@ -689,3 +691,84 @@ def test_a_model_without_a_language_model_head_is_refused(tmp_path, model_folder
     TOKENIZER.save(TOKENIZER.load(model_folder), tmp_path / "labels")
     with pytest.raises(UserError, match="has no language-model head"):
         QUANT.main(["--model", str(tmp_path / "labels"), "--data", str(text_file)])
+
+
+# ----------------------------------------------------------------------------------------------- layer by layer, bad input
+
+
+def quantized(model_folder, text_file, *words):
+    QUANT.main(["--model", str(model_folder), "--data", str(text_file), "--model.device", "cpu", "--calibration-samples", "8", *map(str, words)])
+
+
+@pytest.mark.parametrize("method", ["int4", "gptq", "int8_dynamic", "bf16"])
+def test_a_large_model_is_quantized_and_measured_layer_by_layer(method, model_folder, text_file, tmp_path, monkeypatch, capsys):
+    """The folder and the numbers are those of the model in memory, in which no layer is left once it is written."""
+    group = ["--group-size", "16"] if method in ("int4", "gptq") else []
+    quantized(model_folder, text_file, "--method", method, *group, "--out", tmp_path / "whole")
+    capsys.readouterr()
+    alive, saving = [], MODEL.saving
+
+    @contextlib.contextmanager
+    def watched(model, folder):
+        matrices = [weakref.ref(weight) for layer in model.model.layers for weight in layer.parameters() if weight.dim() == 2]
+        with saving(model, folder) as write:
+            yield lambda layer: (write(layer), alive.append(sum(matrix() is not None for matrix in matrices)))
+
+    monkeypatch.setattr(MODEL, "saving", watched)
+    monkeypatch.setattr(MODEL.Shards, "limit", 2_000)
+    monkeypatch.setattr(QUANT, "LARGE", 0)
+    quantized(model_folder, text_file, "--method", method, *group, "--out", tmp_path / "parts")
+    said = capsys.readouterr().out
+    parts = [line.split("|") for line in said.splitlines()[2:]]
+    assert alive == [7, 0] and [cell.strip() for cell in parts[1][-3:-1]] == ["-", "-"]  # not timed
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 2
+    ids = torch.randint(0, 300, (2, 24))
+    with torch.no_grad():
+        expected = MODEL.load(tmp_path / "whole")(ids).logits
+        torch.testing.assert_close(MODEL.load(tmp_path / "parts")(ids).logits, expected, atol=0, rtol=0)
+
+
+def test_no_folder_is_written_over_a_model_or_from_settings_that_do_not_fit(model_folder, text_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    adapter = MODEL.load(model_folder)
+    SFT.attach_lora(adapter, model_folder, r=2)
+    MODEL.save(adapter, tmp_path / "adapter")
+    quantized(model_folder, text_file, "--method", "int8", "--out", tmp_path / "int8")
+    before = {path: path.read_bytes() for path in model_folder.iterdir()}
+    out = ("--out", tmp_path / "out")
+    for words, message in ((("--out", model_folder), "holds a model that is not quantized, which would be lost"),
+                           (("--out", tmp_path / "adapter"), "holds a model that is not quantized, which would be lost"),
+                           (("--out", tmp_path / "file"), "is a file; name a folder"), (("--method", "none", *out), "none changes nothing"),
+                           (("--exclude", "*", *out), "'\\*' is not a regular expression"), (("--exclude", "lm_heat", *out), "'lm_heat' matches no layer"),
+                           (("--model", tmp_path / "int8", *out), "is quantized already"), (("--model", tmp_path / "int8"), "is quantized already")):
+        with pytest.raises(UserError, match=message):
+            quantized(model_folder, text_file, *words) if "--model" not in words else QUANT.main([*map(str, words), "--data", str(text_file)])
+    assert {path: path.read_bytes() for path in model_folder.iterdir()} == before and not (tmp_path / "out/config.json").exists()
+
+
+@pytest.mark.parametrize("method", ["int4", "gptq"])
+def test_weights_that_are_not_finite_are_refused(method, model_folder, tmp_path):
+    model = MODEL.load(model_folder)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = math.inf
+    with pytest.raises(UserError, match="not finite"):
+        QUANT.quantize(model, method, 16, TEXTS)
+
+
+def test_nothing_is_left_of_a_folder_that_was_not_finished(model_folder, text_file, tmp_path, small_disk, monkeypatch):
+    (small_disk / "filler").write_bytes(bytes(2**21 - 40_000))
+    for words in (("--method", "bf16"), ("--to", "torch-export")):
+        out = small_disk / ("out.pt2" if "--to" in words else "out")
+        with pytest.raises(UserError, match="the disk is full; free some space"):
+            quantized(model_folder, text_file, *words, "--out", out)
+    assert not [path for path in small_disk.rglob("*") if "safetensors" in path.name or path.name == "config.json" or path.suffix == ".pt2"]
+    nearest, calls = QUANT.nearest, itertools.count()
+
+    def stopped(*words, **more):
+        if next(calls) == 9:
+            raise KeyboardInterrupt
+        return nearest(*words, **more)
+
+    monkeypatch.setattr(QUANT, "nearest", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(model_folder, text_file, "--out", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())

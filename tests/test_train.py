@@ -594,17 +594,6 @@ def test_a_disk_that_says_no(tmp_path, monkeypatch, undisturbed):
     full_disk(tmp_path, undisturbed)
 
 
-@pytest.fixture()
-def small_disk(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)  # mapped weights may still be open
-
-
 def test_a_disk_that_is_really_full(small_disk, undisturbed):
     full_disk(small_disk / "out", undisturbed)
 
