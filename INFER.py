@@ -812,17 +812,18 @@ class PackedLinear(nn.Module):
 
 
 class PackedNorm(nn.Module):
-    """RMSNorm on a CPU. For one token it is the LayerNorm of (x, -x), whose mean is zero: three kernels instead of eight."""
+    """RMSNorm on a CPU. One token has one factor, so two kernels instead of eight give the same."""
 
     def __init__(self, norm: MODEL.RMSNorm):
         super().__init__()
-        self.norm, self.twice = norm, norm.weight.repeat(2)
+        self.norm, self.weight, self.zeros = norm, norm.weight.detach(), torch.zeros_like(norm.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         width = hidden.shape[-1]
-        if hidden.numel() > width or hidden.dtype != self.twice.dtype:
+        if hidden.numel() > width or hidden.dtype != self.weight.dtype:
             return self.norm(hidden)
-        return F.layer_norm(torch.cat((hidden, -hidden), -1), (2 * width,), self.twice, None, self.norm.eps)[..., :width]
+        length = torch.linalg.vector_norm(hidden, dtype=torch.float32).item()
+        return torch.addcmul(self.zeros, hidden, self.weight, value=(length**2 / width + self.norm.eps) ** -0.5)
 
 
 def fits_float16(weight: Tensor) -> bool:

@@ -492,6 +492,7 @@ class CacheStep:
         width = -(-longest // page)
         flat = itertools.chain(positions, slots, *((pages + [0] * width)[:width] for pages in tables))
         self.plan = torch.tensor(list(flat), dtype=torch.long).to(cache.device)  # all in one copy
+        self.slots = self.plan[self.count : 2 * self.count]  # (N,)
 
     @property
     def positions(self) -> Tensor:
@@ -506,7 +507,7 @@ class CacheStep:
             size = self.cache.pages * self.cache.page
             stored += [states.new_zeros(states.shape[1], size, states.shape[3]) for states in new]
         for kept, states in zip(stored, new, strict=True):
-            kept[:, self.plan[self.count : 2 * self.count]] = states[0].to(kept.dtype)
+            kept.index_copy_(1, self.slots, states[0].to(kept.dtype))
         if self.groups is None:
             self.groups = list(self._grouped(sum(kept.shape[0] * kept.shape[2] * kept.element_size() for kept in stored)))
         results = []

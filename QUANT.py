@@ -135,32 +135,23 @@ def restore(levels: Tensor, scale: Tensor) -> Tensor:
     return levels.to(scale.dtype) * scale[..., None]
 
 
+def nearest(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """Round (..., out, in) to the nearest level -> levels (..., out, in), scale (..., out, groups)."""
+    groups = grouped(weight.float(), form.group)
+    scale = largest_scale(groups, form.bits)
+    scale = short(scale) if form.group else scale
+    return quantize_groups(groups, scale, form.bits).flatten(-2), scale
+
+
+def rounded(weight: Tensor, form: Form) -> Tensor:
+    """(..., out, in) -> the weights that the nearest levels stand for, float32."""
+    levels, scale = nearest(weight, form)
+    return restore(grouped(levels, form.group), scale).flatten(-2)
+
+
 def round_activations(hidden: Tensor, bits: int | str = 8) -> Tensor:
     """Each token's numbers (..., in) rounded to 8 bits, with a scale for each token. Gradients pass unchanged."""
     return rounded(hidden.detach(), Form(bits)).to(hidden.dtype) + (hidden - hidden.detach())
-
-
-def pack(levels: Tensor, bits: int) -> Tensor:
-    """Unsigned levels (out, in), 32 / bits in each int32, the first in the lowest bits (compressed-tensors' layout). FP8 stays
-    as it is."""
-    if bits == FP8:
-        return F.pad(levels.view(torch.uint8), (0, -levels.shape[-1] % 4)).view(torch.int32)
-    levels = F.pad(levels, (0, -levels.shape[-1] % (32 // bits)), value=-(2 ** (bits - 1)))
-    unsigned = levels.view(torch.uint8) & 2**bits - 1 ^ 2 ** (bits - 1)  # -8 -> 0, 7 -> 15
-    if bits == 4:
-        unsigned = unsigned[..., ::2] | unsigned[..., 1::2] << 4
-    return unsigned.view(torch.int32)
-
-
-def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
-    """Integers of 4 or 8 bits, (..., in * bits / 32) int32 -> levels (..., in) int8."""
-    unsigned = packed.view(torch.uint8)
-    if bits == FP8:
-        return unsigned[..., :width].contiguous().view(torch.float8_e4m3fn)
-    if bits == 4:  # spread the two halves of each byte to two bytes
-        pairs = unsigned.to(torch.int16)
-        unsigned = pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)
-    return unsigned[..., :width].sub(2 ** (bits - 1)).view(torch.int8)
 
 
 class QuantizedLinear(nn.Linear):
@@ -218,98 +209,6 @@ class QuantizedLinear(nn.Linear):
         kernels = device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
         fits = in_groups and rows % 16 == 0 or not form.group and form.bits != FP8
         return KernelLinear(self) if kernels and fits else None
-
-
-class KernelLinear(nn.Module):
-    """A frozen QuantizedLinear in the layout of a processor's integer kernels (`QuantizedLinear.packed`). Few rows wait for the
-    weights, so a quarter of the bytes takes almost a quarter of the time; many rows are multiplied by weights restored for them.
-
-    Several rows and 8 bits: int8 times int8, added in int32, is exact. Activations that are not to be rounded enter as two rows,
-    x = unit * (256 * high + low): 16-bit integers, as exact as bfloat16."""
-
-    def __init__(self, linear: QuantizedLinear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.form, self.bias = linear.form, linear.bias
-        self.scale = scale = linear.weight_scale  # (out, groups)
-        if self.form.group:
-            self.bytes, self.many = 1 + 6 / self.form.group, linear.weight_packed  # bytes per weight
-            self.few, self.multiply = int4_kernel(linear.levels)
-            self.offset = torch.stack((scale.T, torch.zeros_like(scale.T)), -1).bfloat16()  # (groups, out, 2)
-        else:
-            self.bytes, self.levels = 1 + 4 / self.in_features, linear.levels
-            self.ones = torch.ones(self.out_features, dtype=torch.bfloat16, device=scale.device)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        rows = hidden.flatten(0, -2)  # (N, in)
-        out = (self.in_groups if self.form.group else self.dynamic if self.form.dynamic else self.in_bytes)(rows)
-        out = out if self.bias is None else out + self.bias
-        return out.to(hidden.dtype).unflatten(0, hidden.shape[:-1])
-
-    def in_groups(self, rows: Tensor) -> Tensor:
-        """(N, in) -> (N, out)"""
-        if len(rows) <= 32:
-            return self.multiply(rows.bfloat16().contiguous(), self.few, self.form.group, self.offset)
-        levels = unpack(self.many, self.form.bits, self.in_features).to(rows.dtype)
-        return F.linear(rows, grouped(levels, self.form.group).mul_(self.scale[..., None]).flatten(-2))
-
-    def dynamic(self, rows: Tensor) -> Tensor:
-        rows = rows.float()
-        unit = largest_scale(rows, self.form.bits)
-        levels = quantize_groups(rows, unit, self.form.bits)
-        if self.form.bits == FP8:
-            return torch._scaled_mm(levels, self.levels.T, unit[:, None], self.scale.T, out_dtype=torch.bfloat16)
-        if len(rows) < 32 and rows.is_cuda:  # its kernel takes more than 16 rows
-            levels = F.pad(levels, (0, 0, 0, 32 - len(rows)))
-        sums = torch._int_mm(levels, self.levels.T)[: len(rows)]  # (N, out) int32
-        return sums * unit[:, None] * self.scale[:, 0].float()
-
-    def in_bytes(self, rows: Tensor) -> Tensor:
-        if len(rows) <= 2 and not rows.is_cuda:
-            return torch._weight_int8pack_mm(rows, self.levels, self.ones.to(rows.dtype)).mul_(self.scale[:, 0])
-        if len(rows) > 128 or rows.is_cuda:
-            return F.linear(rows, self.levels.to(rows.dtype)).mul_(self.scale[:, 0])
-        unit = rows.abs().amax(-1, True).float().clamp_(min=1e-12) / (127 * 256)  # (N, 1)
-        # The bytes of x / unit + 128 in memory are low + 128 and high; the exclusive or takes the 128 away again.
-        halves = (rows / unit).round_().to(torch.int16).add_(128).bitwise_xor_(128)
-        halves = halves.view(torch.int8).unflatten(-1, (-1, 2)).permute(2, 0, 1).flatten(0, 1).contiguous()  # (2 N, in)
-        low, high = torch._int_mm(halves, self.levels.T).float().unflatten(0, (2, -1))
-        return low.add_(high, alpha=256).mul_(unit).mul_(self.scale[:, 0])
-
-
-def int4_kernel(levels: Tensor) -> tuple[Tensor, Callable]:
-    """Levels (out, in) in the layout of torch's 4-bit kernel for their device, and the kernel."""
-    levels = levels.int() + 8
-    if levels.is_cuda:
-        pairs = (levels[:, ::2] << 4 | levels[:, 1::2]).to(torch.uint8)  # (out, in / 2)
-        return torch.ops.aten._convert_weight_to_int4pack(pairs, 8), torch.ops.aten._weight_int4pack_mm
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1), torch.ops.aten._weight_int4pack_mm_for_cpu
-
-
-class Restored(nn.Module):
-    """The same for the stacked weights of experts (E, out, in), as a parametrization: restored together at each use."""
-
-    def __init__(self, scale: Tensor, form: Form, width: int):
-        super().__init__()
-        self.form, self.width = form, width
-        self.register_buffer("scale", scale)
-
-    def forward(self, packed: Tensor) -> Tensor:
-        return restore(grouped(unpack(packed, self.form.bits, self.width), self.form.group), self.scale).flatten(-2)
-
-
-def nearest(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """Round (..., out, in) to the nearest level -> levels (..., out, in), scale (..., out, groups)."""
-    groups = grouped(weight.float(), form.group)
-    scale = largest_scale(groups, form.bits)
-    scale = short(scale) if form.group else scale
-    return quantize_groups(groups, scale, form.bits).flatten(-2), scale
-
-
-def rounded(weight: Tensor, form: Form) -> Tensor:
-    """(..., out, in) -> the weights that the nearest levels stand for, float32."""
-    levels, scale = nearest(weight, form)
-    return restore(grouped(levels, form.group), scale).flatten(-2)
 
 
 # ------------------------------------------------------------------------------------- methods with calibration
@@ -608,31 +507,6 @@ def convert(weights: Iterator[nn.Parameter], dtype: torch.dtype | None) -> None:
         weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data
 
 
-def check_method(model: MODEL.LanguageModel, method: str) -> None:
-    if method not in ("none", *METHODS):
-        raise UserError(f"quantization.method: '{method}' is not one of {', '.join(METHODS)}")
-    if model.quantization != "none":
-        raise UserError(f"quantization.method: the model is quantized already ({model.quantization}); name the original")
-    if method in ("awq", "smoothquant") and isinstance(model, MODEL.ForeignModel):
-        raise UserError(f"quantization.method: {method} is not for a {model.config.model_type}, which transformers runs; use "
-                        "gptq, int4 or int8")
-
-
-def fitting(places: dict[str, tuple[nn.Module, str]], form: Form,
-            key: str = "quantization.group_size") -> dict[str, tuple[nn.Module, str]]:
-    """The matrices whose width the group size divides; the others are listed. `key` is the setting that messages name."""
-    if not places:
-        raise UserError("quantization.exclude: no layer is left that can be quantized")
-    widths = {name: getattr(*place).shape[-1] for name, place in places.items()}
-    kept = sorted(name for name, width in widths.items() if form.group and width % form.group)
-    if len(kept) == len(places):
-        raise UserError(f"{key}: {form.group} divides the width of no layer; use a divisor of {widths[kept[0]]}")
-    if kept:
-        say(f"{key}: {form.group} does not divide the width of {len(kept)} layers, which stay as they are: "
-            + ", ".join(kept[:3]) + (", ..." if kept[3:] else ""))
-    return {name: place for name, place in places.items() if name not in kept}
-
-
 def form_of(method: str, group_size: int = 0) -> Form:
     form = FORMS[method]
     return form._replace(group=group_size) if form.group and group_size else form
@@ -706,6 +580,138 @@ def fake_quantize(model: MODEL.LanguageModel, method: str, group_size: int = 0) 
 
 
 # ======================================================================================================== edges
+
+# ----------------------------------------------------------------------------------------- packing and kernels
+
+
+def pack(levels: Tensor, bits: int) -> Tensor:
+    """Unsigned levels (out, in), 32 / bits in each int32, the first in the lowest bits (compressed-tensors' layout). FP8 stays
+    as it is."""
+    if bits == FP8:
+        return F.pad(levels.view(torch.uint8), (0, -levels.shape[-1] % 4)).view(torch.int32)
+    levels = F.pad(levels, (0, -levels.shape[-1] % (32 // bits)), value=-(2 ** (bits - 1)))
+    unsigned = levels.view(torch.uint8) & 2**bits - 1 ^ 2 ** (bits - 1)  # -8 -> 0, 7 -> 15
+    if bits == 4:
+        unsigned = unsigned[..., ::2] | unsigned[..., 1::2] << 4
+    return unsigned.view(torch.int32)
+
+
+def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
+    """Integers of 4 or 8 bits, (..., in * bits / 32) int32 -> levels (..., in) int8."""
+    unsigned = packed.view(torch.uint8)
+    if bits == FP8:
+        return unsigned[..., :width].contiguous().view(torch.float8_e4m3fn)
+    if bits == 4:  # spread the two halves of each byte to two bytes
+        pairs = unsigned.to(torch.int16)
+        unsigned = pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)
+    return unsigned[..., :width].sub(2 ** (bits - 1)).view(torch.int8)
+
+
+class KernelLinear(nn.Module):
+    """A frozen QuantizedLinear in the layout of a processor's integer kernels (`QuantizedLinear.packed`). Few rows wait for the
+    weights, so a quarter of the bytes takes almost a quarter of the time; many rows are multiplied by weights restored for them.
+
+    Several rows and 8 bits: int8 times int8, added in int32, is exact. Activations that are not to be rounded enter as two rows,
+    x = unit * (256 * high + low): 16-bit integers, as exact as bfloat16."""
+
+    def __init__(self, linear: QuantizedLinear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.form, self.bias = linear.form, linear.bias
+        self.scale = scale = linear.weight_scale  # (out, groups)
+        if self.form.group:
+            self.bytes, self.many = 1 + 6 / self.form.group, linear.weight_packed  # bytes per weight
+            self.few, self.multiply = int4_kernel(linear.levels)
+            self.offset = torch.stack((scale.T, torch.zeros_like(scale.T)), -1).bfloat16()  # (groups, out, 2)
+        else:
+            self.bytes, self.levels = 1 + 4 / self.in_features, linear.levels
+            self.ones = torch.ones(self.out_features, dtype=torch.bfloat16, device=scale.device)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, self.in_features)  # (N, in)
+        out = (self.in_groups if self.form.group else self.dynamic if self.form.dynamic else self.in_bytes)(rows)
+        out = out if self.bias is None else out + self.bias
+        return out.to(hidden.dtype).view(*hidden.shape[:-1], -1)
+
+    def in_groups(self, rows: Tensor) -> Tensor:
+        """(N, in) -> (N, out)"""
+        if len(rows) <= 32:
+            return self.multiply(rows.bfloat16().contiguous(), self.few, self.form.group, self.offset)
+        levels = unpack(self.many, self.form.bits, self.in_features).to(rows.dtype)
+        return F.linear(rows, grouped(levels, self.form.group).mul_(self.scale[..., None]).flatten(-2))
+
+    def dynamic(self, rows: Tensor) -> Tensor:
+        rows = rows.float()
+        unit = largest_scale(rows, self.form.bits)
+        levels = quantize_groups(rows, unit, self.form.bits)
+        if self.form.bits == FP8:
+            return torch._scaled_mm(levels, self.levels.T, unit[:, None], self.scale.T, out_dtype=torch.bfloat16)
+        if len(rows) < 32 and rows.is_cuda:  # its kernel takes more than 16 rows
+            levels = F.pad(levels, (0, 0, 0, 32 - len(rows)))
+        sums = torch._int_mm(levels, self.levels.T)[: len(rows)]  # (N, out) int32
+        return sums * unit[:, None] * self.scale[:, 0].float()
+
+    def in_bytes(self, rows: Tensor) -> Tensor:
+        if len(rows) <= 2 and not rows.is_cuda:
+            return torch._weight_int8pack_mm(rows, self.levels, self.ones.to(rows.dtype)).mul_(self.scale[:, 0])
+        if len(rows) > 128 or rows.is_cuda:
+            return F.linear(rows, self.levels.to(rows.dtype)).mul_(self.scale[:, 0])
+        unit = rows.abs().amax(-1, True).float().clamp_(min=1e-12) / (127 * 256)  # (N, 1)
+        # The bytes of x / unit + 128 in memory are low + 128 and high; the exclusive or takes the 128 away again.
+        halves = (rows / unit).round_().to(torch.int16).add_(128).bitwise_xor_(128)
+        halves = halves.view(torch.int8).unflatten(-1, (-1, 2)).permute(2, 0, 1).flatten(0, 1).contiguous()  # (2 N, in)
+        low, high = torch._int_mm(halves, self.levels.T).float().unflatten(0, (2, -1))
+        return low.add_(high, alpha=256).mul_(unit).mul_(self.scale[:, 0])
+
+
+def int4_kernel(levels: Tensor) -> tuple[Tensor, Callable]:
+    """Levels (out, in) in the layout of torch's 4-bit kernel for their device, and the kernel."""
+    levels = levels.int() + 8
+    if levels.is_cuda:
+        pairs = (levels[:, ::2] << 4 | levels[:, 1::2]).to(torch.uint8)  # (out, in / 2)
+        return torch.ops.aten._convert_weight_to_int4pack(pairs, 8), torch.ops.aten._weight_int4pack_mm
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1), torch.ops.aten._weight_int4pack_mm_for_cpu
+
+
+class Restored(nn.Module):
+    """The same for the stacked weights of experts (E, out, in), as a parametrization: restored together at each use."""
+
+    def __init__(self, scale: Tensor, form: Form, width: int):
+        super().__init__()
+        self.form, self.width = form, width
+        self.register_buffer("scale", scale)
+
+    def forward(self, packed: Tensor) -> Tensor:
+        return restore(grouped(unpack(packed, self.form.bits, self.width), self.form.group), self.scale).flatten(-2)
+
+
+# ------------------------------------------------------------------------------------------------------ checks
+
+
+def check_method(model: MODEL.LanguageModel, method: str) -> None:
+    if method not in ("none", *METHODS):
+        raise UserError(f"quantization.method: '{method}' is not one of {', '.join(METHODS)}")
+    if model.quantization != "none":
+        raise UserError(f"quantization.method: the model is quantized already ({model.quantization}); name the original")
+    if method in ("awq", "smoothquant") and isinstance(model, MODEL.ForeignModel):
+        raise UserError(f"quantization.method: {method} is not for a {model.config.model_type}, which transformers runs; use "
+                        "gptq, int4 or int8")
+
+
+def fitting(places: dict[str, tuple[nn.Module, str]], form: Form,
+            key: str = "quantization.group_size") -> dict[str, tuple[nn.Module, str]]:
+    """The matrices whose width the group size divides; the others are listed. `key` is the setting that messages name."""
+    if not places:
+        raise UserError("quantization.exclude: no layer is left that can be quantized")
+    widths = {name: getattr(*place).shape[-1] for name, place in places.items()}
+    kept = sorted(name for name, width in widths.items() if form.group and width % form.group)
+    if len(kept) == len(places):
+        raise UserError(f"{key}: {form.group} divides the width of no layer; use a divisor of {widths[kept[0]]}")
+    if kept:
+        say(f"{key}: {form.group} does not divide the width of {len(kept)} layers, which stay as they are: "
+            + ", ".join(kept[:3]) + (", ..." if kept[3:] else ""))
+    return {name: place for name, place in places.items() if name not in kept}
+
 
 # ------------------------------------------------------------------------------------------------ bitsandbytes
 

@@ -1254,6 +1254,9 @@ def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | No
     device = section.device if packed else "cpu"  # weights are quantized on the device that uses them
     model, _ = TOKENIZER.open_model(replace(section, dtype="float32", device=device), tokenizer, head=head, labels=labels,
                                     seed=config.training.seed, grow=grow)
+    if model.quantization != "none" and not adapter:
+        raise UserError(f"model.name: the weights in {section.name} are quantized ({model.quantization}) and cannot learn; train "
+                        "the original model, or an adapter: --lora.r 16 (SFT.py, RL.py)")
     fit_length(config, model.config.max_position_embeddings)
     return model
 
