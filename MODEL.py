@@ -749,35 +749,42 @@ class Attention(nn.Module):
         self.window = config.window(layer)
         self.dropout = config.attention_dropout
         width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.sizes = [heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.head_dim]  # of query, key, value
+        self.heads = [heads, kv_heads]
         if config.fused_qkv:
-            self.qkv_proj = nn.Linear(width, sum(self.sizes), config.attention_bias)
+            self.qkv_proj = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, config.attention_bias)
         else:
-            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, size, config.attention_bias) for size in self.sizes)
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, count * self.head_dim, config.attention_bias)
+                                                     for count in (heads, kv_heads, kv_heads))
         self.o_proj = nn.Linear(heads * self.head_dim, width, config.attention_out_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
+    def project(self, hidden: Tensor, rope) -> tuple[Tensor, ...]:
+        """Query, key and value (B, H, T, D), the first two rotated by position."""
+        rotate = (lambda states: states) if rope is None else partial(self.rotate, cos=rope[0], sin=rope[1])
         if hasattr(self, "qkv_proj"):  # one product for all three
-            return self.qkv_proj(hidden).split(self.sizes, -1)
-        return self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+            both, value = self.by_head(self.qkv_proj(hidden)).split([sum(self.heads), self.heads[1]], 2)
+            if not hasattr(self, "q_norm"):  # and one rotation for two
+                return *rotate(both.transpose(1, 2)).split(self.heads, 1), value.transpose(1, 2)
+            query, key = both.split(self.heads, 2)
+        else:
+            query, key, value = (self.by_head(linear(hidden)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
+        return rotate(query.transpose(1, 2)), rotate(key.transpose(1, 2)), value.transpose(1, 2)
+
+    def by_head(self, states: Tensor) -> Tensor:
+        return states.view(*states.shape[:2], -1, self.head_dim)  # (B, T, H, D)
 
     def forward(self, hidden: Tensor, rope, mask, cache: CacheStep | None) -> Tensor:
         batch, length, _ = hidden.shape
-        query, key, value = (states.view(batch, length, -1, self.head_dim) for states in self.project(hidden))
-        if hasattr(self, "q_norm"):
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, T, D)
-        if rope is not None:
-            query, key = self.rotate(query, *rope), self.rotate(key, *rope)
+        query, key, value = self.project(hidden, rope)  # (B, H, T, D)
         if cache is not None:
             output = cache.attend(self.layer, (query,), (key, value), self.window, self._attend_cached)
         else:
             output = self.attend(query, key, value, mask, self.window, self.dropout if self.training else 0.0)
         return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1))  # (B, T, C)
-
 
     def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Tensor:
         """A single query's heads that share keys become as many queries of one head, so that no key is repeated for them."""

@@ -311,7 +311,7 @@ def scaled_pairs(layer: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Linear]]
         return
     yield layer.input_layernorm, [getattr(attention, name) for name in ("qkv_proj", "q_proj", "k_proj", "v_proj")
                                   if hasattr(attention, name)]
-    if hasattr(attention, "v_proj") and attention.sizes[0] == attention.sizes[2]:
+    if hasattr(attention, "v_proj") and attention.heads[0] == attention.heads[1]:
         yield attention.v_proj, [attention.o_proj]
     if isinstance(mlp, MODEL.MLP):
         yield layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj] if mlp.gated else [mlp.up_proj]

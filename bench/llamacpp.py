@@ -4,7 +4,8 @@
     python bench/llamacpp.py --llama PATH/bin/python --model out  # a trained folder
 
 PATH is an environment with `xllamacpp`. Each model answers prompts of token ids with 64 greedy tokens, in F32 and with weights
-rounded to F16. Prompts whose answer changes with a little noise on the weights are left out.
+rounded to F16. Prompts whose answer changes with a little noise on the weights are left out. In the other types, the log-probabilities
+of the first token after each prompt are compared with those of the exact weights.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 64
 NOISE = {"F32": 2e-5, "F16": 1e-3}  # relative; and 5 times this in nats between the best two tokens
 BOUND = {"F32": 1e-3, "F16": 0.05}  # on the difference of two log-probabilities
+MEAN_BOUND = {"BF16": 0.03, "Q8_0": 0.03, "Q5_1": 0.15, "Q5_0": 0.15, "Q4_1": 0.3, "Q4_0": 0.3}  # on their mean
 TEXT = ("Once upon a time, Zoë's dog didn't see 3 cats, 1234567 mice and 3.14 owls.\n\n  def f(x):\n\treturn x**2  # ok!!\n"
         "你好，世界！ Привет, мир. नमस्ते ŝafoj HTTPServer I'VE we'Ll\r\n 😀🚀👩‍👩‍👧 café naïve <b>x_y</b>   end \n")
 SHAPE = dict(vocab_size=512, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
@@ -127,12 +129,13 @@ def greedy(model, noise: float) -> tuple[list, list]:
     return [prompts[i] for i in clear], [answers[-1][i].ids for i in clear]
 
 
-def difference(model, prompts: list, theirs: list) -> float:
-    """The largest difference of a log-probability of the first token after each prompt."""
+def differences(model, prompts: list, theirs: list):
+    """The differences of all log-probabilities of the first token after each prompt."""
     import torch
 
     ours = [model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]
-    return max(abs(row[int(i)].item() - value) for row, place in zip(ours, theirs, strict=True) for i, value in place.items())
+    return torch.tensor([abs(row[int(i)].item() - value) for row, place in zip(ours, theirs, strict=True)
+                         for i, value in place.items()])
 
 
 def compare(interpreter: str, label: str, model, tokenizer, folder: Path, adapter: bool = False, texts: tuple = ()) -> bool:
@@ -158,11 +161,18 @@ def compare(interpreter: str, label: str, model, tokenizer, folder: Path, adapte
         same = [[i for i in a if i not in stops] == [i for i in b if i not in stops]
                 for a, b in zip(ours, theirs["tokens"], strict=True)]
         split = [theirs["ids"][i] == tokenizer(text).input_ids for i, text in enumerate(texts)]
-        apart = difference(model, prompts, theirs["first"])
+        apart = float(differences(model, prompts, theirs["first"]).max())
         print(f"{label:32} {kind}: {sum(same)} of {len(same)} answers equal ({sum(map(len, ours))} tokens), log-probabilities "
               f"differ by {apart:.1e} at most" + (f", {sum(split)} of {len(split)} texts equal" if texts else ""), flush=True)
         good = good and all(same) and bool(same) and all(split) and apart < BOUND["F16" if rough else kind]
-    return good
+    means = {}
+    for kind in () if adapter else MEAN_BOUND:
+        QUANT.export_gguf(exported, tokenizer, folder / "model", QUANT.QuantizationSection(gguf_type=kind))
+        theirs = answer(interpreter, gguf=str(folder / "model/model.gguf"), prompts=prompts)
+        means[kind] = float(differences(model, prompts, theirs["first"]).mean())
+    if means:
+        print(f"{label:32} mean difference of log-probabilities: " + ", ".join(f"{kind} {mean:.3f}" for kind, mean in means.items()))
+    return good and all(mean < MEAN_BOUND[kind] for kind, mean in means.items())
 
 
 def make_tokenizers() -> dict:
