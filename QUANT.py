@@ -105,19 +105,28 @@ def largest_scale(groups: Tensor, bits: int) -> Tensor:
     return largest / torch.full_like(largest, 448 if bits == FP8 else 2 ** (bits - 1) - 0.5)
 
 
+def group_scale(groups: Tensor, bits: int) -> Tensor:
+    """The scale, positive or negative, with which the weight of each group (..., G, size) that is farthest from zero becomes the
+    lowest level, -2**(bits - 1): there is one level more below zero than above. (..., G)"""
+    farthest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
+    farthest = torch.where(farthest.abs() < 1e-12, 1e-12, farthest)
+    return short(farthest / -(2 ** (bits - 1)))
+
+
 def short(scale: Tensor) -> Tensor:
     """The nearest bfloat16 number, in the same type: scales of groups are stored in bfloat16."""
     return scale.bfloat16().to(scale.dtype)
 
 
-def best_scale(groups: Tensor, bits: int, importance: Tensor) -> Tensor:
-    """The scale, down to half of the largest, with the least squared error weighted by the importance (G, size) of each input.
-    Clipping a few large weights makes the steps of all others finer."""
-    largest = best = largest_scale(groups, bits)
-    least = torch.full_like(largest, math.inf)
-    for shrink in torch.linspace(1, 0.5, 21).tolist():
-        scale = short(largest * shrink)
-        error = ((restore(quantize_groups(groups, scale, bits), scale) - groups).square() * importance).sum(-1)
+def best_scale(groups: Tensor, bits: int, products: Tensor) -> Tensor:
+    """Of larger and smaller scales for groups (out, G, size), those with the least squared error of the outputs, given the sum of
+    x x^T over the inputs of each group (G, size, size). Clipping a few large weights makes the steps of all others finer."""
+    first = best = group_scale(groups, bits)
+    least = torch.full_like(first, math.inf)
+    for size in torch.linspace(1.15, 0.5, 27).tolist():
+        scale = short(first * size)
+        wrong = restore(quantize_groups(groups, scale, bits), scale) - groups
+        error = (torch.einsum("ogi,gij->ogj", wrong, products) * wrong).sum(-1)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
@@ -138,8 +147,7 @@ def restore(levels: Tensor, scale: Tensor) -> Tensor:
 def nearest(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Round (..., out, in) to the nearest level -> levels (..., out, in), scale (..., out, groups)."""
     groups = grouped(weight.float(), form.group)
-    scale = largest_scale(groups, form.bits)
-    scale = short(scale) if form.group else scale
+    scale = group_scale(groups, form.bits) if form.group else largest_scale(groups, form.bits)
     return quantize_groups(groups, scale, form.bits).flatten(-2), scale
 
 
@@ -243,7 +251,6 @@ def gptq(weight: Tensor, products: Tensor, form: Form, damping: float = 0.01) ->
     unused = hessian.diagonal() == 0
     hessian.diagonal()[unused] = 1
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
-    diagonal = hessian.diagonal().clone()
     hessian = torch.linalg.cholesky(hessian)
     hessian = torch.cholesky_inverse(hessian)
     factor = torch.linalg.cholesky(hessian, upper=True)
@@ -254,8 +261,8 @@ def gptq(weight: Tensor, products: Tensor, form: Form, damping: float = 0.01) ->
         errors = torch.empty_like(weight[:, start:stop])
         for i in range(start, stop):
             if i % size == 0:
-                importance = diagonal[i : i + size]
-                scales.append(best_scale(weight[:, None, i : i + size], form.bits, importance)[:, 0])
+                part = slice(i, i + size)
+                scales.append(best_scale(weight[:, None, part], form.bits, products[None, part, part].float())[:, 0])
             level = quantize_groups(weight[:, i, None, None], scales[-1][:, None], form.bits)[:, 0, 0]  # (out,)
             levels[:, i] = level
             errors[:, i - start] = (weight[:, i] - level * scales[-1]) / factor[i, i]
@@ -266,8 +273,10 @@ def gptq(weight: Tensor, products: Tensor, form: Form, damping: float = 0.01) ->
 
 def round_weighted(weight: Tensor, products: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Round to the nearest, with the scales that are best for these inputs."""
-    groups = grouped(weight.float(), form.group)
-    scale = best_scale(groups, form.bits, grouped(products.diagonal(), form.group))
+    groups = grouped(weight.float(), form.group)  # (out, G, size)
+    _, count, size = groups.shape
+    blocks = products.view(count, size, count, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (G, size, size)
+    scale = best_scale(groups, form.bits, blocks)
     return quantize_groups(groups, scale, form.bits).flatten(-2), scale
 
 
@@ -521,7 +530,7 @@ def straight_through(numbers: Tensor, bits: int, group: int) -> Tensor:
     """`rounded`, in the type of the numbers, as one operation. Gradients pass unchanged: the true ones are zero almost everywhere
     (Bengio 2013).
 
-    The largest weight of a group lies half-way between two levels. If torch.compile fused the steps, its less exact division
+    The largest weight of a row lies half-way between two levels. If torch.compile fused the steps, its less exact division
     would round many of these to the other level."""
     return rounded(numbers, Form(bits, group)).to(numbers.dtype)
 

@@ -198,7 +198,8 @@ def test_round_to_nearest(method, bits, group, knobs, tmp_path):
             if "layers." in name and weight.dim() >= 2 and not name.endswith("mlp.gate.weight"):
                 rows = weight.reshape(-1, group or weight.shape[-1])
                 scale = rows.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)
-                scale = scale.bfloat16().float() if group else scale  # as it is stored
+                if group:  # as it is stored, and of the sign with which the largest becomes the lowest level
+                    scale = (rows.gather(1, rows.abs().argmax(1, keepdim=True)) / -(2 ** (bits - 1))).bfloat16().float()
                 weight.copy_((rows / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).mul(scale).view_as(weight))
         torch.testing.assert_close(packed(ids).logits, plain(ids).logits, atol=2e-5, rtol=1e-5)
         if group in (0, 32):
@@ -283,7 +284,8 @@ def test_gptq_equals_direct_solutions(group):
     for i in range(24):
         if i % (group or 24) == 0:
             part = now[:, None, i : i + (group or 24)].float()
-            scales.append(QUANT.best_scale(part, 4, hessian.diagonal()[i : i + (group or 24)].float())[:, 0])
+            block = products[None, i : i + (group or 24), i : i + (group or 24)]
+            scales.append(QUANT.best_scale(part, 4, block)[:, 0])
         found[:, i] = (now[:, i] / scales[-1]).round().clamp(-8, 7)
         now[:, i] = found[:, i] * scales[-1]
         rest, fixed = slice(i + 1, 24), slice(0, i + 1)
@@ -292,6 +294,18 @@ def test_gptq_equals_direct_solutions(group):
     assert torch.equal(levels.float(), found) and torch.allclose(scale, torch.stack(scales, 1).float(), rtol=1e-4)
     error = lambda levels, scale: float(((QUANT.restore(QUANT.grouped(levels, group), scale).flatten(-2) - weight) @ inputs.T).square().sum())  # noqa: E731
     assert error(levels, scale) < 0.9 * error(*QUANT.nearest(weight, form))
+
+
+def test_scales_have_the_least_output_error():
+    """Of those tried, for the outputs of each group alone."""
+    weight, inputs = draw(5, 32), draw(100, 32, seed=1) @ draw(32, 32, seed=2)
+    _, scale = QUANT.round_weighted(weight, inputs.T @ inputs, QUANT.Form(4, 16))
+    for row, group in itertools.product(range(5), range(2)):
+        part, x = weight[row, 16 * group : 16 * group + 16].double(), inputs[:, 16 * group : 16 * group + 16].double()
+        first = (part[part.abs().argmax()] / -8).bfloat16().double()
+        tried = [(first * size).bfloat16().double() for size in torch.linspace(1.15, 0.5, 27)]
+        errors = [(x @ ((part / one).round().clamp(-8, 7) * one - part)).square().sum() for one in tried]
+        assert errors[tried.index(scale[row, group])] <= 1.0001 * min(errors)
 
 
 def observed(inputs):
