@@ -635,6 +635,10 @@ class KernelLinear(nn.Module):
         else:
             self.bytes, self.levels = 1 + 4 / self.in_features, linear.levels
             self.ones = torch.ones(self.out_features, dtype=torch.bfloat16, device=scale.device)
+            self.onednn = self.form.dynamic and not scale.is_cuda and self.out_features >= 64  # narrower: a slow fallback
+            if self.onednn:
+                self.levels = torch.ops.onednn.qlinear_prepack(self.levels, None)
+                self.scale, self.zeros = scale[:, 0].contiguous(), torch.zeros(self.out_features, dtype=torch.int32)
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, self.in_features)  # (N, in)
@@ -655,8 +659,12 @@ class KernelLinear(nn.Module):
         levels = quantize_groups(rows, unit, self.form.bits)
         if self.form.bits == FP8:
             return torch._scaled_mm(levels, self.levels.T, unit[:, None], self.scale.T, out_dtype=torch.bfloat16)
-        if len(rows) < 32 and rows.is_cuda:  # its kernel takes more than 16 rows
-            levels = F.pad(levels, (0, 0, 0, 32 - len(rows)))
+        least = 32 if rows.is_cuda else 16 if self.onednn else 0  # rows that the kernels are made for
+        levels = F.pad(levels, (0, 0, 0, max(least - len(rows), 0)))
+        if self.onednn:
+            out = torch.ops.onednn.qlinear_pointwise(levels, 1.0, 0, self.levels, self.scale, self.zeros, None, 1.0, 0, torch.float32,
+                                                     "none", [], "")
+            return out[: len(rows)].mul_(unit[:, None])
         sums = torch._int_mm(levels, self.levels.T)[: len(rows)]  # (N, out) int32
         return sums * unit[:, None] * self.scale[:, 0].float()
 
