@@ -507,7 +507,7 @@ class CacheStep:
             size = self.cache.pages * self.cache.page
             stored += [states.new_zeros(states.shape[1], size, states.shape[3]) for states in new]
         for kept, states in zip(stored, new, strict=True):
-            kept.index_copy_(1, self.slots, states[0].to(kept.dtype))
+            kept[:, self.slots] = states[0].to(kept.dtype)
         if self.groups is None:
             self.groups = list(self._grouped(sum(kept.shape[0] * kept.shape[2] * kept.element_size() for kept in stored)))
         results = []
