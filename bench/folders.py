@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -97,8 +98,8 @@ def main() -> None:
                         done = subprocess.run([options.vllm, __file__, "--run", request], capture_output=True, text=True, env=environment)
                         answer = request.with_suffix(".answer")
                         if not answer.exists():
-                            errors = [line for line in done.stderr.splitlines() if "Error" in line]
-                            raise RuntimeError((errors or ["no answer"])[0].split("] ")[-1])
+                            causes = re.findall(r"\w+Error: (.+)", done.stdout + done.stderr)
+                            raise RuntimeError((causes or ["no answer"])[0])
                         theirs = json.loads(answer.read_text())
                     else:
                         theirs = ask_transformers(folder, rows, options.dtype)
