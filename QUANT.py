@@ -461,8 +461,10 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
     if method in ("fp16", "bf16"):
         dtype = torch.float16 if method == "fp16" else torch.bfloat16
         for layer in layers:
-            done(layer.to(dtype))
-        return model.to(dtype)
+            convert(layer.parameters(), dtype)
+            done(layer)
+        convert(model.parameters(), dtype)
+        return model
     places = quantizable(model, exclude, lm_head)
     if method in BITSANDBYTES:
         packer = Packer(model, method, group_size, model.device)
@@ -511,7 +513,7 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
 
 
 def convert(weights: Iterator[nn.Parameter], dtype: torch.dtype | None) -> None:
-    """Convert weights in place, but not the scales of quantized ones, which are buffers."""
+    """Convert weights in place. Buffers stay: scales of quantized weights, biases of routers, rotary frequencies."""
     for weight in weights:
         weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data
 

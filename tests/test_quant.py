@@ -542,6 +542,18 @@ def test_a_quantized_folder_of_every_family(family, method, tmp_path, capsys):
     assert difference < (1e-2 if method in ("int8_dynamic", "smoothquant") else 1e-5)
 
 
+@pytest.mark.parametrize("family", ["deepseek-v3", "gpt_neox"])
+def test_16_bits_are_those_of_a_model_loaded_in_them(family, tmp_path):
+    """Routers' biases and rotary frequencies stay float32."""
+    config = transformers.GPTNeoXConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    (reference(family) if family != "gpt_neox" else transformers.GPTNeoXForCausalLM(config)).save_pretrained(tmp_path / "base")
+    whole, narrow = MODEL.load(tmp_path / "base"), MODEL.load(tmp_path / "base", torch.bfloat16)
+    expected = {name: (tensor.dtype, tensor.tolist()) for name, tensor in [*narrow.named_parameters(), *narrow.named_buffers()]}
+    assert {kind for kind, _ in expected.values()} == {torch.bfloat16, torch.float32}
+    QUANT.quantize(whole, "bf16")
+    assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in [*whole.named_parameters(), *whole.named_buffers()]} == expected
+
+
 def test_a_foreign_model_is_quantized_and_saved(tmp_path):
     pytest.importorskip("compressed_tensors")
     config = transformers.Gemma2Config(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
