@@ -843,6 +843,14 @@ def hub_settings(method: str):
 # ----------------------------------------------------------------------------------------------------- folders
 
 
+def hub_scheme(form: Form) -> tuple[dict, dict]:
+    """compressed-tensors' words for weights and activations, {} for activations that are not rounded."""
+    bits, kind = (8, "float") if form.bits == FP8 else (form.bits, "int")
+    numbers = {"num_bits": bits, "type": kind, "symmetric": True}
+    scales = {"strategy": "group", "group_size": form.group} if form.group else {"strategy": "channel"}
+    return {**numbers, "dynamic": False, **scales}, {**numbers, "dynamic": True, "strategy": "token"} if form.dynamic else {}
+
+
 def hub_config(model: MODEL.Transformer, kind: str) -> dict:
     """`quantization_config` of config.json, as compressed-tensors, transformers and vLLM read it."""
     form = next(module.form for module in model.modules() if isinstance(module, (QuantizedLinear, Restored)))
@@ -850,14 +858,10 @@ def hub_config(model: MODEL.Transformer, kind: str) -> dict:
              if isinstance(module, (nn.Linear, MODEL.Router)) and not isinstance(module, QuantizedLinear)]
     plain += [f"re:.*{re.escape(MODEL.hub_name(kind, name + '.').removesuffix('.'))}.*" for name, module in model.named_modules()
               if type(module) is MODEL.Experts]
-    floats = form.bits == FP8
-    numbers = {"num_bits": 8 if floats else form.bits, "type": "float" if floats else "int", "symmetric": True}
-    weights = {**numbers, "dynamic": False, **({"strategy": "group", "group_size": form.group} if form.group else
-                                                {"strategy": "channel"})}
-    activations = {**numbers, "dynamic": True, "strategy": "token"} if form.dynamic else None
-    return {"quant_method": "compressed-tensors", "format": f"{numbers['type']}-quantized" if form.dynamic else "pack-quantized",
+    weights, activations = hub_scheme(form)
+    return {"quant_method": "compressed-tensors", "format": f"{weights['type']}-quantized" if form.dynamic else "pack-quantized",
             "quantization_status": "compressed", "ignore": plain,
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations,
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations or None,
                                           "output_activations": None}}}
 
 
@@ -907,15 +911,13 @@ def form_of_hub(folder: Path, quantization: dict) -> tuple[Form, list[str]]:
     """The form that config.json names, and the layers that are not quantized."""
     groups = list((quantization.get("config_groups") or {}).values())
     weights, activations = (groups[0].get(key) or {} for key in ("weights", "input_activations")) if groups else ({}, {})
-    kind = weights.get("num_bits"), weights.get("type")
-    form = Form(FP8 if kind == (8, "float") else kind[0], weights.get("group_size") or 0, bool(activations))
-    known = {"symmetric": True, "dynamic": False}
-    if len(groups) != 1 or kind not in ((4, "int"), (8, "int"), (8, "float")) or \
-            any(weights.get(key) != value for key, value in known.items()) or \
-            weights.get("strategy") not in ("group", "channel") or weights.get("actorder") or \
-            activations and not (activations.get("dynamic") and activations.get("strategy") == "token"):
+    group = weights.get("group_size") if weights.get("strategy") == "group" else 0
+    form = Form(FP8 if weights.get("type") == "float" else weights.get("num_bits"), group, bool(activations))
+    scheme = hub_scheme(form)
+    if len(groups) != 1 or form.bits not in ((8, FP8) if form.dynamic else (4, 8, FP8)) or weights.get("actorder") or \
+            not (scheme[0].items() <= weights.items() and scheme[1].items() <= activations.items()):
         raise UserError(f"{folder}/config.json: this form of compressed-tensors is not supported; symmetric integers of 4 or 8 "
-                        "bits in groups or rows and fp8 are")
+                        "bits in groups or rows and fp8 are, and activations of 8 bits beside weights of 8")
     return form, quantization.get("ignore") or []
 
 
@@ -936,7 +938,8 @@ def adopt(model: MODEL.Transformer, folder: Path, quantization: dict) -> None:
                 stored = QuantizedLinear(count * height, width, None, form, "meta")
                 restored = Restored(stored.weight_scale.unflatten(0, (count, -1)), form, width)
                 replace_experts(module, part, stored.weight_packed.unflatten(0, (count, -1)), restored)
-    keep_form(model, next((name for name, one in FORMS.items() if (one.bits, one.dynamic) == (form.bits, form.dynamic)), "int4"))
+    dynamic = form.dynamic or form.bits == FP8
+    keep_form(model, next(name for name, one in FORMS.items() if (one.bits, one.dynamic) == (form.bits, dynamic)))
 
 
 def from_hub(tensors: Iterator[tuple[Path, str, Tensor]]) -> Iterator[tuple[Path, str, Tensor]]:

@@ -594,13 +594,19 @@ def test_what_cannot_be_quantized_or_saved_is_one_line(tmp_path, capsys):
                                 ("int4", dict(moe_intermediate_size=48), "experts of which the group size divides one width only")):
         with pytest.raises(UserError, match=f"a folder cannot hold {what}"):
             MODEL.save(QUANT.quantize(MODEL.build(MODEL.ModelConfig(**{**SMALL, **EXPERTS, **knobs})), method), tmp_path / "no")
-    for settings in ({"symmetric": False}, {"num_bits": 3}, {"strategy": "tensor"}, {"type": "float", "num_bits": 4}):
-        MODEL.save(QUANT.quantize(MODEL.load(folder), "int8"), tmp_path / "odd")
-        config = json.loads((tmp_path / "odd/config.json").read_text())
-        config["quantization_config"]["config_groups"]["group_0"]["weights"].update(settings)
+    MODEL.save(QUANT.quantize(MODEL.load(folder), "int8"), tmp_path / "odd")
+    config = json.loads((tmp_path / "odd/config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    weights, eight = group["weights"], {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+    for settings, activations in (({"symmetric": False}, None), ({"num_bits": 3}, None), ({"strategy": "tensor"}, None), ({"num_bits": 4}, eight),
+                                  ({"type": "float", "num_bits": 4}, None), ({}, {**eight, "type": "float"}), ({"strategy": "group"}, None)):
+        group.update(weights={**weights, **settings}, input_activations=activations)
         (tmp_path / "odd/config.json").write_text(json.dumps(config))
         with pytest.raises(UserError, match="this form of compressed-tensors is not supported"):
             MODEL.load(tmp_path / "odd")
+    group.update(weights={**weights, "group_size": -1}, input_activations=None)  # which other programs write for whole rows
+    (tmp_path / "odd/config.json").write_text(json.dumps(config))
+    assert MODEL.load(tmp_path / "odd").model.layers[0].mlp.up_proj.form == QUANT.Form(8)
 
 
 def table_of(text: str) -> list[dict]:
