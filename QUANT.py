@@ -1474,8 +1474,6 @@ def check_onnx(path: Path, model: MODEL.Transformer, exact: bool) -> None:
 
 def export_onnx(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """A folder for transformers.js and onnxruntime-genai: onnx/model*.onnx, config.json, tokenizer, genai_config.json."""
-    if section.method not in ONNX_FILES:
-        raise UserError(f"quantization.method: --to onnx writes {', '.join(ONNX_FILES)}; found {section.method}")
     dtype, name = ONNX_FILES[section.method]
     for package in ("onnx", "onnxscript", "onnxruntime"):
         optional(package, "onnx")
@@ -1512,8 +1510,6 @@ def genai_config(config: MODEL.ModelConfig, path: str, special: dict) -> dict:
 
 def export_tensorrt(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """The folder of `export_onnx`, build_engine.sh, which makes model.engine of it, and model.engine if trtexec is on PATH."""
-    if section.method != "none":
-        raise UserError(f"quantization.method: --to tensorrt writes none; found {section.method}")
     import onnx
 
     export_onnx(model, tokenizer, target, section)
@@ -1539,13 +1535,13 @@ def last_line(done: subprocess.CompletedProcess) -> str:
     return ((done.stderr or done.stdout).strip().splitlines() or ["no message"])[-1][:300]
 
 
+OPENVINO_FORMATS = {"none": "fp16", "int8": "int8", "int4": "int4"}
+
+
 def export_openvino(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """A folder for openvino-genai, by the exporter of optimum-intel, which reads Hugging Face folders."""
     check_exportable(model, foreign=True)
-    int4 = ["int4", "--sym", "--ratio", "1.0", "--group-size", str(section.group_size or 32), "--group-size-fallback", "adjust"]
-    formats = {"none": ["fp16"], "int8": ["int8"], "int4": int4}
-    if section.method not in formats:
-        raise UserError(f"quantization.method: --to openvino writes {', '.join(formats)}; found {section.method}")
+    groups = ["--sym", "--ratio", "1.0", "--group-size", str(section.group_size or 32), "--group-size-fallback", "adjust"]
     command = shutil.which("optimum-cli", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
     if command is None:
         raise UserError("--to openvino: optimum-cli is not on PATH; pip install optimum-intel openvino openvino-tokenizers nncf")
@@ -1553,7 +1549,8 @@ def export_openvino(model, tokenizer, target: Path, section: QuantizationSection
         MODEL.save(model, folder)
         TOKENIZER.save(tokenizer, folder)
         done = subprocess.run([command, "export", "openvino", "--model", folder, "--task", "text-generation-with-past",
-                               "--weight-format", *formats[section.method], str(target)], capture_output=True, text=True)
+                               "--weight-format", OPENVINO_FORMATS[section.method], *(groups if section.method == "int4" else ()),
+                               str(target)], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"--to openvino: optimum-cli failed: {last_line(done)}")
 
@@ -1598,6 +1595,7 @@ SECTIONS = {**INFER.SECTIONS, "quantization": QuantizationSection}
 EXPORTS = {"gguf": export_gguf, "gguf-lora": export_gguf_adapter, "onnx": export_onnx, "openvino": export_openvino,
            "torch-export": export_pt2, "aotinductor": export_compiled, "torchscript": export_torchscript,
            "tensorrt": export_tensorrt}
+ONE_FILE = ("torch-export", "aotinductor", "torchscript")
 ACTIONS = {"out": Action("folder (a file for torch-export, aotinductor and torchscript) to write to", str),
            "compare": Action("measure every method; writes compare.png to --out or to the model's folder"),
            "to": Action(f"export: {', '.join(EXPORTS)}", str)}
@@ -1740,8 +1738,9 @@ def check_request(config) -> None:
         raise UserError("model.preset: fresh weights say nothing about what quantization costs; name a trained model (--model)")
     if config.model.quantization != "none":
         raise UserError("model.quantization: has no effect here, where both forms are compared; use --method")
-    if section.group_size and section.method not in ("nf4", *(method for method, form in FORMS.items() if form.group)):
-        raise UserError(f"quantization.group_size: {section.method} has one scale for each row; leave it out")
+    grouping = ("nf4", *(method for method, form in FORMS.items() if form.group))
+    if section.group_size and section.method not in grouping and not actions.compare:
+        raise UserError(f"quantization.group_size: {section.method} has no groups; leave it out, or use {', '.join(grouping)}")
     if actions.to and (actions.to not in EXPORTS or not actions.out or actions.compare):
         raise UserError("--to: needs --out FOLDER, without --compare" if actions.to in EXPORTS else
                         f"--to: '{actions.to}' is not one of {', '.join(EXPORTS)}")
@@ -1755,16 +1754,19 @@ def check_request(config) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"quantization.exclude: '{pattern}' is not a regular expression ({error})") from None
-    if actions.compare and actions.out and Path(actions.out).suffix:
+    if actions.compare and actions.out and names_file(Path(actions.out)):
         raise UserError(f"--out: --compare writes compare.png into a folder; found '{actions.out}'")
     if actions.out and not actions.to and not actions.compare:
         check_out(Path(actions.out), section.method)
 
 
+def names_file(out: Path) -> bool:
+    """Whether a folder cannot be meant: model.gguf, but not Qwen2.5-gguf."""
+    return out.is_file() or out.suffix[1:2].isalpha() and not out.is_dir()
+
+
 def check_out(out: Path, method: str) -> None:
     """UserError where no quantized folder can or should be written."""
-    if method == "none":
-        raise UserError("--out: quantization.method none changes nothing; choose a method")
     if method in BITSANDBYTES:
         raise UserError(f"--out: a folder cannot hold {method} weights; quantize while loading (--quantization)")
     if out.is_file():
@@ -1801,13 +1803,19 @@ def opened(config, merge: bool = True, dtype: torch.dtype | str | None = None) -
 
 def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSection | None = None) -> None:
     """Write a model in another program's format (`EXPORTS`). Files get their final names once all are complete."""
-    out, one_file = Path(out), form in ("torch-export", "aotinductor", "torchscript")
-    if one_file and out.is_dir() or not one_file and (out.suffix or out.is_file()):
+    out, one_file, section = Path(out), form in ONE_FILE, section or QuantizationSection("none")
+    if one_file and out.is_dir() or not one_file and names_file(out):
         raise UserError(f"--out: {out} is the name of a {'folder' if one_file else 'file'}; --to {form} writes a "
                         f"{'file' if one_file else 'folder'}")
+    methods = {"onnx": ONNX_FILES, "openvino": OPENVINO_FORMATS}.get(form, ("none",))
+    if section.method not in methods:
+        raise UserError(f"quantization.method: --to {form} writes {', '.join(methods)}; found {section.method}"
+                        + ("; see quantization.gguf_type" if form == "gguf" else ""))
+    if model.quantization != "none" and form not in ("gguf-lora", "torch-export", "aotinductor"):
+        raise UserError(f"--to {form}: the model is quantized already ({model.quantization}); name the original")
     with room_for(out), MODEL.staged(out.parent if one_file else out) as scratch:
         target = scratch / (out.name if one_file else "export")
-        EXPORTS[form](model, tokenizer, target, section or QuantizationSection("none"))
+        EXPORTS[form](model, tokenizer, target, section)
         for path in () if one_file else sorted(path for path in target.rglob("*") if path.is_file()):
             place = out / path.relative_to(target)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -1881,11 +1889,11 @@ def shrink(config, out: Path) -> Comparison:
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(argv, SECTIONS, "quantization", ACTIONS, __doc__)
-    check_request(config)
     section, actions = config.quantization, config.actions
+    if actions.to and not config.origins.get("quantization.method", "").startswith("command line"):
+        section.method = "none"  # the default is one for folders
+    check_request(config)
     if actions.to:
-        if not config.origins.get("quantization.method", "").startswith("command line"):
-            section.method = "none"  # the default is one for folders
         export(*opened(config, actions.to != "gguf-lora"), actions.to, actions.out, section)
         return
     if actions.compare:
