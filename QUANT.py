@@ -774,9 +774,11 @@ class Packer:
         self.model, self.method, self.device = model, method, torch.device(device or "cpu")
         self.bnb = bitsandbytes() if method in BITSANDBYTES else None
         self.group_size, self.places = group_size or 64, quantizable(model)
-        self.form = form_of("int8" if method == "llm_int8" else method, group_size) if method != "nf4" else None
-        if self.form and self.form.group:
-            self.places = {name: place for name, place in self.places.items() if getattr(*place).shape[-1] % self.form.group == 0}
+        if method != "nf4":
+            self.form = form_of("int8" if method == "llm_int8" else method)
+            self.places = fitting(self.places, self.form, "model.quantization")
+        elif self.group_size not in (sizes := [2**i for i in range(5, 13)]):
+            raise UserError(f"quantization.group_size: nf4 has groups of {', '.join(map(str, sizes))}; found {group_size}")
         self.exact = {} if self.bnb else self.places  # rounded from the weights as they are stored
 
     def __call__(self, name: str, weight: Tensor) -> bool:
@@ -1276,6 +1278,8 @@ def ollama_template(tokenizer, begins: bool) -> str | None:
 
 def export_gguf_adapter(model: MODEL.LanguageModel, tokenizer, target: Path, section: QuantizationSection) -> None:
     """Write the folder `target` with adapter.gguf, the unmerged LoRA of a model in float32 (llama-server --lora FILE)."""
+    if not model.adapter:
+        raise UserError("--to gguf-lora: the model has no adapter; name the folder of one (--model)")
     gguf, architecture = import_gguf(), gguf_architecture(model)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
     tensors, alpha, latent = {}, float(model.adapter.lora_alpha), model.config.kv_lora_rank
@@ -1479,6 +1483,7 @@ def export_onnx(model, tokenizer, target: Path, section: QuantizationSection) ->
         optional(package, "onnx")
     config, path = model.config, target / "onnx" / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    model.float()  # onnxruntime has no bfloat16 on CPUs
     with quiet():
         large = write_onnx(onnx_graph(model, section.method != "none"), path, section)
     check_onnx(path, model, section.method == "none")
@@ -1510,9 +1515,9 @@ def genai_config(config: MODEL.ModelConfig, path: str, special: dict) -> dict:
 
 def export_tensorrt(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """The folder of `export_onnx`, build_engine.sh, which makes model.engine of it, and model.engine if trtexec is on PATH."""
+    export_onnx(model, tokenizer, target, section)
     import onnx
 
-    export_onnx(model, tokenizer, target, section)
     half = model.config.max_position_embeddings // 2  # new tokens in a step, and tokens before them, at most
     lengths = {"batch_size": (1, 1, 1), "sequence_length": (1, 1, half), "past_sequence_length": (0, half, half),
                "total_sequence_length": (1, half + 1, 2 * half)}  # smallest, usual, largest

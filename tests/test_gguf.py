@@ -383,6 +383,8 @@ def test_adapters_that_llama_cpp_would_lose_are_refused(knobs, settings, tokeniz
     import peft
 
     model = build(**knobs)
+    with pytest.raises(UserError, match="--to gguf-lora: the model has no adapter"):
+        QUANT.export_gguf_adapter(model, tokenizer, tmp_path, QUANT.QuantizationSection())
     model.adapter = peft.LoraConfig(r=2, **settings)
     MODEL.inject(model.adapter, model)
     with pytest.raises(UserError, match="has no effect in llama.cpp"):

@@ -588,6 +588,12 @@ def test_what_cannot_be_quantized_or_saved_is_one_line(tmp_path, capsys):
     for more, message in ((dict(group_size=48), "48 divides the width of no layer"), (dict(exclude=["."]), "no layer is left")):
         with pytest.raises(UserError, match=message):
             QUANT.quantize(MODEL.load(folder), "int4", **more)
+    with pytest.raises(UserError, match="quantization.group_size: nf4 has groups of 32, 64, .* 4096; found 48"):
+        QUANT.quantize(MODEL.load(folder), "nf4", 48)
+    MODEL.load(folder, quantization="int4")
+    assert "model.quantization: 32 does not divide the width of 2 layers" in capsys.readouterr().err
+    with pytest.raises(UserError, match="model.quantization: 32 divides the width of no layer"):
+        MODEL.load(base(tmp_path / "odd", hidden_size=40, intermediate_size=72), quantization="int4")
     with pytest.raises(UserError, match="gptq needs calibration text, and data.train holds none"):
         QUANT.quantize(MODEL.load(folder), "gptq")
     for method, knobs, what in (("int8_dynamic", {}, "experts in int8_dynamic; use int8 or int4"), ("nf4", {}, "nf4 weights; quantize while"),
