@@ -426,11 +426,12 @@ def restored_once(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def quantizable(model: MODEL.LanguageModel, exclude: list[str] = (), lm_head: bool = False) -> dict[str, tuple[nn.Module, str]]:
     """{name of a matrix: (its module, the parameter's name)}: the linear layers and experts of the repeated blocks. Embedding,
     norms and routers stay as they are."""
-    inside = {id(module) for layer in MODEL.layers_of(model) for module in layer.modules()}
+    inside = {module for layer in MODEL.layers_of(model) for module in layer.modules()}
+    if lm_head and not model.config.tie_word_embeddings:
+        inside.add(getattr(model, "inner", model).get_output_embeddings())
     parts = {nn.Linear: ("weight",), MODEL.Experts: ("gate_up_proj", "down_proj")}
     found = {f"{name}.{part}": (module, part) for name, module in model.named_modules()
-             if id(module) in inside or lm_head and name == "lm_head" and not model.config.tie_word_embeddings
-             for part in parts.get(type(module), ())}
+             if module in inside for part in parts.get(type(module), ())}
     for pattern in exclude:
         if not any(re.search(pattern, name) for name in found):
             raise UserError(f"quantization.exclude: '{pattern}' matches no layer, such as {next(iter(found), 'none')}")
@@ -475,8 +476,6 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
     form = form_of(method, group_size)
     places = fitting(places, form)
     keep_form(model, method)
-    in_layers = {id(weight) for layer in layers for weight in layer.parameters()}
-    convert((weight for weight in model.parameters() if id(weight) not in in_layers), dtype)
 
     def work(layer: nn.Module, observe: Callable | None = None) -> None:
         if observe:
@@ -500,6 +499,10 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
         module, part = places.pop(name)  # with it goes the memory of the exact numbers
         put(model, name, *rounding(getattr(module, part).data, form=form), form)
 
+    in_layers = {id(weight) for layer in layers for weight in layer.parameters()}
+    for name in [name for name, place in places.items() if id(getattr(*place)) not in in_layers]:  # the head
+        round_one(name)
+    convert((weight for weight in model.parameters() if id(weight) not in in_layers), dtype)
     if method in CALIBRATED:
         say(f"calibrating on {len(calibration)} texts, {sum(map(len, calibration)):,} tokens")
         layer_by_layer(model, calibration, work, done)
@@ -507,8 +510,6 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
         for layer in layers:
             work(layer)
             done(layer)
-    for name in [*places]:  # the head
-        round_one(name)
     return model
 
 

@@ -558,12 +558,13 @@ def test_a_foreign_model_is_quantized_and_saved(tmp_path):
     pytest.importorskip("compressed_tensors")
     config = transformers.Gemma2Config(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                                        num_key_value_heads=2, head_dim=16, sliding_window=8, max_position_embeddings=128)
+    config.tie_word_embeddings = False
     transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "base")
     texts = [[token % VOCAB for token in text] for text in TEXTS]
-    model, ids = QUANT.quantize(MODEL.load(tmp_path / "base"), "gptq", 0, texts), torch.tensor(texts[:2])
+    model, ids = QUANT.quantize(MODEL.load(tmp_path / "base"), "gptq", 0, texts, lm_head=True), torch.tensor(texts[:2])
     MODEL.save(model, tmp_path / "out")
     again = MODEL.load(tmp_path / "out")
-    assert sum(isinstance(module, QUANT.QuantizedLinear) for module in model.modules()) == 14 and again.quantization == "compressed-tensors"
+    assert sum(isinstance(module, QUANT.QuantizedLinear) for module in model.modules()) == 15 and again.quantization == "compressed-tensors"
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
         rounded = MODEL.load(tmp_path / "base", quantization="int8")(ids).logits
@@ -579,6 +580,10 @@ def test_the_head_and_single_layers_by_choice(method, tmp_path):
     model = QUANT.quantize(MODEL.load(base(tmp_path / "base")), method, exclude=["layers.0.*q_proj"], lm_head=True)
     assert type(model.lm_head) is not torch.nn.Linear and type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
     assert type(model.model.layers[1].self_attn.q_proj) is type(model.lm_head)
+    if method == "int8":  # rounded before what stays is converted
+        model, weight = MODEL.load(tmp_path / "base"), MODEL.load(tmp_path / "base").lm_head.weight
+        QUANT.quantize(model, method, lm_head=True, dtype=torch.bfloat16)
+        assert torch.equal(model.lm_head.levels, QUANT.nearest(weight, QUANT.Form(8))[0]) and model.dtype == torch.bfloat16
 
 
 def test_what_cannot_be_quantized_or_saved_is_one_line(tmp_path, capsys):
