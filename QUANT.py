@@ -737,8 +737,6 @@ def fitting(places: dict[str, tuple[nn.Module, str]], form: Form,
 
 
 def bitsandbytes():
-    import logging
-
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its messages about missing kernels and type casts
     try:
         import bitsandbytes as bnb
@@ -1136,14 +1134,19 @@ def pack_gguf(source: Path, target: Path, kind: str) -> None:
         if not program:
             raise UserError(f"quantization.gguf_type: {kind} needs llama.cpp's quantizer: `pip install llama-cpp-python`, or "
                             "llama-quantize on PATH; Q8_0, Q5_1 and Q4_1 need neither") from None
-        run = subprocess.run([program, source, target, kind], capture_output=True, text=True)
-        failed = run.returncode and (run.stderr.strip() or run.stdout.strip() or "no message").splitlines()[-1]
-    else:
-        settings = llama_cpp.llama_model_quantize_default_params()
-        settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-        failed = llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(settings)) and "see above"
-    if failed:
-        raise UserError(f"quantization.gguf_type: llama.cpp could not quantize to {kind} ({failed}); use Q8_0")
+        return run_program([program, source, target, kind], f"quantization.gguf_type {kind}")
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    if llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(settings)):
+        raise UserError(f"quantization.gguf_type: llama.cpp could not quantize to {kind} (see above); use Q8_0")
+
+
+def run_program(command: list, key: str, folder: Path | None = None) -> None:
+    """Run another program in a folder; UserError with its last line if it fails."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
+        raise UserError(f"{key}: {Path(command[0]).name} failed: {lines[-1][:300]}")
 
 
 # llama.cpp's name of a pre-tokenizer -> the patterns at which it splits a text, one after the other (its src/llama-vocab.cpp)
@@ -1532,13 +1535,7 @@ def export_tensorrt(model, tokenizer, target: Path, section: QuantizationSection
     (target / "build_engine.sh").write_text(f"cd \"$(dirname \"$0\")\" && {shlex.join(command)}\n")
     if shutil.which("trtexec") is None:
         return say("trtexec is not on PATH; run build_engine.sh of this folder on a machine with TensorRT")
-    done = subprocess.run(command, cwd=target, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"--to tensorrt: trtexec failed: {last_line(done)}")
-
-
-def last_line(done: subprocess.CompletedProcess) -> str:
-    return ((done.stderr or done.stdout).strip().splitlines() or ["no message"])[-1][:300]
+    run_program(command, "--to tensorrt", target)
 
 
 OPENVINO_FORMATS = {"none": "fp16", "int8": "int8", "int4": "int4"}
@@ -1554,11 +1551,8 @@ def export_openvino(model, tokenizer, target: Path, section: QuantizationSection
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         MODEL.save(model, folder)
         TOKENIZER.save(tokenizer, folder)
-        done = subprocess.run([command, "export", "openvino", "--model", folder, "--task", "text-generation-with-past",
-                               "--weight-format", OPENVINO_FORMATS[section.method], *(groups if section.method == "int4" else ()),
-                               str(target)], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"--to openvino: optimum-cli failed: {last_line(done)}")
+        run_program([command, "export", "openvino", "--model", folder, "--task", "text-generation-with-past", "--weight-format",
+                     OPENVINO_FORMATS[section.method], *(groups if section.method == "int4" else ()), target], "--to openvino")
 
 
 def traced_program(model) -> torch.export.ExportedProgram:

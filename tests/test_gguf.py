@@ -322,7 +322,7 @@ def test_the_quantizer_on_path_or_none(tokenizer, tmp_path, monkeypatch):
     QUANT.export_gguf(build(), tokenizer, tmp_path / "out", settings)
     assert (tmp_path / "out/model.gguf").read_text() == "Q6_K\n"
     program.write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
-    with pytest.raises(UserError, match=r"could not quantize to Q6_K \(no room\)"):
+    with pytest.raises(UserError, match="gguf_type Q6_K: llama-quantize failed: no room"):
         QUANT.export_gguf(build(), tokenizer, tmp_path / "again", settings)
 
 
