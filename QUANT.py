@@ -70,7 +70,7 @@ FORMS = {"int8": Form(8), "int8_dynamic": Form(8, dynamic=True), "smoothquant": 
 CALIBRATED = ("gptq", "awq", "smoothquant")
 NEAREST = ("int8", "int8_dynamic", "int4")  # each weight is rounded to the nearest level
 BITSANDBYTES = ("nf4", "llm_int8")
-METHODS = ("fp16", "bf16", *FORMS, *BITSANDBYTES)
+METHODS = (*MODEL.AUTOCAST, *FORMS, *BITSANDBYTES)
 
 
 @dataclass
@@ -453,29 +453,24 @@ def put(model: nn.Module, name: str, levels: Tensor, scale: Tensor, form: Form) 
 def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int = 0, calibration: list[list[int]] | None = None,
              exclude: list[str] = (), lm_head: bool = False, dtype: torch.dtype | None = None,
              done: Callable[[nn.Module], None] = lambda layer: None) -> MODEL.LanguageModel:
-    """Quantize a loaded model in place. `calibration`: token ids of texts, for gptq, awq and smoothquant. `dtype`: of computation,
-    and of the weights that stay as they are. done(layer) is called when the numbers of a layer are final."""
+    """Quantize a loaded model in place. `calibration`: token ids of texts, for gptq, awq and smoothquant. `dtype`: of
+    computation, and of the weights that stay as they are. done(layer) is called when the numbers of a layer are final."""
     check_method(model, method)
     if method in CALIBRATED and not calibration:
         raise UserError(f"quantization.method: {method} needs calibration text, and data.train holds none")
-    layers = MODEL.layers_of(model)
-    if method in ("fp16", "bf16"):
-        dtype = torch.float16 if method == "fp16" else torch.bfloat16
-        for layer in layers:
-            convert(layer.parameters(), dtype)
-            done(layer)
-        convert(model.parameters(), dtype)
-        return model
-    places = quantizable(model, exclude, lm_head)
+    layers, places = MODEL.layers_of(model), quantizable(model, exclude, lm_head)
     if method in BITSANDBYTES:
         packer = Packer(model, method, group_size, model.device)
         packer.places = places
         for name, (module, part) in places.items():
             packer(name, getattr(module, part).data)
         return keep_form(model, method)
-    form = form_of(method, group_size)
-    places = fitting(places, form)
-    keep_form(model, method)
+    if method in MODEL.AUTOCAST:
+        form, places, dtype = None, {}, MODEL.AUTOCAST[method]
+    else:
+        form = form_of(method, group_size)
+        places = fitting(places, form)
+        keep_form(model, method)
 
     def work(layer: nn.Module, observe: Callable | None = None) -> None:
         if observe:
@@ -996,9 +991,7 @@ def export_gguf(model: MODEL.LanguageModel, tokenizer, target: Path, section: Qu
 def gguf_architecture(model: MODEL.LanguageModel) -> str:
     """llama.cpp's name for the network of a model; UserError names the first setting that it does not compute."""
     config = model.config
-    if isinstance(model, MODEL.ForeignModel) or model.heads != ("lm",) or not config.causal:
-        raise UserError(f"--to gguf: only causal language models of {', '.join(GGUF_ARCHITECTURES)} can be exported, without "
-                        "encoders, classifiers and models that transformers runs")
+    check_exportable(model)
     kind = MODEL.config_to_hub(config)["model_type"]
     if kind not in GGUF_ARCHITECTURES:
         raise UserError("--to gguf: no network of llama.cpp has this combination of `model` settings; use --to onnx")
@@ -1613,7 +1606,7 @@ class Comparison:
         self.original: Tensor | None = None  # log-probabilities (N, V)
         self.dtype = model.dtype
         self.context, self.texts = model.config.max_position_embeddings, []
-        tokens = min(8192, 2**26 // model.config.vocab_size if flat else 2**28 // model.config.vocab_size)  # a GB of log-probabilities
+        tokens = min(8192, (2**26 if flat else 2**28) // model.config.vocab_size)  # at most a GB of log-probabilities
         pieces = sample_ids(config.data, tokenizer, "val", min(self.context, 1024) + 1)
         while sum(map(len, self.texts)) < tokens and (piece := next(pieces, None)):
             self.texts.append(piece)
@@ -1746,7 +1739,7 @@ def check_request(config) -> None:
                         f"--to: '{actions.to}' is not one of {', '.join(EXPORTS)}")
     if section.method == "none" and not actions.to and not actions.compare:
         raise UserError("quantization.method: none changes nothing; name a method")
-    if (section.exclude or section.lm_head) and (actions.to or section.method in ("none", "fp16", "bf16")):
+    if (section.exclude or section.lm_head) and (actions.to or section.method in ("none", *MODEL.AUTOCAST)):
         raise UserError("quantization.exclude and quantization.lm_head: have no effect on an export, fp16 or bf16; leave them "
                         "out")
     for pattern in section.exclude:
@@ -1868,7 +1861,7 @@ def shrink(config, out: Path) -> Comparison:
     model, tokenizer = opened(config, dtype=stored)
     device = model.device
     dtype = MODEL._chosen_dtype(config.model.dtype, raw, model, device) or torch.float32
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(section.method, dtype)
+    dtype = MODEL.AUTOCAST.get(section.method, dtype)
     flat = dtype if INFER.weight_bytes(model) > LARGE and not foreign else None
     calibration = calibration_of(config, tokenizer, section.method)
     settings = (section.method, section.group_size, calibration, section.exclude, section.lm_head)

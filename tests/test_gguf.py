@@ -265,8 +265,9 @@ def test_what_llama_cpp_does_not_compute_is_one_line(match, tokenizer, tmp_path)
 
 
 def test_encoders_classifiers_and_other_tokenizers_are_refused(tokenizer, tmp_path):
-    for model in (MODEL.build("bert-2m"), MODEL.build(MODEL.ModelConfig(**SHAPE), head="score")):
-        with pytest.raises(UserError, match="only causal language models of gpt2, llama"):
+    for model, match in ((MODEL.build("bert-2m"), "is an encoder"),
+                         (MODEL.build(MODEL.ModelConfig(**SHAPE), head="score"), "has no language-model head")):
+        with pytest.raises(UserError, match=match):
             export(model, tokenizer, tmp_path)
     words = Tokenizer(models.WordLevel({"<unk>": 0, "owl": 1}, unk_token="<unk>"))
     letters = Tokenizer(models.BPE({"<unk>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")], unk_token="<unk>"))
