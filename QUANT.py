@@ -68,7 +68,7 @@ class Form(NamedTuple):
 FORMS = {"int8": Form(8), "int8_dynamic": Form(8, dynamic=True), "smoothquant": Form(8, dynamic=True), "int4": Form(4, 32),
          "gptq": Form(4, 32), "awq": Form(4, 32), "fp8": Form(FP8, dynamic=True)}
 CALIBRATED = ("gptq", "awq", "smoothquant")
-NEAREST = ("int8", "int8_dynamic", "int4")  # each weight is rounded to the nearest level
+NEAREST = tuple(method for method in FORMS if method not in CALIBRATED)  # each weight is rounded to the nearest level
 BITSANDBYTES = ("nf4", "llm_int8")
 METHODS = (*MODEL.AUTOCAST, *FORMS, *BITSANDBYTES)
 
