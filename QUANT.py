@@ -68,9 +68,9 @@ class Form(NamedTuple):
 FORMS = {"int8": Form(8), "int8_dynamic": Form(8, dynamic=True), "smoothquant": Form(8, dynamic=True), "int4": Form(4, 32),
          "gptq": Form(4, 32), "awq": Form(4, 32), "fp8": Form(FP8, dynamic=True)}
 CALIBRATED = ("gptq", "awq", "smoothquant")
-NEAREST = ("int8", "int8_dynamic", "int4")  # each weight is rounded to the nearest level
+NEAREST = tuple(method for method in FORMS if method not in CALIBRATED)  # each weight is rounded to the nearest level
 BITSANDBYTES = ("nf4", "llm_int8")
-METHODS = ("fp16", "bf16", *FORMS, *BITSANDBYTES)
+METHODS = (*MODEL.AUTOCAST, *FORMS, *BITSANDBYTES)
 
 
 @dataclass
@@ -426,11 +426,12 @@ def restored_once(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def quantizable(model: MODEL.LanguageModel, exclude: list[str] = (), lm_head: bool = False) -> dict[str, tuple[nn.Module, str]]:
     """{name of a matrix: (its module, the parameter's name)}: the linear layers and experts of the repeated blocks. Embedding,
     norms and routers stay as they are."""
-    inside = {id(module) for layer in MODEL.layers_of(model) for module in layer.modules()}
+    inside = {module for layer in MODEL.layers_of(model) for module in layer.modules()}
+    if lm_head and not model.config.tie_word_embeddings:
+        inside.add(getattr(model, "inner", model).get_output_embeddings())
     parts = {nn.Linear: ("weight",), MODEL.Experts: ("gate_up_proj", "down_proj")}
     found = {f"{name}.{part}": (module, part) for name, module in model.named_modules()
-             if id(module) in inside or lm_head and name == "lm_head" and not model.config.tie_word_embeddings
-             for part in parts.get(type(module), ())}
+             if module in inside for part in parts.get(type(module), ())}
     for pattern in exclude:
         if not any(re.search(pattern, name) for name in found):
             raise UserError(f"quantization.exclude: '{pattern}' matches no layer, such as {next(iter(found), 'none')}")
@@ -452,29 +453,24 @@ def put(model: nn.Module, name: str, levels: Tensor, scale: Tensor, form: Form) 
 def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int = 0, calibration: list[list[int]] | None = None,
              exclude: list[str] = (), lm_head: bool = False, dtype: torch.dtype | None = None,
              done: Callable[[nn.Module], None] = lambda layer: None) -> MODEL.LanguageModel:
-    """Quantize a loaded model in place. `calibration`: token ids of texts, for gptq, awq and smoothquant. `dtype`: of computation,
-    and of the weights that stay as they are. done(layer) is called when the numbers of a layer are final."""
+    """Quantize a loaded model in place. `calibration`: token ids of texts, for gptq, awq and smoothquant. `dtype`: of
+    computation, and of the weights that stay as they are. done(layer) is called when the numbers of a layer are final."""
     check_method(model, method)
     if method in CALIBRATED and not calibration:
         raise UserError(f"quantization.method: {method} needs calibration text, and data.train holds none")
-    layers = MODEL.layers_of(model)
-    if method in ("fp16", "bf16"):
-        dtype = torch.float16 if method == "fp16" else torch.bfloat16
-        for layer in layers:
-            done(layer.to(dtype))
-        return model.to(dtype)
-    places = quantizable(model, exclude, lm_head)
+    layers, places = MODEL.layers_of(model), quantizable(model, exclude, lm_head)
     if method in BITSANDBYTES:
         packer = Packer(model, method, group_size, model.device)
         packer.places = places
         for name, (module, part) in places.items():
             packer(name, getattr(module, part).data)
         return keep_form(model, method)
-    form = form_of(method, group_size)
-    places = fitting(places, form)
-    keep_form(model, method)
-    in_layers = {id(weight) for layer in layers for weight in layer.parameters()}
-    convert((weight for weight in model.parameters() if id(weight) not in in_layers), dtype)
+    if method in MODEL.AUTOCAST:
+        form, places, dtype = None, {}, MODEL.AUTOCAST[method]
+    else:
+        form = form_of(method, group_size)
+        places = fitting(places, form)
+        keep_form(model, method)
 
     def work(layer: nn.Module, observe: Callable | None = None) -> None:
         if observe:
@@ -498,6 +494,10 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
         module, part = places.pop(name)  # with it goes the memory of the exact numbers
         put(model, name, *rounding(getattr(module, part).data, form=form), form)
 
+    in_layers = {id(weight) for layer in layers for weight in layer.parameters()}
+    for name in [name for name, place in places.items() if id(getattr(*place)) not in in_layers]:  # the head
+        round_one(name)
+    convert((weight for weight in model.parameters() if id(weight) not in in_layers), dtype)
     if method in CALIBRATED:
         say(f"calibrating on {len(calibration)} texts, {sum(map(len, calibration)):,} tokens")
         layer_by_layer(model, calibration, work, done)
@@ -505,13 +505,11 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
         for layer in layers:
             work(layer)
             done(layer)
-    for name in [*places]:  # the head
-        round_one(name)
     return model
 
 
 def convert(weights: Iterator[nn.Parameter], dtype: torch.dtype | None) -> None:
-    """Convert weights in place, but not the scales of quantized ones, which are buffers."""
+    """Convert weights in place. Buffers stay: scales of quantized weights, biases of routers, rotary frequencies."""
     for weight in weights:
         weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data
 
@@ -734,8 +732,6 @@ def fitting(places: dict[str, tuple[nn.Module, str]], form: Form,
 
 
 def bitsandbytes():
-    import logging
-
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its messages about missing kernels and type casts
     try:
         import bitsandbytes as bnb
@@ -772,9 +768,11 @@ class Packer:
         self.model, self.method, self.device = model, method, torch.device(device or "cpu")
         self.bnb = bitsandbytes() if method in BITSANDBYTES else None
         self.group_size, self.places = group_size or 64, quantizable(model)
-        self.form = form_of("int8" if method == "llm_int8" else method, group_size) if method != "nf4" else None
-        if self.form and self.form.group:
-            self.places = {name: place for name, place in self.places.items() if getattr(*place).shape[-1] % self.form.group == 0}
+        if method != "nf4":
+            self.form = form_of("int8" if method == "llm_int8" else method)
+            self.places = fitting(self.places, self.form, "model.quantization")
+        elif self.group_size not in (sizes := [2**i for i in range(5, 13)]):
+            raise UserError(f"quantization.group_size: nf4 has groups of {', '.join(map(str, sizes))}; found {group_size}")
         self.exact = {} if self.bnb else self.places  # rounded from the weights as they are stored
 
     def __call__(self, name: str, weight: Tensor) -> bool:
@@ -841,6 +839,14 @@ def hub_settings(method: str):
 # ----------------------------------------------------------------------------------------------------- folders
 
 
+def hub_scheme(form: Form) -> tuple[dict, dict]:
+    """compressed-tensors' words for weights and activations, {} for activations that are not rounded."""
+    bits, kind = (8, "float") if form.bits == FP8 else (form.bits, "int")
+    numbers = {"num_bits": bits, "type": kind, "symmetric": True}
+    scales = {"strategy": "group", "group_size": form.group} if form.group else {"strategy": "channel"}
+    return {**numbers, "dynamic": False, **scales}, {**numbers, "dynamic": True, "strategy": "token"} if form.dynamic else {}
+
+
 def hub_config(model: MODEL.Transformer, kind: str) -> dict:
     """`quantization_config` of config.json, as compressed-tensors, transformers and vLLM read it."""
     form = next(module.form for module in model.modules() if isinstance(module, (QuantizedLinear, Restored)))
@@ -848,14 +854,10 @@ def hub_config(model: MODEL.Transformer, kind: str) -> dict:
              if isinstance(module, (nn.Linear, MODEL.Router)) and not isinstance(module, QuantizedLinear)]
     plain += [f"re:.*{re.escape(MODEL.hub_name(kind, name + '.').removesuffix('.'))}.*" for name, module in model.named_modules()
               if type(module) is MODEL.Experts]
-    floats = form.bits == FP8
-    numbers = {"num_bits": 8 if floats else form.bits, "type": "float" if floats else "int", "symmetric": True}
-    weights = {**numbers, "dynamic": False, **({"strategy": "group", "group_size": form.group} if form.group else
-                                                {"strategy": "channel"})}
-    activations = {**numbers, "dynamic": True, "strategy": "token"} if form.dynamic else None
-    return {"quant_method": "compressed-tensors", "format": f"{numbers['type']}-quantized" if form.dynamic else "pack-quantized",
+    weights, activations = hub_scheme(form)
+    return {"quant_method": "compressed-tensors", "format": f"{weights['type']}-quantized" if form.dynamic else "pack-quantized",
             "quantization_status": "compressed", "ignore": plain,
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations,
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations or None,
                                           "output_activations": None}}}
 
 
@@ -905,15 +907,13 @@ def form_of_hub(folder: Path, quantization: dict) -> tuple[Form, list[str]]:
     """The form that config.json names, and the layers that are not quantized."""
     groups = list((quantization.get("config_groups") or {}).values())
     weights, activations = (groups[0].get(key) or {} for key in ("weights", "input_activations")) if groups else ({}, {})
-    kind = weights.get("num_bits"), weights.get("type")
-    form = Form(FP8 if kind == (8, "float") else kind[0], weights.get("group_size") or 0, bool(activations))
-    known = {"symmetric": True, "dynamic": False}
-    if len(groups) != 1 or kind not in ((4, "int"), (8, "int"), (8, "float")) or \
-            any(weights.get(key) != value for key, value in known.items()) or \
-            weights.get("strategy") not in ("group", "channel") or weights.get("actorder") or \
-            activations and not (activations.get("dynamic") and activations.get("strategy") == "token"):
+    group = weights.get("group_size") if weights.get("strategy") == "group" else 0
+    form = Form(FP8 if weights.get("type") == "float" else weights.get("num_bits"), group, bool(activations))
+    scheme = hub_scheme(form)
+    if len(groups) != 1 or form.bits not in ((8, FP8) if form.dynamic else (4, 8, FP8)) or weights.get("actorder") or \
+            not (scheme[0].items() <= weights.items() and scheme[1].items() <= activations.items()):
         raise UserError(f"{folder}/config.json: this form of compressed-tensors is not supported; symmetric integers of 4 or 8 "
-                        "bits in groups or rows and fp8 are")
+                        "bits in groups or rows and fp8 are, and activations of 8 bits beside weights of 8")
     return form, quantization.get("ignore") or []
 
 
@@ -934,7 +934,8 @@ def adopt(model: MODEL.Transformer, folder: Path, quantization: dict) -> None:
                 stored = QuantizedLinear(count * height, width, None, form, "meta")
                 restored = Restored(stored.weight_scale.unflatten(0, (count, -1)), form, width)
                 replace_experts(module, part, stored.weight_packed.unflatten(0, (count, -1)), restored)
-    keep_form(model, next((name for name, one in FORMS.items() if (one.bits, one.dynamic) == (form.bits, form.dynamic)), "int4"))
+    dynamic = form.dynamic or form.bits == FP8
+    keep_form(model, next(name for name, one in FORMS.items() if (one.bits, one.dynamic) == (form.bits, dynamic)))
 
 
 def from_hub(tensors: Iterator[tuple[Path, str, Tensor]]) -> Iterator[tuple[Path, str, Tensor]]:
@@ -990,9 +991,7 @@ def export_gguf(model: MODEL.LanguageModel, tokenizer, target: Path, section: Qu
 def gguf_architecture(model: MODEL.LanguageModel) -> str:
     """llama.cpp's name for the network of a model; UserError names the first setting that it does not compute."""
     config = model.config
-    if isinstance(model, MODEL.ForeignModel) or model.heads != ("lm",) or not config.causal:
-        raise UserError(f"--to gguf: only causal language models of {', '.join(GGUF_ARCHITECTURES)} can be exported, without "
-                        "encoders, classifiers and models that transformers runs")
+    check_exportable(model)
     kind = MODEL.config_to_hub(config)["model_type"]
     if kind not in GGUF_ARCHITECTURES:
         raise UserError("--to gguf: no network of llama.cpp has this combination of `model` settings; use --to onnx")
@@ -1128,14 +1127,19 @@ def pack_gguf(source: Path, target: Path, kind: str) -> None:
         if not program:
             raise UserError(f"quantization.gguf_type: {kind} needs llama.cpp's quantizer: `pip install llama-cpp-python`, or "
                             "llama-quantize on PATH; Q8_0, Q5_1 and Q4_1 need neither") from None
-        run = subprocess.run([program, source, target, kind], capture_output=True, text=True)
-        failed = run.returncode and (run.stderr.strip() or run.stdout.strip() or "no message").splitlines()[-1]
-    else:
-        settings = llama_cpp.llama_model_quantize_default_params()
-        settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-        failed = llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(settings)) and "see above"
-    if failed:
-        raise UserError(f"quantization.gguf_type: llama.cpp could not quantize to {kind} ({failed}); use Q8_0")
+        return run_program([program, source, target, kind], f"quantization.gguf_type {kind}")
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    if llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(settings)):
+        raise UserError(f"quantization.gguf_type: llama.cpp could not quantize to {kind} (see above); use Q8_0")
+
+
+def run_program(command: list, key: str, folder: Path | None = None) -> None:
+    """Run another program in a folder; UserError with its last line if it fails."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
+        raise UserError(f"{key}: {Path(command[0]).name} failed: {lines[-1][:300]}")
 
 
 # llama.cpp's name of a pre-tokenizer -> the patterns at which it splits a text, one after the other (its src/llama-vocab.cpp)
@@ -1271,6 +1275,8 @@ def ollama_template(tokenizer, begins: bool) -> str | None:
 
 def export_gguf_adapter(model: MODEL.LanguageModel, tokenizer, target: Path, section: QuantizationSection) -> None:
     """Write the folder `target` with adapter.gguf, the unmerged LoRA of a model in float32 (llama-server --lora FILE)."""
+    if not model.adapter:
+        raise UserError("--to gguf-lora: the model has no adapter; name the folder of one (--model)")
     gguf, architecture = import_gguf(), gguf_architecture(model)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
     tensors, alpha, latent = {}, float(model.adapter.lora_alpha), model.config.kv_lora_rank
@@ -1469,13 +1475,12 @@ def check_onnx(path: Path, model: MODEL.Transformer, exact: bool) -> None:
 
 def export_onnx(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """A folder for transformers.js and onnxruntime-genai: onnx/model*.onnx, config.json, tokenizer, genai_config.json."""
-    if section.method not in ONNX_FILES:
-        raise UserError(f"quantization.method: --to onnx writes {', '.join(ONNX_FILES)}; found {section.method}")
     dtype, name = ONNX_FILES[section.method]
     for package in ("onnx", "onnxscript", "onnxruntime"):
         optional(package, "onnx")
     config, path = model.config, target / "onnx" / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    model.float()  # onnxruntime has no bfloat16 on CPUs
     with quiet():
         large = write_onnx(onnx_graph(model, section.method != "none"), path, section)
     check_onnx(path, model, section.method == "none")
@@ -1507,11 +1512,9 @@ def genai_config(config: MODEL.ModelConfig, path: str, special: dict) -> dict:
 
 def export_tensorrt(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """The folder of `export_onnx`, build_engine.sh, which makes model.engine of it, and model.engine if trtexec is on PATH."""
-    if section.method != "none":
-        raise UserError(f"quantization.method: --to tensorrt writes none; found {section.method}")
+    export_onnx(model, tokenizer, target, section)
     import onnx
 
-    export_onnx(model, tokenizer, target, section)
     half = model.config.max_position_embeddings // 2  # new tokens in a step, and tokens before them, at most
     lengths = {"batch_size": (1, 1, 1), "sequence_length": (1, 1, half), "past_sequence_length": (0, half, half),
                "total_sequence_length": (1, half + 1, 2 * half)}  # smallest, usual, largest
@@ -1525,32 +1528,24 @@ def export_tensorrt(model, tokenizer, target: Path, section: QuantizationSection
     (target / "build_engine.sh").write_text(f"cd \"$(dirname \"$0\")\" && {shlex.join(command)}\n")
     if shutil.which("trtexec") is None:
         return say("trtexec is not on PATH; run build_engine.sh of this folder on a machine with TensorRT")
-    done = subprocess.run(command, cwd=target, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"--to tensorrt: trtexec failed: {last_line(done)}")
+    run_program(command, "--to tensorrt", target)
 
 
-def last_line(done: subprocess.CompletedProcess) -> str:
-    return ((done.stderr or done.stdout).strip().splitlines() or ["no message"])[-1][:300]
+OPENVINO_FORMATS = {"none": "fp16", "int8": "int8", "int4": "int4"}
 
 
 def export_openvino(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """A folder for openvino-genai, by the exporter of optimum-intel, which reads Hugging Face folders."""
     check_exportable(model, foreign=True)
-    int4 = ["int4", "--sym", "--ratio", "1.0", "--group-size", str(section.group_size or 32), "--group-size-fallback", "adjust"]
-    formats = {"none": ["fp16"], "int8": ["int8"], "int4": int4}
-    if section.method not in formats:
-        raise UserError(f"quantization.method: --to openvino writes {', '.join(formats)}; found {section.method}")
+    groups = ["--sym", "--ratio", "1.0", "--group-size", str(section.group_size or 32), "--group-size-fallback", "adjust"]
     command = shutil.which("optimum-cli", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
     if command is None:
         raise UserError("--to openvino: optimum-cli is not on PATH; pip install optimum-intel openvino openvino-tokenizers nncf")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         MODEL.save(model, folder)
         TOKENIZER.save(tokenizer, folder)
-        done = subprocess.run([command, "export", "openvino", "--model", folder, "--task", "text-generation-with-past",
-                               "--weight-format", *formats[section.method], str(target)], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"--to openvino: optimum-cli failed: {last_line(done)}")
+        run_program([command, "export", "openvino", "--model", folder, "--task", "text-generation-with-past", "--weight-format",
+                     OPENVINO_FORMATS[section.method], *(groups if section.method == "int4" else ()), target], "--to openvino")
 
 
 def traced_program(model) -> torch.export.ExportedProgram:
@@ -1593,6 +1588,7 @@ SECTIONS = {**INFER.SECTIONS, "quantization": QuantizationSection}
 EXPORTS = {"gguf": export_gguf, "gguf-lora": export_gguf_adapter, "onnx": export_onnx, "openvino": export_openvino,
            "torch-export": export_pt2, "aotinductor": export_compiled, "torchscript": export_torchscript,
            "tensorrt": export_tensorrt}
+ONE_FILE = ("torch-export", "aotinductor", "torchscript")
 ACTIONS = {"out": Action("folder (a file for torch-export, aotinductor and torchscript) to write to", str),
            "compare": Action("measure every method; writes compare.png to --out or to the model's folder"),
            "to": Action(f"export: {', '.join(EXPORTS)}", str)}
@@ -1610,7 +1606,7 @@ class Comparison:
         self.original: Tensor | None = None  # log-probabilities (N, V)
         self.dtype = model.dtype
         self.context, self.texts = model.config.max_position_embeddings, []
-        tokens = min(8192, 2**26 // model.config.vocab_size if flat else 2**28 // model.config.vocab_size)  # a GB of log-probabilities
+        tokens = min(8192, (2**26 if flat else 2**28) // model.config.vocab_size)  # at most a GB of log-probabilities
         pieces = sample_ids(config.data, tokenizer, "val", min(self.context, 1024) + 1)
         while sum(map(len, self.texts)) < tokens and (piece := next(pieces, None)):
             self.texts.append(piece)
@@ -1735,14 +1731,15 @@ def check_request(config) -> None:
         raise UserError("model.preset: fresh weights say nothing about what quantization costs; name a trained model (--model)")
     if config.model.quantization != "none":
         raise UserError("model.quantization: has no effect here, where both forms are compared; use --method")
-    if section.group_size and section.method not in ("nf4", *(method for method, form in FORMS.items() if form.group)):
-        raise UserError(f"quantization.group_size: {section.method} has one scale for each row; leave it out")
+    grouping = ("nf4", *(method for method, form in FORMS.items() if form.group))
+    if section.group_size and section.method not in grouping and not actions.compare:
+        raise UserError(f"quantization.group_size: {section.method} has no groups; leave it out, or use {', '.join(grouping)}")
     if actions.to and (actions.to not in EXPORTS or not actions.out or actions.compare):
         raise UserError("--to: needs --out FOLDER, without --compare" if actions.to in EXPORTS else
                         f"--to: '{actions.to}' is not one of {', '.join(EXPORTS)}")
     if section.method == "none" and not actions.to and not actions.compare:
         raise UserError("quantization.method: none changes nothing; name a method")
-    if (section.exclude or section.lm_head) and (actions.to or section.method in ("none", "fp16", "bf16")):
+    if (section.exclude or section.lm_head) and (actions.to or section.method in ("none", *MODEL.AUTOCAST)):
         raise UserError("quantization.exclude and quantization.lm_head: have no effect on an export, fp16 or bf16; leave them "
                         "out")
     for pattern in section.exclude:
@@ -1750,16 +1747,19 @@ def check_request(config) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"quantization.exclude: '{pattern}' is not a regular expression ({error})") from None
-    if actions.compare and actions.out and Path(actions.out).suffix:
+    if actions.compare and actions.out and names_file(Path(actions.out)):
         raise UserError(f"--out: --compare writes compare.png into a folder; found '{actions.out}'")
     if actions.out and not actions.to and not actions.compare:
         check_out(Path(actions.out), section.method)
 
 
+def names_file(out: Path) -> bool:
+    """Whether a folder cannot be meant: model.gguf, but not Qwen2.5-gguf."""
+    return out.is_file() or out.suffix[1:2].isalpha() and not out.is_dir()
+
+
 def check_out(out: Path, method: str) -> None:
     """UserError where no quantized folder can or should be written."""
-    if method == "none":
-        raise UserError("--out: quantization.method none changes nothing; choose a method")
     if method in BITSANDBYTES:
         raise UserError(f"--out: a folder cannot hold {method} weights; quantize while loading (--quantization)")
     if out.is_file():
@@ -1796,13 +1796,19 @@ def opened(config, merge: bool = True, dtype: torch.dtype | str | None = None) -
 
 def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSection | None = None) -> None:
     """Write a model in another program's format (`EXPORTS`). Files get their final names once all are complete."""
-    out, one_file = Path(out), form in ("torch-export", "aotinductor", "torchscript")
-    if one_file and out.is_dir() or not one_file and (out.suffix or out.is_file()):
+    out, one_file, section = Path(out), form in ONE_FILE, section or QuantizationSection("none")
+    if one_file and out.is_dir() or not one_file and names_file(out):
         raise UserError(f"--out: {out} is the name of a {'folder' if one_file else 'file'}; --to {form} writes a "
                         f"{'file' if one_file else 'folder'}")
+    methods = {"onnx": ONNX_FILES, "openvino": OPENVINO_FORMATS}.get(form, ("none",))
+    if section.method not in methods:
+        raise UserError(f"quantization.method: --to {form} writes {', '.join(methods)}; found {section.method}"
+                        + ("; see quantization.gguf_type" if form == "gguf" else ""))
+    if model.quantization != "none" and form not in ("gguf-lora", "torch-export", "aotinductor"):
+        raise UserError(f"--to {form}: the model is quantized already ({model.quantization}); name the original")
     with room_for(out), MODEL.staged(out.parent if one_file else out) as scratch:
         target = scratch / (out.name if one_file else "export")
-        EXPORTS[form](model, tokenizer, target, section or QuantizationSection("none"))
+        EXPORTS[form](model, tokenizer, target, section)
         for path in () if one_file else sorted(path for path in target.rglob("*") if path.is_file()):
             place = out / path.relative_to(target)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -1855,7 +1861,7 @@ def shrink(config, out: Path) -> Comparison:
     model, tokenizer = opened(config, dtype=stored)
     device = model.device
     dtype = MODEL._chosen_dtype(config.model.dtype, raw, model, device) or torch.float32
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(section.method, dtype)
+    dtype = MODEL.AUTOCAST.get(section.method, dtype)
     flat = dtype if INFER.weight_bytes(model) > LARGE and not foreign else None
     calibration = calibration_of(config, tokenizer, section.method)
     settings = (section.method, section.group_size, calibration, section.exclude, section.lm_head)
@@ -1876,11 +1882,11 @@ def shrink(config, out: Path) -> Comparison:
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(argv, SECTIONS, "quantization", ACTIONS, __doc__)
-    check_request(config)
     section, actions = config.quantization, config.actions
+    if actions.to and not config.origins.get("quantization.method", "").startswith("command line"):
+        section.method = "none"  # the default is one for folders
+    check_request(config)
     if actions.to:
-        if not config.origins.get("quantization.method", "").startswith("command line"):
-            section.method = "none"  # the default is one for folders
         export(*opened(config, actions.to != "gguf-lora"), actions.to, actions.out, section)
         return
     if actions.compare:

@@ -248,12 +248,44 @@ def test_the_benchmark_measures_an_onnx_file(ready, tokenizer, tmp_path):
     assert len(times) == 5 and times == sorted(times)
 
 
+def test_onnx_is_computed_in_float32(ready, tokenizer, tmp_path, monkeypatch):
+    """onnxruntime has no bfloat16 on CPUs."""
+    seen, graph = [], QUANT.onnx_graph
+    monkeypatch.setattr(QUANT, "onnx_graph", lambda model, untied: seen.append(model.dtype) or graph(model, untied))
+    monkeypatch.setattr(QUANT, "check_onnx", lambda path, model, exact: seen.append(model.dtype))
+    QUANT.EXPORTS["onnx"](copy.deepcopy(ready).bfloat16(), tokenizer, tmp_path, section())
+    assert seen == [torch.float32] * 2
+
+
 def test_other_methods_and_missing_packages_are_one_line(ready, tokenizer, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="quantization.method: --to onnx writes none, int8, int4; found nf4"):
-        QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section("nf4"))
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(UserError, match="--to onnx: needs onnxscript; pip install -r requirements-extras.txt"):
-        QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section())
+    for to, method, message in (("onnx", "nf4", "--to onnx writes none, int8, int4; found nf4"), ("tensorrt", "int8", "writes none; found int8"),
+                                ("gguf", "int4", "--to gguf writes none; found int4; see quantization.gguf_type")):
+        with pytest.raises(UserError, match=message):
+            QUANT.export(ready, tokenizer, to, tmp_path, section(method))
+    for package, to in (("onnxscript", "onnx"), ("onnx", "tensorrt")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(UserError, match=f"--to onnx: needs {package}; pip install -r requirements-extras.txt"):
+            QUANT.EXPORTS[to](ready, tokenizer, tmp_path, section())
+
+
+def test_a_quantized_model_is_exported_where_its_numbers_can_stay(tmp_path):
+    model = QUANT.quantize(tiny("llama"), "int8")
+    for to in ("gguf", "onnx", "openvino", "torchscript"):
+        with pytest.raises(UserError, match=f"--to {to}: the model is quantized already .int8.; name the original"):
+            QUANT.export(model, None, to, tmp_path / "out")
+    QUANT.export(model, None, "torch-export", tmp_path / "out.pt2")
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(tmp_path / "out.pt2").module()(ids), model(ids).logits)
+
+
+def test_the_name_of_a_folder_may_have_a_dot(monkeypatch, tmp_path):
+    monkeypatch.setitem(QUANT.EXPORTS, "gguf", lambda model, tokenizer, target, section: target.mkdir())
+    for name in ("Qwen2.5-gguf", "version.one"):
+        (tmp_path / "version.one").mkdir(exist_ok=True)
+        QUANT.export(tiny("llama"), None, "gguf", tmp_path / name)
+    with pytest.raises(UserError, match="model.gguf is the name of a file; --to gguf writes a folder"):
+        QUANT.export(tiny("llama"), None, "gguf", tmp_path / "model.gguf")
 
 
 # -------------------------------------------------------------------------------------------- programs of other people

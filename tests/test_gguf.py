@@ -265,8 +265,9 @@ def test_what_llama_cpp_does_not_compute_is_one_line(match, tokenizer, tmp_path)
 
 
 def test_encoders_classifiers_and_other_tokenizers_are_refused(tokenizer, tmp_path):
-    for model in (MODEL.build("bert-2m"), MODEL.build(MODEL.ModelConfig(**SHAPE), head="score")):
-        with pytest.raises(UserError, match="only causal language models of gpt2, llama"):
+    for model, match in ((MODEL.build("bert-2m"), "is an encoder"),
+                         (MODEL.build(MODEL.ModelConfig(**SHAPE), head="score"), "has no language-model head")):
+        with pytest.raises(UserError, match=match):
             export(model, tokenizer, tmp_path)
     words = Tokenizer(models.WordLevel({"<unk>": 0, "owl": 1}, unk_token="<unk>"))
     letters = Tokenizer(models.BPE({"<unk>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")], unk_token="<unk>"))
@@ -322,7 +323,7 @@ def test_the_quantizer_on_path_or_none(tokenizer, tmp_path, monkeypatch):
     QUANT.export_gguf(build(), tokenizer, tmp_path / "out", settings)
     assert (tmp_path / "out/model.gguf").read_text() == "Q6_K\n"
     program.write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
-    with pytest.raises(UserError, match=r"could not quantize to Q6_K \(no room\)"):
+    with pytest.raises(UserError, match="gguf_type Q6_K: llama-quantize failed: no room"):
         QUANT.export_gguf(build(), tokenizer, tmp_path / "again", settings)
 
 
@@ -383,6 +384,8 @@ def test_adapters_that_llama_cpp_would_lose_are_refused(knobs, settings, tokeniz
     import peft
 
     model = build(**knobs)
+    with pytest.raises(UserError, match="--to gguf-lora: the model has no adapter"):
+        QUANT.export_gguf_adapter(model, tokenizer, tmp_path, QUANT.QuantizationSection())
     model.adapter = peft.LoraConfig(r=2, **settings)
     MODEL.inject(model.adapter, model)
     with pytest.raises(UserError, match="has no effect in llama.cpp"):

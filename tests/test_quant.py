@@ -542,16 +542,29 @@ def test_a_quantized_folder_of_every_family(family, method, tmp_path, capsys):
     assert difference < (1e-2 if method in ("int8_dynamic", "smoothquant") else 1e-5)
 
 
+@pytest.mark.parametrize("family", ["deepseek-v3", "gpt_neox"])
+def test_16_bits_are_those_of_a_model_loaded_in_them(family, tmp_path):
+    """Routers' biases and rotary frequencies stay float32."""
+    config = transformers.GPTNeoXConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    (reference(family) if family != "gpt_neox" else transformers.GPTNeoXForCausalLM(config)).save_pretrained(tmp_path / "base")
+    whole, narrow = MODEL.load(tmp_path / "base"), MODEL.load(tmp_path / "base", torch.bfloat16)
+    expected = {name: (tensor.dtype, tensor.tolist()) for name, tensor in [*narrow.named_parameters(), *narrow.named_buffers()]}
+    assert {kind for kind, _ in expected.values()} == {torch.bfloat16, torch.float32}
+    QUANT.quantize(whole, "bf16")
+    assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in [*whole.named_parameters(), *whole.named_buffers()]} == expected
+
+
 def test_a_foreign_model_is_quantized_and_saved(tmp_path):
     pytest.importorskip("compressed_tensors")
     config = transformers.Gemma2Config(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                                        num_key_value_heads=2, head_dim=16, sliding_window=8, max_position_embeddings=128)
+    config.tie_word_embeddings = False
     transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "base")
     texts = [[token % VOCAB for token in text] for text in TEXTS]
-    model, ids = QUANT.quantize(MODEL.load(tmp_path / "base"), "gptq", 0, texts), torch.tensor(texts[:2])
+    model, ids = QUANT.quantize(MODEL.load(tmp_path / "base"), "gptq", 0, texts, lm_head=True), torch.tensor(texts[:2])
     MODEL.save(model, tmp_path / "out")
     again = MODEL.load(tmp_path / "out")
-    assert sum(isinstance(module, QUANT.QuantizedLinear) for module in model.modules()) == 14 and again.quantization == "compressed-tensors"
+    assert sum(isinstance(module, QUANT.QuantizedLinear) for module in model.modules()) == 15 and again.quantization == "compressed-tensors"
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
         rounded = MODEL.load(tmp_path / "base", quantization="int8")(ids).logits
@@ -567,6 +580,10 @@ def test_the_head_and_single_layers_by_choice(method, tmp_path):
     model = QUANT.quantize(MODEL.load(base(tmp_path / "base")), method, exclude=["layers.0.*q_proj"], lm_head=True)
     assert type(model.lm_head) is not torch.nn.Linear and type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
     assert type(model.model.layers[1].self_attn.q_proj) is type(model.lm_head)
+    if method == "int8":  # rounded before what stays is converted
+        model, weight = MODEL.load(tmp_path / "base"), MODEL.load(tmp_path / "base").lm_head.weight
+        QUANT.quantize(model, method, lm_head=True, dtype=torch.bfloat16)
+        assert torch.equal(model.lm_head.levels, QUANT.nearest(weight, QUANT.Form(8))[0]) and model.dtype == torch.bfloat16
 
 
 def test_what_cannot_be_quantized_or_saved_is_one_line(tmp_path, capsys):
@@ -576,19 +593,31 @@ def test_what_cannot_be_quantized_or_saved_is_one_line(tmp_path, capsys):
     for more, message in ((dict(group_size=48), "48 divides the width of no layer"), (dict(exclude=["."]), "no layer is left")):
         with pytest.raises(UserError, match=message):
             QUANT.quantize(MODEL.load(folder), "int4", **more)
+    with pytest.raises(UserError, match="quantization.group_size: nf4 has groups of 32, 64, .* 4096; found 48"):
+        QUANT.quantize(MODEL.load(folder), "nf4", 48)
+    MODEL.load(folder, quantization="int4")
+    assert "model.quantization: 32 does not divide the width of 2 layers" in capsys.readouterr().err
+    with pytest.raises(UserError, match="model.quantization: 32 divides the width of no layer"):
+        MODEL.load(base(tmp_path / "odd", hidden_size=40, intermediate_size=72), quantization="int4")
     with pytest.raises(UserError, match="gptq needs calibration text, and data.train holds none"):
         QUANT.quantize(MODEL.load(folder), "gptq")
     for method, knobs, what in (("int8_dynamic", {}, "experts in int8_dynamic; use int8 or int4"), ("nf4", {}, "nf4 weights; quantize while"),
                                 ("int4", dict(moe_intermediate_size=48), "experts of which the group size divides one width only")):
         with pytest.raises(UserError, match=f"a folder cannot hold {what}"):
             MODEL.save(QUANT.quantize(MODEL.build(MODEL.ModelConfig(**{**SMALL, **EXPERTS, **knobs})), method), tmp_path / "no")
-    for settings in ({"symmetric": False}, {"num_bits": 3}, {"strategy": "tensor"}, {"type": "float", "num_bits": 4}):
-        MODEL.save(QUANT.quantize(MODEL.load(folder), "int8"), tmp_path / "odd")
-        config = json.loads((tmp_path / "odd/config.json").read_text())
-        config["quantization_config"]["config_groups"]["group_0"]["weights"].update(settings)
+    MODEL.save(QUANT.quantize(MODEL.load(folder), "int8"), tmp_path / "odd")
+    config = json.loads((tmp_path / "odd/config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    weights, eight = group["weights"], {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+    for settings, activations in (({"symmetric": False}, None), ({"num_bits": 3}, None), ({"strategy": "tensor"}, None), ({"num_bits": 4}, eight),
+                                  ({"type": "float", "num_bits": 4}, None), ({}, {**eight, "type": "float"}), ({"strategy": "group"}, None)):
+        group.update(weights={**weights, **settings}, input_activations=activations)
         (tmp_path / "odd/config.json").write_text(json.dumps(config))
         with pytest.raises(UserError, match="this form of compressed-tensors is not supported"):
             MODEL.load(tmp_path / "odd")
+    group.update(weights={**weights, "group_size": -1}, input_activations=None)  # which other programs write for whole rows
+    (tmp_path / "odd/config.json").write_text(json.dumps(config))
+    assert MODEL.load(tmp_path / "odd").model.layers[0].mlp.up_proj.form == QUANT.Form(8)
 
 
 def table_of(text: str) -> list[dict]:
@@ -665,7 +694,7 @@ def test_compare_prints_and_draws_what_works(model_folder, text_file, tmp_path, 
         QUANT.main([*flags, "--out", "a.png"])
     monkeypatch.setattr(QUANT, "COMPARED", ("int8", "nf4"))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    QUANT.main(flags)
+    QUANT.main([*flags, "--group-size", "16"])  # of the forms that have groups
     said = capsys.readouterr()
     assert [row["method"] for row in table_of(said.out)] == ["none", "int8"]
     assert f"plot: {folder}/compare.png" in said.err and (folder / "compare.png").stat().st_size > 10_000
