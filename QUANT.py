@@ -1813,10 +1813,11 @@ def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSe
     say(f"exported to {out}")
 
 
-def calibration_of(config, tokenizer, method: str) -> list[list[int]]:
-    """Token ids of training texts, for methods that calibrate."""
+def calibration_of(config, tokenizer, method: str, context: int) -> list[list[int]]:
+    """Token ids of training texts that fit into the context, for methods that calibrate."""
     section = config.quantization
-    pieces = sample_ids(config.data, tokenizer, "train", section.calibration_length) if method in CALIBRATED else ()
+    length = min(section.calibration_length, context)
+    pieces = sample_ids(config.data, tokenizer, "train", length) if method in CALIBRATED else ()
     return list(itertools.islice(pieces, section.calibration_samples))
 
 
@@ -1826,7 +1827,7 @@ def quantized(config, method: str, dtype: torch.dtype) -> tuple[MODEL.LanguageMo
     # The nearest levels of weights that were narrowed to 16 bits may be others.
     precise = method in NEAREST and MODEL.stored_dtype(MODEL.read_json(folder / "config.json")) == "float32"
     model, tokenizer = opened(config, dtype="float32" if precise else None)
-    calibration = calibration_of(config, tokenizer, method)
+    calibration = calibration_of(config, tokenizer, method, model.config.max_position_embeddings)
     quantize(model, method, section.group_size, calibration, section.exclude, section.lm_head, dtype if precise else None)
     return model, tokenizer
 
@@ -1857,7 +1858,7 @@ def shrink(config, out: Path) -> Comparison:
     dtype = MODEL._chosen_dtype(config.model.dtype, raw, model, device) or torch.float32
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(section.method, dtype)
     flat = dtype if INFER.weight_bytes(model) > LARGE and not foreign else None
-    calibration = calibration_of(config, tokenizer, section.method)
+    calibration = calibration_of(config, tokenizer, section.method, model.config.max_position_embeddings)
     settings = (section.method, section.group_size, calibration, section.exclude, section.lm_head)
     with room_for(out):
         if foreign:

@@ -742,6 +742,13 @@ def test_a_large_model_is_quantized_and_measured_layer_by_layer(method, model_fo
         torch.testing.assert_close(MODEL.load(tmp_path / "parts")(ids).logits, expected, atol=0, rtol=0)
 
 
+def test_calibration_texts_fit_into_learned_positions(model_folder, text_file, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    base(folder, **GPT2, vocab_size=MODEL.read_json(folder / "config.json")["vocab_size"], max_position_embeddings=16)
+    (tmp_path / "long.txt").write_text("the fox and the dog " * 40)
+    QUANT.main(["--model", str(folder), "--data", str(tmp_path / "long.txt"), "--validation", str(text_file), "--method", "gptq"])
+
+
 def test_no_folder_is_written_over_a_model_or_from_settings_that_do_not_fit(model_folder, text_file, tmp_path):
     (tmp_path / "file").write_text("")
     adapter = MODEL.load(model_folder)
