@@ -434,7 +434,10 @@ def quantizable(model: MODEL.LanguageModel, exclude: list[str] = (), lm_head: bo
     for pattern in exclude:
         if not any(re.search(pattern, name) for name in found):
             raise UserError(f"quantization.exclude: '{pattern}' matches no layer, such as {next(iter(found), 'none')}")
-    return {name: place for name, place in found.items() if not any(re.search(pattern, name) for pattern in exclude)}
+    found = {name: place for name, place in found.items() if not any(re.search(pattern, name) for pattern in exclude)}
+    if not found:
+        raise UserError("quantization.exclude: no layer is left that can be quantized")
+    return found
 
 
 def put(model: nn.Module, name: str, levels: Tensor, scale: Tensor, form: Form) -> None:
@@ -718,8 +721,6 @@ def check_method(model: MODEL.LanguageModel, method: str) -> None:
 def fitting(places: dict[str, tuple[nn.Module, str]], form: Form,
             key: str = "quantization.group_size") -> dict[str, tuple[nn.Module, str]]:
     """The matrices whose width the group size divides; the others are listed. `key` is the setting that messages name."""
-    if not places:
-        raise UserError("quantization.exclude: no layer is left that can be quantized")
     widths = {name: getattr(*place).shape[-1] for name, place in places.items()}
     kept = sorted(name for name, width in widths.items() if form.group and width % form.group)
     if len(kept) == len(places):
@@ -772,6 +773,8 @@ class Packer:
         self.model, self.method, self.device = model, method, torch.device(device or "cpu")
         self.bnb = bitsandbytes() if method in BITSANDBYTES else None
         self.group_size, self.places = group_size or 64, quantizable(model)
+        if method == "nf4" and self.group_size not in (sizes := [2**power for power in range(5, 13)]):
+            raise UserError(f"quantization.group_size: nf4 has groups of {', '.join(map(str, sizes))}; found {group_size}")
         self.form = form_of("int8" if method == "llm_int8" else method, group_size) if method != "nf4" else None
         if self.form and self.form.group:
             self.places = {name: place for name, place in self.places.items() if getattr(*place).shape[-1] % self.form.group == 0}

@@ -576,6 +576,9 @@ def test_what_cannot_be_quantized_or_saved_is_one_line(tmp_path, capsys):
     for more, message in ((dict(group_size=48), "48 divides the width of no layer"), (dict(exclude=["."]), "no layer is left")):
         with pytest.raises(UserError, match=message):
             QUANT.quantize(MODEL.load(folder), "int4", **more)
+    for more, message in ((dict(group_size=48), "nf4 has groups of 32, 64, .* 4096; found 48"), (dict(exclude=["."]), "no layer is left")):
+        with pytest.raises(UserError, match=message):
+            QUANT.quantize(MODEL.load(folder), "nf4", **more)
     with pytest.raises(UserError, match="gptq needs calibration text, and data.train holds none"):
         QUANT.quantize(MODEL.load(folder), "gptq")
     for method, knobs, what in (("int8_dynamic", {}, "experts in int8_dynamic; use int8 or int4"), ("nf4", {}, "nf4 weights; quantize while"),
