@@ -1472,8 +1472,6 @@ def check_onnx(path: Path, model: MODEL.Transformer, exact: bool) -> None:
 
 def export_onnx(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """A folder for transformers.js and onnxruntime-genai: onnx/model*.onnx, config.json, tokenizer, genai_config.json."""
-    if section.method not in ONNX_FILES:
-        raise UserError(f"quantization.method: --to onnx writes {', '.join(ONNX_FILES)}; found {section.method}")
     dtype, name = ONNX_FILES[section.method]
     for package in ("onnx", "onnxscript", "onnxruntime"):
         optional(package, "onnx")
@@ -1510,8 +1508,6 @@ def genai_config(config: MODEL.ModelConfig, path: str, special: dict) -> dict:
 
 def export_tensorrt(model, tokenizer, target: Path, section: QuantizationSection) -> None:
     """The folder of `export_onnx`, build_engine.sh, which makes model.engine of it, and model.engine if trtexec is on PATH."""
-    if section.method != "none":
-        raise UserError(f"quantization.method: --to tensorrt writes none; found {section.method}")
     import onnx
 
     export_onnx(model, tokenizer, target, section)
@@ -1542,8 +1538,6 @@ def export_openvino(model, tokenizer, target: Path, section: QuantizationSection
     check_exportable(model, foreign=True)
     int4 = ["int4", "--sym", "--ratio", "1.0", "--group-size", str(section.group_size or 32), "--group-size-fallback", "adjust"]
     formats = {"none": ["fp16"], "int8": ["int8"], "int4": int4}
-    if section.method not in formats:
-        raise UserError(f"quantization.method: --to openvino writes {', '.join(formats)}; found {section.method}")
     command = shutil.which("optimum-cli", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
     if command is None:
         raise UserError("--to openvino: optimum-cli is not on PATH; pip install optimum-intel openvino openvino-tokenizers nncf")
@@ -1738,8 +1732,11 @@ def check_request(config) -> None:
         raise UserError("model.preset: fresh weights say nothing about what quantization costs; name a trained model (--model)")
     if config.model.quantization != "none":
         raise UserError("model.quantization: has no effect here, where both forms are compared; use --method")
-    if section.group_size and section.method not in ("nf4", *(method for method, form in FORMS.items() if form.group)):
-        raise UserError(f"quantization.group_size: {section.method} has one scale for each row; leave it out")
+    grouping = ("nf4", *(method for method, form in FORMS.items() if form.group))
+    if section.group_size and section.method not in grouping and not actions.compare:
+        raise UserError(f"quantization.group_size: has no effect with --method {section.method}; leave it out")
+    if actions.to != "gguf" and config.origins.get("quantization.gguf_type", "").startswith("command line"):
+        raise UserError("quantization.gguf_type: has no effect without --to gguf; leave it out")
     if actions.to and (actions.to not in EXPORTS or not actions.out or actions.compare):
         raise UserError("--to: needs --out FOLDER, without --compare" if actions.to in EXPORTS else
                         f"--to: '{actions.to}' is not one of {', '.join(EXPORTS)}")
@@ -1797,15 +1794,31 @@ def opened(config, merge: bool = True, dtype: torch.dtype | str | None = None) -
     return model, tokenizer
 
 
+def check_export(model: MODEL.LanguageModel, form: str, section: QuantizationSection) -> None:
+    methods = ("none", "int8", "int4") if form in ("onnx", "openvino") else ("none",)
+    if section.method not in methods:
+        hint = "; --gguf-type sets the type of the weights" if form == "gguf" else ""
+        raise UserError(f"quantization.method: --to {form} writes {', '.join(methods)}; found {section.method}{hint}")
+    sizes = (16, 32, 64, 128, 256)  # of onnxruntime
+    if form == "onnx" and section.group_size not in (0, *sizes):
+        raise UserError(f"quantization.group_size: --to onnx has groups of {', '.join(map(str, sizes))}; found {section.group_size}")
+    if model.quantization != "none" and form in ("gguf", "onnx", "openvino", "tensorrt"):
+        raise UserError(f"model.name: the model is quantized already ({model.quantization}); name the original")
+    if form == "gguf-lora" and not model.adapter:
+        raise UserError("--to gguf-lora: the model has no adapter; name an adapter's folder (--model), or use --to gguf")
+
+
 def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSection | None = None) -> None:
     """Write a model in another program's format (`EXPORTS`). Files get their final names once all are complete."""
+    section = section or QuantizationSection("none")
+    check_export(model, form, section)
     out, one_file = Path(out), form in ("torch-export", "aotinductor", "torchscript")
     if one_file and out.is_dir() or not one_file and (out.suffix or out.is_file()):
         raise UserError(f"--out: {out} is the name of a {'folder' if one_file else 'file'}; --to {form} writes a "
                         f"{'file' if one_file else 'folder'}")
     with room_for(out), MODEL.staged(out.parent if one_file else out) as scratch:
         target = scratch / (out.name if one_file else "export")
-        EXPORTS[form](model, tokenizer, target, section or QuantizationSection("none"))
+        EXPORTS[form](model, tokenizer, target, section)
         for path in () if one_file else sorted(path for path in target.rglob("*") if path.is_file()):
             place = out / path.relative_to(target)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -1880,11 +1893,11 @@ def shrink(config, out: Path) -> Comparison:
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(argv, SECTIONS, "quantization", ACTIONS, __doc__)
-    check_request(config)
     section, actions = config.quantization, config.actions
+    if actions.to and not config.origins.get("quantization.method", "").startswith("command line"):
+        section.method = "none"  # the default is one for folders
+    check_request(config)
     if actions.to:
-        if not config.origins.get("quantization.method", "").startswith("command line"):
-            section.method = "none"  # the default is one for folders
         export(*opened(config, actions.to != "gguf-lora"), actions.to, actions.out, section)
         return
     if actions.compare:

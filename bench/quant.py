@@ -157,7 +157,7 @@ class Browser:
 
 # (target of QUANT.py --to, its settings, {row: runtime})
 EXPORTS = [
-    *(("gguf", {"gguf_type": kind}, {f"llama.cpp {kind}": LlamaCpp}) for kind in ("F16", "Q8_0", "Q4_0")),
+    *(("gguf", {"method": "none", "gguf_type": kind}, {f"llama.cpp {kind}": LlamaCpp}) for kind in ("F16", "Q8_0", "Q4_0")),
     *(("onnx", {"method": method}, {f"onnxruntime {name}": OnnxRuntime, f"browser {name}": Browser})
       for method, name in (("none", "float32"), ("int8", "int8"), ("int4", "int4"))),
     *(("openvino", {"method": method}, {f"OpenVINO {name}": OpenVINO})

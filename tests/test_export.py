@@ -249,8 +249,18 @@ def test_the_benchmark_measures_an_onnx_file(ready, tokenizer, tmp_path):
 
 
 def test_other_methods_and_missing_packages_are_one_line(ready, tokenizer, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="quantization.method: --to onnx writes none, int8, int4; found nf4"):
-        QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section("nf4"))
+    quantized = QUANT.quantize(tiny("llama"), "int8")
+    for to, model, settings, message in (
+            ("onnx", ready, section("nf4"), "quantization.method: --to onnx writes none, int8, int4; found nf4"),
+            ("onnx", ready, section("int4", 7), "quantization.group_size: --to onnx has groups of 16, .* 256; found 7"),
+            ("gguf", ready, section("int4"), "--to gguf writes none; found int4; --gguf-type sets the type of the weights"),
+            ("torchscript", ready, section("bf16"), "--to torchscript writes none; found bf16"),
+            ("gguf-lora", ready, section(), "--to gguf-lora: the model has no adapter; name an adapter's folder"),
+            ("gguf", quantized, section(), "model.name: the model is quantized already \\(int8\\); name the original"),
+            ("onnx", quantized, section(), "quantized already")):
+        with pytest.raises(UserError, match=message):
+            QUANT.export(model, tokenizer, to, tmp_path / "refused", settings)
+    assert not (tmp_path / "refused").exists()
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match="--to onnx: needs onnxscript; pip install -r requirements-extras.txt"):
         QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section())

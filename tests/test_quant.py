@@ -695,7 +695,7 @@ def test_labels_of_the_plot_do_not_overlap(tmp_path, monkeypatch):
 def test_llama_cpp_is_measured(model_folder, text_file, tmp_path):
     pytest.importorskip("xllamacpp")
     ours = comparison_of(model_folder, text_file)
-    settings = QUANT.QuantizationSection(gguf_type="F16")
+    settings = QUANT.QuantizationSection("none", gguf_type="F16")
     QUANT.export(MODEL.load(model_folder), TOKENIZER.load(model_folder), "gguf", tmp_path / "out", settings)
     quant.add(ours, "llama.cpp F16", quant.LlamaCpp, tmp_path / "out")
     row = ours.rows["llama.cpp F16"]
@@ -763,6 +763,8 @@ def test_no_folder_is_written_over_a_model_or_from_settings_that_do_not_fit(mode
     for words, message in ((("--out", model_folder), "holds a model that is not quantized, which would be lost"),
                            (("--out", tmp_path / "adapter"), "holds a model that is not quantized, which would be lost"),
                            (("--out", tmp_path / "file"), "is a file; name a folder"), (("--method", "none", *out), "none changes nothing"),
+                           (("--group-size", "32", *out), "group_size: has no effect with --method int8"),
+                           (("--gguf-type", "Q4_0", *out), "gguf_type: has no effect without --to gguf"),
                            (("--exclude", "*", *out), "'\\*' is not a regular expression"), (("--exclude", "lm_heat", *out), "'lm_heat' matches no layer"),
                            (("--model", tmp_path / "int8", *out), "is quantized already"), (("--model", tmp_path / "int8"), "is quantized already")):
         with pytest.raises(UserError, match=message):
