@@ -435,7 +435,10 @@ def quantizable(model: MODEL.LanguageModel, exclude: list[str] = (), lm_head: bo
     for pattern in exclude:
         if not any(re.search(pattern, name) for name in found):
             raise UserError(f"quantization.exclude: '{pattern}' matches no layer, such as {next(iter(found), 'none')}")
-    return {name: place for name, place in found.items() if not any(re.search(pattern, name) for pattern in exclude)}
+    found = {name: place for name, place in found.items() if not any(re.search(pattern, name) for pattern in exclude)}
+    if not found:
+        raise UserError("quantization.exclude: no layer is left that can be quantized")
+    return found
 
 
 def put(model: nn.Module, name: str, levels: Tensor, scale: Tensor, form: Form) -> None:
@@ -461,7 +464,7 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
     layers, places = MODEL.layers_of(model), quantizable(model, exclude, lm_head)
     if method in BITSANDBYTES:
         packer = Packer(model, method, group_size, model.device)
-        packer.places = places
+        packer.places = fitting(places, Form(8))
         for name, (module, part) in places.items():
             packer(name, getattr(module, part).data)
         return keep_form(model, method)
@@ -716,8 +719,6 @@ def check_method(model: MODEL.LanguageModel, method: str) -> None:
 def fitting(places: dict[str, tuple[nn.Module, str]], form: Form,
             key: str = "quantization.group_size") -> dict[str, tuple[nn.Module, str]]:
     """The matrices whose width the group size divides; the others are listed. `key` is the setting that messages name."""
-    if not places:
-        raise UserError("quantization.exclude: no layer is left that can be quantized")
     widths = {name: getattr(*place).shape[-1] for name, place in places.items()}
     kept = sorted(name for name, width in widths.items() if form.group and width % form.group)
     if len(kept) == len(places):
@@ -1727,6 +1728,8 @@ def token_times(model: MODEL.LanguageModel, prompt: list[int], count: int) -> li
 
 def check_request(config) -> None:
     section, actions = config.quantization, config.actions
+    if actions.to and not config.origins.get("quantization.method", "").startswith("command line"):
+        section.method = "none"  # the default is one for folders
     if not config.model.name:
         raise UserError("model.preset: fresh weights say nothing about what quantization costs; name a trained model (--model)")
     if config.model.quantization != "none":
@@ -1734,6 +1737,8 @@ def check_request(config) -> None:
     grouping = ("nf4", *(method for method, form in FORMS.items() if form.group))
     if section.group_size and section.method not in grouping and not actions.compare:
         raise UserError(f"quantization.group_size: {section.method} has no groups; leave it out, or use {', '.join(grouping)}")
+    if actions.to != "gguf" and config.origins.get("quantization.gguf_type", "").startswith("command line"):
+        raise UserError("quantization.gguf_type: has no effect without --to gguf; leave it out")
     if actions.to and (actions.to not in EXPORTS or not actions.out or actions.compare):
         raise UserError("--to: needs --out FOLDER, without --compare" if actions.to in EXPORTS else
                         f"--to: '{actions.to}' is not one of {', '.join(EXPORTS)}")
@@ -1804,6 +1809,8 @@ def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSe
     if section.method not in methods:
         raise UserError(f"quantization.method: --to {form} writes {', '.join(methods)}; found {section.method}"
                         + ("; see quantization.gguf_type" if form == "gguf" else ""))
+    if form == "onnx" and section.group_size not in (0, *(sizes := (16, 32, 64, 128, 256))):
+        raise UserError(f"quantization.group_size: onnxruntime has groups of {', '.join(map(str, sizes))}; found {section.group_size}")
     if model.quantization != "none" and form not in ("gguf-lora", "torch-export", "aotinductor"):
         raise UserError(f"--to {form}: the model is quantized already ({model.quantization}); name the original")
     with room_for(out), MODEL.staged(out.parent if one_file else out) as scratch:
@@ -1819,10 +1826,11 @@ def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSe
     say(f"exported to {out}")
 
 
-def calibration_of(config, tokenizer, method: str) -> list[list[int]]:
-    """Token ids of training texts, for methods that calibrate."""
+def calibration_of(config, tokenizer, method: str, context: int) -> list[list[int]]:
+    """Token ids of training texts that fit into the context, for methods that calibrate."""
     section = config.quantization
-    pieces = sample_ids(config.data, tokenizer, "train", section.calibration_length) if method in CALIBRATED else ()
+    length = min(section.calibration_length, context)
+    pieces = sample_ids(config.data, tokenizer, "train", length) if method in CALIBRATED else ()
     return list(itertools.islice(pieces, section.calibration_samples))
 
 
@@ -1832,7 +1840,7 @@ def quantized(config, method: str, dtype: torch.dtype) -> tuple[MODEL.LanguageMo
     # The nearest levels of weights that were narrowed to 16 bits may be others.
     precise = method in NEAREST and MODEL.stored_dtype(MODEL.read_json(folder / "config.json")) == "float32"
     model, tokenizer = opened(config, dtype="float32" if precise else None)
-    calibration = calibration_of(config, tokenizer, method)
+    calibration = calibration_of(config, tokenizer, method, model.config.max_position_embeddings)
     quantize(model, method, section.group_size, calibration, section.exclude, section.lm_head, dtype if precise else None)
     return model, tokenizer
 
@@ -1863,7 +1871,7 @@ def shrink(config, out: Path) -> Comparison:
     dtype = MODEL._chosen_dtype(config.model.dtype, raw, model, device) or torch.float32
     dtype = MODEL.AUTOCAST.get(section.method, dtype)
     flat = dtype if INFER.weight_bytes(model) > LARGE and not foreign else None
-    calibration = calibration_of(config, tokenizer, section.method)
+    calibration = calibration_of(config, tokenizer, section.method, model.config.max_position_embeddings)
     settings = (section.method, section.group_size, calibration, section.exclude, section.lm_head)
     with room_for(out):
         if foreign:

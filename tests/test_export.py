@@ -259,9 +259,12 @@ def test_onnx_is_computed_in_float32(ready, tokenizer, tmp_path, monkeypatch):
 
 def test_other_methods_and_missing_packages_are_one_line(ready, tokenizer, tmp_path, monkeypatch):
     for to, method, message in (("onnx", "nf4", "--to onnx writes none, int8, int4; found nf4"), ("tensorrt", "int8", "writes none; found int8"),
-                                ("gguf", "int4", "--to gguf writes none; found int4; see quantization.gguf_type")):
+                                ("gguf", "int4", "--to gguf writes none; found int4; see quantization.gguf_type"),
+                                ("torchscript", "bf16", "--to torchscript writes none; found bf16")):
         with pytest.raises(UserError, match=message):
-            QUANT.export(ready, tokenizer, to, tmp_path, section(method))
+            QUANT.export(ready, tokenizer, to, tmp_path / "refused", section(method))
+    with pytest.raises(UserError, match="onnxruntime has groups of 16, .* 256; found 7"):
+        QUANT.export(ready, tokenizer, "onnx", tmp_path, section("int4", 7))
     for package, to in (("onnxscript", "onnx"), ("onnx", "tensorrt")):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(UserError, match=f"--to onnx: needs {package}; pip install -r requirements-extras.txt"):

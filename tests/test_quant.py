@@ -595,6 +595,8 @@ def test_what_cannot_be_quantized_or_saved_is_one_line(tmp_path, capsys):
             QUANT.quantize(MODEL.load(folder), "int4", **more)
     with pytest.raises(UserError, match="quantization.group_size: nf4 has groups of 32, 64, .* 4096; found 48"):
         QUANT.quantize(MODEL.load(folder), "nf4", 48)
+    with pytest.raises(UserError, match="no layer is left"):
+        QUANT.quantize(MODEL.load(folder), "nf4", exclude=["."])
     MODEL.load(folder, quantization="int4")
     assert "model.quantization: 32 does not divide the width of 2 layers" in capsys.readouterr().err
     with pytest.raises(UserError, match="model.quantization: 32 divides the width of no layer"):
@@ -721,7 +723,7 @@ def test_labels_of_the_plot_do_not_overlap(tmp_path, monkeypatch):
 def test_llama_cpp_is_measured(model_folder, text_file, tmp_path):
     pytest.importorskip("xllamacpp")
     ours = comparison_of(model_folder, text_file)
-    settings = QUANT.QuantizationSection(gguf_type="F16")
+    settings = QUANT.QuantizationSection("none", gguf_type="F16")
     QUANT.export(MODEL.load(model_folder), TOKENIZER.load(model_folder), "gguf", tmp_path / "out", settings)
     quant.add(ours, "llama.cpp F16", quant.LlamaCpp, tmp_path / "out")
     row = ours.rows["llama.cpp F16"]
@@ -771,6 +773,13 @@ def test_a_large_model_is_quantized_and_measured_layer_by_layer(method, model_fo
         torch.testing.assert_close(MODEL.load(tmp_path / "parts")(ids).logits, expected, atol=0, rtol=0)
 
 
+def test_calibration_texts_fit_into_learned_positions(model_folder, text_file, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    base(folder, **GPT2, vocab_size=MODEL.read_json(folder / "config.json")["vocab_size"], max_position_embeddings=16)
+    (tmp_path / "long.txt").write_text("the fox and the dog " * 40)
+    QUANT.main(["--model", str(folder), "--data", str(tmp_path / "long.txt"), "--validation", str(text_file), "--method", "gptq"])
+
+
 def test_no_folder_is_written_over_a_model_or_from_settings_that_do_not_fit(model_folder, text_file, tmp_path):
     (tmp_path / "file").write_text("")
     adapter = MODEL.load(model_folder)
@@ -782,6 +791,8 @@ def test_no_folder_is_written_over_a_model_or_from_settings_that_do_not_fit(mode
     for words, message in ((("--out", model_folder), "holds a model that is not quantized, which would be lost"),
                            (("--out", tmp_path / "adapter"), "holds a model that is not quantized, which would be lost"),
                            (("--out", tmp_path / "file"), "is a file; name a folder"), (("--method", "none", *out), "none changes nothing"),
+                           (("--group-size", "32", *out), "group_size: int8 has no groups; leave it out, or use nf4, int4"),
+                           (("--gguf-type", "Q4_0", *out), "gguf_type: has no effect without --to gguf"),
                            (("--exclude", "*", *out), "'\\*' is not a regular expression"), (("--exclude", "lm_heat", *out), "'lm_heat' matches no layer"),
                            (("--model", tmp_path / "int8", *out), "is quantized already"), (("--model", tmp_path / "int8"), "is quantized already")):
         with pytest.raises(UserError, match=message):
