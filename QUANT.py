@@ -1599,7 +1599,7 @@ COLUMNS = {"size, MB": ",.2f", "perplexity": ".3f", "correct": ".1%", "KL, nats"
 
 
 class Comparison:
-    """Forms of one model, measured on the same held-out texts and questions, beginning with the original."""
+    """Forms of one model, measured on the same held-out texts and questions. The original is the first to be added."""
 
     def __init__(self, config, model: MODEL.LanguageModel, tokenizer, flat: torch.dtype | None = None):
         self.flat = flat  # compute a large model in this type, layer by layer, and free each layer afterwards
@@ -1615,7 +1615,6 @@ class Comparison:
             raise UserError(f"data.validation: '{config.data.validation}' holds out no text, and perplexity is measured on "
                             "held-out text; use hash, tail or a file")
         self.answered = exact_answers(config, tokenizer)
-        self.add("none", model)
 
     def add(self, name: str, model: MODEL.LanguageModel) -> None:
         """Measure a model, which is of no further use afterwards."""
@@ -1845,9 +1844,16 @@ def quantized(config, method: str, dtype: torch.dtype) -> tuple[MODEL.LanguageMo
     return model, tokenizer
 
 
+def original_alone(config) -> Comparison:
+    model, tokenizer = opened(config)
+    comparison = Comparison(config, model, tokenizer)
+    comparison.add("none", model)
+    return comparison
+
+
 def compare(config) -> Comparison:
     """Measure the original and the model after each method; one that cannot be used with this model is left out."""
-    comparison = Comparison(config, *opened(config))
+    comparison = original_alone(config)
     for method in COMPARED:
         try:
             comparison.add(method, quantized(config, method, comparison.dtype)[0])
@@ -1871,6 +1877,7 @@ def shrink(config, out: Path) -> Comparison:
     dtype = MODEL._chosen_dtype(config.model.dtype, raw, model, device) or torch.float32
     dtype = MODEL.AUTOCAST.get(section.method, dtype)
     flat = dtype if INFER.weight_bytes(model) > LARGE and not foreign else None
+    comparison = Comparison(config, model, tokenizer, flat)  # without held-out text, nothing is written
     calibration = calibration_of(config, tokenizer, section.method, model.config.max_position_embeddings)
     settings = (section.method, section.group_size, calibration, section.exclude, section.lm_head)
     with room_for(out):
@@ -1883,7 +1890,7 @@ def shrink(config, out: Path) -> Comparison:
                 quantize(model, *settings, dtype, write)
                 TOKENIZER.save(tokenizer, out)
     say(f"saved to {out}")
-    comparison = Comparison(config, opened(config, dtype=stored if flat else None)[0], tokenizer, flat)
+    comparison.add("none", opened(config, dtype=stored if flat else None)[0])
     comparison.add(section.method, model if foreign else MODEL.load(out, dtype, device))
     return comparison
 
@@ -1905,7 +1912,7 @@ def main(argv: list[str] | None = None) -> None:
     if actions.out:
         comparison = shrink(config, Path(actions.out))
     else:
-        comparison = Comparison(config, *opened(config))
+        comparison = original_alone(config)
         comparison.add(section.method, quantized(config, section.method, comparison.dtype)[0])
     print(comparison.table())
 

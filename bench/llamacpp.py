@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 64
 NOISE = {"F32": 2e-5, "F16": 1e-3}  # relative; and 5 times this in nats between the best two tokens
 BOUND = {"F32": 1e-3, "F16": 0.05}  # on the difference of two log-probabilities
-MEAN_BOUND = {"BF16": 0.03, "Q8_0": 0.03, "Q5_1": 0.2, "Q5_0": 0.2, "Q4_1": 0.4, "Q4_0": 0.4}  # on their mean
+MEAN_BOUND = {"BF16": 0.03, "Q8_0": 0.1, "Q5_1": 0.3, "Q5_0": 0.3, "Q4_1": 0.6, "Q4_0": 0.6}  # on their mean
 TEXT = ("Once upon a time, Zoë's dog didn't see 3 cats, 1234567 mice and 3.14 owls.\n\n  def f(x):\n\treturn x**2  # ok!!\n"
         "你好，世界！ Привет, мир. नमस्ते ŝafoj HTTPServer I'VE we'Ll\r\n 😀🚀👩‍👩‍👧 café naïve <b>x_y</b>   end \n")
 SHAPE = dict(vocab_size=512, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,

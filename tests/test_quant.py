@@ -646,7 +646,7 @@ def test_a_quantized_folder_generates_and_serves_adapters(tmp_path, model_folder
 
 def comparison_of(model_folder, text_file, **flags) -> QUANT.Comparison:
     words = [f"--{key}={value}" for key, value in {"model": model_folder, "data": text_file, "model.device": "cpu", **flags}.items()]
-    return QUANT.Comparison(MODEL.load_config(words, QUANT.SECTIONS, "quantization"), MODEL.load(model_folder), TOKENIZER.load(model_folder))
+    return QUANT.original_alone(MODEL.load_config(words, QUANT.SECTIONS, "quantization"))
 
 
 def test_quality_by_hand():
@@ -791,6 +791,7 @@ def test_no_folder_is_written_over_a_model_or_from_settings_that_do_not_fit(mode
     for words, message in ((("--out", model_folder), "holds a model that is not quantized, which would be lost"),
                            (("--out", tmp_path / "adapter"), "holds a model that is not quantized, which would be lost"),
                            (("--out", tmp_path / "file"), "is a file; name a folder"), (("--method", "none", *out), "none changes nothing"),
+                           (("--data.validation", "none", *out), "'none' holds out no text"),
                            (("--group-size", "32", *out), "group_size: int8 has no groups; leave it out, or use nf4, int4"),
                            (("--gguf-type", "Q4_0", *out), "gguf_type: has no effect without --to gguf"),
                            (("--exclude", "*", *out), "'\\*' is not a regular expression"), (("--exclude", "lm_heat", *out), "'lm_heat' matches no layer"),
