@@ -1,7 +1,7 @@
 """Peak memory of quantizing a large model.
 
     python bench/large.py                               # QUANT.py on random weights in the shape of Llama-2-7B
-    python bench/large.py --shape 1b --method gptq
+    python bench/large.py --shape 1b --method gptq --quantization.calibration_samples 16      # further flags are those of QUANT.py
 
 Writes a folder of random weights in bfloat16 (13.5 GB for 7b), unless it exists, and runs QUANT.py in a process of its own.
 """
@@ -61,7 +61,7 @@ def memory(options) -> None:
         if not (model / "config.json").exists():
             make(model, options.shape)
         command = [sys.executable, str(ROOT / "QUANT.py"), "--model", str(model), "--method", options.method, "--out", str(out),
-                   "--data", str(ROOT / "data/train.txt"), "--model.device", "cpu"]
+                   "--data", str(ROOT / "data/train.txt"), "--model.device", "cpu", *options.flags]
         start = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT)
         _, status, usage = os.wait4(process.pid, 0)
@@ -76,7 +76,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--method", default="int4")
     parser.add_argument("--dir", help="where to keep the random model; the default is a temporary folder")
-    memory(parser.parse_args())
+    options, options.flags = parser.parse_known_args()
+    memory(options)
 
 
 if __name__ == "__main__":
