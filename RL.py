@@ -301,12 +301,14 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
 
     [[1, 0, 0, 0]]: none [[0.75, -0.25, ...]], group [[1.5, -0.5, ...]], leave_one_out [[1, -0.33, ...]]
     """
+    spread = rewards.std()
+    rewards = rewards - rewards[:, :1]  # a mean of equal numbers may differ from them by a rounding; a mean of zeros does not
     ahead = rewards - rewards.mean(1, keepdim=True)
     if scale == "leave_one_out":
         return ahead * (rewards.shape[1] / (rewards.shape[1] - 1))
     if scale == "none":
         return ahead
-    return ahead / ((rewards.std() if scale == "batch" else rewards.std(1, keepdim=True)) + 1e-4)
+    return ahead / ((spread if scale == "batch" else rewards.std(1, keepdim=True)) + 1e-4)
 
 
 def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, reference: Tensor | None = None, beta: float = 0.0,

@@ -392,6 +392,7 @@ class Trainer:
         self.measured: tuple[int, dict] | None = None  # the last validation, and its step
         self.stop_signal = 0
         self.last_saved: Path | None = None
+        self.left: list[Path] = []  # newer checkpoints of a course that is left
         self.log = Log(out, self.main, accelerator)
 
     # -- beginning
@@ -429,10 +430,9 @@ class Trainer:
         if not self.main:
             return
         self.log.rewind(self.steps)
-        for path in checkpoints(self.out):
-            if step_of(path) > self.steps:
-                self.log.tell(f"{path} is removed: the run goes on from step {self.steps}")
-                remove(path)
+        self.left = [path for path in checkpoints(self.out) if step_of(path) > self.steps]
+        if self.left:
+            self.log.tell(f"the run goes on from step {self.steps}; its first checkpoint replaces {', '.join(map(str, self.left))}")
 
     def _wrap(self) -> nn.Module:
         if self.training.torch_compile:
@@ -646,7 +646,9 @@ class Trainer:
             torch.save(state, scratch / STATE_FILE)
             for path in scratch.iterdir():
                 MODEL.sync(path)
-            remove(final)
+            for path in (*self.left, final):
+                remove(path)
+            self.left = []
             os.replace(scratch, final)
             MODEL.sync(self.out)
         self.last_saved = final

@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import itertools
 import json
 import math
 import os
@@ -175,7 +176,8 @@ def test_advantages_of_groups():
         assert RL.group_advantages(rewards, "leave_one_out")[i].tolist() == pytest.approx([x - (sum(own) - x) / 3 for x in own])
     spread = float(rewards.flatten().std())
     assert RL.group_advantages(rewards, "batch")[1, 2].item() == pytest.approx(float(rewards[1, 2] - rewards[1].mean()) / (spread + 1e-4))
-    assert not RL.group_advantages(torch.ones(2, 4)).any()  # all alike: nothing to learn, no NaN
+    for reward, scale in itertools.product((1.0, 1000.1, 1 / 3), ("none", "group", "batch", "leave_one_out")):
+        assert not RL.group_advantages(torch.full((2, 7), reward), scale).any()  # all alike: nothing to learn, no NaN
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])

@@ -364,6 +364,31 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, capsys):
             TRAIN.main(["--resume", "auto", "--out", str(tmp_path / "out"), *flags])
 
 
+def test_newer_checkpoints_stay_until_the_new_course_has_its_first(tmp_path, text_file, monkeypatch):
+    """A resume of an older checkpoint that fails before has cost nothing."""
+    settings = ("--training.save_steps", 2, "--training.save_total_limit", 9, "--max-steps", 6)
+    forward = MODEL.LanguageModel.forward
+    train(tmp_path, *settings, data=[text_file])
+    for steps, left in ((0, [2, 4, 6]), (2, [2, 4])):
+        seen = []
+
+        def fails(model, *words, seen=seen, steps=steps, **more):
+            seen += [1] * model.training
+            if len(seen) > steps:
+                raise ValueError("the device is lost")
+            return forward(model, *words, **more)
+
+        monkeypatch.setattr(MODEL.LanguageModel, "forward", fails)
+        with pytest.raises(ValueError, match="the device is lost"):
+            train(tmp_path, *settings, "--training.eval_steps", 0, "--resume", tmp_path / "out/ckpt-step-000002", data=[text_file])
+        assert checkpoint_names(tmp_path / "out") == [f"ckpt-step-{step:06d}" for step in left]
+    monkeypatch.setattr(MODEL.LanguageModel, "forward", forward)
+    counted, rates = [], TRAIN.Log.rates
+    monkeypatch.setattr(TRAIN.Log, "rates", lambda log, *counts: counted.append(counts[0]) or rates(log, *counts))
+    train(tmp_path, *settings, "--training.logging_steps", 1, "--resume", "auto", data=[text_file])
+    assert counted[0] > 2 * (counted[1] - counted[0]) > 0  # the first speed leaves out what was read before the resume
+
+
 def test_resume_names_a_folder_or_starts_fresh(tmp_path, text_file, capsys):
     train(tmp_path, "--resume", "auto", "--training.save_steps", 2)  # nothing there: a fresh start
     expected = losses(tmp_path / "out")
