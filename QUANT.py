@@ -645,7 +645,7 @@ class KernelLinear(nn.Module):
         rows = hidden.reshape(-1, self.in_features)  # (N, in)
         out = (self.in_groups if self.form.group else self.dynamic if self.form.dynamic else self.in_bytes)(rows)
         out = out if self.bias is None else out + self.bias
-        return out.to(hidden.dtype).view(*hidden.shape[:-1], -1)
+        return out.to(hidden.dtype).view(*hidden.shape[:-1], self.out_features)
 
     def in_groups(self, rows: Tensor) -> Tensor:
         """(N, in) -> (N, out)"""
@@ -663,8 +663,8 @@ class KernelLinear(nn.Module):
         least = 32 if rows.is_cuda else 16 if self.onednn else 0  # rows that the kernels are made for
         levels = F.pad(levels, (0, 0, 0, max(least - len(rows), 0)))
         if self.onednn:
-            out = torch.ops.onednn.qlinear_pointwise(levels, 1.0, 0, self.levels, self.scale, self.zeros, None, 1.0, 0, torch.float32,
-                                                     "none", [], "")
+            out = torch.ops.onednn.qlinear_pointwise(levels, 1.0, 0, self.levels, self.scale, self.zeros, None, 1.0, 0,
+                                                     torch.float32, "none", [], "")
             return out[: len(rows)].mul_(unit[:, None])
         sums = torch._int_mm(levels, self.levels.T)[: len(rows)]  # (N, out) int32
         return sums * unit[:, None] * self.scale[:, 0].float()
@@ -1809,7 +1809,8 @@ def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSe
         raise UserError(f"quantization.method: --to {form} writes {', '.join(methods)}; found {section.method}"
                         + ("; see quantization.gguf_type" if form == "gguf" else ""))
     if form == "onnx" and section.group_size not in (0, *(sizes := (16, 32, 64, 128, 256))):
-        raise UserError(f"quantization.group_size: onnxruntime has groups of {', '.join(map(str, sizes))}; found {section.group_size}")
+        raise UserError(f"quantization.group_size: onnxruntime has groups of {', '.join(map(str, sizes))}; found "
+                        f"{section.group_size}")
     if model.quantization != "none" and form not in ("gguf-lora", "torch-export", "aotinductor"):
         raise UserError(f"--to {form}: the model is quantized already ({model.quantization}); name the original")
     with room_for(out), MODEL.staged(out.parent if one_file else out) as scratch:
