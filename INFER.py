@@ -812,7 +812,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedNorm(nn.Module):
-    """RMSNorm on a CPU. One token has one factor, so two kernels instead of eight give the same."""
+    """RMSNorm on a CPU. A single token is divided by one number, so two kernels do the work of eight."""
 
     def __init__(self, norm: MODEL.RMSNorm):
         super().__init__()

@@ -1599,7 +1599,7 @@ COLUMNS = {"size, MB": ",.2f", "perplexity": ".3f", "correct": ".1%", "KL, nats"
 
 
 class Comparison:
-    """Forms of one model, measured on the same held-out texts and questions. The original is the first to be added."""
+    """Forms of one model, measured on the same held-out texts and questions. Add the original first."""
 
     def __init__(self, config, model: MODEL.LanguageModel, tokenizer, flat: torch.dtype | None = None):
         self.flat = flat  # compute a large model in this type, layer by layer, and free each layer afterwards

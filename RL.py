@@ -302,7 +302,7 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
     [[1, 0, 0, 0]]: none [[0.75, -0.25, ...]], group [[1.5, -0.5, ...]], leave_one_out [[1, -0.33, ...]]
     """
     spread = rewards.std()
-    rewards = rewards - rewards[:, :1]  # a mean of equal numbers may differ from them by a rounding; a mean of zeros does not
+    rewards = rewards - rewards[:, :1]  # the mean of equal numbers can be off by rounding, the mean of zeros cannot
     ahead = rewards - rewards.mean(1, keepdim=True)
     if scale == "leave_one_out":
         return ahead * (rewards.shape[1] / (rewards.shape[1] - 1))

