@@ -1073,7 +1073,8 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
         hold(teacher.model, TRAIN.precision(training, config.model.dtype, device))
     if settings.lmbda:
         stream = Mixed(stream, student_texts(config, tokenizer, samples, out), settings.lmbda)
-    return TRAIN.Stage(model, tokenizer, stream, distillation(ask, settings, layers), evaluate, TRAIN.save_product)
+    return TRAIN.Stage(model, tokenizer, stream, distillation(ask, settings, layers), evaluate, TRAIN.save_product,
+                       share=1 if config.model.name or settings.init_layers is not None else None)
 
 
 # ------------------------------------------------------------------------------------------ answers of the teacher
@@ -1108,7 +1109,7 @@ def write_answers(config) -> None:
             raise UserError(f"distill.teacher: {teacher.name} is an encoder, which answers nobody")
         TOKENIZER.end_with_turns(teacher.model, teacher.tokenizer)
         prompts, sampling = read_prompts(config, teacher), sampling_of(settings, config.training.seed)
-        known = TRAIN.one_after_another(begin_answers, part, made_by(settings, sampling, prompts), overwrite)
+        known = TRAIN.first_alone(begin_answers, part, made_by(settings, sampling, prompts), overwrite)
         with room_for(part, "what was answered stays there, and the same command goes on"):
             answer_all(teacher, prompts, known, sampling, judges, settings, part)
         if MODEL.process_rank() == 0:

@@ -1566,9 +1566,9 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     make_chat(tokenizer, records + held)
     judges = Judges(settings, tokenizer, device) if settings.method in ON_POLICY else None
     if settings.method == "reward":
-        model = SFT.prepare_model(config, tokenizer, "score", ["reward"], share=0.1)
+        model = SFT.prepare_model(config, tokenizer, "score", ["reward"])
     else:
-        model = SFT.prepare_model(config, tokenizer, ("lm", "value") if settings.method == "ppo" else "lm", share=1 / 30)
+        model = SFT.prepare_model(config, tokenizer, ("lm", "value") if settings.method == "ppo" else "lm")
     if not model.config.causal:
         raise UserError(f"model.name: {name} is an encoder; rewards and preferences are learnt by causal models here")
     if settings.method == "ppo":
@@ -1578,7 +1578,9 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     frozen = frozen_model(config, tokenizer, device)
     build = rollout_stage if settings.method in ON_POLICY else pair_stage
     stage = build(config, model, tokenizer, records, held, left, frozen, judges)
-    return stage._replace(evaluate=with_kept(stage.evaluate, config, tokenizer))
+    sources = {"rl.ref_model": settings.ref_model} if settings.ref_model else {"model.name": name} if settings.beta else {}
+    return stage._replace(evaluate=with_kept(stage.evaluate, config, tokenizer), sources=sources,
+                          share=0.1 if settings.method == "reward" else 1 / 30)
 
 
 def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable | None:
