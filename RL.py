@@ -50,7 +50,7 @@ PAIRED = ("reward", "dpo", "orpo", "simpo")
 OFFLINE = (*PAIRED, "kto")
 ON_POLICY = ("ppo", "grpo", "rloo")
 BETA = {"dpo": 0.1, "ipo": 0.5, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
-LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust"), "grpo": ("dapo", "grpo", "dr_grpo")}
+LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust"), "grpo": ("dapo", "grpo", "dr_grpo", "cispo")}
 SHIPPED_QUESTIONS = "data/chat_test.jsonl"
 
 
@@ -70,9 +70,8 @@ class RLSection:
                                     "(odds-ratio weight), 0.5 for loss_type ipo, 2 for simpo (reward scale), 0.05 for ppo and "
                                     "rloo, 0.04 for grpo", low=0, only=("method", *(name for name in BETA if name != "ipo")),
                                     often=True)
-    loss_type: str = knob("auto", "loss of dpo (sigmoid, hinge, ipo, robust) or grpo (dapo, grpo, dr_grpo); auto is the first; "
-                                  "dapo is "
-                                  "a mean over tokens, grpo over completions, dr_grpo by a constant", often=True)
+    loss_type: str = knob("auto", "loss of dpo (sigmoid, hinge, ipo, robust) or grpo (dapo, grpo, dr_grpo, cispo); auto is the "
+                                  "first", often=True)
     label_smoothing: float = knob(0.0, "dpo: assumed fraction of pairs with swapped labels; robust requires it", low=0, below=0.5,
                                   only=("method", "dpo"), often=True)
     rpo_alpha: float | None = knob(None, "weight of the chosen completion's negative log-likelihood (Pang 2024); null is 1",
@@ -100,7 +99,8 @@ class RLSection:
     rollout_batch_size: int = rollout_knob(256, "completions generated at a time on one device", low=1, often=True)
     num_iterations: int = rollout_knob(1, "epochs per rollout", low=1, often=True)
     epsilon: float = rollout_knob(0.2, "ppo, grpo, rloo: clip range of the probability ratio", low=0, often=True)
-    epsilon_high: float | None = rollout_knob(None, "upper clip range (clip-higher); null is epsilon", low=0)
+    epsilon_high: float | None = rollout_knob(None, "upper clip range (clip-higher); null is epsilon; for loss_type cispo the "
+                                                    "largest importance weight, null is 5", low=0)
     scale_rewards: str = knob("group", "grpo: divide advantages by the standard deviation of the group, of the batch, or not at "
                                        "all", ("group", "batch", "none"), only=("method", "grpo"), often=True)
     mask_truncated_completions: bool = rollout_knob(False, "exclude truncated completions from the loss")
@@ -133,6 +133,8 @@ class RLSection:
             self.rpo_alpha = 1.0
         if self.method in ON_POLICY:
             self.num_generations = self.num_generations or (1 if self.method == "ppo" else 8)
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            self.epsilon_high = 5.0
         return self
 
     def __post_init__(self):
@@ -159,6 +161,9 @@ class RLSection:
             raise UserError("rl.label_smoothing: must be above 0 for rl.loss_type robust")
         if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
             raise UserError(f"rl.label_smoothing: has no effect with rl.loss_type {self.loss_type}; leave it out")
+        if self.loss_type == "cispo" and self.epsilon_high < 1:
+            raise UserError(f"rl.epsilon_high: {self.epsilon_high} is the largest importance weight of rl.loss_type cispo; it must "
+                            "be at least 1")
         if self.kl_target and not self.beta:
             raise UserError("rl.kl_target: moves rl.beta, which has to start above 0")
         if self.ref_model and not self.beta:
@@ -286,6 +291,16 @@ def ppo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, epsilon: float =
     return losses, (ratio * advantages > limited * advantages)
 
 
+def cispo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, largest: float = 5.0) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens now and at the rollout, their advantages, all (B, T) -> losses, which are clipped (B, T).
+
+    -min(r, largest) A log p, where r = now / then has no gradient (MiniMax-M1 2025, eq. 4). `ppo_loss` removes the gradient of
+    tokens outside of the clip range; here each token keeps one, with a limited weight. Khatri 2025 (ScaleRL) recommends 5.
+    """
+    ratio = torch.exp((logprobs - old).detach().clamp(max=20))
+    return -ratio.clamp(max=largest) * advantages * logprobs, ratio > largest
+
+
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, cliprange: float = 0.2) -> Tensor:
     """The critic's values now and at the rollout and what came of it (B, T) -> losses (B, T): half the squared error, the
     larger one of the value and of the value held within `cliprange` of the old one (Huang 2024, detail 7)."""
@@ -314,13 +329,16 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
 def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, reference: Tensor | None = None, beta: float = 0.0,
               epsilon: float = 0.2, epsilon_high: float | None = None, loss_type: str = "dapo",
               max_length: int = 1) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B, T), advantages of texts (B,) -> shares (B,) of a sum, which tokens are cut (B, T).
+    """Log-probabilities (B, T), advantages of completions (B,) -> shares (B,) of a sum, which tokens are clipped (B, T).
 
-    Each token's clipped loss, plus beta times its KL (Shao 2024, eq. 3). The shares' sum has to be divided by the number
-    of texts (`grpo`: a mean over each text's tokens, in which long texts' tokens count less; `dr_grpo`: by a constant
-    length, Liu 2025) or of tokens (`dapo`, Yu 2025 section 3.3).
+    The clipped loss of each token (`cispo`: `cispo_loss`) plus beta times its KL (Shao 2024, eq. 3). The caller divides the sum of
+    the shares by the number of completions (`grpo`: a mean over the tokens of each completion, so tokens of long completions count
+    less; `dr_grpo`: by a constant length, Liu 2025) or by the number of tokens (`dapo`, Yu 2025, section 3.3; `cispo`).
     """
-    losses, cut = ppo_loss(logprobs, old, advantages[:, None], epsilon, epsilon_high)
+    if loss_type == "cispo":
+        losses, cut = cispo_loss(logprobs, old, advantages[:, None], epsilon_high)
+    else:
+        losses, cut = ppo_loss(logprobs, old, advantages[:, None], epsilon, epsilon_high)
     if reference is not None:
         losses = losses + beta * kl_estimate(logprobs, reference)
     shares = (losses * mask).sum(1)  # (B,)
@@ -1312,7 +1330,7 @@ def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
 
 def rollout_loss(settings: RLSection) -> Callable:
     """loss_fn for `fit` of ppo, grpo and rloo."""
-    method, divisor = settings.method, "tokens" if settings.method == "ppo" or settings.loss_type == "dapo" else "texts"
+    method, divisor = settings.method, "tokens" if settings.method == "ppo" or settings.loss_type in ("dapo", "cispo") else "texts"
     want = (("values",) if method == "ppo" else ()) + (("entropy",) if settings.entropy_coef else ())
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:

@@ -180,7 +180,7 @@ def test_advantages_of_groups():
         assert not RL.group_advantages(torch.full((2, 7), reward), scale).any()  # all alike: nothing to learn, no NaN
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo", "cispo"])
 def test_grpo_is_the_published_formula(kind):
     now, old, reference, advantages = draw(4, 5), draw(4, 5), draw(4, 5), draw(4, low=-1, high=1)
     total, texts, tokens = 0.0, 4, int(MASK.sum())
@@ -189,12 +189,14 @@ def test_grpo_is_the_published_formula(kind):
         for t in range(length):
             r = torch.exp(now[i, t] - old[i, t])
             gain = torch.minimum(r * advantages[i], torch.clamp(r, 0.8, 1.3) * advantages[i])
+            if kind == "cispo":
+                gain = min(float(r), 1.3) * advantages[i] * now[i, t]
             ratio = torch.exp(reference[i, t] - now[i, t])
             kl = ratio - torch.log(ratio) - 1
-            share = {"grpo": 1 / length / texts, "dapo": 1 / tokens, "dr_grpo": 1 / (texts * 9)}[kind]
+            share = {"grpo": 1 / length / texts, "dapo": 1 / tokens, "cispo": 1 / tokens, "dr_grpo": 1 / (texts * 9)}[kind]
             total = total - share * (gain - 0.04 * kl)
-    shares, _ = RL.grpo_loss(now, old, advantages, MASK, reference, 0.04, 0.2, 0.3, kind, 9)
-    same(shares.sum() / (tokens if kind == "dapo" else texts), total, (now, reference, advantages))
+    shares, _ = RL.grpo_loss(now, old, advantages, MASK, reference, 0.04, 0.2, 1.3 if kind == "cispo" else 0.3, kind, 9)
+    same(shares.sum() / (tokens if kind in ("dapo", "cispo") else texts), total, (now, reference, advantages))
 
 
 def test_rloo_takes_a_text_as_one_action():
@@ -1051,6 +1053,7 @@ def test_what_cannot_be_compared_is_left_out_and_named(world, tmp_path, capsys):
     (["--rl.method", "dpo", "--lora.r", "2", "--lora.lora_dropout", "0.1"], "lora.lora_dropout: dropout is off here"),
     (["--rl.method", "grpo", "--rl.temperature", "0"], "rl.temperature: 0.0 must be at least 0.001"),
     (["--rl.method", "gppo"], "'gppo' is not one of"),
+    (["--rl.method", "grpo", "--rl.loss_type", "cispo", "--rl.epsilon_high", "0.2"], "rl.epsilon_high: 0.2 is the largest importance weight"),
     (["--rl.method", "dpo", "--training.report_to", "wandb"], "training.report_to: wandb needs `pip install wandb`"),
 ])
 def test_settings_that_cannot_work_are_one_line(flags, message, world, tmp_path):
