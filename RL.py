@@ -71,7 +71,7 @@ class RLSection:
                                     "rloo, 0.04 for grpo", low=0, only=("method", *(name for name in BETA if name != "ipo")),
                                     often=True)
     loss_type: str = knob("auto", "loss of dpo (sigmoid, hinge, ipo, robust) or grpo (dapo, grpo, dr_grpo, cispo); auto is the "
-                                  "first", often=True)
+                                  "first, or grpo with importance_sampling_level sequence", often=True)
     label_smoothing: float = knob(0.0, "dpo: assumed fraction of pairs with swapped labels; robust requires it", low=0, below=0.5,
                                   only=("method", "dpo"), often=True)
     rpo_alpha: float | None = knob(None, "weight of the chosen completion's negative log-likelihood (Pang 2024); null is 1",
@@ -101,6 +101,8 @@ class RLSection:
     epsilon: float = rollout_knob(0.2, "ppo, grpo, rloo: clip range of the probability ratio", low=0, often=True)
     epsilon_high: float | None = rollout_knob(None, "upper clip range (clip-higher); null is epsilon; for loss_type cispo the "
                                                     "largest importance weight, null is 5", low=0)
+    importance_sampling_level: str = knob("token", "grpo: probability ratio of each token, or of the sequence (geometric mean of its "
+                                                   "tokens: GSPO, Zheng 2025)", ("token", "sequence"), only=("method", "grpo"))
     scale_rewards: str = knob("group", "grpo: divide advantages by the standard deviation of the group, of the batch, or not at "
                                        "all", ("group", "batch", "none"), only=("method", "grpo"), often=True)
     mask_truncated_completions: bool = rollout_knob(False, "exclude truncated completions from the loss")
@@ -127,7 +129,9 @@ class RLSection:
 
     def fill(self) -> RLSection:
         """Put in what null and auto mean to the method."""
-        self.loss_type = LOSS_TYPES.get(self.method, ("auto",))[0] if self.loss_type == "auto" else self.loss_type
+        if self.loss_type == "auto":
+            sequences = self.importance_sampling_level == "sequence"
+            self.loss_type = "grpo" if sequences else LOSS_TYPES.get(self.method, ("auto",))[0]
         self.beta = BETA.get("ipo" if self.loss_type == "ipo" else self.method) if self.beta is None else self.beta
         if self.rpo_alpha is None and self.method in ("dpo", "orpo", "simpo"):
             self.rpo_alpha = 1.0
@@ -161,6 +165,8 @@ class RLSection:
             raise UserError("rl.label_smoothing: must be above 0 for rl.loss_type robust")
         if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
             raise UserError(f"rl.label_smoothing: has no effect with rl.loss_type {self.loss_type}; leave it out")
+        if self.loss_type == "cispo" and self.importance_sampling_level == "sequence":
+            raise UserError("rl.importance_sampling_level: sequence is not available for rl.loss_type cispo, which weights tokens")
         if self.loss_type == "cispo" and self.epsilon_high < 1:
             raise UserError(f"rl.epsilon_high: {self.epsilon_high} is the largest importance weight of rl.loss_type cispo; it must "
                             "be at least 1")
@@ -328,17 +334,23 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
 
 def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, reference: Tensor | None = None, beta: float = 0.0,
               epsilon: float = 0.2, epsilon_high: float | None = None, loss_type: str = "dapo",
-              max_length: int = 1) -> tuple[Tensor, Tensor]:
+              max_length: int = 1, level: str = "token") -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T), advantages of completions (B,) -> shares (B,) of a sum, which tokens are clipped (B, T).
 
     The clipped loss of each token (`cispo`: `cispo_loss`) plus beta times its KL (Shao 2024, eq. 3). The caller divides the sum of
     the shares by the number of completions (`grpo`: a mean over the tokens of each completion, so tokens of long completions count
     less; `dr_grpo`: by a constant length, Liu 2025) or by the number of tokens (`dapo`, Yu 2025, section 3.3; `cispo`).
+    level `sequence`: all tokens of a completion share the geometric mean of their ratios (GSPO; Zheng 2025, eq. 7).
     """
+
+    def mean(values: Tensor) -> Tensor:
+        return (values * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+
     if loss_type == "cispo":
         losses, cut = cispo_loss(logprobs, old, advantages[:, None], epsilon_high)
     else:
-        losses, cut = ppo_loss(logprobs, old, advantages[:, None], epsilon, epsilon_high)
+        now, then = (mean(logprobs), mean(old)) if level == "sequence" else (logprobs, old)
+        losses, cut = ppo_loss(now, then, advantages[:, None], epsilon, epsilon_high)
     if reference is not None:
         losses = losses + beta * kl_estimate(logprobs, reference)
     shares = (losses * mask).sum(1)  # (B,)
@@ -1345,7 +1357,8 @@ def rollout_loss(settings: RLSection) -> Callable:
             shares, cut = rloo_loss(out.logprobs, old, advantages, mask, **limits)
         else:
             shares, cut = grpo_loss(out.logprobs, old, advantages, mask, batch.get("reference"), settings.beta, **limits,
-                                    loss_type=settings.loss_type, max_length=settings.max_completion_length)
+                                    loss_type=settings.loss_type, max_length=settings.max_completion_length,
+                                    level=settings.importance_sampling_level)
         loss = policy = shares.sum() / totals[divisor]
         # How far the policy has moved since the rollout: KL(then || now), estimated at tokens of then.
         moved = (kl_estimate(old, out.logprobs.detach()) * mask).sum() / totals["tokens"]

@@ -199,6 +199,20 @@ def test_grpo_is_the_published_formula(kind):
     same(shares.sum() / (tokens if kind in ("dapo", "cispo") else texts), total, (now, reference, advantages))
 
 
+def test_gspo_is_the_published_formula():
+    now, old, advantages = draw(4, 5, low=-1), draw(4, 5, low=-1), draw(4, low=-1, high=1)
+    total, cut = 0.0, 0
+    for i in range(4):
+        length = int(MASK[i].sum())
+        s = math.prod(torch.exp(now[i, t] - old[i, t]) for t in range(length)) ** (1 / length)
+        total = total - torch.minimum(s * advantages[i], torch.clamp(s, 0.9, 1.2) * advantages[i]) / 4
+        cut += length * bool(s * advantages[i] > torch.clamp(s, 0.9, 1.2) * advantages[i])
+    shares, told = RL.grpo_loss(now, old, advantages, MASK, epsilon=0.1, epsilon_high=0.2, loss_type="grpo", level="sequence")
+    assert 0 < cut == int(told.sum())
+    same(shares.sum() / 4, total, (now, advantages))
+    assert RL.RLSection(method="grpo", importance_sampling_level="sequence").fill().loss_type == "grpo"
+
+
 def test_rloo_takes_a_text_as_one_action():
     now, old, advantages = draw(4, 5), draw(4, 5), draw(4, low=-1, high=1)
     slow = []
@@ -1053,6 +1067,7 @@ def test_what_cannot_be_compared_is_left_out_and_named(world, tmp_path, capsys):
     (["--rl.method", "dpo", "--lora.r", "2", "--lora.lora_dropout", "0.1"], "lora.lora_dropout: dropout is off here"),
     (["--rl.method", "grpo", "--rl.temperature", "0"], "rl.temperature: 0.0 must be at least 0.001"),
     (["--rl.method", "gppo"], "'gppo' is not one of"),
+    (["--rl.method", "grpo", "--rl.loss_type", "cispo", "--rl.importance_sampling_level", "sequence"], "importance_sampling_level: sequence is not available"),
     (["--rl.method", "grpo", "--rl.loss_type", "cispo", "--rl.epsilon_high", "0.2"], "rl.epsilon_high: 0.2 is the largest importance weight"),
     (["--rl.method", "dpo", "--training.report_to", "wandb"], "training.report_to: wandb needs `pip install wandb`"),
 ])
