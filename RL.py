@@ -103,6 +103,9 @@ class RLSection:
                                                     "largest importance weight, null is 5", low=0)
     importance_sampling_level: str = knob("token", "grpo: probability ratio of each token, or of the sequence (geometric mean of its "
                                                    "tokens: GSPO, Zheng 2025)", ("token", "sequence"), only=("method", "grpo"))
+    importance_sampling_clip_max: float | None = rollout_knob(
+        None, "weight losses by the probability ratio of training and sampling code, at most this value (TRL uses 3); null is off",
+        above=0)
     scale_rewards: str = knob("group", "grpo: divide advantages by the standard deviation of the group, of the batch, or not at "
                                        "all", ("group", "batch", "none"), only=("method", "grpo"), often=True)
     mask_truncated_completions: bool = rollout_knob(False, "exclude truncated completions from the loss")
@@ -307,6 +310,17 @@ def cispo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, largest: float
     return -ratio.clamp(max=largest) * advantages * logprobs, ratio > largest
 
 
+def sampler_weights(old: Tensor, sampled: Tensor, mask: Tensor, largest: float, whole: bool = False) -> Tensor:
+    """Log-probabilities by the training and the sampling code (B, T) -> weights of tokens (B, T), of whole completions (B,).
+
+    min(old / sampled, largest): truncated importance sampling (Yao 2025) corrects losses for tokens that were sampled with
+    slightly other probabilities, as with 16-bit weights and a KV cache. Both are at the rollout's temperature and before top-k
+    and top-p, which this does not correct.
+    """
+    gap = (old - sampled) * mask
+    return (gap.sum(1) if whole else gap).clamp(max=math.log(largest)).exp()
+
+
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, cliprange: float = 0.2) -> Tensor:
     """The critic's values now and at the rollout and what came of it (B, T) -> losses (B, T): half the squared error, the
     larger one of the value and of the value held within `cliprange` of the old one (Huang 2024, detail 7)."""
@@ -334,7 +348,7 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
 
 def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, reference: Tensor | None = None, beta: float = 0.0,
               epsilon: float = 0.2, epsilon_high: float | None = None, loss_type: str = "dapo",
-              max_length: int = 1, level: str = "token") -> tuple[Tensor, Tensor]:
+              max_length: int = 1, level: str = "token", weights: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T), advantages of completions (B,) -> shares (B,) of a sum, which tokens are clipped (B, T).
 
     The clipped loss of each token (`cispo`: `cispo_loss`) plus beta times its KL (Shao 2024, eq. 3). The caller divides the sum of
@@ -351,6 +365,7 @@ def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, r
     else:
         now, then = (mean(logprobs), mean(old)) if level == "sequence" else (logprobs, old)
         losses, cut = ppo_loss(now, then, advantages[:, None], epsilon, epsilon_high)
+    losses = losses * weights  # of `sampler_weights`
     if reference is not None:
         losses = losses + beta * kl_estimate(logprobs, reference)
     shares = (losses * mask).sum(1)  # (B,)
@@ -362,11 +377,11 @@ def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, r
 
 
 def rloo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, epsilon: float = 0.2,
-              epsilon_high: float | None = None) -> tuple[Tensor, Tensor]:
+              epsilon_high: float | None = None, weights: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """As `grpo_loss`, with a whole text as one action: r is the product of its tokens' ratios (Ahmadian 2024, section 3.2).
     In the first step after a rollout this is REINFORCE. -> shares (B,) of a mean over texts, which tokens are cut (B, T)."""
     losses, cut = ppo_loss((logprobs * mask).sum(1), (old * mask).sum(1), advantages, epsilon, epsilon_high)
-    return losses * mask.any(1), cut[:, None] & mask
+    return losses * weights * mask.any(1), cut[:, None] & mask
 
 
 def adapted_beta(beta: float, kl: float, target: float, texts: int, horizon: int) -> float:
@@ -779,7 +794,7 @@ class Sample:
     def __init__(self, prompt: Prompt, number: int, ids: list[int], finish: str, text: str, sampled: list[float] | None):
         self.where, self.number, self.prompt, self.columns = prompt.where, number, prompt.content, prompt.columns
         self.ids, self.start = [*prompt.ids, *ids], len(prompt.ids)
-        self.finish, self.text, self.sampled = finish, text, sampled
+        self.finish, self.text, self.sampled = finish, text, None if sampled is None else torch.tensor(sampled)
         self.rewards: list[float | None] = []
         self.reward = 0.0
         self.old = self.reference = self.values = self.entropy = self.advantages = self.returns = None
@@ -1213,7 +1228,7 @@ class Rollouts:
         if settings.num_generations > 1:
             groups = rewards.view(-1, settings.num_generations)
             found["frac_reward_zero_std"] = float((groups.max(1).values == groups.min(1).values).float().mean())
-        differences = torch.cat([(sample.old - torch.tensor(sample.sampled)).abs() for sample in samples])
+        differences = torch.cat([(sample.old - sample.sampled).abs() for sample in samples])
         found |= {"sampling/logp_difference_mean": float(differences.mean()),
                   "sampling/logp_difference_max": float(differences.max())}
         return found
@@ -1258,7 +1273,7 @@ class Rollouts:
             if self.is_masked(sample):
                 batch["targets"][row] = -100
         mask = batch["targets"] != -100
-        for name in ("old", "reference", "values", "returns", "advantages"):
+        for name in ("old", "sampled", "reference", "values", "returns", "advantages"):
             column = [getattr(sample, name) for sample in group]
             if column[0] is not None and not column[0].dim():  # one number a text
                 batch[name] = torch.stack(column)  # (B,)
@@ -1350,15 +1365,18 @@ def rollout_loss(settings: RLSection) -> Callable:
         out = model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"], temperature=settings.temperature,
                     want=want)
         limits = dict(epsilon=settings.epsilon, epsilon_high=settings.epsilon_high)
+        weights = 1.0
+        if settings.importance_sampling_clip_max:
+            weights = sampler_weights(old, batch["sampled"], mask, settings.importance_sampling_clip_max, method == "rloo")
         if method == "ppo":
             losses, cut = ppo_loss(out.logprobs, old, advantages, **limits)
-            shares, cut = losses * mask, cut & mask
+            shares, cut = losses * weights * mask, cut & mask
         elif method == "rloo":
-            shares, cut = rloo_loss(out.logprobs, old, advantages, mask, **limits)
+            shares, cut = rloo_loss(out.logprobs, old, advantages, mask, **limits, weights=weights)
         else:
             shares, cut = grpo_loss(out.logprobs, old, advantages, mask, batch.get("reference"), settings.beta, **limits,
                                     loss_type=settings.loss_type, max_length=settings.max_completion_length,
-                                    level=settings.importance_sampling_level)
+                                    level=settings.importance_sampling_level, weights=weights)
         loss = policy = shares.sum() / totals[divisor]
         # How far the policy has moved since the rollout: KL(then || now), estimated at tokens of then.
         moved = (kl_estimate(old, out.logprobs.detach()) * mask).sum() / totals["tokens"]

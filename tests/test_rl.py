@@ -213,6 +213,14 @@ def test_gspo_is_the_published_formula():
     assert RL.RLSection(method="grpo", importance_sampling_level="sequence").fill().loss_type == "grpo"
 
 
+def test_importance_weights_correct_the_sampler_up_to_a_limit():
+    old, sampled = draw(4, 5).detach(), draw(4, 5).detach()
+    ratios = [[float(torch.exp(old[i, t] - sampled[i, t])) if MASK[i, t] else 1.0 for t in range(5)] for i in range(4)]
+    tokens = RL.sampler_weights(old, sampled, MASK, 2.0)
+    assert tokens.tolist() == [pytest.approx([min(r, 2.0) for r in row]) for row in ratios] and tokens.max() == 2
+    assert RL.sampler_weights(old, sampled, MASK, 2.0, True).tolist() == pytest.approx([min(math.prod(row), 2.0) for row in ratios])
+
+
 def test_rloo_takes_a_text_as_one_action():
     now, old, advantages = draw(4, 5), draw(4, 5), draw(4, low=-1, high=1)
     slow = []
@@ -819,6 +827,20 @@ def test_equal_rewards_teach_nothing_and_cut_texts_can_be_left_out(model_folder,
     batch = next(stream)
     cut = sum(one.finish == "length" for one in stream.samples)
     assert cut > 0 and batch["counts"]["texts"] == 16 and int((batch["targets"] != -100).any(1).sum()) == 16 - cut
+
+
+@pytest.mark.parametrize("method, more", [("ppo", {}), ("grpo", dict(beta=0.0)), ("rloo", {})])
+def test_losses_are_weighted_by_the_samplers_ratio(method, more, model_folder, tokenizer, tmp_path):
+    model = MODEL.load(model_folder, head=("lm", "value") if method == "ppo" else "lm")
+    batch = next(rollouts(model, asked(tokenizer), tmp_path, 16, method, Named(), tokenizer, **more))
+    torch.testing.assert_close(batch["sampled"], batch["old"], atol=1e-4, rtol=0)
+    mask, totals = batch["targets"] != -100, {**batch["counts"], "micro_batches": 1}
+    length = mask.sum(1, keepdim=True) if method == "rloo" else 1  # there a completion has one ratio
+    batch["advantages"] = torch.ones_like(batch["advantages"])
+    for largest, factor, loss in ((None, 9.0, -1.0), (3.0, 1.0, -1.0), (3.0, 0.5, -0.5), (3.0, 9.0, -3.0)):
+        loss_fn = RL.rollout_loss(RL.RLSection(method=method, importance_sampling_clip_max=largest, **more).fill())
+        batch["sampled"] = (batch["old"] - math.log(factor) / length) * mask
+        assert float(loss_fn(model, batch, totals)[1]["policy_loss"]) == pytest.approx(loss, rel=1e-4)
 
 
 def test_runaways_are_reported_once():
