@@ -49,8 +49,8 @@ from MODEL import UserError, check, knob, load_config, run_main, say
 PAIRED = ("reward", "dpo", "orpo", "simpo")
 OFFLINE = (*PAIRED, "kto")
 ON_POLICY = ("ppo", "grpo", "rloo")
-BETA = {"dpo": 0.1, "ipo": 0.5, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
-LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust"), "grpo": ("dapo", "grpo", "dr_grpo", "cispo")}
+BETA = {"dpo": 0.1, "ipo": 0.5, "sigmoid_norm": 5.0, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
+LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"), "grpo": ("dapo", "grpo", "dr_grpo", "cispo")}
 SHIPPED_QUESTIONS = "data/chat_test.jsonl"
 
 
@@ -67,10 +67,10 @@ class RLSection:
     method: str = knob("dpo", "training method: reward, dpo, orpo, simpo, kto, ppo, grpo or rloo", (*OFFLINE, *ON_POLICY),
                        often=True)
     beta: float | None = knob(None, "KL penalty coefficient; 0 needs no reference; null is 0.1 for dpo, kto and orpo "
-                                    "(odds-ratio weight), 0.5 for loss_type ipo, 2 for simpo (reward scale), 0.05 for ppo and "
-                                    "rloo, 0.04 for grpo", low=0, only=("method", *(name for name in BETA if name != "ipo")),
-                                    often=True)
-    loss_type: str = knob("auto", "loss of dpo (sigmoid, hinge, ipo, robust) or grpo (dapo, grpo, dr_grpo, cispo); auto is the "
+                                    "(odds-ratio weight), 0.5 for loss_type ipo, 5 for sigmoid_norm, 2 for simpo (reward scale), "
+                                    "0.05 for ppo and rloo, 0.04 for grpo", low=0,
+                              only=("method", *OFFLINE[1:], *ON_POLICY), often=True)
+    loss_type: str = knob("auto", "loss of dpo (sigmoid, hinge, ipo, robust, sigmoid_norm) or grpo (dapo, grpo, dr_grpo, cispo); auto is the "
                                   "first, or grpo with importance_sampling_level sequence", often=True)
     label_smoothing: float = knob(0.0, "dpo: assumed fraction of pairs with swapped labels; robust requires it", low=0, below=0.5,
                                   only=("method", "dpo"), often=True)
@@ -101,8 +101,8 @@ class RLSection:
     epsilon: float = rollout_knob(0.2, "ppo, grpo, rloo: clip range of the probability ratio", low=0, often=True)
     epsilon_high: float | None = rollout_knob(None, "upper clip range (clip-higher); null is epsilon; for loss_type cispo the "
                                                     "largest importance weight, null is 5", low=0)
-    importance_sampling_level: str = knob("token", "grpo: probability ratio of each token, or of the sequence (geometric mean of its "
-                                                   "tokens: GSPO, Zheng 2025)", ("token", "sequence"), only=("method", "grpo"))
+    importance_sampling_level: str = knob("token", "grpo: ratio of each token, or the sequence's geometric mean (GSPO, Zheng 2025)",
+                                          ("token", "sequence"), only=("method", "grpo"))
     importance_sampling_clip_max: float | None = rollout_knob(
         None, "weight losses by the probability ratio of training and sampling code, at most this value (TRL uses 3); null is off",
         above=0)
@@ -135,7 +135,7 @@ class RLSection:
         if self.loss_type == "auto":
             sequences = self.importance_sampling_level == "sequence"
             self.loss_type = "grpo" if sequences else LOSS_TYPES.get(self.method, ("auto",))[0]
-        self.beta = BETA.get("ipo" if self.loss_type == "ipo" else self.method) if self.beta is None else self.beta
+        self.beta = BETA.get(self.loss_type, BETA.get(self.method)) if self.beta is None else self.beta
         if self.rpo_alpha is None and self.method in ("dpo", "orpo", "simpo"):
             self.rpo_alpha = 1.0
         if self.method in ON_POLICY:
@@ -166,7 +166,7 @@ class RLSection:
             raise UserError(f"rl.beta: {self.method} needs one above 0")
         if self.loss_type == "robust" and not self.label_smoothing:
             raise UserError("rl.label_smoothing: must be above 0 for rl.loss_type robust")
-        if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
+        if self.label_smoothing and self.loss_type not in ("sigmoid", "robust", "sigmoid_norm"):
             raise UserError(f"rl.label_smoothing: has no effect with rl.loss_type {self.loss_type}; leave it out")
         if self.loss_type == "cispo" and self.importance_sampling_level == "sequence":
             raise UserError("rl.importance_sampling_level: sequence is not available for rl.loss_type cispo, which weights tokens")
@@ -188,10 +188,11 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, referen
              loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
     """log-probabilities (B,) of policy and reference -> losses (B,).
 
-    The reward that a policy is the best for is beta log(policy / reference), up to a constant of the prompt; put into
-    Bradley-Terry, the constant cancels (Rafailov 2023, eq. 7). hinge: SLiC (Zhao 2023). ipo: a margin of 1 / (2 beta) and
-    no more (Azar 2023, eq. 17), of log-probabilities per token. robust: unbiased where `label_smoothing` of the pairs are
-    the wrong way round (Chowdhury 2024, eq. 12).
+    A policy is optimal for the reward beta log(policy / reference), up to a constant of the prompt, which cancels in
+    Bradley-Terry (Rafailov 2023, eq. 7). hinge: SLiC (Zhao 2023). ipo: a margin of exactly 1 / (2 beta) (Azar 2023, eq. 17), of
+    log-probabilities per token. sigmoid_norm: sigmoid of log-probabilities per token, so that long completions do not count more
+    (Lambert 2024, Tulu 3, with beta 5). robust: unbiased if a fraction `label_smoothing` of the pairs is swapped (Chowdhury 2024,
+    eq. 12).
 
     logp -1 and -3, reference -2 and -2, beta 0.1: -log sigmoid(0.1 * (1 - -1)) = 0.598
     """
@@ -346,8 +347,8 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
     return ahead / ((spread if scale == "batch" else rewards.std(1, keepdim=True)) + 1e-4)
 
 
-def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, reference: Tensor | None = None, beta: float = 0.0,
-              epsilon: float = 0.2, epsilon_high: float | None = None, loss_type: str = "dapo",
+def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, reference: Tensor | None = None,
+              beta: float = 0.0, epsilon: float = 0.2, epsilon_high: float | None = None, loss_type: str = "dapo",
               max_length: int = 1, level: str = "token", weights: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T), advantages of completions (B,) -> shares (B,) of a sum, which tokens are clipped (B, T).
 
@@ -694,7 +695,7 @@ def preference_loss(settings: RLSection) -> Callable:
         if method == "orpo":
             return beta * orpo_loss(*means.unbind(1)), beta * means
         policy, reference = sums, batch["reference"]
-        if settings.loss_type == "ipo":
+        if settings.loss_type in ("ipo", "sigmoid_norm"):
             policy, reference = means, reference / tokens.clamp(min=1)
         losses = dpo_loss(*policy.unbind(1), *reference.unbind(1), beta, settings.loss_type, settings.label_smoothing)
         return losses, beta * (policy - reference)

@@ -49,14 +49,14 @@ def sigmoid(x):
 # ------------------------------------------------------------------------------------------ losses of preferences
 
 
-@pytest.mark.parametrize("kind, smoothing", [("sigmoid", 0.0), ("sigmoid", 0.2), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1)])
+@pytest.mark.parametrize("kind, smoothing", [("sigmoid", 0.0), ("sigmoid", 0.2), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1), ("sigmoid_norm", 0.0)])
 def test_dpo_is_the_published_formula(kind, smoothing):
     c, r, rc, rr = (draw(7) for _ in range(4))
     beta, slow = 0.3, []
     for i in range(7):
         x = beta * (c[i] - rc[i] - r[i] + rr[i])
         slow.append({"sigmoid": -(1 - smoothing) * torch.log(sigmoid(x)) - smoothing * torch.log(sigmoid(-x)),
-                     "hinge": torch.maximum(1 - x, x * 0), "ipo": (x / beta - 1 / (2 * beta)) ** 2,
+                     "sigmoid_norm": -torch.log(sigmoid(x)), "hinge": torch.maximum(1 - x, x * 0), "ipo": (x / beta - 1 / (2 * beta)) ** 2,
                      "robust": (-(1 - smoothing) * torch.log(sigmoid(x)) + smoothing * torch.log(sigmoid(-x))) / (1 - 2 * smoothing)}[kind])
     same(RL.dpo_loss(c, r, rc, rr, beta, kind, smoothing), torch.stack(slow), (c, r, rc, rr))
 
@@ -420,6 +420,18 @@ def test_log_probabilities_of_pairs_are_those_of_transformers(model_folder, toke
             logprobs = theirs(tensor([side.ids])).logits[0].log_softmax(-1)
             slow = sum(float(logprobs[t - 1, side.ids[t]]) for t in range(side.start, len(side.ids)))
             assert float(sums[i, s]) == pytest.approx(slow, abs=1e-4) and int(tokens[i, s]) == len(side.ids) - side.start
+
+
+@pytest.mark.parametrize("kind", ["ipo", "sigmoid_norm"])
+def test_losses_of_means_divide_by_the_length(kind, model_folder):
+    model, settings = MODEL.load(model_folder), RL.RLSection(method="dpo", loss_type=kind, rpo_alpha=0.7).fill()
+    pair = RL.Pair("here", [RL.Example([3, 4, 5, 6], [0, 1, 1, 1]), RL.Example([3, 9], [0, 1])], "a")
+    batch = RL.make_batch([pair]) | {"real": tensor([True]), "reference": tensor([[-9.0, -4.0]])}
+    loss, metrics = RL.preference_loss(settings)(model, batch, {"pairs": 1, "chosen": 3, "micro_batches": 1})
+    chosen, rejected = float(token_logprobs(model, tensor([[3, 4, 5, 6]])).sum()), float(token_logprobs(model, tensor([[3, 9]])).sum())
+    ahead = (chosen + 9) / 3 - (rejected + 4)
+    expected = (ahead - 1) ** 2 if kind == "ipo" else math.log(1 + math.exp(-5 * ahead))  # beta 0.5 and 5
+    assert float(metrics["loss"]) == pytest.approx(expected - 0.7 * chosen / 3, abs=1e-4)
 
 
 def test_rewards_stand_at_the_last_token(model_folder, tokenizer, tmp_path):
