@@ -1598,6 +1598,18 @@ def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
     return model.requires_grad_(False)
 
 
+def read_records(config, checkpoint: Path | None = None) -> tuple:
+    """(tokenizer, records to train on, held-out records, what was left out), as (where, record) in the form of the method."""
+    TRAIN.fit_length(config, MODEL.context_length(config.model.name, MODEL.overrides(config.model)))
+    tokenizer = TOKENIZER.of_run(config, checkpoint)
+    left = TOKENIZER.LeftOut()
+    SFT.say_unused(config.data)
+    expand, kind = (prompt_record, "prompt") if config.rl.method in ON_POLICY else (preference, "pair")
+    records, held = TOKENIZER.read_split(config.data, form_of(config.rl, expand), left, kind)
+    make_chat(tokenizer, records + held)
+    return tokenizer, records, held, left
+
+
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
     settings, name = config.rl.fill(), config.model.name
     SFT.need_model(config)
@@ -1607,13 +1619,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     for key in ("lora.lora_dropout", "model.attention_dropout", "model.resid_pdrop", "model.embd_pdrop"):
         if getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]):
             raise UserError(f"{key}: dropout is off here, as it would change the probabilities that are compared; leave it out")
-    TRAIN.fit_length(config, MODEL.context_length(name, MODEL.overrides(config.model)))
-    tokenizer = TOKENIZER.of_run(config, checkpoint)
-    left = TOKENIZER.LeftOut()
-    SFT.say_unused(config.data)
-    expand, kind = (prompt_record, "prompt") if settings.method in ON_POLICY else (preference, "pair")
-    records, held = TOKENIZER.read_split(config.data, form_of(settings, expand), left, kind)
-    make_chat(tokenizer, records + held)
+    tokenizer, records, held, left = read_records(config, checkpoint)
     judges = Judges(settings, tokenizer, device) if settings.method in ON_POLICY else None
     if settings.method == "reward":
         model = SFT.prepare_model(config, tokenizer, "score", ["reward"], share=0.1)
@@ -1655,6 +1661,8 @@ def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAI
                         f"on{left.text()}")
     cut = f"; {left.truncated:,} truncated at training.max_length" if left.truncated else ""
     say(f"{len(pairs):,} {'completions' if settings.method == 'kto' else 'pairs'}, {len(kept):,} held out{cut}{left.text()}")
+    if settings.method == "kto":
+        warn_imbalance(pairs, settings)
     stream = Pairs(pairs, kept, settings, config.training, frozen)
     loss = reward_model_loss(settings) if settings.method == "reward" else preference_loss(settings)
     evaluate = held_out_pairs(stream, loss, config.training.eval_batches) if kept else None
@@ -1664,6 +1672,23 @@ def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAI
         prompts = [prompt_ids(tokenizer, pair.prompt, pair.tools) for pair in shown]
         evaluate = TRAIN.with_samples(evaluate, tokenizer, config.training, list(zip(texts, prompts, strict=True)))
     return TRAIN.Stage(model, tokenizer, stream, loss, evaluate, TRAIN.save_product)
+
+
+def warn_imbalance(pairs: list[Pair], settings: RLSection) -> None:
+    """KTO needs desirable and undesirable completions of about equal total weight: desirable / undesirable within [1, 4/3]
+    (Ethayarajh 2024, section 4.2). A line says so if the ratio is half or twice that."""
+    desirable = sum(pair.label for pair in pairs)
+    undesirable = len(pairs) - desirable
+    weights = settings.desirable_weight * desirable, settings.undesirable_weight * undesirable
+    if weights[1] / 2 <= weights[0] <= weights[1] * 8 / 3:
+        return
+    advice = "kto learns from both kinds"
+    if all(weights):
+        key, value = (("desirable_weight", weights[1] / desirable) if weights[0] < weights[1] else
+                      ("undesirable_weight", weights[0] / undesirable))
+        advice = (f"their total weights are {weights[0]:.3g} and {weights[1]:.3g}, a ratio between 1 and 4/3 is recommended; set "
+                  f"rl.{key} {value:.3g}")
+    say(f"{desirable:,} desirable and {undesirable:,} undesirable completions: {advice}")
 
 
 def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges) -> TRAIN.Stage:
@@ -1699,16 +1724,46 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
     return TRAIN.Stage(model, tokenizer, stream, rollout_loss(settings), held_out_rewards(stream, kept, config), save)
 
 
-ACTIONS = {**TRAIN.ACTIONS, "adapter": SFT.ACTIONS["adapter"]}
+def dry_run(config) -> None:
+    """The first records as the model reads them, and the distribution of lengths. Pairs: the tokens that are trained on in green (for
+    a reward model the token whose score is the reward). Prompts: with the columns that reward functions get."""
+    SFT.need_model(config)
+    settings = config.rl.fill()
+    tokenizer, records, _, left = read_records(config)
+    if settings.method in ON_POLICY:
+        prompts = [prompt_ids(tokenizer, record["prompt"], record.get("tools")) for _, record in records]
+        columns = [{key: value for key, value in record.items() if key != "prompt"} for _, record in records[:3]]
+        shown = [(where, f"{tokenizer.decode(ids)}\n{json.dumps(rest, ensure_ascii=False, default=str)}")
+                 for (where, _), ids, rest in zip(records, prompts, columns, strict=False)]
+        limit = config.training.max_length - settings.max_completion_length
+        return SFT.preview(shown, [len(ids) for ids in prompts], "prompt",
+                           f"at most {limit} (training.max_length - rl.max_completion_length)")
+    pairs, shown, lengths = read_pairs(config, tokenizer, records, left), [], []
+    for pair in pairs:
+        names = ("chosen", "rejected") if len(pair.examples) == 2 else ("desirable" if pair.label else "undesirable",)
+        for name, (ids, weights) in zip(names, pair.examples, strict=True):
+            if settings.method == "reward":  # without the id that follows the last token
+                ids, weights = ids[:-1], [*[0] * (len(ids) - 2), 1]
+            shown.append((f"{pair.where}: {name}", (ids, weights)))
+            lengths.append(len(ids))
+    if not pairs:
+        raise UserError(f"data.train: no record is left{left.text()}")
+    SFT.preview([(where, SFT.in_green(tokenizer, *example)) for where, example in shown[:6]], lengths, "prompt and completion",
+                f"max_length {config.training.max_length}{left.text()}")
+
+
+ACTIONS = {**TRAIN.ACTIONS, "adapter": SFT.ACTIONS["adapter"], "dry_run": SFT.ACTIONS["dry_run"]}
 SECTIONS = {**TRAIN.SECTIONS, "lora": SFT.LoraSection, "rl": RLSection}
 
 
-def main(argv: list[str] | None = None) -> TRAIN.Result:
+def main(argv: list[str] | None = None) -> TRAIN.Result | None:
     config = load_config(argv, SECTIONS, "rl", ACTIONS, __doc__)
     if config.data.train == ["auto"]:
         config.data.train = [shipped_data(config.rl.method)]
         held_out = config.data.train[0].replace(".jsonl", "_test.jsonl")
         config.data.validation = held_out if config.data.validation == "hash" else config.data.validation
+    if config.actions.dry_run:
+        return dry_run(config)
     show = 'echo "..." | python INFER.py MODEL'
     if config.rl.method == "reward":
         show = 'python INFER.py MODEL --jsonl < conversations.jsonl    # the reward of each {"messages": [...]}, or {"text": ...} without a chat template'

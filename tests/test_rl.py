@@ -1088,6 +1088,28 @@ def test_what_cannot_be_compared_is_left_out_and_named(world, tmp_path, capsys):
         RL.main([*flags_of(world, "grpo"), "--data", str(prompts), "--data.validation", "none", "--max-steps", "1", "--out", str(tmp_path / "none")])
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto", "reward", "grpo"])
+def test_dry_run_shows_what_is_trained_on(method, world, tmp_path, capsys):
+    RL.main([*flags_of(world, method), "--dry-run", "--out", str(tmp_path / "run")])
+    shown = capsys.readouterr().out
+    assert not (tmp_path / "run").exists() and "prompt" in shown.split("tokens per ")[1] and "median" in shown
+    if method == "grpo":
+        assert shown.count("<|im_start|>assistant\n\n{\"answer\": \"fox\"}") == 3 and "at most 122 (training.max_length" in shown
+    else:
+        first = "desirable" if method == "kto" else "chosen"
+        trained = "<|im_start|>assistant\nfox fox\033[32m<|im_end|>" if method == "reward" else "<|im_start|>assistant\n\033[32mfox fox<|im_end|>"
+        assert shown.count("\033[32m") == 6 and f": {first}\n" in shown and f"{trained}\033[0m\n" in shown
+
+
+@pytest.mark.parametrize("wanted, others, weights, said", [(1, 19, {}, "set rl.desirable_weight 19"), (30, 10, dict(desirable_weight=2.0), "set rl.undesirable_weight 6"),
+                                                           (8, 8, {}, None), (1, 19, dict(desirable_weight=25.0), None), (5, 0, {}, "kto learns from both kinds")])
+def test_kto_needs_both_kinds(wanted, others, weights, said, capsys):
+    pairs = [RL.Pair("", [], "", label=i < wanted) for i in range(wanted + others)]
+    RL.warn_imbalance(pairs, RL.RLSection(method="kto", **weights))
+    told = capsys.readouterr().err
+    assert said in told and f"{wanted} desirable and {others} undesirable completions" in told if said else not told
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--rl.method", "dpo", "--rl.gamma", "0.5"], "rl.gamma: has no effect with rl.method dpo .only with ppo"),
     (["--rl.method", "grpo", "--rl.loss_type", "sigmoid"], "rl.loss_type: 'sigmoid' is none of dapo, grpo, dr_grpo"),
