@@ -25,11 +25,12 @@ import os
 import re
 import time
 import traceback
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -395,7 +396,7 @@ def adapted_beta(beta: float, kl: float, target: float, texts: int, horizon: int
 
 
 class Example(NamedTuple):
-    """A prompt followed by a completion: ids, and 1 for those that the assistant writes in the completion."""
+    """A prompt followed by a completion: ids, and weight 1 for the tokens of assistant messages in the completion."""
 
     ids: list[int]
     weights: list[int]
@@ -406,14 +407,14 @@ class Example(NamedTuple):
 
 
 def prompt_ids(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
-    """As `INFER` serves it: in the chat template where there is one."""
+    """The prompt as INFER.py feeds it: rendered by the chat template if the tokenizer has one."""
     if tokenizer.chat_template:
         return TOKENIZER.render_chat(tokenizer, TOKENIZER.as_messages(prompt), tools, add_generation_prompt=True).ids
     return TOKENIZER.encode_prompt(tokenizer, prompt)
 
 
 def make_example(tokenizer, prompt: str | list[dict], completion: str | list[dict], tools: list | None, where: str) -> Example:
-    """The prompt as it is served, and the completion up to the end of its last turn; without a chat template one text."""
+    """The prompt as INFER.py feeds it, and the completion up to the end of its last turn; without a chat template one text."""
     if not tokenizer.chat_template:
         served, ids = TOKENIZER.encode_pair(tokenizer, prompt, completion)
         ids += [] if tokenizer.eos_token_id is None or ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
@@ -449,13 +450,13 @@ def form_of(settings: RLSection, expand: Callable) -> TOKENIZER.Form:
 
 
 def make_chat(tokenizer, records: list[tuple[str, dict]]) -> None:
-    """Conversations need a chat template; texts are joined as they stand where there is none."""
+    """Conversations need a chat template; without one, prompt and completion are concatenated."""
     if any(isinstance(record["prompt"], list) for _, record in records):
         TOKENIZER.ensure_chat(tokenizer)
 
 
 class Room(NamedTuple):
-    """How many tokens a prompt may have, so that an answer of the length that `key` names fits into a whole."""
+    """How many tokens a prompt may have, so that a completion of the length that `key` names fits into `whole`."""
 
     key: str
     answer: int
@@ -474,40 +475,39 @@ class Room(NamedTuple):
 
 
 def read_pairs(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZER.LeftOut) -> list[Pair]:
-    """Pairs of records; what cannot be compared is left out and counted."""
+    """Records -> pairs, for kto single completions. Pairs that cannot be compared are counted in `left`."""
     length, method, pairs = config.training.max_length, config.rl.method, []
     for where, record in records:
-        both, tools = "chosen" in record, record.get("tools")
+        both, prompt, tools = "chosen" in record, record["prompt"], record.get("tools")
         if not both and method != "kto":
             raise UserError(f"{where}: single completions with a label are for rl.method kto; {method} needs chosen and rejected")
         completions = [record["chosen"], record["rejected"]] if both else [record["completion"]]
-        examples = [make_example(tokenizer, record["prompt"], completion, tools, where) for completion in completions]
+        examples = [make_example(tokenizer, prompt, completion, tools, where) for completion in completions]
         if any(example.start >= length for example in examples):
             left.add(f"whose prompt fills training.max_length {length}", where)
             continue
-        left.truncated += any(len(example.ids) > length for example in examples)
+        longer = any(len(example.ids) > length for example in examples)
         examples = [Example(example.ids[:length], example.weights[:length]) for example in examples]
+        left.truncated += longer
         if both and examples[0].ids == examples[1].ids:
             left.add("whose completions are the same", where)
-            continue
-        if method == "reward":
-            examples = [followed(example, tokenizer.pad_token_id) for example in examples]
-        if both and method == "kto":
-            pairs += [Pair(where, [example], record["prompt"], tools, 0.0, label)
-                      for example, label in zip(examples, (True, False), strict=True)]
+        elif method == "kto":
+            labels = (True, False) if both else (record["label"],)
+            pairs += [Pair(where, [example], prompt, tools, 0.0, label) for example, label in zip(examples, labels, strict=True)]
         else:
-            pairs.append(Pair(where, examples, record["prompt"], tools, record.get("margin", 0.0), record.get("label", True)))
+            examples = [followed(example, tokenizer.pad_token_id) for example in examples] if method == "reward" else examples
+            pairs.append(Pair(where, examples, prompt, tools, record["margin"]))
     return pairs
 
 
 def followed(example: Example, pad: int | None = None) -> Example:
-    """A row's last id is only a target; where a reward is read off the last token, another one has to follow it."""
+    """The last id of a row is a target only. The reward is read at the last token, so one more id has to follow it."""
     ids = TOKENIZER.without_padding(example.ids, pad)
     return Example([*ids, ids[-1]], [*example.weights[: len(ids)], 1])
 
 
 def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
-    """Each prompt with the completion of another one, for KTO's KL: the pairs in a random circle, each taking its neighbor's."""
+    """Each prompt with the completion of another prompt, for the KL of KTO: the next one of a random circle."""
     circle = np.random.default_rng([seed, 4]).permutation(len(pairs))
     found: list = [None] * len(pairs)
     for place, i in enumerate(circle):
@@ -521,8 +521,8 @@ def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
 
 
 def make_batch(pairs: list[Pair], width: int | None = None, rows: int = 1) -> dict:
-    """Each example in a row of its own, the two of a pair one after the other; rows of padding up to `rows`. Beside `collate`'s keys
-    `halves`: [(rows, width), ...], the shorter and the longer rows, in forward passes of their own to reduce padding."""
+    """One row for each example, those of a pair one after the other; rows of padding up to `rows`. Adds to the keys of `collate`
+    `halves`: [(rows, width), ...], the shorter and the longer rows, in separate forward passes to reduce padding."""
     examples = TOKENIZER.Examples.of([example for pair in pairs for example in pair.examples] or [Example([0], [0])])
     pieces = [[(int(start), int(start + size))] for start, size in zip(examples.starts, examples.lengths, strict=True)]
     batch = TOKENIZER.collate(examples, pieces + [[]] * (rows - len(pieces)), width)
@@ -533,7 +533,7 @@ def make_batch(pairs: list[Pair], width: int | None = None, rows: int = 1) -> di
 
 
 def read_rows(model, batch: dict, read: Callable[..., Tensor], want: tuple = ()) -> tuple[Tensor, Tensor]:
-    """(read(output, positions) of every row (R,), the router's loss), from one forward pass for each half of the batch."""
+    """(read(output, positions) of each row (R,), the router's loss), by one forward pass for each half of the batch."""
     values, balance = [], 0.0
     for rows, width in batch["halves"]:
         ids, positions, targets = (None if batch[key] is None else batch[key][rows, :width]
@@ -546,7 +546,7 @@ def read_rows(model, batch: dict, read: Callable[..., Tensor], want: tuple = ())
 
 
 def text_logps(model, batch: dict, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities of the completions (B, count), their tokens (B, count), the router's loss)."""
+    """(log-probabilities of the completions (B, count), their numbers of tokens (B, count), the router's loss)."""
     sums, balance = read_rows(model, batch, lambda out, positions: out.logprobs.sum(1))
     return sums.view(-1, count), (batch["targets"] != -100).float().sum(1).view(-1, count), balance
 
@@ -557,109 +557,97 @@ def last_scores(out: MODEL.Output, positions: Tensor | None) -> Tensor:
     return scores[:, -1] if positions is None else scores.gather(1, positions.argmax(1, keepdim=True))[:, 0]
 
 
-class Order:
-    """The plan of pairs: their numbers in a random order."""
-
-    def __init__(self, count: int, seed: list[int]):
-        self.count, self.order = count, np.random.default_rng(seed).permutation(count)
-
-
 class Pairs(TOKENIZER.TokenStream):
-    """Endless batches of pairs with the reference's log-probabilities beside them.
+    """Endless batches of pairs with the log-probabilities of the reference.
 
-    These are computed once, before the first step, when the policy still is the reference (or by `frozen`, if one is named)."""
+    They are computed once, before the first step, when the policy is still the reference (or by `frozen`, if rl.ref_model is set)."""
 
     def __init__(self, pairs: list[Pair], held: list[Pair], settings: RLSection, training: TRAIN.TrainingSection, frozen=None):
-        super().__init__(lambda epoch: [pairs], lambda sources, seed: Order(len(sources), seed), training.batch_size,
-                         training.max_length)
+        def plan(sources: list, seed: list[int]) -> SimpleNamespace:
+            return SimpleNamespace(count=len(sources), order=np.random.default_rng(seed).permutation(len(sources)))
+
+        super().__init__(lambda epoch: [pairs], plan, training.batch_size, training.max_length)
         self.pairs, self.held, self.count = pairs, held, len(pairs[0].examples)
         self.settings, self.training, self.frozen = settings, training, frozen
-        self.needed = settings.method in ("dpo", "kto")
         self.sets = {"train": pairs, "held": held}
         if settings.method == "kto":
-            self.sets |= {f"{name} mismatched": mismatched(pairs_of_set, training.seed, training.max_length)
-                          for name, pairs_of_set in self.sets.items() if pairs_of_set}
+            self.sets |= {f"{name} mismatched": mismatched(found, training.seed, training.max_length)
+                          for name, found in self.sets.items() if found}
         self.reference: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def sums(self, model, pairs: list[Pair]) -> Tensor:
-        """Log-probabilities (pairs, completions) of all processes' shares."""
-        total = torch.zeros(len(pairs), self.count, dtype=torch.float64)
-        for group in self.groups_of_rank(range(len(pairs))):
-            batch = TRAIN.on_device(make_batch([pairs[i] for i in group], rows=self.count), model.device)
-            total[group.start : group.start + len(group)] = text_logps(model, batch, self.count)[0][: len(group)].double().cpu()
-        return torch.tensor(TRAIN.all_sum(total.flatten().tolist(), model.device)).view(total.shape).float()
+    @contextlib.contextmanager
+    def scoring(self, model):
+        """Without gradients and in evaluation mode."""
+        was_training = model.training
+        with torch.no_grad(), self.run.autocast():
+            yield model.eval()
+        model.train(was_training)
 
-    def groups_of_rank(self, numbers) -> list:
-        """This process's batches of numbers, as many as every other's."""
-        size = self.training.batch_size
+    def logps(self, model, name: str, numbers: list[int]) -> Tensor:
+        """Log-probabilities (numbers, completions) of these pairs of a set."""
+        batch = make_batch([self.sets[name][i] for i in numbers], rows=self.count)
+        return text_logps(model, TRAIN.on_device(batch, model.device), self.count)[0][: len(numbers)].float().cpu()
+
+    def groups_of_rank(self, numbers: list[int]) -> list[list[int]]:
+        """This process's batches of numbers; all processes have equally many, some may be empty."""
+        size, world = self.training.batch_size, TRAIN.world_size()
         groups = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-        share = groups[MODEL.process_rank() :: TRAIN.world_size()]
-        return share + [numbers[:0]] * (-(-len(groups) // TRAIN.world_size()) - len(share))
+        groups += [[]] * (-len(groups) % world)
+        return groups[MODEL.process_rank() :: world]
 
     def ask_reference(self, model) -> None:
-        if not self.needed or self.reference:
+        if self.settings.method not in ("dpo", "kto") or self.reference:
             return
-        was_training = model.training
-        with self.run.autocast():
-            self.reference = {name: self.sums((self.frozen or model).eval(), pairs) for name, pairs in self.sets.items() if pairs}
-        model.train(was_training)
+        with self.scoring(model):
+            for name, pairs in ((name, pairs) for name, pairs in self.sets.items() if pairs):
+                found = torch.zeros(len(pairs), self.count)
+                for numbers in self.groups_of_rank(list(range(len(pairs)))):
+                    found[numbers] = self.logps(self.frozen or model, name, numbers)
+                self.reference[name] = torch.tensor(TRAIN.all_sum(found.flatten().tolist(), model.device)).view(found.shape)
         self.frozen = None
 
     def batch_of(self, name: str, numbers: list[int], width: int | None = None) -> dict:
-        """These pairs as `make_batch` gives them, with what the loss needs beside: real (B,), label, margin, reference (B, count)."""
+        """`make_batch` of these pairs, and what the loss needs: real (B,), label (B,), margin (B,), reference (B, count)."""
         pairs, fill = [self.sets[name][i] for i in numbers], self.batch_size if width else 1
         batch = make_batch(pairs, width, fill * self.count)
-        rows = torch.tensor([*numbers, *[-1] * (fill - len(numbers))])
-        real, pairs = rows >= 0, pairs + [self.sets[name][0]] * (len(rows) - len(pairs))
-        label = torch.tensor([pair.label for pair in pairs])
+        padding = max(fill - len(pairs), 0)
+        rows, pairs = torch.tensor([*numbers, *[-1] * padding]), pairs + [self.sets[name][0]] * padding
+        real, label = rows >= 0, torch.tensor([pair.label for pair in pairs])
         batch |= {"rows": rows, "real": real, "label": label, "margin": torch.tensor([pair.margin for pair in pairs])}
+        if self.reference:
+            batch["reference"] = self.reference[name][rows]
         counts = {**batch["counts"], "pairs": int(real.sum())}
         if self.settings.rpo_alpha:
             counts["chosen"] = int((batch["targets"][::2] != -100).sum())
         if self.settings.method == "kto":
             counts |= {"desirable": int((real & label).sum()), "undesirable": int((real & ~label).sum())}
-        if self.needed:
-            batch["reference"] = self.reference[name][rows]
         return {**batch, "counts": counts}
 
     def make(self, numbers: range) -> dict:
-        return self.batch_of("train", [int(self.plan.order[i]) for i in numbers], self.width)
+        return self.batch_of("train", self.plan.order[numbers].tolist(), self.width)
 
     def __next__(self) -> dict:
         self.ask_reference(self.run.model)
         begins = not self.queue
         batch = super().__next__()
-        if self.settings.method != "kto":
-            return batch
-        if begins:
-            self.baseline = self.measure_baseline("train",
-                                                  [[int(i) for i in batch["rows"] if i >= 0] for batch in (batch, *self.queue)])
-        return {**batch, "baseline": self.baseline}
+        if self.settings.method == "kto" and begins:
+            step = [[i for i in micro["rows"].tolist() if i >= 0] for micro in (batch, *self.queue)]
+            self.baseline = self.measure_baseline("train mismatched", step)
+        return {**batch, "baseline": self.baseline} if self.settings.method == "kto" else batch
 
-    @torch.no_grad()
     def measure_baseline(self, name: str, groups: list[list[int]]) -> Tensor:
-        """KTO's reference point: the KL of the policy from its reference, estimated on prompts with texts of others and
-        held above 0, one number for the whole step of all processes (Ethayarajh 2024, section 4.1)."""
-        model, name = self.run.model, f"{name} mismatched"
-        was_training, gain, count = model.training, 0.0, 0
-        model.eval()
-        with self.run.autocast():
-            for numbers in groups:
-                batch = TRAIN.on_device(make_batch([self.sets[name][i] for i in numbers]), model.device)
-                logps = text_logps(model, batch, 1)[0][: len(numbers), 0].cpu()
-                gain, count = gain + float((logps - self.reference[name][numbers, 0]).sum()), count + len(numbers)
-        model.train(was_training)
-        gain, count = TRAIN.all_sum([gain, count], self.run.device)
+        """The reference point of KTO: the KL of the policy from its reference, estimated with completions of other prompts and at
+        least 0; one number for the whole step of all processes (Ethayarajh 2024, section 4.1)."""
+        with self.scoring(self.run.model) as model:
+            gains = [self.logps(model, name, numbers) - self.reference[name][numbers] for numbers in groups]
+        gain, count = TRAIN.all_sum([float(sum(gain.sum() for gain in gains)), sum(map(len, gains))], self.run.device)
         return torch.tensor(max(gain / max(count, 1), 0.0))
 
     def held_out(self, limit: int) -> Iterator[dict]:
-        """This process's batches of what is held out, as many as every other's."""
-        size, chosen = self.training.batch_size, np.arange(len(self.held))
-        if len(chosen) > limit * size:
-            chosen = np.linspace(0, len(self.held) - 1, limit * size).astype(int)
-        share = self.groups_of_rank(chosen.tolist())
-        baseline = self.measure_baseline("held", share) if self.settings.method == "kto" else None
+        """This process's batches of held-out pairs; all processes have equally many."""
+        count = min(len(self.held), limit * self.training.batch_size)
+        share = self.groups_of_rank(np.linspace(0, len(self.held) - 1, count).astype(int).tolist())
+        baseline = self.measure_baseline("held mismatched", share) if self.settings.method == "kto" else None
         for numbers in share:
             yield {**self.batch_of("held", numbers), "baseline": baseline}
 
@@ -667,24 +655,32 @@ class Pairs(TOKENIZER.TokenStream):
         return {**super().state_dict(), "reference": self.reference, "pairs": self.fingerprint()}
 
     def fingerprint(self) -> str:
-        """Of all ids: log-probabilities of a reference belong to the very texts."""
-        digest = hashlib.blake2b(digest_size=8)
-        for example in (example for pair in (*self.pairs, *self.held) for example in pair.examples):
-            digest.update(np.array(example.ids).tobytes())
-        return digest.hexdigest()
+        """A hash of all ids, to which the log-probabilities of the reference belong."""
+        ids = [example.ids for pair in (*self.pairs, *self.held) for example in pair.examples]
+        return hashlib.blake2b(str(ids).encode(), digest_size=8).hexdigest()
 
     def load_state_dict(self, state: dict) -> None:
         if "pairs" not in state:
             raise UserError("--resume: the checkpoint was made with another rl.method")
         if state["pairs"] != self.fingerprint():
-            raise UserError("--resume: the pairs are not those that the checkpoint was made with (data.train, data.validation "
-                            "or training.max_length changed)")
+            raise UserError("--resume: the pairs differ from those of the checkpoint (data.train, data.validation or "
+                            "training.max_length changed)")
         super().load_state_dict(state)
         self.reference, self.frozen = state["reference"], None if state["reference"] else self.frozen
 
 
+def mean_of(values: Tensor, batch: dict, totals: dict) -> Tensor:
+    """This batch's share of a mean over the pairs of the whole step, without padding."""
+    return torch.where(batch["real"], values, 0.0).sum() / totals["pairs"]
+
+
+def is_right(ahead: Tensor) -> Tensor:
+    """1 where a difference is positive. A tie counts half, so that chance is 0.5."""
+    return torch.where(ahead.abs() < 1e-6, 0.5, (ahead > 0).float())
+
+
 def preference_loss(settings: RLSection) -> Callable:
-    """loss_fn for `fit`: a mean over the items of the whole step."""
+    """loss_fn for `fit` of dpo, orpo, simpo and kto; metrics have TRL's names."""
     method, beta = settings.method, settings.beta
 
     def pair_losses(sums: Tensor, tokens: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
@@ -702,15 +698,13 @@ def preference_loss(settings: RLSection) -> Callable:
 
     def loss_of_pairs(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
         sums, tokens, balance = text_logps(model, batch, 2)
-
-        def share(values: Tensor) -> Tensor:
-            return torch.where(batch["real"], values, 0.0).sum() / totals["pairs"]
-
+        share = partial(mean_of, batch=batch, totals=totals)
         losses, rewards = pair_losses(sums, tokens, batch)
-        loss = share(losses)
-        metrics = preference_metrics(rewards.detach(), share)
-        metrics |= {"logps/chosen": share(sums[:, 0].detach()), "logps/rejected": share(sums[:, 1].detach())}
-        # The pair's loss alone may make both texts unlikely, as long as the rejected one loses more.
+        loss, (chosen, rejected) = share(losses), rewards.detach().unbind(1)
+        metrics = {"rewards/accuracies": share(is_right(chosen - rejected)), "rewards/margins": share(chosen - rejected),
+                   "rewards/chosen": share(chosen), "rewards/rejected": share(rejected),
+                   "logps/chosen": share(sums[:, 0].detach()), "logps/rejected": share(sums[:, 1].detach())}
+        # The loss of pairs alone may make both completions less likely, as long as the rejected one loses more.
         if settings.rpo_alpha:
             nll = -sums[:, 0].sum() / totals["chosen"]
             metrics |= {"nll_loss": nll.detach(), "odds_loss" if method == "orpo" else "preference_loss": loss.detach()}
@@ -719,69 +713,50 @@ def preference_loss(settings: RLSection) -> Callable:
 
     def loss_of_singles(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
         sums, _, balance = text_logps(model, batch, 1)
-        gains, wanted, real = sums[:, 0] - batch["reference"][:, 0], batch["label"], batch["real"]
-        losses = kto_loss(gains, wanted, batch["baseline"], beta, settings.desirable_weight, settings.undesirable_weight)
-        loss = torch.where(real, losses, 0.0).sum() / totals["pairs"]
-        ahead = beta * (gains.detach() - batch["baseline"])
-        right = torch.where(ahead.abs() < 1e-6, 0.5, ((ahead > 0) == wanted).float())
-        rewards = beta * gains.detach()
-        metrics = {"rewards/accuracies": (right * real).sum() / totals["pairs"],
-                   "kl": batch["baseline"] * real.sum() / totals["pairs"], "loss": loss.detach()}
-        if totals["desirable"] < totals["pairs"] > totals["undesirable"]:  # a step with one sort alone has no margin
-            chosen, rejected = ((rewards * (real & kind)).sum() / totals[name]
-                                for name, kind in (("desirable", wanted), ("undesirable", ~wanted)))
+        share = partial(mean_of, batch=batch, totals=totals)
+        gains, label, baseline = sums[:, 0] - batch["reference"][:, 0], batch["label"], batch["baseline"]
+        loss = share(kto_loss(gains, label, baseline, beta, settings.desirable_weight, settings.undesirable_weight))
+        rewards, sign = beta * gains.detach(), torch.where(label, 1, -1)
+        metrics = {"rewards/accuracies": share(is_right(sign * (rewards - beta * baseline))),
+                   "kl": share(baseline.expand(len(gains))), "loss": loss.detach()}
+        if totals["desirable"] < totals["pairs"] > totals["undesirable"]:  # a step with one kind alone has no margin
+            chosen, rejected = (share(rewards * kind) * totals["pairs"] / totals[name]
+                                for name, kind in (("desirable", label), ("undesirable", ~label)))
             metrics |= {"rewards/margins": chosen - rejected, "rewards/chosen": chosen, "rewards/rejected": rejected}
         return loss + balance / totals["micro_batches"], metrics
 
     return loss_of_singles if method == "kto" else loss_of_pairs
 
 
-def preference_metrics(rewards: Tensor, share: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Rewards (B, 2) -> what is logged, under TRL's names. A tie is half right, so that chance is 0.5."""
-    chosen, rejected = rewards.unbind(1)
-    right = torch.where((chosen - rejected).abs() < 1e-6, 0.5, (chosen > rejected).float())
-    return {"rewards/accuracies": share(right), "rewards/margins": share(chosen - rejected), "rewards/chosen": share(chosen),
-            "rewards/rejected": share(rejected)}
-
-
 def reward_model_loss(settings: RLSection) -> Callable:
     """loss_fn for `fit`: the reward of a text is the score head's output at its last token."""
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        real = batch["real"]
         rewards, balance = read_rows(model, batch, last_scores, want=("scores",))
-        rewards = rewards.view(-1, 2)  # (B, 2)
-
-        def share(values: Tensor) -> Tensor:
-            return torch.where(real, values, 0.0).sum() / totals["pairs"]
-
-        loss = share(reward_loss(*rewards.unbind(1), batch["margin"], settings.center_rewards_coefficient))
-        chosen, rejected = rewards.detach().unbind(1)
-        right = (chosen > rejected).float() + 0.5 * (chosen == rejected)
-        metrics = {"accuracy": share(right), "margin": share(chosen - rejected), "mean_reward": share((chosen + rejected) / 2),
-                   "loss": loss.detach()}
-        return loss + balance / totals["micro_batches"], metrics
+        chosen, rejected = rewards.view(-1, 2).unbind(1)  # (B,)
+        share = partial(mean_of, batch=batch, totals=totals)
+        loss = share(reward_loss(chosen, rejected, batch["margin"], settings.center_rewards_coefficient))
+        ahead = (chosen - rejected).detach()
+        return loss + balance / totals["micro_batches"], {
+            "accuracy": share(is_right(ahead)), "margin": share(ahead), "mean_reward": share((chosen + rejected).detach() / 2),
+            "loss": loss.detach()}
 
     return loss_fn
 
 
 def held_out_pairs(stream: Pairs, loss_fn: Callable, limit: int) -> Callable:
-    """evaluate(model) for `fit`: the loss and its metrics over what is held out."""
+    """evaluate(model) for `fit`: the loss and its metrics on held-out pairs."""
+
+    def summed(rows: list[dict], device) -> dict[str, float]:
+        """Sums of each key over the batches of all processes."""
+        return dict(zip(rows[0], TRAIN.all_sum([sum(float(row[key]) for row in rows) for key in rows[0]], device), strict=True))
 
     def evaluate(model) -> dict:
         stream.ask_reference(model)
         batches = list(stream.held_out(limit))
-        names = sorted(batches[0]["counts"])
-        totals = dict(zip(names,
-                          (n or 1 for n in TRAIN.all_sum([sum(b["counts"][name] for b in batches) for name in names],
-                                                         model.device)), strict=True))
+        totals = {name: count or 1 for name, count in summed([batch["counts"] for batch in batches], model.device).items()}
         totals["micro_batches"] = len(batches) * TRAIN.world_size()
-        sums: dict[str, float] = defaultdict(float)
-        for batch in batches:
-            batch = TRAIN.on_device(batch, model.device)
-            for name, value in loss_fn(model, batch, totals)[1].items():
-                sums[name] += float(value)
-        return dict(zip(sums, TRAIN.all_sum(list(sums.values()), model.device), strict=True))
+        return summed([loss_fn(model, TRAIN.on_device(batch, model.device), totals)[1] for batch in batches], model.device)
 
     return evaluate
 
