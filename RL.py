@@ -1,13 +1,14 @@
-"""RL.py: a model learns from preferences and from rewards.
+"""RL.py: preference optimization and reinforcement learning.
 
-Read in this order: settings, the losses and estimators (each a short function with its paper), preference pairs as one
-stream and one loss, reward functions, rollouts as another stream and loss, and the command line.
+Reading order: settings, losses and estimators (short functions, each with its paper), preference pairs as a stream and a loss,
+reward functions, rollouts as another stream and loss, records, and the command line.
 
-    python RL.py --config config.yaml                                        # DPO: out/sft -> out/rl, on the shipped pairs
-    python RL.py --rl.method grpo --out out/grpo                             # sums by trial: only the answer is judged
-    python RL.py --rl.method reward --out out/reward                         # a reward model of the same pairs, and PPO against it:
+    python RL.py --config config.yaml                                # DPO: out/sft -> out/rl, on the bundled pairs
+    python RL.py --rl.method grpo --out out/grpo                     # GRPO on sums, with a verifiable reward
+    python RL.py --rl.method reward --out out/reward                 # a reward model of the same pairs, and PPO with it:
     python RL.py --rl.method ppo --rl.reward_funcs out/reward --data data/preferences.jsonl --out out/ppo
     python RL.py --rl.method grpo --data mine.jsonl --rl.reward_funcs judge.py:polite length:60 --max-minutes 1
+    python RL.py --data mine.jsonl --dry-run                         # preview which tokens are trained on, and the lengths
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ from MODEL import UserError, check, knob, load_config, run_main, say
 
 # ---------------------------------------------------------------------------------------------------- settings
 
-PAIRED = ("reward", "dpo", "orpo", "simpo")
-OFFLINE = (*PAIRED, "kto")
+OFFLINE = ("reward", "dpo", "orpo", "simpo", "kto")
 ON_POLICY = ("ppo", "grpo", "rloo")
+CHOSEN_TOO = ("dpo", "orpo", "simpo")  # losses of pairs to which the likelihood of the chosen completion is added
 BETA = {"dpo": 0.1, "ipo": 0.5, "sigmoid_norm": 5.0, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
 LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"), "grpo": ("dapo", "grpo", "dr_grpo", "cispo")}
 SHIPPED_QUESTIONS = "data/chat_test.jsonl"
@@ -76,7 +77,7 @@ class RLSection:
     label_smoothing: float = knob(0.0, "dpo: assumed fraction of pairs with swapped labels; robust requires it", low=0, below=0.5,
                                   only=("method", "dpo"), often=True)
     rpo_alpha: float | None = knob(None, "weight of the chosen completion's negative log-likelihood (Pang 2024); null is 1",
-                                   low=0, only=("method", "dpo", "orpo", "simpo"), often=True)
+                                   low=0, only=("method", *CHOSEN_TOO), often=True)
     simpo_gamma: float = knob(0.5, "simpo: target reward margin", only=("method", "simpo"), often=True)
     desirable_weight: float = knob(1.0, "kto: weight of desirable completions", low=0, only=("method", "kto"), often=True)
     undesirable_weight: float = knob(1.0, "kto: weight of undesirable completions", low=0, only=("method", "kto"), often=True)
@@ -102,7 +103,7 @@ class RLSection:
     epsilon: float = rollout_knob(0.2, "ppo, grpo, rloo: clip range of the probability ratio", low=0, often=True)
     epsilon_high: float | None = rollout_knob(None, "upper clip range (clip-higher); null is epsilon; for loss_type cispo the "
                                                     "largest importance weight, null is 5", low=0)
-    importance_sampling_level: str = knob("token", "grpo: ratio of each token, or the sequence's geometric mean (GSPO, Zheng 2025)",
+    importance_sampling_level: str = knob("token", "grpo: ratio of each token, or the geometric mean of the sequence (GSPO)",
                                           ("token", "sequence"), only=("method", "grpo"))
     importance_sampling_clip_max: float | None = rollout_knob(
         None, "weight losses by the probability ratio of training and sampling code, at most this value (TRL uses 3); null is off",
@@ -132,17 +133,15 @@ class RLSection:
     output: dict = knob({"dir": "./out/rl"}, "overrides `output` for this stage")
 
     def fill(self) -> RLSection:
-        """Put in what null and auto mean to the method."""
+        """Replace null and auto by the defaults of the method."""
+        sequences = self.importance_sampling_level == "sequence"
         if self.loss_type == "auto":
-            sequences = self.importance_sampling_level == "sequence"
             self.loss_type = "grpo" if sequences else LOSS_TYPES.get(self.method, ("auto",))[0]
-        self.beta = BETA.get(self.loss_type, BETA.get(self.method)) if self.beta is None else self.beta
-        if self.rpo_alpha is None and self.method in ("dpo", "orpo", "simpo"):
-            self.rpo_alpha = 1.0
-        if self.method in ON_POLICY:
-            self.num_generations = self.num_generations or (1 if self.method == "ppo" else 8)
-        if self.loss_type == "cispo" and self.epsilon_high is None:
-            self.epsilon_high = 5.0
+        defaults = {"beta": BETA.get(self.loss_type, BETA.get(self.method)), "rpo_alpha": 1.0 if self.method in CHOSEN_TOO else None,
+                    "num_generations": {"ppo": 1, "grpo": 8, "rloo": 8}.get(self.method),
+                    "epsilon_high": 5.0 if self.loss_type == "cispo" else None}
+        for key, value in defaults.items():
+            setattr(self, key, value if getattr(self, key) is None else getattr(self, key))
         return self
 
     def __post_init__(self):
@@ -150,39 +149,36 @@ class RLSection:
         copy.copy(self).fill().check_together()
 
     def check_together(self) -> None:
-        known = LOSS_TYPES.get(self.method, ("auto",))
-        if self.loss_type not in known:
-            raise UserError(f"rl.loss_type: '{self.loss_type}' is none of {', '.join(known)}" if known[1:] else f"rl.loss_type: {self.method} has only one; leave it out")
-        if self.method in ON_POLICY:
-            if self.method != "ppo" and self.num_generations < 2:
-                raise UserError(f"rl.num_generations: {self.num_generations}, but {self.method} compares a prompt's texts with "
-                                "each other; at least 2")
-            if self.rollout_size % self.num_generations:
-                raise UserError(f"rl.rollout_size: {self.rollout_size} does not hold whole groups of rl.num_generations "
-                                f"{self.num_generations}")
-            if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
-                raise UserError(f"rl.reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} rl.reward_funcs; "
-                                "one for each is expected")
-        if self.method in ("dpo", "kto", "simpo") and not self.beta:
-            raise UserError(f"rl.beta: {self.method} needs one above 0")
-        if self.loss_type == "robust" and not self.label_smoothing:
-            raise UserError("rl.label_smoothing: must be above 0 for rl.loss_type robust")
-        if self.label_smoothing and self.loss_type not in ("sigmoid", "robust", "sigmoid_norm"):
-            raise UserError(f"rl.label_smoothing: has no effect with rl.loss_type {self.loss_type}; leave it out")
-        if self.loss_type == "cispo" and self.importance_sampling_level == "sequence":
-            raise UserError("rl.importance_sampling_level: sequence is not available for rl.loss_type cispo, which weights tokens")
-        if self.loss_type == "cispo" and self.epsilon_high < 1:
-            raise UserError(f"rl.epsilon_high: {self.epsilon_high} is the largest importance weight of rl.loss_type cispo; it must "
-                            "be at least 1")
-        if self.kl_target and not self.beta:
-            raise UserError("rl.kl_target: moves rl.beta, which has to start above 0")
-        if self.ref_model and not self.beta:
-            raise UserError("rl.ref_model: with rl.beta 0 no reference is asked; leave one of them out")
+        """UserError for settings that do not fit each other, after `fill`."""
+        method, loss_type, known = self.method, self.loss_type, LOSS_TYPES.get(self.method, ("auto",))
+        group, weights, functions = self.num_generations or 1, self.reward_weights, len(self.reward_funcs)
+        for wrong, message in (
+            (loss_type not in known and len(known) == 1, f"loss_type: {method} has only one; leave it out"),
+            (loss_type not in known, f"loss_type: '{loss_type}' is none of {', '.join(known)}"),
+            (method in ("grpo", "rloo") and group < 2,
+             f"num_generations: {group}, but {method} compares the completions of a prompt with each other; at least 2"),
+            (self.rollout_size % group,
+             f"rollout_size: {self.rollout_size} does not hold whole groups of rl.num_generations {group}"),
+            (weights is not None and len(weights) != functions,
+             f"reward_weights: {len(weights or [])} for {functions} rl.reward_funcs; one for each is expected"),
+            (method in ("dpo", "kto", "simpo") and not self.beta, f"beta: must be above 0 for {method}"),
+            (loss_type == "robust" and not self.label_smoothing, "label_smoothing: must be above 0 for rl.loss_type robust"),
+            (self.label_smoothing and loss_type not in ("sigmoid", "robust", "sigmoid_norm"),
+             f"label_smoothing: has no effect with rl.loss_type {loss_type}; leave it out"),
+            (loss_type == "cispo" and self.importance_sampling_level == "sequence",
+             "importance_sampling_level: sequence is not available for rl.loss_type cispo, which weights tokens"),
+            (loss_type == "cispo" and self.epsilon_high < 1,
+             f"epsilon_high: {self.epsilon_high}, the largest importance weight of rl.loss_type cispo, must be at least 1"),
+            (self.kl_target and not self.beta, "kl_target: adapts rl.beta, which must start above 0"),
+            (self.ref_model and not self.beta, "ref_model: with rl.beta 0 there is no reference; leave one of them out"),
+        ):
+            if wrong:
+                raise UserError(f"rl.{message}")
 
 
 # ------------------------------------------------------------------------------------ losses of preference pairs
 #
-# logp is the log-probability of a whole text given its prompt, a sum over its tokens; a mean where it says so.
+# Log-probabilities are of whole completions given their prompts: sums over tokens, or means where a docstring says so.
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float = 0.1,
@@ -210,11 +206,11 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, referen
 
 def kto_loss(gains: Tensor, desirable: Tensor, baseline: Tensor, beta: float = 0.1, desirable_weight: float = 1.0,
              undesirable_weight: float = 1.0) -> Tensor:
-    """gains (B,) = log(policy / reference) of single texts, which of them are wanted (B,), the policy's KL -> losses (B,).
+    """gains (B,) = log(policy / reference) of single completions, which are desirable (B,), the KL of the policy -> losses (B,).
 
-    People feel gains and losses against what they are used to, here the KL from the reference, and both ever less the
-    larger they are: 1 - sigmoid(beta (gain - KL)) for a wanted text, with the sign turned for the others
-    (Ethayarajh 2024, eq. 8)."""
+    Prospect theory: gains and losses are felt relative to a reference point, here the KL, and less so the larger they are:
+    1 - sigmoid(beta (gain - KL)) for a desirable completion, with the opposite sign for an undesirable one (Ethayarajh 2024,
+    eq. 8)."""
     sign = torch.where(desirable, 1.0, -1.0)
     weights = torch.where(desirable, desirable_weight, undesirable_weight)
     return weights * (1 - torch.sigmoid(sign * beta * (gains - baseline)))
@@ -222,7 +218,7 @@ def kto_loss(gains: Tensor, desirable: Tensor, baseline: Tensor, beta: float = 0
 
 def orpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Mean log-probabilities per token (B,) -> -log sigmoid(log odds ratio) (B,), odds = p / (1 - p) (Hong 2024, eq. 7).
-    It stands beside the usual loss on the chosen text and needs no reference."""
+    It is added to the negative log-likelihood of the chosen completion and needs no reference."""
 
     def log_odds(logp: Tensor) -> Tensor:
         return logp - torch.log(-torch.expm1(logp.clamp(max=-1e-6)))
@@ -231,14 +227,14 @@ def orpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float = 0.5) -> Tensor:
-    """Mean log-probabilities per token (B,), which long texts cannot gain by -> losses (B,) without a reference:
+    """Mean log-probabilities per token (B,), independent of the length -> losses (B,) without a reference:
     -log sigmoid(beta (chosen - rejected) - gamma) (Meng 2024, eq. 6)."""
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
 def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centering: float = 0.0) -> Tensor:
-    """Rewards (B,) -> -log sigmoid(chosen - rejected - margin) (Bradley-Terry; the margin: Touvron 2023, eq. 2). Only
-    differences are learnt from pairs; centering (chosen + rejected)^2 fixes the zero (Eisenstein 2023, section 2)."""
+    """Rewards (B,) -> -log sigmoid(chosen - rejected - margin) (Bradley-Terry; the margin: Touvron 2023, eq. 2). Pairs
+    determine only differences; centering (chosen + rejected)^2 fixes the zero (Eisenstein 2023, section 2)."""
     return -F.logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected) ** 2
 
 
@@ -246,25 +242,24 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, 
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """KL(policy || reference) at tokens drawn from the policy, each at least 0 and right on average: with
-    r = reference / policy it is r - 1 - log r (Schulman 2020, k3). Its gradient as part of a loss is 1 - r, on average that of
-    KL(reference || policy): it pulls to the same reference, less where the policy has become surer."""
-    gap = (reference - logprobs).clamp(max=20)  # e^20 is far enough away; an infinite one would have no gradient but NaN
+    """KL(policy || reference) at tokens sampled from the policy, at least 0 and unbiased: with r = reference / policy it is
+    r - 1 - log r (Schulman 2020, k3). As part of a loss its gradient is 1 - r, on average that of KL(reference || policy)."""
+    gap = (reference - logprobs).clamp(max=20)  # an infinite gap would have NaN as gradient
     return torch.expm1(gap) - gap
 
 
 def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """Scores of texts (N,) and log-probabilities of their tokens (N, T) -> rewards of tokens (N, T): each pays
-    beta log(policy / reference), the last one gets the score (Ouyang 2022, eq. 2; Ziegler 2019, section 2)."""
+    """Scores of completions (N,), log-probabilities of tokens (N, T) -> rewards of tokens (N, T): -beta log(policy / reference)
+    for each token, plus the score for the last (Ouyang 2022, eq. 2; Ziegler 2019, section 2)."""
     rewards = -beta * (logprobs - reference) * mask
     last = (mask.cumsum(1) * mask).argmax(1, keepdim=True)  # (N, 1)
     return rewards.scatter_add(1, last, (scores * mask.any(1))[:, None])
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Rewards and the critic's values (N, T) of right-padded texts -> advantages, returns (N, T).
+    """Rewards and the critic's values (N, T) of right-padded completions -> advantages, returns (N, T).
 
-    A token's advantage is what came of it beyond what the critic had expected before it: the sum over later tokens of
+    The advantage of a token is the return beyond what the critic expected before it: the sum over this and later tokens of
     (gamma lambda)^k delta, delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the end (Schulman 2016, eq. 16).
 
     rewards [0, 1], values [0.5, 0.5], gamma 1, lambda 0.5: deltas [0, 0.5], advantages [0.25, 0.5], returns [0.75, 1]
@@ -280,7 +275,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 over the places of the mask, 0 elsewhere."""
+    """Mean 0 and standard deviation 1 where the mask is set, 0 elsewhere."""
     chosen = values[mask]
     spread = chosen.var() if len(chosen) > 1 else chosen.new_ones(())
     return torch.where(mask, (values - chosen.mean()) * torch.rsqrt(spread + 1e-8), 0.0)
@@ -288,15 +283,15 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
 def ppo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, epsilon: float = 0.2,
              epsilon_high: float | None = None) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens now and at the rollout, their advantages, all (B, T) -> losses, which are cut (B, T).
+    """Log-probabilities of tokens now and at the rollout, their advantages, all (B, T) -> losses, which are clipped (B, T).
 
-    -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), r = now / then (Schulman 2017, eq. 7): once a probability has
-    moved far enough in its advantage's direction, there is nothing more to gain. A larger limit upwards leaves rare
-    tokens room to grow (clip-higher; Yu 2025, section 3.1).
+    -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), r = now / then (Schulman 2017, eq. 7): a token has no more
+    gradient once its ratio has left the clip range in the direction of its advantage. A larger upper limit lets rare tokens
+    become likelier (clip-higher; Yu 2025, section 3.1).
 
     r = 1.5, epsilon 0.2: A = 1 gives -1.2, without gradient; A = -1 gives 1.5, with gradient
     """
-    ratio = torch.exp((logprobs - old).clamp(-20, 20))  # far beyond any limit; an infinite ratio would have no gradient but NaN
+    ratio = torch.exp((logprobs - old).clamp(-20, 20))  # an infinite ratio would have NaN as gradient
     limited = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
     losses = torch.maximum(-ratio * advantages, -limited * advantages)
     return losses, (ratio * advantages > limited * advantages)
@@ -324,17 +319,17 @@ def sampler_weights(old: Tensor, sampled: Tensor, mask: Tensor, largest: float, 
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, cliprange: float = 0.2) -> Tensor:
-    """The critic's values now and at the rollout and what came of it (B, T) -> losses (B, T): half the squared error, the
-    larger one of the value and of the value held within `cliprange` of the old one (Huang 2024, detail 7)."""
+    """The critic's values now and at the rollout, and returns (B, T) -> losses (B, T): half the squared error, the larger one of
+    the value and of the value clipped to `cliprange` around the old one (Huang 2024, detail 7)."""
     limited = torch.clamp(values, old - cliprange, old + cliprange)
     return 0.5 * torch.maximum((values - returns) ** 2, (limited - returns) ** 2)
 
 
 def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
-    """Rewards (P, G) of G texts for each of P prompts -> advantages (P, G): reward minus the group's mean, which does the
-    critic's work. scale: `group` divides by the group's deviation (Shao 2024, section 4.1), `batch` by that of all,
-    `none` by nothing, so that prompts which are nearly always solved or failed do not count more (Liu 2025, Dr. GRPO).
-    `leave_one_out` compares each text with the mean of the others (RLOO; Ahmadian 2024, eq. 8).
+    """Rewards (P, G) of G completions for each of P prompts -> advantages (P, G): reward minus the mean of the group, which
+    replaces the critic. scale: `group` divides by the standard deviation of the group (Shao 2024, section 4.1), `batch` by that of
+    all rewards, `none` does not divide, so that very easy and very hard prompts do not count more (Liu 2025, Dr. GRPO).
+    `leave_one_out` subtracts the mean of the other completions (RLOO; Ahmadian 2024, eq. 8).
 
     [[1, 0, 0, 0]]: none [[0.75, -0.25, ...]], group [[1.5, -0.5, ...]], leave_one_out [[1, -0.33, ...]]
     """
@@ -380,14 +375,14 @@ def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, r
 
 def rloo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, epsilon: float = 0.2,
               epsilon_high: float | None = None, weights: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """As `grpo_loss`, with a whole text as one action: r is the product of its tokens' ratios (Ahmadian 2024, section 3.2).
-    In the first step after a rollout this is REINFORCE. -> shares (B,) of a mean over texts, which tokens are cut (B, T)."""
+    """As `grpo_loss`, with a whole completion as one action: r is the product of its tokens' ratios (Ahmadian 2024, section 3.2).
+    In the first step after a rollout this is REINFORCE. -> shares (B,) of a mean over completions, which are clipped (B, T)."""
     losses, cut = ppo_loss((logprobs * mask).sum(1), (old * mask).sum(1), advantages, epsilon, epsilon_high)
     return losses * weights * mask.any(1), cut[:, None] & mask
 
 
 def adapted_beta(beta: float, kl: float, target: float, texts: int, horizon: int) -> float:
-    """The KL coefficient moves in proportion to the relative error, at most a fifth (Ziegler 2019, section 2.2)."""
+    """The KL coefficient changes in proportion to the relative error, which is clipped to 0.2 (Ziegler 2019, section 2.2)."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * texts / horizon)
 
@@ -560,7 +555,7 @@ def last_scores(out: MODEL.Output, positions: Tensor | None) -> Tensor:
 class Pairs(TOKENIZER.TokenStream):
     """Endless batches of pairs with the log-probabilities of the reference.
 
-    They are computed once, before the first step, when the policy is still the reference (or by `frozen`, if rl.ref_model is set)."""
+    These are computed once, before the first step, when the policy is still the reference (or by `frozen`: rl.ref_model)."""
 
     def __init__(self, pairs: list[Pair], held: list[Pair], settings: RLSection, training: TRAIN.TrainingSection, frozen=None):
         def plan(sources: list, seed: list[int]) -> SimpleNamespace:
@@ -1420,12 +1415,12 @@ def plot_rollouts(out: Path) -> None:
 
 
 def prompt_record(record: dict, where: str, form: TOKENIZER.Form) -> dict:
-    """The form of on-policy stages: {"prompt", and every other key of the record for reward functions}. Of a conversation that ends
-    with an answer, that answer is the key `completion`."""
+    """The form of on-policy methods: {"prompt", and all other keys of the record, for reward functions}. If a conversation ends with
+    an answer, the answer becomes the key `completion`."""
     prompt = TOKENIZER.prompt_of(record, where, form.system)
     if prompt is None:
-        raise UserError(f"{where}: no prompt among {TOKENIZER.keys_of(record)}; set {form.section}.columns, as in "
-                        f"{{prompt: my_column}}")
+        raise UserError(f"{where}: no prompt in keys {TOKENIZER.keys_of(record)}; set {form.section}.columns, as in "
+                        "{prompt: my_column}")
     rest = {key: value for key, value in record.items() if key not in ("prompt", *TOKENIZER.CHAT_KEYS)}
     if not prompt:
         raise TOKENIZER.Unusable("without a prompt")
@@ -1439,8 +1434,8 @@ def prompt_record(record: dict, where: str, form: TOKENIZER.Form) -> dict:
 def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     """The form of preference methods: {"prompt", "chosen", "rejected", "margin"} or {"prompt", "completion", "label"}, and `tools`.
 
-    Texts stay texts, conversations lists of messages. A prompt that is not given, or that the completions repeat, is what both
-    begin with.
+    Texts stay strings, conversations lists of messages. If the prompt is missing or repeated in the completions, it is their common
+    beginning.
 
     {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: No"} -> prompt: the user says Hi
     """
@@ -1467,15 +1462,14 @@ def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
              **TOKENIZER.extras_of({"tools": record.get("tools")}, where)}
     if not single:
         return {**found, "margin": TOKENIZER.number_of(record, "margin", where) if TOKENIZER.is_given(record, "margin") else 0.0}
-    label = {"true": True, "1": True, "1.0": True, "false": False, "0": False,
-             "0.0": False}.get(str(record["label"]).strip().lower())
-    if label is None:
+    label = str(record["label"]).strip().lower()
+    if label not in ("true", "1", "1.0", "false", "0", "0.0"):
         raise UserError(f"{where}: label {record['label']!r} must be true (a desirable completion) or false")
-    return {**found, "label": label}
+    return {**found, "label": label in ("true", "1", "1.0")}
 
 
 def prompt_inside(record: dict, answers: list[list[dict]], where: str, form: TOKENIZER.Form) -> tuple[list[dict], list]:
-    """(prompt, completions) of whole conversations; a prompt given beside them has to be the beginning of theirs."""
+    """(prompt, completions) of whole conversations; a separate prompt must be the beginning of theirs."""
     given = TOKENIZER.prompt_of({key: value for key, value in record.items() if key not in TOKENIZER.CHAT_KEYS}, where,
                                 form.system)
     given = TOKENIZER.as_messages(given) if given else []
@@ -1490,20 +1484,20 @@ def prompt_inside(record: dict, answers: list[list[dict]], where: str, form: TOK
 
 
 def prompt_beside(record: dict, answers: list, where: str, form: TOKENIZER.Form) -> tuple[str | list[dict] | None, list]:
-    """(prompt, completions) of answers alone, or of texts that both begin with their prompt."""
+    """(prompt, completions) of answers without their prompt, or of texts that both begin with it."""
     prompt = TOKENIZER.prompt_of(record, where, form.system)
     if prompt is None:
         return shared_prompt(answers, where, form)
     if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
         raise UserError(f"{where}: the prompt ends with the assistant's message, so nothing is left to answer")
-    if prompt and isinstance(prompt,
-                             str) and len(answers) == 2 and all(isinstance(a, str) and a.startswith(prompt) for a in answers):
+    repeated = prompt and isinstance(prompt, str) and all(isinstance(a, str) and a.startswith(prompt) for a in answers)
+    if repeated and len(answers) == 2:
         answers = [answer[len(prompt) :] for answer in answers]
     return prompt, answers
 
 
 def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str | list[dict], list]:
-    """What two completions begin with, up to their last difference, and the rest of each.
+    """The common beginning of two completions, and the rest of each.
 
     "Q: blue?\\nA: lake", "Q: blue?\\nA: hill" -> "Q: blue?\\nA:", [" lake", " hill"]; the blank belongs to the answer
     """
@@ -1526,17 +1520,16 @@ def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str 
     while same and first[same - 1].isspace() and first[same : same + 1] == " ":
         same -= 1
     if not first[:same].strip():
-        raise UserError(f"{where}: no prompt, and chosen and rejected have no common beginning; set {form.section}.columns, as "
-                        f"in {{prompt: my_column}}"
-                        if len(answers) > 1 else f"{where}: no prompt; set {form.section}.columns, as in {{prompt: my_column}}")
+        both = ", and chosen and rejected have no common beginning" if len(answers) > 1 else ""
+        raise UserError(f"{where}: no prompt{both}; set {form.section}.columns, as in {{prompt: my_column}}")
     return first[:same], [answer[same:] for answer in answers]
 
 
 # ------------------------------------------------------------------------------------------------- command line
 
 def still(model: nn.Module) -> None:
-    """No dropout: the probabilities that are compared must be one model's. Some of transformers' layers ask their config for it;
-    they get a copy, so that the one that is saved stays as it is."""
+    """Turn dropout off, which would change the probabilities that are compared. Some layers of transformers read it from their
+    config; they get a copy, so that the config that is saved does not change."""
     copies: dict[int, object] = {}
 
     def clear(thing) -> None:
@@ -1554,7 +1547,7 @@ def still(model: nn.Module) -> None:
 
 
 def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
-    """The reference that was named; it has to read the policy's ids."""
+    """The model of rl.ref_model, which must have the policy's tokenizer."""
     name = config.rl.ref_model
     if not name:
         return None
@@ -1613,12 +1606,11 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
 
 
 def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable | None:
-    """Validation with one more measure, `kept`: exact match on conversations on which the stage does not train. It shows what a
-    model forgets while it learns a preference."""
+    """Validation with one more measure, `kept`: exact match on conversations that are not trained on. It measures forgetting."""
     name = config.rl.kept
     if name == "auto":
-        shipped = config.data.train == [shipped_data(config.rl.method)] and tokenizer.chat_template and Path(SHIPPED_QUESTIONS).exists()
-        name = SHIPPED_QUESTIONS if shipped and config.rl.method != "reward" else None
+        shipped = config.data.train == [shipped_data(config.rl.method)] and config.rl.method != "reward"
+        name = SHIPPED_QUESTIONS if shipped and tokenizer.chat_template and Path(SHIPPED_QUESTIONS).exists() else None
     if name is None:
         return evaluate
     questions = SFT.read_questions(name, SFT.SFTSection().eval_answers, "rl.kept", config.rl.system)
@@ -1741,7 +1733,8 @@ def main(argv: list[str] | None = None) -> TRAIN.Result | None:
         return dry_run(config)
     show = 'echo "..." | python INFER.py MODEL'
     if config.rl.method == "reward":
-        show = 'python INFER.py MODEL --jsonl < conversations.jsonl    # the reward of each {"messages": [...]}, or {"text": ...} without a chat template'
+        show = ('python INFER.py MODEL --jsonl < conversations.jsonl    # the reward of each {"messages": [...]}, or of {"text": ...} '
+                "without a chat template")
     return TRAIN.run_stage("rl", config, prepare, show)
 
 

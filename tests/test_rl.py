@@ -1118,13 +1118,13 @@ def test_kto_needs_both_kinds(wanted, others, weights, said, capsys):
     (["--rl.method", "grpo", "--rl.num_generations", "3"], "rl.rollout_size: 16 does not hold whole groups of rl.num_generations 3"),
     (["--rl.method", "grpo", "--batch-size", "5"], "rl.rollout_size: 16 texts do not fill whole optimizer steps of training.batch_size 5"),
     (["--rl.method", "grpo", "--rl.reward_weights", "[1]"], "rl.reward_weights: 1 for 2 rl.reward_funcs"),
-    (["--rl.method", "dpo", "--rl.beta", "0"], "rl.beta: dpo needs one above 0"),
+    (["--rl.method", "dpo", "--rl.beta", "0"], "rl.beta: must be above 0 for dpo"),
     (["--rl.method", "dpo", "--rl.loss_type", "robust"], "rl.label_smoothing: must be above 0 for rl.loss_type robust"),
     (["--rl.method", "dpo", "--lora.r", "2", "--lora.lora_dropout", "0.1"], "lora.lora_dropout: dropout is off here"),
     (["--rl.method", "grpo", "--rl.temperature", "0"], "rl.temperature: 0.0 must be at least 0.001"),
     (["--rl.method", "gppo"], "'gppo' is not one of"),
     (["--rl.method", "grpo", "--rl.loss_type", "cispo", "--rl.importance_sampling_level", "sequence"], "importance_sampling_level: sequence is not available"),
-    (["--rl.method", "grpo", "--rl.loss_type", "cispo", "--rl.epsilon_high", "0.2"], "rl.epsilon_high: 0.2 is the largest importance weight"),
+    (["--rl.method", "grpo", "--rl.loss_type", "cispo", "--rl.epsilon_high", "0.2"], "rl.epsilon_high: 0.2, the largest importance weight"),
     (["--rl.method", "dpo", "--training.report_to", "wandb"], "training.report_to: wandb needs `pip install wandb`"),
 ])
 def test_settings_that_cannot_work_are_one_line(flags, message, world, tmp_path):
