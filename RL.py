@@ -51,7 +51,8 @@ from MODEL import UserError, check, knob, load_config, run_main, say
 OFFLINE = ("reward", "dpo", "orpo", "simpo", "kto")
 ON_POLICY = ("ppo", "grpo", "rloo")
 CHOSEN_TOO = ("dpo", "orpo", "simpo")  # losses of pairs to which the likelihood of the chosen completion is added
-BETA = {"dpo": 0.1, "ipo": 0.5, "sigmoid_norm": 5.0, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
+BETA = {"dpo": 0.1, "ipo": 0.5, "sigmoid_norm": 5.0, "kto": 0.1, "orpo": 0.1, "simpo": 2.0,
+        "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}  # of a loss_type, or of a method
 LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"), "grpo": ("dapo", "grpo", "dr_grpo", "cispo")}
 SHIPPED_QUESTIONS = "data/chat_test.jsonl"
 
@@ -72,8 +73,8 @@ class RLSection:
                                     "(odds-ratio weight), 0.5 for loss_type ipo, 5 for sigmoid_norm, 2 for simpo (reward scale), "
                                     "0.05 for ppo and rloo, 0.04 for grpo", low=0,
                               only=("method", *OFFLINE[1:], *ON_POLICY), often=True)
-    loss_type: str = knob("auto", "loss of dpo (sigmoid, hinge, ipo, robust, sigmoid_norm) or grpo (dapo, grpo, dr_grpo, cispo); auto is the "
-                                  "first, or grpo with importance_sampling_level sequence", often=True)
+    loss_type: str = knob("auto", "loss of dpo (sigmoid, hinge, ipo, robust, sigmoid_norm) or grpo (dapo, grpo, dr_grpo, cispo); "
+                                  "auto is the first, or grpo with importance_sampling_level sequence", often=True)
     label_smoothing: float = knob(0.0, "dpo: assumed fraction of pairs with swapped labels; robust requires it", low=0, below=0.5,
                                   only=("method", "dpo"), often=True)
     rpo_alpha: float | None = knob(None, "weight of the chosen completion's negative log-likelihood (Pang 2024); null is 1",
@@ -106,8 +107,7 @@ class RLSection:
     importance_sampling_level: str = knob("token", "grpo: ratio of each token, or the geometric mean of the sequence (GSPO)",
                                           ("token", "sequence"), only=("method", "grpo"))
     importance_sampling_clip_max: float | None = rollout_knob(
-        None, "weight losses by the probability ratio of training and sampling code, at most this value (TRL uses 3); null is off",
-        above=0)
+        None, "weight losses by the probability ratio of training and sampling, at most this value (TRL: 3); null is off", above=0)
     scale_rewards: str = knob("group", "grpo: divide advantages by the standard deviation of the group, of the batch, or not at "
                                        "all", ("group", "batch", "none"), only=("method", "grpo"), often=True)
     mask_truncated_completions: bool = rollout_knob(False, "exclude truncated completions from the loss")
@@ -137,7 +137,8 @@ class RLSection:
         sequences = self.importance_sampling_level == "sequence"
         if self.loss_type == "auto":
             self.loss_type = "grpo" if sequences else LOSS_TYPES.get(self.method, ("auto",))[0]
-        defaults = {"beta": BETA.get(self.loss_type, BETA.get(self.method)), "rpo_alpha": 1.0 if self.method in CHOSEN_TOO else None,
+        defaults = {"beta": BETA.get(self.loss_type, BETA.get(self.method)),
+                    "rpo_alpha": 1.0 if self.method in CHOSEN_TOO else None,
                     "num_generations": {"ppo": 1, "grpo": 8, "rloo": 8}.get(self.method),
                     "epsilon_high": 5.0 if self.loss_type == "cispo" else None}
         for key, value in defaults.items():
@@ -167,6 +168,8 @@ class RLSection:
              f"label_smoothing: has no effect with rl.loss_type {loss_type}; leave it out"),
             (loss_type == "cispo" and self.importance_sampling_level == "sequence",
              "importance_sampling_level: sequence is not available for rl.loss_type cispo, which weights tokens"),
+            (loss_type == "cispo" and self.epsilon != RLSection.epsilon,
+             "epsilon: has no effect with rl.loss_type cispo; leave it out"),
             (loss_type == "cispo" and self.epsilon_high < 1,
              f"epsilon_high: {self.epsilon_high}, the largest importance weight of rl.loss_type cispo, must be at least 1"),
             (self.kl_target and not self.beta, "kl_target: adapts rl.beta, which must start above 0"),
@@ -327,8 +330,8 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, cliprange: float = 
 
 def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
     """Rewards (P, G) of G completions for each of P prompts -> advantages (P, G): reward minus the mean of the group, which
-    replaces the critic. scale: `group` divides by the standard deviation of the group (Shao 2024, section 4.1), `batch` by that of
-    all rewards, `none` does not divide, so that very easy and very hard prompts do not count more (Liu 2025, Dr. GRPO).
+    replaces the critic. scale: `group` divides by the standard deviation of the group (Shao 2024, section 4.1), `batch` by
+    that of all rewards, `none` does not divide, so that very easy and very hard prompts do not count more (Liu 2025).
     `leave_one_out` subtracts the mean of the other completions (RLOO; Ahmadian 2024, eq. 8).
 
     [[1, 0, 0, 0]]: none [[0.75, -0.25, ...]], group [[1.5, -0.5, ...]], leave_one_out [[1, -0.33, ...]]
@@ -348,8 +351,8 @@ def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, r
               max_length: int = 1, level: str = "token", weights: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T), advantages of completions (B,) -> shares (B,) of a sum, which tokens are clipped (B, T).
 
-    The clipped loss of each token (`cispo`: `cispo_loss`) plus beta times its KL (Shao 2024, eq. 3). The caller divides the sum of
-    the shares by the number of completions (`grpo`: a mean over the tokens of each completion, so tokens of long completions count
+    The clipped loss of each token (`cispo`: `cispo_loss`) plus beta times its KL (Shao 2024, eq. 3). The caller divides the sum
+    of the shares by the number of completions (`grpo`: a mean over the tokens of each completion, so tokens of long ones count
     less; `dr_grpo`: by a constant length, Liu 2025) or by the number of tokens (`dapo`, Yu 2025, section 3.3; `cispo`).
     level `sequence`: all tokens of a completion share the geometric mean of their ratios (GSPO; Zheng 2025, eq. 7).
     """
@@ -1328,7 +1331,8 @@ def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
 
 def rollout_loss(settings: RLSection) -> Callable:
     """loss_fn for `fit` of ppo, grpo and rloo."""
-    method, divisor = settings.method, "tokens" if settings.method == "ppo" or settings.loss_type in ("dapo", "cispo") else "texts"
+    method = settings.method
+    divisor = "tokens" if method == "ppo" or settings.loss_type in ("dapo", "cispo") else "texts"
     want = (("values",) if method == "ppo" else ()) + (("entropy",) if settings.entropy_coef else ())
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
@@ -1415,8 +1419,8 @@ def plot_rollouts(out: Path) -> None:
 
 
 def prompt_record(record: dict, where: str, form: TOKENIZER.Form) -> dict:
-    """The form of on-policy methods: {"prompt", and all other keys of the record, for reward functions}. If a conversation ends with
-    an answer, the answer becomes the key `completion`."""
+    """The form of on-policy methods: {"prompt", and all other keys of the record, for reward functions}. If a conversation
+    ends with an answer, the answer becomes the key `completion`."""
     prompt = TOKENIZER.prompt_of(record, where, form.system)
     if prompt is None:
         raise UserError(f"{where}: no prompt in keys {TOKENIZER.keys_of(record)}; set {form.section}.columns, as in "
@@ -1432,12 +1436,12 @@ def prompt_record(record: dict, where: str, form: TOKENIZER.Form) -> dict:
 
 
 def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
-    """The form of preference methods: {"prompt", "chosen", "rejected", "margin"} or {"prompt", "completion", "label"}, and `tools`.
+    """The form of preference methods: {"prompt", "chosen", "rejected", "margin"} or {"prompt", "completion", "label"}, `tools`.
 
-    Texts stay strings, conversations lists of messages. If the prompt is missing or repeated in the completions, it is their common
-    beginning.
+    Texts stay strings, conversations lists of messages. If the prompt is missing or repeated in the completions, it is their
+    common beginning.
 
-    {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: No"} -> prompt: the user says Hi
+    {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: A", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: B"} -> prompt: the user says Hi
     """
     single = "completion" in record and "label" in record and record.get("chosen") is None
     keys = ("completion",) if single else ("chosen", "rejected")
@@ -1582,8 +1586,8 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     settings, name = config.rl.fill(), config.model.name
     SFT.need_model(config)
     if config.training.qat != "none":
-        raise UserError("training.qat: not available in RL.py, which compares the policy with an unquantized reference; use it in "
-                        "SFT.py or DISTILL.py")
+        raise UserError("training.qat: not available in RL.py, which compares the policy with an unquantized reference; use "
+                        "it in SFT.py or DISTILL.py")
     for key in ("lora.lora_dropout", "model.attention_dropout", "model.resid_pdrop", "model.embd_pdrop"):
         if getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]):
             raise UserError(f"{key}: dropout is off here, as it would change the probabilities that are compared; leave it out")
@@ -1692,8 +1696,8 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
 
 
 def dry_run(config) -> None:
-    """The first records as the model reads them, and the distribution of lengths. Pairs: the tokens that are trained on in green (for
-    a reward model the token whose score is the reward). Prompts: with the columns that reward functions get."""
+    """Print the first records as the model reads them, and the distribution of lengths. Of pairs the tokens that are trained on
+    are green (for a reward model the token whose score is the reward); prompts have the columns for reward functions below."""
     SFT.need_model(config)
     settings = config.rl.fill()
     tokenizer, records, _, left = read_records(config)
@@ -1733,8 +1737,8 @@ def main(argv: list[str] | None = None) -> TRAIN.Result | None:
         return dry_run(config)
     show = 'echo "..." | python INFER.py MODEL'
     if config.rl.method == "reward":
-        show = ('python INFER.py MODEL --jsonl < conversations.jsonl    # the reward of each {"messages": [...]}, or of {"text": ...} '
-                "without a chat template")
+        show = ('python INFER.py MODEL --jsonl < conversations.jsonl    # the reward of each {"messages": [...]}, or of '
+                '{"text": ...} without a chat template')
     return TRAIN.run_stage("rl", config, prepare, show)
 
 

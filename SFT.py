@@ -660,7 +660,8 @@ def dry_run(config) -> None:
 
 def in_green(tokenizer, ids: list[int], weights: list[float]) -> str:
     """Decoded ids; those with a weight, which are trained on, in green."""
-    pieces = [(on, [i for i, _ in group]) for on, group in itertools.groupby(zip(ids, weights, strict=True), lambda pair: pair[1] > 0)]
+    groups = itertools.groupby(zip(ids, weights, strict=True), lambda pair: pair[1] > 0)
+    pieces = [(on, [i for i, _ in group]) for on, group in groups]
     return "".join(f"\033[32m{tokenizer.decode(piece)}\033[0m" if on else tokenizer.decode(piece) for on, piece in pieces)
 
 

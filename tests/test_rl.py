@@ -1124,6 +1124,7 @@ def test_kto_needs_both_kinds(wanted, others, weights, said, capsys):
     (["--rl.method", "grpo", "--rl.temperature", "0"], "rl.temperature: 0.0 must be at least 0.001"),
     (["--rl.method", "gppo"], "'gppo' is not one of"),
     (["--rl.method", "grpo", "--rl.loss_type", "cispo", "--rl.importance_sampling_level", "sequence"], "importance_sampling_level: sequence is not available"),
+    (["--rl.method", "grpo", "--rl.loss_type", "cispo", "--rl.epsilon", "0.3"], "rl.epsilon: has no effect with rl.loss_type cispo"),
     (["--rl.method", "grpo", "--rl.loss_type", "cispo", "--rl.epsilon_high", "0.2"], "rl.epsilon_high: 0.2, the largest importance weight"),
     (["--rl.method", "dpo", "--training.report_to", "wandb"], "training.report_to: wandb needs `pip install wandb`"),
 ])
