@@ -107,7 +107,9 @@ class RLSection:
     importance_sampling_level: str = knob("token", "grpo: ratio of each token, or the geometric mean of the sequence (GSPO)",
                                           ("token", "sequence"), only=("method", "grpo"))
     importance_sampling_clip_max: float | None = rollout_knob(
-        None, "weight losses by the probability ratio of training and sampling, at most this value (TRL: 3); null is off", above=0)
+        None, "weight losses by the ratio of training to sampling probability, at most this value (TRL: 3); null is off", above=0)
+    dynamic_sampling: int = knob(0, "maximum number of extra draws per rollout that replace prompts whose completions all got the "
+                                    "same reward (DAPO); 0 is off", low=0, only=("method", "grpo", "rloo"))
     scale_rewards: str = knob("group", "grpo: divide advantages by the standard deviation of the group, of the batch, or not at "
                                        "all", ("group", "batch", "none"), only=("method", "grpo"), often=True)
     mask_truncated_completions: bool = rollout_knob(False, "exclude truncated completions from the loss")
@@ -1133,11 +1135,26 @@ class Rollouts:
                       for i, sample in enumerate(group)]
         return found
 
-    def draw(self, **changes) -> list[Sample]:
-        """This process's texts for the next prompts."""
-        numbers = range(self.drawn, self.drawn + self.count)
+    def draw(self, skip: int = 0, count: int | None = None, **changes) -> list[Sample]:
+        """This process's completions of the next `count` prompts, after `skip` others."""
+        numbers = range(self.drawn + skip, self.drawn + skip + (count or self.count))
         share = [(number, self.prompt(number)) for number in numbers[self.run.rank :: self.run.world_size]]
         return self.write(self.run.model, share, self.sampling(**changes), self.rollout)
+
+    def draw_varied(self) -> tuple[list[Sample], int]:
+        """(this process's share of a rollout, number of prompts drawn). Groups of completions with equal rewards have no advantage.
+        They are replaced by the next prompts, at most rl.dynamic_sampling times (DAPO; Yu 2025, section 3.2)."""
+        varied, equal, size = [], [], self.settings.num_generations
+        for _ in range(1 + self.settings.dynamic_sampling):
+            if len(varied) < self.count:
+                samples = self.draw(len(varied) + len(equal), self.count - len(varied))
+                for sample in samples:
+                    sample.reward -= self.settings.missing_eos_penalty * (sample.finish == "length")
+                samples = gather(samples)
+                for group in (samples[i : i + size] for i in range(0, len(samples), size)):
+                    (varied if len({sample.reward for sample in group}) > 1 else equal).append(group)
+        groups = (varied + equal)[: self.count]
+        return sum(groups[self.run.rank :: self.run.world_size], []), len(varied) + len(equal)
 
     def roll_out(self) -> None:
         """One rollout, known to all processes: texts, rewards, log-probabilities, advantages."""
@@ -1145,9 +1162,7 @@ class Rollouts:
         was_training, clock = model.training, time.perf_counter()
         model.eval()
         with run.autocast():
-            samples = self.draw()
-            for sample in samples:
-                sample.reward -= settings.missing_eos_penalty * (sample.finish == "length")
+            samples, drawn = self.draw_varied()
             spent = {"time/rollout": -clock + (clock := time.perf_counter())}
             rows = -(-self.count // run.world_size) * settings.num_generations
             want = ("entropy", "values") if settings.method == "ppo" else ("entropy",)
@@ -1169,12 +1184,14 @@ class Rollouts:
             say(f"rollout {self.rollout + 1}: no prompt's texts differ in their rewards, so nothing can be learnt of them")
         if settings.kl_target:
             self.beta = adapted_beta(self.beta, metrics["kl"], settings.kl_target, settings.rollout_size, settings.kl_horizon)
-        self.hand_out(metrics)
+        if settings.dynamic_sampling:
+            metrics["frac_redrawn"] = 1 - self.count / drawn
+        self.hand_out(metrics, drawn)
 
-    def hand_out(self, metrics: dict[str, float]) -> None:
+    def hand_out(self, metrics: dict[str, float], drawn: int | None = None) -> None:
         for name, value in metrics.items():
             self.sums.setdefault(name, []).append(value)
-        self.drawn, self.rollout = self.drawn + self.count, self.rollout + 1
+        self.drawn, self.rollout = self.drawn + (drawn or self.count), self.rollout + 1
         self.queue = self.minibatches()
 
     def minibatches(self) -> list[np.ndarray]:

@@ -855,6 +855,26 @@ def test_losses_are_weighted_by_the_samplers_ratio(method, more, model_folder, t
         assert float(loss_fn(model, batch, totals)[1]["policy_loss"]) == pytest.approx(loss, rel=1e-4)
 
 
+def test_groups_with_equal_rewards_are_drawn_again(model_folder, tokenizer, tmp_path):
+    class Some(Named):
+        def __call__(self, samples) -> None:
+            for i, one in enumerate(samples):
+                one.reward = float(i % 2 and one.number % 3 == 0)  # prompts 0, 3, 6, ... have varied rewards
+                one.rewards = [one.reward]
+
+    model = MODEL.load(model_folder)
+    for limit, numbers, drawn in ((0, [0, 1, 2, 3], 4), (1, [0, 1, 2, 3], 6), (2, [0, 1, 3, 6], 8), (9, [0, 3, 6, 9], 10)):
+        stream = rollouts(model, asked(tokenizer), tmp_path, 16, "grpo", Some(), tokenizer, beta=0.0, dynamic_sampling=limit)
+        next(stream)
+        assert [one.number for one in stream.samples[::4]] == numbers and stream.drawn == drawn and len(stream.samples) == 16
+        assert stream.metrics().get("frac_redrawn", 0.0) == pytest.approx(1 - 4 / drawn)
+    other = rollouts(model, asked(tokenizer), tmp_path, 16, "grpo", Some(), tokenizer, beta=0.0, dynamic_sampling=9)
+    other.load_state_dict(stream.state_dict())
+    for one in (stream, other):
+        next(one)
+    assert [one.ids for one in stream.samples] == [one.ids for one in other.samples] and stream.drawn == other.drawn > 18
+
+
 def test_runaways_are_reported_once():
     watch = RL.Watch()
     assert not watch({"completions/mean_length": 10.0, "kl": 1.0})
@@ -912,7 +932,7 @@ STEPS = {"ppo": 16, "grpo": 8, "rloo": 8}
 
 
 @pytest.mark.parametrize("method, more", [*[(method, []) for method in (*RL.OFFLINE, *RL.ON_POLICY)], ("dpo", ["--lora.r", "4"]), ("ppo", ["--lora.r", "4"]),
-                                          ("grpo", ["--lora.r", "4", "--rl.num_iterations", "2"]), ("ppo", ["--rl.kl_target", "0.1", "--rl.kl_horizon", "100"])])
+                                          ("grpo", ["--lora.r", "4", "--rl.num_iterations", "2", "--rl.dynamic_sampling", "2", "--rl.num_generations", "2"]), ("ppo", ["--rl.kl_target", "0.1", "--rl.kl_horizon", "100"])])
 def test_every_method_learns_and_resumes_to_the_last_bit(method, more, world, tmp_path):
     """From a checkpoint, inside a rollout too, what follows is what an undisturbed run does."""
     steps = STEPS.get(method, 12)
@@ -1189,7 +1209,7 @@ def test_killed_at_any_moment_a_run_goes_on(world, tmp_path):
 def test_two_processes_learn_as_one(world, tmp_path):
     """Two processes of 4 rows are one that adds up twice 4: the same texts, rewards, losses; also with sharded weights."""
     kinds = {name: flags_of(world, name.partition("-")[0]) for name in ("dpo", "kto", "reward", "grpo", "ppo", "grpo-sharded", "ppo-lora", "rloo-sharded-lora")}
-    more = {"grpo-sharded": ["--training.fsdp", "true"], "ppo-lora": ["--lora.r", "4"], "rloo-sharded-lora": ["--training.fsdp", "true", "--lora.r", "4"]}
+    more = {"grpo-sharded": ["--training.fsdp", "true", "--rl.dynamic_sampling", "2", "--rl.num_generations", "2"], "ppo-lora": ["--lora.r", "4"], "rloo-sharded-lora": ["--training.fsdp", "true", "--lora.r", "4"]}
     same = ["--batch-size", "4", "--max-steps", "2", "--training.mixed_precision", "no"]  # in bfloat16 other batches sample other texts
     runs = {name: in_file(tmp_path / f"{name}.yaml", [*flags, *more.get(name, []), *same, "--out", tmp_path / name], RL, "rl") for name, flags in kinds.items()}
     two_processes(tmp_path, {"RL": list(runs.values())})
