@@ -1548,6 +1548,7 @@ def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str 
 
 # ------------------------------------------------------------------------------------------------- command line
 
+
 def still(model: nn.Module) -> None:
     """Turn dropout off, which would change the probabilities that are compared. Some layers of transformers read it from their
     config; they get a copy, so that the config that is saved does not change."""
@@ -1600,28 +1601,27 @@ def read_records(config, checkpoint: Path | None = None) -> tuple:
 
 
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
-    settings, name = config.rl.fill(), config.model.name
+    settings, method = config.rl.fill(), config.rl.method
     SFT.need_model(config)
     if config.training.qat != "none":
         raise UserError("training.qat: not available in RL.py, which compares the policy with an unquantized reference; use "
                         "it in SFT.py or DISTILL.py")
-    for key in ("lora.lora_dropout", "model.attention_dropout", "model.resid_pdrop", "model.embd_pdrop"):
-        if getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]):
-            raise UserError(f"{key}: dropout is off here, as it would change the probabilities that are compared; leave it out")
+    for section, key in ("lora", "lora_dropout"), ("model", "attention_dropout"), ("model", "resid_pdrop"), ("model", "embd_pdrop"):
+        if getattr(getattr(config, section), key):
+            raise UserError(f"{section}.{key}: dropout is not available, it changes the probabilities that are compared")
     tokenizer, records, held, left = read_records(config, checkpoint)
-    judges = Judges(settings, tokenizer, device) if settings.method in ON_POLICY else None
-    if settings.method == "reward":
-        model = SFT.prepare_model(config, tokenizer, "score", ["reward"], share=0.1)
-    else:
-        model = SFT.prepare_model(config, tokenizer, ("lm", "value") if settings.method == "ppo" else "lm", share=1 / 30)
+    judges = Judges(settings, tokenizer, device) if method in ON_POLICY else None
+    head = {"reward": "score", "ppo": ("lm", "value")}.get(method, "lm")
+    labels, share = (["reward"], 0.1) if method == "reward" else (None, 1 / 30)
+    model = SFT.prepare_model(config, tokenizer, head, labels, share)
     if not model.config.causal:
-        raise UserError(f"model.name: {name} is an encoder; rewards and preferences are learnt by causal models here")
-    if settings.method == "ppo":
+        raise UserError(f"model.name: {config.model.name} is an encoder; RL.py trains causal models")
+    if method == "ppo":
         model.value_head.requires_grad_(True)
     TOKENIZER.end_with_turns(model, tokenizer)
     still(model)
     frozen = frozen_model(config, tokenizer, device)
-    build = rollout_stage if settings.method in ON_POLICY else pair_stage
+    build = rollout_stage if method in ON_POLICY else pair_stage
     stage = build(config, model, tokenizer, records, held, left, frozen, judges)
     return stage._replace(evaluate=with_kept(stage.evaluate, config, tokenizer))
 
@@ -1644,11 +1644,11 @@ def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable | None:
 def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAIN.Stage:
     settings = config.rl
     pairs, kept = (read_pairs(config, tokenizer, found, left) for found in (records, held))
-    if len(pairs) < (2 if settings.method == "kto" else 1):
-        raise UserError(f"data.train: no {'completions are' if settings.method == 'kto' else 'pair is'} left to train "
-                        f"on{left.text()}")
+    least, what = (2, "completions") if settings.method == "kto" else (1, "pairs")
+    if len(pairs) < least:
+        raise UserError(f"data.train: {len(pairs)} {what} are left, at least {least} needed{left.text()}")
     cut = f"; {left.truncated:,} truncated at training.max_length" if left.truncated else ""
-    say(f"{len(pairs):,} {'completions' if settings.method == 'kto' else 'pairs'}, {len(kept):,} held out{cut}{left.text()}")
+    say(f"{len(pairs):,} {what}, {len(kept):,} held out{cut}{left.text()}")
     if settings.method == "kto":
         warn_imbalance(pairs, settings)
     stream = Pairs(pairs, kept, settings, config.training, frozen)
@@ -1750,6 +1750,8 @@ def main(argv: list[str] | None = None) -> TRAIN.Result | None:
         config.data.train = [shipped_data(config.rl.method)]
         held_out = config.data.train[0].replace(".jsonl", "_test.jsonl")
         config.data.validation = held_out if config.data.validation == "hash" else config.data.validation
+    if config.actions.dry_run and config.actions.resume:
+        raise UserError("--dry-run: trains nothing; leave out --resume")
     if config.actions.dry_run:
         return dry_run(config)
     show = 'echo "..." | python INFER.py MODEL'

@@ -1093,7 +1093,7 @@ def test_what_cannot_be_compared_is_left_out_and_named(world, tmp_path, capsys):
     assert "8 pairs" in said
     for line, why in ((1, "whose completions are the same"), (2, "with an empty completion"), (3, "whose prompt fills training.max_length 128")):
         assert f"left out 1 {why} (the first: {data}:{line})" in said
-    with pytest.raises(UserError, match="no pair is left to train on.*; left out 1 whose completions are the same"):
+    with pytest.raises(UserError, match="0 pairs are left, at least 1 needed.*; left out 1 whose completions are the same"):
         RL.main([*flags, "--data", str(write(tmp_path / "bad.jsonl", bad)), "--out", str(tmp_path / "none")])
     twice = write(tmp_path / "twice.jsonl", good + good[:2] + [{"chosen": [*ASKED, *FOX], "rejected": [{"role": "user", "content": "Who?"}, *OWL]}])
     RL.main([*flags, "--data", str(twice), "--out", str(tmp_path / "twice")])
@@ -1140,7 +1140,7 @@ def test_kto_needs_both_kinds(wanted, others, weights, said, capsys):
     (["--rl.method", "grpo", "--rl.reward_weights", "[1]"], "rl.reward_weights: 1 for 2 rl.reward_funcs"),
     (["--rl.method", "dpo", "--rl.beta", "0"], "rl.beta: must be above 0 for dpo"),
     (["--rl.method", "dpo", "--rl.loss_type", "robust"], "rl.label_smoothing: must be above 0 for rl.loss_type robust"),
-    (["--rl.method", "dpo", "--lora.r", "2", "--lora.lora_dropout", "0.1"], "lora.lora_dropout: dropout is off here"),
+    (["--rl.method", "dpo", "--lora.r", "2", "--lora.lora_dropout", "0.1"], "lora.lora_dropout: dropout is not available"),
     (["--rl.method", "grpo", "--rl.temperature", "0"], "rl.temperature: 0.0 must be at least 0.001"),
     (["--rl.method", "gppo"], "'gppo' is not one of"),
     (["--rl.method", "grpo", "--rl.loss_type", "cispo", "--rl.importance_sampling_level", "sequence"], "importance_sampling_level: sequence is not available"),
