@@ -108,8 +108,8 @@ class RLSection:
                                           ("token", "sequence"), only=("method", "grpo"))
     importance_sampling_clip_max: float | None = rollout_knob(
         None, "weight losses by the ratio of training to sampling probability, at most this value (TRL: 3); null is off", above=0)
-    dynamic_sampling: int = knob(0, "maximum number of extra draws per rollout that replace prompts whose completions all got the "
-                                    "same reward (DAPO); 0 is off", low=0, only=("method", "grpo", "rloo"))
+    dynamic_sampling: int = knob(0, "extra draws per rollout that replace prompts whose completions all got the same reward (DAPO)",
+                                 low=0, only=("method", "grpo", "rloo"))
     scale_rewards: str = knob("group", "grpo: divide advantages by the standard deviation of the group, of the batch, or not at "
                                        "all", ("group", "batch", "none"), only=("method", "grpo"), often=True)
     mask_truncated_completions: bool = rollout_knob(False, "exclude truncated completions from the loss")
@@ -1142,8 +1142,8 @@ class Rollouts:
         return self.write(self.run.model, share, self.sampling(**changes), self.rollout)
 
     def draw_varied(self) -> tuple[list[Sample], int]:
-        """(this process's share of a rollout, number of prompts drawn). Groups of completions with equal rewards have no advantage.
-        They are replaced by the next prompts, at most rl.dynamic_sampling times (DAPO; Yu 2025, section 3.2)."""
+        """(this process's share of a rollout, number of prompts drawn). Groups of completions with equal rewards have no
+        advantages. They are replaced by the next prompts, in at most rl.dynamic_sampling draws (DAPO; Yu 2025, section 3.2)."""
         varied, equal, size = [], [], self.settings.num_generations
         for _ in range(1 + self.settings.dynamic_sampling):
             if len(varied) < self.count:
@@ -1606,7 +1606,8 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     if config.training.qat != "none":
         raise UserError("training.qat: not available in RL.py, which compares the policy with an unquantized reference; use "
                         "it in SFT.py or DISTILL.py")
-    for section, key in ("lora", "lora_dropout"), ("model", "attention_dropout"), ("model", "resid_pdrop"), ("model", "embd_pdrop"):
+    dropout = ("lora", "lora_dropout"), ("model", "attention_dropout"), ("model", "resid_pdrop"), ("model", "embd_pdrop")
+    for section, key in dropout:
         if getattr(getattr(config, section), key):
             raise UserError(f"{section}.{key}: dropout is not available, it changes the probabilities that are compared")
     tokenizer, records, held, left = read_records(config, checkpoint)
