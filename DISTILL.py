@@ -1035,7 +1035,6 @@ def introduce(teacher: Teacher, size: int, settings: DistillSection) -> None:
 
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
     settings, training, out = config.distill, config.training, Path(config.output.dir)
-    TRAIN.check_apart(out, teacher=settings.teacher, cache_dir=settings.cache_dir)
     cache = Cache.open(Path(settings.cache_dir)) if settings.cache_dir else None
     if cache:
         f = cache.facts
@@ -1303,6 +1302,7 @@ def main(argv: list[str] | None = None) -> TRAIN.Result | None:
     what = check_actions(config)
     if what != "train":
         return {"cache": write_cache, "generate": write_answers}[what](config)
+    TRAIN.check_apart(Path(config.output.dir), teacher=config.distill.teacher, cache_dir=config.distill.cache_dir)
     return TRAIN.run_stage("distill", config, prepare)
 
 

@@ -641,22 +641,25 @@ def dry_run(config) -> None:
     else:
         TOKENIZER.ensure_chat(tokenizer)
         samples, _ = read_conversations(config, tokenizer)
-    for sample in samples[:3]:
-        print(f"--- {sample.where}")
-        if isinstance(sample, Labelled):
-            print(f"{tokenizer.decode(sample.text_ids)} \033[32m{sample.record['label']}\033[0m")
-            continue
-        pieces: list[tuple[bool, list[int]]] = []
-        for i, weight in zip(sample.ids, sample.weights, strict=True):
-            if not pieces or pieces[-1][0] != (weight > 0):
-                pieces.append((weight > 0, []))
-            pieces[-1][1].append(i)
-        print("".join(f"\033[32m{tokenizer.decode(ids)}\033[0m" if on else tokenizer.decode(ids) for on, ids in pieces))
-    lengths = np.array([len(sample.ids) for sample in samples])
-    counts, edges = np.histogram(lengths, bins=min(12, int(lengths.max() - lengths.min()) + 1))
+    shown = [(sample.where, f"{tokenizer.decode(sample.text_ids)} \033[32m{sample.record['label']}\033[0m"
+              if isinstance(sample, Labelled) else in_green(tokenizer, sample.ids, sample.weights)) for sample in samples[:3]]
     what = "text" if config.sft.task == "classify" else "conversation"
-    print(f"--- tokens per {what}: median {int(np.median(lengths))}, longest {lengths.max()}, "
-          f"max_length {config.training.max_length}")
+    preview(shown, [len(sample.ids) for sample in samples], what, f"max_length {config.training.max_length}")
+
+
+def in_green(tokenizer, ids: list[int], weights: list[float]) -> str:
+    """Decoded ids; those with a weight, which are trained on, in green."""
+    groups = itertools.groupby(zip(ids, weights, strict=True), lambda pair: pair[1] > 0)
+    pieces = [(on, [i for i, _ in group]) for on, group in groups]
+    return "".join(f"\033[32m{tokenizer.decode(piece)}\033[0m" if on else tokenizer.decode(piece) for on, piece in pieces)
+
+
+def preview(shown: list[tuple[str, str]], lengths: list[int], what: str, limit: str) -> None:
+    """Print (where, text) of a few records, and the distribution of the lengths of all in tokens."""
+    for where, text in shown:
+        print(f"--- {where}\n{text}")
+    counts, edges = np.histogram(lengths, bins=min(12, max(lengths) - min(lengths) + 1))
+    print(f"--- tokens per {what}: median {int(np.median(lengths))}, longest {max(lengths)}, {limit}")
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         print(f"{int(np.ceil(low)):6}-{int(high):<6} {'#' * round(50 * count / counts.max())} {count:,}")
 

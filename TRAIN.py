@@ -429,8 +429,9 @@ class Trainer:
         steps, total = self.training.warmup_steps, self.total_steps
         if not total or steps < 1 or 2 * steps <= total:
             return steps
-        self.log.tell(f"training.warmup_steps: {steps:g} is more than half of the run's {total} steps; warming up for {total // 4}")
-        return float(total // 4)
+        self.log.tell(f"training.warmup_steps: {steps:g} is more than half of the run's {total} steps; warming up for "
+                      f"{max(1, total // 4)}")
+        return float(max(1, total // 4))
 
     def _flops_per_token(self) -> tuple[float, float]:
         """FLOPs of training on one token, without the vocabulary's head, and of that head, which is computed for targets only."""
