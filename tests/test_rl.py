@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, in_file, kills, launch, make_text, two_processes
+from conftest import ROOT, in_file, kills, launch, make_text, saved_adapter, two_processes
 from safetensors.torch import load_file
 from torch import tensor
 
@@ -209,12 +209,6 @@ def test_rloo_takes_a_text_as_one_action():
     first, _ = RL.rloo_loss(now, now.detach(), advantages.detach(), MASK)  # REINFORCE: the gradient is A grad log p
     [gradient] = torch.autograd.grad(first.sum(), now)
     torch.testing.assert_close(gradient, -advantages.detach()[:, None] * MASK)
-
-
-def test_beta_adapts_by_at_most_a_fifth():
-    assert RL.adapted_beta(0.1, 6.0, 3.0, 100, 1000) == pytest.approx(0.1 * (1 + 0.2 * 0.1))
-    assert RL.adapted_beta(0.1, 3.3, 3.0, 100, 1000) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
-    assert RL.adapted_beta(0.1, 0.0, 3.0, 100, 1000) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
 
 
 # ------------------------------------------------------------------------------------------------------ records
@@ -516,12 +510,15 @@ def test_ktos_baseline_is_the_mean_gain_on_texts_of_others(model_folder, tokeniz
     assert "rewards/accuracies" in metrics and "rewards/margins" not in metrics  # all are wanted, there is nothing between
 
 
-def test_the_reference_changes_places_with_the_policy(model_folder):
+def test_the_reference_is_the_policy_as_it_began(model_folder, tmp_path):
+    """A copy of a whole policy; of one with an adapter, fresh or loaded, only the adapter is copied."""
     ids = torch.arange(10)[None]
-    for lora in (False, True):
+    for kind in ("whole", "fresh", "loaded"):
         model = MODEL.load(model_folder)
-        if lora:
-            SFT.attach_lora(model, "base", seed=1, r=4)
+        if kind == "fresh":
+            SFT.attach_lora(model, str(model_folder), seed=1, r=4)
+        elif kind == "loaded":
+            MODEL.load_adapter(model, saved_adapter(model_folder, tmp_path, 2), train=True)
         before = model(ids).logits
         reference = RL.Reference(model)
         with torch.no_grad():
@@ -532,10 +529,10 @@ def test_the_reference_changes_places_with_the_policy(model_folder):
         assert not torch.allclose(before, after)
         for _ in range(2):
             with reference(model) as frozen, torch.no_grad():
-                assert frozen is model and torch.equal(frozen(ids).logits, before)
+                assert (frozen is model) == (kind != "whole") and torch.equal(frozen(ids).logits, before)
             assert torch.equal(model(ids).logits, after)
-        kept = sum(weight.numel() for weight in reference.start.values())
-        assert kept == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        kept = sum(weight.numel() for weight in reference.adapter.values())
+        assert kept == (0 if kind == "whole" else sum(weight.numel() for weight in model.parameters() if weight.requires_grad))
 
 
 # ------------------------------------------------------------------------------------------------------ rewards
@@ -630,7 +627,7 @@ def test_unknown_rewards_are_one_line(name, message, tmp_path):
     with pytest.raises(UserError, match=message):
         RL.Judges(RL.RLSection(method="grpo", reward_funcs=[name]), None, "cpu")
     (tmp_path / "own.py").write_text(FUNCTIONS)
-    with pytest.raises(UserError, match="has no function 'other'; it has letters"):
+    with pytest.raises(UserError, match="has no function 'other'; choose a function: .*own.py:letters, "):
         RL.Judges.find(f"{tmp_path}/own.py:other", None, "cpu")
     (tmp_path / "ends.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(UserError, match="ends.py cannot be imported .SystemExit: 0"):
@@ -662,12 +659,12 @@ class Letters:
 class Worth:
     """Judges by letters: a text is worth the sum of its letters."""
 
-    names = ["worth"]
+    names, metrics = ["worth"], {}
 
     def __init__(self, **worth):
         self.worth = worth
 
-    def __call__(self, samples) -> None:
+    def __call__(self, samples, state) -> None:
         for one in samples:
             one.reward = sum(self.worth[letter] for letter in one.text)
             one.rewards = [one.reward]
@@ -716,9 +713,9 @@ def rollouts(model, prompts, tmp_path, batch_size, method, judges, tokenizer, **
 
 
 class Named:
-    names = ["length"]
+    names, metrics = ["length"], {}
 
-    def __call__(self, samples) -> None:
+    def __call__(self, samples, state) -> None:
         for one in samples:
             one.reward = float(len(one.text) % 5)
             one.rewards = [one.reward]
@@ -789,7 +786,7 @@ def test_advantages_reach_the_right_tokens(model_folder, tokenizer, tmp_path):
 
 def test_equal_rewards_teach_nothing_and_cut_texts_can_be_left_out(model_folder, tokenizer, tmp_path):
     class Alike(Named):
-        def __call__(self, samples) -> None:
+        def __call__(self, samples, state) -> None:
             for one in samples:
                 one.reward, one.rewards = 1.0, [1.0]
 
@@ -803,15 +800,6 @@ def test_equal_rewards_teach_nothing_and_cut_texts_can_be_left_out(model_folder,
     batch = next(stream)
     cut = sum(one.finish == "length" for one in stream.samples)
     assert cut > 0 and batch["counts"]["texts"] == 16 and int((batch["targets"] != -100).any(1).sum()) == 16 - cut
-
-
-def test_runaways_are_reported_once():
-    watch = RL.Watch()
-    assert not watch({"completions/mean_length": 10.0, "kl": 1.0})
-    assert "25 tokens now, 10 in the beginning" in watch({"completions/mean_length": 25.0, "kl": 1.0})[0]
-    assert not watch({"completions/mean_length": 30.0, "kl": 19.0})
-    assert len(watch({"completions/mean_length": 60.0, "kl": 30.0})) == 2
-    assert not watch({"completions/mean_length": 60.0, "kl": 50.0}) and watch({"completions/mean_length": 2.0})
 
 
 def test_no_dropout_remains(tmp_path):
@@ -862,7 +850,7 @@ STEPS = {"ppo": 16, "grpo": 8, "rloo": 8}
 
 
 @pytest.mark.parametrize("method, more", [*[(method, []) for method in (*RL.OFFLINE, *RL.ON_POLICY)], ("dpo", ["--lora.r", "4"]), ("ppo", ["--lora.r", "4"]),
-                                          ("grpo", ["--lora.r", "4", "--rl.num_iterations", "2"]), ("ppo", ["--rl.kl_target", "0.1", "--rl.kl_horizon", "100"])])
+                                          ("grpo", ["--lora.r", "4", "--rl.num_iterations", "2"])])
 def test_every_method_learns_and_resumes_to_the_last_bit(method, more, world, tmp_path):
     """From a checkpoint, inside a rollout too, what follows is what an undisturbed run does."""
     steps = STEPS.get(method, 12)
@@ -938,7 +926,7 @@ def test_ppo_learns_from_a_reward_model(world, tmp_path, capsys, monkeypatch):
         assert one.rewards == pytest.approx([float(theirs(tensor([one.ids])).logits)], abs=1e-4)
         assert one.reward == pytest.approx(one.rewards[0] - 0.5 * (one.finish == "length"))
     log = [line for line in log_of(tmp_path / "ppo") if "explained_variance" in line]
-    assert {"value_loss", "policy_loss", "clip_ratio", "approx_kl", "entropy", "kl", "reward", "beta", "completions/mean_length"} <= set(log[-1])
+    assert {"value_loss", "policy_loss", "clip_ratio", "approx_kl", "entropy", "kl", "reward", "completions/mean_length"} <= set(log[-1])
 
 
 def test_another_reference_can_be_named(world, tmp_path):
@@ -1144,6 +1132,7 @@ def test_the_reference_is_itself_in_sixteen_bits_too(model_folder):
                                             moe_intermediate_size=16, scoring_func="sigmoid", router_bias_update_speed=0.01, initializer_range=0.3), seed=1)
     for model in (MODEL.load(model_folder), experts.eval()):
         reference = RL.Reference(model)
+        reference.start(TRAIN.Run(model, TRAIN.TrainingSection(), torch.device("cpu"), "no"), TRAIN.TrainingSection())
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             before = model(ids).logits.clone()
         with torch.no_grad():
