@@ -789,14 +789,13 @@ def modules_beside(folder: Path):
 
 def load_file(path: Path, key: str):
     """A Python file of the user as a module with a private name; functions of one file share the module."""
-    source = path.read_bytes()
-    name = "_user_" + hashlib.blake2b(str(path).encode() + source, digest_size=8).hexdigest()
+    name = "_user_" + hashlib.blake2b(str(path).encode() + path.read_bytes(), digest_size=8).hexdigest()
     if name not in sys.modules:
-        module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
-        sys.modules[name] = module  # dataclasses and pickle look it up
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses and pickle look it up
         try:
             with modules_beside(path.parent):
-                exec(compile(source, path, "exec"), vars(module))
+                spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:  # it is the user's code: anything may come
             del sys.modules[name]
             raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
