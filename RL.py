@@ -94,10 +94,14 @@ class RLSection:
         ["exact_answer"], "ppo, grpo, rloo: reward functions, such as length:60, judge.py:function, out/reward; also "
         "exact_answer, number_after:####, format:REGEX, regex:REGEX; rewards are summed", often=True)
     reward_weights: list[float] | None = rollout_knob(None, "weight of each reward function; null is 1")
+    tools: list[str] = rollout_knob([], "ppo, grpo, rloo: functions that completions may call, as file.py:function", often=True)
+    max_turns: int = knob(4, "with rl.tools: maximum number of assistant turns per completion", low=1, only="tools", often=True)
+    tool_timeout: float = knob(10.0, "with rl.tools: maximum seconds per call", above=0, only="tools")
     rollout_size: int = rollout_knob(256, "ppo, grpo, rloo: completions per rollout, over all prompts and processes; a multiple "
                                           "of the optimizer step", low=1, often=True)
     num_generations: int | None = rollout_knob(None, "completions per prompt; null is 8, for ppo 1", low=1, often=True)
-    max_completion_length: int = rollout_knob(64, "ppo, grpo, rloo: maximum tokens per completion", low=1, often=True)
+    max_completion_length: int = rollout_knob(64, "ppo, grpo, rloo: maximum tokens per completion, including tool results",
+                                              low=1, often=True)
     temperature: float = rollout_knob(1.0, "ppo, grpo, rloo: sampling temperature of the rollouts", low=1e-3, often=True)
     top_k: int = rollout_knob(0, "sample from the k most probable tokens; 0 is off", low=0)
     top_p: float = rollout_knob(1.0, "sample from the smallest set with this cumulative probability", above=0, high=1)
@@ -395,9 +399,9 @@ def form_of(settings: RLSection, expand: Callable) -> TOKENIZER.Form:
     return TOKENIZER.Form(expand, "rl", settings.columns, settings.system, keys)
 
 
-def make_chat(tokenizer, records: list[tuple[str, dict]]) -> None:
-    """Conversations need a chat template; texts are joined as they stand where there is none."""
-    if any(isinstance(record["prompt"], list) for _, record in records):
+def make_chat(tokenizer, records: list[tuple[str, dict]], tools: bool = False) -> None:
+    """Conversations and tools need a chat template; texts are joined as they stand where there is none."""
+    if tools or any(isinstance(record["prompt"], list) for _, record in records):
         TOKENIZER.ensure_chat(tokenizer)
 
 
@@ -749,14 +753,14 @@ def event_loop(process: int) -> asyncio.AbstractEventLoop:
     return loop
 
 
-def awaited(given):
-    """What a function returned; a coroutine runs to its end."""
+def awaited(given, timeout: float | None = None):
+    """What a function returned; a coroutine runs to its end, for at most `timeout` seconds."""
     if not inspect.iscoroutine(given):
         return given
 
     async def run():
         try:
-            return await given
+            return await asyncio.wait_for(given, timeout)
         except SystemExit as error:  # would end the loop
             raise RuntimeError(f"SystemExit: {error}") from error
 
@@ -803,7 +807,7 @@ def load_file(path: Path, key: str):
 
 
 def user_function(name: str, key: str) -> Callable:
-    """`file.py:function`, ready to be called."""
+    """`file.py:function` of the user; its attribute `folder` is the file's."""
     path, _, wanted = name.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"{key}: {name}: there is no file '{path}'")
@@ -820,10 +824,11 @@ def user_function(name: str, key: str) -> Callable:
         with modules_beside(folder):
             return awaited(function(**given))
 
+    call.folder = folder
     return call
 
 
-# ------------------------------------------------------------------------------------------- reward functions
+# ------------------------------------------------------------------------------------- prompts, samples, tools
 
 
 class Prompt(NamedTuple):
@@ -841,14 +846,24 @@ class Sample:
 
     def __init__(self, prompt: Prompt, number: int, ids: list[int], finish: str, text: str, sampled: list[float] | None):
         self.where, self.number, self.prompt, self.columns = prompt.where, number, prompt.content, prompt.columns
-        self.ids, self.start = [*prompt.ids, *ids], len(prompt.ids)
-        self.places = list(range(self.start, len(self.ids)))
-        self.finish, self.text, self.sampled = finish, text, sampled
-        self.messages = TOKENIZER.as_messages(text, "assistant")
+        self.ids, self.start = list(prompt.ids), len(prompt.ids)
+        self.places: list[int] = []
+        self.sampled: list[float] = []
+        self.messages: list[dict] = []  # turns of the assistant and of tools
+        self.calls = self.failures = 0
+        self.add(ids, finish, text, sampled)
         self.rewards: list[float | None] = []
         self.reward = 0.0
         self.extra: dict = {}  # for rollouts.jsonl, by reward functions
         self.old = self.reference = self.values = self.entropy = self.advantages = self.returns = None
+
+    def add(self, ids: list[int], finish: str, text: str, sampled: list[float] | None) -> None:
+        """A turn of the policy, which `finish` and `text` describe from now on."""
+        self.turn = len(self.ids)  # its first place
+        self.places += range(self.turn, self.turn + len(ids))
+        self.ids, self.sampled = self.ids + ids, self.sampled + (sampled or [])
+        self.finish, self.text = finish, text
+        self.messages.append({"role": "assistant", "content": text})
 
     def state(self) -> dict:
         """What training needs of it."""
@@ -863,6 +878,105 @@ class Sample:
     @property
     def length(self) -> int:
         return len(self.places)
+
+
+MAX_HANGING = 16  # threads of calls that did not return
+
+
+class Tools:
+    """Functions that the policy may call while it completes a conversation, in the form of the tokenizer's chat template.
+
+    A call runs in a daemon thread. One that exceeds `timeout` seconds is left behind: Python cannot end a thread. Whatever goes
+    wrong is an error text in the conversation."""
+
+    def __init__(self, names: list[str], tokenizer, timeout: float, key: str = "rl.tools"):
+        from transformers.utils import get_json_schema
+
+        self.tokenizer, self.timeout, self.hanging = tokenizer, timeout, []
+        self.functions: dict[str, Callable] = {}
+        self.schemas: list[dict] = []
+        for name in names:
+            function = user_function(name, key)
+            try:
+                self.schemas.append(get_json_schema(function))
+            except Exception as error:
+                raise UserError(f"{key}: {name}: a type hint for each argument and a docstring in Google's style are needed "
+                                f"({MODEL.first_line(error)})") from None
+            if function.__name__ in self.functions:
+                raise UserError(f"{key}: two functions have the name '{function.__name__}'; rename one")
+            self.functions[function.__name__] = function
+        result = [(next(iter(self.functions)), "zqshown")]
+        if not (TOKENIZER.answer_markup(tokenizer).call
+                and "zqshown" in tokenizer.decode(TOKENIZER.ids_after_calls(tokenizer, result, self.schemas))):
+            raise UserError(f"{key}: the chat template of this model does not render tool calls and their results")
+
+    def beside(self, own: list[dict] | None) -> list[dict]:
+        """The schemas of these functions and of a record's other tools."""
+        return [*(tool for tool in own or () if tool.get("function", tool).get("name") not in self.functions), *self.schemas]
+
+    def read(self, sample: Sample) -> list[tuple[str | None, dict]]:
+        """The calls of a sample's last turn, which ends with them: (name, arguments); no name for what cannot be read."""
+        if sample.finish != "stop":
+            return []
+        ends = TOKENIZER.any_of([*TOKENIZER.chat_ends(self.tokenizer).tokens, self.tokenizer.eos_token or "\0"])
+        text = ends.split(self.tokenizer.decode(sample.ids[sample.turn :], clean_up_tokenization_spaces=False))[0]
+        reader = INFER.answer_reader(self.tokenizer, sample.ids[: sample.turn], self.beside(sample.columns.get("tools")))
+        reasoning, content, calls = reader(text, True)
+        records = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls]
+        begin, after = reader.markup.call[0].strip(), text.rpartition(reader.markup.think[1])[2] if reader.markup.think else text
+        if begin and after.count(begin) > len(calls):
+            calls = [*calls, (None, {})]
+        if calls:
+            turn = {"content": content, "reasoning_content": reasoning, "tool_calls": records}
+            sample.messages[-1] = {"role": "assistant", "content": "", **{key: value for key, value in turn.items() if value}}
+            sample.finish = "tool_calls"
+        return calls
+
+    def run(self, name: str | None, arguments: dict) -> tuple[str, bool]:
+        """(what a call gives, as text; whether it failed)."""
+        if name not in self.functions:
+            problem = f"there is no tool '{name}'" if name else "this call cannot be read; its arguments must be valid JSON"
+            return f"Error: {problem}; the tools are {', '.join(self.functions)}", True
+        self.hanging = [thread for thread in self.hanging if thread.is_alive()]
+        if len(self.hanging) == MAX_HANGING:
+            return "Error: earlier calls are still running", True
+        function, found = self.functions[name], [(f"Error: no result within {self.timeout:g} seconds", True)]
+
+        def work() -> None:
+            try:
+                with torch.no_grad():
+                    found.append((str(awaited(function.__wrapped__(**arguments), self.timeout)), False))
+            except (TimeoutError, asyncio.TimeoutError):
+                return
+            except BaseException as error:  # it is the user's code, and SystemExit would end the thread only
+                found.append((f"Error: {type(error).__name__}: {error}", True))
+
+        thread = threading.Thread(target=work, daemon=True)
+        with modules_beside(function.folder):
+            thread.start()
+            thread.join(self.timeout)
+        self.hanging += [thread] if thread.is_alive() else []
+        text, failed = found[-1]
+        return text.encode("utf-8", "replace").decode(), failed  # no half surrogate pairs
+
+    def answer(self, sample: Sample, length: int) -> bool:
+        """Run the calls of a sample's last turn and add their results; False if it calls nothing, or if the results leave no
+        room for another turn in a completion of `length` tokens."""
+        calls = self.read(sample)
+        if not calls:
+            return False
+        results = [self.run(*call) for call in calls]
+        sample.calls, sample.failures = sample.calls + len(calls), sample.failures + sum(failed for _, failed in results)
+        known = [name if name in self.functions else next(iter(self.functions)) for name, _ in calls]
+        ids = TOKENIZER.ids_after_calls(self.tokenizer, [(name, text) for name, (text, _) in zip(known, results, strict=True)],
+                                        self.schemas)
+        if len(sample.ids) - sample.start + len(ids) >= length:
+            sample.finish = "length"
+            return False
+        sample.ids = sample.ids + ids
+        sample.messages += [{"role": "tool", "name": name, "content": text}
+                            for (name, _), (text, _) in zip(calls, results, strict=True)]
+        return True
 
 
 def expected_answer(sample: Sample, function: str, marker: str = "####") -> str:
@@ -1162,13 +1276,14 @@ class SampledTexts:
         """Completions of these prompts, those of a prompt one after another."""
         answers = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, None, batch_size=self.batch_size, step=step,
                                  first=[number for number, _ in numbered])
-        samples = []
-        for (number, prompt), completions in zip(numbered, answers, strict=True):
-            for completion in completions:
-                before = prompt.ids if isinstance(prompt.content, str) and not self.tokenizer.chat_template else []
-                text = INFER.completion_text(self.tokenizer, before, completion.ids)
-                samples.append(Sample(prompt, number, completion.ids, completion.finish_reason, text, completion.logprobs))
-        return samples
+        return [Sample(prompt, number, *self.read(completion, prompt))
+                for (number, prompt), completions in zip(numbered, answers, strict=True) for completion in completions]
+
+    def read(self, completion: INFER.Completion, prompt: Prompt) -> tuple:
+        """What a sample keeps of a completion."""
+        before = prompt.ids if isinstance(prompt.content, str) and not self.tokenizer.chat_template else []
+        text = INFER.completion_text(self.tokenizer, before, completion.ids)
+        return completion.ids, completion.finish_reason, text, completion.logprobs
 
     def draw(self) -> list[Sample]:
         """This process's completions of the next prompts."""
@@ -1260,17 +1375,36 @@ class Rollouts(SampledTexts):
     """Sampled texts with rewards, log-probabilities and advantages."""
 
     def __init__(self, prompts: list[Prompt], tokenizer, judges: Judges, settings: RLSection, training: TRAIN.TrainingSection,
-                 reference: Reference | None, out: Path):
+                 reference: Reference | None, out: Path, tools: Tools | None = None):
         sampling = INFER.Sampling(settings.max_completion_length, settings.temperature, settings.top_k, settings.top_p,
                                   seed=training.seed, n=settings.num_generations, logprobs=True)
         super().__init__(prompts, tokenizer, sampling, settings.rollout_size, settings.rollout_batch_size, training, out,
                          settings.num_iterations)
-        self.judges, self.settings, self.reference = judges, settings, reference
+        self.judges, self.settings, self.reference, self.tools = judges, settings, reference, tools
 
     def start(self, run: TRAIN.Run) -> None:
         super().start(run)
         if self.reference:
             self.reference.start(run, self.training)
+
+    def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
+        """With tools, a completion goes on after each call, until it answers without one or a limit ends it."""
+        samples, length = super().write(model, numbered, sampling, step), sampling.max_new_tokens
+        asking = list(enumerate(samples)) if self.tools else []
+        for turn in range(1, self.settings.max_turns):
+            asking = [(i, sample) for i, sample in asking if self.tools.answer(sample, length)]
+            if not TRAIN.all_sum([len(asking)], self.run.device)[0]:
+                break
+            # Each turn draws from a generator keyed by (seed, step, prompt, sample, turn).
+            keys = [sample.number + (i % sampling.n << 32) + (turn << 64) for i, sample in asking]
+            rest = [replace(sampling, n=1, max_new_tokens=length - (len(sample.ids) - sample.start)) for _, sample in asking]
+            answers = INFER.generate(model, [sample.ids for _, sample in asking], rest, None, batch_size=self.batch_size, step=step,
+                                     first=keys)
+            for (_, sample), [completion] in zip(asking, answers, strict=True):
+                sample.add(*self.read(completion, Prompt(sample.where, sample.prompt, [], {})))
+        for _, sample in asking:
+            self.tools.read(sample)
+        return samples
 
     def trainer_state(self) -> SimpleNamespace:
         """What TRL tells reward functions of the run; `max_steps` is None where a time limit ends it."""
@@ -1347,6 +1481,10 @@ class Rollouts(SampledTexts):
         found["entropy"] = float(torch.cat([sample.entropy for sample in samples]).mean())
         if self.reference:
             found["kl"] = sum(float(kl_estimate(sample.old, sample.reference).sum()) for sample in samples) / len(samples)
+        if self.tools:
+            calls = sum(sample.calls for sample in samples)
+            found |= {"tools/call_frequency": calls / len(samples),
+                      "tools/failure_frequency": sum(sample.failures for sample in samples) / max(calls, 1)}
         if settings.num_generations > 1:
             groups = rewards.view(-1, settings.num_generations)
             found["frac_reward_zero_std"] = float((groups.max(1).values == groups.min(1).values).float().mean())
@@ -1409,7 +1547,7 @@ class Rollouts(SampledTexts):
                  "advantage": round(float(sample.advantages.mean()), 4)}
         if sample.reference is not None:
             found["kl"] = round(float(kl_estimate(sample.old, sample.reference).sum()), 4)
-        return found
+        return {**found, "messages": sample.messages} if self.tools else found
 
 
 def everyone(value) -> list:
@@ -1701,7 +1839,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     SFT.say_unused(config.data)
     expand, kind = (prompt_record, "prompt") if settings.method in ON_POLICY else (preference, "pair")
     records, held = TOKENIZER.read_split(config.data, form_of(settings, expand), left, kind)
-    make_chat(tokenizer, records + held)
+    make_chat(tokenizer, records + held, bool(settings.tools))
     judges = Judges(settings, tokenizer, device) if settings.method in ON_POLICY else None
     if settings.method == "reward":
         model = SFT.prepare_model(config, tokenizer, "score", ["reward"], share=0.1)
@@ -1758,6 +1896,7 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
     settings, out = config.rl, Path(config.output.dir)
     room = Room("rl.max_completion_length", settings.max_completion_length, config.training.max_length, "training.max_length")
     room.check()
+    tools = Tools(settings.tools, tokenizer, settings.tool_timeout) if settings.tools else None
 
     def prompts(found: list[tuple[str, dict]]) -> list[Prompt]:
         made = []
@@ -1765,10 +1904,10 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
             if given := set(GIVEN) & record.keys():
                 raise UserError(f"{where}: the key '{min(given)}' is what reward functions are given; call it otherwise, or "
                                 "rename it by rl.columns")
-            ids = prompt_ids(tokenizer, record["prompt"], record.get("tools"))
+            content = TOKENIZER.as_messages(record["prompt"]) if tools else record["prompt"]
+            ids = prompt_ids(tokenizer, content, tools.beside(record.get("tools")) if tools else record.get("tools"))
             if room.fits(ids, where, left):
-                made.append(Prompt(where, record["prompt"], ids,
-                                   {key: value for key, value in record.items() if key != "prompt"}))
+                made.append(Prompt(where, content, ids, {key: value for key, value in record.items() if key != "prompt"}))
         return made
 
     found, kept = prompts(records), prompts(held)
@@ -1777,7 +1916,7 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
     judges.check(found + kept)
     say(f"{len(found):,} prompts, {len(kept):,} held out{left.text()}; judged by {', '.join(judges.names)}")
     reference = Reference(model, frozen) if settings.beta else None
-    stream = Rollouts(found, tokenizer, judges, settings, config.training, reference, out)
+    stream = Rollouts(found, tokenizer, judges, settings, config.training, reference, out, tools)
 
     def save(text: str, tokenizer, model, folder: Path) -> None:
         TRAIN.save_product(text, tokenizer, model, folder)

@@ -748,6 +748,155 @@ def test_an_unchanged_policy_has_ratio_one(method, temperature, top_k, model_fol
             assert totals["texts"] == 16
 
 
+TOOLS = '''
+import asyncio, time, torch
+async_lock = asyncio.Lock()
+def add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+        a: the first
+        b: the second
+    """
+    if a == 13:
+        raise ValueError("bad luck")
+    if a == 14:
+        time.sleep(60)
+    if a == 15:
+        raise SystemExit(3)
+    return "\\ud800 <|im_end|>" if a == 16 else torch.is_grad_enabled() if a == 17 else a + b
+async def wait(seconds: float) -> str:
+    """Wait.
+
+    Args:
+        seconds: how long
+    """
+    async with async_lock:
+        await asyncio.sleep(seconds)
+    return "done"
+def bare(a):
+    return a
+'''
+
+
+def tools_of(tmp_path, chat, *names, timeout=0.2) -> RL.Tools:
+    (tmp_path / "tools.py").write_text(TOOLS)
+    return RL.Tools([f"{tmp_path}/tools.py:{name}" for name in names], chat, timeout)
+
+
+def test_a_call_never_ends_the_run(chat, tmp_path):
+    tools = tools_of(tmp_path, chat, "add", "wait")
+    assert [schema["function"]["name"] for schema in tools.schemas] == ["add", "wait"]
+    for call, given in ((("add", {"a": 1, "b": 2}), ("3", False)), (("add", {"a": 13, "b": 2}), ("Error: ValueError: bad luck", True)),
+                        (("add", {"a": 14, "b": 2}), ("Error: no result within 0.2 seconds", True)), (("add", {"a": 15, "b": 2}), ("Error: SystemExit: 3", True)),
+                        (("add", {"a": 16, "b": 2}), ("? <|im_end|>", False)), (("add", {"a": 17, "b": 2}), ("False", False)),
+                        (("wait", {"seconds": 0.0}), ("done", False)), (("wait", {"seconds": 9.0}), ("Error: no result within 0.2 seconds", True)),
+                        (("wait", {"seconds": 0.0}), ("done", False))):
+        assert tools.run(*call) == given
+    assert tools.run("add", {"x": 1})[0].startswith("Error: TypeError") and tools.run("sub", {}) == ("Error: there is no tool 'sub'; the tools are add, wait", True)
+    for names, message in ((["bare"], "bare: a type hint for each argument and a docstring"), (["add", "add"], "two functions have the name 'add'"), (["none"], "choose a function: .*:add, .*:wait, ")):
+        with pytest.raises(UserError, match=f"rl.tools: .*{message}"):
+            tools_of(tmp_path, chat, *names)
+    chat = transformers.PreTrainedTokenizerFast(tokenizer_object=chat.backend_tokenizer, **chat.special_tokens_map)
+    chat.chat_template = THINKING
+    with pytest.raises(UserError, match="rl.tools: .*the chat template .*tool calls"):
+        tools_of(tmp_path, chat, "add")
+
+
+def test_calls_are_read_and_results_follow_as_the_template_has_them(chat, tmp_path):
+    tools = tools_of(tmp_path, chat, "add")
+    good, asking = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>', TOKENIZER.render_chat(chat, ASKED, tools.schemas, add_generation_prompt=True).ids
+
+    def said(text: str, finish: str = "stop") -> RL.Sample:
+        ids = chat(text + "<|im_end|>", add_special_tokens=False).input_ids
+        return RL.Sample(RL.Prompt("here", ASKED, asking, {}), 0, ids, finish, text, [0.0] * len(ids))
+
+    one = said("Let me see." + good)
+    own = len(one.ids)
+    assert tools.answer(one, 500) and (one.calls, one.failures, one.length) == (1, 0, own - one.start)
+    whole = [*ASKED, *one.messages]
+    assert [turn["role"] for turn in one.messages] == ["assistant", "tool"] and one.messages[1]["content"] == "5"
+    assert one.ids == TOKENIZER.render_chat(chat, whole, tools.schemas, add_generation_prompt=True).ids and one.places == list(range(one.start, own))
+    for text, failures, tail in (('<tool_call>{"name": "add", "arg', 1, "cannot be read"), (good + "<tool_call>{", 1, "cannot be read"), (good.replace("add", "sub"), 1, "no tool 'sub'"),
+                                 (good.replace('"a"', '"c"'), 1, "unexpected keyword")):
+        one = said(text)
+        assert tools.answer(one, 500) and one.failures == failures and tail in one.messages[-1]["content"]
+    one = said(good)
+    assert not tools.answer(one, one.length + 4) and one.finish == "length" and len(one.messages) == 1 and one.ids[one.start :] == chat(good + "<|im_end|>", add_special_tokens=False).input_ids
+    for one in (said("It is 5."), said(good, "length")):
+        assert not tools.answer(one, 500) and not one.calls
+
+
+class Always(RL.Tools):
+    """Takes each completion of an even prompt for a call."""
+
+    def read(self, sample):
+        if sample.number % 2 or sample.finish != "stop":
+            return []
+        sample.finish = "tool_calls"
+        return [("add", {"a": sample.number, "b": len(sample.messages)})]
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
+def test_only_what_the_policy_wrote_is_learned(method, world, chat, tmp_path):
+    """In rollouts with tools too, sampled log-probabilities are those of a full forward, whatever the batches."""
+    model = MODEL.load(world / "base", head=("lm", "value") if method == "ppo" else None)
+    model.config.eos_token_id = list(range(4, 60))  # short turns
+    tools_of(tmp_path, chat, "add")
+    prompts = [RL.Prompt(f"line {i}", ASKED, RL.prompt_ids(chat, ASKED), {}) for i in range(3)]
+    found = []
+    for size in (16, 3):
+        stream = rollouts(model, prompts, tmp_path, 16, method, Named(), chat, max_completion_length=64, rollout_batch_size=size,
+                          tools=[f"{tmp_path}/tools.py:add"], max_turns=3, num_generations=2)
+        stream.tools = Always(stream.settings.tools, chat, 9.0)
+        batch = next(stream)
+        found.append([sample.ids for sample in stream.samples])
+        logged = stream.metrics()
+    assert found[0] == found[1] and logged["sampling/logp_difference_max"] < 1e-5 and logged["tools/call_frequency"] > 0.5 and logged["tools/failure_frequency"] == 0
+    several = [sample for sample in stream.samples if len(sample.messages) == 5]
+    assert several and {len(sample.messages) for sample in stream.samples} <= {1, 3, 5} and len({str(sample.ids) for sample in several}) > len(several) // 2
+    for sample in stream.samples:
+        assert len(sample.old) == len(sample.sampled) == sample.length == len(sample.places) <= len(sample.ids) - sample.start <= 64
+        written = token_logprobs(model, tensor([sample.ids]))[0, tensor(sample.places) - 1]
+        torch.testing.assert_close(tensor(sample.sampled), written.detach(), atol=1e-5, rtol=0)
+        others = sorted(set(range(sample.start, len(sample.ids))) - set(sample.places))
+        assert bool(others) == (len(sample.messages) > 1) and chat.decode([sample.ids[i] for i in others]).count("<|im_start|>tool") == len(sample.messages) // 2
+    assert int((batch["targets"] != -100).sum()) == batch["counts"]["tokens"] == sum(sample.length for sample in stream.samples)
+    for row, ids in enumerate(batch["input_ids"]):
+        [sample] = [one for one in stream.samples if one.ids[:-1] == ids[: int(batch["positions"][row].max()) + 1].tolist()][:1]
+        places = (batch["targets"][row] != -100).nonzero()[:, 0]
+        assert places.tolist() == [place - 1 for place in sample.places] and torch.equal(batch["old"][row, places], sample.old)
+    if method == "ppo":  # the last token of a text of several turns gets the reward, and earlier turns learn of it
+        sample = several[0]
+        kl = stream.settings.beta * (sample.old - sample.reference)
+        torch.testing.assert_close(sample.returns, sample.reward - (kl.flip(0).cumsum(0).flip(0)), atol=1e-4, rtol=0)
+
+
+def test_a_run_with_tools_goes_on_exactly(chat, tmp_path, monkeypatch):
+    """Judges see the turns, rollouts.jsonl shows them, held-out prompts are answered with tools as well."""
+    config = MODEL.ModelConfig(vocab_size=len(chat), bos_token_id=chat.bos_token_id, eos_token_id=list(range(4, 60)), initializer_range=0.2, hidden_size=32,
+                               intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=400)
+    MODEL.save(MODEL.build(config, seed=1), tmp_path / "base")
+    TOKENIZER.save(chat, tmp_path / "base")
+    (tmp_path / "tools.py").write_text(TOOLS)
+    (tmp_path / "judge.py").write_text("def turns(completions, log_metric, log_extra, **_):\n    log_metric('turns', 7)\n    log_extra('roles', [[t['role'] for t in c] for c in completions])\n"
+                                       "    return [len(c) + len(c[-1]['content']) % 3 for c in completions]\n")
+    write(tmp_path / "prompts.jsonl", [{"prompt": f"What is {i}?"} for i in range(12)])
+    monkeypatch.setattr(RL, "Tools", Always)
+    flags = in_file(tmp_path / "own.yaml", ["--model", tmp_path / "base", "--data", tmp_path / "prompts.jsonl", "--rl.method", "grpo", "--rl.tools", f"{tmp_path}/tools.py:add", "--rl.reward_funcs",
+                                            f"{tmp_path}/judge.py:turns", "--rl.num_generations", "2", "--rl.rollout_size", "8", "--batch-size", "4", "--rl.max_completion_length", "64", "--max-steps", "4",
+                                            "--training.save_steps", "1", "--training.save_total_limit", "9", "--training.logging_steps", "1", "--training.sample_tokens", "0"], RL, "rl")
+    result = RL.main([*flags, "--out", str(tmp_path / "run")])
+    text = (tmp_path / "run" / "rollouts.jsonl").read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    assert len(records) == 16 and {"messages", "roles"} <= set(records[0]) and any(record["roles"] == ["assistant", "tool"] * 3 + ["assistant"] for record in records)
+    assert all(record["roles"] == [turn["role"] for turn in record["messages"]] for record in records)
+    log = log_of(tmp_path / "run")
+    assert log[0]["eval_turns"] == 7 and any(record.get("turns") == 7 and record["tools/call_frequency"] > 0 for record in log)
+    again = RL.main([*flags, "--out", str(tmp_path / "run"), "--resume", str(tmp_path / "run" / "ckpt-step-000001")])
+    assert again.after == result.after and (tmp_path / "run" / "rollouts.jsonl").read_text() == text
+
+
 def test_advantages_reach_the_right_tokens(model_folder, tokenizer, tmp_path):
     model = MODEL.load(model_folder, head=("lm", "value"))
     with torch.no_grad():
