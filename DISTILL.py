@@ -817,25 +817,19 @@ def student_of(teacher: Teacher, layers: list, head_seed: int, attn_implementati
 # ---------------------------------------------------------------------------------------- the student's own texts
 
 
-class StudentTexts(RL.Rollouts):
-    """The student answers prompts as RL's policies do; here the teacher alone will judge, token by token."""
+class StudentTexts(RL.SampledTexts):
+    """The student completes prompts; the teacher alone judges its completions, token by token."""
 
     section = "distill"
 
     def roll_out(self) -> None:
-        run, clock = self.run, time.perf_counter()
-        with torch.no_grad(), run.autocast():
-            self.samples = RL.gather(self.draw(logprobs=False))
-        lengths = [sample.length for sample in self.samples]
-        self.write_transcripts()
-        self.hand_out({"completions/mean_length": sum(lengths) / len(lengths), "time/rollout": time.perf_counter() - clock,
-                       "completions/clipped_ratio": sum(sample.finish == "length" for sample in self.samples) / len(lengths)})
+        clock = time.perf_counter()
+        with torch.no_grad(), self.run.autocast():
+            self.samples = RL.gather(self.draw())
+        self.hand_out({"time/rollout": time.perf_counter() - clock})
 
-    def verdict(self, sample: RL.Sample) -> dict:
-        return {}
-
-    def __next__(self) -> dict:
-        return {**super().__next__(), "sampled": True}
+    def batch(self, group: list[RL.Sample]) -> dict:
+        return {**super().batch(group), "sampled": True}
 
 
 class Mixed:
@@ -854,9 +848,10 @@ class Mixed:
 
     def __next__(self) -> dict:
         step = self.drawn // self.run.grad_accum
-        self.drawn += 1
         sampled = math.floor((step + 1) * self.lmbda + 1e-9) > math.floor(step * self.lmbda + 1e-9)
-        return next(self.texts if sampled else self.data)
+        batch = next(self.texts if sampled else self.data)
+        self.drawn += 1
+        return batch
 
     def state_dict(self) -> dict:
         return {"mixed": self.drawn // self.run.grad_accum, "data": self.data.state_dict(), "texts": self.texts.state_dict()}
@@ -890,13 +885,10 @@ def student_texts(config, tokenizer, samples: list[SFT.Sample], out: Path) -> St
     if not prompts:
         raise UserError(f"data.train: no prompt is left for distill.lmbda{left.text()}")
     say(f"{len(prompts):,} prompts for the student's own texts{left.text()}")
-    rollouts = RL.RLSection(method="rloo")  # what RL's rollouts ask for and distillation has no word for stays as it is
-    given = {key: getattr(settings, key) for key in ("max_completion_length", "top_k", "top_p", "rollout_size",
-                                                     "rollout_batch_size")}
     temperature = 1.0 if settings.sampling_temperature is None else settings.sampling_temperature
-    rollouts = SimpleNamespace(**{**vars(rollouts), **given, "temperature": temperature, "num_generations": 1,
-                                  "num_iterations": 1})
-    return StudentTexts(prompts, tokenizer, lambda samples: None, rollouts, config.training, None, out)
+    sampling = INFER.Sampling(settings.max_completion_length, temperature, settings.top_k, settings.top_p,
+                              seed=config.training.seed)
+    return StudentTexts(prompts, tokenizer, sampling, settings.rollout_size, settings.rollout_batch_size, config.training, out)
 
 
 # ------------------------------------------------------------------------------------------------------- training

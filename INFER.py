@@ -1985,6 +1985,12 @@ class Reader(NamedTuple):
         return reasoning, text, calls
 
 
+def answer_reader(tokenizer, prompt: list[int], tools: list[dict]) -> Reader:
+    """The reader of what a model writes after these ids."""
+    markup = TOKENIZER.answer_markup(tokenizer)
+    return Reader(markup, bool(markup.think) and tokenizer.decode(prompt[-16:]).rstrip().endswith(markup.think[0]), tools)
+
+
 def call_grammar(markup: TOKENIZER.Markup, tools: list[dict], tokenizer) -> str:
     """llguidance's Lark grammar of one call to one of the tools, as the template writes it."""
     if markup.form != "json":
@@ -2277,7 +2283,7 @@ class Server:
         messages = messages_of(field(record, "messages", list, []), "messages")
         if not messages:
             raise Refused(400, "messages: a list of messages is expected")
-        markup, tools, form = TOKENIZER.answer_markup(tokenizer), tools_of(record), sampling.structured_outputs
+        tools, form = tools_of(record), sampling.structured_outputs
         choice = "auto" if record.get("tool_choice") is None else record["tool_choice"]
         tools = [] if choice == "none" else tools
         if choice not in ("none", "auto"):
@@ -2287,10 +2293,9 @@ class Server:
             if not chosen or form:
                 raise Refused(400, f"tool_choice: {json.dumps(choice)[:100]} is not auto, none, required or one of the tools"
                               if not chosen else "tool_choice and response_format exclude each other")
-            form = {"grammar": call_grammar(markup, chosen, tokenizer)}
+            form = {"grammar": call_grammar(TOKENIZER.answer_markup(tokenizer), chosen, tokenizer)}
         ids = session.chat_ids(messages, tools or None, field(record, "chat_template_kwargs", dict))
-        thinks = bool(markup.think) and tokenizer.decode(ids[-16:]).rstrip().endswith(markup.think[0])
-        return self.checked(ids), Reader(markup, thinks, tools), form
+        return self.checked(ids), answer_reader(tokenizer, ids, tools), form
 
     async def complete(self, request, chat: bool):
         from fastapi.responses import PlainTextResponse, StreamingResponse

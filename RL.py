@@ -13,22 +13,25 @@ reward functions, rollouts as another stream and loss, records, and the command 
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import contextlib
 import copy
+import functools
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
 import re
+import sys
+import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,10 +95,14 @@ class RLSection:
         ["exact_answer"], "ppo, grpo, rloo: reward functions, such as length:60, judge.py:function, out/reward; also "
         "exact_answer, number_after:####, format:REGEX, regex:REGEX; rewards are summed", often=True)
     reward_weights: list[float] | None = rollout_knob(None, "weight of each reward function; null is 1")
+    tools: list[str] = rollout_knob([], "ppo, grpo, rloo: functions that completions may call, as file.py:function", often=True)
+    max_turns: int = knob(4, "with rl.tools: maximum number of assistant turns per completion", low=1, only="tools", often=True)
+    tool_timeout: float = knob(10.0, "with rl.tools: maximum seconds per call", above=0, only="tools")
     rollout_size: int = rollout_knob(256, "ppo, grpo, rloo: completions per rollout, over all prompts and processes; a multiple "
                                           "of the optimizer step", low=1, often=True)
     num_generations: int | None = rollout_knob(None, "completions per prompt; null is 8, for ppo 1", low=1, often=True)
-    max_completion_length: int = rollout_knob(64, "ppo, grpo, rloo: maximum tokens per completion", low=1, often=True)
+    max_completion_length: int = rollout_knob(64, "ppo, grpo, rloo: maximum tokens per completion, including tool results",
+                                              low=1, often=True)
     temperature: float = rollout_knob(1.0, "ppo, grpo, rloo: sampling temperature of the rollouts", low=1e-3, often=True)
     top_k: int = rollout_knob(0, "sample from the k most probable tokens; 0 is off", low=0)
     top_p: float = rollout_knob(1.0, "sample from the smallest set with this cumulative probability", above=0, high=1)
@@ -120,9 +127,6 @@ class RLSection:
                           often=True)
     cliprange_value: float = ppo_knob(0.2, "ppo: clip range of the value function", low=0)
     vf_coef: float = ppo_knob(0.1, "ppo: weight of the value loss", low=0, often=True)
-    kl_target: float | None = ppo_knob(None, "ppo: target KL per completion in nats, reached by adapting beta; null keeps beta "
-                                             "fixed", above=0)
-    kl_horizon: int = ppo_knob(10000, "ppo: number of completions over which beta adapts", low=1)
     kept: str | None = knob("auto", "file of questions to measure forgetting with; auto is the bundled file, with bundled data",
                             only=("method", "dpo", "kto", "orpo", "simpo", *ON_POLICY), often=True)
     eval_prompts: int = rollout_knob(1000, "held-out prompts to answer (greedily) in each validation; 0 is off", low=0,
@@ -174,7 +178,6 @@ class RLSection:
              "epsilon: has no effect with rl.loss_type cispo; leave it out"),
             (loss_type == "cispo" and self.epsilon_high < 1,
              f"epsilon_high: {self.epsilon_high}, the largest importance weight of rl.loss_type cispo, must be at least 1"),
-            (self.kl_target and not self.beta, "kl_target: adapts rl.beta, which must start above 0"),
             (self.ref_model and not self.beta, "ref_model: with rl.beta 0 there is no reference; leave one of them out"),
         ):
             if wrong:
@@ -386,12 +389,6 @@ def rloo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, e
     return losses * weights * mask.any(1), cut[:, None] & mask
 
 
-def adapted_beta(beta: float, kl: float, target: float, texts: int, horizon: int) -> float:
-    """The KL coefficient changes in proportion to the relative error, which is clipped to 0.2 (Ziegler 2019, section 2.2)."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return beta * (1 + error * texts / horizon)
-
-
 # ------------------------------------------------------------------------------------------- preference pairs
 
 
@@ -449,9 +446,9 @@ def form_of(settings: RLSection, expand: Callable) -> TOKENIZER.Form:
     return TOKENIZER.Form(expand, "rl", settings.columns, settings.system, keys)
 
 
-def make_chat(tokenizer, records: list[tuple[str, dict]]) -> None:
-    """Conversations need a chat template; without one, prompt and completion are concatenated."""
-    if any(isinstance(record["prompt"], list) for _, record in records):
+def make_chat(tokenizer, records: list[tuple[str, dict]], tools: bool = False) -> None:
+    """Conversations and tools need a chat template; without one, prompt and completion are concatenated."""
+    if tools or any(isinstance(record["prompt"], list) for _, record in records):
         TOKENIZER.ensure_chat(tokenizer)
 
 
@@ -761,29 +758,98 @@ def held_out_pairs(stream: Pairs, loss_fn: Callable, limit: int) -> Callable:
     return evaluate
 
 
-# ------------------------------------------------------------------------------------------- reward functions
+# -------------------------------------------------------------------------------------- functions of the user
 
 
-class Sample:
-    """One text that the policy wrote, and everything that was found out about it. Tensors (L,), one number a token."""
+@functools.cache
+def event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """The loop of all asynchronous functions, in a daemon thread: the clients and locks that they keep belong to one loop."""
+    loop = asyncio.new_event_loop()
 
-    def __init__(self, prompt: Prompt, number: int, ids: list[int], finish: str, text: str, sampled: list[float] | None):
-        self.where, self.number, self.prompt, self.columns = prompt.where, number, prompt.content, prompt.columns
-        self.ids, self.start = [*prompt.ids, *ids], len(prompt.ids)
-        self.finish, self.text, self.sampled = finish, text, None if sampled is None else torch.tensor(sampled)
-        self.rewards: list[float | None] = []
-        self.reward = 0.0
-        self.old = self.reference = self.values = self.entropy = self.advantages = self.returns = None
+    def work() -> None:
+        torch.set_grad_enabled(False)
+        loop.run_forever()
 
-    @classmethod
-    def restored(cls, state: dict) -> Sample:
-        sample = cls.__new__(cls)
-        vars(sample).update(state)
-        return sample
+    threading.Thread(target=work, daemon=True).start()
+    return loop
 
-    @property
-    def length(self) -> int:
-        return len(self.ids) - self.start
+
+def awaited(given, timeout: float | None = None):
+    """What a function returned; a coroutine runs to its end, for at most `timeout` seconds."""
+    if not inspect.iscoroutine(given):
+        return given
+
+    async def run():
+        try:
+            return await asyncio.wait_for(given, timeout)
+        except SystemExit as error:  # would end the loop
+            raise RuntimeError(f"SystemExit: {error}") from error
+
+    return asyncio.run_coroutine_threadsafe(run(), event_loop(os.getpid())).result()
+
+
+HELPERS: dict[Path, dict] = defaultdict(dict)  # folder -> the modules that its files have imported from it
+
+
+@contextlib.contextmanager
+def modules_beside(folder: Path):
+    """Let a file import the modules in its folder, while it is loaded and in its functions. Only files of this folder see these
+    modules. The folder comes last in the search path, so it replaces no module of the program or of a package."""
+    if any(Path(place or ".").resolve() == folder for place in sys.path):
+        yield
+        return
+    before, helpers = set(sys.modules), HELPERS[folder]
+    sys.path.append(str(folder))
+    sys.modules.update(helpers)
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in sys.modules.keys() - before:
+            module, top = sys.modules[name], name.partition(".")[0]
+            place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), "/")
+            if Path(os.path.relpath(place, folder)).parts[0].partition(".")[0] == top:
+                helpers[name] = sys.modules.pop(name)
+
+
+def load_file(path: Path, key: str):
+    """A Python file of the user as a module with a private name; functions of one file share the module."""
+    name = "_user_" + hashlib.blake2b(str(path).encode() + path.read_bytes(), digest_size=8).hexdigest()
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses and pickle look it up
+        try:
+            with modules_beside(path.parent):
+                spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:  # it is the user's code: anything may come
+            del sys.modules[name]
+            raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
+    return sys.modules[name]
+
+
+def user_function(name: str, key: str) -> Callable:
+    """`file.py:function` of the user; its attribute `folder` is the file's."""
+    path, _, wanted = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"{key}: {name}: there is no file '{path}'")
+    module, folder = load_file(Path(path).resolve(), key), Path(path).resolve().parent
+    function = getattr(module, wanted, None)
+    if not callable(function):
+        known = [f"{path}:{given}" for given, value in vars(module).items()
+                 if callable(value) and getattr(value, "__module__", "") == module.__name__]
+        problem = f"{path} has no function '{wanted}'; " if wanted else ""
+        raise UserError(f"{key}: {problem}choose a function: {', '.join(known) or f'{path} defines none'}")
+
+    @functools.wraps(function)
+    def call(**given):
+        with modules_beside(folder):
+            return awaited(function(**given))
+
+    call.folder = folder
+    return call
+
+
+# ------------------------------------------------------------------------------------- prompts, samples, tools
 
 
 class Prompt(NamedTuple):
@@ -793,6 +859,145 @@ class Prompt(NamedTuple):
     content: str | list[dict]
     ids: list[int]
     columns: dict
+
+
+class Sample:
+    """A completion that the policy wrote, and everything that was found out about it. Tensors (L,), a number for each token that
+    the policy wrote: they stand at `places` of `ids`."""
+
+    def __init__(self, prompt: Prompt, number: int, ids: list[int], finish: str, text: str, sampled: list[float] | None):
+        self.where, self.number, self.prompt, self.columns = prompt.where, number, prompt.content, prompt.columns
+        self.ids, self.start = list(prompt.ids), len(prompt.ids)
+        self.places: list[int] = []
+        self.sampled: list[float] = []
+        self.messages: list[dict] = []  # turns of the assistant and of tools
+        self.calls = self.failures = 0
+        self.add(ids, finish, text, sampled)
+        self.rewards: list[float | None] = []
+        self.reward = 0.0
+        self.extra: dict = {}  # for rollouts.jsonl, by reward functions
+        self.old = self.reference = self.values = self.entropy = self.advantages = self.returns = None
+
+    def add(self, ids: list[int], finish: str, text: str, sampled: list[float] | None) -> None:
+        """A turn of the policy, which `finish` and `text` describe from now on."""
+        self.turn = len(self.ids)  # its first place
+        self.places += range(self.turn, self.turn + len(ids))
+        self.ids, self.sampled = self.ids + ids, self.sampled + (sampled or [])
+        self.finish, self.text = finish, text
+        self.messages.append({"role": "assistant", "content": text})
+
+    def state(self) -> dict:
+        """What training needs of it."""
+        return {**vars(self), "columns": {}, "prompt": "", "messages": [], "extra": {}}
+
+    @classmethod
+    def restored(cls, state: dict) -> Sample:
+        sample = cls.__new__(cls)
+        vars(sample).update(state)
+        return sample
+
+    @property
+    def length(self) -> int:
+        return len(self.places)
+
+
+MAX_HANGING = 16  # threads of calls that did not return
+
+
+class Tools:
+    """Functions that the policy may call while it completes a conversation, in the form of the tokenizer's chat template.
+
+    A call runs in a daemon thread. One that exceeds `timeout` seconds is left behind: Python cannot end a thread. Whatever goes
+    wrong is an error text in the conversation."""
+
+    def __init__(self, names: list[str], tokenizer, timeout: float, key: str = "rl.tools"):
+        from transformers.utils import get_json_schema
+
+        self.tokenizer, self.timeout, self.hanging = tokenizer, timeout, []
+        self.functions: dict[str, Callable] = {}
+        self.schemas: list[dict] = []
+        for name in names:
+            function = user_function(name, key)
+            try:
+                self.schemas.append(get_json_schema(function))
+            except Exception as error:
+                raise UserError(f"{key}: {name}: a type hint for each argument and a docstring in Google's style are needed "
+                                f"({MODEL.first_line(error)})") from None
+            if function.__name__ in self.functions:
+                raise UserError(f"{key}: two functions have the name '{function.__name__}'; rename one")
+            self.functions[function.__name__] = function
+        result = [(next(iter(self.functions)), "zqshown")]
+        if not (TOKENIZER.answer_markup(tokenizer).call
+                and "zqshown" in tokenizer.decode(TOKENIZER.ids_after_calls(tokenizer, result, self.schemas))):
+            raise UserError(f"{key}: the chat template of this model does not render tool calls and their results")
+
+    def beside(self, own: list[dict] | None) -> list[dict]:
+        """The schemas of these functions and of a record's other tools."""
+        return [*(tool for tool in own or () if tool.get("function", tool).get("name") not in self.functions), *self.schemas]
+
+    def read(self, sample: Sample) -> list[tuple[str | None, dict]]:
+        """The calls of a sample's last turn, which ends with them: (name, arguments); no name for what cannot be read."""
+        if sample.finish != "stop":
+            return []
+        ends = TOKENIZER.any_of([*TOKENIZER.chat_ends(self.tokenizer).tokens, self.tokenizer.eos_token or "\0"])
+        text = ends.split(self.tokenizer.decode(sample.ids[sample.turn :], clean_up_tokenization_spaces=False))[0]
+        reader = INFER.answer_reader(self.tokenizer, sample.ids[: sample.turn], self.beside(sample.columns.get("tools")))
+        reasoning, content, calls = reader(text, True)
+        records = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls]
+        begin, after = reader.markup.call[0].strip(), text.rpartition(reader.markup.think[1])[2] if reader.markup.think else text
+        if begin and after.count(begin) > len(calls):
+            calls = [*calls, (None, {})]
+        if calls:
+            turn = {"content": content, "reasoning_content": reasoning, "tool_calls": records}
+            sample.messages[-1] = {"role": "assistant", "content": "", **{key: value for key, value in turn.items() if value}}
+            sample.finish = "tool_calls"
+        return calls
+
+    def run(self, name: str | None, arguments: dict) -> tuple[str, bool]:
+        """(what a call gives, as text; whether it failed)."""
+        if name not in self.functions:
+            problem = f"there is no tool '{name}'" if name else "this call cannot be read; its arguments must be valid JSON"
+            return f"Error: {problem}; the tools are {', '.join(self.functions)}", True
+        self.hanging = [thread for thread in self.hanging if thread.is_alive()]
+        if len(self.hanging) == MAX_HANGING:
+            return "Error: earlier calls are still running", True
+        function, found = self.functions[name], [(f"Error: no result within {self.timeout:g} seconds", True)]
+
+        def work() -> None:
+            try:
+                with torch.no_grad():
+                    found.append((str(awaited(function.__wrapped__(**arguments), self.timeout)), False))
+            except (TimeoutError, asyncio.TimeoutError):
+                return
+            except BaseException as error:  # it is the user's code, and SystemExit would end the thread only
+                found.append((f"Error: {type(error).__name__}: {error}", True))
+
+        thread = threading.Thread(target=work, daemon=True)
+        with modules_beside(function.folder):
+            thread.start()
+            thread.join(self.timeout)
+        self.hanging += [thread] if thread.is_alive() else []
+        text, failed = found[-1]
+        return text.encode("utf-8", "replace").decode(), failed  # no half surrogate pairs
+
+    def answer(self, sample: Sample, length: int) -> bool:
+        """Run the calls of a sample's last turn and add their results; False if it calls nothing, or if the results leave no
+        room for another turn in a completion of `length` tokens."""
+        calls = self.read(sample)
+        if not calls:
+            return False
+        results = [self.run(*call) for call in calls]
+        sample.calls, sample.failures = sample.calls + len(calls), sample.failures + sum(failed for _, failed in results)
+        known = [name if name in self.functions else next(iter(self.functions)) for name, _ in calls]
+        ids = TOKENIZER.ids_after_calls(self.tokenizer, [(name, text) for name, (text, _) in zip(known, results, strict=True)],
+                                        self.schemas)
+        if len(sample.ids) - sample.start + len(ids) >= length:
+            sample.finish = "length"
+            return False
+        sample.ids = sample.ids + ids
+        sample.messages += [{"role": "tool", "name": name, "content": text}
+                            for (name, _), (text, _) in zip(calls, results, strict=True)]
+        return True
 
 
 def expected_answer(sample: Sample, function: str, marker: str = "####") -> str:
@@ -854,41 +1059,33 @@ def builtin(name: str, key: str = "rl.reward_funcs") -> Callable[[Sample], float
     return None
 
 
-def judge_each(function: Callable[[Sample], float], samples: list[Sample]) -> list[float]:
+def judge_each(function: Callable[[Sample], float], samples: list[Sample], **_) -> list[float]:
     return [function(sample) for sample in samples]
 
 
-def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[[list[Sample]], list]:
-    """`file.py:function`, called as TRL calls it: f(prompts=, completions=, completion_ids=, each other key of the records=) -> a
-    number for each, None where it does not judge. Prompts and completions of conversations are lists of messages."""
-    path, _, wanted = name.rpartition(":")
-    if not Path(path).is_file():
-        raise UserError(f"{key}: {name}: there is no file '{path}'")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # it is the user's code: anything may come
-        raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
-    function = getattr(module, wanted, None)
-    if not callable(function):
-        own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
-        known = ", ".join(key for key, value in own.items() if callable(value))
-        raise UserError(f"{key}: {path} has no function '{wanted}'; it has {known or 'none'}")
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")  # to reward functions
 
-    def judge(samples: list[Sample]) -> list:
+
+def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[..., list]:
+    """`file.py:function`, called as TRL calls it: f(prompts=, completions=, completion_ids=, each other key of the records=,
+    trainer_state=, log_metric=, log_extra=) -> a number for each, None where it does not judge. A function without `**kwargs` gets
+    what it names. Prompts and completions of conversations are lists of messages."""
+    function = user_function(name, key)
+    parameters = inspect.signature(function).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+    def judge(samples: list[Sample], **more) -> list:
         keys = {key: None for sample in samples for key in sample.columns}
         columns = {key: [sample.columns.get(key) for sample in samples] for key in keys}
-        completions = [TOKENIZER.as_messages(sample.text, "assistant") if isinstance(sample.prompt, list) else sample.text
-                       for sample in samples]
-        given = function(prompts=[sample.prompt for sample in samples], completions=completions,
-                         completion_ids=[sample.ids[sample.start :] for sample in samples], **columns)
-        return asyncio.run(given) if inspect.iscoroutine(given) else given
+        completions = [sample.messages if isinstance(sample.prompt, list) else sample.text for sample in samples]
+        given = {"prompts": [sample.prompt for sample in samples], "completions": completions,
+                 "completion_ids": [sample.ids[sample.start :] for sample in samples], **columns, **more}
+        return function(**{key: value for key, value in given.items() if takes_all or key in parameters})
 
     return judge
 
 
-def reward_model(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[[list[Sample]], list[float]]:
+def reward_model(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[..., list[float]]:
     """A folder's reward model: the score after a text's last token."""
     model, tokenizer_of_model = TOKENIZER.open_model(MODEL.ModelSection(name=name, dtype="float32", device=str(device)), key=key)
     if "score" not in model.heads or model.config.num_labels != 1:
@@ -896,7 +1093,7 @@ def reward_model(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> 
     if tokenizer_of_model.get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{key}: {name} was made with another tokenizer ({len(tokenizer_of_model):,} tokens, the policy's has "
                         f"{len(tokenizer):,}); it has to read the policy's own ids: train it from the same model")
-    return lambda samples: INFER.scores_of(model, [sample.ids for sample in samples])[:, 0].tolist()
+    return lambda samples, **_: INFER.scores_of(model, [sample.ids for sample in samples])[:, 0].tolist()
 
 
 def is_number(value) -> bool:
@@ -907,8 +1104,11 @@ def is_number(value) -> bool:
         return False
 
 
+BEFORE = SimpleNamespace(global_step=0, max_steps=None, epoch=0.0)  # `trainer_state` where nothing is trained
+
+
 class Judges:
-    """All that rewards a text, weighted and added up."""
+    """All that rewards a text, weighted and added up. `metrics` holds what reward functions logged in the last call."""
 
     def __init__(self, settings: RLSection, tokenizer, device, section: str = "rl"):
         self.key, self.device = f"{section}.reward_funcs", torch.device(device).type
@@ -923,6 +1123,7 @@ class Judges:
         self.functions = [self.find(name, tokenizer, device, self.key) for name in self.names]
         short = [self.short(name) for name in self.names]
         self.names = short if len(set(short)) == len(short) else self.names
+        self.metrics: dict[str, list[float]] = {}
 
     def check(self, prompts: list[Prompt]) -> None:
         """Check that each record has the columns that built-in functions need, by scoring an empty completion."""
@@ -936,43 +1137,27 @@ class Judges:
         return name.rpartition(":")[2] if re.search(r"\.py:\w+$", name) else Path(name).name if Path(name).is_dir() else name
 
     @staticmethod
-    def find(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[[list[Sample]], list]:
+    def find(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[..., list]:
         if function := builtin(name, key):
             return partial(judge_each, function)
-        if re.search(r"\.py:\w+$", name):
-            return custom_function(name, key)
+        if re.search(r"\.py(:\w*)?$", name):
+            return custom_function(name if ":" in name else f"{name}:", key)
         if Path(name).is_dir() or ("/" in name and ":" not in name):
             return reward_model(name, tokenizer, device, key)
-        if name.endswith(".py") and Path(name).is_file():
-            found = [node.name for node in ast.parse(Path(name).read_text()).body if isinstance(node, ast.FunctionDef)]
-            raise UserError(f"{key}: choose a function: " + (", ".join(f"{name}:{function}" for function in found) or f"{name} defines none"))
         raise UserError(f"{key}: '{name}' is none of exact_answer, number_after:MARKER, format:REGEX, regex:REGEX, "
                         "length:TOKENS, file.py:function, or the folder of a reward model")
 
-    def __call__(self, samples: list[Sample]) -> None:
+    def __call__(self, samples: list[Sample], state: SimpleNamespace = BEFORE) -> None:
+        self.metrics = defaultdict(list)
         for sample in samples:
-            sample.rewards = []
-        for name, function in zip(self.names, self.functions, strict=True) if samples else ():
-            try:
-                with torch.no_grad(), torch.autocast(self.device, enabled=False):  # the policy's precision is not a judge's
-                    given = function(samples)
-            except UserError:
-                raise
-            except (Exception, SystemExit) as error:
-                line = traceback.extract_tb(error.__traceback__)[-1]
-                raise UserError(f"{self.key}: {name} failed on {self.blame(function, samples)} ({type(error).__name__}: "
-                                f"{MODEL.first_line(error)}, {Path(line.filename).name}:{line.lineno})") from error
-            given = given.tolist() if hasattr(given, "tolist") else given
-            if not isinstance(given, (list, tuple)):
-                raise UserError(f"{self.key}: {name} returned {type(given).__name__}; expected a list with one number per "
-                                "completion")
-            if len(given) != len(samples):
-                raise UserError(f"{self.key}: {name} returned {len(given)} rewards for {len(samples)} completions")
-            for sample, value in zip(samples, given, strict=True):
-                if value is not None and not is_number(value):
-                    raise UserError(f"{sample.where}: {name} gave {value!r} for the text {sample.text[:80]!r}; a finite number "
-                                    "is needed")
-                sample.rewards.append(None if value is None else float(value))
+            sample.rewards, sample.extra = [], {}
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):  # the policy's precision is not a judge's
+            for name, function in zip(self.names, self.functions, strict=True) if samples else ():
+                for sample, value in zip(samples, self.judge(name, function, samples, state), strict=True):
+                    if value is not None and not is_number(value):
+                        raise UserError(f"{sample.where}: {name} gave {value!r} for the text {sample.text[:80]!r}; a finite "
+                                        "number is needed")
+                    sample.rewards.append(None if value is None else float(value))
         for sample in samples:
             if all(value is None for value in sample.rewards):
                 raise UserError(f"{sample.where}: none of {self.key} ({', '.join(self.names)}) judged the text "
@@ -980,118 +1165,126 @@ class Judges:
             sample.reward = math.fsum(weight * value
                                       for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None)
 
-    @staticmethod
-    def blame(function: Callable, samples: list[Sample]) -> str:
-        """The first text on which a function fails alone."""
-        for sample in samples:
-            try:
-                function([sample])
-            except (Exception, SystemExit):
-                return f"{sample.where}, text {sample.text[:80]!r}"
-        return f"{len(samples)} texts together, from {samples[0].where} on"
+    def judge(self, name: str, function: Callable, samples: list[Sample], state: SimpleNamespace) -> list:
+        """The values of one function; one that fails is named with the first text on which it fails alone."""
+        def ask(chosen: list[Sample]):
+            return function(chosen, trainer_state=state, log_metric=partial(self.log_metric, name),
+                            log_extra=partial(self.log_extra, name, chosen))
+
+        try:
+            given = ask(samples)
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            line, blamed = traceback.extract_tb(error.__traceback__)[-1], f"{len(samples)} texts together, from {samples[0].where} on"
+            for sample in samples:
+                try:
+                    ask([sample])
+                except (Exception, SystemExit):
+                    blamed = f"{sample.where}, text {sample.text[:80]!r}"
+                    break
+            raise UserError(f"{self.key}: {name} failed on {blamed} ({type(error).__name__}: {MODEL.first_line(error)}, "
+                            f"{Path(line.filename).name}:{line.lineno})") from error
+        given = given.tolist() if hasattr(given, "tolist") else given
+        if not isinstance(given, (list, tuple)):
+            raise UserError(f"{self.key}: {name} returned {type(given).__name__}; expected a list with one number per completion")
+        if len(given) != len(samples):
+            raise UserError(f"{self.key}: {name} returned {len(given)} rewards for {len(samples)} completions")
+        return given
+
+    def log_metric(self, function: str, name: str, value: float) -> None:
+        if not is_number(value):
+            raise UserError(f"{self.key}: {function}: log_metric('{name}', {value!r}): a finite number is needed")
+        self.metrics[name].append(float(value))
+
+    def log_extra(self, function: str, samples: list[Sample], column: str, values: list) -> None:
+        if len(values) != len(samples):
+            raise UserError(f"{self.key}: {function}: log_extra('{column}') got {len(values)} values for {len(samples)} completions")
+        for sample, value in zip(samples, values, strict=True):
+            sample.extra[column] = value
 
 
 # ----------------------------------------------------------------------------------------------------- rollouts
 
 
 class Reference:
-    """The model that the policy may not leave too far: as it was in the beginning, or one that was named.
+    """The model that the policy may not leave too far: the one that was named, or a copy of the policy as it begins. Of a policy
+    with an adapter, only the adapter is copied; the copy changes places with the trained one for a forward pass."""
 
-    The first needs no second model: the weights that are trained (with LoRA the adapter's alone) are kept as they began
-    and change places with the trained ones for a forward pass."""
-
-    def __init__(self, policy: nn.Module, frozen: nn.Module | None = None):
-        self.frozen = frozen
-        self.start = {} if frozen else {name: weight.detach().clone() for name, weight in self.learnt(policy).items()}
+    def __init__(self, policy: MODEL.LanguageModel, frozen: MODEL.LanguageModel | None = None):
+        self.frozen, self.adapter = frozen, {}
+        if not frozen and policy.adapter:
+            self.adapter = {name: tensor.clone() for name, tensor in self.learned(policy).items()}
+        elif not frozen:
+            self.frozen = copy.deepcopy(policy).requires_grad_(False)
 
     @staticmethod
-    def learnt(policy: nn.Module) -> dict[str, Tensor]:
-        """What training changes of the policy: trained weights, and the bias by which routers choose."""
-        weights = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad and not MODEL.is_tool(name)}
-        return weights | {name: bias for name, bias in policy.named_buffers() if name.endswith("e_score_correction_bias")}
+    def learned(policy: MODEL.LanguageModel) -> dict[str, Tensor]:
+        """What training changes of a policy with an adapter: the adapter, and the bias by which routers choose."""
+        return {name: tensor for name, tensor in policy.state_dict().items()
+                if MODEL.tensor_is_trained(name) or name.endswith("e_score_correction_bias")}
+
+    def start(self, run: TRAIN.Run, training: TRAIN.TrainingSection) -> None:
+        """Compile and shard the model as `fit` does with the policy."""
+        if self.frozen:
+            self.frozen.to(run.device).eval()
+            if training.torch_compile:
+                TRAIN.compile_model(self.frozen)
+            if training.fsdp and self.frozen.quantization == "none":
+                TRAIN.shard(self.frozen, run.device)
 
     @contextlib.contextmanager
-    def __call__(self, policy: nn.Module):
-        self._exchange(policy)
+    def __call__(self, policy: MODEL.LanguageModel):
+        self.exchange(policy)
         try:
             yield self.frozen or policy
         finally:
-            self._exchange(policy)
+            self.exchange(policy)
 
     @torch.no_grad()
-    def _exchange(self, policy: nn.Module) -> None:
-        weights = self.learnt(policy) if self.start else {}
-        for name, kept in self.start.items():
-            weight = weights[name]
-            if hasattr(weight, "to_local"):  # a shard, whose storage belongs to FSDP2
-                if kept.shape == weight.shape and not hasattr(kept, "to_local"):
-                    kept = self.start[name] = TRAIN.shard_like(kept.to(weight.device), weight)
-                current, kept = weight.to_local(), kept.to_local()
-                now = current.clone()
-                current.copy_(kept)
-                kept.copy_(now)
-            else:
-                self.start[name], weight.data = weight.data, kept.to(weight.device)
+    def exchange(self, policy: MODEL.LanguageModel) -> None:
+        if not self.adapter:
+            return
+        for name, weight in self.learned(policy).items():
+            kept, self.adapter[name] = self.adapter[name].to(weight.device), weight.clone()
+            weight.copy_(TRAIN.shard_like(kept, weight))
         for module in policy.modules():
-            if self.start and hasattr(module, "reshard"):  # gathered copies are of the weights before,
+            if hasattr(module, "reshard"):  # FSDP's gathered copies hold the values before,
                 module.reshard()
-        torch.clear_autocast_cache()  # and so are autocast's 16-bit ones
+        torch.clear_autocast_cache()  # and so do autocast's 16-bit copies
 
 
-LENGTH_ALARM, KL_ALARM = 2.0, 20.0  # times the first texts' length; nats a text
+class SampledTexts:
+    """An endless stream for `TRAIN.fit`: the current policy writes completions of prompts, which are handed out in minibatches. A
+    rollout of `size` completions begins at a step's boundary and fills whole steps, `laps` times. A checkpoint inside it holds its
+    completions.
 
-
-class Watch:
-    """Says when a policy seems to gain rewards in a way that nobody meant: texts grow or shrink, or leave the reference."""
-
-    def __init__(self):
-        self.state = {"length": None, "longer": LENGTH_ALARM, "shorter": 1 / LENGTH_ALARM, "kl": KL_ALARM}
-
-    def __call__(self, metrics: dict) -> list[str]:
-        state, length, kl, warnings = self.state, metrics["completions/mean_length"], metrics.get("kl", 0.0), []
-        state["length"] = state["length"] or max(length, 1.0)
-        share = length / state["length"]
-        if not state["shorter"] < share < state["longer"]:
-            warnings.append(f"texts have {length:.0f} tokens now, {state['length']:.0f} in the beginning")
-            state["longer"] = max(state["longer"], share * LENGTH_ALARM)
-            state["shorter"] = min(state["shorter"], share / LENGTH_ALARM)
-        if kl > state["kl"]:
-            warnings.append(f"the KL from the reference is {kl:.0f} nats a text")
-            state["kl"] = 2 * kl
-        return warnings
-
-
-class Rollouts:
-    """An endless stream for `TRAIN.fit`: the current policy answers prompts, its texts are judged, and are handed out in
-    minibatches. A rollout begins at a step's boundary and fills whole steps. A checkpoint inside it holds its texts.
-
-    Each process answers its own prompts; then all know all texts, so that advantages and minibatches do not depend on how
-    many processes there are."""
+    Each process completes its own prompts; then all know all texts, so that minibatches do not depend on how many processes there
+    are."""
 
     section = "rl"  # where its settings stand
 
-    def __init__(self, prompts: list[Prompt], tokenizer, judges: Judges, settings: RLSection, training: TRAIN.TrainingSection,
-                 reference: Reference | None, out: Path):
-        self.prompts, self.tokenizer, self.judges, self.settings, self.reference, self.out = prompts, tokenizer, judges, settings, reference, out
-        self.training = training
+    def __init__(self, prompts: list[Prompt], tokenizer, sampling: INFER.Sampling, size: int, batch_size: int,
+                 training: TRAIN.TrainingSection, out: Path, laps: int = 1):
+        self.prompts, self.tokenizer, self.sampling, self.size, self.batch_size = prompts, tokenizer, sampling, size, batch_size
+        self.training, self.out, self.laps = training, out, laps
         self.drawn = self.rollout = 0  # prompts, rollouts
-        self.beta, self.watch = settings.beta, Watch()
         self.queue: list[np.ndarray] = []
         self.samples: list[Sample] = []
         self.sums: dict[str, list[float]] = {}
         self.orders: dict[int, np.ndarray] = {}
-        self.steps_per_epoch = None
+        self.steps_per_epoch, self.written = None, False
 
-    def start(self, run) -> None:
-        self.run, settings = run, self.settings
+    def start(self, run: TRAIN.Run) -> None:
+        self.run = run
         self.per_step = self.training.batch_size * run.grad_accum * run.world_size
-        if settings.rollout_size % self.per_step:
+        if self.size % self.per_step:
             factors = f"training.batch_size {self.training.batch_size}" + (f" x grad_accum {run.grad_accum}" if run.grad_accum > 1 else "")
             factors += f" x {run.world_size} processes" if run.world_size > 1 else ""
-            raise UserError(f"{self.section}.rollout_size: {settings.rollout_size} texts do not fill whole optimizer steps of "
+            raise UserError(f"{self.section}.rollout_size: {self.size} texts do not fill whole optimizer steps of "
                             f"{factors} = {self.per_step}")
-        self.count = settings.rollout_size // settings.num_generations  # prompts of a rollout
-        self.steps_per_rollout = settings.rollout_size // self.per_step * settings.num_iterations
+        self.count = self.size // self.sampling.n  # prompts of a rollout
+        self.steps_per_rollout = self.size // self.per_step * self.laps
         self.steps_per_epoch = -(-len(self.prompts) // self.count) * self.steps_per_rollout
 
     def prompt(self, number: int) -> Prompt:
@@ -1100,24 +1293,162 @@ class Rollouts:
             self.orders = {epoch: np.random.default_rng([self.run.seed, epoch, 6]).permutation(len(self.prompts))}
         return self.prompts[self.orders[epoch][place]]
 
-    def sampling(self, **changes) -> INFER.Sampling:
-        s = self.settings
-        usual = dict(max_new_tokens=s.max_completion_length, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
-                     seed=self.run.seed, n=s.num_generations, logprobs=True)
-        return INFER.Sampling(**{**usual, **changes})
+    def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
+        """Completions of these prompts, those of a prompt one after another."""
+        answers = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, None, batch_size=self.batch_size, step=step,
+                                 first=[number for number, _ in numbered])
+        return [Sample(prompt, number, *self.read(completion, prompt))
+                for (number, prompt), completions in zip(numbered, answers, strict=True) for completion in completions]
+
+    def read(self, completion: INFER.Completion, prompt: Prompt) -> tuple:
+        """What a sample keeps of a completion."""
+        before = prompt.ids if isinstance(prompt.content, str) and not self.tokenizer.chat_template else []
+        text = INFER.completion_text(self.tokenizer, before, completion.ids)
+        return completion.ids, completion.finish_reason, text, completion.logprobs
+
+    def draw(self, skip: int = 0, count: int | None = None) -> list[Sample]:
+        """This process's completions of the next `count` prompts, after `skip` others."""
+        first = self.drawn + skip
+        numbers = range(first, first + (count or self.count))[self.run.rank :: self.run.world_size]
+        return self.write(self.run.model, [(number, self.prompt(number)) for number in numbers], self.sampling, self.rollout)
+
+    def roll_out(self) -> None:
+        """Make `samples`, known to all processes, and `hand_out`. Until then the stream is as it was before."""
+        raise NotImplementedError
+
+    def hand_out(self, metrics: dict[str, float], drawn: int | None = None) -> None:
+        count = len(self.samples)
+        metrics |= {"completions/mean_length": sum(sample.length for sample in self.samples) / count,
+                    "completions/clipped_ratio": sum(sample.finish == "length" for sample in self.samples) / count}
+        self.write_transcripts()
+        for name, value in metrics.items():
+            self.sums.setdefault(name, []).append(value)
+        self.drawn, self.rollout = self.drawn + (drawn or self.count), self.rollout + 1
+        self.queue = self.minibatches()
+
+    def minibatches(self) -> list[np.ndarray]:
+        """Which texts of the rollout this process learns one after another, lap by lap."""
+        run, size, found = self.run, self.training.batch_size, []
+        for lap in range(self.laps):
+            order = np.random.default_rng([run.seed, 5, self.rollout, lap]).permutation(len(self.samples))
+            found += [order[first : first + size] for first in range(run.rank * size, len(order), run.world_size * size)]
+        return found
+
+    def __next__(self) -> dict:
+        if not self.queue:
+            self.roll_out()
+        return self.batch([self.samples[i] for i in self.queue.pop(0)])
+
+    def batch(self, group: list[Sample]) -> dict:
+        batch = text_batch(group)
+        counts = {"tokens": int((batch["targets"] != -100).sum()), "texts": len(group),
+                  "read": sum(len(sample.ids) - 1 for sample in group)}
+        return {**batch, "counts": counts}
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the rollouts since the last call."""
+        found = {name: sum(values) / len(values) for name, values in self.sums.items()}
+        self.sums = {}
+        return found
+
+    def write_transcripts(self) -> None:
+        if self.run.rank != 0:
+            return
+        path = self.out / "rollouts.jsonl"
+        if not self.written:  # another run may have left some, or this one after the checkpoint
+            TRAIN.rewind(path, lambda record: record["rollout"] <= self.rollout)
+            self.written = True
+        with open(path, "a", encoding="utf-8") as file:
+            for sample in self.samples:
+                record = {"rollout": self.rollout + 1, "prompt": sample.prompt, "completion": sample.text, **self.verdict(sample),
+                          "tokens": sample.length, "finish_reason": sample.finish}
+                file.write(json.dumps({**sample.extra, **record}, ensure_ascii=False, default=str) + "\n")
+
+    def verdict(self, sample: Sample) -> dict:
+        """What the transcript tells of a text beside itself."""
+        return {}
+
+    def state_dict(self) -> dict:
+        left = len(self.queue) * self.training.batch_size * self.run.world_size
+        return {"drawn": self.drawn, "rollout": self.rollout, "sums": {k: list(v) for k, v in self.sums.items()}, "left": left,
+                "samples": [sample.state() for sample in self.samples] if left else [], "prompts": self.fingerprint()}
+
+    def fingerprint(self) -> str:
+        """Of all prompts and their columns, which rewards depend on."""
+        return hashlib.blake2b(repr([prompt[1:] for prompt in self.prompts]).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+    def load_state_dict(self, state: dict) -> None:
+        if "drawn" not in state:
+            raise UserError("--resume: the checkpoint was made with another rl.method")
+        if state["prompts"] != self.fingerprint():
+            raise UserError("--resume: the prompts or other columns are not those that the checkpoint was made with (data.train, "
+                            f"{self.section}.columns, {self.section}.system or training.max_length changed)")
+        if state["left"] % self.per_step:
+            raise UserError(f"--resume: the checkpoint stands inside a rollout of which {state['left']} texts are left, which "
+                            f"do not fill whole optimizer steps of {self.per_step}")
+        self.drawn, self.rollout = state["drawn"], state["rollout"]
+        self.sums = {k: list(v) for k, v in state["sums"].items()}
+        self.samples = [Sample.restored(sample) for sample in state["samples"]]
+        batches = self.minibatches()
+        self.queue = batches[len(batches) - state["left"] // (self.training.batch_size * self.run.world_size) :]
+
+
+class Rollouts(SampledTexts):
+    """Sampled texts with rewards, log-probabilities and advantages."""
+
+    def __init__(self, prompts: list[Prompt], tokenizer, judges: Judges, settings: RLSection, training: TRAIN.TrainingSection,
+                 reference: Reference | None, out: Path, tools: Tools | None = None):
+        sampling = INFER.Sampling(settings.max_completion_length, settings.temperature, settings.top_k, settings.top_p,
+                                  seed=training.seed, n=settings.num_generations, logprobs=True)
+        super().__init__(prompts, tokenizer, sampling, settings.rollout_size, settings.rollout_batch_size, training, out,
+                         settings.num_iterations)
+        self.judges, self.settings, self.reference, self.tools = judges, settings, reference, tools
+
+    def start(self, run: TRAIN.Run) -> None:
+        super().start(run)
+        if self.reference:
+            self.reference.start(run, self.training)
 
     def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
-        """The texts of these prompts, judged."""
-        answers = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, None,
-                                 batch_size=self.settings.rollout_batch_size, step=step, first=[number for number, _ in numbered])
-        samples = []
-        for (number, prompt), completions in zip(numbered, answers, strict=True):
-            for completion in completions:
-                before = prompt.ids if isinstance(prompt.content, str) and not self.tokenizer.chat_template else []
-                text = INFER.completion_text(self.tokenizer, before, completion.ids)
-                samples.append(Sample(prompt, number, completion.ids, completion.finish_reason, text, completion.logprobs))
-        self.judges(samples)
+        """With tools, a completion goes on after each call, until it answers without one or a limit ends it."""
+        samples, length = super().write(model, numbered, sampling, step), sampling.max_new_tokens
+        asking = list(enumerate(samples)) if self.tools else []
+        for turn in range(1, self.settings.max_turns):
+            asking = [(i, sample) for i, sample in asking if self.tools.answer(sample, length)]
+            if not TRAIN.all_sum([len(asking)], self.run.device)[0]:
+                break
+            # Each turn draws from a generator keyed by (seed, step, prompt, sample, turn).
+            keys = [sample.number + (i % sampling.n << 32) + (turn << 64) for i, sample in asking]
+            rest = [replace(sampling, n=1, max_new_tokens=length - (len(sample.ids) - sample.start)) for _, sample in asking]
+            answers = INFER.generate(model, [sample.ids for _, sample in asking], rest, None, batch_size=self.batch_size, step=step,
+                                     first=keys)
+            for (_, sample), [completion] in zip(asking, answers, strict=True):
+                sample.add(*self.read(completion, Prompt(sample.where, sample.prompt, [], {})))
+        for _, sample in asking:
+            self.tools.read(sample)
         return samples
+
+    def trainer_state(self) -> SimpleNamespace:
+        """What TRL tells reward functions of the run; `max_steps` is None where a time limit ends it."""
+        training, step = self.training, self.rollout * self.steps_per_rollout - len(self.queue) // self.run.grad_accum
+        total = training.max_steps if training.epochs is None else max(1, math.ceil(training.epochs * self.steps_per_epoch - 1e-9))
+        return SimpleNamespace(global_step=step, max_steps=total, epoch=step / self.steps_per_epoch)
+
+    def judge(self, samples: list[Sample]) -> dict[str, float]:
+        """Reward this process's texts -> what reward functions logged, means over all processes. All end where one fails."""
+        problem = None
+        try:
+            self.judges(samples, self.trainer_state())
+        except UserError as error:
+            problem = str(error)
+        logged: dict[str, list[float]] = defaultdict(list)
+        for other_problem, metrics in everyone((problem, dict(self.judges.metrics))):
+            problem = problem or other_problem
+            for name, values in metrics.items():
+                logged[name] += values
+        if problem:
+            raise UserError(problem)
+        return {name: sum(values) / len(values) for name, values in logged.items()}
 
     @torch.no_grad()
     def score(self, model, samples: list[Sample], rows: int, want: tuple = ()) -> list[dict[str, Tensor]]:
@@ -1131,30 +1462,26 @@ class Rollouts:
                         temperature=self.settings.temperature, want=want)
             columns = {"logprobs": out.logprobs, "entropy": out.entropy, "values": out.values}
             columns = {name: column.float().cpu() for name, column in columns.items() if column is not None}
-            found += [{name: column[i, sample.start - 1 : len(sample.ids) - 1] for name, column in columns.items()}
+            found += [{name: column[i, torch.tensor(sample.places) - 1] for name, column in columns.items()}
                       for i, sample in enumerate(group)]
         return found
 
-    def draw(self, skip: int = 0, count: int | None = None, **changes) -> list[Sample]:
-        """This process's completions of the next `count` prompts, after `skip` others."""
-        numbers = range(self.drawn + skip, self.drawn + skip + (count or self.count))
-        share = [(number, self.prompt(number)) for number in numbers[self.run.rank :: self.run.world_size]]
-        return self.write(self.run.model, share, self.sampling(**changes), self.rollout)
-
-    def draw_varied(self) -> tuple[list[Sample], int]:
-        """(this process's share of a rollout, number of prompts drawn). Groups of completions with equal rewards have no
-        advantages. They are replaced by the next prompts, in at most rl.dynamic_sampling draws (DAPO; Yu 2025, section 3.2)."""
-        varied, equal, size = [], [], self.settings.num_generations
+    def draw_varied(self) -> tuple[list[Sample], dict, int]:
+        """(this process's share of a rollout, what reward functions log, number of prompts drawn). Groups of completions with equal
+        rewards have no advantages: they are replaced by the next prompts, in at most rl.dynamic_sampling draws (DAPO; Yu 2025,
+        section 3.2)."""
+        varied, equal, size, logged = [], [], self.settings.num_generations, {}
         for _ in range(1 + self.settings.dynamic_sampling):
             if len(varied) < self.count:
                 samples = self.draw(len(varied) + len(equal), self.count - len(varied))
+                logged |= self.judge(samples)
                 for sample in samples:
                     sample.reward -= self.settings.missing_eos_penalty * (sample.finish == "length")
                 samples = gather(samples)
                 for group in (samples[i : i + size] for i in range(0, len(samples), size)):
                     (varied if len({sample.reward for sample in group}) > 1 else equal).append(group)
         groups = (varied + equal)[: self.count]
-        return sum(groups[self.run.rank :: self.run.world_size], []), len(varied) + len(equal)
+        return sum(groups[self.run.rank :: self.run.world_size], []), logged, len(varied) + len(equal)
 
     def roll_out(self) -> None:
         """One rollout, known to all processes: texts, rewards, log-probabilities, advantages."""
@@ -1162,12 +1489,13 @@ class Rollouts:
         was_training, clock = model.training, time.perf_counter()
         model.eval()
         with run.autocast():
-            samples, drawn = self.draw_varied()
+            samples, logged, drawn = self.draw_varied()
             spent = {"time/rollout": -clock + (clock := time.perf_counter())}
             rows = -(-self.count // run.world_size) * settings.num_generations
             want = ("entropy", "values") if settings.method == "ppo" else ("entropy",)
             for sample, found in zip(samples, self.score(model, samples, rows, want), strict=True):
                 sample.old, sample.entropy, sample.values = found["logprobs"], found["entropy"], found.get("values")
+                sample.sampled = torch.tensor(sample.sampled)
             if self.reference:
                 with self.reference(model) as frozen:
                     for sample, found in zip(samples, self.score(frozen, samples, rows), strict=True):
@@ -1175,47 +1503,27 @@ class Rollouts:
             spent["time/score"] = time.perf_counter() - clock
         model.train(was_training)
         self.samples = gather(samples)
-        metrics = {**self.measure(), **self.set_advantages(), **spent}
-        self.write_transcripts()
-        for text in self.watch(metrics) if run.rank == 0 else ():
-            say(f"rollout {self.rollout + 1}: {text}, while the reward went to {metrics['reward']:.3g}. Is it gained in a way "
-                f"that you meant? {self.out / 'rollouts.jsonl'} shows; a higher rl.beta holds the policy back")
+        metrics = {**logged, **self.measure(), **self.set_advantages(), **spent}
         if metrics.get("frac_reward_zero_std") == 1 and run.rank == 0:
             say(f"rollout {self.rollout + 1}: no prompt's texts differ in their rewards, so nothing can be learnt of them")
-        if settings.kl_target:
-            self.beta = adapted_beta(self.beta, metrics["kl"], settings.kl_target, settings.rollout_size, settings.kl_horizon)
         if settings.dynamic_sampling:
             metrics["frac_redrawn"] = 1 - self.count / drawn
         self.hand_out(metrics, drawn)
-
-    def hand_out(self, metrics: dict[str, float], drawn: int | None = None) -> None:
-        for name, value in metrics.items():
-            self.sums.setdefault(name, []).append(value)
-        self.drawn, self.rollout = self.drawn + (drawn or self.count), self.rollout + 1
-        self.queue = self.minibatches()
-
-    def minibatches(self) -> list[np.ndarray]:
-        """Which texts of the rollout this process learns one after another, lap by lap."""
-        run, size, found = self.run, self.training.batch_size, []
-        for lap in range(self.settings.num_iterations):
-            order = np.random.default_rng([run.seed, 5, self.rollout, lap]).permutation(len(self.samples))
-            found += [order[first : first + size] for first in range(run.rank * size, len(order), run.world_size * size)]
-        return found
 
     def measure(self) -> dict[str, float]:
         """What is logged of a rollout; most under TRL's names."""
         samples, settings = self.samples, self.settings
         rewards = torch.tensor([sample.reward for sample in samples])
-        lengths = torch.tensor([float(sample.length) for sample in samples])
         found = {"reward": float(rewards.mean()), "reward_std": float(rewards.std()) if len(rewards) > 1 else 0.0}
-        for i, name in enumerate(self.judges.names):
-            given = [sample.rewards[i] for sample in samples if sample.rewards[i] is not None]
-            found[f"rewards/{name}/mean"] = sum(given) / max(len(given), 1)
-        found |= {"completions/mean_length": float(lengths.mean()),
-                  "completions/clipped_ratio": sum(sample.finish == "length" for sample in samples) / len(samples)}
+        for name, mean in self.mean_rewards(samples).items():
+            found[f"rewards/{name}/mean"] = mean
         found["entropy"] = float(torch.cat([sample.entropy for sample in samples]).mean())
         if self.reference:
             found["kl"] = sum(float(kl_estimate(sample.old, sample.reference).sum()) for sample in samples) / len(samples)
+        if self.tools:
+            calls = sum(sample.calls for sample in samples)
+            found |= {"tools/call_frequency": calls / len(samples),
+                      "tools/failure_frequency": sum(sample.failures for sample in samples) / max(calls, 1)}
         if settings.num_generations > 1:
             groups = rewards.view(-1, settings.num_generations)
             found["frac_reward_zero_std"] = float((groups.max(1).values == groups.min(1).values).float().mean())
@@ -1223,6 +1531,12 @@ class Rollouts:
         found |= {"sampling/logp_difference_mean": float(differences.mean()),
                   "sampling/logp_difference_max": float(differences.max())}
         return found
+
+    def mean_rewards(self, samples: list[Sample]) -> dict[str, float]:
+        """The mean reward by each function, over the texts that it judged."""
+        given = {name: [sample.rewards[i] for sample in samples if sample.rewards[i] is not None]
+                 for i, name in enumerate(self.judges.names)}
+        return {name: sum(values) / max(len(values), 1) for name, values in given.items()}
 
     def set_advantages(self) -> dict[str, float]:
         """Advantages of all tokens, from the rewards of all texts."""
@@ -1233,116 +1547,81 @@ class Rollouts:
             if settings.method == "rloo":  # the KL is part of a text's reward
                 scale = "leave_one_out"
                 if self.reference:
-                    scores = scores - self.beta * torch.stack([(sample.old - sample.reference).sum() for sample in samples])
+                    scores = scores - settings.beta * torch.stack([(sample.old - sample.reference).sum() for sample in samples])
             for sample, advantage in zip(samples, group_advantages(scores.view(-1, settings.num_generations), scale).flatten(),
                                          strict=True):
                 sample.advantages = advantage
             return {}
-        padded = partial(nn.utils.rnn.pad_sequence, batch_first=True)
         old, values = padded([sample.old for sample in samples]), padded([sample.values for sample in samples])
         mask = padded([torch.ones(sample.length, dtype=torch.bool) for sample in samples])
         reference = padded([sample.reference for sample in samples]) if self.reference else old
-        advantages, returns = gae(token_rewards(scores, old, reference, mask, self.beta), values, mask, settings.gamma,
-                                  settings.lam)
+        rewards = token_rewards(scores, old, reference, mask, settings.beta)
+        advantages, returns = gae(rewards, values, mask, settings.gamma, settings.lam)
         learned = mask & ~torch.tensor([self.is_masked(sample) for sample in samples])[:, None]
         spread = float(returns[mask].var()) if mask.sum() > 1 else 0.0
         explained = 1 - float((returns - values)[mask].var()) / spread if spread else 0.0
         advantages = whiten(advantages, learned if learned.any() else mask)
         for i, sample in enumerate(samples):
             sample.advantages, sample.returns = advantages[i, : sample.length], returns[i, : sample.length]
-        return {"explained_variance": explained, "value": float(values[mask].mean()), "beta": self.beta}
+        return {"explained_variance": explained, "value": float(values[mask].mean())}
 
     def is_masked(self, sample: Sample) -> bool:
         return self.settings.mask_truncated_completions and sample.finish == "length"
 
-    def __next__(self) -> dict:
-        if not self.queue:
-            self.roll_out()
-        group = [self.samples[i] for i in self.queue.pop(0)]
-        batch = text_batch(group)
-        for row, sample in enumerate(group):
-            if self.is_masked(sample):
-                batch["targets"][row] = -100
-        mask = batch["targets"] != -100
+    def batch(self, group: list[Sample]) -> dict:
+        """With one number a text (B,), or one at the place of each token that is learned (B, T)."""
+        batch = super().batch(group)
+        masked = torch.tensor([self.is_masked(sample) for sample in group])
+        batch["targets"][masked] = -100
+        batch["counts"]["tokens"] = int((batch["targets"] != -100).sum())
         for name in ("old", "sampled", "reference", "values", "returns", "advantages"):
             column = [getattr(sample, name) for sample in group]
-            if column[0] is not None and not column[0].dim():  # one number a text
-                batch[name] = torch.stack(column)  # (B,)
-            elif column[0] is not None:
-                batch[name] = torch.zeros(mask.shape)  # (B, T)
-                for row, sample in enumerate(group):
-                    batch[name][row, sample.start - 1 : len(sample.ids) - 1] = column[row]
-        counts = {"tokens": int(mask.sum()), "texts": len(group), "read": sum(len(sample.ids) - 1 for sample in group)}
-        return {**batch, "counts": counts}
-
-    def metrics(self) -> dict[str, float]:
-        """Means over the rollouts since the last call."""
-        found = {name: sum(values) / len(values) for name, values in self.sums.items()}
-        self.sums = {}
-        return found
-
-    def write_transcripts(self) -> None:
-        if self.run.rank != 0:
-            return
-        with open(self.out / "rollouts.jsonl", "a" if self.rollout else "w", encoding="utf-8") as file:
-            for sample in self.samples:
-                record = {"rollout": self.rollout + 1, "prompt": sample.prompt, "completion": sample.text, **self.verdict(sample),
-                          "tokens": sample.length, "finish_reason": sample.finish}
-                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            if column[0] is not None:
+                placed = [at_places(sample, values, 0.0) for sample, values in zip(group, column, strict=True)] if column[0].dim() else None
+                batch[name] = padded(placed) if placed else torch.stack(column)
+        return batch
 
     def verdict(self, sample: Sample) -> dict:
-        """What the transcript tells of a text beside itself."""
         found = {"reward": sample.reward, "rewards": dict(zip(self.judges.names, sample.rewards, strict=True)),
                  "advantage": round(float(sample.advantages.mean()), 4)}
         if sample.reference is not None:
             found["kl"] = round(float(kl_estimate(sample.old, sample.reference).sum()), 4)
-        return found
+        return {**found, "messages": sample.messages} if self.tools else found
 
-    def state_dict(self) -> dict:
-        left = len(self.queue) * self.training.batch_size * self.run.world_size
-        return {"drawn": self.drawn, "rollout": self.rollout, "beta": self.beta, "watch": dict(self.watch.state),
-                "sums": {k: list(v) for k, v in self.sums.items()}, "left": left,
-                "samples": [{**vars(sample), "columns": {}, "prompt": ""} for sample in self.samples] if left else [],
-                "prompts": self.fingerprint()}
 
-    def fingerprint(self) -> str:
-        return hashlib.blake2b(str([prompt.ids for prompt in self.prompts]).encode(), digest_size=8).hexdigest()
-
-    def load_state_dict(self, state: dict) -> None:
-        if "drawn" not in state:
-            raise UserError("--resume: the checkpoint was made with another rl.method")
-        self.drawn, self.rollout, self.beta, self.watch.state = state["drawn"], state["rollout"], state["beta"], dict(state["watch"])
-        self.sums = {k: list(v) for k, v in state["sums"].items()}
-        self.samples = [Sample.restored(sample) for sample in state["samples"]]
-        if state["left"] % self.per_step:
-            raise UserError(f"--resume: the checkpoint stands inside a rollout of which {state['left']} texts are left, which "
-                            f"do not fill whole optimizer steps of {self.per_step}")
-        if state["prompts"] != self.fingerprint() and self.run.rank == 0:
-            say("the prompts are not those of the checkpoint, so this is no exact continuation")
-        batches = self.minibatches()
-        self.queue = batches[len(batches) - state["left"] // (self.training.batch_size * self.run.world_size) :]
-        if self.run.rank == 0:  # what was written after the checkpoint will be written again
-            TRAIN.rewind(self.out / "rollouts.jsonl", lambda record: record["rollout"] <= self.rollout)
+def everyone(value) -> list:
+    """The values of all processes."""
+    found = [value] * TRAIN.world_size()
+    if len(found) > 1:
+        torch.distributed.all_gather_object(found, value)
+    return found
 
 
 def gather(samples: list[Sample]) -> list[Sample]:
     """All processes' texts, in the order of their prompts."""
-    if TRAIN.world_size() > 1:
-        everyone: list = [None] * TRAIN.world_size()
-        torch.distributed.all_gather_object(everyone, samples)
-        samples = [sample for samples_of_rank in everyone for sample in samples_of_rank]
-    return sorted(samples, key=lambda sample: sample.number)
+    return sorted(itertools.chain.from_iterable(everyone(samples)), key=lambda sample: sample.number)
+
+
+def padded(rows: list[Tensor], fill: float = 0) -> Tensor:
+    """Rows (T,) of different lengths -> (B, T), padded on the right."""
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+
+
+def at_places(sample: Sample, values: Tensor, fill: float) -> Tensor:
+    """A number for each token that the policy wrote (L,) -> (T,), where that token is the target; `fill` elsewhere."""
+    row = torch.full((len(sample.ids) - 1,), fill, dtype=values.dtype)
+    row[torch.tensor(sample.places) - 1] = values
+    return row
 
 
 def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
-    """Prompts with their texts, a row each, padded on the right; the texts are the targets."""
-    width = max((len(sample.ids) - 1 for sample in samples), default=1)
-    ids, targets, positions = (torch.full((max(len(samples), 1), width), fill) for fill in (0, -100, -1))
-    for row, sample in enumerate(samples):
-        n = len(sample.ids) - 1
-        ids[row, :n], positions[row, :n] = torch.tensor(sample.ids[:-1]), torch.arange(n)
-        targets[row, sample.start - 1 : n] = torch.tensor(sample.ids[sample.start :])
-    batch = {"input_ids": ids, "targets": targets, "positions": positions, "segment_ids": None, "weights": None}
+    """Prompts with their texts, a row each; the targets are what the policy wrote. One row of padding where there are no texts."""
+    nothing = [torch.tensor([-100])]
+    ids = padded([torch.tensor(sample.ids[:-1]) for sample in samples] or [torch.tensor([0])])
+    targets = [at_places(sample, torch.tensor(sample.ids)[sample.places], -100) for sample in samples]
+    positions = [torch.arange(len(sample.ids) - 1) for sample in samples] or [torch.tensor([-1])]
+    batch = {"input_ids": ids, "targets": padded(targets or nothing, -100), "positions": padded(positions, -1), "segment_ids": None,
+             "weights": None}
     return TRAIN.on_device(batch, device)
 
 
@@ -1391,17 +1670,17 @@ def held_out_rewards(stream: Rollouts, held: list[Prompt], config) -> Callable |
         return None
 
     def evaluate(model) -> dict:
-        share = list(enumerate(chosen))[MODEL.process_rank() :: TRAIN.world_size()]
-        samples = gather(stream.write(model, share, stream.sampling(temperature=0.0, top_k=0, top_p=1.0, n=1, logprobs=False), 0))
+        share = list(enumerate(chosen))[stream.run.rank :: stream.run.world_size]
+        samples = stream.write(model, share, replace(stream.sampling, temperature=0.0, top_k=0, top_p=1.0, n=1, logprobs=False), 0)
+        logged, samples = stream.judge(samples), gather(samples)
         if config.training.sample_tokens:
             for sample in samples[:: max(1, len(samples) // 3)][:3]:
                 question = sample.prompt if isinstance(sample.prompt, str) else sample.prompt[-1]["content"]
                 TRAIN.say_sample(question, f"{sample.text}   ({sample.reward:.3g})")
-        found = {"reward": sum(sample.reward for sample in samples) / len(samples)}
-        for i, name in enumerate(stream.judges.names) if len(stream.judges.names) > 1 else ():
-            given = [sample.rewards[i] for sample in samples if sample.rewards[i] is not None]
-            found[f"rewards/{name}"] = sum(given) / max(len(given), 1)
-        return {**found, "mean_length": sum(sample.length for sample in samples) / len(samples)}
+        found, means = {"reward": sum(sample.reward for sample in samples) / len(samples)}, stream.mean_rewards(samples)
+        found |= {f"rewards/{name}": mean for name, mean in means.items() if len(means) > 1}
+        found["mean_length"] = sum(sample.length for sample in samples) / len(samples)
+        return {**found, **logged, **found}
 
     return evaluate
 
@@ -1596,7 +1875,7 @@ def read_records(config, checkpoint: Path | None = None) -> tuple:
     SFT.say_unused(config.data)
     expand, kind = (prompt_record, "prompt") if config.rl.method in ON_POLICY else (preference, "pair")
     records, held = TOKENIZER.read_split(config.data, form_of(config.rl, expand), left, kind)
-    make_chat(tokenizer, records + held)
+    make_chat(tokenizer, records + held, bool(config.rl.tools))
     return tokenizer, records, held, left
 
 
@@ -1685,17 +1964,18 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
     settings, out = config.rl, Path(config.output.dir)
     room = Room("rl.max_completion_length", settings.max_completion_length, config.training.max_length, "training.max_length")
     room.check()
+    tools = Tools(settings.tools, tokenizer, settings.tool_timeout) if settings.tools else None
 
     def prompts(found: list[tuple[str, dict]]) -> list[Prompt]:
         made = []
         for where, record in found:
-            if given := {"prompts", "completions", "completion_ids"} & record.keys():
+            if given := set(GIVEN) & record.keys():
                 raise UserError(f"{where}: the key '{min(given)}' is what reward functions are given; call it otherwise, or "
                                 "rename it by rl.columns")
-            ids = prompt_ids(tokenizer, record["prompt"], record.get("tools"))
+            content = TOKENIZER.as_messages(record["prompt"]) if tools else record["prompt"]
+            ids = prompt_ids(tokenizer, content, tools.beside(record.get("tools")) if tools else record.get("tools"))
             if room.fits(ids, where, left):
-                made.append(Prompt(where, record["prompt"], ids,
-                                   {key: value for key, value in record.items() if key != "prompt"}))
+                made.append(Prompt(where, content, ids, {key: value for key, value in record.items() if key != "prompt"}))
         return made
 
     found, kept = prompts(records), prompts(held)
@@ -1704,7 +1984,7 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
     judges.check(found + kept)
     say(f"{len(found):,} prompts, {len(kept):,} held out{left.text()}; judged by {', '.join(judges.names)}")
     reference = Reference(model, frozen) if settings.beta else None
-    stream = Rollouts(found, tokenizer, judges, settings, config.training, reference, out)
+    stream = Rollouts(found, tokenizer, judges, settings, config.training, reference, out, tools)
 
     def save(text: str, tokenizer, model, folder: Path) -> None:
         TRAIN.save_product(text, tokenizer, model, folder)

@@ -1068,6 +1068,29 @@ def parse_calls(markup: Markup, text: str, tools: list[dict] = ()) -> list[tuple
     return [(name, arguments) for name, arguments in calls if isinstance(name, str) and isinstance(arguments, dict)]
 
 
+def ids_after_calls(tokenizer, results: list[tuple[str, str]], tools: list) -> list[int]:
+    """Results (name, text) of the calls in an answer -> the ids that the chat template puts between this answer and the next one.
+    Control tokens in the texts are encoded as text.
+
+    [("add", "5")] -> ids of "\n<|im_start|>tool\n5<|im_end|>\n<|im_start|>assistant\n"
+    """
+    calls = [{"type": "function", "id": f"{i:09d}", "function": {"name": name, "arguments": {"key": "zq"}}}
+             for i, (name, _) in enumerate(results)]
+    asked = [{"role": "user", "content": "zq"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+
+    def answers(texts: list[str]) -> list[dict]:
+        return [{"role": "tool", "name": call["function"]["name"], "tool_call_id": call["id"], "content": text}
+                for call, text in zip(calls, texts, strict=True)]
+
+    for spelled in spellings(asked):
+        with suppress(UserError):
+            text, [turn] = locate_turns(tokenizer, [*spelled, *answers(["zq"] * len(calls))], tools, False)
+            whole = render(tokenizer, [*spelled, *answers([hide_special(tokenizer, text) for _, text in results])], tools, True)
+            if whole.startswith(text[: turn.stop]):
+                return encode_hidden(tokenizer, whole[turn.stop :].rstrip(" "))
+    raise UserError("the chat template does not render the results of tool calls")
+
+
 def ensure_chat(tokenizer) -> None:
     """A tokenizer without a chat template gets the default one, and the tokens that it needs (at the end of the
     vocabulary, so the model may have to grow)."""
