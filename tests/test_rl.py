@@ -911,21 +911,22 @@ def test_only_what_the_policy_wrote_is_learned(method, world, chat, tmp_path):
 def test_a_run_with_tools_goes_on_exactly(chat, tmp_path, monkeypatch):
     """Judges see the turns, rollouts.jsonl shows them, held-out prompts are answered with tools as well."""
     config = MODEL.ModelConfig(vocab_size=len(chat), bos_token_id=chat.bos_token_id, eos_token_id=list(range(4, 60)), initializer_range=0.2, hidden_size=32,
-                               intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=400)
+                               intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=700)
     MODEL.save(MODEL.build(config, seed=1), tmp_path / "base")
     TOKENIZER.save(chat, tmp_path / "base")
     (tmp_path / "tools.py").write_text(TOOLS)
     (tmp_path / "judge.py").write_text("def turns(completions, log_metric, log_extra, **_):\n    log_metric('turns', 7)\n    log_extra('roles', [[t['role'] for t in c] for c in completions])\n"
                                        "    return [len(c) + len(c[-1]['content']) % 3 for c in completions]\n")
-    write(tmp_path / "prompts.jsonl", [{"prompt": f"What is {i}?"} for i in range(12)])
+    for name, numbers in (("prompts", range(12)), ("held", range(20, 24))):
+        write(tmp_path / f"{name}.jsonl", [{"prompt": f"What is {i}?"} for i in numbers])
     monkeypatch.setattr(RL, "Tools", Always)
-    flags = in_file(tmp_path / "own.yaml", ["--model", tmp_path / "base", "--data", tmp_path / "prompts.jsonl", "--rl.method", "grpo", "--rl.tools", f"{tmp_path}/tools.py:add", "--rl.reward_funcs",
-                                            f"{tmp_path}/judge.py:turns", "--rl.num_generations", "2", "--rl.rollout_size", "8", "--batch-size", "4", "--rl.max_completion_length", "64", "--max-steps", "4",
+    flags = in_file(tmp_path / "own.yaml", ["--model", tmp_path / "base", "--data", tmp_path / "prompts.jsonl", "--data.validation", tmp_path / "held.jsonl", "--rl.method", "grpo", "--rl.tools", f"{tmp_path}/tools.py:add", "--rl.reward_funcs",
+                                            f"{tmp_path}/judge.py:turns", "--rl.num_generations", "2", "--rl.rollout_size", "8", "--batch-size", "4", "--max-length", "700", "--rl.max_completion_length", "64", "--max-steps", "4",
                                             "--training.save_steps", "1", "--training.save_total_limit", "9", "--training.logging_steps", "1", "--training.sample_tokens", "0"], RL, "rl")
     result = RL.main([*flags, "--out", str(tmp_path / "run")])
     text = (tmp_path / "run" / "rollouts.jsonl").read_text()
     records = [json.loads(line) for line in text.splitlines()]
-    assert len(records) == 16 and {"messages", "roles"} <= set(records[0]) and any(record["roles"] == ["assistant", "tool"] * 3 + ["assistant"] for record in records)
+    assert len(records) == 16 and {"messages", "roles"} <= set(records[0]) and any(record["roles"] == ["assistant", "tool", "assistant", "tool", "assistant"] for record in records)
     assert all(record["roles"] == [turn["role"] for turn in record["messages"]] for record in records)
     log = log_of(tmp_path / "run")
     assert log[0]["eval_turns"] == 7 and any(record.get("turns") == 7 and record["tools/call_frequency"] > 0 for record in log)
