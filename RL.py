@@ -115,7 +115,7 @@ class RLSection:
                                           ("token", "sequence"), only=("method", "grpo"))
     importance_sampling_clip_max: float | None = rollout_knob(
         None, "weight losses by the ratio of training to sampling probability, at most this value (TRL: 3); null is off", above=0)
-    dynamic_sampling: int = knob(0, "extra draws per rollout that replace prompts whose completions all got the same reward (DAPO)",
+    dynamic_sampling: int = knob(0, "extra draws per rollout to replace prompts whose completions all got the same reward (DAPO)",
                                  low=0, only=("method", "grpo", "rloo"))
     scale_rewards: str = knob("group", "grpo: divide advantages by the standard deviation of the group, of the batch, or not at "
                                        "all", ("group", "batch", "none"), only=("method", "grpo"), often=True)
