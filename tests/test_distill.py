@@ -355,9 +355,8 @@ def test_training_from_a_whole_cache_is_training_beside_the_teacher(world, tmp_p
 
 
 def test_a_large_vocabulary_takes_wider_ids(tmp_path):
-    facts = {"tokens": 10, "top_k": 64, "ids": "uint32", "logprobs": "float16"}
-    DISTILL.reserve(tmp_path / "entries.bin", 10 * DISTILL.entry_dtype(facts).itemsize)
-    cache = DISTILL.Cache(tmp_path, facts, "r+")
+    facts = {"tokens": 10, "top_k": 64, "vocab_size": 2**16 + 1, "logprobs": "float16"}
+    cache = DISTILL.Cache(tmp_path, facts, "r+", create=True)
     ids = torch.arange(640).view(10, 64) + 70_000
     cache.write(0, ids, -torch.rand(10, 64), -torch.rand(10))
     assert torch.equal(DISTILL.Cache(tmp_path, facts).read([slice(0, 4), slice(4, 10)])["cached_ids"], ids)
@@ -782,7 +781,7 @@ def test_judges_are_those_that_began(world, tmp_path):
     with pytest.raises(UserError, match="out.jsonl.part.json was started with a different reward_funcs; --overwrite starts again"):
         generate(world, tmp_path / "out.jsonl", *flags, n=2)
     assert {record["reward"] for record in generate(world, tmp_path / "out.jsonl", *flags, "--overwrite", n=2)} == {-5.0}
-    with pytest.raises(UserError, match="no completion ended within 1 tokens; raise max_new_tokens in distill.sampling"):
+    with pytest.raises(UserError, match="no completion ended within 1 tokens and was good enough; raise max_new_tokens in"):
         generate(world, tmp_path / "short.jsonl", max_new_tokens=1)
     assert generate(world, tmp_path / "short.jsonl") and not list(tmp_path.glob("*.part*")) and not list(tmp_path.glob(".*.lock"))
 
@@ -904,10 +903,10 @@ def test_settings_without_effect_are_told(world, tmp_path, capsys):
     DISTILL.main([*flags, "--alpha", "1", "--max-steps", "1", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
     for words in ("distill.sampling: no effect without --generate\n", "distill.cache_top_k: no effect without --cache\n", "distill.beta: no effect with distill.alpha 1\n",
-                  "only its tokenizer is used, because distill.alpha is 1"):
+                  "only its tokenizer is used, as distill.alpha is 1"):
         assert words in said
     generate(world, tmp_path / "out.jsonl", "--alpha", "0.5", n=2)
-    assert "distill.alpha: no effect with --generate" in capsys.readouterr().err
+    assert "distill.alpha: no effect without training" in capsys.readouterr().err
 
 
 def test_a_small_teacher_is_warned_of(world, tmp_path, capsys):
