@@ -213,8 +213,7 @@ def top_k_loss(student_logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tens
 
 
 def hidden_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states (..., C) -> mean squared errors (...) (Jiao 2020, TinyBERT, eq. 8) and 1 - cosine similarities (...) (Sanh
-    2019, DistilBERT, section 3)."""
+    """Hidden states (..., C) -> mean squared errors (...) (Jiao 2020, eq. 8), 1 - cosines (...) (Sanh 2019, section 3)."""
     student, teacher = student.float(), teacher.float()
     return ((student - teacher) ** 2).mean(-1), 1 - F.cosine_similarity(student, teacher, dim=-1)
 
@@ -265,8 +264,7 @@ class FromCache:
             cached = [batch[f"cached_{name}"][entry[rows]] for name in ("ids", "logprobs", "tail")]
             if temperature != 1 or self.vocab_size != logits.shape[1]:  # cross-entropy needs a pass of its own
                 return {"divergence": top_k_loss(logits[:, : self.vocab_size], *cached, beta, temperature)}
-            targets = batch["targets"].flatten()[rows]
-            losses, logprobs = top_k_loss(logits, *cached, beta, temperature, targets)
+            losses, logprobs = top_k_loss(logits, *cached, beta, temperature, batch["targets"].flatten()[rows])
             return {"divergence": losses, "logprobs": logprobs}
 
         return reduce, []
@@ -300,8 +298,7 @@ def distillation(ask: Callable | None, settings: DistillSection, layers: dict[in
             loss = loss + (1 - alpha) * divergence
             metrics["divergence_on_policy" if on_policy else "divergence"] = divergence.detach()
         if layers:
-            pairs = [hidden_losses(student, states[layer])
-                     for student, layer in zip(out.hidden_states, layers.values(), strict=True)]
+            pairs = [hidden_losses(state, states[layer]) for state, layer in zip(out.hidden_states, layers.values(), strict=True)]
             squared, cosine = (mean(sum(values) / len(pairs)) for values in zip(*pairs, strict=True))
             loss = loss + settings.hidden_weight * squared + settings.cosine_weight * cosine
             metrics |= {"hidden_mse": squared.detach(), "hidden_cosine": cosine.detach()}
@@ -459,15 +456,14 @@ CACHE_BLOCK = 16  # batches per block
 
 
 def is_fixed(rows, config) -> bool:
-    """Whether the rows are the same in every epoch."""
+    """Whether the rows can be the same in every epoch."""
     return isinstance(rows, TOKENIZER.TokenStream) and not (config.data.weights or config.data.streaming)
 
 
 def fixed_plan(rows, config, key: str):
     """The plan of rows that are the same in every epoch, before they are shuffled."""
     if not is_fixed(rows, config):
-        raise UserError(f"{key}: needs the same rows in every epoch; data.streaming, data.weights and masked language modeling "
-                        "change them")
+        raise UserError(f"{key}: data.streaming, data.weights and encoders change the rows in each epoch; caches need fixed rows")
     return rows.make_plan(next(iter(rows.blocks(0))), [0]).plan
 
 
@@ -748,7 +744,9 @@ class Mixed:
         self.data.start(run)
         self.texts.start(run)
         per_epoch = self.data.steps_per_epoch
-        self.steps_per_epoch = self.texts.steps_per_epoch if self.lmbda == 1 else per_epoch and math.ceil(per_epoch / (1 - self.lmbda) - 1e-9)
+        self.steps_per_epoch = self.texts.steps_per_epoch
+        if self.lmbda < 1:
+            self.steps_per_epoch = per_epoch and math.ceil(per_epoch / (1 - self.lmbda) - 1e-9)
 
     def __next__(self) -> dict:
         step = self.drawn // self.run.grad_accum
@@ -870,10 +868,10 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
         TOKENIZER.ensure_chat(tokenizer)
     model = make_student(config, tokenizer, teacher)
     TRAIN.fit_length(config, teacher.context, "the teacher's")
-    size = MODEL.count_parameters(model)[0]
-    say_once(f"teacher {teacher.name}{' (from the cache)' * bool(cache)}: {teacher.parameters / size:.1f} times the student's "
-             "parameters" if settings.uses_teacher else f"teacher {teacher.name}: only its tokenizer is used, as distill.alpha is 1")
-    if settings.uses_teacher and teacher.parameters < size:
+    times = teacher.parameters / MODEL.count_parameters(model)[0]
+    what = f"{times:.1f} times the student's parameters{', cached' * bool(cache)}"
+    say_once(f"teacher {teacher.name}: {what if settings.uses_teacher else 'only its tokenizer is used (distill.alpha 1)'}")
+    if settings.uses_teacher and times < 1:
         say_once("warning: the teacher is smaller than the student; did you swap them?")
     TRAIN.is_masked(model, tokenizer)
     stream, evaluate, samples = read_data(config, tokenizer, teacher, task)
@@ -920,7 +918,8 @@ def write_answers(config) -> None:
     prompts = read_prompts(config, teacher)
     facts = {"teacher": [mark_of(settings.teacher), settings.teacher_dtype, settings.teacher_quantization],
              "prompts": fingerprint(repr([prompt.ids for prompt in prompts]).encode()), "sampling": dataclasses.asdict(sampling),
-             "reward_funcs": [[name, mark_of(name.rpartition(":")[0] or name)] for name in settings.reward_funcs],
+             "reward_funcs": [[name, mark_of(path) if Path(path := name.rpartition(":")[0] or name).exists() else None]
+                              for name in settings.reward_funcs],
              "reward_threshold": settings.reward_threshold}
     part, size = out.with_name(f"{out.name}.part"), config.training.batch_size
     rank, many = MODEL.process_rank(), TRAIN.world_size()
