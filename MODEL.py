@@ -2487,6 +2487,15 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def gathered_on_first(tensor: Tensor) -> Tensor:
+    """`gathered`, kept by the first process alone, on its CPU: the others take part and get an empty tensor, so that saving a
+    sharded model costs them no more than one tensor at a time."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    whole = tensor.full_tensor()
+    return whole.cpu() if process_rank() == 0 else whole.new_empty(0)
+
+
 WEIGHTS = "model*.safetensors*"
 
 
@@ -2500,7 +2509,7 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     if model.adapter:
         return _save_adapter(model, folder)
     if isinstance(model, ForeignModel):
-        state = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
+        state = {name: gathered_on_first(tensor) for name, tensor in model.state_dict().items()}
         if process_rank() == 0:
             ours = model.quantization != "none" and not hasattr(model.inner.config, "quantization_config")
             if ours:  # quantized by us, not by transformers
@@ -2519,7 +2528,7 @@ def save(model: LanguageModel, folder: str | Path) -> None:
             if ours:
                 del model.inner.config.quantization_config
         return
-    state = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
+    state = {name: gathered_on_first(tensor) for name, tensor in model.state_dict().items()}
     if process_rank() != 0:
         return
     state = hub_tensors(model, state)
@@ -2687,6 +2696,29 @@ def resolve_folder(name: str, key: str = "model.name") -> Path:
         remedy = "check the network, or start from --model.preset llama-1m" if key == "model.name" else "check its spelling"
         raise UserError(f"{key}: '{name}' is no local folder and could not be fetched from the hub ({reason}); {remedy}"
                         ) from None
+
+
+def files_fingerprint(paths: list[Path]) -> str:
+    """Identifies files by their names, their sizes and 64 samples of each, which also tells apart files of many gigabytes quickly."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for place in range(0, size, max(size // 64, 2**16)):
+                file.seek(place)
+                digest.update(file.read(2**16))
+    return digest.hexdigest()
+
+
+def weights_fingerprint(name: str, key: str = "model.name") -> str:
+    """Identifies the weights of a model, or of an adapter and its base."""
+    folder = resolve_folder(name, key)
+    kinds = ("*.safetensors", "*config.json", "pytorch_model*.bin")
+    marks = [files_fingerprint(sorted(path for kind in kinds for path in folder.glob(kind)))]
+    if (folder / "adapter_config.json").exists():
+        marks.append(weights_fingerprint(base_and_adapter(name, key=key)[0], key))
+    return " ".join(marks)
 
 
 def model_folder(name: str, key: str = "model.name") -> Path:
@@ -3090,11 +3122,10 @@ def _save_adapter(model: LanguageModel, folder: str | Path) -> None:
     from safetensors.torch import save_file
 
     host = host_of(model)
-    state = {name: gathered(tensor) for name, tensor in host.state_dict().items() if tensor_is_trained(name)}
-    state = import_peft().get_peft_model_state_dict(host, state, save_embedding_layers=False)
+    state = {name: gathered_on_first(tensor) for name, tensor in host.state_dict().items() if tensor_is_trained(name)}
     if process_rank() != 0:
         return
-    config, state = model.adapter, dict(state)
+    config, state = model.adapter, dict(import_peft().get_peft_model_state_dict(host, state, save_embedding_layers=False))
     if not isinstance(model, ForeignModel) and model.config.model_type in RENAMED:
         config, state = rename_adapter(model.config.model_type, config, state)
     state = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}

@@ -1,13 +1,14 @@
-"""RL.py: a model learns from preferences and from rewards.
+"""RL.py: preference optimization and reinforcement learning.
 
-Read in this order: settings, the losses and estimators (each a short function with its paper), preference pairs as one
-stream and one loss, reward functions, rollouts as another stream and loss, and the command line.
+Reading order: settings, losses and estimators (short functions, each with its paper), preference pairs as a stream and a loss,
+reward functions, rollouts as another stream and loss, records, and the command line.
 
-    python RL.py --config config.yaml                                        # DPO: out/sft -> out/rl, on the shipped pairs
-    python RL.py --rl.method grpo --out out/grpo                             # sums by trial: only the answer is judged
-    python RL.py --rl.method reward --out out/reward                         # a reward model of the same pairs, and PPO against it:
+    python RL.py --config config.yaml                                # DPO: out/sft -> out/rl, on the bundled pairs
+    python RL.py --rl.method grpo --out out/grpo                     # GRPO on sums, with a verifiable reward
+    python RL.py --rl.method reward --out out/reward                 # a reward model of the same pairs, and PPO with it:
     python RL.py --rl.method ppo --rl.reward_funcs out/reward --data data/preferences.jsonl --out out/ppo
     python RL.py --rl.method grpo --data mine.jsonl --rl.reward_funcs judge.py:polite length:60 --max-minutes 1
+    python RL.py --data mine.jsonl --dry-run                         # preview which tokens are trained on, and the lengths
 """
 
 from __future__ import annotations
@@ -50,11 +51,12 @@ from MODEL import UserError, check, knob, load_config, run_main, say
 
 # ---------------------------------------------------------------------------------------------------- settings
 
-PAIRED = ("reward", "dpo", "orpo", "simpo")
-OFFLINE = (*PAIRED, "kto")
+OFFLINE = ("reward", "dpo", "orpo", "simpo", "kto")
 ON_POLICY = ("ppo", "grpo", "rloo")
-BETA = {"dpo": 0.1, "ipo": 0.5, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
-LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust"), "grpo": ("dapo", "grpo", "dr_grpo")}
+CHOSEN_TOO = ("dpo", "orpo", "simpo")  # losses of pairs to which the likelihood of the chosen completion is added
+BETA = {"dpo": 0.1, "ipo": 0.5, "sigmoid_norm": 5.0, "kto": 0.1, "orpo": 0.1, "simpo": 2.0,
+        "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}  # of a loss_type, or of a method
+LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"), "grpo": ("dapo", "grpo", "dr_grpo", "cispo")}
 SHIPPED_QUESTIONS = "data/chat_test.jsonl"
 
 
@@ -71,16 +73,15 @@ class RLSection:
     method: str = knob("dpo", "training method: reward, dpo, orpo, simpo, kto, ppo, grpo or rloo", (*OFFLINE, *ON_POLICY),
                        often=True)
     beta: float | None = knob(None, "KL penalty coefficient; 0 needs no reference; null is 0.1 for dpo, kto and orpo "
-                                    "(odds-ratio weight), 0.5 for loss_type ipo, 2 for simpo (reward scale), 0.05 for ppo and "
-                                    "rloo, 0.04 for grpo", low=0, only=("method", *(name for name in BETA if name != "ipo")),
-                                    often=True)
-    loss_type: str = knob("auto", "loss of dpo (sigmoid, hinge, ipo, robust) or grpo (dapo, grpo, dr_grpo); auto is the first; "
-                                  "dapo is "
-                                  "a mean over tokens, grpo over completions, dr_grpo by a constant", often=True)
+                                    "(odds-ratio weight), 0.5 for loss_type ipo, 5 for sigmoid_norm, 2 for simpo (reward scale), "
+                                    "0.05 for ppo and rloo, 0.04 for grpo", low=0,
+                              only=("method", *OFFLINE[1:], *ON_POLICY), often=True)
+    loss_type: str = knob("auto", "loss of dpo (sigmoid, hinge, ipo, robust, sigmoid_norm) or grpo (dapo, grpo, dr_grpo, cispo); "
+                                  "auto is the first, or grpo with importance_sampling_level sequence", often=True)
     label_smoothing: float = knob(0.0, "dpo: assumed fraction of pairs with swapped labels; robust requires it", low=0, below=0.5,
                                   only=("method", "dpo"), often=True)
     rpo_alpha: float | None = knob(None, "weight of the chosen completion's negative log-likelihood (Pang 2024); null is 1",
-                                   low=0, only=("method", "dpo", "orpo", "simpo"), often=True)
+                                   low=0, only=("method", *CHOSEN_TOO), often=True)
     simpo_gamma: float = knob(0.5, "simpo: target reward margin", only=("method", "simpo"), often=True)
     desirable_weight: float = knob(1.0, "kto: weight of desirable completions", low=0, only=("method", "kto"), often=True)
     undesirable_weight: float = knob(1.0, "kto: weight of undesirable completions", low=0, only=("method", "kto"), often=True)
@@ -108,7 +109,14 @@ class RLSection:
     rollout_batch_size: int = rollout_knob(256, "completions generated at a time on one device", low=1, often=True)
     num_iterations: int = rollout_knob(1, "epochs per rollout", low=1, often=True)
     epsilon: float = rollout_knob(0.2, "ppo, grpo, rloo: clip range of the probability ratio", low=0, often=True)
-    epsilon_high: float | None = rollout_knob(None, "upper clip range (clip-higher); null is epsilon", low=0)
+    epsilon_high: float | None = rollout_knob(None, "upper clip range (clip-higher); null is epsilon; for loss_type cispo the "
+                                                    "largest importance weight, null is 5", low=0)
+    importance_sampling_level: str = knob("token", "grpo: ratio of each token, or the geometric mean of the sequence (GSPO)",
+                                          ("token", "sequence"), only=("method", "grpo"))
+    importance_sampling_clip_max: float | None = rollout_knob(
+        None, "weight losses by the ratio of training to sampling probability, at most this value (TRL: 3); null is off", above=0)
+    dynamic_sampling: int = knob(0, "extra draws per rollout to replace prompts whose completions all got the same reward (DAPO)",
+                                 low=0, only=("method", "grpo", "rloo"))
     scale_rewards: str = knob("group", "grpo: divide advantages by the standard deviation of the group, of the batch, or not at "
                                        "all", ("group", "batch", "none"), only=("method", "grpo"), often=True)
     mask_truncated_completions: bool = rollout_knob(False, "exclude truncated completions from the loss")
@@ -131,13 +139,16 @@ class RLSection:
     output: dict = knob({"dir": "./out/rl"}, "overrides `output` for this stage")
 
     def fill(self) -> RLSection:
-        """Put in what null and auto mean to the method."""
-        self.loss_type = LOSS_TYPES.get(self.method, ("auto",))[0] if self.loss_type == "auto" else self.loss_type
-        self.beta = BETA.get("ipo" if self.loss_type == "ipo" else self.method) if self.beta is None else self.beta
-        if self.rpo_alpha is None and self.method in ("dpo", "orpo", "simpo"):
-            self.rpo_alpha = 1.0
-        if self.method in ON_POLICY:
-            self.num_generations = self.num_generations or (1 if self.method == "ppo" else 8)
+        """Replace null and auto by the defaults of the method."""
+        sequences = self.importance_sampling_level == "sequence"
+        if self.loss_type == "auto":
+            self.loss_type = "grpo" if sequences else LOSS_TYPES.get(self.method, ("auto",))[0]
+        defaults = {"beta": BETA.get(self.loss_type, BETA.get(self.method)),
+                    "rpo_alpha": 1.0 if self.method in CHOSEN_TOO else None,
+                    "num_generations": {"ppo": 1, "grpo": 8, "rloo": 8}.get(self.method),
+                    "epsilon_high": 5.0 if self.loss_type == "cispo" else None}
+        for key, value in defaults.items():
+            setattr(self, key, value if getattr(self, key) is None else getattr(self, key))
         return self
 
     def __post_init__(self):
@@ -145,42 +156,48 @@ class RLSection:
         copy.copy(self).fill().check_together()
 
     def check_together(self) -> None:
-        known = LOSS_TYPES.get(self.method, ("auto",))
-        if self.loss_type not in known:
-            raise UserError(f"rl.loss_type: '{self.loss_type}' is none of {', '.join(known)}" if known[1:] else f"rl.loss_type: {self.method} has only one; leave it out")
-        if self.method in ON_POLICY:
-            if self.method != "ppo" and self.num_generations < 2:
-                raise UserError(f"rl.num_generations: {self.num_generations}, but {self.method} compares a prompt's texts with "
-                                "each other; at least 2")
-            if self.rollout_size % self.num_generations:
-                raise UserError(f"rl.rollout_size: {self.rollout_size} does not hold whole groups of rl.num_generations "
-                                f"{self.num_generations}")
-            if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
-                raise UserError(f"rl.reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} rl.reward_funcs; "
-                                "one for each is expected")
-        if self.method in ("dpo", "kto", "simpo") and not self.beta:
-            raise UserError(f"rl.beta: {self.method} needs one above 0")
-        if self.loss_type == "robust" and not self.label_smoothing:
-            raise UserError("rl.label_smoothing: must be above 0 for rl.loss_type robust")
-        if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
-            raise UserError(f"rl.label_smoothing: has no effect with rl.loss_type {self.loss_type}; leave it out")
-        if self.ref_model and not self.beta:
-            raise UserError("rl.ref_model: with rl.beta 0 no reference is asked; leave one of them out")
+        """UserError for settings that do not fit each other, after `fill`."""
+        method, loss_type, known = self.method, self.loss_type, LOSS_TYPES.get(self.method, ("auto",))
+        group, weights, functions = self.num_generations or 1, self.reward_weights, len(self.reward_funcs)
+        for wrong, message in (
+            (loss_type not in known and len(known) == 1, f"loss_type: {method} has only one; leave it out"),
+            (loss_type not in known, f"loss_type: '{loss_type}' is none of {', '.join(known)}"),
+            (method in ("grpo", "rloo") and group < 2,
+             f"num_generations: {group}, but {method} compares the completions of a prompt with each other; at least 2"),
+            (self.rollout_size % group,
+             f"rollout_size: {self.rollout_size} does not hold whole groups of rl.num_generations {group}"),
+            (weights is not None and len(weights) != functions,
+             f"reward_weights: {len(weights or [])} for {functions} rl.reward_funcs; one for each is expected"),
+            (method in ("dpo", "kto", "simpo") and not self.beta, f"beta: must be above 0 for {method}"),
+            (loss_type == "robust" and not self.label_smoothing, "label_smoothing: must be above 0 for rl.loss_type robust"),
+            (self.label_smoothing and loss_type not in ("sigmoid", "robust", "sigmoid_norm"),
+             f"label_smoothing: has no effect with rl.loss_type {loss_type}; leave it out"),
+            (loss_type == "cispo" and self.importance_sampling_level == "sequence",
+             "importance_sampling_level: sequence is not available for rl.loss_type cispo, which weights tokens"),
+            (loss_type == "cispo" and self.epsilon != RLSection.epsilon,
+             "epsilon: has no effect with rl.loss_type cispo; leave it out"),
+            (loss_type == "cispo" and self.epsilon_high < 1,
+             f"epsilon_high: {self.epsilon_high}, the largest importance weight of rl.loss_type cispo, must be at least 1"),
+            (self.ref_model and not self.beta, "ref_model: with rl.beta 0 there is no reference; leave one of them out"),
+        ):
+            if wrong:
+                raise UserError(f"rl.{message}")
 
 
 # ------------------------------------------------------------------------------------ losses of preference pairs
 #
-# logp is the log-probability of a whole text given its prompt, a sum over its tokens; a mean where it says so.
+# Log-probabilities are of whole completions given their prompts: sums over tokens, or means where a docstring says so.
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float = 0.1,
              loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
     """log-probabilities (B,) of policy and reference -> losses (B,).
 
-    The reward that a policy is the best for is beta log(policy / reference), up to a constant of the prompt; put into
-    Bradley-Terry, the constant cancels (Rafailov 2023, eq. 7). hinge: SLiC (Zhao 2023). ipo: a margin of 1 / (2 beta) and
-    no more (Azar 2023, eq. 17), of log-probabilities per token. robust: unbiased where `label_smoothing` of the pairs are
-    the wrong way round (Chowdhury 2024, eq. 12).
+    A policy is optimal for the reward beta log(policy / reference), up to a constant of the prompt, which cancels in
+    Bradley-Terry (Rafailov 2023, eq. 7). hinge: SLiC (Zhao 2023). ipo: a margin of exactly 1 / (2 beta) (Azar 2023, eq. 17), of
+    log-probabilities per token. sigmoid_norm: sigmoid of log-probabilities per token, so that long completions do not count more
+    (Lambert 2024, Tulu 3, with beta 5). robust: unbiased if a fraction `label_smoothing` of the pairs is swapped (Chowdhury 2024,
+    eq. 12).
 
     logp -1 and -3, reference -2 and -2, beta 0.1: -log sigmoid(0.1 * (1 - -1)) = 0.598
     """
@@ -197,11 +214,11 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, referen
 
 def kto_loss(gains: Tensor, desirable: Tensor, baseline: Tensor, beta: float = 0.1, desirable_weight: float = 1.0,
              undesirable_weight: float = 1.0) -> Tensor:
-    """gains (B,) = log(policy / reference) of single texts, which of them are wanted (B,), the policy's KL -> losses (B,).
+    """gains (B,) = log(policy / reference) of single completions, which are desirable (B,), the KL of the policy -> losses (B,).
 
-    People feel gains and losses against what they are used to, here the KL from the reference, and both ever less the
-    larger they are: 1 - sigmoid(beta (gain - KL)) for a wanted text, with the sign turned for the others
-    (Ethayarajh 2024, eq. 8)."""
+    Prospect theory: gains and losses are felt relative to a reference point, here the KL, and less so the larger they are:
+    1 - sigmoid(beta (gain - KL)) for a desirable completion, with the opposite sign for an undesirable one (Ethayarajh 2024,
+    eq. 8)."""
     sign = torch.where(desirable, 1.0, -1.0)
     weights = torch.where(desirable, desirable_weight, undesirable_weight)
     return weights * (1 - torch.sigmoid(sign * beta * (gains - baseline)))
@@ -209,7 +226,7 @@ def kto_loss(gains: Tensor, desirable: Tensor, baseline: Tensor, beta: float = 0
 
 def orpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Mean log-probabilities per token (B,) -> -log sigmoid(log odds ratio) (B,), odds = p / (1 - p) (Hong 2024, eq. 7).
-    It stands beside the usual loss on the chosen text and needs no reference."""
+    It is added to the negative log-likelihood of the chosen completion and needs no reference."""
 
     def log_odds(logp: Tensor) -> Tensor:
         return logp - torch.log(-torch.expm1(logp.clamp(max=-1e-6)))
@@ -218,14 +235,14 @@ def orpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float = 0.5) -> Tensor:
-    """Mean log-probabilities per token (B,), which long texts cannot gain by -> losses (B,) without a reference:
+    """Mean log-probabilities per token (B,), independent of the length -> losses (B,) without a reference:
     -log sigmoid(beta (chosen - rejected) - gamma) (Meng 2024, eq. 6)."""
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
 def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centering: float = 0.0) -> Tensor:
-    """Rewards (B,) -> -log sigmoid(chosen - rejected - margin) (Bradley-Terry; the margin: Touvron 2023, eq. 2). Only
-    differences are learnt from pairs; centering (chosen + rejected)^2 fixes the zero (Eisenstein 2023, section 2)."""
+    """Rewards (B,) -> -log sigmoid(chosen - rejected - margin) (Bradley-Terry; the margin: Touvron 2023, eq. 2). Pairs
+    determine only differences; centering (chosen + rejected)^2 fixes the zero (Eisenstein 2023, section 2)."""
     return -F.logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected) ** 2
 
 
@@ -233,25 +250,24 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, 
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """KL(policy || reference) at tokens drawn from the policy, each at least 0 and right on average: with
-    r = reference / policy it is r - 1 - log r (Schulman 2020, k3). Its gradient as part of a loss is 1 - r, on average that of
-    KL(reference || policy): it pulls to the same reference, less where the policy has become surer."""
-    gap = (reference - logprobs).clamp(max=20)  # e^20 is far enough away; an infinite one would have no gradient but NaN
+    """KL(policy || reference) at tokens sampled from the policy, at least 0 and unbiased: with r = reference / policy it is
+    r - 1 - log r (Schulman 2020, k3). As part of a loss its gradient is 1 - r, on average that of KL(reference || policy)."""
+    gap = (reference - logprobs).clamp(max=20)  # an infinite gap would have NaN as gradient
     return torch.expm1(gap) - gap
 
 
 def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """Scores of texts (N,) and log-probabilities of their tokens (N, T) -> rewards of tokens (N, T): each pays
-    beta log(policy / reference), the last one gets the score (Ouyang 2022, eq. 2; Ziegler 2019, section 2)."""
+    """Scores of completions (N,), log-probabilities of tokens (N, T) -> rewards of tokens (N, T): -beta log(policy / reference)
+    for each token, plus the score for the last (Ouyang 2022, eq. 2; Ziegler 2019, section 2)."""
     rewards = -beta * (logprobs - reference) * mask
     last = (mask.cumsum(1) * mask).argmax(1, keepdim=True)  # (N, 1)
     return rewards.scatter_add(1, last, (scores * mask.any(1))[:, None])
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Rewards and the critic's values (N, T) of right-padded texts -> advantages, returns (N, T).
+    """Rewards and the critic's values (N, T) of right-padded completions -> advantages, returns (N, T).
 
-    A token's advantage is what came of it beyond what the critic had expected before it: the sum over later tokens of
+    The advantage of a token is the return beyond what the critic expected before it: the sum over this and later tokens of
     (gamma lambda)^k delta, delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the end (Schulman 2016, eq. 16).
 
     rewards [0, 1], values [0.5, 0.5], gamma 1, lambda 0.5: deltas [0, 0.5], advantages [0.25, 0.5], returns [0.75, 1]
@@ -267,7 +283,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 over the places of the mask, 0 elsewhere."""
+    """Mean 0 and standard deviation 1 where the mask is set, 0 elsewhere."""
     chosen = values[mask]
     spread = chosen.var() if len(chosen) > 1 else chosen.new_ones(())
     return torch.where(mask, (values - chosen.mean()) * torch.rsqrt(spread + 1e-8), 0.0)
@@ -275,32 +291,53 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
 def ppo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, epsilon: float = 0.2,
              epsilon_high: float | None = None) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens now and at the rollout, their advantages, all (B, T) -> losses, which are cut (B, T).
+    """Log-probabilities of tokens now and at the rollout, their advantages, all (B, T) -> losses, which are clipped (B, T).
 
-    -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), r = now / then (Schulman 2017, eq. 7): once a probability has
-    moved far enough in its advantage's direction, there is nothing more to gain. A larger limit upwards leaves rare
-    tokens room to grow (clip-higher; Yu 2025, section 3.1).
+    -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), r = now / then (Schulman 2017, eq. 7): a token has no more
+    gradient once its ratio has left the clip range in the direction of its advantage. A larger upper limit lets rare tokens
+    become likelier (clip-higher; Yu 2025, section 3.1).
 
     r = 1.5, epsilon 0.2: A = 1 gives -1.2, without gradient; A = -1 gives 1.5, with gradient
     """
-    ratio = torch.exp((logprobs - old).clamp(-20, 20))  # far beyond any limit; an infinite ratio would have no gradient but NaN
+    ratio = torch.exp((logprobs - old).clamp(-20, 20))  # an infinite ratio would have NaN as gradient
     limited = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
     losses = torch.maximum(-ratio * advantages, -limited * advantages)
     return losses, (ratio * advantages > limited * advantages)
 
 
+def cispo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, largest: float = 5.0) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens now and at the rollout, their advantages, all (B, T) -> losses, which are clipped (B, T).
+
+    -min(r, largest) A log p, where r = now / then has no gradient (MiniMax-M1 2025, eq. 4). `ppo_loss` removes the gradient of
+    tokens outside of the clip range; here each token keeps one, with a limited weight. Khatri 2025 (ScaleRL) recommends 5.
+    """
+    ratio = torch.exp((logprobs - old).detach().clamp(max=20))
+    return -ratio.clamp(max=largest) * advantages * logprobs, ratio > largest
+
+
+def sampler_weights(old: Tensor, sampled: Tensor, mask: Tensor, largest: float, whole: bool = False) -> Tensor:
+    """Log-probabilities by the training and the sampling code (B, T) -> weights of tokens (B, T), of whole completions (B,).
+
+    min(old / sampled, largest): truncated importance sampling (Yao 2025) corrects losses for tokens that were sampled with
+    slightly other probabilities, as with 16-bit weights and a KV cache. Both are at the rollout's temperature and before top-k
+    and top-p, which this does not correct.
+    """
+    gap = (old - sampled) * mask
+    return (gap.sum(1) if whole else gap).clamp(max=math.log(largest)).exp()
+
+
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, cliprange: float = 0.2) -> Tensor:
-    """The critic's values now and at the rollout and what came of it (B, T) -> losses (B, T): half the squared error, the
-    larger one of the value and of the value held within `cliprange` of the old one (Huang 2024, detail 7)."""
+    """The critic's values now and at the rollout, and returns (B, T) -> losses (B, T): half the squared error, the larger one of
+    the value and of the value clipped to `cliprange` around the old one (Huang 2024, detail 7)."""
     limited = torch.clamp(values, old - cliprange, old + cliprange)
     return 0.5 * torch.maximum((values - returns) ** 2, (limited - returns) ** 2)
 
 
 def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
-    """Rewards (P, G) of G texts for each of P prompts -> advantages (P, G): reward minus the group's mean, which does the
-    critic's work. scale: `group` divides by the group's deviation (Shao 2024, section 4.1), `batch` by that of all,
-    `none` by nothing, so that prompts which are nearly always solved or failed do not count more (Liu 2025, Dr. GRPO).
-    `leave_one_out` compares each text with the mean of the others (RLOO; Ahmadian 2024, eq. 8).
+    """Rewards (P, G) of G completions for each of P prompts -> advantages (P, G): reward minus the mean of the group, which
+    replaces the critic. scale: `group` divides by the standard deviation of the group (Shao 2024, section 4.1), `batch` by
+    that of all rewards, `none` does not divide, so that very easy and very hard prompts do not count more (Liu 2025).
+    `leave_one_out` subtracts the mean of the other completions (RLOO; Ahmadian 2024, eq. 8).
 
     [[1, 0, 0, 0]]: none [[0.75, -0.25, ...]], group [[1.5, -0.5, ...]], leave_one_out [[1, -0.33, ...]]
     """
@@ -314,16 +351,26 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
     return ahead / ((spread if scale == "batch" else rewards.std(1, keepdim=True)) + 1e-4)
 
 
-def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, reference: Tensor | None = None, beta: float = 0.0,
-              epsilon: float = 0.2, epsilon_high: float | None = None, loss_type: str = "dapo",
-              max_length: int = 1) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B, T), advantages of texts (B,) -> shares (B,) of a sum, which tokens are cut (B, T).
+def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, reference: Tensor | None = None,
+              beta: float = 0.0, epsilon: float = 0.2, epsilon_high: float | None = None, loss_type: str = "dapo",
+              max_length: int = 1, level: str = "token", weights: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (B, T), advantages of completions (B,) -> shares (B,) of a sum, which tokens are clipped (B, T).
 
-    Each token's clipped loss, plus beta times its KL (Shao 2024, eq. 3). The shares' sum has to be divided by the number
-    of texts (`grpo`: a mean over each text's tokens, in which long texts' tokens count less; `dr_grpo`: by a constant
-    length, Liu 2025) or of tokens (`dapo`, Yu 2025 section 3.3).
+    The clipped loss of each token (`cispo`: `cispo_loss`) plus beta times its KL (Shao 2024, eq. 3). The caller divides the sum
+    of the shares by the number of completions (`grpo`: a mean over the tokens of each completion, so tokens of long ones count
+    less; `dr_grpo`: by a constant length, Liu 2025) or by the number of tokens (`dapo`, Yu 2025, section 3.3; `cispo`).
+    level `sequence`: all tokens of a completion share the geometric mean of their ratios (GSPO; Zheng 2025, eq. 7).
     """
-    losses, cut = ppo_loss(logprobs, old, advantages[:, None], epsilon, epsilon_high)
+
+    def mean(values: Tensor) -> Tensor:
+        return (values * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+
+    if loss_type == "cispo":
+        losses, cut = cispo_loss(logprobs, old, advantages[:, None], epsilon_high)
+    else:
+        now, then = (mean(logprobs), mean(old)) if level == "sequence" else (logprobs, old)
+        losses, cut = ppo_loss(now, then, advantages[:, None], epsilon, epsilon_high)
+    losses = losses * weights  # of `sampler_weights`
     if reference is not None:
         losses = losses + beta * kl_estimate(logprobs, reference)
     shares = (losses * mask).sum(1)  # (B,)
@@ -335,18 +382,18 @@ def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, r
 
 
 def rloo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, epsilon: float = 0.2,
-              epsilon_high: float | None = None) -> tuple[Tensor, Tensor]:
-    """As `grpo_loss`, with a whole text as one action: r is the product of its tokens' ratios (Ahmadian 2024, section 3.2).
-    In the first step after a rollout this is REINFORCE. -> shares (B,) of a mean over texts, which tokens are cut (B, T)."""
+              epsilon_high: float | None = None, weights: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """As `grpo_loss`, with a whole completion as one action: r is the product of its tokens' ratios (Ahmadian 2024, section 3.2).
+    In the first step after a rollout this is REINFORCE. -> shares (B,) of a mean over completions, which are clipped (B, T)."""
     losses, cut = ppo_loss((logprobs * mask).sum(1), (old * mask).sum(1), advantages, epsilon, epsilon_high)
-    return losses * mask.any(1), cut[:, None] & mask
+    return losses * weights * mask.any(1), cut[:, None] & mask
 
 
 # ------------------------------------------------------------------------------------------- preference pairs
 
 
 class Example(NamedTuple):
-    """A prompt followed by a completion: ids, and 1 for those that the assistant writes in the completion."""
+    """A prompt followed by a completion: ids, and weight 1 for the tokens of assistant messages in the completion."""
 
     ids: list[int]
     weights: list[int]
@@ -357,14 +404,14 @@ class Example(NamedTuple):
 
 
 def prompt_ids(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
-    """As `INFER` serves it: in the chat template where there is one."""
+    """The prompt as INFER.py feeds it: rendered by the chat template if the tokenizer has one."""
     if tokenizer.chat_template:
         return TOKENIZER.render_chat(tokenizer, TOKENIZER.as_messages(prompt), tools, add_generation_prompt=True).ids
     return TOKENIZER.encode_prompt(tokenizer, prompt)
 
 
 def make_example(tokenizer, prompt: str | list[dict], completion: str | list[dict], tools: list | None, where: str) -> Example:
-    """The prompt as it is served, and the completion up to the end of its last turn; without a chat template one text."""
+    """The prompt as INFER.py feeds it, and the completion up to the end of its last turn; without a chat template one text."""
     if not tokenizer.chat_template:
         served, ids = TOKENIZER.encode_pair(tokenizer, prompt, completion)
         ids += [] if tokenizer.eos_token_id is None or ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
@@ -400,13 +447,13 @@ def form_of(settings: RLSection, expand: Callable) -> TOKENIZER.Form:
 
 
 def make_chat(tokenizer, records: list[tuple[str, dict]], tools: bool = False) -> None:
-    """Conversations and tools need a chat template; texts are joined as they stand where there is none."""
+    """Conversations and tools need a chat template; without one, prompt and completion are concatenated."""
     if tools or any(isinstance(record["prompt"], list) for _, record in records):
         TOKENIZER.ensure_chat(tokenizer)
 
 
 class Room(NamedTuple):
-    """How many tokens a prompt may have, so that an answer of the length that `key` names fits into a whole."""
+    """How many tokens a prompt may have, so that a completion of the length that `key` names fits into `whole`."""
 
     key: str
     answer: int
@@ -425,40 +472,39 @@ class Room(NamedTuple):
 
 
 def read_pairs(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZER.LeftOut) -> list[Pair]:
-    """Pairs of records; what cannot be compared is left out and counted."""
+    """Records -> pairs, for kto single completions. Pairs that cannot be compared are counted in `left`."""
     length, method, pairs = config.training.max_length, config.rl.method, []
     for where, record in records:
-        both, tools = "chosen" in record, record.get("tools")
+        both, prompt, tools = "chosen" in record, record["prompt"], record.get("tools")
         if not both and method != "kto":
             raise UserError(f"{where}: single completions with a label are for rl.method kto; {method} needs chosen and rejected")
         completions = [record["chosen"], record["rejected"]] if both else [record["completion"]]
-        examples = [make_example(tokenizer, record["prompt"], completion, tools, where) for completion in completions]
+        examples = [make_example(tokenizer, prompt, completion, tools, where) for completion in completions]
         if any(example.start >= length for example in examples):
             left.add(f"whose prompt fills training.max_length {length}", where)
             continue
-        left.truncated += any(len(example.ids) > length for example in examples)
+        longer = any(len(example.ids) > length for example in examples)
         examples = [Example(example.ids[:length], example.weights[:length]) for example in examples]
+        left.truncated += longer
         if both and examples[0].ids == examples[1].ids:
             left.add("whose completions are the same", where)
-            continue
-        if method == "reward":
-            examples = [followed(example, tokenizer.pad_token_id) for example in examples]
-        if both and method == "kto":
-            pairs += [Pair(where, [example], record["prompt"], tools, 0.0, label)
-                      for example, label in zip(examples, (True, False), strict=True)]
+        elif method == "kto":
+            labels = (True, False) if both else (record["label"],)
+            pairs += [Pair(where, [example], prompt, tools, 0.0, label) for example, label in zip(examples, labels, strict=True)]
         else:
-            pairs.append(Pair(where, examples, record["prompt"], tools, record.get("margin", 0.0), record.get("label", True)))
+            examples = [followed(example, tokenizer.pad_token_id) for example in examples] if method == "reward" else examples
+            pairs.append(Pair(where, examples, prompt, tools, record["margin"]))
     return pairs
 
 
 def followed(example: Example, pad: int | None = None) -> Example:
-    """A row's last id is only a target; where a reward is read off the last token, another one has to follow it."""
+    """The last id of a row is a target only. The reward is read at the last token, so one more id has to follow it."""
     ids = TOKENIZER.without_padding(example.ids, pad)
     return Example([*ids, ids[-1]], [*example.weights[: len(ids)], 1])
 
 
 def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
-    """Each prompt with the completion of another one, for KTO's KL: the pairs in a random circle, each taking its neighbor's."""
+    """Each prompt with the completion of another prompt, for the KL of KTO: the next one of a random circle."""
     circle = np.random.default_rng([seed, 4]).permutation(len(pairs))
     found: list = [None] * len(pairs)
     for place, i in enumerate(circle):
@@ -472,8 +518,8 @@ def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
 
 
 def make_batch(pairs: list[Pair], width: int | None = None, rows: int = 1) -> dict:
-    """Each example in a row of its own, the two of a pair one after the other; rows of padding up to `rows`. Beside `collate`'s keys
-    `halves`: [(rows, width), ...], the shorter and the longer rows, in forward passes of their own to reduce padding."""
+    """One row for each example, those of a pair one after the other; rows of padding up to `rows`. Adds to the keys of `collate`
+    `halves`: [(rows, width), ...], the shorter and the longer rows, in separate forward passes to reduce padding."""
     examples = TOKENIZER.Examples.of([example for pair in pairs for example in pair.examples] or [Example([0], [0])])
     pieces = [[(int(start), int(start + size))] for start, size in zip(examples.starts, examples.lengths, strict=True)]
     batch = TOKENIZER.collate(examples, pieces + [[]] * (rows - len(pieces)), width)
@@ -484,7 +530,7 @@ def make_batch(pairs: list[Pair], width: int | None = None, rows: int = 1) -> di
 
 
 def read_rows(model, batch: dict, read: Callable[..., Tensor], want: tuple = ()) -> tuple[Tensor, Tensor]:
-    """(read(output, positions) of every row (R,), the router's loss), from one forward pass for each half of the batch."""
+    """(read(output, positions) of each row (R,), the router's loss), by one forward pass for each half of the batch."""
     values, balance = [], 0.0
     for rows, width in batch["halves"]:
         ids, positions, targets = (None if batch[key] is None else batch[key][rows, :width]
@@ -497,7 +543,7 @@ def read_rows(model, batch: dict, read: Callable[..., Tensor], want: tuple = ())
 
 
 def text_logps(model, batch: dict, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities of the completions (B, count), their tokens (B, count), the router's loss)."""
+    """(log-probabilities of the completions (B, count), their numbers of tokens (B, count), the router's loss)."""
     sums, balance = read_rows(model, batch, lambda out, positions: out.logprobs.sum(1))
     return sums.view(-1, count), (batch["targets"] != -100).float().sum(1).view(-1, count), balance
 
@@ -508,134 +554,130 @@ def last_scores(out: MODEL.Output, positions: Tensor | None) -> Tensor:
     return scores[:, -1] if positions is None else scores.gather(1, positions.argmax(1, keepdim=True))[:, 0]
 
 
-class Order:
-    """The plan of pairs: their numbers in a random order."""
-
-    def __init__(self, count: int, seed: list[int]):
-        self.count, self.order = count, np.random.default_rng(seed).permutation(count)
-
-
 class Pairs(TOKENIZER.TokenStream):
-    """Endless batches of pairs with the reference's log-probabilities beside them.
+    """Endless batches of pairs with the log-probabilities of the reference.
 
-    These are computed once, before the first step, when the policy still is the reference (or by `frozen`, if one is named)."""
+    These are computed once, before the first step, when the policy is still the reference (or by `frozen`: rl.ref_model)."""
 
     def __init__(self, pairs: list[Pair], held: list[Pair], settings: RLSection, training: TRAIN.TrainingSection, frozen=None):
-        super().__init__(lambda epoch: [pairs], lambda sources, seed: Order(len(sources), seed), training.batch_size,
-                         training.max_length)
+        def plan(sources: list, seed: list[int]) -> SimpleNamespace:
+            return SimpleNamespace(count=len(sources), order=np.random.default_rng(seed).permutation(len(sources)))
+
+        super().__init__(lambda epoch: [pairs], plan, training.batch_size, training.max_length, identify=self.fingerprint)
         self.pairs, self.held, self.count = pairs, held, len(pairs[0].examples)
         self.settings, self.training, self.frozen = settings, training, frozen
-        self.needed = settings.method in ("dpo", "kto")
         self.sets = {"train": pairs, "held": held}
         if settings.method == "kto":
-            self.sets |= {f"{name} mismatched": mismatched(pairs_of_set, training.seed, training.max_length)
-                          for name, pairs_of_set in self.sets.items() if pairs_of_set}
+            self.sets |= {f"{name} mismatched": mismatched(found, training.seed, training.max_length)
+                          for name, found in self.sets.items() if found}
         self.reference: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def sums(self, model, pairs: list[Pair]) -> Tensor:
-        """Log-probabilities (pairs, completions) of all processes' shares."""
-        total = torch.zeros(len(pairs), self.count, dtype=torch.float64)
-        for group in self.groups_of_rank(range(len(pairs))):
-            batch = TRAIN.on_device(make_batch([pairs[i] for i in group], rows=self.count), model.device)
-            total[group.start : group.start + len(group)] = text_logps(model, batch, self.count)[0][: len(group)].double().cpu()
-        return torch.tensor(TRAIN.all_sum(total.flatten().tolist(), model.device)).view(total.shape).float()
+    @contextlib.contextmanager
+    def scoring(self, model):
+        """Without gradients and in evaluation mode."""
+        was_training = model.training
+        with torch.no_grad(), self.run.autocast():
+            yield model.eval()
+        model.train(was_training)
 
-    def groups_of_rank(self, numbers) -> list:
-        """This process's batches of numbers, as many as every other's."""
-        size = self.training.batch_size
+    def logps(self, model, name: str, numbers: list[int]) -> Tensor:
+        """Log-probabilities (numbers, completions) of these pairs of a set."""
+        batch = make_batch([self.sets[name][i] for i in numbers], rows=self.count)
+        return text_logps(model, TRAIN.on_device(batch, model.device), self.count)[0][: len(numbers)].float().cpu()
+
+    def groups_of_rank(self, numbers: list[int]) -> list[list[int]]:
+        """This process's batches of numbers; all processes have equally many, some may be empty."""
+        size, world = self.training.batch_size, TRAIN.world_size()
         groups = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-        share = groups[MODEL.process_rank() :: TRAIN.world_size()]
-        return share + [numbers[:0]] * (-(-len(groups) // TRAIN.world_size()) - len(share))
+        groups += [[]] * (-len(groups) % world)
+        return groups[MODEL.process_rank() :: world]
 
     def ask_reference(self, model) -> None:
-        if not self.needed or self.reference:
+        if self.settings.method not in ("dpo", "kto") or self.reference:
             return
-        was_training = model.training
-        with self.run.autocast():
-            self.reference = {name: self.sums((self.frozen or model).eval(), pairs) for name, pairs in self.sets.items() if pairs}
-        model.train(was_training)
+        with self.scoring(model):
+            for name, pairs in ((name, pairs) for name, pairs in self.sets.items() if pairs):
+                found = torch.zeros(len(pairs), self.count)
+                for numbers in self.groups_of_rank(list(range(len(pairs)))):
+                    found[numbers] = self.logps(self.frozen or model, name, numbers)
+                self.reference[name] = torch.tensor(TRAIN.all_sum(found.flatten().tolist(), model.device)).view(found.shape)
         self.frozen = None
 
     def batch_of(self, name: str, numbers: list[int], width: int | None = None) -> dict:
-        """These pairs as `make_batch` gives them, with what the loss needs beside: real (B,), label, margin, reference (B, count)."""
+        """`make_batch` of these pairs, and what the loss needs: real (B,), label (B,), margin (B,), reference (B, count)."""
         pairs, fill = [self.sets[name][i] for i in numbers], self.batch_size if width else 1
         batch = make_batch(pairs, width, fill * self.count)
-        rows = torch.tensor([*numbers, *[-1] * (fill - len(numbers))])
-        real, pairs = rows >= 0, pairs + [self.sets[name][0]] * (len(rows) - len(pairs))
-        label = torch.tensor([pair.label for pair in pairs])
+        padding = max(fill - len(pairs), 0)
+        rows, pairs = torch.tensor([*numbers, *[-1] * padding]), pairs + [self.sets[name][0]] * padding
+        real, label = rows >= 0, torch.tensor([pair.label for pair in pairs])
         batch |= {"rows": rows, "real": real, "label": label, "margin": torch.tensor([pair.margin for pair in pairs])}
+        if self.reference:
+            batch["reference"] = self.reference[name][rows]
         counts = {**batch["counts"], "pairs": int(real.sum())}
         if self.settings.rpo_alpha:
             counts["chosen"] = int((batch["targets"][::2] != -100).sum())
         if self.settings.method == "kto":
             counts |= {"desirable": int((real & label).sum()), "undesirable": int((real & ~label).sum())}
-        if self.needed:
-            batch["reference"] = self.reference[name][rows]
         return {**batch, "counts": counts}
 
     def make(self, numbers: range) -> dict:
-        return self.batch_of("train", [int(self.plan.order[i]) for i in numbers], self.width)
+        return self.batch_of("train", self.plan.order[numbers].tolist(), self.width)
 
     def __next__(self) -> dict:
         self.ask_reference(self.run.model)
         begins = not self.queue
         batch = super().__next__()
-        if self.settings.method != "kto":
-            return batch
-        if begins:
-            self.baseline = self.measure_baseline("train",
-                                                  [[int(i) for i in batch["rows"] if i >= 0] for batch in (batch, *self.queue)])
-        return {**batch, "baseline": self.baseline}
+        if self.settings.method == "kto" and begins:
+            step = [[i for i in micro["rows"].tolist() if i >= 0] for micro in (batch, *self.queue)]
+            self.baseline = self.measure_baseline("train mismatched", step)
+        return {**batch, "baseline": self.baseline} if self.settings.method == "kto" else batch
 
-    @torch.no_grad()
     def measure_baseline(self, name: str, groups: list[list[int]]) -> Tensor:
-        """KTO's reference point: the KL of the policy from its reference, estimated on prompts with texts of others and
-        held above 0, one number for the whole step of all processes (Ethayarajh 2024, section 4.1)."""
-        model, name = self.run.model, f"{name} mismatched"
-        was_training, gain, count = model.training, 0.0, 0
-        model.eval()
-        with self.run.autocast():
-            for numbers in groups:
-                batch = TRAIN.on_device(make_batch([self.sets[name][i] for i in numbers]), model.device)
-                logps = text_logps(model, batch, 1)[0][: len(numbers), 0].cpu()
-                gain, count = gain + float((logps - self.reference[name][numbers, 0]).sum()), count + len(numbers)
-        model.train(was_training)
-        gain, count = TRAIN.all_sum([gain, count], self.run.device)
+        """The reference point of KTO: the KL of the policy from its reference, estimated with completions of other prompts and at
+        least 0; one number for the whole step of all processes (Ethayarajh 2024, section 4.1)."""
+        with self.scoring(self.run.model) as model:
+            gains = [self.logps(model, name, numbers) - self.reference[name][numbers] for numbers in groups]
+        gain, count = TRAIN.all_sum([float(sum(gain.sum() for gain in gains)), sum(map(len, gains))], self.run.device)
         return torch.tensor(max(gain / max(count, 1), 0.0))
 
     def held_out(self, limit: int) -> Iterator[dict]:
-        """This process's batches of what is held out, as many as every other's."""
-        size, chosen = self.training.batch_size, np.arange(len(self.held))
-        if len(chosen) > limit * size:
-            chosen = np.linspace(0, len(self.held) - 1, limit * size).astype(int)
-        share = self.groups_of_rank(chosen.tolist())
-        baseline = self.measure_baseline("held", share) if self.settings.method == "kto" else None
+        """This process's batches of held-out pairs; all processes have equally many."""
+        count = min(len(self.held), limit * self.training.batch_size)
+        share = self.groups_of_rank(np.linspace(0, len(self.held) - 1, count).astype(int).tolist())
+        baseline = self.measure_baseline("held mismatched", share) if self.settings.method == "kto" else None
         for numbers in share:
             yield {**self.batch_of("held", numbers), "baseline": baseline}
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "reference": self.reference, "pairs": self.fingerprint()}
+        return {**super().state_dict(), "reference": self.reference}
 
     def fingerprint(self) -> str:
-        """Of all ids: log-probabilities of a reference belong to the very texts."""
-        digest = hashlib.blake2b(digest_size=8)
-        for example in (example for pair in (*self.pairs, *self.held) for example in pair.examples):
-            digest.update(np.array(example.ids).tobytes())
-        return digest.hexdigest()
+        """A hash of all ids, to which the log-probabilities of the reference belong, of labels and of margins."""
+        content = [(pair.examples, pair.label, pair.margin) for pair in (*self.pairs, *self.held)]
+        return hashlib.blake2b(str(content).encode(), digest_size=8).hexdigest()
 
     def load_state_dict(self, state: dict) -> None:
-        if "pairs" not in state:
+        if "reference" not in state:
             raise UserError("--resume: the checkpoint was made with another rl.method")
-        if state["pairs"] != self.fingerprint():
-            raise UserError("--resume: the pairs are not those that the checkpoint was made with (data.train, data.validation "
-                            "or training.max_length changed)")
+        if state["data"] != self.identify():
+            raise UserError("--resume: the pairs differ from those of the checkpoint (data.train, data.validation or "
+                            "training.max_length changed)")
         super().load_state_dict(state)
         self.reference, self.frozen = state["reference"], None if state["reference"] else self.frozen
 
 
+def mean_of(values: Tensor, batch: dict, totals: dict) -> Tensor:
+    """This batch's share of a mean over the pairs of the whole step, without padding."""
+    return torch.where(batch["real"], values, 0.0).sum() / totals["pairs"]
+
+
+def is_right(ahead: Tensor) -> Tensor:
+    """1 where a difference is positive. A tie counts half, so that chance is 0.5."""
+    return torch.where(ahead.abs() < 1e-6, 0.5, (ahead > 0).float())
+
+
 def preference_loss(settings: RLSection) -> Callable:
-    """loss_fn for `fit`: a mean over the items of the whole step."""
+    """loss_fn for `fit` of dpo, orpo, simpo and kto; metrics have TRL's names."""
     method, beta = settings.method, settings.beta
 
     def pair_losses(sums: Tensor, tokens: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
@@ -646,22 +688,20 @@ def preference_loss(settings: RLSection) -> Callable:
         if method == "orpo":
             return beta * orpo_loss(*means.unbind(1)), beta * means
         policy, reference = sums, batch["reference"]
-        if settings.loss_type == "ipo":
+        if settings.loss_type in ("ipo", "sigmoid_norm"):
             policy, reference = means, reference / tokens.clamp(min=1)
         losses = dpo_loss(*policy.unbind(1), *reference.unbind(1), beta, settings.loss_type, settings.label_smoothing)
         return losses, beta * (policy - reference)
 
     def loss_of_pairs(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
         sums, tokens, balance = text_logps(model, batch, 2)
-
-        def share(values: Tensor) -> Tensor:
-            return torch.where(batch["real"], values, 0.0).sum() / totals["pairs"]
-
+        share = partial(mean_of, batch=batch, totals=totals)
         losses, rewards = pair_losses(sums, tokens, batch)
-        loss = share(losses)
-        metrics = preference_metrics(rewards.detach(), share)
-        metrics |= {"logps/chosen": share(sums[:, 0].detach()), "logps/rejected": share(sums[:, 1].detach())}
-        # The pair's loss alone may make both texts unlikely, as long as the rejected one loses more.
+        loss, (chosen, rejected) = share(losses), rewards.detach().unbind(1)
+        metrics = {"rewards/accuracies": share(is_right(chosen - rejected)), "rewards/margins": share(chosen - rejected),
+                   "rewards/chosen": share(chosen), "rewards/rejected": share(rejected),
+                   "logps/chosen": share(sums[:, 0].detach()), "logps/rejected": share(sums[:, 1].detach())}
+        # The loss of pairs alone may make both completions less likely, as long as the rejected one loses more.
         if settings.rpo_alpha:
             nll = -sums[:, 0].sum() / totals["chosen"]
             metrics |= {"nll_loss": nll.detach(), "odds_loss" if method == "orpo" else "preference_loss": loss.detach()}
@@ -670,69 +710,50 @@ def preference_loss(settings: RLSection) -> Callable:
 
     def loss_of_singles(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
         sums, _, balance = text_logps(model, batch, 1)
-        gains, wanted, real = sums[:, 0] - batch["reference"][:, 0], batch["label"], batch["real"]
-        losses = kto_loss(gains, wanted, batch["baseline"], beta, settings.desirable_weight, settings.undesirable_weight)
-        loss = torch.where(real, losses, 0.0).sum() / totals["pairs"]
-        ahead = beta * (gains.detach() - batch["baseline"])
-        right = torch.where(ahead.abs() < 1e-6, 0.5, ((ahead > 0) == wanted).float())
-        rewards = beta * gains.detach()
-        metrics = {"rewards/accuracies": (right * real).sum() / totals["pairs"],
-                   "kl": batch["baseline"] * real.sum() / totals["pairs"], "loss": loss.detach()}
-        if totals["desirable"] < totals["pairs"] > totals["undesirable"]:  # a step with one sort alone has no margin
-            chosen, rejected = ((rewards * (real & kind)).sum() / totals[name]
-                                for name, kind in (("desirable", wanted), ("undesirable", ~wanted)))
+        share = partial(mean_of, batch=batch, totals=totals)
+        gains, label, baseline = sums[:, 0] - batch["reference"][:, 0], batch["label"], batch["baseline"]
+        loss = share(kto_loss(gains, label, baseline, beta, settings.desirable_weight, settings.undesirable_weight))
+        rewards, sign = beta * gains.detach(), torch.where(label, 1, -1)
+        metrics = {"rewards/accuracies": share(is_right(sign * (rewards - beta * baseline))),
+                   "kl": share(baseline.expand(len(gains))), "loss": loss.detach()}
+        if totals["desirable"] < totals["pairs"] > totals["undesirable"]:  # a step with one kind alone has no margin
+            chosen, rejected = (share(rewards * kind) * totals["pairs"] / totals[name]
+                                for name, kind in (("desirable", label), ("undesirable", ~label)))
             metrics |= {"rewards/margins": chosen - rejected, "rewards/chosen": chosen, "rewards/rejected": rejected}
         return loss + balance / totals["micro_batches"], metrics
 
     return loss_of_singles if method == "kto" else loss_of_pairs
 
 
-def preference_metrics(rewards: Tensor, share: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Rewards (B, 2) -> what is logged, under TRL's names. A tie is half right, so that chance is 0.5."""
-    chosen, rejected = rewards.unbind(1)
-    right = torch.where((chosen - rejected).abs() < 1e-6, 0.5, (chosen > rejected).float())
-    return {"rewards/accuracies": share(right), "rewards/margins": share(chosen - rejected), "rewards/chosen": share(chosen),
-            "rewards/rejected": share(rejected)}
-
-
 def reward_model_loss(settings: RLSection) -> Callable:
     """loss_fn for `fit`: the reward of a text is the score head's output at its last token."""
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        real = batch["real"]
         rewards, balance = read_rows(model, batch, last_scores, want=("scores",))
-        rewards = rewards.view(-1, 2)  # (B, 2)
-
-        def share(values: Tensor) -> Tensor:
-            return torch.where(real, values, 0.0).sum() / totals["pairs"]
-
-        loss = share(reward_loss(*rewards.unbind(1), batch["margin"], settings.center_rewards_coefficient))
-        chosen, rejected = rewards.detach().unbind(1)
-        right = (chosen > rejected).float() + 0.5 * (chosen == rejected)
-        metrics = {"accuracy": share(right), "margin": share(chosen - rejected), "mean_reward": share((chosen + rejected) / 2),
-                   "loss": loss.detach()}
-        return loss + balance / totals["micro_batches"], metrics
+        chosen, rejected = rewards.view(-1, 2).unbind(1)  # (B,)
+        share = partial(mean_of, batch=batch, totals=totals)
+        loss = share(reward_loss(chosen, rejected, batch["margin"], settings.center_rewards_coefficient))
+        ahead = (chosen - rejected).detach()
+        return loss + balance / totals["micro_batches"], {
+            "accuracy": share(is_right(ahead)), "margin": share(ahead), "mean_reward": share((chosen + rejected).detach() / 2),
+            "loss": loss.detach()}
 
     return loss_fn
 
 
 def held_out_pairs(stream: Pairs, loss_fn: Callable, limit: int) -> Callable:
-    """evaluate(model) for `fit`: the loss and its metrics over what is held out."""
+    """evaluate(model) for `fit`: the loss and its metrics on held-out pairs."""
+
+    def summed(rows: list[dict], device) -> dict[str, float]:
+        """Sums of each key over the batches of all processes."""
+        return dict(zip(rows[0], TRAIN.all_sum([sum(float(row[key]) for row in rows) for key in rows[0]], device), strict=True))
 
     def evaluate(model) -> dict:
         stream.ask_reference(model)
         batches = list(stream.held_out(limit))
-        names = sorted(batches[0]["counts"])
-        totals = dict(zip(names,
-                          (n or 1 for n in TRAIN.all_sum([sum(b["counts"][name] for b in batches) for name in names],
-                                                         model.device)), strict=True))
+        totals = {name: count or 1 for name, count in summed([batch["counts"] for batch in batches], model.device).items()}
         totals["micro_batches"] = len(batches) * TRAIN.world_size()
-        sums: dict[str, float] = defaultdict(float)
-        for batch in batches:
-            batch = TRAIN.on_device(batch, model.device)
-            for name, value in loss_fn(model, batch, totals)[1].items():
-                sums[name] += float(value)
-        return dict(zip(sums, TRAIN.all_sum(list(sums.values()), model.device), strict=True))
+        return summed([loss_fn(model, TRAIN.on_device(batch, model.device), totals)[1] for batch in batches], model.device)
 
     return evaluate
 
@@ -1285,23 +1306,24 @@ class SampledTexts:
         text = INFER.completion_text(self.tokenizer, before, completion.ids)
         return completion.ids, completion.finish_reason, text, completion.logprobs
 
-    def draw(self) -> list[Sample]:
-        """This process's completions of the next prompts."""
-        numbers = range(self.drawn, self.drawn + self.count)[self.run.rank :: self.run.world_size]
+    def draw(self, skip: int = 0, count: int | None = None) -> list[Sample]:
+        """This process's completions of the next `count` prompts, after `skip` others."""
+        first = self.drawn + skip
+        numbers = range(first, first + (count or self.count))[self.run.rank :: self.run.world_size]
         return self.write(self.run.model, [(number, self.prompt(number)) for number in numbers], self.sampling, self.rollout)
 
     def roll_out(self) -> None:
         """Make `samples`, known to all processes, and `hand_out`. Until then the stream is as it was before."""
         raise NotImplementedError
 
-    def hand_out(self, metrics: dict[str, float]) -> None:
+    def hand_out(self, metrics: dict[str, float], drawn: int | None = None) -> None:
         count = len(self.samples)
         metrics |= {"completions/mean_length": sum(sample.length for sample in self.samples) / count,
                     "completions/clipped_ratio": sum(sample.finish == "length" for sample in self.samples) / count}
         self.write_transcripts()
         for name, value in metrics.items():
             self.sums.setdefault(name, []).append(value)
-        self.drawn, self.rollout = self.drawn + self.count, self.rollout + 1
+        self.drawn, self.rollout = self.drawn + (drawn or self.count), self.rollout + 1
         self.queue = self.minibatches()
 
     def minibatches(self) -> list[np.ndarray]:
@@ -1444,21 +1466,36 @@ class Rollouts(SampledTexts):
                       for i, sample in enumerate(group)]
         return found
 
+    def draw_varied(self) -> tuple[list[Sample], dict, int]:
+        """(this process's share of a rollout, what reward functions log, number of prompts drawn). Groups of completions with equal
+        rewards have no advantages: they are replaced by the next prompts, in at most rl.dynamic_sampling draws (DAPO; Yu 2025,
+        section 3.2)."""
+        varied, equal, size, logged = [], [], self.settings.num_generations, {}
+        for _ in range(1 + self.settings.dynamic_sampling):
+            if len(varied) < self.count:
+                samples = self.draw(len(varied) + len(equal), self.count - len(varied))
+                logged |= self.judge(samples)
+                for sample in samples:
+                    sample.reward -= self.settings.missing_eos_penalty * (sample.finish == "length")
+                samples = gather(samples)
+                for group in (samples[i : i + size] for i in range(0, len(samples), size)):
+                    (varied if len({sample.reward for sample in group}) > 1 else equal).append(group)
+        groups = (varied + equal)[: self.count]
+        return sum(groups[self.run.rank :: self.run.world_size], []), logged, len(varied) + len(equal)
+
     def roll_out(self) -> None:
         """One rollout, known to all processes: texts, rewards, log-probabilities, advantages."""
         run, settings, model = self.run, self.settings, self.run.model
         was_training, clock = model.training, time.perf_counter()
         model.eval()
         with run.autocast():
-            samples = self.draw()
-            logged = self.judge(samples)
-            for sample in samples:
-                sample.reward -= settings.missing_eos_penalty * (sample.finish == "length")
+            samples, logged, drawn = self.draw_varied()
             spent = {"time/rollout": -clock + (clock := time.perf_counter())}
             rows = -(-self.count // run.world_size) * settings.num_generations
             want = ("entropy", "values") if settings.method == "ppo" else ("entropy",)
             for sample, found in zip(samples, self.score(model, samples, rows, want), strict=True):
                 sample.old, sample.entropy, sample.values = found["logprobs"], found["entropy"], found.get("values")
+                sample.sampled = torch.tensor(sample.sampled)
             if self.reference:
                 with self.reference(model) as frozen:
                     for sample, found in zip(samples, self.score(frozen, samples, rows), strict=True):
@@ -1469,7 +1506,9 @@ class Rollouts(SampledTexts):
         metrics = {**logged, **self.measure(), **self.set_advantages(), **spent}
         if metrics.get("frac_reward_zero_std") == 1 and run.rank == 0:
             say(f"rollout {self.rollout + 1}: no prompt's texts differ in their rewards, so nothing can be learnt of them")
-        self.hand_out(metrics)
+        if settings.dynamic_sampling:
+            metrics["frac_redrawn"] = 1 - self.count / drawn
+        self.hand_out(metrics, drawn)
 
     def measure(self) -> dict[str, float]:
         """What is logged of a rollout; most under TRL's names."""
@@ -1488,7 +1527,7 @@ class Rollouts(SampledTexts):
         if settings.num_generations > 1:
             groups = rewards.view(-1, settings.num_generations)
             found["frac_reward_zero_std"] = float((groups.max(1).values == groups.min(1).values).float().mean())
-        differences = torch.cat([(sample.old - torch.tensor(sample.sampled)).abs() for sample in samples])
+        differences = torch.cat([(sample.old - sample.sampled).abs() for sample in samples])
         found |= {"sampling/logp_difference_mean": float(differences.mean()),
                   "sampling/logp_difference_max": float(differences.max())}
         return found
@@ -1535,7 +1574,7 @@ class Rollouts(SampledTexts):
         masked = torch.tensor([self.is_masked(sample) for sample in group])
         batch["targets"][masked] = -100
         batch["counts"]["tokens"] = int((batch["targets"] != -100).sum())
-        for name in ("old", "reference", "values", "returns", "advantages"):
+        for name in ("old", "sampled", "reference", "values", "returns", "advantages"):
             column = [getattr(sample, name) for sample in group]
             if column[0] is not None:
                 placed = [at_places(sample, values, 0.0) for sample, values in zip(group, column, strict=True)] if column[0].dim() else None
@@ -1588,7 +1627,8 @@ def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
 
 def rollout_loss(settings: RLSection) -> Callable:
     """loss_fn for `fit` of ppo, grpo and rloo."""
-    method, divisor = settings.method, "tokens" if settings.method == "ppo" or settings.loss_type == "dapo" else "texts"
+    method = settings.method
+    divisor = "tokens" if method == "ppo" or settings.loss_type in ("dapo", "cispo") else "texts"
     want = (("values",) if method == "ppo" else ()) + (("entropy",) if settings.entropy_coef else ())
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
@@ -1596,14 +1636,18 @@ def rollout_loss(settings: RLSection) -> Callable:
         out = model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"], temperature=settings.temperature,
                     want=want)
         limits = dict(epsilon=settings.epsilon, epsilon_high=settings.epsilon_high)
+        weights = 1.0
+        if settings.importance_sampling_clip_max:
+            weights = sampler_weights(old, batch["sampled"], mask, settings.importance_sampling_clip_max, method == "rloo")
         if method == "ppo":
             losses, cut = ppo_loss(out.logprobs, old, advantages, **limits)
-            shares, cut = losses * mask, cut & mask
+            shares, cut = losses * weights * mask, cut & mask
         elif method == "rloo":
-            shares, cut = rloo_loss(out.logprobs, old, advantages, mask, **limits)
+            shares, cut = rloo_loss(out.logprobs, old, advantages, mask, **limits, weights=weights)
         else:
             shares, cut = grpo_loss(out.logprobs, old, advantages, mask, batch.get("reference"), settings.beta, **limits,
-                                    loss_type=settings.loss_type, max_length=settings.max_completion_length)
+                                    loss_type=settings.loss_type, max_length=settings.max_completion_length,
+                                    level=settings.importance_sampling_level, weights=weights)
         loss = policy = shares.sum() / totals[divisor]
         # How far the policy has moved since the rollout: KL(then || now), estimated at tokens of then.
         moved = (kl_estimate(old, out.logprobs.detach()) * mask).sum() / totals["tokens"]
@@ -1671,12 +1715,12 @@ def plot_rollouts(out: Path) -> None:
 
 
 def prompt_record(record: dict, where: str, form: TOKENIZER.Form) -> dict:
-    """The form of on-policy stages: {"prompt", and every other key of the record for reward functions}. Of a conversation that ends
-    with an answer, that answer is the key `completion`."""
+    """The form of on-policy methods: {"prompt", and all other keys of the record, for reward functions}. If a conversation
+    ends with an answer, the answer becomes the key `completion`."""
     prompt = TOKENIZER.prompt_of(record, where, form.system)
     if prompt is None:
-        raise UserError(f"{where}: no prompt among {TOKENIZER.keys_of(record)}; set {form.section}.columns, as in "
-                        f"{{prompt: my_column}}")
+        raise UserError(f"{where}: no prompt in keys {TOKENIZER.keys_of(record)}; set {form.section}.columns, as in "
+                        "{prompt: my_column}")
     rest = {key: value for key, value in record.items() if key not in ("prompt", *TOKENIZER.CHAT_KEYS)}
     if not prompt:
         raise TOKENIZER.Unusable("without a prompt")
@@ -1688,12 +1732,12 @@ def prompt_record(record: dict, where: str, form: TOKENIZER.Form) -> dict:
 
 
 def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
-    """The form of preference methods: {"prompt", "chosen", "rejected", "margin"} or {"prompt", "completion", "label"}, and `tools`.
+    """The form of preference methods: {"prompt", "chosen", "rejected", "margin"} or {"prompt", "completion", "label"}, `tools`.
 
-    Texts stay texts, conversations lists of messages. A prompt that is not given, or that the completions repeat, is what both
-    begin with.
+    Texts stay strings, conversations lists of messages. If the prompt is missing or repeated in the completions, it is their
+    common beginning.
 
-    {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: No"} -> prompt: the user says Hi
+    {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: A", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: B"} -> prompt: the user says Hi
     """
     single = "completion" in record and "label" in record and record.get("chosen") is None
     keys = ("completion",) if single else ("chosen", "rejected")
@@ -1718,15 +1762,14 @@ def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
              **TOKENIZER.extras_of({"tools": record.get("tools")}, where)}
     if not single:
         return {**found, "margin": TOKENIZER.number_of(record, "margin", where) if TOKENIZER.is_given(record, "margin") else 0.0}
-    label = {"true": True, "1": True, "1.0": True, "false": False, "0": False,
-             "0.0": False}.get(str(record["label"]).strip().lower())
-    if label is None:
+    label = str(record["label"]).strip().lower()
+    if label not in ("true", "1", "1.0", "false", "0", "0.0"):
         raise UserError(f"{where}: label {record['label']!r} must be true (a desirable completion) or false")
-    return {**found, "label": label}
+    return {**found, "label": label in ("true", "1", "1.0")}
 
 
 def prompt_inside(record: dict, answers: list[list[dict]], where: str, form: TOKENIZER.Form) -> tuple[list[dict], list]:
-    """(prompt, completions) of whole conversations; a prompt given beside them has to be the beginning of theirs."""
+    """(prompt, completions) of whole conversations; a separate prompt must be the beginning of theirs."""
     given = TOKENIZER.prompt_of({key: value for key, value in record.items() if key not in TOKENIZER.CHAT_KEYS}, where,
                                 form.system)
     given = TOKENIZER.as_messages(given) if given else []
@@ -1741,20 +1784,20 @@ def prompt_inside(record: dict, answers: list[list[dict]], where: str, form: TOK
 
 
 def prompt_beside(record: dict, answers: list, where: str, form: TOKENIZER.Form) -> tuple[str | list[dict] | None, list]:
-    """(prompt, completions) of answers alone, or of texts that both begin with their prompt."""
+    """(prompt, completions) of answers without their prompt, or of texts that both begin with it."""
     prompt = TOKENIZER.prompt_of(record, where, form.system)
     if prompt is None:
         return shared_prompt(answers, where, form)
     if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
         raise UserError(f"{where}: the prompt ends with the assistant's message, so nothing is left to answer")
-    if prompt and isinstance(prompt,
-                             str) and len(answers) == 2 and all(isinstance(a, str) and a.startswith(prompt) for a in answers):
+    repeated = prompt and isinstance(prompt, str) and all(isinstance(a, str) and a.startswith(prompt) for a in answers)
+    if repeated and len(answers) == 2:
         answers = [answer[len(prompt) :] for answer in answers]
     return prompt, answers
 
 
 def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str | list[dict], list]:
-    """What two completions begin with, up to their last difference, and the rest of each.
+    """The common beginning of two completions, and the rest of each.
 
     "Q: blue?\\nA: lake", "Q: blue?\\nA: hill" -> "Q: blue?\\nA:", [" lake", " hill"]; the blank belongs to the answer
     """
@@ -1777,17 +1820,17 @@ def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str 
     while same and first[same - 1].isspace() and first[same : same + 1] == " ":
         same -= 1
     if not first[:same].strip():
-        raise UserError(f"{where}: no prompt, and chosen and rejected have no common beginning; set {form.section}.columns, as "
-                        f"in {{prompt: my_column}}"
-                        if len(answers) > 1 else f"{where}: no prompt; set {form.section}.columns, as in {{prompt: my_column}}")
+        both = ", and chosen and rejected have no common beginning" if len(answers) > 1 else ""
+        raise UserError(f"{where}: no prompt{both}; set {form.section}.columns, as in {{prompt: my_column}}")
     return first[:same], [answer[same:] for answer in answers]
 
 
 # ------------------------------------------------------------------------------------------------- command line
 
+
 def still(model: nn.Module) -> None:
-    """No dropout: the probabilities that are compared must be one model's. Some of transformers' layers ask their config for it;
-    they get a copy, so that the one that is saved stays as it is."""
+    """Turn dropout off, which would change the probabilities that are compared. Some layers of transformers read it from their
+    config; they get a copy, so that the config that is saved does not change."""
     copies: dict[int, object] = {}
 
     def clear(thing) -> None:
@@ -1805,7 +1848,7 @@ def still(model: nn.Module) -> None:
 
 
 def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
-    """The reference that was named; it has to read the policy's ids."""
+    """The model of rl.ref_model, which must have the policy's tokenizer."""
     name = config.rl.ref_model
     if not name:
         return None
@@ -1824,46 +1867,52 @@ def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
     return model.requires_grad_(False)
 
 
-def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
-    settings, name = config.rl.fill(), config.model.name
-    SFT.need_model(config)
-    if config.training.qat != "none":
-        raise UserError("training.qat: not available in RL.py, which compares the policy with an unquantized reference; use it in "
-                        "SFT.py or DISTILL.py")
-    for key in ("lora.lora_dropout", "model.attention_dropout", "model.resid_pdrop", "model.embd_pdrop"):
-        if getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]):
-            raise UserError(f"{key}: dropout is off here, as it would change the probabilities that are compared; leave it out")
-    TRAIN.fit_length(config, MODEL.context_length(name, MODEL.overrides(config.model)))
+def read_records(config, checkpoint: Path | None = None) -> tuple:
+    """(tokenizer, records to train on, held-out records, what was left out), as (where, record) in the form of the method."""
+    TRAIN.fit_length(config, MODEL.context_length(config.model.name, MODEL.overrides(config.model)))
     tokenizer = TOKENIZER.of_run(config, checkpoint)
     left = TOKENIZER.LeftOut()
     SFT.say_unused(config.data)
-    expand, kind = (prompt_record, "prompt") if settings.method in ON_POLICY else (preference, "pair")
-    records, held = TOKENIZER.read_split(config.data, form_of(settings, expand), left, kind)
-    make_chat(tokenizer, records + held, bool(settings.tools))
-    judges = Judges(settings, tokenizer, device) if settings.method in ON_POLICY else None
-    if settings.method == "reward":
-        model = SFT.prepare_model(config, tokenizer, "score", ["reward"], share=0.1)
-    else:
-        model = SFT.prepare_model(config, tokenizer, ("lm", "value") if settings.method == "ppo" else "lm", share=1 / 30)
+    expand, kind = (prompt_record, "prompt") if config.rl.method in ON_POLICY else (preference, "pair")
+    records, held = TOKENIZER.read_split(config.data, form_of(config.rl, expand), left, kind)
+    make_chat(tokenizer, records + held, bool(config.rl.tools))
+    return tokenizer, records, held, left
+
+
+def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
+    settings, method = config.rl.fill(), config.rl.method
+    SFT.need_model(config)
+    if config.training.qat != "none":
+        raise UserError("training.qat: not available in RL.py, which compares the policy with an unquantized reference; use "
+                        "it in SFT.py or DISTILL.py")
+    dropout = ("lora", "lora_dropout"), ("model", "attention_dropout"), ("model", "resid_pdrop"), ("model", "embd_pdrop")
+    for section, key in dropout:
+        if getattr(getattr(config, section), key):
+            raise UserError(f"{section}.{key}: dropout is not available, it changes the probabilities that are compared")
+    tokenizer, records, held, left = read_records(config, checkpoint)
+    judges = Judges(settings, tokenizer, device) if method in ON_POLICY else None
+    head = {"reward": "score", "ppo": ("lm", "value")}.get(method, "lm")
+    model = SFT.prepare_model(config, tokenizer, head, ["reward"] if method == "reward" else None)
     if not model.config.causal:
-        raise UserError(f"model.name: {name} is an encoder; rewards and preferences are learnt by causal models here")
-    if settings.method == "ppo":
+        raise UserError(f"model.name: {config.model.name} is an encoder; RL.py trains causal models")
+    if method == "ppo":
         model.value_head.requires_grad_(True)
     TOKENIZER.end_with_turns(model, tokenizer)
     still(model)
     frozen = frozen_model(config, tokenizer, device)
-    build = rollout_stage if settings.method in ON_POLICY else pair_stage
+    build = rollout_stage if method in ON_POLICY else pair_stage
     stage = build(config, model, tokenizer, records, held, left, frozen, judges)
-    return stage._replace(evaluate=with_kept(stage.evaluate, config, tokenizer))
+    sources = {"rl.ref_model": settings.ref_model} if settings.ref_model else {"model.name": config.model.name} if settings.beta else {}
+    return stage._replace(evaluate=with_kept(stage.evaluate, config, tokenizer), sources=sources,
+                          share=0.1 if method == "reward" else 1 / 30)
 
 
 def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable | None:
-    """Validation with one more measure, `kept`: exact match on conversations on which the stage does not train. It shows what a
-    model forgets while it learns a preference."""
+    """Validation with one more measure, `kept`: exact match on conversations that are not trained on. It measures forgetting."""
     name = config.rl.kept
     if name == "auto":
-        shipped = config.data.train == [shipped_data(config.rl.method)] and tokenizer.chat_template and Path(SHIPPED_QUESTIONS).exists()
-        name = SHIPPED_QUESTIONS if shipped and config.rl.method != "reward" else None
+        shipped = config.data.train == [shipped_data(config.rl.method)] and config.rl.method != "reward"
+        name = SHIPPED_QUESTIONS if shipped and tokenizer.chat_template and Path(SHIPPED_QUESTIONS).exists() else None
     if name is None:
         return evaluate
     questions = SFT.read_questions(name, SFT.SFTSection().eval_answers, "rl.kept", config.rl.system)
@@ -1876,11 +1925,13 @@ def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable | None:
 def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAIN.Stage:
     settings = config.rl
     pairs, kept = (read_pairs(config, tokenizer, found, left) for found in (records, held))
-    if len(pairs) < (2 if settings.method == "kto" else 1):
-        raise UserError(f"data.train: no {'completions are' if settings.method == 'kto' else 'pair is'} left to train "
-                        f"on{left.text()}")
+    least, what = (2, "completions") if settings.method == "kto" else (1, "pairs")
+    if len(pairs) < least:
+        raise UserError(f"data.train: {len(pairs)} {what} are left, at least {least} needed{left.text()}")
     cut = f"; {left.truncated:,} truncated at training.max_length" if left.truncated else ""
-    say(f"{len(pairs):,} {'completions' if settings.method == 'kto' else 'pairs'}, {len(kept):,} held out{cut}{left.text()}")
+    say(f"{len(pairs):,} {what}, {len(kept):,} held out{cut}{left.text()}")
+    if settings.method == "kto":
+        warn_imbalance(pairs, settings)
     stream = Pairs(pairs, kept, settings, config.training, frozen)
     loss = reward_model_loss(settings) if settings.method == "reward" else preference_loss(settings)
     evaluate = held_out_pairs(stream, loss, config.training.eval_batches) if kept else None
@@ -1890,6 +1941,23 @@ def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAI
         prompts = [prompt_ids(tokenizer, pair.prompt, pair.tools) for pair in shown]
         evaluate = TRAIN.with_samples(evaluate, tokenizer, config.training, list(zip(texts, prompts, strict=True)))
     return TRAIN.Stage(model, tokenizer, stream, loss, evaluate, TRAIN.save_product)
+
+
+def warn_imbalance(pairs: list[Pair], settings: RLSection) -> None:
+    """KTO needs desirable and undesirable completions of about equal total weight: desirable / undesirable within [1, 4/3]
+    (Ethayarajh 2024, section 4.2). A line says so if the ratio is half or twice that."""
+    desirable = sum(pair.label for pair in pairs)
+    undesirable = len(pairs) - desirable
+    weights = settings.desirable_weight * desirable, settings.undesirable_weight * undesirable
+    if weights[1] / 2 <= weights[0] <= weights[1] * 8 / 3:
+        return
+    advice = "kto learns from both kinds"
+    if all(weights):
+        key, value = (("desirable_weight", weights[1] / desirable) if weights[0] < weights[1] else
+                      ("undesirable_weight", weights[0] / undesirable))
+        advice = (f"their total weights are {weights[0]:.3g} and {weights[1]:.3g}, a ratio between 1 and 4/3 is recommended; set "
+                  f"rl.{key} {value:.3g}")
+    say(f"{desirable:,} desirable and {undesirable:,} undesirable completions: {advice}")
 
 
 def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges) -> TRAIN.Stage:
@@ -1926,19 +1994,52 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
     return TRAIN.Stage(model, tokenizer, stream, rollout_loss(settings), held_out_rewards(stream, kept, config), save)
 
 
-ACTIONS = {**TRAIN.ACTIONS, "adapter": SFT.ACTIONS["adapter"]}
+def dry_run(config) -> None:
+    """Print the first records as the model reads them, and the distribution of lengths. Of pairs the tokens that are trained on
+    are green (for a reward model the token whose score is the reward); prompts have the columns for reward functions below."""
+    SFT.need_model(config)
+    settings = config.rl.fill()
+    tokenizer, records, _, left = read_records(config)
+    if settings.method in ON_POLICY:
+        prompts = [prompt_ids(tokenizer, record["prompt"], record.get("tools")) for _, record in records]
+        columns = [{key: value for key, value in record.items() if key != "prompt"} for _, record in records[:3]]
+        shown = [(where, f"{tokenizer.decode(ids)}\n{json.dumps(rest, ensure_ascii=False, default=str)}")
+                 for (where, _), ids, rest in zip(records, prompts, columns, strict=False)]
+        limit = config.training.max_length - settings.max_completion_length
+        return SFT.preview(shown, [len(ids) for ids in prompts], "prompt",
+                           f"at most {limit} (training.max_length - rl.max_completion_length)")
+    pairs, shown, lengths = read_pairs(config, tokenizer, records, left), [], []
+    for pair in pairs:
+        names = ("chosen", "rejected") if len(pair.examples) == 2 else ("desirable" if pair.label else "undesirable",)
+        for name, (ids, weights) in zip(names, pair.examples, strict=True):
+            if settings.method == "reward":  # without the id that follows the last token
+                ids, weights = ids[:-1], [*[0] * (len(ids) - 2), 1]
+            shown.append((f"{pair.where}: {name}", (ids, weights)))
+            lengths.append(len(ids))
+    if not pairs:
+        raise UserError(f"data.train: no record is left{left.text()}")
+    SFT.preview([(where, SFT.in_green(tokenizer, *example)) for where, example in shown[:6]], lengths, "prompt and completion",
+                f"max_length {config.training.max_length}{left.text()}")
+
+
+ACTIONS = {**TRAIN.ACTIONS, "adapter": SFT.ACTIONS["adapter"], "dry_run": SFT.ACTIONS["dry_run"]}
 SECTIONS = {**TRAIN.SECTIONS, "lora": SFT.LoraSection, "rl": RLSection}
 
 
-def main(argv: list[str] | None = None) -> TRAIN.Result:
+def main(argv: list[str] | None = None) -> TRAIN.Result | None:
     config = load_config(argv, SECTIONS, "rl", ACTIONS, __doc__)
     if config.data.train == ["auto"]:
         config.data.train = [shipped_data(config.rl.method)]
         held_out = config.data.train[0].replace(".jsonl", "_test.jsonl")
         config.data.validation = held_out if config.data.validation == "hash" else config.data.validation
+    if config.actions.dry_run and config.actions.resume:
+        raise UserError("--dry-run: trains nothing; leave out --resume")
+    if config.actions.dry_run:
+        return dry_run(config)
     show = 'echo "..." | python INFER.py MODEL'
     if config.rl.method == "reward":
-        show = 'python INFER.py MODEL --jsonl < conversations.jsonl    # the reward of each {"messages": [...]}, or {"text": ...} without a chat template'
+        show = ('python INFER.py MODEL --jsonl < conversations.jsonl    # the reward of each {"messages": [...]}, or of '
+                '{"text": ...} without a chat template')
     return TRAIN.run_stage("rl", config, prepare, show)
 
 

@@ -487,10 +487,10 @@ def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRA
 
     def save(text: str, tokenizer, model, folder: Path) -> None:
         TRAIN.save_product(text, tokenizer, model, folder)
-        if evaluate and Path(folder) == Path(config.output.dir) and MODEL.process_rank() == 0:
+        if evaluate and MODEL.process_rank() == 0:
             evaluate.plot(Path(folder) / "confusion.png")
 
-    return TRAIN.Stage(model, tokenizer, stream, label_loss(causal), evaluate, save)
+    return TRAIN.Stage(model, tokenizer, stream, label_loss(causal), evaluate, save, share=1)
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -508,19 +508,9 @@ def neftune(embedding: nn.Module, alpha: float) -> None:
     embedding.register_forward_hook(noise)
 
 
-def set_rates(training: TRAIN.TrainingSection, model, share: float = 1.0) -> None:
-    """Where nothing was asked for: the wider a trained model, the smaller its steps, ten times larger for adapters.
-    A narrow one still has most to learn, which Muon does faster. A later stage takes a `share` of this stage's rate, and AdamW:
-    Muon makes as much of a rollout's noise as of its signal."""
-    width, optim = model.config.hidden_size, training.optim
-    usual = share * min(3e-3, max(1e-5, 3e-3 * (128 / width) ** 2))
-    training.learning_rate = training.learning_rate or (min(1e-2, 10 * usual) if model.adapter else usual)
-    training.optim = optim if optim != "auto" else "muon" if width <= 256 and not model.adapter and share == 1 else "adamw"
-
-
-def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | None = None, share: float = 1.0,
+def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | None = None,
                   noise: float = 0.0) -> MODEL.LanguageModel:
-    """The trained model to fine-tune, with rows for new tokens, its adapter and its learning rate."""
+    """The trained model to fine-tune, with rows for new tokens and its adapter."""
     name, adapter = config.model.name, bool(config.actions.adapter or config.lora.r)
     if adapter and config.training.qat != "none":
         raise UserError(f"training.qat: {config.training.qat} is for training all weights; leave out lora.r and --adapter. Adapters "
@@ -531,12 +521,12 @@ def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | No
     model = TRAIN.prepare_model(config, tokenizer, head, labels, adapter, grow=True)
     if labels:
         model.config.pad_token_id = pad_id(tokenizer)
-    finish_model(config, model, tokenizer, share, noise)
+    finish_model(config, model, tokenizer, noise)
     return model
 
 
-def finish_model(config, model, tokenizer, share: float = 1.0, noise: float = 0.0) -> None:
-    """Add what all fine-tuning needs to a loaded model: adapters, learning rates, noise."""
+def finish_model(config, model, tokenizer, noise: float = 0.0) -> None:
+    """Add what all fine-tuning needs to a loaded model: adapters, the rate of their parts, noise."""
     adapter = config.actions.adapter
     for field in fields(LoraSection):
         if getattr(config.lora, field.name) != getattr(LoraSection(), field.name):
@@ -554,7 +544,6 @@ def finish_model(config, model, tokenizer, share: float = 1.0, noise: float = 0.
         known = TOKENIZER.load(config.tokenizer.name or config.model.name).get_vocab()
         new = {i for token, i in tokenizer.get_vocab().items() if token not in known}  # some may fill spare rows of the model
         config.lora.attach(model, config.model.name, sorted(new.union(model.new_ids)), config.training.seed)
-    set_rates(config.training, model, share)
     if config.lora.loraplus_lr_ratio and config.training.optim == "muon":
         raise UserError("lora.loraplus_lr_ratio: has no effect with training.optim muon; take adamw")
     model.rates = {".lora_B.": config.lora.loraplus_lr_ratio} if config.lora.loraplus_lr_ratio else {}
@@ -580,7 +569,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     train, kept = read_conversations(config, tokenizer)
     stream, batches = in_batches(config, train, kept)
     evaluate = with_answers(TRAIN.held_out_loss(batches, None) if batches else None, kept, tokenizer, config)
-    return TRAIN.Stage(model, tokenizer, stream, TRAIN.token_loss, evaluate, TRAIN.save_product)
+    return TRAIN.Stage(model, tokenizer, stream, TRAIN.token_loss, evaluate, TRAIN.save_product, share=1)
 
 
 # ------------------------------------------------------------------------------------------------------ records
@@ -652,22 +641,25 @@ def dry_run(config) -> None:
     else:
         TOKENIZER.ensure_chat(tokenizer)
         samples, _ = read_conversations(config, tokenizer)
-    for sample in samples[:3]:
-        print(f"--- {sample.where}")
-        if isinstance(sample, Labelled):
-            print(f"{tokenizer.decode(sample.text_ids)} \033[32m{sample.record['label']}\033[0m")
-            continue
-        pieces: list[tuple[bool, list[int]]] = []
-        for i, weight in zip(sample.ids, sample.weights, strict=True):
-            if not pieces or pieces[-1][0] != (weight > 0):
-                pieces.append((weight > 0, []))
-            pieces[-1][1].append(i)
-        print("".join(f"\033[32m{tokenizer.decode(ids)}\033[0m" if on else tokenizer.decode(ids) for on, ids in pieces))
-    lengths = np.array([len(sample.ids) for sample in samples])
-    counts, edges = np.histogram(lengths, bins=min(12, int(lengths.max() - lengths.min()) + 1))
+    shown = [(sample.where, f"{tokenizer.decode(sample.text_ids)} \033[32m{sample.record['label']}\033[0m"
+              if isinstance(sample, Labelled) else in_green(tokenizer, sample.ids, sample.weights)) for sample in samples[:3]]
     what = "text" if config.sft.task == "classify" else "conversation"
-    print(f"--- tokens per {what}: median {int(np.median(lengths))}, longest {lengths.max()}, "
-          f"max_length {config.training.max_length}")
+    preview(shown, [len(sample.ids) for sample in samples], what, f"max_length {config.training.max_length}")
+
+
+def in_green(tokenizer, ids: list[int], weights: list[float]) -> str:
+    """Decoded ids; those with a weight, which are trained on, in green."""
+    groups = itertools.groupby(zip(ids, weights, strict=True), lambda pair: pair[1] > 0)
+    pieces = [(on, [i for i, _ in group]) for on, group in groups]
+    return "".join(f"\033[32m{tokenizer.decode(piece)}\033[0m" if on else tokenizer.decode(piece) for on, piece in pieces)
+
+
+def preview(shown: list[tuple[str, str]], lengths: list[int], what: str, limit: str) -> None:
+    """Print (where, text) of a few records, and the distribution of the lengths of all in tokens."""
+    for where, text in shown:
+        print(f"--- {where}\n{text}")
+    counts, edges = np.histogram(lengths, bins=min(12, max(lengths) - min(lengths) + 1))
+    print(f"--- tokens per {what}: median {int(np.median(lengths))}, longest {max(lengths)}, {limit}")
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         print(f"{int(np.ceil(low)):6}-{int(high):<6} {'#' * round(50 * count / counts.max())} {count:,}")
 

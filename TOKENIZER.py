@@ -714,18 +714,32 @@ def collate(spans, rows: list[list[tuple[int, int]]], width: int | None = None) 
     return {**{name: None if array is None else torch.from_numpy(array) for name, array in arrays.items()}, "counts": counts}
 
 
+def data_fingerprint(sources: list) -> str:
+    """Identifies `Spans` or `Examples` by ids, weights and places; of more than 2^28 ids by 64 samples of 2^22."""
+    digest = hashlib.blake2b(digest_size=16)
+    for spans in sources:
+        for start in range(0, len(spans.ids), max(2**22, len(spans.ids) // 64)):
+            digest.update(np.ascontiguousarray(spans.ids[start : start + 2**22]).astype("<i4").tobytes())
+        for array in (spans.weights, spans.starts, spans.lengths):
+            digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
 class TokenStream:
     """Endless batches for `TRAIN.fit`; the order depends on (seed, epoch) alone.
 
     One optimizer step takes the next batch_size * grad_accum * world_size rows, whichever process computes them; the last
     step of an epoch has fewer. `blocks(epoch)` yields the sources that rows are drawn from: once for a token file; many
     times, made on the fly, when streaming from text (then an epoch's steps are not `counted`). `plan(sources, seed)` cuts them
-    into rows. Beside `collate`'s keys a batch holds its `place`: (epoch, block, number of its first row).
+    into rows. Beside `collate`'s keys a batch holds its `place`: (epoch, block, number of its first row). `identify()` names what
+    is trained on, as far as it decides rows and order: a resumed run says when it changed.
     """
 
-    def __init__(self, blocks: Callable, plan: Callable, batch_size: int, length: int, counted: bool = True):
+    def __init__(self, blocks: Callable, plan: Callable, batch_size: int, length: int, counted: bool = True,
+                 identify: Callable[[], str] | None = None):
         self.blocks, self.make_plan, self.batch_size, self.length, self.counted = blocks, plan, batch_size, length, counted
         self.steps_per_epoch = None
+        self.identify = functools.cache(identify or (lambda: data_fingerprint(next(iter(blocks(0))))))
 
     def start(self, run) -> None:
         self.run = run
@@ -763,9 +777,11 @@ class TokenStream:
 
     def state_dict(self) -> dict:
         """The position, at a step boundary."""
-        return {"epoch": self.epoch, "block": self.block, "next_row": self.next_row}
+        return {"epoch": self.epoch, "block": self.block, "next_row": self.next_row, "data": self.identify()}
 
     def load_state_dict(self, state: dict) -> None:
+        if state["data"] != self.identify() and self.run.rank == 0:
+            say("the training data changed since that checkpoint, so the resumed run will differ")
         self._seek(state["epoch"], state["block"], state["next_row"])
 
     def _seek(self, epoch: int, block: int, next_row: int) -> None:
@@ -1225,7 +1241,7 @@ def text_stream(data: DataSection, tokenizer, batch_size: int, length: int, buff
         elif not found:
             refuse_empty(data, held_out)
 
-    return TokenStream(blocks, rows_plan(data, length), batch_size, length, counted=False)
+    return TokenStream(blocks, rows_plan(data, length), batch_size, length, False, partial(MODEL.files_fingerprint, files))
 
 
 def tokens_of(texts: list[str], tokenizer, encoder: Encoder) -> TokenFile:

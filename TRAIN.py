@@ -1,17 +1,19 @@
-"""TRAIN.py: optimisation.
+"""TRAIN.py: the training loop, and pretraining.
 
-Read in this order: settings, the schedule and the optimizers, `fit` (the only training loop of the project), its
-checkpoints and its log, and last pretraining as one stream and one loss over it.
+Read in this order: settings, learning-rate schedule and optimizers, the loss of pretraining, `fit` (the only training loop of the
+project) and the parts of it (`Trainer`). Below the banner `edges`: processes and devices, checkpoints, the log, run folders,
+preparing model and data, and the frame that all stages share (`run_stage`).
 
-    python TRAIN.py --config config.yaml                                     # a small model on the shipped world
+    python TRAIN.py --config config.yaml                                     # a small model on the bundled dataset
     python TRAIN.py --data mine.txt --model.preset llama-1m --max-minutes 1 --out /tmp/run
-    torchrun --nproc_per_node 8 TRAIN.py --config config.yaml                # or: accelerate launch --num_processes 8
+    torchrun --nproc_per_node 8 TRAIN.py --config config.yaml                # or on GPUs: accelerate launch --num_processes 8
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
@@ -20,9 +22,10 @@ import signal
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -97,7 +100,7 @@ class TrainingSection:
         self.sample_prompts = [self.sample_prompts] if isinstance(self.sample_prompts, str) else self.sample_prompts
 
 
-# ------------------------------------------------------------------------------------ schedule and optimizers
+# ------------------------------------------------------------------------------------- schedule and optimizers
 
 
 def learning_rate_factor(kind: str, step: int, progress: float, warmup: float, floor: float = 0.0,
@@ -154,15 +157,6 @@ class Muon(torch.optim.Optimizer):
                 weight.add_(shard_like(update.to(weight.dtype), weight), alpha=-scale * group["lr"])
 
 
-def shard_like(tensor: Tensor, weight: Tensor) -> Tensor:
-    """Cut a whole tensor as `weight` is cut over the processes; scalars and unsharded weights stay as they are."""
-    if not hasattr(weight, "full_tensor") or tensor.shape != weight.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements)
-
-
 def make_optimizers(model: nn.Module, training: TrainingSection) -> list[torch.optim.Optimizer]:
     """Weight decay on matrices and embeddings, none on norms and biases."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
@@ -197,28 +191,589 @@ def make_optimizers(model: nn.Module, training: TrainingSection) -> list[torch.o
     return optimizers
 
 
-def resolve_defaults(training: TrainingSection, model: nn.Module, fresh: bool) -> None:
-    """Fresh weights learn fast, narrow models fastest; trained ones are changed with care."""
-    if training.learning_rate is None:
-        width = getattr(getattr(model, "config", None), "hidden_size", 512)
-        training.learning_rate = 6e-3 * math.sqrt(128 / width) if fresh else 5e-5
-    if training.optim == "auto":
-        training.optim = "muon" if fresh else "adamw"
+def choose_rate(training: TrainingSection, model: nn.Module, fresh: bool, share: float | None = None) -> None:
+    """Learning rate and optimizer, where none is set. Fresh weights learn fast, narrow models fastest; pretraining of trained weights
+    goes on slowly. Fine-tuning (`share` 1; later stages take a fraction of its rate) makes smaller steps the wider the model. Muon
+    is faster where most is still to be learned, but amplifies the noise of rollouts as much as their signal."""
+    adapter, width = getattr(model, "adapter", None), getattr(getattr(model, "config", None), "hidden_size", 512)
+    if fresh:
+        rate, optim = 6e-3 * math.sqrt(128 / width), "muon"
+    elif share is None:
+        rate, optim = 5e-5, "adamw"
+    else:
+        rate, optim = share * min(3e-3, max(1e-5, 3e-3 * (128 / width) ** 2)), "muon" if width <= 256 and share == 1 else "adamw"
+    if adapter:
+        # A step of Adam changes each entry of B by the rate, and so W by rate * scaling * r (alpha, or alpha * sqrt(r) in rsLoRA); LoRA+
+        # multiplies B's rate once more. Both are taken back, so that W moves as it does with the default adapter.
+        scaling = adapter.lora_alpha / (math.sqrt(adapter.r) if adapter.use_rslora else adapter.r)
+        ratio = max(getattr(model, "rates", {}).values(), default=1.0)
+        rate, optim = min(1e-2, 10 * rate) * min(1.0, 16 / (scaling * adapter.r)) / math.sqrt(ratio), "adamw"
+    training.learning_rate = training.learning_rate or rate
+    training.optim = optim if training.optim == "auto" else training.optim
 
 
-def precision(training: TrainingSection, dtype: str, device: torch.device) -> str:
-    """The autocast type: as set, else as model.dtype says, else what this machine computes fastest."""
-    asked = training.mixed_precision
-    if asked == "auto":
-        half = MODEL.fast_half(device.type) if dtype == "auto" else MODEL.DTYPES[dtype]
-        asked = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(half, "no")
-    if asked == "fp16" and device.type == "cpu":
-        asked = "bf16" if MODEL.fast_half("cpu") else "no"
-        say(f"float16 on a CPU is slow and overflows: training in {'bfloat16' if asked == 'bf16' else 'float32'}")
-    return asked
+# ------------------------------------------------------------------------------------------------- pretraining
 
 
-# ------------------------------------------------------------------------------------------------- the machine
+def token_loss(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+    """Cross-entropy of each target token in nats, averaged over the (weighted) targets of the whole step."""
+    out = model(batch["input_ids"], positions=batch["positions"], segment_ids=batch["segment_ids"], targets=batch["targets"])
+    logprobs = out.logprobs if batch["weights"] is None else out.logprobs * batch["weights"]
+    loss = -logprobs.sum() / totals["tokens"]
+    return loss + out.aux_loss / totals["micro_batches"], {"loss": loss.detach()}
+
+
+def mask_tokens(batch: dict, tokenizer, keys: list[tuple], probability: float) -> dict:
+    """A batch for masked language modelling (Devlin 2018, section 3.1): of the tokens, `probability` are predicted;
+    80% of those are hidden behind the mask token, 10% replaced by a random one, 10% left as they are, so that every
+    token has to be understood. Row i draws from its own generator keyed by keys[i]."""
+    ids = batch["input_ids"]
+    real = torch.ones_like(ids, dtype=torch.bool) if batch["positions"] is None else batch["positions"] >= 0
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    draws = torch.from_numpy(np.stack([np.random.default_rng(key).random((3, ids.shape[1])) for key in keys], 1))  # (3, B, T)
+    chosen = real & ~special & (draws[0] < probability)
+    hidden = torch.where(draws[1] < 0.8, tokenizer.mask_token_id,
+                         torch.where(draws[1] < 0.9, (draws[2] * len(tokenizer)).long(), ids))
+    return {**batch, "input_ids": torch.where(chosen, hidden, ids), "targets": ids.masked_fill(~chosen, -100),
+            "counts": {"tokens": int(chosen.sum()), "read": int(real.sum())}}
+
+
+# ------------------------------------------------------------------------------------------- the training loop
+
+
+class LossScale:
+    """Keeps float16 gradients above zero: the loss is multiplied by `scale`, which halves on overflow and doubles
+    after 2000 good steps (Micikevicius 2018, section 3.2). 1 for every other type."""
+
+    def __init__(self, on: bool):
+        self.on, self.scale, self.good = on, 65536.0 if on else 1.0, 0
+
+    def update(self, finite: bool) -> None:
+        if not self.on:
+            return
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.good % 2000 == 0:
+            self.scale *= 2
+
+
+class Result(NamedTuple):
+    before: dict  # held-out measures
+    after: dict
+    steps: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass
+class State:
+    """What a run has done so far. With the weights, the optimizers, the stream and the random generators it is the content of a
+    checkpoint."""
+
+    step: int = 0
+    tokens: int = 0  # read in training
+    seconds: float = 0.0  # of training, up to the checkpoint that this process started from
+    before: dict = field(default_factory=dict)  # held-out measures before the first step
+    measured: tuple | None = None  # (step, held-out measures) of the last validation
+    best: tuple | None = None  # (order, step, held-out measures) of the best validation
+    since_best: int = 0  # validations since then
+    first_loss: float | None = None  # training loss of the first log line
+    skipped: int = 0  # steps without an update, because of a non-finite loss or gradient
+    skipped_in_row: int = 0
+    loss_scale: tuple = ()  # see LossScale
+    log: dict = field(default_factory=dict)  # sums of the metrics since the last log line
+
+
+def fit(model: nn.Module, stream, loss_fn: Callable, training: TrainingSection, out: str | Path, save: Callable,
+        evaluate: Callable | None = None, *, resume: Path | None = None, stage: str = "train", mixed: str | None = None,
+        accelerator=None, device: torch.device | None = None, overwrite: bool = False, sources: dict | None = None) -> Result:
+    """Train `model` on `stream` until the horizon: the only training loop of the project.
+
+    stream: start(run), next(), state_dict(), load_state_dict(), steps_per_epoch, optionally metrics().
+    loss_fn(model, batch, totals) -> (loss, metrics): a sum divided by totals[...], the counts of the whole optimizer step over
+    micro-batches and processes. So 16 rows, 4 x 4 accumulated rows and 2 processes x 8 rows give the same gradient; with a mean
+    per micro-batch, tokens in short batches would count more.
+    save(model, folder) writes the product; evaluate(model) -> {measure: value}, the first of which decides which model is best.
+    `resume` is a checkpoint folder. `overwrite` removes an earlier run from `out` after the first validation of the new one.
+    `sources`: {setting: folder} of the models that the run needs beside its checkpoint; a resume with other weights is refused.
+    """
+    trainer = Trainer(model, stream, loss_fn, training, Path(out), save, evaluate, stage, mixed, accelerator, device, sources)
+    state, run, log = trainer.state, trainer.run, trainer.log
+    with trainer.guarded():
+        trainer.start(resume)
+        if overwrite:
+            clear_run(trainer.out)
+        if not state.step:
+            trainer.log_measures(state.before)
+        while not trainer.finished():
+            with trainer.saved_on_error():
+                batches = [next(stream) for _ in range(training.grad_accum)]
+            totals = trainer.totals_of(batches)
+
+            metrics: dict[str, Tensor] = defaultdict(float)
+            for i, batch in enumerate(batches):
+                batch = on_device(batch, trainer.device)
+                with trainer.synced_gradients(last=i == len(batches) - 1):
+                    with run.autocast():
+                        loss, shares = loss_fn(trainer.wrapped, batch, totals)
+                    # DDP and FSDP2 average over processes; the loss is already a share of the whole step, so undo it.
+                    (loss * (run.world_size * trainer.loss_scale.scale)).backward()
+                for name, share in shares.items():
+                    metrics[name] += share.detach()
+
+            gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+            norm = float(gathered(nn.utils.get_total_norm(gradients))) / trainer.loss_scale.scale
+            if trainer.is_finite(norm, metrics):
+                clip = min(1.0, training.max_grad_norm / (norm + 1e-6)) if training.max_grad_norm else 1.0
+                if clip / trainer.loss_scale.scale != 1.0:
+                    for gradient in gradients:
+                        gradient.mul_(clip / trainer.loss_scale.scale)
+                factor = learning_rate_factor(training.lr_scheduler_type, state.step, min(trainer.progress, 1.0), trainer.warmup,
+                                              training.min_lr_rate, training.decay_share)
+                for optimizer in trainer.optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = group["peak_lr"] * factor
+                    optimizer.step()
+                log.add(metrics, norm, training.learning_rate * factor)
+            for weight in model.parameters():
+                weight.grad = None
+            trainer.count(totals)
+
+            done = state.step == trainer.total_steps
+            if state.step % training.logging_steps == 0 or done:
+                trainer.write_log()
+            if training.eval_steps and state.step % training.eval_steps == 0 and not done:
+                trainer.validate()
+            if training.save_steps and state.step % training.save_steps == 0 and not done:
+                trainer.checkpoint()
+        return trainer.finish()
+
+
+class Trainer:
+    """The parts of one `fit`, in the order in which the loop uses them."""
+
+    def __init__(self, model, stream, loss_fn, training, out, save, evaluate, stage, mixed, accelerator, device, sources):
+        self.model, self.stream, self.loss_fn, self.training = model, stream, loss_fn, training
+        self.out, self.save, self.evaluate, self.stage = out, save, evaluate, stage
+        self.accelerator = accelerator
+        choose_rate(training, model, fresh=True)
+        self.device = device or (accelerator.device if accelerator else MODEL.choose_device())
+        self.mixed = mixed or precision(training, "auto", self.device)
+        self.run = Run(model, training, self.device, self.mixed)
+        self.main = self.run.rank == 0
+        self.state, self.loss_scale = State(), LossScale(self.mixed == "fp16")
+        self.sources = {key: [str(folder), MODEL.weights_fingerprint(folder, key)] for key, folder in (sources or {}).items()}
+        self.computed = 0.0  # FLOPs since the start of this process
+        self.routers: dict = {}  # the load of the experts in the last step
+        self.stop_signal = 0
+        self.last_saved: Path | None = None
+        self.left: list[Path] = []  # checkpoints after the resumed step; the next save removes them
+        self.log = Log(out, self.main, accelerator)
+
+    # -- before the first step
+
+    def start(self, resume: Path | None) -> None:
+        training = self.training
+        torch.manual_seed(training.seed + self.run.rank)
+        if training.torch_compile and self.device.type == "cpu":
+            torch.use_deterministic_algorithms(True, warn_only=True)  # a compiled run does not equal itself otherwise
+        saved = restore_weights(self.model, resume) if resume else None
+        self.model.to(self.device)
+        MODEL.set_checkpointing(self.model, training.gradient_checkpointing)
+        self.wrapped = self._wrap()
+        self.optimizers = make_optimizers(self.model, training)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["peak_lr"] = group["lr"]
+        self.stream.start(self.run)
+        if saved:
+            self._restore(saved)
+            self.last_saved = resume
+            self.left = [path for path in checkpoints(self.out) if step_of(path) > self.state.step]
+            if self.left:
+                self.log.tell(f"continuing from step {self.state.step}; the run's next checkpoint replaces "
+                              f"{', '.join(map(str, self.left))}")
+        self.total_steps = self._total_steps()
+        self.warmup = self._warmup()
+        if self.total_steps is not None and self.state.step > self.total_steps:
+            self.log.tell(f"the checkpoint is at step {self.state.step}, beyond training.max_steps {self.total_steps}: "
+                          "there is nothing left to train")
+        self.flops, self.head_flops = self._flops_per_token()
+        self.started = time.perf_counter()
+        if not self.state.before:
+            self.state.before = self._evaluate()
+        self.model.train()
+
+    def _wrap(self) -> nn.Module:
+        if self.training.torch_compile:
+            compile_model(self.model)
+        if self.training.fsdp:
+            return shard(self.model, self.device)
+        if world_size() == 1:
+            return self.model
+        wrapped = self.accelerator.prepare(self.model)
+        assert isinstance(wrapped, nn.parallel.DistributedDataParallel), "gradients would not be reduced over the processes"
+        return wrapped
+
+    def _total_steps(self) -> int | None:
+        training = self.training
+        if training.max_steps is not None or training.max_minutes is not None:
+            return training.max_steps
+        if self.stream.steps_per_epoch is None:
+            raise UserError("training.epochs: this stream has no known length; set training.max_steps or max_minutes")
+        return max(1, math.ceil(training.epochs * self.stream.steps_per_epoch - 1e-9))
+
+    def _warmup(self) -> float:
+        """The warmup in steps or as a fraction: at most half of a short run, which would otherwise hardly use the peak rate."""
+        steps, total = self.training.warmup_steps, self.total_steps
+        if not total or steps < 1 or 2 * steps <= total:
+            return steps
+        self.log.tell(f"training.warmup_steps: {steps:g} is more than half of the run's {total} steps; warming up for "
+                      f"{max(1, total // 4)}")
+        return float(max(1, total // 4))
+
+    def _flops_per_token(self) -> tuple[float, float]:
+        """FLOPs of training on one token, without the vocabulary's head, and of that head, which is computed for targets only."""
+        config, context = getattr(self.model, "config", None), self.training.max_length // 2
+        if not isinstance(config, MODEL.ModelConfig):
+            return 0.0, 0.0
+        body, whole = (3 * MODEL.flops_per_token(config, context, head) for head in ((), "lm"))
+        return body, (whole - body) * ("lm" in self.model.heads)
+
+    # -- one optimizer step
+
+    def elapsed(self) -> float:
+        return self.state.seconds + time.perf_counter() - self.started
+
+    def finished(self) -> bool:
+        """Whether the horizon is reached; the first process's clock and anyone's signal count for all."""
+        clock = self.elapsed() if self.main else 0.0
+        clock, stop = all_sum([clock, float(bool(self.stop_signal))], self.device)
+        if stop:
+            self.interrupt()
+        if self.total_steps is not None:
+            self.progress = self.state.step / self.total_steps
+        else:
+            self.progress = clock / (60 * self.training.max_minutes)
+        patience = self.training.early_stopping_patience
+        return self.progress >= 1 or (patience is not None and self.state.since_best >= patience)
+
+    @contextlib.contextmanager
+    def saved_on_error(self):
+        """A reward function or a reader may fail after hours of training: save the steps so far first, as Ctrl-C does."""
+        try:
+            yield
+        except UserError as error:
+            if self.state.step == 0:
+                raise
+            self.checkpoint()
+            raise UserError(f"{error}; step {self.state.step} is saved in {self.last_saved}: --resume auto continues from it"
+                            ) from error.__cause__
+
+    def totals_of(self, batches: list[dict]) -> dict[str, float]:
+        """The counts of all micro-batches of all processes."""
+        names = sorted(batches[0]["counts"])
+        sums = all_sum([sum(batch["counts"][name] for batch in batches) for name in names], self.device)
+        totals = {name: value or 1 for name, value in zip(names, sums, strict=True)}  # a step without targets has a loss of 0
+        return {**totals, "micro_batches": len(batches) * self.run.world_size}
+
+    @contextlib.contextmanager
+    def synced_gradients(self, last: bool):
+        """Gradients are reduced over the processes once a step, with the last micro-batch."""
+        if self.training.fsdp:
+            self.wrapped.set_requires_gradient_sync(last)
+            yield
+        elif self.run.world_size > 1 and not last:
+            with self.wrapped.no_sync():
+                yield
+        else:
+            yield
+
+    def is_finite(self, norm: float, metrics: dict[str, Tensor]) -> bool:
+        """Whether loss and gradients are finite, on all processes; counts the steps that are skipped because they are not."""
+        state, scale = self.state, self.loss_scale
+        loss_finite = all(bool(torch.isfinite(value).all()) for value in metrics.values())
+        loss_finite = all_sum([float(not loss_finite)], self.device)[0] == 0
+        finite = math.isfinite(norm) and loss_finite
+        backing_off = scale.on and loss_finite and scale.scale > 1  # float16 overflowed in the backward pass, as it does in every run
+        scale.update(finite)
+        if finite:
+            state.skipped_in_row = 0
+        elif not backing_off:
+            state.skipped += 1
+            state.skipped_in_row += 1
+            if state.skipped_in_row >= self.training.max_skipped_steps:
+                self._end_unsound(f"{state.skipped_in_row} steps in a row")
+        return finite
+
+    def _end_unsound(self, which: str) -> None:
+        good = f"the last good checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written yet"
+        raise UserError(f"{which} had a non-finite loss or gradient (up to step {self.state.step + 1}); {good}. "
+                        "Lower training.learning_rate, or look at the data")
+
+    def count(self, totals: dict[str, float]) -> None:
+        if hasattr(self.model, "after_step"):
+            self.routers = self.model.after_step()
+        read = totals.get("read", totals.get("tokens", 0))  # more than the targets where a loss skips some
+        self.state.step += 1
+        self.state.tokens += read
+        self.computed += self.flops * read + self.head_flops * totals.get("targets", totals.get("tokens", 0))
+
+    # -- between steps
+
+    def write_log(self) -> None:
+        state = self.state
+        extra = self.stream.metrics() if hasattr(self.stream, "metrics") else {}
+        record = {"step": state.step, **self.log.means(self.device), **extra, **(self.routers or {}), "tokens": state.tokens,
+                  "seconds": round(self.elapsed(), 3)}
+        if state.first_loss is None:
+            state.first_loss = record.get("loss")
+        self.last_loss = record.get("loss")
+        if self.stream.steps_per_epoch:
+            record["epoch"] = round(state.step / self.stream.steps_per_epoch, 4)
+        if state.skipped:
+            record["skipped_steps"] = state.skipped
+        speed, flops = self.log.rates(state.tokens, self.computed)
+        record["tokens_per_second"] = round(speed, 1)
+        if self.flops:
+            dtype = MODEL.AUTOCAST.get(self.mixed, torch.float32)
+            peak = MODEL.matmul_flops(dtype, self.device.type)
+            if flops > peak * self.run.world_size:  # measured while other programs ran
+                MODEL.matmul_flops.cache_clear()
+                peak = max(peak, MODEL.matmul_flops(dtype, self.device.type))
+            record["mfu"] = round(flops / (peak * self.run.world_size), 4)
+        self.log.write(record)
+        share = state.step / self.total_steps if self.total_steps else min(1.0, self.elapsed() / (60 * self.training.max_minutes))
+        self.log.show(record, self.total_steps, share, self.elapsed() * (1 - share) / max(share, 1e-9), peak_memory(self.device))
+
+    def _evaluate(self) -> dict:
+        if self.evaluate is None:
+            return {}
+        self.model.eval()
+        with torch.no_grad(), self.run.autocast():
+            measures = {name: float(value) for name, value in self.evaluate(self.model).items()}
+        self.model.train()
+        self.log.pause()
+        return measures
+
+    def validate(self) -> dict:
+        state = self.state
+        if state.measured and state.measured[0] == state.step:
+            return state.measured[1]
+        with self.saved_on_error():
+            measures = self._evaluate()
+        state.measured = (state.step, measures)
+        if not measures:
+            return measures
+        name, value = next(iter(measures.items()))
+        # Among models that are equally good by the first measure (all pairs in order, say), the loss decides.
+        order = (-value if lower_is_better(name) else round(value, 6), -measures.get("loss", 0.0))
+        better = state.best is None or order > state.best[0]
+        state.since_best = 0 if better else state.since_best + 1
+        if better:
+            state.best = (order, state.step, measures)
+        self.log_measures(measures)
+        if better and self.training.load_best_model_at_end:
+            self.checkpoint()
+        self.log.tell(f"step {state.step}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in measures.items()))
+        return measures
+
+    def log_measures(self, measures: dict) -> None:
+        if measures:
+            self.log.write({"step": self.state.step, **{f"eval_{k}": v for k, v in measures.items()}})
+
+    def checkpoint(self) -> None:
+        """ckpt-step-N, whole or not at all: written under another name, flushed to disk, renamed."""
+        final = self.out / f"ckpt-step-{self.state.step:06d}"
+        if self.last_saved == final:
+            return
+        content = self._content()
+        scratch = self.out / f".tmp-{final.name}"
+        if self.main:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        self.save(self.model, scratch)
+        if self.main:
+            torch.save(content, scratch / STATE_FILE)
+            for path in scratch.iterdir():
+                MODEL.sync(path)
+            for path in (*self.left, final):
+                remove(path)
+            self.left = []
+            os.replace(scratch, final)
+            MODEL.sync(self.out)
+            self.log.plot()
+        self.last_saved = final
+        if self.main:
+            best = self.out / f"ckpt-step-{self.state.best[1]:06d}" if self.state.best else None
+            keep = [*checkpoints(self.out)[-self.training.save_total_limit :], best if self.training.load_best_model_at_end else None]
+            for path in checkpoints(self.out):
+                if path not in keep:
+                    remove(path)
+        barrier()
+
+    def _content(self) -> dict:
+        """Everything beside the product that an exact continuation needs. Of sharded tensors only the first process keeps the whole."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        seconds = all_sum([self.elapsed() if self.main else 0.0], self.device)[0]
+        state = replace(self.state, seconds=seconds, log=self.log.state(self.device), loss_scale=(self.loss_scale.scale, self.loss_scale.good))
+        content = {**vars(state), "random": from_all(random), "stream": self.stream.state_dict(), "sources": self.sources,
+                   "optimizers": [map_tensors(MODEL.gathered_on_first, optimizer.state_dict()) for optimizer in self.optimizers]}
+        # What is trained and not in the product folder as it stands: adapters, a foreign model's heads, a critic.
+        trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
+        if is_whole(self.model):
+            trained = {name for name in trained if MODEL.is_tool(name)}
+        if trained:
+            content["module"] = {k: MODEL.gathered_on_first(v) for k, v in self.model.state_dict().items() if k in trained}
+        return content
+
+    # -- the end
+
+    def interrupt(self) -> None:
+        self.checkpoint()
+        self.log.tell(f"stopped at step {self.state.step}; continue with --resume auto ({self.last_saved})")
+        raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
+
+    def finish(self) -> Result:
+        """The last validation, the last checkpoint, and the product in `out` itself."""
+        state = self.state
+        if state.skipped and state.skipped == state.step:
+            self._end_unsound("all steps")
+        if self.log.counts:  # an early end
+            self.write_log()
+        after = self.validate()
+        self.checkpoint()
+        self.save(self.model, self.out)
+        if self.training.load_best_model_at_end and state.best and state.best[1] != state.step:
+            after = self._keep_best(after)
+        result = Result(state.before, after, state.step, round(self.elapsed(), 2), peak_memory(self.device))
+        if self.main:
+            measure = next(iter(after), None)
+            MODEL.write_text(self.out / "result.json", json.dumps({
+                "stage": self.stage, "measure": measure, "before": state.before, "after": after, "steps": state.step,
+                "seconds": result.seconds, "peak_memory_bytes": result.peak_memory_bytes}, indent=1) + "\n")
+            self.log.plot()
+        for name in after.keys() & state.before.keys() & set(SHARES):
+            if after[name] <= state.before[name] - 0.1:
+                self.log.tell(f"warning: held-out {name} fell from {100 * state.before[name]:.1f}% to {100 * after[name]:.1f}%; "
+                              "a lower training.learning_rate or fewer training.max_steps lose less")
+        barrier()
+        self._check_sound(after)
+        return result
+
+    def _keep_best(self, last: dict) -> dict:
+        """Put the files of the best checkpoint in the place of the last model's -> its measures."""
+        _, step, measures = self.state.best
+        folder = self.out / f"ckpt-step-{step:06d}"
+        if not folder.exists():
+            self.log.tell(f"the best model's checkpoint, {folder}, is missing; the last model is kept")
+            return last
+        if self.main:
+            with MODEL.staged(self.out, "config.json", MODEL.WEIGHTS) as scratch:
+                for path in folder.iterdir():
+                    if path.name != STATE_FILE:
+                        shutil.copy2(path, scratch)
+        self.log.tell(f"the best model, of step {step}, is kept")
+        return measures
+
+    def _check_sound(self, after: dict) -> None:
+        """A run that ruined its model ends with a line and exit status 1. A token loss may rise a little while a model learns
+        something else; a whole nat per token is e times the perplexity."""
+        state, name = self.state, next(iter(after), "")
+        losses = "training loss", state.first_loss, getattr(self, "last_loss", None)
+        if "perplexity" in after:
+            losses = "held-out loss", state.before.get("loss"), after["loss"]
+            if not lower_is_better(name) and after[name] > state.before.get(name, math.inf):
+                return
+        elif after or self.loss_fn is not token_loss:
+            return
+        what, first, last = losses
+        if first is None or last is None or last < first + 1:
+            return
+        self.log.tell(f"error: the run diverged: {what} {last:.4g}, at first {first:.4g}. The model in {self.out} is unusable: "
+                      f"lower training.learning_rate (now {self.training.learning_rate:.2g}) and use --overwrite")
+        raise SystemExit(1)
+
+    @contextlib.contextmanager
+    def guarded(self):
+        """Ctrl-C and SIGTERM ask for a stop at the next step boundary (a second Ctrl-C does not wait); a full disk and
+        too little memory become one line. A full disk costs the file being written, nothing else."""
+
+        def ask(number, frame):
+            if self.stop_signal and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        previous = {}
+        with contextlib.suppress(ValueError):  # only the main thread may listen
+            previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
+            self._explain(error)
+            raise
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.log.close()
+
+    def _explain(self, error: Exception) -> None:
+        """The two mistakes of the machine that a user can mend, in one line each."""
+        t = self.training
+        if is_out_of_memory(error):
+            raise UserError(f"out of memory with training.batch_size {t.batch_size} x max_length {t.max_length}: lower "
+                            "training.batch_size (raise grad_accum to keep the step), lower training.max_length, or set "
+                            "training.gradient_checkpointing true") from None
+        if is_disk_full(error, self.out):
+            for scratch in self.out.glob(".tmp-*"):
+                shutil.rmtree(scratch, ignore_errors=True)
+            whole = f"the last whole checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written yet"
+            raise UserError(f"{self.out}: the disk is full at step {self.state.step}; {whole}. Free some space and use "
+                            "--resume auto") from None
+
+    def _restore(self, saved: dict) -> None:
+        """Continue from a checkpoint's content. Nothing on the disk changes: a resume that fails must leave it as it was."""
+        for key, (folder, mark) in self.sources.items():
+            if mark != saved["sources"].get(key, [folder, mark])[1]:
+                raise UserError(f"{key}: {folder} changed since the checkpoint was written (other weights); restore it, or start "
+                                "a new run with --out")
+        for name in vars(self.state):
+            setattr(self.state, name, saved[name])
+        self.loss_scale.scale, self.loss_scale.good = self.state.loss_scale
+        self.log.load(self.state.log, self.state.step)
+        self.log.rates(self.state.tokens, self.computed)  # speeds are those of this process
+        if len(saved["optimizers"]) != len(self.optimizers):
+            raise UserError("--resume: the checkpoint was made with another training.optim")
+        for optimizer, content in zip(self.optimizers, saved["optimizers"], strict=True):
+            weights = [w for group in optimizer.param_groups for w in group["params"]]
+            content["state"] = {i: {k: shard_like(v, weights[i]) if isinstance(v, Tensor) else v for k, v in values.items()}
+                                for i, values in content["state"].items()}
+            try:
+                optimizer.load_state_dict(content)
+            except ValueError as error:
+                raise UserError(f"--resume: the checkpoint's optimizer does not fit ({error})") from None
+            for group in optimizer.param_groups:
+                group["peak_lr"] = self.training.learning_rate * group.get("rate", 1.0)
+        try:
+            self.stream.load_state_dict(saved["stream"])
+        except KeyError:
+            raise UserError("--resume: the checkpoint was made by another method, whose place in the data means nothing to this "
+                            "one") from None
+        if len(saved["random"]) == world_size():
+            random = saved["random"][self.run.rank]
+            torch.set_rng_state(random["cpu"])
+            if "cuda" in random and self.device.type == "cuda":
+                torch.cuda.set_rng_state(random["cuda"], self.device)
+        else:
+            say(f"resumed on {world_size()} processes, saved by {len(saved['random'])}: dropout continues with new random numbers")
+
+
+# ======================================================================================================== edges
+
+# --------------------------------------------------------------------------------------- processes and devices
 
 
 def world_size() -> int:
@@ -234,12 +789,46 @@ def all_sum(values: list[float], device) -> list[float]:
     return tensor.tolist()
 
 
+def from_all(value) -> list:
+    """Each process's value, on all of them."""
+    if world_size() == 1:
+        return [value]
+    values: list = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def from_first(value):
     """The first process's value, on all of them."""
     if world_size() > 1:
         box = [value]
         torch.distributed.broadcast_object_list(box)
         [value] = box
+    return value
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+@functools.cache
+def patient_group():
+    """A group of all processes for waiting on the first one, which may tokenize for hours; a usual barrier gives up after minutes."""
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
+def first_alone(function: Callable, *arguments, folder: str | None = None):
+    """function(*arguments), which writes files: by the first process while the others wait, then by them. Meanwhile no other run
+    writes to `folder`, so that every process reads what the first one wrote."""
+    first, wait = MODEL.process_rank() == 0, partial(torch.distributed.barrier, patient_group()) if world_size() > 1 else lambda: None
+    with locked(Path(folder) / ".lock", "data.dir", wait=True) if first and folder else contextlib.nullcontext():
+        if not first:
+            wait()
+        value = function(*arguments)
+        if first:
+            wait()
+        wait()
     return value
 
 
@@ -262,26 +851,23 @@ def on_device(batch: dict, device) -> dict:
     return {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-class LossScale:
-    """Keeps float16 gradients above zero: the loss is multiplied by `scale`, which halves on overflow and doubles
-    after 2000 good steps (Micikevicius 2018, section 3.2). 1 for every other type."""
-
-    def __init__(self, on: bool):
-        self.on, self.scale, self.good = on, 65536.0 if on else 1.0, 0
-
-    def update(self, finite: bool) -> None:
-        if not self.on:
-            return
-        self.good = self.good + 1 if finite else 0
-        if not finite:
-            self.scale /= 2
-        elif self.good % 2000 == 0:
-            self.scale *= 2
+def precision(training: TrainingSection, dtype: str, device: torch.device) -> str:
+    """The autocast type: as set, else as model.dtype says, else what this machine computes fastest."""
+    asked = training.mixed_precision
+    if asked == "auto":
+        half = MODEL.fast_half(device.type) if dtype == "auto" else MODEL.DTYPES[dtype]
+        asked = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(half, "no")
+    if asked == "fp16" and device.type == "cpu":
+        asked = "bf16" if MODEL.fast_half("cpu") else "no"
+        say(f"float16 on a CPU is slow and overflows: training in {'bfloat16' if asked == 'bf16' else 'float32'}")
+    return asked
 
 
 def start_processes(training: TrainingSection, device_name: str, out: Path):
     """(accelerator or None, device). Several processes and trackers need accelerate; one device does without."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if not several and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ:
+        say("accelerate launch starts a single process on CPUs; for several: torchrun --nproc_per_node 2 TRAIN.py ...")
     if training.fsdp and not several:
         raise UserError("training.fsdp: needs several processes (torchrun --nproc_per_node 2 TRAIN.py ...)")
     if not several and training.report_to == "none":
@@ -333,485 +919,16 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-# ------------------------------------------------------------------------------------------------ the only loop
+def shard_like(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Cut a whole tensor as `weight` is cut over the processes; scalars and unsharded weights stay as they are."""
+    if not hasattr(weight, "full_tensor") or tensor.shape != weight.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements)
 
 
-class Result(NamedTuple):
-    before: dict
-    after: dict
-    steps: int
-    seconds: float
-    peak_memory_bytes: int
-
-
-def fit(model: nn.Module, stream, loss_fn: Callable, training: TrainingSection, out: str | Path, save: Callable,
-        evaluate: Callable | None = None, *, resume: Path | None = None, stage: str = "train", mixed: str | None = None,
-        accelerator=None, device: torch.device | None = None, overwrite: bool = False) -> Result:
-    """Train `model` on `stream` until the horizon; every stage of the project runs through here.
-
-    loss_fn(model, batch, totals) -> (loss, metrics): a sum divided by totals[...], the counts of the whole optimizer
-    step over micro-batches and processes. So 16 rows, 4 x 4 accumulated and 2 processes x 8 give one and the same
-    gradient; a mean per micro-batch would weigh tokens in short batches more.
-    stream: start(run), next(), state_dict(), load_state_dict(), steps_per_epoch, optionally metrics().
-    save(model, folder) writes the product; evaluate(model) -> {measure: value}, the first of which decides what is best.
-    `resume` is a checkpoint folder; `overwrite` removes an earlier run from `out` once the new one has been measured for
-    the first time.
-    """
-    trainer = Trainer(model, stream, loss_fn, training, Path(out), save, evaluate, stage, mixed, accelerator, device)
-    with trainer.signals():
-        trainer.start(resume)
-        if overwrite:
-            clear_run(trainer.out)
-        if not trainer.steps:
-            trainer.log_measures(trainer.before)
-        while not trainer.finished():
-            trainer.step()
-            trainer.after_step()
-        return trainer.finish()
-
-
-class Trainer:
-    """The state of one `fit`."""
-
-    def __init__(self, model, stream, loss_fn, training, out, save, evaluate, stage, mixed, accelerator, device):
-        self.model, self.stream, self.loss_fn, self.training = model, stream, loss_fn, training
-        self.out, self.save, self.evaluate, self.stage = out, save, evaluate, stage
-        self.accelerator = accelerator
-        resolve_defaults(training, model, fresh=True)
-        self.device = device or (accelerator.device if accelerator else MODEL.choose_device())
-        self.mixed = mixed or precision(training, "auto", self.device)
-        self.run = Run(model, training, self.device, self.mixed)
-        self.main = self.run.rank == 0
-        self.loss_scale = LossScale(self.mixed == "fp16")
-        self.steps = self.skipped = self.skipped_in_row = 0
-        self.tokens, self.computed = 0, 0.0  # tokens read; FLOPs since the start of this process
-        self.routers: dict = {}  # the load of the experts in the last step
-        self.elapsed_before = 0.0  # seconds of earlier parts of this run
-        self.before, self.best = {}, None
-        self.since_best = 0
-        self.measured: tuple[int, dict] | None = None  # the last validation, and its step
-        self.stop_signal = 0
-        self.last_saved: Path | None = None
-        self.left: list[Path] = []  # checkpoints after the resumed step; the next save removes them
-        self.log = Log(out, self.main, accelerator)
-
-    # -- beginning
-
-    def start(self, resume: Path | None) -> None:
-        training = self.training
-        torch.manual_seed(training.seed + self.run.rank)
-        if training.torch_compile and self.device.type == "cpu":
-            torch.use_deterministic_algorithms(True, warn_only=True)  # a compiled run does not equal itself otherwise
-        state = restore(self.model, resume) if resume else None
-        self.model.to(self.device)
-        MODEL.set_checkpointing(self.model, training.gradient_checkpointing)
-        self.wrapped = self._wrap()
-        self.optimizers = make_optimizers(self.model, training)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["peak_lr"] = group["lr"]
-        self.stream.start(self.run)
-        if state:
-            self._restore(state)
-            self.last_saved = resume
-            self._rewind()
-        self.total_steps = self._total_steps()
-        if self.total_steps is not None and self.steps > self.total_steps:
-            self.log.tell(f"the checkpoint stands at step {self.steps}, beyond the {self.total_steps} that are asked for: "
-                          "nothing is trained")
-        self.flops, self.head_flops = self._flops_per_token()
-        self.started = time.perf_counter()
-        if not self.before:
-            self.before = self._evaluate()
-        self.model.train()
-
-    def _rewind(self) -> None:
-        """What was logged and saved beyond the checkpoint belongs to a course that is left."""
-        if not self.main:
-            return
-        self.log.rewind(self.steps)
-        self.left = [path for path in checkpoints(self.out) if step_of(path) > self.steps]
-        if self.left:
-            self.log.tell(f"the run goes on from step {self.steps}; its first checkpoint replaces {', '.join(map(str, self.left))}")
-
-    def _wrap(self) -> nn.Module:
-        if self.training.torch_compile:
-            compile_model(self.model)
-        if self.training.fsdp:
-            return shard(self.model, self.device)
-        if world_size() == 1:
-            return self.model
-        wrapped = self.accelerator.prepare(self.model)
-        assert isinstance(wrapped, nn.parallel.DistributedDataParallel), "gradients would not travel between the processes"
-        return wrapped
-
-    def _total_steps(self) -> int | None:
-        training = self.training
-        if training.max_steps is not None:
-            return training.max_steps
-        if training.max_minutes is not None:
-            return None
-        if self.stream.steps_per_epoch is None:
-            raise UserError("training.epochs: this stream has no known length; set training.max_steps or max_minutes")
-        return max(1, math.ceil(training.epochs * self.stream.steps_per_epoch - 1e-9))
-
-    def _flops_per_token(self) -> tuple[float, float]:
-        """FLOPs of training on one token, without the vocabulary's head, and of that head, which is computed for targets only."""
-        config, context = getattr(self.model, "config", None), self.training.max_length // 2
-        if not isinstance(config, MODEL.ModelConfig):
-            return 0.0, 0.0
-        body, whole = (3 * MODEL.flops_per_token(config, context, head) for head in ((), "lm"))
-        return body, (whole - body) * ("lm" in self.model.heads)
-
-    # -- one optimizer step
-
-    def elapsed(self) -> float:
-        return self.elapsed_before + time.perf_counter() - self.started
-
-    def finished(self) -> bool:
-        """Whether the horizon is reached; the first process's clock and anyone's signal count for all."""
-        clock = self.elapsed() if self.main else 0.0
-        clock, stop = all_sum([clock, float(bool(self.stop_signal))], self.device)
-        if stop:
-            self.interrupt()
-        if self.total_steps is not None:
-            self.progress = self.steps / self.total_steps
-        else:
-            self.progress = clock / (60 * self.training.max_minutes)
-        patience = self.training.early_stopping_patience
-        return self.progress >= 1 or (patience is not None and self.since_best >= patience)
-
-    def step(self) -> None:
-        training, run = self.training, self.run
-        batches = [next(self.stream) for _ in range(training.grad_accum)]
-        totals = self._totals(batches)
-        metrics: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
-            batch = on_device(batch, self.device)
-            with self._sync_gradients(last=i == len(batches) - 1):
-                with run.autocast():
-                    loss, shares = self.loss_fn(self.wrapped, batch, totals)
-                # DDP and FSDP2 average over processes; the loss is already a share of the whole step, so undo it.
-                (loss * (run.world_size * self.loss_scale.scale)).backward()
-            for name, share in shares.items():
-                metrics[name] = metrics.get(name, 0.0) + share.detach()
-        self._update(metrics)
-        read = totals.get("read", totals.get("tokens", 0))  # more than the targets where a loss skips some
-        self.tokens += read
-        self.computed += self.flops * read + self.head_flops * totals.get("targets", totals.get("tokens", 0))
-
-    def _totals(self, batches: list[dict]) -> dict[str, float]:
-        names = sorted(batches[0]["counts"])
-        sums = all_sum([sum(batch["counts"][name] for batch in batches) for name in names], self.device)
-        totals = {name: value or 1 for name, value in zip(names, sums, strict=True)}  # a step without targets has a loss of 0
-        return {**totals, "micro_batches": len(batches) * self.run.world_size}
-
-    @contextlib.contextmanager
-    def _sync_gradients(self, last: bool):
-        """Gradients travel between processes once a step, with the last micro-batch."""
-        if self.training.fsdp:
-            self.wrapped.set_requires_gradient_sync(last)
-            yield
-        elif self.run.world_size > 1 and not last:
-            with self.wrapped.no_sync():
-                yield
-        else:
-            yield
-
-    def _update(self, metrics: dict[str, Tensor]) -> None:
-        training = self.training
-        gradients = [w.grad for w in self.model.parameters() if w.grad is not None]
-        norm = float(gathered(nn.utils.get_total_norm(gradients))) / self.loss_scale.scale
-        loss_finite = all(bool(torch.isfinite(value).all()) for value in metrics.values())
-        if world_size() > 1:
-            loss_finite = all_sum([0.0 if loss_finite else 1.0], self.device)[0] == 0
-        finite = math.isfinite(norm) and loss_finite
-        if finite:
-            clip = min(1.0, training.max_grad_norm / (norm + 1e-6)) if training.max_grad_norm else 1.0
-            if clip / self.loss_scale.scale != 1.0:
-                for gradient in gradients:
-                    gradient.mul_(clip / self.loss_scale.scale)
-            factor = learning_rate_factor(training.lr_scheduler_type, self.steps, min(self.progress, 1.0),
-                                          training.warmup_steps, training.min_lr_rate, training.decay_share)
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
-                optimizer.step()
-            self.log.add(metrics, norm, training.learning_rate * factor)
-        self._count_skipped(finite, loss_finite)
-        self.loss_scale.update(finite)
-        for weight in self.model.parameters():
-            weight.grad = None
-        if hasattr(self.model, "after_step"):
-            self.routers = self.model.after_step()
-        self.steps += 1
-
-    def _count_skipped(self, finite: bool, loss_finite: bool) -> None:
-        if finite:
-            self.skipped_in_row = 0
-            return
-        if self.loss_scale.on and loss_finite and self.loss_scale.scale > 1:
-            return  # float16 overflow in backward: the scale backs off, as it does in every run
-        self.skipped += 1
-        self.skipped_in_row += 1
-        if self.skipped_in_row >= self.training.max_skipped_steps:
-            self._end_unsound(f"{self.skipped_in_row} steps in a row")
-
-    def _end_unsound(self, which: str) -> None:
-        good = f"the last good checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written yet"
-        raise UserError(f"{which} had a non-finite loss or gradient (up to step {self.steps + 1}); {good}. "
-                        "Lower training.learning_rate, or look at the data")
-
-    # -- between steps
-
-    def after_step(self) -> None:
-        training, done = self.training, self.steps == self.total_steps
-        if self.steps % training.logging_steps == 0 or done:
-            self._write_log()
-        if training.eval_steps and self.steps % training.eval_steps == 0 and not done:
-            self._validate()
-        if training.save_steps and self.steps % training.save_steps == 0 and not done:
-            self.checkpoint()
-
-    def _write_log(self) -> None:
-        extra = self.stream.metrics() if hasattr(self.stream, "metrics") else {}
-        means = self.log.means(self.device)
-        record = {"step": self.steps, **means, **extra, **(self.routers or {}), "tokens": self.tokens,
-                  "seconds": round(self.elapsed(), 3)}
-        if self.stream.steps_per_epoch:
-            record["epoch"] = round(self.steps / self.stream.steps_per_epoch, 4)
-        if self.skipped:
-            record["skipped_steps"] = self.skipped
-        speed, flops = self.log.rates(self.tokens, self.computed)
-        record["tokens_per_second"] = round(speed, 1)
-        if self.flops:
-            dtype = MODEL.AUTOCAST.get(self.mixed, torch.float32)
-            peak = MODEL.matmul_flops(dtype, self.device.type)
-            if flops > peak * self.run.world_size:  # measured while other programs ran
-                MODEL.matmul_flops.cache_clear()
-                peak = max(peak, MODEL.matmul_flops(dtype, self.device.type))
-            record["mfu"] = round(flops / (peak * self.run.world_size), 4)
-        self.log.write(record)
-        share = self.steps / self.total_steps if self.total_steps else min(1.0, self.elapsed() / (60 * self.training.max_minutes))
-        self.log.show(record, self.total_steps, share, self.elapsed() * (1 - share) / max(share, 1e-9), peak_memory(self.device))
-
-    def _evaluate(self) -> dict:
-        if self.evaluate is None:
-            return {}
-        self.model.eval()
-        with torch.no_grad(), self.run.autocast():
-            measures = {name: float(value) for name, value in self.evaluate(self.model).items()}
-        self.model.train()
-        self.log.pause()
-        return measures
-
-    def _validate(self) -> dict:
-        if self.measured and self.measured[0] == self.steps:
-            return self.measured[1]
-        measures = self._evaluate()
-        self.measured = (self.steps, measures)
-        if not measures:
-            return measures
-        name, value = next(iter(measures.items()))
-        # Among models that are equally good by the first measure (all pairs in order, say), the loss decides.
-        good = (-value if lower_is_better(name) else round(value, 6), -measures.get("loss", 0.0))
-        better = self.best is None or good > self.best[0]
-        self.since_best = 0 if better else self.since_best + 1
-        if better:
-            self.best = (good, self.steps)
-        self.log_measures(measures)
-        if better and self.training.load_best_model_at_end:
-            self.checkpoint()
-        self.log.tell(f"step {self.steps}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in measures.items()))
-        return measures
-
-    def log_measures(self, measures: dict) -> None:
-        if measures:
-            self.log.write({"step": self.steps, **{f"eval_{k}": v for k, v in measures.items()}})
-
-    # -- checkpoints
-
-    def checkpoint(self) -> None:
-        """ckpt-step-N, whole or not at all: written under another name, flushed to disk, renamed."""
-        final = self.out / f"ckpt-step-{self.steps:06d}"
-        if self.last_saved == final:
-            return
-        state = self._state()
-        scratch = self.out / f".tmp-{final.name}"
-        if self.main:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-        self.save(self.model, scratch)
-        if self.main:
-            torch.save(state, scratch / STATE_FILE)
-            for path in scratch.iterdir():
-                MODEL.sync(path)
-            for path in (*self.left, final):
-                remove(path)
-            self.left = []
-            os.replace(scratch, final)
-            MODEL.sync(self.out)
-        self.last_saved = final
-        if self.main:
-            self._remove_old()
-            self.log.plot()
-        barrier()
-
-    def _remove_old(self) -> None:
-        keep = checkpoints(self.out)[-self.training.save_total_limit :]
-        if self.best and self.training.load_best_model_at_end:
-            keep.append(self.out / f"ckpt-step-{self.best[1]:06d}")
-        for path in checkpoints(self.out):
-            if path not in keep:
-                remove(path)
-
-    def _state(self) -> dict:
-        """Everything beside the product that an exact continuation needs."""
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        everyone = [random]
-        if world_size() > 1:
-            everyone = [None] * world_size()
-            torch.distributed.all_gather_object(everyone, random)
-        elapsed = all_sum([self.elapsed() if self.main else 0.0], self.device)[0]
-        state = {"step": self.steps, "tokens": self.tokens, "elapsed": elapsed, "before": self.before, "best": self.best,
-                 "measured": self.measured, "log": self.log.state(self.device), "since_best": self.since_best,
-                 "skipped": self.skipped, "loss_scale": [self.loss_scale.scale, self.loss_scale.good],
-                 "random": everyone, "stream": self.stream.state_dict(),
-                 "optimizers": [map_tensors(gathered, optimizer.state_dict()) for optimizer in self.optimizers]}
-        # What is trained and not in the product folder as it stands: adapters, a foreign model's heads, a critic.
-        trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
-        if is_whole(self.model):
-            trained = {name for name in trained if MODEL.is_tool(name)}
-        if trained:
-            state["module"] = {k: gathered(v) for k, v in self.model.state_dict().items() if k in trained}
-        return state
-
-    def _restore(self, state: dict) -> None:
-        if "measured" not in state:
-            raise UserError("--resume: the checkpoint was made by an earlier version; --model on its folder goes on from its "
-                            "weights")
-        self.steps, self.tokens, self.elapsed_before = state["step"], state["tokens"], state["elapsed"]
-        self.before, self.since_best, self.skipped = state["before"], state["since_best"], state["skipped"]
-        self.best = tuple(state["best"]) if state["best"] else None
-        self.measured = state["measured"]
-        self.log.rates(self.tokens, self.computed)  # speeds are those of this process
-        self.log.counts = Counter(state["log"]["counts"])
-        # they are of all processes
-        self.log.sums = {name: value if self.main else 0.0 for name, value in state["log"]["sums"].items()}
-        self.loss_scale.scale, self.loss_scale.good = state["loss_scale"]
-        if len(state["optimizers"]) != len(self.optimizers):
-            raise UserError("--resume: the checkpoint was made with another training.optim")
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            weights = [w for group in optimizer.param_groups for w in group["params"]]
-            saved["state"] = {i: {k: shard_like(v, weights[i]) if isinstance(v, Tensor) else v for k, v in values.items()}
-                              for i, values in saved["state"].items()}
-            try:
-                optimizer.load_state_dict(saved)
-            except ValueError as error:
-                raise UserError(f"--resume: the checkpoint's optimizer does not fit ({error})") from None
-            for group in optimizer.param_groups:
-                group["peak_lr"] = self.training.learning_rate * group.get("rate", 1.0)
-        try:
-            self.stream.load_state_dict(state["stream"])
-        except KeyError:
-            raise UserError("--resume: the checkpoint was made by another method, whose place in the data means nothing to this "
-                            "one") from None
-        if len(state["random"]) == world_size():
-            random = state["random"][self.run.rank]
-            torch.set_rng_state(random["cpu"])
-            if "cuda" in random and self.device.type == "cuda":
-                torch.cuda.set_rng_state(random["cuda"], self.device)
-        else:
-            say(f"resumed on {world_size()} processes, saved by {len(state['random'])}: dropout goes on with fresh random numbers")
-
-    # -- ending
-
-    @contextlib.contextmanager
-    def signals(self):
-        """Ctrl-C and SIGTERM ask for a stop at the next step boundary (a second Ctrl-C does not wait); a full disk and
-        too little memory become one line. A full disk costs the file being written, nothing else."""
-
-        def ask(number, frame):
-            if self.stop_signal and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_signal = number
-
-        previous = {}
-        with contextlib.suppress(ValueError):  # only the main thread may listen
-            previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
-            self._explain(error)
-            raise
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            self.log.close()
-
-    def _explain(self, error: Exception) -> None:
-        """The two mistakes of the machine that a user can mend, in one line each."""
-        t = self.training
-        if is_out_of_memory(error):
-            raise UserError(f"out of memory with training.batch_size {t.batch_size} x max_length {t.max_length}: lower "
-                            "training.batch_size (raise grad_accum to keep the step), lower training.max_length, or set "
-                            "training.gradient_checkpointing true") from None
-        if is_disk_full(error, self.out):
-            for scratch in self.out.glob(".tmp-*"):
-                shutil.rmtree(scratch, ignore_errors=True)
-            whole = f"the last whole checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written yet"
-            raise UserError(f"{self.out}: the disk is full at step {self.steps}; {whole}. Free some space and use --resume auto") from None
-
-    def interrupt(self) -> None:
-        self.checkpoint()
-        self.log.tell(f"stopped at step {self.steps}; continue with --resume auto ({self.last_saved})")
-        raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
-
-    def finish(self) -> Result:
-        """The last validation, the last checkpoint, and the product in `out` itself."""
-        if self.skipped and self.skipped == self.steps:
-            self._end_unsound("all steps")
-        if self.log.counts:  # an early end
-            self._write_log()
-        after = self._validate()
-        self.checkpoint()
-        if self.training.load_best_model_at_end and self.best and self.best[1] != self.steps:
-            best = self.out / f"ckpt-step-{self.best[1]:06d}"
-            if best.exists():
-                after = self._return_to(best)
-            else:
-                self.log.tell(f"the best model's checkpoint, {best}, is gone; the last model is kept")
-        self.save(self.model, self.out)
-        result = Result(self.before, after, self.steps, round(self.elapsed(), 2), peak_memory(self.device))
-        if self.main:
-            measure = next(iter(after), None)
-            MODEL.write_text(self.out / "result.json", json.dumps({
-                "stage": self.stage, "measure": measure, "before": self.before, "after": after, "steps": self.steps,
-                "seconds": result.seconds, "peak_memory_bytes": result.peak_memory_bytes}, indent=1) + "\n")
-            self.log.plot()
-        for name in after.keys() & self.before.keys() & set(SHARES):
-            if after[name] <= self.before[name] - 0.1:
-                self.log.tell(f"warning: held-out {name} fell from {100 * self.before[name]:.1f}% to {100 * after[name]:.1f}%; "
-                              "a lower training.learning_rate or fewer training.max_steps lose less")
-        barrier()
-        return result
-
-    def _return_to(self, folder: Path) -> dict:
-        """The best checkpoint's weights, into the model as it stands (sharded or not)."""
-        source = MODEL.build(self.model.config, self.model.heads, device="meta") if is_whole(self.model) else None
-        if source is None:
-            weights = load_state(folder)["module"]
-        else:
-            MODEL.load_weights(source, folder)
-            weights = source.state_dict()
-        with torch.no_grad():
-            for name, weight in self.model.state_dict().items():
-                if name in weights:
-                    weight.copy_(shard_like(weights[name].to(self.device), weight))
-        self.log.tell(f"the best model, of step {self.best[1]}, is kept")
-        return self._evaluate()
+# ------------------------------------------------------------------------------------------------- checkpoints
 
 
 STATE_FILE = "trainer_state.pt"
@@ -824,18 +941,18 @@ def is_whole(model: nn.Module) -> bool:
 
 
 def lower_is_better(measure: str) -> bool:
-    return any(word in measure for word in ("loss", "perplexity", "error", "bits", "nats"))
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        torch.distributed.barrier()
+    return any(word in measure for word in ("loss", "perplexity", "error", "bits", "nats", "divergence"))
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error,
-                      (torch.OutOfMemoryError,
-                       MemoryError)) or "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+
+
+def is_disk_full(error: Exception, out: Path) -> bool:
+    known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    # torch.save says only "iostream error", and NumPy how many bytes it wrote
+    return known or (isinstance(error, (RuntimeError, OSError)) and shutil.disk_usage(out).free < 2**20)
 
 
 def map_tensors(function: Callable, tree):
@@ -862,41 +979,44 @@ def remove(checkpoint: Path) -> None:
 
 
 def load_state(folder: Path) -> dict:
+    """A checkpoint's content. Of several processes each maps the file and reads what it needs of it."""
     import pickle
 
     try:
-        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=world_size() > 1)
     except FileNotFoundError:
-        raise UserError(f"--resume: {folder} holds no {STATE_FILE}; a checkpoint looks like out/ckpt-step-000500") from None
+        raise damaged(folder, f"--resume: {folder} holds no {STATE_FILE}; a checkpoint looks like out/ckpt-step-000500") from None
     except pickle.UnpicklingError:
         raise UserError(f"{folder / STATE_FILE}: refused: it contains more than tensors and could execute code") from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{folder / STATE_FILE}: cannot be read; it may be truncated ({error})") from None
+        raise damaged(folder, f"{folder / STATE_FILE}: cannot be read; it may be truncated ({error})") from None
+    if not {"sources", *vars(State())} <= saved.keys():
+        raise UserError(f"--resume: {folder} was written by an earlier version; --model {folder} starts a new run from its weights")
+    return saved
 
 
-def restore(model: nn.Module, folder: Path) -> dict:
-    """Load a checkpoint's weights into the model and return the rest; names the one before it where this is damaged."""
-    try:
-        state = load_state(folder)
-        if is_whole(model) or "module" not in state:
-            MODEL.load_weights(model, folder)
+def damaged(folder: Path, what: str) -> UserError:
+    """The error of a checkpoint that cannot be read; it names another one of the run."""
+    others = [path for path in checkpoints(folder.parent) if path != folder]
+    return UserError(what + (f"; --resume {others[-1]} is another checkpoint" if others else ""))
+
+
+def restore_weights(model: nn.Module, folder: Path) -> dict:
+    """Load a checkpoint's weights into the model and return the rest of its content."""
+    saved = load_state(folder)
+    if is_whole(model) or "module" not in saved:
         try:
-            model.load_state_dict(state.get("module", {}), strict=False)
-        except RuntimeError as error:
-            raise UserError(f"--resume: {folder} was made with another model or adapter ({MODEL.first_line(error)})") from None
-    except UserError as error:
-        others = [path for path in checkpoints(folder.parent) if path != folder]
-        raise UserError(f"{error}" + (f"; --resume {others[-1]} is another checkpoint" if others else "")) from None
-    return state
+            MODEL.load_weights(model, folder)
+        except UserError as error:
+            raise damaged(folder, str(error)) from None
+    try:
+        model.load_state_dict(saved.get("module", {}), strict=False)
+    except RuntimeError as error:
+        raise UserError(f"--resume: {folder} was made with another model or adapter ({MODEL.first_line(error)})") from None
+    return saved
 
 
-def is_disk_full(error: Exception, out: Path) -> bool:
-    known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    # torch.save says only "iostream error", and NumPy how many bytes it wrote
-    return known or (isinstance(error, (RuntimeError, OSError)) and shutil.disk_usage(out).free < 2**20)
-
-
-# -------------------------------------------------------------------------------------------------------- log
+# --------------------------------------------------------------------------------------------------------- log
 
 
 def json_lines(path: Path) -> list[dict]:
@@ -939,6 +1059,7 @@ class Log:
         self.counts: Counter = Counter()
         self.norm = self.rate = 0.0
         self.clock, self.clock_counts = time.perf_counter(), (0, 0.0)
+        self.rewind_to: int | None = None
         self.line = StatusLine()
 
     def add(self, metrics: dict[str, Tensor], norm: float, rate: float) -> None:
@@ -952,6 +1073,11 @@ class Log:
         names = sorted(self.sums)
         return {"sums": dict(zip(names, all_sum([float(self.sums[name]) for name in names], device), strict=True)),
                 "counts": dict(self.counts)}
+
+    def load(self, state: dict, step: int) -> None:
+        """After a resume. Lines beyond the checkpoint's step are removed when the first new one is written."""
+        self.counts, self.rewind_to = Counter(state["counts"]), step
+        self.sums = {name: value if self.main else 0.0 for name, value in state["sums"].items()}  # they are of all processes
 
     def means(self, device) -> dict[str, float]:
         """Means over the steps since the last call that have such a metric, summed over processes."""
@@ -974,15 +1100,13 @@ class Log:
     def write(self, record: dict) -> None:
         if not self.main:
             return
+        if self.rewind_to is not None:
+            rewind(self.out / "log.jsonl", lambda record: record.get("step", 0) <= self.rewind_to)
+            self.rewind_to = None
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self.accelerator and self.accelerator.trackers:
             self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
-
-    def rewind(self, step: int) -> None:
-        """After a resume: what was logged beyond the checkpoint will be logged again."""
-        if self.main:
-            rewind(self.out / "log.jsonl", lambda record: record.get("step", 0) <= step)
 
     def show(self, record: dict, total: int | None, share: float, left: float, memory: int) -> None:
         if not self.main:
@@ -1004,54 +1128,58 @@ class Log:
         self.line.close()
 
     def plot(self) -> None:
-        """loss.png: training and held-out loss over the steps, and held-out shares such as exact match."""
+        """loss.png: training and held-out loss over the steps, and held-out measures such as exact match."""
         records = json_lines(self.out / "log.jsonl") if self.main else []
-        # what is held out is measured by: of a sum of losses that part
+        # what is held out is measured by one part of a sum of losses
         key = "nll" if any("nll" in r for r in records) else "loss"
-        train = [(r["step"], r[key]) for r in records if key in r]
-        held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
-        if not train:
-            return
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            say("no plot: matplotlib is not installed")
-            return
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot(*zip(*train, strict=True), "-" if len(train) > 1 else "o", color="#1f5fa8", linewidth=1.5, label="training")
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o-", color="#d1495b", markersize=4, label="held out")
-            axes.annotate(f"{held_out[-1][1]:.3f}", held_out[-1], textcoords="offset points", xytext=(-4, 8), ha="right",
-                          color="#d1495b")
-        axes.set(xlabel="optimizer step", ylabel="loss")
+        panels = {"loss": {"training": curve(records, key), "held out": curve(records, "eval_loss")}}
+        panels["held out, %"] = {name.rpartition("/")[2].replace("_", " "): curve(records, f"eval_{name}", 100) for name in SHARES}
+        plot_curves(self.out / "loss.png", panels)
+
+
+def curve(records: list[dict], key: str, scale: float = 1.0) -> list[tuple]:
+    """[(step, value), ...] of the records of a log that have such a key."""
+    return [(record["step"], scale * record[key]) for record in records if key in record]
+
+
+def plot_curves(path: Path, panels: dict[str, dict[str, list[tuple]]]) -> None:
+    """{title: {label: [(step, value), ...]}} side by side; panels without a curve are left out."""
+    panels = {title: {label: points for label, points in curves.items() if points} for title, curves in panels.items()}
+    panels = {title: curves for title, curves in panels.items() if curves}
+    if not panels:
+        return
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        return say("no plot: matplotlib is not installed")
+    figure = Figure(figsize=(max(6, 4.4 * len(panels)), 4), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for (label, points), color in zip(curves.items(), ("#1f5fa8", "#d1495b", "#2a9d5c", "#e09f3e", "#7b5ea7"), strict=False):
+            axes.plot(*zip(*points, strict=True), "-" if len(points) > 20 else "o-", color=color, markersize=4, label=label)
+        if len(curves) > 1 or title not in curves:
+            axes.legend(frameon=False)
+        axes.set(xlabel="optimizer step", title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        shares = [name for name in SHARES if any(f"eval_{name}" in r for r in records)]
-        if shares:
-            percent = axes.twinx()
-            for name, color in zip(shares, ("#2a9d5c", "#e09f3e", "#7b5ea7"), strict=False):
-                points = [(r["step"], 100 * r[f"eval_{name}"]) for r in records if f"eval_{name}" in r]
-                label = "held-out " + name.rpartition("/")[2].replace("_", " ")
-                percent.plot(*zip(*points, strict=True), "s--", color=color, linewidth=1.2, markersize=4, label=label)
-            percent.set(ylabel="% (dashed)", ylim=(0, 103))
-            percent.spines["top"].set_visible(False)
-        lines = [line for each in figure.axes for line in each.get_lines()]
-        axes.legend(lines, [line.get_label() for line in lines], frameon=False, loc="center right")
-        with MODEL.staged(self.out) as scratch:
-            figure.savefig(scratch / "loss.png", dpi=120)
+    with MODEL.staged(path.parent) as scratch:
+        figure.savefig(scratch / path.name, dpi=120)
 
 
-# -------------------------------------------------------------------------------------------------- run folder
+# ------------------------------------------------------------------------------------------------- run folders
 
 
 @contextlib.contextmanager
-def locked(path: Path, key: str):
-    """Nobody else writes here meanwhile; `key` named the place."""
+def locked(path: Path, key: str, wait: bool = False):
+    """No other run writes to the file's folder meanwhile, which the setting `key` names: an error, or `wait` until it is done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "w")
     except OSError as error:
+        if wait:  # what cannot be written will not change
+            yield
+            return
         raise UserError(f"{key}: {path.parent} cannot be written ({error.strerror})") from None
     with lock:
         if os.name == "posix":
@@ -1060,6 +1188,11 @@ def locked(path: Path, key: str):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it, even after kill -9
             except BlockingIOError:
+                if wait:
+                    say(f"waiting for another run, which is preparing {path.parent}")
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    yield
+                    return
                 raise UserError(f"{key}: another run is writing to {path.parent}; choose another place") from None
         yield
 
@@ -1079,22 +1212,24 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
         used = [name for name in RUN_FILES if (out / name).exists()] + checkpoints(out)
         if found and found.resolve().parent != out.resolve() and used:
             raise UserError(f"output.dir: {out} holds a run, of which {found} is no checkpoint; choose another --out")
+        if used and not (checkpoints(out) or {"config.yaml", "config.json"} <= set(used) or {*TRACES, *ADAPTER} & set(used)):
+            raise UserError(f"output.dir: {out} holds {used[0]}, which the run would replace and no run wrote; choose another --out")
         if resume and found is None and used:
             if kept := [name for name in used if name not in TRACES]:
                 raise UserError(f"--resume: {out} holds {kept[0]} and no checkpoint to go on from; --overwrite replaces what is "
                                 "there, --out chooses another folder")
             say(f"{out} holds no checkpoint yet; the run begins afresh")
         if used and resume is None and not overwrite:
-            raise UserError(f"output.dir: {out} holds a run; --resume auto continues it, --overwrite replaces it, --out chooses "
-                            "another folder")
+            proceed = "--resume auto continues it, " if checkpoints(out) else ""
+            raise UserError(f"output.dir: {out} holds a run; {proceed}--overwrite replaces it, --out chooses another folder")
         barrier()
         yield found
 
 
 # all that a run leaves before its first checkpoint
 TRACES = ("log.jsonl", "loss.png", "confusion.png", "rollouts.jsonl", "rollouts.png")
-RUN_FILES = (*TRACES, "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors",
-             "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+RUN_FILES = (*TRACES, *ADAPTER, "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
              "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -1127,30 +1262,7 @@ def find_checkpoint(out: Path, resume: str | None) -> Path | None:
     return Path(resume)
 
 
-# ------------------------------------------------------------------------------------------------- pretraining
-
-
-def token_loss(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-    """Cross-entropy of each target token in nats, averaged over the (weighted) targets of the whole step."""
-    out = model(batch["input_ids"], positions=batch["positions"], segment_ids=batch["segment_ids"], targets=batch["targets"])
-    logprobs = out.logprobs if batch["weights"] is None else out.logprobs * batch["weights"]
-    loss = -logprobs.sum() / totals["tokens"]
-    return loss + out.aux_loss / totals["micro_batches"], {"loss": loss.detach()}
-
-
-def mask_tokens(batch: dict, tokenizer, keys: list[tuple], probability: float) -> dict:
-    """A batch for masked language modelling (Devlin 2018, section 3.1): of the tokens, `probability` are predicted;
-    80% of those are hidden behind the mask token, 10% replaced by a random one, 10% left as they are, so that every
-    token has to be understood. Row i draws from its own generator keyed by keys[i]."""
-    ids = batch["input_ids"]
-    real = torch.ones_like(ids, dtype=torch.bool) if batch["positions"] is None else batch["positions"] >= 0
-    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-    draws = torch.from_numpy(np.stack([np.random.default_rng(key).random((3, ids.shape[1])) for key in keys], 1))  # (3, B, T)
-    chosen = real & ~special & (draws[0] < probability)
-    hidden = torch.where(draws[1] < 0.8, tokenizer.mask_token_id,
-                         torch.where(draws[1] < 0.9, (draws[2] * len(tokenizer)).long(), ids))
-    return {**batch, "input_ids": torch.where(chosen, hidden, ids), "targets": ids.masked_fill(~chosen, -100),
-            "counts": {"tokens": int(chosen.sum()), "read": int(real.sum())}}
+# ---------------------------------------------------------------------------------------------- model and data
 
 
 class MaskedStream:
@@ -1184,10 +1296,10 @@ EMPTY = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full
          "counts": {"tokens": 0}}
 
 
-def own_share(batches: list[dict]) -> list[dict]:
-    """This process's part of validation batches; equally many everywhere, as each forward may need all processes."""
-    own = batches[MODEL.process_rank() :: world_size()]
-    return own + [EMPTY] * (-(-len(batches) // world_size()) - len(own))
+def own_share(items: list, fill=EMPTY) -> list:
+    """This process's part of items such as validation batches; equally many everywhere, as each forward may need all processes."""
+    own = items[MODEL.process_rank() :: world_size()]
+    return own + [fill] * (-(-len(items) // world_size()) - len(own))
 
 
 def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callable:
@@ -1281,7 +1393,7 @@ def prepare_data(config, tokenizer, masked: bool = False):
         size = training.eval_batches * training.batch_size * training.max_length * 4  # characters
         held_out = None if data.validation == "none" else TOKENIZER.held_out_tokens(data, tokenizer, size)
     else:
-        files = one_after_another(TOKENIZER.token_files, data, tokenizer)  # the first process writes them, the others map them
+        files = first_alone(TOKENIZER.token_files, data, tokenizer, folder=data.dir)
         if "train" not in files:
             raise UserError("data.train: no text is left to train on (empty files, or everything was dropped or held out)")
         stream, held_out = hide(TOKENIZER.file_stream(files["train"], data, training.batch_size,
@@ -1305,6 +1417,9 @@ def prepare_data(config, tokenizer, masked: bool = False):
     prompts = openings(spans, tokenizer) if training.sample_prompts is None else [
         (text, TOKENIZER.encode_prompt(tokenizer, text)) for text in training.sample_prompts]
     return stream, with_samples(held_out_loss(batches, per_token), tokenizer, training, [] if masked else prompts)
+
+
+# ------------------------------------------------------------------------------------ the frame of every stage
 
 
 def save_product(config_text: str, tokenizer, model, folder: Path) -> None:
@@ -1347,6 +1462,8 @@ class Stage(NamedTuple):
     loss: Callable
     evaluate: Callable | None
     save: Callable  # save(config_text, tokenizer, model, folder)
+    share: float | None = None  # of the learning rate of fine-tuning; None is pretraining's rate
+    sources: dict = {}  # {setting: folder} of further models that the run needs
 
 
 def resumed(config, resume: str):
@@ -1389,12 +1506,14 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
             import QUANT
 
             QUANT.fake_quantize(stage.model, qat, config.training.qat_group_size)
-        resolve_defaults(config.training, stage.model, fresh=not config.model.name)
+        choose_rate(config.training, stage.model, not config.model.name and stage.share is None, stage.share)
         for key in ("load_best_model_at_end", "early_stopping_patience"):
             if stage.evaluate is None and getattr(config.training, key):
                 raise UserError(f"training.{key}: nothing is held out to judge by; set data.validation")
-        if getattr(stage.model, "adapter", None) and mixed != "no":
+        adapter = getattr(stage.model, "adapter", None)
+        if adapter and mixed != "no":
             MODEL.narrow_frozen(stage.model, MODEL.AUTOCAST[mixed])
+        sources = {**({"model.name": config.model.name} if adapter else {}), **stage.sources}
         text = MODEL.config_text(config)
         if MODEL.process_rank() == 0:
             for line in MODEL.changes(config):
@@ -1411,11 +1530,12 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
             accelerator.init_trackers(name, config={k: str(v) for k, v in vars(config.training).items()})
         result = fit(stage.model, stage.stream, stage.loss, config.training, out, partial(stage.save, text, stage.tokenizer),
                      stage.evaluate, resume=checkpoint, stage=name, mixed=mixed, accelerator=accelerator, device=device,
-                     overwrite=bool(config.actions.overwrite) or checkpoint is None)
+                     overwrite=bool(config.actions.overwrite) or checkpoint is None, sources=sources)
         if accelerator and accelerator.log_with:
             accelerator.end_training()
-        adapter = getattr(stage.model, "adapter", None)
         result_flags = f"--model {config.model.name} --adapter {out}" if adapter else f"--model {out}"
+        if config.model.quantization != "none":
+            result_flags += f" --model.quantization {config.model.quantization}"
         say(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {out}: {show.replace('MODEL', result_flags)}")
         if qat != "none":
             size = config.training.qat_group_size
@@ -1424,19 +1544,8 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
     return result
 
 
-def one_after_another(function: Callable, *arguments):
-    """What writes files is done by the first process while the others wait, then by them."""
-    first = MODEL.process_rank() == 0
-    if not first:
-        barrier()
-    value = function(*arguments)
-    if first:
-        barrier()
-    return value
-
-
 def pretraining(config, checkpoint: Path | None, device: torch.device) -> Stage:
-    tokenizer = one_after_another(TOKENIZER.of_run, config, checkpoint)
+    tokenizer = first_alone(TOKENIZER.of_run, config, checkpoint, folder=config.data.dir)
     model = prepare_model(config, tokenizer)
     stream, evaluate = prepare_data(config, tokenizer, is_masked(model, tokenizer))
     return Stage(model, tokenizer, stream, token_loss, evaluate, save_product)

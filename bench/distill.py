@@ -85,7 +85,8 @@ def run(name: str, seed: int, options) -> dict:
     if name in NEEDS and not (home / f"{NEEDS[name]}-{seed}" / "result.json").exists():
         save(run(NEEDS[name], seed, options), options.file)
     if "off-policy" in name and not (home / "answers.jsonl").exists():
-        distill(["--generate", "--teacher", "out/sft", "--data", "data/chat.jsonl", "--out", home / "answers.jsonl"], options)
+        distill(["--generate", "--teacher", "out/sft", "--data", "data/chat.jsonl", "--sampling", "{temperature: 0, max_new_tokens: 64}", "--out",
+                 home / "answers.jsonl"], options)
     if name == "text-cache" and not (home / "told" / "cache.json").exists():
         distill(["--cache", "--cache-dir", home / "told"], options)
     minutes = result(home / f"on-policy-{seed}")["seconds"] / 60 if "{minutes}" in RUNS[name] else 0
@@ -233,7 +234,7 @@ NAMES = ("lily tim timmy tom sara sarah ben anna mia max jack lucy sam amy bob s
 # ------------------------------------------------------------------------------------------------- beside TRL
 
 ROWS = 32
-ALIKE = ["--learning-rate", "1e-3", "--batch-size", str(ROWS), "--data.packing", "false", "--eval-answers", "0", "--alpha", "0", *PLAIN]
+ALIKE = ["--learning-rate", "1e-3", "--batch-size", str(ROWS), "--data.packing", "false", "--sft.eval-answers", "0", "--alpha", "0", *PLAIN]
 
 
 def ours_beside(kind: list[str], student: Path, data: Path, options) -> tuple[float, list[float], list[int]]:
@@ -288,7 +289,7 @@ def time_beside_trl(options) -> None:
     knobs = {"vocab_size": config.vocab_size, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     MODEL.save(MODEL.build(MODEL.preset_config("llama-225k", **knobs)), student)
     TOKENIZER.save(TOKENIZER.load(options.model), student)
-    for name, lmbda, kind in (("off-policy", 0.0, []), ("on-policy", 1.0, ["--lmbda", "1", "--max-completion-length", "32", "--rollout-size", str(ROWS), "--rollout-batch-size", str(ROWS)])):
+    for name, lmbda, kind in (("off-policy", 0.0, []), ("on-policy", 1.0, ["--lmbda", "1", "--max-completion-length", "32", "--rollout-size", str(ROWS)])):
         times: dict[str, list[float]] = {"here": [], "TRL": []}
         for _ in range(options.rounds):
             seconds, losses, order = ours_beside(kind, student, data, options)

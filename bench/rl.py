@@ -6,6 +6,7 @@
     python bench/rl.py --table                       # the rows as a table
     python bench/rl.py rollouts                      # 64 prompts x 8 texts x 64 tokens beside one by one and transformers' generate
     python bench/rl.py time                          # rollout, scores and training as shares of a GRPO step
+    python bench/rl.py losses                        # losses and gradients of all methods beside TRL's, on the same batches
     python bench/rl.py trl                           # DPO and GRPO beside TRL's trainers: seconds, and DPO's losses step by step
 
 Solved: greedy answers to the 500 prompts of data/prompts_test.jsonl that end with the right number. Introduced: stories (at
@@ -358,9 +359,196 @@ def time_beside_trl(options) -> None:
         print(f"{method}, {STEPS} steps of 64 texts: {here:.1f} s here, {there:.1f} s with TRL, {there / here:.2f}x{apart}")
 
 
+# -------------------------------------------------------------------------------------- losses and gradients beside TRL
+
+ROWS = 8  # pairs or completions of the batch
+OFFLINE = {  # name -> settings here, TRL's trainer and its settings
+    "dpo sigmoid": ({"method": "dpo", "rpo_alpha": 0.0}, "DPO", {"loss_type": ["sigmoid"]}),
+    "dpo sigmoid, rpo_alpha 0.7": ({"method": "dpo", "rpo_alpha": 0.7}, "DPO", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7]}),
+    "dpo hinge": ({"method": "dpo", "loss_type": "hinge", "rpo_alpha": 0.0}, "DPO", {"loss_type": ["hinge"]}),
+    "dpo ipo": ({"method": "dpo", "loss_type": "ipo", "rpo_alpha": 0.0}, "DPO", {"loss_type": ["ipo"]}),
+    "dpo robust": ({"method": "dpo", "loss_type": "robust", "label_smoothing": 0.2, "rpo_alpha": 0.0}, "DPO", {"loss_type": ["robust"], "label_smoothing": 0.2}),
+    "dpo sigmoid_norm": ({"method": "dpo", "loss_type": "sigmoid_norm", "rpo_alpha": 0.0}, "DPO", {"loss_type": ["sigmoid_norm"]}),
+    "kto": ({"method": "kto", "desirable_weight": 1.3, "undesirable_weight": 0.8}, "KTO", {"desirable_weight": 1.3, "undesirable_weight": 0.8}),
+    "orpo": ({"method": "orpo"}, "ORPO", {}),
+    "simpo": ({"method": "simpo", "rpo_alpha": 0.0}, "CPO", {"loss_type": "simpo", "simpo_gamma": 0.5, "cpo_alpha": 0.0}),
+    "simpo, rpo_alpha 1": ({"method": "simpo"}, "CPO", {"loss_type": "simpo", "simpo_gamma": 0.5, "cpo_alpha": 1.0}),
+    "reward": ({"method": "reward"}, "Reward", {"center_rewards_coefficient": 0.01}),
+}
+ON_POLICY = {  # name -> settings here, mostly under TRL's names
+    "grpo grpo": {"loss_type": "grpo"}, "grpo dapo": {"loss_type": "dapo"}, "grpo dr_grpo": {"loss_type": "dr_grpo"},
+    "grpo dapo, epsilon_high 0.28": {"loss_type": "dapo", "epsilon_high": 0.28},
+    "grpo cispo": {"loss_type": "cispo", "epsilon_high": 1.2},
+    "grpo sequence (GSPO)": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.02},
+    "grpo dapo, importance sampling": {"loss_type": "dapo", "importance_sampling_clip_max": 1.2},
+    "rloo": {"method": "rloo", "epsilon": 0.5},
+}
+
+
+def gradients(model, loss: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss.backward()
+    return float(loss), {name.replace("model.model.", "model."): weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def report(name: str, here: tuple, there: tuple) -> None:
+    (loss, ours), (their_loss, theirs) = here, there
+    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
+    if ours.keys() != theirs.keys():
+        raise SystemExit(f"gradients of different weights: {sorted(ours.keys() ^ theirs.keys())[:6]}")
+    apart = max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
+    print(f"| {name} | {loss:.6f} | {abs(loss - their_loss):.1e} | {apart / largest:.1e} |", flush=True)
+
+
+def padded(rows: list, left: bool = False, fill: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of numbers -> (values, mask), both (B, T)."""
+    side = "left" if left else "right"
+    values = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side, padding_value=fill)
+    return values, torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True, padding_side=side)
+
+
+def trainer(kind: str, folder: Path, **settings):
+    """A trainer of TRL, made with a data set that is not used."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl.experimental import cpo, orpo
+
+    module = {"ORPO": orpo, "CPO": cpo}.get(kind, trl)
+    usual = dict(output_dir=str(folder / "trl"), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, per_device_train_batch_size=ROWS)
+    data = {"GRPO": {"prompt": "a"}, "RLOO": {"prompt": "a"}, "KTO": {"prompt": "a", "completion": "b", "label": True}}.get(kind, {"prompt": "a", "chosen": "b", "rejected": "c"})
+    model = (AutoModelForSequenceClassification if kind == "Reward" else AutoModelForCausalLM).from_pretrained(folder, dtype=torch.float32)
+    more = {"reward_funcs": lambda completions, **_: [0.0] * len(completions)} if kind in ("GRPO", "RLOO") else {}
+    made = getattr(module, f"{kind}Trainer")(model=model, args=getattr(module, f"{kind}Config")(**usual, **settings), train_dataset=Dataset.from_list([data] * ROWS),
+                                             processing_class=AutoTokenizer.from_pretrained(folder), **more)
+    made.current_gradient_accumulation_steps = 1
+    made.model.train()
+    return made
+
+
+def their_inputs(kind: str, stream, batch: dict) -> dict:
+    """The batch of a stream of pairs in the form of TRL's collators."""
+    pairs = [stream.pairs[i] for i in batch["rows"].tolist()]
+    examples = [pair.examples[side] for side in range(stream.count) for pair in pairs]  # all chosen ones first
+    if kind == "Reward":
+        ids, mask = padded([example.ids[:-1] for example in examples], fill=stream.run.model.config.pad_token_id)
+        return {"input_ids": ids, "attention_mask": mask, "margin": batch["margin"]}
+
+    def inputs(given: list, prefix: str = "") -> dict:
+        ids, mask = padded([example.ids for example in given])
+        return {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask, f"{prefix}completion_mask": padded([example.weights for example in given])[0]}
+
+    if kind == "DPO":
+        return inputs(examples) | dict(zip(("ref_chosen_logps", "ref_rejected_logps"), batch["reference"].unbind(1), strict=True))
+    if kind == "KTO":
+        others = [stream.sets["train mismatched"][i].examples[0] for i in batch["rows"].tolist()]
+        return inputs(examples) | inputs(others, "KL_") | {"label": batch["label"], "ref_logps": batch["reference"][:, 0],
+                                                           "ref_KL_logps": stream.reference["train mismatched"][batch["rows"], 0]}
+    found = {}
+    for side, name in enumerate(("chosen", "rejected")):
+        own = inputs([pair.examples[side] for pair in pairs], f"{name}_")
+        kept = own.pop(f"{name}_completion_mask").bool()
+        if kind == "ORPO":  # its likelihood loss includes the prompt; here it starts with the completion
+            prompt = own[f"{name}_input_ids"].masked_fill(kept | (own[f"{name}_attention_mask"] == 0), -100)
+            found["prompt labels"] = prompt if name == "chosen" else found["prompt labels"]
+        found |= own | {f"{name}_labels": own[f"{name}_input_ids"].masked_fill(~kept, -100)}
+    return found
+
+
+def compare_offline(folder: Path, reference) -> None:
+    config = MODEL.SimpleNamespace(training=TRAIN.TrainingSection(batch_size=ROWS, max_length=256))
+    for name, (given, kind, settings) in OFFLINE.items():
+        config.rl = RL.RLSection(**given).fill()
+        model, tokenizer = MODEL.load(folder / "reward" if kind == "Reward" else folder, dtype="float32", device="cpu").train(), TOKENIZER.load(folder)
+        form, left = TOKENIZER.Form(RL.preference, "rl"), TOKENIZER.LeftOut()
+        found = [record for record, _ in zip(form.read(ROOT / "data/preferences.jsonl", left), range(ROWS), strict=False)]
+        stream = RL.Pairs(RL.read_pairs(config, tokenizer, found, left)[:ROWS], [], config.rl, config.training, reference)
+        stream.start(TRAIN.Run(model, config.training, model.device, "no"))
+        batch = next(stream)
+        assert kind != "KTO" or batch["baseline"] > 0  # a KL that is held at 0 would hide differences
+        loss_fn = RL.reward_model_loss(config.rl) if kind == "Reward" else RL.preference_loss(config.rl)
+        here = gradients(model, loss_fn(model, batch, {**batch["counts"], "micro_batches": 1})[0])
+        their = trainer(kind, folder / "reward" if kind == "Reward" else folder, **settings, **({"precompute_ref_log_probs": True} if kind in ("DPO", "KTO") else {}),
+                        **({} if kind == "Reward" else {"beta": config.rl.beta}), **({"loss_type": "kto"} if kind == "KTO" else {}))
+        inputs = their_inputs(kind, stream, batch)
+        extra = inputs.pop("prompt labels", None)
+        loss = their.compute_loss(their.model, inputs)
+        if extra is not None:
+            loss = loss - prompt_part(their.model, inputs, extra)
+        report(name, here, gradients(their.model, loss))
+
+
+def prompt_part(model, inputs: dict, prompts: torch.Tensor) -> torch.Tensor:
+    """The likelihood loss of TRL's ORPO, which includes the prompt, minus that of the completion alone."""
+    logits = model(inputs["chosen_input_ids"], attention_mask=inputs["chosen_attention_mask"]).logits[:, :-1].flatten(0, 1)
+    completions = inputs["chosen_labels"]
+    both = torch.where(prompts != -100, prompts, completions)
+    with_prompt, without = (torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten()) for labels in (both, completions))
+    return with_prompt - without
+
+
+def compare_on_policy(folder: Path, policy, reference) -> None:
+    draw, tokenizer = torch.Generator().manual_seed(0), TOKENIZER.load(folder)
+    samples = []
+    for i, record in enumerate(records("preferences.jsonl")[: ROWS]):
+        ids = tokenizer(record["chosen"], add_special_tokens=False).input_ids[: 12 + 4 * i]
+        samples.append(RL.Sample(RL.Prompt("", "", RL.prompt_ids(tokenizer, record["prompt"]), {}), i, ids, "stop", "", None))
+    batch = RL.text_batch(samples)
+    mask = batch["targets"] != -100
+
+    def logps(model) -> torch.Tensor:
+        with torch.no_grad():
+            return model(batch["input_ids"], batch["positions"], targets=batch["targets"], temperature=0.9).logprobs
+
+    now, counts = logps(policy), {"tokens": int(mask.sum()), "texts": ROWS, "micro_batches": 1}
+    old = now + 0.3 * torch.randn(now.shape, generator=draw)  # ratios on both sides of the clip range
+    sampled = old + 0.2 * torch.randn(now.shape, generator=draw)
+    batch |= {"old": old * mask, "sampled": sampled * mask, "reference": logps(reference), "advantages": torch.randn(ROWS, generator=draw)}
+    prompts, prompt_mask = padded([sample.ids[: sample.start] for sample in samples], left=True)
+    completions, completion_mask = padded([sample.ids[sample.start :] for sample in samples])
+
+    def theirs(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(completions.shape).masked_scatter(completion_mask.bool(), values[mask])
+
+    inputs = {"prompt_ids": prompts, "prompt_mask": prompt_mask, "completion_ids": completions, "completion_mask": completion_mask, "advantages": batch["advantages"],
+              "old_per_token_logps": theirs(old), "ref_per_token_logps": theirs(batch["reference"]), "old_logps": theirs(old).sum(1), "num_items_in_batch": mask.sum()}
+    for name, given in ON_POLICY.items():
+        settings = {"method": "grpo", "temperature": 0.9, "max_completion_length": 64, **given}
+        filled, model = RL.RLSection(**settings).fill(), MODEL.load(folder, dtype="float32", device="cpu").train()
+        here = gradients(model, RL.rollout_loss(filled)(model, batch, counts)[0])
+        largest, method = settings.pop("importance_sampling_clip_max", None), settings.pop("method")
+        if method == "grpo":  # the KL as in Shao 2024, eq. 4, not times the ratio
+            settings["use_bias_correction_kl"] = False
+        their = trainer(method.upper(), folder, **settings, beta=filled.beta, num_generations=4, steps_per_generation=1)
+        if largest:  # TRL computes these weights only for completions of vLLM
+            their.use_vllm = their.vllm_importance_sampling_correction = True
+            inputs["importance_sampling_ratio"] = (theirs(old) - theirs(sampled)).exp().clamp(max=largest)
+        report(name, here, gradients(their.model, their.compute_loss(their.model, inputs)))
+
+
+def compare_losses(options) -> None:
+    """In float32, with a policy that differs from its reference: each loss, its difference from TRL's, and the largest difference
+    between two gradients relative to the largest gradient."""
+    folder, draw = Path(options.out) / "losses", torch.Generator().manual_seed(0)
+    reference, policy = (MODEL.load(options.model, dtype="float32", device="cpu") for _ in range(2))
+    scores, tokenizer = TOKENIZER.open_model(MODEL.ModelSection(name=options.model, dtype="float32", device="cpu"), head="score", labels=["reward"])
+    scores.config.pad_token_id = SFT.pad_id(tokenizer)
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=draw)
+        scores.score.weight.normal_(generator=draw)
+    for model, path in ((policy, folder), (scores, folder / "reward")):
+        TOKENIZER.save(tokenizer, path)
+        MODEL.save(model, path)
+    print("| loss | value | difference of the loss | of the gradient, relative |\n|---|---|---|---|")
+    with contextlib.redirect_stderr(io.StringIO()):
+        compare_offline(folder, reference)
+        compare_on_policy(folder, policy, reference)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("gains", "rollouts", "time", "trl"), default="gains")
+    parser.add_argument("what", nargs="?", choices=("gains", "rollouts", "time", "losses", "trl"), default="gains")
     parser.add_argument("--method", choices=(*RUNS, "all"), default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
@@ -374,7 +562,7 @@ def main() -> None:
     options.rows = Path(options.out) / "rl.jsonl"
     if options.what != "gains":
         options.model = options.model or str(ROOT / "out/sft")
-        return {"rollouts": time_rollouts, "time": time_step, "trl": time_beside_trl}[options.what](options)
+        return {"rollouts": time_rollouts, "time": time_step, "losses": compare_losses, "trl": time_beside_trl}[options.what](options)
     methods = [name for name in RUNS if options.method in (name, "all") and not (name == "sft" and options.model)]
     for seed, precision, method in itertools.product(options.seeds, options.precisions, [] if options.table else methods):
         if (method, seed, precision) not in {(row["method"], row["seed"], row["precision"]) for row in rows(options.rows)}:

@@ -382,8 +382,7 @@ def test_values_as_people_write_them(tmp_path):
 def test_what_has_no_effect_is_refused_and_not_shown(capsys):
     for script, own, argv, message in ((RL, "rl", ["--lam", "0.9"], "rl.lam: has no effect with rl.method dpo .only with ppo."),
                                        (SFT, "sft", ["--class-weights", "balanced"], "sft.class_weights: has no effect with sft.task chat"),
-                                       (DISTILL, "distill", ["--hidden-weight", "2"], "distill.hidden_weight: has no effect with distill.method logits"),
-                                       (DISTILL, "distill", ["--method", "universal", "--distill.beta", "1"], "distill.beta: has no effect with distill.method universal")):
+                                       (DISTILL, "distill", ["--hidden-weight", "2"], "distill.hidden_weight: has no effect with distill.method logits")):
         with pytest.raises(UserError, match=message):
             load(argv, script=script, own=own)
     with pytest.raises(UserError, match="model.v_head_dim: has no effect without model.kv_lora_rank"):

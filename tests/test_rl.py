@@ -49,14 +49,14 @@ def sigmoid(x):
 # ------------------------------------------------------------------------------------------ losses of preferences
 
 
-@pytest.mark.parametrize("kind, smoothing", [("sigmoid", 0.0), ("sigmoid", 0.2), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1)])
+@pytest.mark.parametrize("kind, smoothing", [("sigmoid", 0.0), ("sigmoid", 0.2), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1), ("sigmoid_norm", 0.0)])
 def test_dpo_is_the_published_formula(kind, smoothing):
     c, r, rc, rr = (draw(7) for _ in range(4))
     beta, slow = 0.3, []
     for i in range(7):
         x = beta * (c[i] - rc[i] - r[i] + rr[i])
         slow.append({"sigmoid": -(1 - smoothing) * torch.log(sigmoid(x)) - smoothing * torch.log(sigmoid(-x)),
-                     "hinge": torch.maximum(1 - x, x * 0), "ipo": (x / beta - 1 / (2 * beta)) ** 2,
+                     "sigmoid_norm": -torch.log(sigmoid(x)), "hinge": torch.maximum(1 - x, x * 0), "ipo": (x / beta - 1 / (2 * beta)) ** 2,
                      "robust": (-(1 - smoothing) * torch.log(sigmoid(x)) + smoothing * torch.log(sigmoid(-x))) / (1 - 2 * smoothing)}[kind])
     same(RL.dpo_loss(c, r, rc, rr, beta, kind, smoothing), torch.stack(slow), (c, r, rc, rr))
 
@@ -180,7 +180,7 @@ def test_advantages_of_groups():
         assert not RL.group_advantages(torch.full((2, 7), reward), scale).any()  # all alike: nothing to learn, no NaN
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo", "cispo"])
 def test_grpo_is_the_published_formula(kind):
     now, old, reference, advantages = draw(4, 5), draw(4, 5), draw(4, 5), draw(4, low=-1, high=1)
     total, texts, tokens = 0.0, 4, int(MASK.sum())
@@ -189,12 +189,36 @@ def test_grpo_is_the_published_formula(kind):
         for t in range(length):
             r = torch.exp(now[i, t] - old[i, t])
             gain = torch.minimum(r * advantages[i], torch.clamp(r, 0.8, 1.3) * advantages[i])
+            if kind == "cispo":
+                gain = min(float(r), 1.3) * advantages[i] * now[i, t]
             ratio = torch.exp(reference[i, t] - now[i, t])
             kl = ratio - torch.log(ratio) - 1
-            share = {"grpo": 1 / length / texts, "dapo": 1 / tokens, "dr_grpo": 1 / (texts * 9)}[kind]
+            share = {"grpo": 1 / length / texts, "dapo": 1 / tokens, "cispo": 1 / tokens, "dr_grpo": 1 / (texts * 9)}[kind]
             total = total - share * (gain - 0.04 * kl)
-    shares, _ = RL.grpo_loss(now, old, advantages, MASK, reference, 0.04, 0.2, 0.3, kind, 9)
-    same(shares.sum() / (tokens if kind == "dapo" else texts), total, (now, reference, advantages))
+    shares, _ = RL.grpo_loss(now, old, advantages, MASK, reference, 0.04, 0.2, 1.3 if kind == "cispo" else 0.3, kind, 9)
+    same(shares.sum() / (tokens if kind in ("dapo", "cispo") else texts), total, (now, reference, advantages))
+
+
+def test_gspo_is_the_published_formula():
+    old, advantages = draw(4, 5).detach(), tensor([1.0, -0.5, -0.7, 0.3], dtype=torch.float64, requires_grad=True)
+    moved = tensor([[0.4], [-0.4], [0.4], [-0.4]]) + draw(4, 5, low=-0.1, high=0.1).detach()  # on the mean; the first two are clipped
+    now, total = (old + moved).requires_grad_(), 0.0
+    for i in range(4):
+        length = int(MASK[i].sum())
+        s = math.prod(torch.exp(now[i, t] - old[i, t]) for t in range(length)) ** (1 / length)
+        total = total - torch.minimum(s * advantages[i], torch.clamp(s, 0.9, 1.2) * advantages[i]) / 4
+    shares, told = RL.grpo_loss(now, old, advantages, MASK, epsilon=0.1, epsilon_high=0.2, loss_type="grpo", level="sequence")
+    assert torch.equal(told, MASK & tensor([[True], [True], [False], [False]]))
+    same(shares.sum() / 4, total, (now, advantages))
+    assert RL.RLSection(method="grpo", importance_sampling_level="sequence").fill().loss_type == "grpo"
+
+
+def test_importance_weights_correct_the_sampler_up_to_a_limit():
+    old, sampled = draw(4, 5).detach(), draw(4, 5).detach()
+    ratios = [[float(torch.exp(old[i, t] - sampled[i, t])) if MASK[i, t] else 1.0 for t in range(5)] for i in range(4)]
+    tokens = RL.sampler_weights(old, sampled, MASK, 2.0)
+    assert tokens.tolist() == [pytest.approx([min(r, 2.0) for r in row]) for row in ratios] and tokens.max() == 2
+    assert RL.sampler_weights(old, sampled, MASK, 2.0, True).tolist() == pytest.approx([min(math.prod(row), 2.0) for row in ratios])
 
 
 def test_rloo_takes_a_text_as_one_action():
@@ -390,6 +414,18 @@ def test_log_probabilities_of_pairs_are_those_of_transformers(model_folder, toke
             logprobs = theirs(tensor([side.ids])).logits[0].log_softmax(-1)
             slow = sum(float(logprobs[t - 1, side.ids[t]]) for t in range(side.start, len(side.ids)))
             assert float(sums[i, s]) == pytest.approx(slow, abs=1e-4) and int(tokens[i, s]) == len(side.ids) - side.start
+
+
+@pytest.mark.parametrize("kind", ["ipo", "sigmoid_norm"])
+def test_losses_of_means_divide_by_the_length(kind, model_folder):
+    model, settings = MODEL.load(model_folder), RL.RLSection(method="dpo", loss_type=kind, rpo_alpha=0.7).fill()
+    pair = RL.Pair("here", [RL.Example([3, 4, 5, 6], [0, 1, 1, 1]), RL.Example([3, 9], [0, 1])], "a")
+    batch = RL.make_batch([pair]) | {"real": tensor([True]), "reference": tensor([[-9.0, -4.0]])}
+    loss, metrics = RL.preference_loss(settings)(model, batch, {"pairs": 1, "chosen": 3, "micro_batches": 1})
+    chosen, rejected = float(token_logprobs(model, tensor([[3, 4, 5, 6]])).sum()), float(token_logprobs(model, tensor([[3, 9]])).sum())
+    ahead = (chosen + 9) / 3 - (rejected + 4)
+    expected = (ahead - 1) ** 2 if kind == "ipo" else math.log(1 + math.exp(-5 * ahead))  # beta 0.5 and 5
+    assert float(metrics["loss"]) == pytest.approx(expected - 0.7 * chosen / 3, abs=1e-4)
 
 
 def test_rewards_stand_at_the_last_token(model_folder, tokenizer, tmp_path):
@@ -1077,6 +1113,40 @@ def test_other_prompts_or_columns_are_not_continued(model_folder, tokenizer, tmp
     assert (tmp_path / "rollouts.jsonl").read_text() == text
 
 
+@pytest.mark.parametrize("method, more", [("ppo", {}), ("grpo", dict(beta=0.0)), ("rloo", {})])
+def test_losses_are_weighted_by_the_samplers_ratio(method, more, model_folder, tokenizer, tmp_path):
+    model = MODEL.load(model_folder, head=("lm", "value") if method == "ppo" else "lm")
+    batch = next(rollouts(model, asked(tokenizer), tmp_path, 16, method, Named(), tokenizer, **more))
+    torch.testing.assert_close(batch["sampled"], batch["old"], atol=1e-4, rtol=0)
+    mask, totals = batch["targets"] != -100, {**batch["counts"], "micro_batches": 1}
+    length = mask.sum(1, keepdim=True) if method == "rloo" else 1  # there a completion has one ratio
+    batch["advantages"] = torch.ones_like(batch["advantages"])
+    for largest, factor, loss in ((None, 9.0, -1.0), (3.0, 1.0, -1.0), (3.0, 0.5, -0.5), (3.0, 9.0, -3.0)):
+        loss_fn = RL.rollout_loss(RL.RLSection(method=method, importance_sampling_clip_max=largest, **more).fill())
+        batch["sampled"] = (batch["old"] - math.log(factor) / length) * mask
+        assert float(loss_fn(model, batch, totals)[1]["policy_loss"]) == pytest.approx(loss, rel=1e-4)
+
+
+def test_groups_with_equal_rewards_are_drawn_again(model_folder, tokenizer, tmp_path):
+    class Some(Named):
+        def __call__(self, samples, state) -> None:
+            for i, one in enumerate(samples):
+                one.reward = float(i % 2 and one.number % 3 == 0)  # prompts 0, 3, 6, ... have varied rewards
+                one.rewards = [one.reward]
+
+    model = MODEL.load(model_folder)
+    for limit, numbers, drawn in ((0, [0, 1, 2, 3], 4), (1, [0, 1, 2, 3], 6), (2, [0, 1, 3, 6], 8), (9, [0, 3, 6, 9], 10)):
+        stream = rollouts(model, asked(tokenizer), tmp_path, 16, "grpo", Some(), tokenizer, beta=0.0, dynamic_sampling=limit)
+        next(stream)
+        assert [one.number for one in stream.samples[::4]] == numbers and stream.drawn == drawn and len(stream.samples) == 16
+        assert stream.metrics().get("frac_redrawn", 0.0) == pytest.approx(1 - 4 / drawn)
+    other = rollouts(model, asked(tokenizer), tmp_path, 16, "grpo", Some(), tokenizer, beta=0.0, dynamic_sampling=9)
+    other.load_state_dict(stream.state_dict())
+    for one in (stream, other):
+        next(one)
+    assert [one.ids for one in stream.samples] == [one.ids for one in other.samples] and stream.drawn == other.drawn > 18
+
+
 def test_no_dropout_remains(tmp_path):
     model = MODEL.build(MODEL.ModelConfig(vocab_size=40, attention_dropout=0.3, resid_pdrop=0.3, embd_pdrop=0.3, hidden_size=32, intermediate_size=48,
                                           num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)).train()
@@ -1125,7 +1195,7 @@ STEPS = {"ppo": 16, "grpo": 8, "rloo": 8}
 
 
 @pytest.mark.parametrize("method, more", [*[(method, []) for method in (*RL.OFFLINE, *RL.ON_POLICY)], ("dpo", ["--lora.r", "4"]), ("ppo", ["--lora.r", "4"]),
-                                          ("grpo", ["--lora.r", "4", "--rl.num_iterations", "2"])])
+                                          ("grpo", ["--lora.r", "4", "--rl.num_iterations", "2", "--rl.dynamic_sampling", "2", "--rl.num_generations", "2"])])
 def test_every_method_learns_and_resumes_to_the_last_bit(method, more, world, tmp_path):
     """From a checkpoint, inside a rollout too, what follows is what an undisturbed run does."""
     steps = STEPS.get(method, 12)
@@ -1286,7 +1356,7 @@ def test_what_cannot_be_compared_is_left_out_and_named(world, tmp_path, capsys):
     assert "8 pairs" in said
     for line, why in ((1, "whose completions are the same"), (2, "with an empty completion"), (3, "whose prompt fills training.max_length 128")):
         assert f"left out 1 {why} (the first: {data}:{line})" in said
-    with pytest.raises(UserError, match="no pair is left to train on.*; left out 1 whose completions are the same"):
+    with pytest.raises(UserError, match="0 pairs are left, at least 1 needed.*; left out 1 whose completions are the same"):
         RL.main([*flags, "--data", str(write(tmp_path / "bad.jsonl", bad)), "--out", str(tmp_path / "none")])
     twice = write(tmp_path / "twice.jsonl", good + good[:2] + [{"chosen": [*ASKED, *FOX], "rejected": [{"role": "user", "content": "Who?"}, *OWL]}])
     RL.main([*flags, "--data", str(twice), "--out", str(tmp_path / "twice")])
@@ -1301,6 +1371,28 @@ def test_what_cannot_be_compared_is_left_out_and_named(world, tmp_path, capsys):
         RL.main([*flags_of(world, "grpo"), "--data", str(prompts), "--data.validation", "none", "--max-steps", "1", "--out", str(tmp_path / "none")])
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto", "reward", "grpo"])
+def test_dry_run_shows_what_is_trained_on(method, world, tmp_path, capsys):
+    RL.main([*flags_of(world, method), "--dry-run", "--out", str(tmp_path / "run")])
+    shown = capsys.readouterr().out
+    assert not (tmp_path / "run").exists() and "prompt" in shown.split("tokens per ")[1] and "median" in shown
+    if method == "grpo":
+        assert shown.count("<|im_start|>assistant\n\n{\"answer\": \"fox\"}") == 3 and "at most 122 (training.max_length" in shown
+    else:
+        first = "desirable" if method == "kto" else "chosen"
+        trained = "<|im_start|>assistant\nfox fox\033[32m<|im_end|>" if method == "reward" else "<|im_start|>assistant\n\033[32mfox fox<|im_end|>"
+        assert shown.count("\033[32m") == 6 and f": {first}\n" in shown and f"{trained}\033[0m\n" in shown
+
+
+@pytest.mark.parametrize("wanted, others, weights, said", [(1, 19, {}, "set rl.desirable_weight 19"), (30, 10, dict(desirable_weight=2.0), "set rl.undesirable_weight 6"),
+                                                           (8, 8, {}, None), (1, 19, dict(desirable_weight=25.0), None), (5, 0, {}, "kto learns from both kinds")])
+def test_kto_needs_both_kinds(wanted, others, weights, said, capsys):
+    pairs = [RL.Pair("", [], "", label=i < wanted) for i in range(wanted + others)]
+    RL.warn_imbalance(pairs, RL.RLSection(method="kto", **weights))
+    told = capsys.readouterr().err
+    assert said in told and f"{wanted} desirable and {others} undesirable completions" in told if said else not told
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--rl.method", "dpo", "--rl.gamma", "0.5"], "rl.gamma: has no effect with rl.method dpo .only with ppo"),
     (["--rl.method", "grpo", "--rl.loss_type", "sigmoid"], "rl.loss_type: 'sigmoid' is none of dapo, grpo, dr_grpo"),
@@ -1309,11 +1401,14 @@ def test_what_cannot_be_compared_is_left_out_and_named(world, tmp_path, capsys):
     (["--rl.method", "grpo", "--rl.num_generations", "3"], "rl.rollout_size: 16 does not hold whole groups of rl.num_generations 3"),
     (["--rl.method", "grpo", "--batch-size", "5"], "rl.rollout_size: 16 texts do not fill whole optimizer steps of training.batch_size 5"),
     (["--rl.method", "grpo", "--rl.reward_weights", "[1]"], "rl.reward_weights: 1 for 2 rl.reward_funcs"),
-    (["--rl.method", "dpo", "--rl.beta", "0"], "rl.beta: dpo needs one above 0"),
+    (["--rl.method", "dpo", "--rl.beta", "0"], "rl.beta: must be above 0 for dpo"),
     (["--rl.method", "dpo", "--rl.loss_type", "robust"], "rl.label_smoothing: must be above 0 for rl.loss_type robust"),
-    (["--rl.method", "dpo", "--lora.r", "2", "--lora.lora_dropout", "0.1"], "lora.lora_dropout: dropout is off here"),
+    (["--rl.method", "dpo", "--lora.r", "2", "--lora.lora_dropout", "0.1"], "lora.lora_dropout: dropout is not available"),
     (["--rl.method", "grpo", "--rl.temperature", "0"], "rl.temperature: 0.0 must be at least 0.001"),
     (["--rl.method", "gppo"], "'gppo' is not one of"),
+    (["--rl.method", "grpo", "--rl.loss_type", "cispo", "--rl.importance_sampling_level", "sequence"], "importance_sampling_level: sequence is not available"),
+    (["--rl.method", "grpo", "--rl.loss_type", "cispo", "--rl.epsilon", "0.3"], "rl.epsilon: has no effect with rl.loss_type cispo"),
+    (["--rl.method", "grpo", "--rl.loss_type", "cispo", "--rl.epsilon_high", "0.2"], "rl.epsilon_high: 0.2, the largest importance weight"),
     (["--rl.method", "dpo", "--training.report_to", "wandb"], "training.report_to: wandb needs `pip install wandb`"),
 ])
 def test_settings_that_cannot_work_are_one_line(flags, message, world, tmp_path):
@@ -1377,7 +1472,7 @@ def test_killed_at_any_moment_a_run_goes_on(world, tmp_path):
 def test_two_processes_learn_as_one(world, tmp_path):
     """Two processes of 4 rows are one that adds up twice 4: the same texts, rewards, losses; also with sharded weights."""
     kinds = {name: flags_of(world, name.partition("-")[0]) for name in ("dpo", "kto", "reward", "grpo", "ppo", "grpo-sharded", "ppo-lora", "rloo-sharded-lora")}
-    more = {"grpo-sharded": ["--training.fsdp", "true"], "ppo-lora": ["--lora.r", "4"], "rloo-sharded-lora": ["--training.fsdp", "true", "--lora.r", "4"]}
+    more = {"grpo-sharded": ["--training.fsdp", "true", "--rl.dynamic_sampling", "2", "--rl.num_generations", "2"], "ppo-lora": ["--lora.r", "4"], "rloo-sharded-lora": ["--training.fsdp", "true", "--lora.r", "4"]}
     same = ["--batch-size", "4", "--max-steps", "2", "--training.mixed_precision", "no"]  # in bfloat16 other batches sample other texts
     runs = {name: in_file(tmp_path / f"{name}.yaml", [*flags, *more.get(name, []), *same, "--out", tmp_path / name], RL, "rl") for name, flags in kinds.items()}
     two_processes(tmp_path, {"RL": list(runs.values())})
@@ -1452,7 +1547,7 @@ def test_pairs_that_changed_are_not_continued(world, tmp_path):
     with pytest.raises(UserError, match="made with another rl.method"):
         RL.main(["--rl.method", "grpo", "--rl.loss_type", "auto", "--rl.rpo_alpha", "null", "--rl.reward_funcs", "length:3", "--rl.rollout_size", "16", "--data", str(world / "prompts.jsonl"), "--out", str(tmp_path / "run"), "--resume", "auto"])
     data.write_text("\n".join(lines[::-1]) + "\n")
-    with pytest.raises(UserError, match="the pairs are not those"):
+    with pytest.raises(UserError, match="the pairs differ from those of the checkpoint"):
         RL.main(resume)
 
 

@@ -1081,7 +1081,7 @@ def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, toke
     result = SFT.main([*label_flags, "--max-steps", "40", "--out", str(tmp_path / "whole")])
     assert list(result.after) == ["accuracy", "f1_macro", "loss"] and result.after["accuracy"] > result.before["accuracy"] + 0.3
     assert "true / given" in capsys.readouterr().err and (tmp_path / "whole" / "confusion.png").exists()
-    assert not (tmp_path / "whole" / "ckpt-step-000040" / "confusion.png").exists()
+    assert (tmp_path / "whole" / "ckpt-step-000040" / "confusion.png").exists()
     SFT.main([*label_flags, "--max-steps", "20", "--out", str(tmp_path / "halves")])
     SFT.main([*label_flags, "--max-steps", "40", "--out", str(tmp_path / "halves"), "--resume", "auto"])
     whole, halves = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))

@@ -550,14 +550,15 @@ class Scores:
 
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path):
-    evaluate = Scores([9, 5, 3, 4, 6, 7, 3.5])  # before, then after steps 1 to 5, then the best one again
+    evaluate = Scores([9, 5, 3, 4, 6, 7])  # before, then after steps 1 to 5
     run(tmp_path, 16, evaluate=evaluate, max_steps=5, eval_steps=1, save_steps=1, save_total_limit=1, load_best_model_at_end=True)
     assert checkpoint_names(tmp_path) == ["ckpt-step-000002", "ckpt-step-000005"]
     best = weights(tmp_path / "ckpt-step-000002")
     same(weights(tmp_path), best)
-    same(evaluate.models[-1], best)
+    same(evaluate.models[2], best)
     assert not torch.equal(weights(tmp_path / "ckpt-step-000005")["model.norm.weight"], best["model.norm.weight"])
-    assert json.loads((tmp_path / "result.json").read_text())["after"] == {"loss": 3.5}
+    assert json.loads((tmp_path / "result.json").read_text())["after"] == {"loss": 3}
+    assert not (tmp_path / TRAIN.STATE_FILE).exists()
 
 
 def test_without_it_the_last_model_stays_and_limits_hold(tmp_path):
@@ -805,10 +806,10 @@ def test_defaults_follow_the_weights(tmp_path):
     narrow, wide = (MODEL.build({"preset": "llama-1m", "hidden_size": width}, device="meta") for width in (128, 512))
     for model, fresh, rate, optim in ((narrow, True, 6e-3, "muon"), (wide, True, 3e-3, "muon"), (wide, False, 5e-5, "adamw")):
         training = TRAIN.TrainingSection()
-        TRAIN.resolve_defaults(training, model, fresh)
+        TRAIN.choose_rate(training, model, fresh)
         assert (training.learning_rate, training.optim) == (pytest.approx(rate), optim)
     chosen = TRAIN.TrainingSection(learning_rate=1e-4, optim="adamw")
-    TRAIN.resolve_defaults(chosen, narrow, True)
+    TRAIN.choose_rate(chosen, narrow, True)
     assert (chosen.learning_rate, chosen.optim) == (1e-4, "adamw")
 
 
@@ -913,7 +914,7 @@ def test_resume_replaces_no_folder_that_is_not_its_own(tmp_path, text_file, trai
     folder.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         shutil.copy(trained.out / name, folder)
-    with pytest.raises(UserError, match="holds config.json and no checkpoint"):
+    with pytest.raises(UserError, match="holds config.json, which the run would replace"):
         train(tmp_path, "--resume", "auto", "--out", folder)
     assert (folder / "model.safetensors").read_bytes() == (trained.out / "model.safetensors").read_bytes()
     train(tmp_path)
@@ -927,7 +928,7 @@ def test_a_state_of_an_earlier_version_is_one_line(tmp_path, text_file):
     [folder] = TRAIN.checkpoints(tmp_path / "out")
     state = TRAIN.load_state(folder)
     torch.save({key: value for key, value in state.items() if key != "measured"}, folder / TRAIN.STATE_FILE)
-    with pytest.raises(UserError, match="made by an earlier version; --model on its folder"):
+    with pytest.raises(UserError, match="was written by an earlier version; --model"):
         train(tmp_path, "--resume", "auto")
 
 
@@ -1016,7 +1017,7 @@ def test_held_out_shares_are_drawn_beside_the_loss(tmp_path, real_plot):
     with mock.patch.object(Figure, "savefig", autospec=True) as saved:
         TRAIN.Log(tmp_path, True).plot()
     loss, percent = saved.call_args[0][0].axes
-    assert [line.get_label() for line in (*loss.get_lines(), *percent.get_lines())] == ["training", "held out", "held-out exact match"]
+    assert [line.get_label() for line in (*loss.get_lines(), *percent.get_lines())] == ["training", "held out", "exact match"]
     assert list(percent.get_lines()[0].get_ydata()) == [10, 60]
 
 
@@ -1277,7 +1278,7 @@ def test_a_damaged_checkpoint_names_another(tmp_path, text_file):
     (out / "ckpt-step-000002").mkdir(parents=True)
     (out / "ckpt-step-000004").mkdir()
     with pytest.raises(UserError, match="ckpt-step-000002 is another checkpoint"):
-        TRAIN.restore(MODEL.build("llama-1m", device="meta"), out / "ckpt-step-000004")
+        TRAIN.restore_weights(MODEL.build("llama-1m", device="meta"), out / "ckpt-step-000004")
 
 
 def test_overwrite_and_resume_exclude_each_other():
