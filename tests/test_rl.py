@@ -631,6 +631,86 @@ def test_an_async_function_is_awaited_and_someone_has_to_judge(tmp_path):
         judges(tmp_path, "sometimes")(both)
 
 
+def judged_by(names, samples, state=None) -> RL.Judges:
+    judges = RL.Judges(RL.RLSection(method="grpo", reward_funcs=names), None, "cpu")
+    judges(samples, *[state][: state is not None])
+    return judges
+
+
+def test_asynchronous_functions_share_one_loop(tmp_path):
+    (tmp_path / "own.py").write_text("""
+import asyncio, torch
+limit, loops = asyncio.Semaphore(1), set()
+async def one(text):
+    async with limit:
+        await asyncio.sleep(0)
+    loops.add(asyncio.get_running_loop())
+    return len(text) + 10 * len(loops) + 100 * torch.is_grad_enabled() + 100 * torch.is_autocast_enabled("cpu")
+async def first(completions, **_):
+    return await asyncio.gather(*map(one, completions))
+async def second(completions, **_):
+    return await asyncio.gather(*map(one, completions))
+async def leaves(completions, **_):
+    raise SystemExit(1)
+""")
+    both = [sample("abc"), sample("xy")]
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            judged_by([f"{tmp_path}/own.py:first", f"{tmp_path}/own.py:second"], both)
+        assert [one.rewards for one in both] == [[13, 13], [12, 12]]
+    with pytest.raises(UserError, match="leaves failed on file:7"):
+        judged_by([f"{tmp_path}/own.py:leaves"], both)
+    judged_by([f"{tmp_path}/own.py:first"], both)
+
+
+def test_files_of_judges_keep_to_themselves(tmp_path):
+    """They may have any name, import what lies beside them at any time, and replace nothing."""
+    judge = """
+from __future__ import annotations
+import json, pickle, random
+from dataclasses import dataclass
+import helping
+@dataclass
+class Verdict:
+    points: float = 0.0
+def points(completions: list[str], **_) -> list[float]:
+    import later.inside
+    assert random.random() < 1 and json.dumps({}) == "{}"
+    verdict = pickle.loads(pickle.dumps(Verdict(helping.POINTS + later.inside.POINTS)))
+    return [verdict.points] * len(completions)
+"""
+    for folder, points in (("a", 1), ("b", 5)):
+        (tmp_path / folder / "later").mkdir(parents=True)
+        for name, text in (("MODEL.py", judge), ("random.py", judge), ("helping.py", f"POINTS = {points}"), ("later/inside.py", f"POINTS = {10 * points}")):
+            (tmp_path / folder / name).write_text(text)
+    before, path, texts = dict(sys.modules), list(sys.path), [sample("abc")]
+    names = [f"{tmp_path}/{folder}/{name}.py:points" for folder in "ab" for name in ("MODEL", "random")]
+    for _ in range(2):
+        judged_by(names, texts)
+        assert texts[0].rewards == [11, 11, 55, 55]
+    assert sys.path == path and all(sys.modules[name] is module for name, module in before.items())
+    assert not [name for name in sys.modules.keys() - before if not name.startswith("_user_")]
+
+
+def test_functions_get_what_trl_gives_them(tmp_path):
+    (tmp_path / "own.py").write_text("""
+def state(trainer_state, log_metric, log_extra, completions):
+    log_metric("seen", len(completions))
+    log_extra("half", [text[:1] for text in completions])
+    return [trainer_state.global_step + trainer_state.max_steps] * len(completions)
+def unequal(completions, log_extra, **_):
+    log_extra("half", [])
+def word(completions, log_metric, **_):
+    log_metric("seen", "many")
+""")
+    both = [sample("abc", worth=1), sample("xy", worth=2)]
+    judges = judged_by([f"{tmp_path}/own.py:state"], both, RL.SimpleNamespace(global_step=3, max_steps=9, epoch=0.5))
+    assert [one.reward for one in both] == [12, 12] and [one.extra for one in both] == [{"half": "a"}, {"half": "x"}] and judges.metrics == {"seen": [2.0]}
+    for name, message in (("unequal", "log_extra.'half'. got 0 values for 2 completions"), ("word", "log_metric.'seen', 'many'.: a finite number")):
+        with pytest.raises(UserError, match=message):
+            judged_by([f"{tmp_path}/own.py:{name}"], both)
+
+
 @pytest.mark.parametrize("name, message", [("nan", "file:9: .*nan gave nan for the text 'xy'"), ("fails", "fails failed on file:9, text 'xy' .ZeroDivisionError.*own.py:11"),
                                            ("short", "returned 1 rewards for 2 completions"), ("letters", "letters failed on file:7")])
 def test_functions_that_fail_are_named_with_their_record(name, message, tmp_path):
@@ -988,6 +1068,51 @@ def test_equal_rewards_teach_nothing_and_cut_texts_can_be_left_out(model_folder,
     assert cut > 0 and batch["counts"]["texts"] == 16 and int((batch["targets"] != -100).any(1).sum()) == 16 - cut
 
 
+def test_a_judge_that_fails_leaves_the_stream_at_its_step(model_folder, tokenizer, tmp_path):
+    class Failing(Named):
+        calls = 0
+
+        def __call__(self, samples, state) -> None:
+            super().__call__(samples, state)
+            self.calls += 1
+            if self.calls == 3:
+                raise UserError("the service is gone")
+
+    def stream():
+        return rollouts(model, asked(tokenizer), tmp_path, 16, "grpo", Failing(), tokenizer)
+
+    model = MODEL.load(model_folder)
+    first = stream()
+    next(first), next(first)
+    before = first.state_dict()
+    with pytest.raises(UserError, match="the service is gone"):
+        next(first)
+    assert repr(first.state_dict()) == repr(before)
+    again = stream()
+    again.load_state_dict(before)
+    text = (tmp_path / "rollouts.jsonl").read_text()
+    assert torch.equal(next(again)["input_ids"], next(first)["input_ids"]) and again.rollout == first.rollout == 3
+    assert (tmp_path / "rollouts.jsonl").read_text().startswith(text)
+
+
+def test_other_prompts_or_columns_are_not_continued(model_folder, tokenizer, tmp_path):
+    """A resume that is refused leaves the transcripts as they were."""
+    model, prompts = MODEL.load(model_folder), asked(tokenizer)
+    stream = rollouts(model, prompts, tmp_path, 16, "grpo", Named(), tokenizer)
+    next(stream)
+    state = stream.state_dict()
+    next(stream)
+    text = (tmp_path / "rollouts.jsonl").read_text()
+    for other in (prompts[:-1], [*prompts[:-1], prompts[-1]._replace(columns={"answer": 7})], [prompts[0]._replace(ids=[5, 6]), *prompts[1:]]):
+        with pytest.raises(UserError, match="--resume: the prompts or other columns are not those"):
+            rollouts(model, other, tmp_path, 16, "grpo", Named(), tokenizer).load_state_dict(state)
+    again = rollouts(model, prompts, tmp_path, 16, "grpo", Named(), tokenizer)
+    again.load_state_dict(state)
+    assert (tmp_path / "rollouts.jsonl").read_text() == text
+    next(again)
+    assert (tmp_path / "rollouts.jsonl").read_text() == text
+
+
 @pytest.mark.parametrize("method, more", [("ppo", {}), ("grpo", dict(beta=0.0)), ("rloo", {})])
 def test_losses_are_weighted_by_the_samplers_ratio(method, more, model_folder, tokenizer, tmp_path):
     model = MODEL.load(model_folder, head=("lm", "value") if method == "ppo" else "lm")
@@ -1004,7 +1129,7 @@ def test_losses_are_weighted_by_the_samplers_ratio(method, more, model_folder, t
 
 def test_groups_with_equal_rewards_are_drawn_again(model_folder, tokenizer, tmp_path):
     class Some(Named):
-        def __call__(self, samples) -> None:
+        def __call__(self, samples, state) -> None:
             for i, one in enumerate(samples):
                 one.reward = float(i % 2 and one.number % 3 == 0)  # prompts 0, 3, 6, ... have varied rewards
                 one.rewards = [one.reward]
