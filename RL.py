@@ -184,7 +184,7 @@ class RLSection:
                 raise UserError(f"rl.{message}")
 
 
-# ------------------------------------------------------------------------------------ losses of preference pairs
+# ---------------------------------------------------------------------------------- losses of preference pairs
 #
 # Log-probabilities are of whole completions given their prompts: sums over tokens, or means where a docstring says so.
 
@@ -244,6 +244,106 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, 
     """Rewards (B,) -> -log sigmoid(chosen - rejected - margin) (Bradley-Terry; the margin: Touvron 2023, eq. 2). Pairs
     determine only differences; centering (chosen + rejected)^2 fixes the zero (Eisenstein 2023, section 2)."""
     return -F.logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected) ** 2
+
+
+def text_logps(model, batch: dict, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities of the completions (B, count), their numbers of tokens (B, count), the router's loss)."""
+    sums, balance = read_rows(model, batch, lambda out, positions: out.logprobs.sum(1))
+    return sums.view(-1, count), (batch["targets"] != -100).float().sum(1).view(-1, count), balance
+
+
+def read_rows(model, batch: dict, read: Callable[..., Tensor], want: tuple = ()) -> tuple[Tensor, Tensor]:
+    """(read(output, positions) of each row (R,), the router's loss), by one forward pass for each half of the batch."""
+    values, balance = [], 0.0
+    for rows, width in batch["halves"]:
+        ids, positions, targets = (None if batch[key] is None else batch[key][rows, :width]
+                                   for key in ("input_ids", "positions", "targets"))
+        out = model(ids, positions=positions, targets=None if want else targets, want=want)
+        values.append(read(out, positions))
+        balance = balance + out.aux_loss / len(batch["halves"])
+    order = torch.cat([rows for rows, _ in batch["halves"]]).argsort().to(values[0].device)
+    return torch.cat(values)[order], balance
+
+
+def mean_of(values: Tensor, batch: dict, totals: dict) -> Tensor:
+    """This batch's share of a mean over the pairs of the whole step, without padding."""
+    return torch.where(batch["real"], values, 0.0).sum() / totals["pairs"]
+
+
+def is_right(ahead: Tensor) -> Tensor:
+    """1 where a difference is positive. A tie counts half, so that chance is 0.5."""
+    return torch.where(ahead.abs() < 1e-6, 0.5, (ahead > 0).float())
+
+
+def preference_loss(settings: RLSection) -> Callable:
+    """loss_fn for `fit` of dpo, orpo, simpo and kto; metrics have TRL's names."""
+    method, beta = settings.method, settings.beta
+
+    def pair_losses(sums: Tensor, tokens: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+        """(losses (B,), implicit rewards (B, 2))."""
+        means = sums / tokens.clamp(min=1)
+        if method == "simpo":
+            return simpo_loss(*means.unbind(1), beta, settings.simpo_gamma), beta * means
+        if method == "orpo":
+            return beta * orpo_loss(*means.unbind(1)), beta * means
+        policy, reference = sums, batch["reference"]
+        if settings.loss_type in ("ipo", "sigmoid_norm"):
+            policy, reference = means, reference / tokens.clamp(min=1)
+        losses = dpo_loss(*policy.unbind(1), *reference.unbind(1), beta, settings.loss_type, settings.label_smoothing)
+        return losses, beta * (policy - reference)
+
+    def loss_of_pairs(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+        sums, tokens, balance = text_logps(model, batch, 2)
+        share = partial(mean_of, batch=batch, totals=totals)
+        losses, rewards = pair_losses(sums, tokens, batch)
+        loss, (chosen, rejected) = share(losses), rewards.detach().unbind(1)
+        metrics = {"rewards/accuracies": share(is_right(chosen - rejected)), "rewards/margins": share(chosen - rejected),
+                   "rewards/chosen": share(chosen), "rewards/rejected": share(rejected),
+                   "logps/chosen": share(sums[:, 0].detach()), "logps/rejected": share(sums[:, 1].detach())}
+        # The loss of pairs alone may make both completions less likely, as long as the rejected one loses more.
+        if settings.rpo_alpha:
+            nll = -sums[:, 0].sum() / totals["chosen"]
+            metrics |= {"nll_loss": nll.detach(), "odds_loss" if method == "orpo" else "preference_loss": loss.detach()}
+            loss = loss + settings.rpo_alpha * nll
+        return loss + balance / totals["micro_batches"], {**metrics, "loss": loss.detach()}
+
+    def loss_of_singles(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+        sums, _, balance = text_logps(model, batch, 1)
+        share = partial(mean_of, batch=batch, totals=totals)
+        gains, label, baseline = sums[:, 0] - batch["reference"][:, 0], batch["label"], batch["baseline"]
+        loss = share(kto_loss(gains, label, baseline, beta, settings.desirable_weight, settings.undesirable_weight))
+        rewards, sign = beta * gains.detach(), torch.where(label, 1, -1)
+        metrics = {"rewards/accuracies": share(is_right(sign * (rewards - beta * baseline))),
+                   "kl": share(baseline.expand(len(gains))), "loss": loss.detach()}
+        if totals["desirable"] < totals["pairs"] > totals["undesirable"]:  # a step with one kind alone has no margin
+            chosen, rejected = (share(rewards * kind) * totals["pairs"] / totals[name]
+                                for name, kind in (("desirable", label), ("undesirable", ~label)))
+            metrics |= {"rewards/margins": chosen - rejected, "rewards/chosen": chosen, "rewards/rejected": rejected}
+        return loss + balance / totals["micro_batches"], metrics
+
+    return loss_of_singles if method == "kto" else loss_of_pairs
+
+
+def last_scores(out: MODEL.Output, positions: Tensor | None) -> Tensor:
+    """The score head's output at the last token of each row (R,)."""
+    scores = out.scores[..., 0]  # (R, T)
+    return scores[:, -1] if positions is None else scores.gather(1, positions.argmax(1, keepdim=True))[:, 0]
+
+
+def reward_model_loss(settings: RLSection) -> Callable:
+    """loss_fn for `fit`: the reward of a text is the score head's output at its last token."""
+
+    def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+        rewards, balance = read_rows(model, batch, last_scores, want=("scores",))
+        chosen, rejected = rewards.view(-1, 2).unbind(1)  # (B,)
+        share = partial(mean_of, batch=batch, totals=totals)
+        loss = share(reward_loss(chosen, rejected, batch["margin"], settings.center_rewards_coefficient))
+        ahead = (chosen - rejected).detach()
+        return loss + balance / totals["micro_batches"], {
+            "accuracy": share(is_right(ahead)), "margin": share(ahead), "mean_reward": share((chosen + rejected).detach() / 2),
+            "loss": loss.detach()}
+
+    return loss_fn
 
 
 # ------------------------------------------------------------------------------------------ losses of rollouts
@@ -389,467 +489,45 @@ def rloo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, e
     return losses * weights * mask.any(1), cut[:, None] & mask
 
 
-# ------------------------------------------------------------------------------------------- preference pairs
-
-
-class Example(NamedTuple):
-    """A prompt followed by a completion: ids, and weight 1 for the tokens of assistant messages in the completion."""
-
-    ids: list[int]
-    weights: list[int]
-
-    @property
-    def start(self) -> int:
-        return self.weights.index(1)
-
-
-def prompt_ids(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
-    """The prompt as INFER.py feeds it: rendered by the chat template if the tokenizer has one."""
-    if tokenizer.chat_template:
-        return TOKENIZER.render_chat(tokenizer, TOKENIZER.as_messages(prompt), tools, add_generation_prompt=True).ids
-    return TOKENIZER.encode_prompt(tokenizer, prompt)
-
-
-def make_example(tokenizer, prompt: str | list[dict], completion: str | list[dict], tools: list | None, where: str) -> Example:
-    """The prompt as INFER.py feeds it, and the completion up to the end of its last turn; without a chat template one text."""
-    if not tokenizer.chat_template:
-        served, ids = TOKENIZER.encode_pair(tokenizer, prompt, completion)
-        ids += [] if tokenizer.eos_token_id is None or ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
-        return Example([*served, *ids], [0] * len(served) + [1] * len(ids))
-    messages = TOKENIZER.as_messages(prompt)
-    try:
-        served = prompt_ids(tokenizer, prompt, tools)
-        ids, turns = TOKENIZER.render_chat(tokenizer, [*messages, *TOKENIZER.as_messages(completion, "assistant")], tools)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    turns = [turn for turn in turns if turn.message >= len(messages)]
-    first, last = turns[0].start, turns[-1].stop
-    weights = [0] * last
-    for turn in turns:
-        weights[turn.start : turn.stop] = [1] * (turn.stop - turn.start)
-    return Example([*served, *ids[first:last]], [0] * len(served) + weights[first:])
-
-
-class Pair(NamedTuple):
-    """Two completions of a prompt (chosen, rejected), or one that is desirable or not."""
-
-    where: str
-    examples: list[Example]
-    prompt: str | list[dict]
-    tools: list | None = None
-    margin: float = 0.0
-    label: bool = True
-
-
-def form_of(settings: RLSection, expand: Callable) -> TOKENIZER.Form:
-    keys = TOKENIZER.USED_KEYS | {"chosen", "rejected", "margin", "label"} if expand is preference else frozenset()
-    return TOKENIZER.Form(expand, "rl", settings.columns, settings.system, keys)
-
-
-def make_chat(tokenizer, records: list[tuple[str, dict]], tools: bool = False) -> None:
-    """Conversations and tools need a chat template; without one, prompt and completion are concatenated."""
-    if tools or any(isinstance(record["prompt"], list) for _, record in records):
-        TOKENIZER.ensure_chat(tokenizer)
-
-
-class Room(NamedTuple):
-    """How many tokens a prompt may have, so that a completion of the length that `key` names fits into `whole`."""
-
-    key: str
-    answer: int
-    whole: int
-    name: str  # of the whole
-
-    def check(self) -> None:
-        if self.answer >= self.whole:
-            raise UserError(f"{self.key}: {self.answer} leaves no room for a prompt in {self.name} {self.whole}")
-
-    def fits(self, ids: list[int], where: str, left: TOKENIZER.LeftOut) -> bool:
-        fits = len(ids) <= self.whole - self.answer
-        if not fits:
-            left.add(f"whose prompt and {self.answer} tokens ({self.key}) exceed {self.name} {self.whole}", where)
-        return fits
-
-
-def read_pairs(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZER.LeftOut) -> list[Pair]:
-    """Records -> pairs, for kto single completions. Pairs that cannot be compared are counted in `left`."""
-    length, method, pairs = config.training.max_length, config.rl.method, []
-    for where, record in records:
-        both, prompt, tools = "chosen" in record, record["prompt"], record.get("tools")
-        if not both and method != "kto":
-            raise UserError(f"{where}: single completions with a label are for rl.method kto; {method} needs chosen and rejected")
-        completions = [record["chosen"], record["rejected"]] if both else [record["completion"]]
-        examples = [make_example(tokenizer, prompt, completion, tools, where) for completion in completions]
-        if any(example.start >= length for example in examples):
-            left.add(f"whose prompt fills training.max_length {length}", where)
-            continue
-        longer = any(len(example.ids) > length for example in examples)
-        examples = [Example(example.ids[:length], example.weights[:length]) for example in examples]
-        left.truncated += longer
-        if both and examples[0].ids == examples[1].ids:
-            left.add("whose completions are the same", where)
-        elif method == "kto":
-            labels = (True, False) if both else (record["label"],)
-            pairs += [Pair(where, [example], prompt, tools, 0.0, label) for example, label in zip(examples, labels, strict=True)]
-        else:
-            examples = [followed(example, tokenizer.pad_token_id) for example in examples] if method == "reward" else examples
-            pairs.append(Pair(where, examples, prompt, tools, record["margin"]))
-    return pairs
-
-
-def followed(example: Example, pad: int | None = None) -> Example:
-    """The last id of a row is a target only. The reward is read at the last token, so one more id has to follow it."""
-    ids = TOKENIZER.without_padding(example.ids, pad)
-    return Example([*ids, ids[-1]], [*example.weights[: len(ids)], 1])
-
-
-def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
-    """Each prompt with the completion of another prompt, for the KL of KTO: the next one of a random circle."""
-    circle = np.random.default_rng([seed, 4]).permutation(len(pairs))
-    found: list = [None] * len(pairs)
-    for place, i in enumerate(circle):
-        others = (pairs[circle[(place + k) % len(pairs)]] for k in range(1, len(pairs)))
-        other = next((pair for pair in others if pair.prompt != pairs[i].prompt), pairs[i])
-        (prompt,), (text,) = pairs[i].examples, other.examples
-        ids = prompt.ids[: prompt.start] + text.ids[text.start :]
-        weights = prompt.weights[: prompt.start] + text.weights[text.start :]
-        found[i] = pairs[i]._replace(examples=[Example(ids[:length], weights[:length])])
-    return found
-
-
-def make_batch(pairs: list[Pair], width: int | None = None, rows: int = 1) -> dict:
-    """One row for each example, those of a pair one after the other; rows of padding up to `rows`. Adds to the keys of `collate`
-    `halves`: [(rows, width), ...], the shorter and the longer rows, in separate forward passes to reduce padding."""
-    examples = TOKENIZER.Examples.of([example for pair in pairs for example in pair.examples] or [Example([0], [0])])
-    pieces = [[(int(start), int(start + size))] for start, size in zip(examples.starts, examples.lengths, strict=True)]
-    batch = TOKENIZER.collate(examples, pieces + [[]] * (rows - len(pieces)), width)
-    lengths = np.array([*examples.lengths, *[0] * (rows - len(pieces))])
-    order = [np.arange(len(lengths))] if width else np.array_split(np.argsort(lengths, kind="stable"), min(2, len(lengths)))
-    halves = [(torch.from_numpy(half), width or max(int(lengths[half].max()), 1)) for half in order]
-    return {**batch, "segment_ids": None, "halves": halves}  # a row holds one example
-
-
-def read_rows(model, batch: dict, read: Callable[..., Tensor], want: tuple = ()) -> tuple[Tensor, Tensor]:
-    """(read(output, positions) of each row (R,), the router's loss), by one forward pass for each half of the batch."""
-    values, balance = [], 0.0
-    for rows, width in batch["halves"]:
-        ids, positions, targets = (None if batch[key] is None else batch[key][rows, :width]
-                                   for key in ("input_ids", "positions", "targets"))
-        out = model(ids, positions=positions, targets=None if want else targets, want=want)
-        values.append(read(out, positions))
-        balance = balance + out.aux_loss / len(batch["halves"])
-    order = torch.cat([rows for rows, _ in batch["halves"]]).argsort().to(values[0].device)
-    return torch.cat(values)[order], balance
-
-
-def text_logps(model, batch: dict, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities of the completions (B, count), their numbers of tokens (B, count), the router's loss)."""
-    sums, balance = read_rows(model, batch, lambda out, positions: out.logprobs.sum(1))
-    return sums.view(-1, count), (batch["targets"] != -100).float().sum(1).view(-1, count), balance
-
-
-def last_scores(out: MODEL.Output, positions: Tensor | None) -> Tensor:
-    """The score head's output at the last token of each row (R,)."""
-    scores = out.scores[..., 0]  # (R, T)
-    return scores[:, -1] if positions is None else scores.gather(1, positions.argmax(1, keepdim=True))[:, 0]
-
-
-class Pairs(TOKENIZER.TokenStream):
-    """Endless batches of pairs with the log-probabilities of the reference.
-
-    These are computed once, before the first step, when the policy is still the reference (or by `frozen`: rl.ref_model)."""
-
-    def __init__(self, pairs: list[Pair], held: list[Pair], settings: RLSection, training: TRAIN.TrainingSection, frozen=None):
-        def plan(sources: list, seed: list[int]) -> SimpleNamespace:
-            return SimpleNamespace(count=len(sources), order=np.random.default_rng(seed).permutation(len(sources)))
-
-        super().__init__(lambda epoch: [pairs], plan, training.batch_size, training.max_length, identify=self.fingerprint)
-        self.pairs, self.held, self.count = pairs, held, len(pairs[0].examples)
-        self.settings, self.training, self.frozen = settings, training, frozen
-        self.sets = {"train": pairs, "held": held}
-        if settings.method == "kto":
-            self.sets |= {f"{name} mismatched": mismatched(found, training.seed, training.max_length)
-                          for name, found in self.sets.items() if found}
-        self.reference: dict[str, Tensor] = {}
-
-    @contextlib.contextmanager
-    def scoring(self, model):
-        """Without gradients and in evaluation mode."""
-        was_training = model.training
-        with torch.no_grad(), self.run.autocast():
-            yield model.eval()
-        model.train(was_training)
-
-    def logps(self, model, name: str, numbers: list[int]) -> Tensor:
-        """Log-probabilities (numbers, completions) of these pairs of a set."""
-        batch = make_batch([self.sets[name][i] for i in numbers], rows=self.count)
-        return text_logps(model, TRAIN.on_device(batch, model.device), self.count)[0][: len(numbers)].float().cpu()
-
-    def groups_of_rank(self, numbers: list[int]) -> list[list[int]]:
-        """This process's batches of numbers; all processes have equally many, some may be empty."""
-        size, world = self.training.batch_size, TRAIN.world_size()
-        groups = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-        groups += [[]] * (-len(groups) % world)
-        return groups[MODEL.process_rank() :: world]
-
-    def ask_reference(self, model) -> None:
-        if self.settings.method not in ("dpo", "kto") or self.reference:
-            return
-        with self.scoring(model):
-            for name, pairs in ((name, pairs) for name, pairs in self.sets.items() if pairs):
-                found = torch.zeros(len(pairs), self.count)
-                for numbers in self.groups_of_rank(list(range(len(pairs)))):
-                    found[numbers] = self.logps(self.frozen or model, name, numbers)
-                self.reference[name] = torch.tensor(TRAIN.all_sum(found.flatten().tolist(), model.device)).view(found.shape)
-        self.frozen = None
-
-    def batch_of(self, name: str, numbers: list[int], width: int | None = None) -> dict:
-        """`make_batch` of these pairs, and what the loss needs: real (B,), label (B,), margin (B,), reference (B, count)."""
-        pairs, fill = [self.sets[name][i] for i in numbers], self.batch_size if width else 1
-        batch = make_batch(pairs, width, fill * self.count)
-        padding = max(fill - len(pairs), 0)
-        rows, pairs = torch.tensor([*numbers, *[-1] * padding]), pairs + [self.sets[name][0]] * padding
-        real, label = rows >= 0, torch.tensor([pair.label for pair in pairs])
-        batch |= {"rows": rows, "real": real, "label": label, "margin": torch.tensor([pair.margin for pair in pairs])}
-        if self.reference:
-            batch["reference"] = self.reference[name][rows]
-        counts = {**batch["counts"], "pairs": int(real.sum())}
-        if self.settings.rpo_alpha:
-            counts["chosen"] = int((batch["targets"][::2] != -100).sum())
-        if self.settings.method == "kto":
-            counts |= {"desirable": int((real & label).sum()), "undesirable": int((real & ~label).sum())}
-        return {**batch, "counts": counts}
-
-    def make(self, numbers: range) -> dict:
-        return self.batch_of("train", self.plan.order[numbers].tolist(), self.width)
-
-    def __next__(self) -> dict:
-        self.ask_reference(self.run.model)
-        begins = not self.queue
-        batch = super().__next__()
-        if self.settings.method == "kto" and begins:
-            step = [[i for i in micro["rows"].tolist() if i >= 0] for micro in (batch, *self.queue)]
-            self.baseline = self.measure_baseline("train mismatched", step)
-        return {**batch, "baseline": self.baseline} if self.settings.method == "kto" else batch
-
-    def measure_baseline(self, name: str, groups: list[list[int]]) -> Tensor:
-        """The reference point of KTO: the KL of the policy from its reference, estimated with completions of other prompts and at
-        least 0; one number for the whole step of all processes (Ethayarajh 2024, section 4.1)."""
-        with self.scoring(self.run.model) as model:
-            gains = [self.logps(model, name, numbers) - self.reference[name][numbers] for numbers in groups]
-        gain, count = TRAIN.all_sum([float(sum(gain.sum() for gain in gains)), sum(map(len, gains))], self.run.device)
-        return torch.tensor(max(gain / max(count, 1), 0.0))
-
-    def held_out(self, limit: int) -> Iterator[dict]:
-        """This process's batches of held-out pairs; all processes have equally many."""
-        count = min(len(self.held), limit * self.training.batch_size)
-        share = self.groups_of_rank(np.linspace(0, len(self.held) - 1, count).astype(int).tolist())
-        baseline = self.measure_baseline("held mismatched", share) if self.settings.method == "kto" else None
-        for numbers in share:
-            yield {**self.batch_of("held", numbers), "baseline": baseline}
-
-    def state_dict(self) -> dict:
-        return {**super().state_dict(), "reference": self.reference}
-
-    def fingerprint(self) -> str:
-        """A hash of all ids, to which the log-probabilities of the reference belong, of labels and of margins."""
-        content = [(pair.examples, pair.label, pair.margin) for pair in (*self.pairs, *self.held)]
-        return hashlib.blake2b(str(content).encode(), digest_size=8).hexdigest()
-
-    def load_state_dict(self, state: dict) -> None:
-        if "reference" not in state:
-            raise UserError("--resume: the checkpoint was made with another rl.method")
-        if state["data"] != self.identify():
-            raise UserError("--resume: the pairs differ from those of the checkpoint (data.train, data.validation or "
-                            "training.max_length changed)")
-        super().load_state_dict(state)
-        self.reference, self.frozen = state["reference"], None if state["reference"] else self.frozen
-
-
-def mean_of(values: Tensor, batch: dict, totals: dict) -> Tensor:
-    """This batch's share of a mean over the pairs of the whole step, without padding."""
-    return torch.where(batch["real"], values, 0.0).sum() / totals["pairs"]
-
-
-def is_right(ahead: Tensor) -> Tensor:
-    """1 where a difference is positive. A tie counts half, so that chance is 0.5."""
-    return torch.where(ahead.abs() < 1e-6, 0.5, (ahead > 0).float())
-
-
-def preference_loss(settings: RLSection) -> Callable:
-    """loss_fn for `fit` of dpo, orpo, simpo and kto; metrics have TRL's names."""
-    method, beta = settings.method, settings.beta
-
-    def pair_losses(sums: Tensor, tokens: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
-        """(losses (B,), implicit rewards (B, 2))."""
-        means = sums / tokens.clamp(min=1)
-        if method == "simpo":
-            return simpo_loss(*means.unbind(1), beta, settings.simpo_gamma), beta * means
-        if method == "orpo":
-            return beta * orpo_loss(*means.unbind(1)), beta * means
-        policy, reference = sums, batch["reference"]
-        if settings.loss_type in ("ipo", "sigmoid_norm"):
-            policy, reference = means, reference / tokens.clamp(min=1)
-        losses = dpo_loss(*policy.unbind(1), *reference.unbind(1), beta, settings.loss_type, settings.label_smoothing)
-        return losses, beta * (policy - reference)
-
-    def loss_of_pairs(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        sums, tokens, balance = text_logps(model, batch, 2)
-        share = partial(mean_of, batch=batch, totals=totals)
-        losses, rewards = pair_losses(sums, tokens, batch)
-        loss, (chosen, rejected) = share(losses), rewards.detach().unbind(1)
-        metrics = {"rewards/accuracies": share(is_right(chosen - rejected)), "rewards/margins": share(chosen - rejected),
-                   "rewards/chosen": share(chosen), "rewards/rejected": share(rejected),
-                   "logps/chosen": share(sums[:, 0].detach()), "logps/rejected": share(sums[:, 1].detach())}
-        # The loss of pairs alone may make both completions less likely, as long as the rejected one loses more.
-        if settings.rpo_alpha:
-            nll = -sums[:, 0].sum() / totals["chosen"]
-            metrics |= {"nll_loss": nll.detach(), "odds_loss" if method == "orpo" else "preference_loss": loss.detach()}
-            loss = loss + settings.rpo_alpha * nll
-        return loss + balance / totals["micro_batches"], {**metrics, "loss": loss.detach()}
-
-    def loss_of_singles(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        sums, _, balance = text_logps(model, batch, 1)
-        share = partial(mean_of, batch=batch, totals=totals)
-        gains, label, baseline = sums[:, 0] - batch["reference"][:, 0], batch["label"], batch["baseline"]
-        loss = share(kto_loss(gains, label, baseline, beta, settings.desirable_weight, settings.undesirable_weight))
-        rewards, sign = beta * gains.detach(), torch.where(label, 1, -1)
-        metrics = {"rewards/accuracies": share(is_right(sign * (rewards - beta * baseline))),
-                   "kl": share(baseline.expand(len(gains))), "loss": loss.detach()}
-        if totals["desirable"] < totals["pairs"] > totals["undesirable"]:  # a step with one kind alone has no margin
-            chosen, rejected = (share(rewards * kind) * totals["pairs"] / totals[name]
-                                for name, kind in (("desirable", label), ("undesirable", ~label)))
-            metrics |= {"rewards/margins": chosen - rejected, "rewards/chosen": chosen, "rewards/rejected": rejected}
-        return loss + balance / totals["micro_batches"], metrics
-
-    return loss_of_singles if method == "kto" else loss_of_pairs
-
-
-def reward_model_loss(settings: RLSection) -> Callable:
-    """loss_fn for `fit`: the reward of a text is the score head's output at its last token."""
+def rollout_loss(settings: RLSection) -> Callable:
+    """loss_fn for `fit` of ppo, grpo and rloo."""
+    method = settings.method
+    divisor = "tokens" if method == "ppo" or settings.loss_type in ("dapo", "cispo") else "texts"
+    want = (("values",) if method == "ppo" else ()) + (("entropy",) if settings.entropy_coef else ())
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        rewards, balance = read_rows(model, batch, last_scores, want=("scores",))
-        chosen, rejected = rewards.view(-1, 2).unbind(1)  # (B,)
-        share = partial(mean_of, batch=batch, totals=totals)
-        loss = share(reward_loss(chosen, rejected, batch["margin"], settings.center_rewards_coefficient))
-        ahead = (chosen - rejected).detach()
-        return loss + balance / totals["micro_batches"], {
-            "accuracy": share(is_right(ahead)), "margin": share(ahead), "mean_reward": share((chosen + rejected).detach() / 2),
-            "loss": loss.detach()}
+        mask, old, advantages = batch["targets"] != -100, batch["old"], batch["advantages"]
+        out = model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"], temperature=settings.temperature,
+                    want=want)
+        limits = dict(epsilon=settings.epsilon, epsilon_high=settings.epsilon_high)
+        weights = 1.0
+        if settings.importance_sampling_clip_max:
+            weights = sampler_weights(old, batch["sampled"], mask, settings.importance_sampling_clip_max, method == "rloo")
+        if method == "ppo":
+            losses, cut = ppo_loss(out.logprobs, old, advantages, **limits)
+            shares, cut = losses * weights * mask, cut & mask
+        elif method == "rloo":
+            shares, cut = rloo_loss(out.logprobs, old, advantages, mask, **limits, weights=weights)
+        else:
+            shares, cut = grpo_loss(out.logprobs, old, advantages, mask, batch.get("reference"), settings.beta, **limits,
+                                    loss_type=settings.loss_type, max_length=settings.max_completion_length,
+                                    level=settings.importance_sampling_level, weights=weights)
+        loss = policy = shares.sum() / totals[divisor]
+        # How far the policy has moved since the rollout: KL(then || now), estimated at tokens of then.
+        moved = (kl_estimate(old, out.logprobs.detach()) * mask).sum() / totals["tokens"]
+        metrics = {"policy_loss": policy.detach(), "clip_ratio": cut.sum() / totals["tokens"], "approx_kl": moved}
+        if method == "ppo":
+            critic = (value_loss(out.values, batch["values"], batch["returns"],
+                                 settings.cliprange_value) * mask).sum() / totals["tokens"]
+            loss, metrics["value_loss"] = loss + settings.vf_coef * critic, critic.detach()
+        if settings.entropy_coef:
+            loss = loss - settings.entropy_coef * (out.entropy * mask).sum() / totals["tokens"]
+        return loss + out.aux_loss / totals["micro_batches"], {**metrics, "loss": loss.detach()}
 
     return loss_fn
 
 
-def held_out_pairs(stream: Pairs, loss_fn: Callable, limit: int) -> Callable:
-    """evaluate(model) for `fit`: the loss and its metrics on held-out pairs."""
-
-    def summed(rows: list[dict], device) -> dict[str, float]:
-        """Sums of each key over the batches of all processes."""
-        return dict(zip(rows[0], TRAIN.all_sum([sum(float(row[key]) for row in rows) for key in rows[0]], device), strict=True))
-
-    def evaluate(model) -> dict:
-        stream.ask_reference(model)
-        batches = list(stream.held_out(limit))
-        totals = {name: count or 1 for name, count in summed([batch["counts"] for batch in batches], model.device).items()}
-        totals["micro_batches"] = len(batches) * TRAIN.world_size()
-        return summed([loss_fn(model, TRAIN.on_device(batch, model.device), totals)[1] for batch in batches], model.device)
-
-    return evaluate
-
-
-# -------------------------------------------------------------------------------------- functions of the user
-
-
-@functools.cache
-def event_loop(process: int) -> asyncio.AbstractEventLoop:
-    """The loop of all asynchronous functions, in a daemon thread: the clients and locks that they keep belong to one loop."""
-    loop = asyncio.new_event_loop()
-
-    def work() -> None:
-        torch.set_grad_enabled(False)
-        loop.run_forever()
-
-    threading.Thread(target=work, daemon=True).start()
-    return loop
-
-
-def awaited(given, timeout: float | None = None):
-    """What a function returned; a coroutine runs to its end, for at most `timeout` seconds."""
-    if not inspect.iscoroutine(given):
-        return given
-
-    async def run():
-        try:
-            return await asyncio.wait_for(given, timeout)
-        except SystemExit as error:  # would end the loop
-            raise RuntimeError(f"SystemExit: {error}") from error
-
-    return asyncio.run_coroutine_threadsafe(run(), event_loop(os.getpid())).result()
-
-
-HELPERS: dict[Path, dict] = defaultdict(dict)  # folder -> the modules that its files have imported from it
-
-
-@contextlib.contextmanager
-def modules_beside(folder: Path):
-    """Let a file import the modules in its folder, while it is loaded and in its functions. Only files of this folder see these
-    modules. The folder comes last in the search path, so it replaces no module of the program or of a package."""
-    if any(Path(place or ".").resolve() == folder for place in sys.path):
-        yield
-        return
-    before, helpers = set(sys.modules), HELPERS[folder]
-    sys.path.append(str(folder))
-    sys.modules.update(helpers)
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        for name in sys.modules.keys() - before:
-            module, top = sys.modules[name], name.partition(".")[0]
-            place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), "/")
-            if Path(os.path.relpath(place, folder)).parts[0].partition(".")[0] == top:
-                helpers[name] = sys.modules.pop(name)
-
-
-def load_file(path: Path, key: str):
-    """A Python file of the user as a module with a private name; functions of one file share the module."""
-    name = "_user_" + hashlib.blake2b(str(path).encode() + path.read_bytes(), digest_size=8).hexdigest()
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses and pickle look it up
-        try:
-            with modules_beside(path.parent):
-                spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # it is the user's code: anything may come
-            del sys.modules[name]
-            raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
-    return sys.modules[name]
-
-
-def user_function(name: str, key: str) -> Callable:
-    """`file.py:function` of the user; its attribute `folder` is the file's."""
-    path, _, wanted = name.rpartition(":")
-    if not Path(path).is_file():
-        raise UserError(f"{key}: {name}: there is no file '{path}'")
-    module, folder = load_file(Path(path).resolve(), key), Path(path).resolve().parent
-    function = getattr(module, wanted, None)
-    if not callable(function):
-        known = [f"{path}:{given}" for given, value in vars(module).items()
-                 if callable(value) and getattr(value, "__module__", "") == module.__name__]
-        problem = f"{path} has no function '{wanted}'; " if wanted else ""
-        raise UserError(f"{key}: {problem}choose a function: {', '.join(known) or f'{path} defines none'}")
-
-    @functools.wraps(function)
-    def call(**given):
-        with modules_beside(folder):
-            return awaited(function(**given))
-
-    call.folder = folder
-    return call
-
-
-# ------------------------------------------------------------------------------------- prompts, samples, tools
+# ---------------------------------------------------------------------------------------------------- rollouts
 
 
 class Prompt(NamedTuple):
@@ -899,359 +577,6 @@ class Sample:
     @property
     def length(self) -> int:
         return len(self.places)
-
-
-MAX_HANGING = 16  # threads of calls that did not return
-
-
-class Tools:
-    """Functions that the policy may call while it completes a conversation, in the form of the tokenizer's chat template.
-
-    A call runs in a daemon thread. One that exceeds `timeout` seconds is left behind: Python cannot end a thread. Whatever goes
-    wrong is an error text in the conversation."""
-
-    def __init__(self, names: list[str], tokenizer, timeout: float, key: str = "rl.tools"):
-        from transformers.utils import get_json_schema
-
-        self.tokenizer, self.timeout, self.hanging = tokenizer, timeout, []
-        self.functions: dict[str, Callable] = {}
-        self.schemas: list[dict] = []
-        for name in names:
-            function = user_function(name, key)
-            try:
-                self.schemas.append(get_json_schema(function))
-            except Exception as error:
-                raise UserError(f"{key}: {name}: a type hint for each argument and a docstring in Google's style are needed "
-                                f"({MODEL.first_line(error)})") from None
-            if function.__name__ in self.functions:
-                raise UserError(f"{key}: two functions have the name '{function.__name__}'; rename one")
-            self.functions[function.__name__] = function
-        result = [(next(iter(self.functions)), "zqshown")]
-        if not (TOKENIZER.answer_markup(tokenizer).call
-                and "zqshown" in tokenizer.decode(TOKENIZER.ids_after_calls(tokenizer, result, self.schemas))):
-            raise UserError(f"{key}: the chat template of this model does not render tool calls and their results")
-
-    def beside(self, own: list[dict] | None) -> list[dict]:
-        """The schemas of these functions and of a record's other tools."""
-        return [*(tool for tool in own or () if tool.get("function", tool).get("name") not in self.functions), *self.schemas]
-
-    def read(self, sample: Sample) -> list[tuple[str | None, dict]]:
-        """The calls of a sample's last turn, which ends with them: (name, arguments); no name for what cannot be read."""
-        if sample.finish != "stop":
-            return []
-        ends = TOKENIZER.any_of([*TOKENIZER.chat_ends(self.tokenizer).tokens, self.tokenizer.eos_token or "\0"])
-        text = ends.split(self.tokenizer.decode(sample.ids[sample.turn :], clean_up_tokenization_spaces=False))[0]
-        reader = INFER.answer_reader(self.tokenizer, sample.ids[: sample.turn], self.beside(sample.columns.get("tools")))
-        reasoning, content, calls = reader(text, True)
-        records = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls]
-        begin, after = reader.markup.call[0].strip(), text.rpartition(reader.markup.think[1])[2] if reader.markup.think else text
-        if begin and after.count(begin) > len(calls):
-            calls = [*calls, (None, {})]
-        if calls:
-            turn = {"content": content, "reasoning_content": reasoning, "tool_calls": records}
-            sample.messages[-1] = {"role": "assistant", "content": "", **{key: value for key, value in turn.items() if value}}
-            sample.finish = "tool_calls"
-        return calls
-
-    def run(self, name: str | None, arguments: dict) -> tuple[str, bool]:
-        """(what a call gives, as text; whether it failed)."""
-        if name not in self.functions:
-            problem = f"there is no tool '{name}'" if name else "this call cannot be read; its arguments must be valid JSON"
-            return f"Error: {problem}; the tools are {', '.join(self.functions)}", True
-        self.hanging = [thread for thread in self.hanging if thread.is_alive()]
-        if len(self.hanging) == MAX_HANGING:
-            return "Error: earlier calls are still running", True
-        function, found = self.functions[name], [(f"Error: no result within {self.timeout:g} seconds", True)]
-
-        def work() -> None:
-            try:
-                with torch.no_grad():
-                    found.append((str(awaited(function.__wrapped__(**arguments), self.timeout)), False))
-            except (TimeoutError, asyncio.TimeoutError):
-                return
-            except BaseException as error:  # it is the user's code, and SystemExit would end the thread only
-                found.append((f"Error: {type(error).__name__}: {error}", True))
-
-        thread = threading.Thread(target=work, daemon=True)
-        with modules_beside(function.folder):
-            thread.start()
-            thread.join(self.timeout)
-        self.hanging += [thread] if thread.is_alive() else []
-        text, failed = found[-1]
-        return text.encode("utf-8", "replace").decode(), failed  # no half surrogate pairs
-
-    def answer(self, sample: Sample, length: int) -> bool:
-        """Run the calls of a sample's last turn and add their results; False if it calls nothing, or if the results leave no
-        room for another turn in a completion of `length` tokens."""
-        calls = self.read(sample)
-        if not calls:
-            return False
-        results = [self.run(*call) for call in calls]
-        sample.calls, sample.failures = sample.calls + len(calls), sample.failures + sum(failed for _, failed in results)
-        known = [name if name in self.functions else next(iter(self.functions)) for name, _ in calls]
-        ids = TOKENIZER.ids_after_calls(self.tokenizer, [(name, text) for name, (text, _) in zip(known, results, strict=True)],
-                                        self.schemas)
-        if len(sample.ids) - sample.start + len(ids) >= length:
-            sample.finish = "length"
-            return False
-        sample.ids = sample.ids + ids
-        sample.messages += [{"role": "tool", "name": name, "content": text}
-                            for (name, _), (text, _) in zip(calls, results, strict=True)]
-        return True
-
-
-def expected_answer(sample: Sample, function: str, marker: str = "####") -> str:
-    """What the record's `answer` ends with: all of it, or what follows the last marker (GSM8K's layout)."""
-    answer = sample.columns.get("answer")
-    if answer is None:
-        raise UserError(f"{sample.where}: {function} needs the key 'answer'; name it in rl.columns, as in {{answer: my_column}}")
-    if isinstance(answer, (list, dict)):
-        raise UserError(f"{sample.where}: answer is a {type(answer).__name__}, {function} needs a text or a number")
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)  # a table's whole numbers may come as 9.0
-    return without_commas(str(answer).rpartition(marker)[2].strip())
-
-
-def without_commas(text: str) -> str:
-    """1,000, or 2 -> 1000, or 2"""
-    return re.sub(r"(?<=\d),(?=\d)", "", text)
-
-
-def exact_answer(sample: Sample) -> float:
-    """1 where the text ends with the answer, as a word of its own; a closing full stop aside. "12 plus 30 is 42." ends with 42"""
-    texts = without_commas(sample.text), expected_answer(sample, "exact_answer")
-    text, answer = (text.rstrip(" .!\n").lower() for text in texts)
-    return float(bool(answer) and text.endswith(answer) and not re.match(r"[\w.-]", text[: -len(answer)][-1:]))
-
-
-NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
-
-
-def number_after(marker: str, sample: Sample) -> float:
-    """1 where the number after the text's last marker is the answer's."""
-    before, found, after = sample.text.rpartition(marker)
-    given, expected = NUMBER.search(after) if found else None, NUMBER.search(expected_answer(sample, "number_after", marker))
-    if expected is None:
-        raise UserError(f"{sample.where}: number_after: answer {sample.columns['answer']!r} holds no number")
-    return float(given is not None and float(given[0].replace(",", "")) == float(expected[0].replace(",", "")))
-
-
-def shortness(limit: float, sample: Sample) -> float:
-    """1 up to `limit` tokens, falling to 0 at twice as many."""
-    return min(max(2 - sample.length / limit, 0.0), 1.0)
-
-
-def builtin(name: str, key: str = "rl.reward_funcs") -> Callable[[Sample], float] | None:
-    """The reward of one text by a name such as length:60; None for what is none of these."""
-    kind, colon, argument = name.partition(":")
-    try:
-        if name == "exact_answer":
-            return exact_answer
-        if kind == "number_after":
-            return partial(number_after, argument or "####")
-        if kind in ("format", "regex") and argument:
-            found = re.compile(argument, re.DOTALL)
-            return lambda sample: float(bool((found.fullmatch if kind == "format" else found.search)(sample.text.strip())))
-        if kind == "length" and colon and float(argument) > 0:
-            return partial(shortness, float(argument))
-    except (re.error, ValueError) as error:
-        raise UserError(f"{key}: {name}: {error}") from None
-    return None
-
-
-def judge_each(function: Callable[[Sample], float], samples: list[Sample], **_) -> list[float]:
-    return [function(sample) for sample in samples]
-
-
-GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")  # to reward functions
-
-
-def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[..., list]:
-    """`file.py:function`, called as TRL calls it: f(prompts=, completions=, completion_ids=, each other key of the records=,
-    trainer_state=, log_metric=, log_extra=) -> a number for each, None where it does not judge. A function without `**kwargs` gets
-    what it names. Prompts and completions of conversations are lists of messages."""
-    function = user_function(name, key)
-    parameters = inspect.signature(function).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-
-    def judge(samples: list[Sample], **more) -> list:
-        keys = {key: None for sample in samples for key in sample.columns}
-        columns = {key: [sample.columns.get(key) for sample in samples] for key in keys}
-        completions = [sample.messages if isinstance(sample.prompt, list) else sample.text for sample in samples]
-        given = {"prompts": [sample.prompt for sample in samples], "completions": completions,
-                 "completion_ids": [sample.ids[sample.start :] for sample in samples], **columns, **more}
-        return function(**{key: value for key, value in given.items() if takes_all or key in parameters})
-
-    return judge
-
-
-def reward_model(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[..., list[float]]:
-    """A folder's reward model: the score after a text's last token."""
-    model, tokenizer_of_model = TOKENIZER.open_model(MODEL.ModelSection(name=name, dtype="float32", device=str(device)), key=key)
-    if "score" not in model.heads or model.config.num_labels != 1:
-        raise UserError(f"{key}: {name} gives no single score; train a reward model with --rl.method reward")
-    if tokenizer_of_model.get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"{key}: {name} was made with another tokenizer ({len(tokenizer_of_model):,} tokens, the policy's has "
-                        f"{len(tokenizer):,}); it has to read the policy's own ids: train it from the same model")
-    return lambda samples, **_: INFER.scores_of(model, [sample.ids for sample in samples])[:, 0].tolist()
-
-
-def is_number(value) -> bool:
-    """Finite, of Python, numpy or torch."""
-    try:
-        return not isinstance(value, (str, bytes)) and math.isfinite(float(value))
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return False
-
-
-BEFORE = SimpleNamespace(global_step=0, max_steps=None, epoch=0.0)  # `trainer_state` where nothing is trained
-
-
-class Judges:
-    """All that rewards a text, weighted and added up. `metrics` holds what reward functions logged in the last call."""
-
-    def __init__(self, settings: RLSection, tokenizer, device, section: str = "rl"):
-        self.key, self.device = f"{section}.reward_funcs", torch.device(device).type
-        self.names = list(settings.reward_funcs)
-        self.weights = settings.reward_weights or [1.0] * len(self.names)
-        if not self.names:
-            raise UserError(f"{self.key}: no reward function given; name at least one")
-        if twice := [name for name, count in Counter(self.names).items() if count > 1]:
-            raise UserError(f"{self.key}: {twice[0]} is listed twice; give it a weight in reward_weights")
-        if not all(map(math.isfinite, self.weights)):
-            raise UserError(f"{section}.reward_weights: {self.weights} must be finite numbers")
-        self.functions = [self.find(name, tokenizer, device, self.key) for name in self.names]
-        short = [self.short(name) for name in self.names]
-        self.names = short if len(set(short)) == len(short) else self.names
-        self.metrics: dict[str, list[float]] = {}
-
-    def check(self, prompts: list[Prompt]) -> None:
-        """Check that each record has the columns that built-in functions need, by scoring an empty completion."""
-        for function in self.functions:
-            if isinstance(function, partial) and function.func is judge_each:
-                function([Sample(prompt, 0, [], "stop", "", None) for prompt in prompts])
-
-    @staticmethod
-    def short(name: str) -> str:
-        """What logs call it: judge.py:polite -> polite, out/reward -> reward, length:60 as it is."""
-        return name.rpartition(":")[2] if re.search(r"\.py:\w+$", name) else Path(name).name if Path(name).is_dir() else name
-
-    @staticmethod
-    def find(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[..., list]:
-        if function := builtin(name, key):
-            return partial(judge_each, function)
-        if re.search(r"\.py(:\w*)?$", name):
-            return custom_function(name if ":" in name else f"{name}:", key)
-        if Path(name).is_dir() or ("/" in name and ":" not in name):
-            return reward_model(name, tokenizer, device, key)
-        raise UserError(f"{key}: '{name}' is none of exact_answer, number_after:MARKER, format:REGEX, regex:REGEX, "
-                        "length:TOKENS, file.py:function, or the folder of a reward model")
-
-    def __call__(self, samples: list[Sample], state: SimpleNamespace = BEFORE) -> None:
-        self.metrics = defaultdict(list)
-        for sample in samples:
-            sample.rewards, sample.extra = [], {}
-        with torch.no_grad(), torch.autocast(self.device, enabled=False):  # the policy's precision is not a judge's
-            for name, function in zip(self.names, self.functions, strict=True) if samples else ():
-                for sample, value in zip(samples, self.judge(name, function, samples, state), strict=True):
-                    if value is not None and not is_number(value):
-                        raise UserError(f"{sample.where}: {name} gave {value!r} for the text {sample.text[:80]!r}; a finite "
-                                        "number is needed")
-                    sample.rewards.append(None if value is None else float(value))
-        for sample in samples:
-            if all(value is None for value in sample.rewards):
-                raise UserError(f"{sample.where}: none of {self.key} ({', '.join(self.names)}) judged the text "
-                                f"{sample.text[:80]!r}")
-            sample.reward = math.fsum(weight * value
-                                      for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None)
-
-    def judge(self, name: str, function: Callable, samples: list[Sample], state: SimpleNamespace) -> list:
-        """The values of one function; one that fails is named with the first text on which it fails alone."""
-        def ask(chosen: list[Sample]):
-            return function(chosen, trainer_state=state, log_metric=partial(self.log_metric, name),
-                            log_extra=partial(self.log_extra, name, chosen))
-
-        try:
-            given = ask(samples)
-        except UserError:
-            raise
-        except (Exception, SystemExit) as error:
-            line, blamed = traceback.extract_tb(error.__traceback__)[-1], f"{len(samples)} texts together, from {samples[0].where} on"
-            for sample in samples:
-                try:
-                    ask([sample])
-                except (Exception, SystemExit):
-                    blamed = f"{sample.where}, text {sample.text[:80]!r}"
-                    break
-            raise UserError(f"{self.key}: {name} failed on {blamed} ({type(error).__name__}: {MODEL.first_line(error)}, "
-                            f"{Path(line.filename).name}:{line.lineno})") from error
-        given = given.tolist() if hasattr(given, "tolist") else given
-        if not isinstance(given, (list, tuple)):
-            raise UserError(f"{self.key}: {name} returned {type(given).__name__}; expected a list with one number per completion")
-        if len(given) != len(samples):
-            raise UserError(f"{self.key}: {name} returned {len(given)} rewards for {len(samples)} completions")
-        return given
-
-    def log_metric(self, function: str, name: str, value: float) -> None:
-        if not is_number(value):
-            raise UserError(f"{self.key}: {function}: log_metric('{name}', {value!r}): a finite number is needed")
-        self.metrics[name].append(float(value))
-
-    def log_extra(self, function: str, samples: list[Sample], column: str, values: list) -> None:
-        if len(values) != len(samples):
-            raise UserError(f"{self.key}: {function}: log_extra('{column}') got {len(values)} values for {len(samples)} completions")
-        for sample, value in zip(samples, values, strict=True):
-            sample.extra[column] = value
-
-
-# ----------------------------------------------------------------------------------------------------- rollouts
-
-
-class Reference:
-    """The model that the policy may not leave too far: the one that was named, or a copy of the policy as it begins. Of a policy
-    with an adapter, only the adapter is copied; the copy changes places with the trained one for a forward pass."""
-
-    def __init__(self, policy: MODEL.LanguageModel, frozen: MODEL.LanguageModel | None = None):
-        self.frozen, self.adapter = frozen, {}
-        if not frozen and policy.adapter:
-            self.adapter = {name: tensor.clone() for name, tensor in self.learned(policy).items()}
-        elif not frozen:
-            self.frozen = copy.deepcopy(policy).requires_grad_(False)
-
-    @staticmethod
-    def learned(policy: MODEL.LanguageModel) -> dict[str, Tensor]:
-        """What training changes of a policy with an adapter: the adapter, and the bias by which routers choose."""
-        return {name: tensor for name, tensor in policy.state_dict().items()
-                if MODEL.tensor_is_trained(name) or name.endswith("e_score_correction_bias")}
-
-    def start(self, run: TRAIN.Run, training: TRAIN.TrainingSection) -> None:
-        """Compile and shard the model as `fit` does with the policy."""
-        if self.frozen:
-            self.frozen.to(run.device).eval()
-            if training.torch_compile:
-                TRAIN.compile_model(self.frozen)
-            if training.fsdp and self.frozen.quantization == "none":
-                TRAIN.shard(self.frozen, run.device)
-
-    @contextlib.contextmanager
-    def __call__(self, policy: MODEL.LanguageModel):
-        self.exchange(policy)
-        try:
-            yield self.frozen or policy
-        finally:
-            self.exchange(policy)
-
-    @torch.no_grad()
-    def exchange(self, policy: MODEL.LanguageModel) -> None:
-        if not self.adapter:
-            return
-        for name, weight in self.learned(policy).items():
-            kept, self.adapter[name] = self.adapter[name].to(weight.device), weight.clone()
-            weight.copy_(TRAIN.shard_like(kept, weight))
-        for module in policy.modules():
-            if hasattr(module, "reshard"):  # FSDP's gathered copies hold the values before,
-                module.reshard()
-        torch.clear_autocast_cache()  # and so do autocast's 16-bit copies
 
 
 class SampledTexts:
@@ -1589,6 +914,11 @@ class Rollouts(SampledTexts):
         return {**found, "messages": sample.messages} if self.tools else found
 
 
+# ======================================================================================================== edges
+
+# --------------------------------------------------------------------------------------- sequences of rollouts
+
+
 def everyone(value) -> list:
     """The values of all processes."""
     found = [value] * TRAIN.world_size()
@@ -1625,93 +955,723 @@ def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
     return TRAIN.on_device(batch, device)
 
 
-def rollout_loss(settings: RLSection) -> Callable:
-    """loss_fn for `fit` of ppo, grpo and rloo."""
-    method = settings.method
-    divisor = "tokens" if method == "ppo" or settings.loss_type in ("dapo", "cispo") else "texts"
-    want = (("values",) if method == "ppo" else ()) + (("entropy",) if settings.entropy_coef else ())
+class Reference:
+    """The model that the policy may not leave too far: the one that was named, or a copy of the policy as it begins. Of a policy
+    with an adapter, only the adapter is copied; the copy changes places with the trained one for a forward pass."""
 
-    def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        mask, old, advantages = batch["targets"] != -100, batch["old"], batch["advantages"]
-        out = model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"], temperature=settings.temperature,
-                    want=want)
-        limits = dict(epsilon=settings.epsilon, epsilon_high=settings.epsilon_high)
-        weights = 1.0
-        if settings.importance_sampling_clip_max:
-            weights = sampler_weights(old, batch["sampled"], mask, settings.importance_sampling_clip_max, method == "rloo")
-        if method == "ppo":
-            losses, cut = ppo_loss(out.logprobs, old, advantages, **limits)
-            shares, cut = losses * weights * mask, cut & mask
-        elif method == "rloo":
-            shares, cut = rloo_loss(out.logprobs, old, advantages, mask, **limits, weights=weights)
+    def __init__(self, policy: MODEL.LanguageModel, frozen: MODEL.LanguageModel | None = None):
+        self.frozen, self.adapter = frozen, {}
+        if not frozen and policy.adapter:
+            self.adapter = {name: tensor.clone() for name, tensor in self.learned(policy).items()}
+        elif not frozen:
+            self.frozen = copy.deepcopy(policy).requires_grad_(False)
+
+    @staticmethod
+    def learned(policy: MODEL.LanguageModel) -> dict[str, Tensor]:
+        """What training changes of a policy with an adapter: the adapter, and the bias by which routers choose."""
+        return {name: tensor for name, tensor in policy.state_dict().items()
+                if MODEL.tensor_is_trained(name) or name.endswith("e_score_correction_bias")}
+
+    def start(self, run: TRAIN.Run, training: TRAIN.TrainingSection) -> None:
+        """Compile and shard the model as `fit` does with the policy."""
+        if self.frozen:
+            self.frozen.to(run.device).eval()
+            if training.torch_compile:
+                TRAIN.compile_model(self.frozen)
+            if training.fsdp and self.frozen.quantization == "none":
+                TRAIN.shard(self.frozen, run.device)
+
+    @contextlib.contextmanager
+    def __call__(self, policy: MODEL.LanguageModel):
+        self.exchange(policy)
+        try:
+            yield self.frozen or policy
+        finally:
+            self.exchange(policy)
+
+    @torch.no_grad()
+    def exchange(self, policy: MODEL.LanguageModel) -> None:
+        if not self.adapter:
+            return
+        for name, weight in self.learned(policy).items():
+            kept, self.adapter[name] = self.adapter[name].to(weight.device), weight.clone()
+            weight.copy_(TRAIN.shard_like(kept, weight))
+        for module in policy.modules():
+            if hasattr(module, "reshard"):  # FSDP's gathered copies hold the values before,
+                module.reshard()
+        torch.clear_autocast_cache()  # and so do autocast's 16-bit copies
+
+
+# -------------------------------------------------------------------------------------------- preference pairs
+
+
+class Example(NamedTuple):
+    """A prompt followed by a completion: ids, and weight 1 for the tokens of assistant messages in the completion."""
+
+    ids: list[int]
+    weights: list[int]
+
+    @property
+    def start(self) -> int:
+        return self.weights.index(1)
+
+
+class Pair(NamedTuple):
+    """Two completions of a prompt (chosen, rejected), or one that is desirable or not."""
+
+    where: str
+    examples: list[Example]
+    prompt: str | list[dict]
+    tools: list | None = None
+    margin: float = 0.0
+    label: bool = True
+
+
+class Room(NamedTuple):
+    """How many tokens a prompt may have, so that a completion of the length that `key` names fits into `whole`."""
+
+    key: str
+    answer: int
+    whole: int
+    name: str  # of the whole
+
+    def check(self) -> None:
+        if self.answer >= self.whole:
+            raise UserError(f"{self.key}: {self.answer} leaves no room for a prompt in {self.name} {self.whole}")
+
+    def fits(self, ids: list[int], where: str, left: TOKENIZER.LeftOut) -> bool:
+        fits = len(ids) <= self.whole - self.answer
+        if not fits:
+            left.add(f"whose prompt and {self.answer} tokens ({self.key}) exceed {self.name} {self.whole}", where)
+        return fits
+
+
+def prompt_ids(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
+    """The prompt as INFER.py feeds it: rendered by the chat template if the tokenizer has one."""
+    if tokenizer.chat_template:
+        return TOKENIZER.render_chat(tokenizer, TOKENIZER.as_messages(prompt), tools, add_generation_prompt=True).ids
+    return TOKENIZER.encode_prompt(tokenizer, prompt)
+
+
+def make_example(tokenizer, prompt: str | list[dict], completion: str | list[dict], tools: list | None, where: str) -> Example:
+    """The prompt as INFER.py feeds it, and the completion up to the end of its last turn; without a chat template one text."""
+    if not tokenizer.chat_template:
+        served, ids = TOKENIZER.encode_pair(tokenizer, prompt, completion)
+        ids += [] if tokenizer.eos_token_id is None or ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+        return Example([*served, *ids], [0] * len(served) + [1] * len(ids))
+    messages = TOKENIZER.as_messages(prompt)
+    try:
+        served = prompt_ids(tokenizer, prompt, tools)
+        ids, turns = TOKENIZER.render_chat(tokenizer, [*messages, *TOKENIZER.as_messages(completion, "assistant")], tools)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    turns = [turn for turn in turns if turn.message >= len(messages)]
+    first, last = turns[0].start, turns[-1].stop
+    weights = [0] * last
+    for turn in turns:
+        weights[turn.start : turn.stop] = [1] * (turn.stop - turn.start)
+    return Example([*served, *ids[first:last]], [0] * len(served) + weights[first:])
+
+
+def form_of(settings: RLSection, expand: Callable) -> TOKENIZER.Form:
+    keys = TOKENIZER.USED_KEYS | {"chosen", "rejected", "margin", "label"} if expand is preference else frozenset()
+    return TOKENIZER.Form(expand, "rl", settings.columns, settings.system, keys)
+
+
+def make_chat(tokenizer, records: list[tuple[str, dict]], tools: bool = False) -> None:
+    """Conversations and tools need a chat template; without one, prompt and completion are concatenated."""
+    if tools or any(isinstance(record["prompt"], list) for _, record in records):
+        TOKENIZER.ensure_chat(tokenizer)
+
+
+def read_pairs(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZER.LeftOut) -> list[Pair]:
+    """Records -> pairs, for kto single completions. Pairs that cannot be compared are counted in `left`."""
+    length, method, pairs = config.training.max_length, config.rl.method, []
+    for where, record in records:
+        both, prompt, tools = "chosen" in record, record["prompt"], record.get("tools")
+        if not both and method != "kto":
+            raise UserError(f"{where}: single completions with a label are for rl.method kto; {method} needs chosen and rejected")
+        completions = [record["chosen"], record["rejected"]] if both else [record["completion"]]
+        examples = [make_example(tokenizer, prompt, completion, tools, where) for completion in completions]
+        if any(example.start >= length for example in examples):
+            left.add(f"whose prompt fills training.max_length {length}", where)
+            continue
+        longer = any(len(example.ids) > length for example in examples)
+        examples = [Example(example.ids[:length], example.weights[:length]) for example in examples]
+        left.truncated += longer
+        if both and examples[0].ids == examples[1].ids:
+            left.add("whose completions are the same", where)
+        elif method == "kto":
+            labels = (True, False) if both else (record["label"],)
+            pairs += [Pair(where, [example], prompt, tools, 0.0, label) for example, label in zip(examples, labels, strict=True)]
         else:
-            shares, cut = grpo_loss(out.logprobs, old, advantages, mask, batch.get("reference"), settings.beta, **limits,
-                                    loss_type=settings.loss_type, max_length=settings.max_completion_length,
-                                    level=settings.importance_sampling_level, weights=weights)
-        loss = policy = shares.sum() / totals[divisor]
-        # How far the policy has moved since the rollout: KL(then || now), estimated at tokens of then.
-        moved = (kl_estimate(old, out.logprobs.detach()) * mask).sum() / totals["tokens"]
-        metrics = {"policy_loss": policy.detach(), "clip_ratio": cut.sum() / totals["tokens"], "approx_kl": moved}
-        if method == "ppo":
-            critic = (value_loss(out.values, batch["values"], batch["returns"],
-                                 settings.cliprange_value) * mask).sum() / totals["tokens"]
-            loss, metrics["value_loss"] = loss + settings.vf_coef * critic, critic.detach()
-        if settings.entropy_coef:
-            loss = loss - settings.entropy_coef * (out.entropy * mask).sum() / totals["tokens"]
-        return loss + out.aux_loss / totals["micro_batches"], {**metrics, "loss": loss.detach()}
-
-    return loss_fn
+            examples = [followed(example, tokenizer.pad_token_id) for example in examples] if method == "reward" else examples
+            pairs.append(Pair(where, examples, prompt, tools, record["margin"]))
+    return pairs
 
 
-def held_out_rewards(stream: Rollouts, held: list[Prompt], config) -> Callable | None:
-    """evaluate(model) for `fit`: the rewards of greedy answers to held-out prompts; a few are shown."""
-    chosen = [held[i] for i in np.linspace(0, len(held) - 1, min(len(held), config.rl.eval_prompts)).astype(int)]
-    if not chosen:
-        return None
+def followed(example: Example, pad: int | None = None) -> Example:
+    """The last id of a row is a target only. The reward is read at the last token, so one more id has to follow it."""
+    ids = TOKENIZER.without_padding(example.ids, pad)
+    return Example([*ids, ids[-1]], [*example.weights[: len(ids)], 1])
+
+
+def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
+    """Each prompt with the completion of another prompt, for the KL of KTO: the next one of a random circle."""
+    circle = np.random.default_rng([seed, 4]).permutation(len(pairs))
+    found: list = [None] * len(pairs)
+    for place, i in enumerate(circle):
+        others = (pairs[circle[(place + k) % len(pairs)]] for k in range(1, len(pairs)))
+        other = next((pair for pair in others if pair.prompt != pairs[i].prompt), pairs[i])
+        (prompt,), (text,) = pairs[i].examples, other.examples
+        ids = prompt.ids[: prompt.start] + text.ids[text.start :]
+        weights = prompt.weights[: prompt.start] + text.weights[text.start :]
+        found[i] = pairs[i]._replace(examples=[Example(ids[:length], weights[:length])])
+    return found
+
+
+def make_batch(pairs: list[Pair], width: int | None = None, rows: int = 1) -> dict:
+    """One row for each example, those of a pair one after the other; rows of padding up to `rows`. Adds to the keys of `collate`
+    `halves`: [(rows, width), ...], the shorter and the longer rows, in separate forward passes to reduce padding."""
+    examples = TOKENIZER.Examples.of([example for pair in pairs for example in pair.examples] or [Example([0], [0])])
+    pieces = [[(int(start), int(start + size))] for start, size in zip(examples.starts, examples.lengths, strict=True)]
+    batch = TOKENIZER.collate(examples, pieces + [[]] * (rows - len(pieces)), width)
+    lengths = np.array([*examples.lengths, *[0] * (rows - len(pieces))])
+    order = [np.arange(len(lengths))] if width else np.array_split(np.argsort(lengths, kind="stable"), min(2, len(lengths)))
+    halves = [(torch.from_numpy(half), width or max(int(lengths[half].max()), 1)) for half in order]
+    return {**batch, "segment_ids": None, "halves": halves}  # a row holds one example
+
+
+class Pairs(TOKENIZER.TokenStream):
+    """Endless batches of pairs with the log-probabilities of the reference.
+
+    These are computed once, before the first step, when the policy is still the reference (or by `frozen`: rl.ref_model)."""
+
+    def __init__(self, pairs: list[Pair], held: list[Pair], settings: RLSection, training: TRAIN.TrainingSection, frozen=None):
+        def plan(sources: list, seed: list[int]) -> SimpleNamespace:
+            return SimpleNamespace(count=len(sources), order=np.random.default_rng(seed).permutation(len(sources)))
+
+        super().__init__(lambda epoch: [pairs], plan, training.batch_size, training.max_length, identify=self.fingerprint)
+        self.pairs, self.held, self.count = pairs, held, len(pairs[0].examples)
+        self.settings, self.training, self.frozen = settings, training, frozen
+        self.sets = {"train": pairs, "held": held}
+        if settings.method == "kto":
+            self.sets |= {f"{name} mismatched": mismatched(found, training.seed, training.max_length)
+                          for name, found in self.sets.items() if found}
+        self.reference: dict[str, Tensor] = {}
+
+    @contextlib.contextmanager
+    def scoring(self, model):
+        """Without gradients and in evaluation mode."""
+        was_training = model.training
+        with torch.no_grad(), self.run.autocast():
+            yield model.eval()
+        model.train(was_training)
+
+    def logps(self, model, name: str, numbers: list[int]) -> Tensor:
+        """Log-probabilities (numbers, completions) of these pairs of a set."""
+        batch = make_batch([self.sets[name][i] for i in numbers], rows=self.count)
+        return text_logps(model, TRAIN.on_device(batch, model.device), self.count)[0][: len(numbers)].float().cpu()
+
+    def groups_of_rank(self, numbers: list[int]) -> list[list[int]]:
+        """This process's batches of numbers; all processes have equally many, some may be empty."""
+        size, world = self.training.batch_size, TRAIN.world_size()
+        groups = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+        groups += [[]] * (-len(groups) % world)
+        return groups[MODEL.process_rank() :: world]
+
+    def ask_reference(self, model) -> None:
+        if self.settings.method not in ("dpo", "kto") or self.reference:
+            return
+        with self.scoring(model):
+            for name, pairs in ((name, pairs) for name, pairs in self.sets.items() if pairs):
+                found = torch.zeros(len(pairs), self.count)
+                for numbers in self.groups_of_rank(list(range(len(pairs)))):
+                    found[numbers] = self.logps(self.frozen or model, name, numbers)
+                self.reference[name] = torch.tensor(TRAIN.all_sum(found.flatten().tolist(), model.device)).view(found.shape)
+        self.frozen = None
+
+    def batch_of(self, name: str, numbers: list[int], width: int | None = None) -> dict:
+        """`make_batch` of these pairs, and what the loss needs: real (B,), label (B,), margin (B,), reference (B, count)."""
+        pairs, fill = [self.sets[name][i] for i in numbers], self.batch_size if width else 1
+        batch = make_batch(pairs, width, fill * self.count)
+        padding = max(fill - len(pairs), 0)
+        rows, pairs = torch.tensor([*numbers, *[-1] * padding]), pairs + [self.sets[name][0]] * padding
+        real, label = rows >= 0, torch.tensor([pair.label for pair in pairs])
+        batch |= {"rows": rows, "real": real, "label": label, "margin": torch.tensor([pair.margin for pair in pairs])}
+        if self.reference:
+            batch["reference"] = self.reference[name][rows]
+        counts = {**batch["counts"], "pairs": int(real.sum())}
+        if self.settings.rpo_alpha:
+            counts["chosen"] = int((batch["targets"][::2] != -100).sum())
+        if self.settings.method == "kto":
+            counts |= {"desirable": int((real & label).sum()), "undesirable": int((real & ~label).sum())}
+        return {**batch, "counts": counts}
+
+    def make(self, numbers: range) -> dict:
+        return self.batch_of("train", self.plan.order[numbers].tolist(), self.width)
+
+    def __next__(self) -> dict:
+        self.ask_reference(self.run.model)
+        begins = not self.queue
+        batch = super().__next__()
+        if self.settings.method == "kto" and begins:
+            step = [[i for i in micro["rows"].tolist() if i >= 0] for micro in (batch, *self.queue)]
+            self.baseline = self.measure_baseline("train mismatched", step)
+        return {**batch, "baseline": self.baseline} if self.settings.method == "kto" else batch
+
+    def measure_baseline(self, name: str, groups: list[list[int]]) -> Tensor:
+        """The reference point of KTO: the KL of the policy from its reference, estimated with completions of other prompts and at
+        least 0; one number for the whole step of all processes (Ethayarajh 2024, section 4.1)."""
+        with self.scoring(self.run.model) as model:
+            gains = [self.logps(model, name, numbers) - self.reference[name][numbers] for numbers in groups]
+        gain, count = TRAIN.all_sum([float(sum(gain.sum() for gain in gains)), sum(map(len, gains))], self.run.device)
+        return torch.tensor(max(gain / max(count, 1), 0.0))
+
+    def held_out(self, limit: int) -> Iterator[dict]:
+        """This process's batches of held-out pairs; all processes have equally many."""
+        count = min(len(self.held), limit * self.training.batch_size)
+        share = self.groups_of_rank(np.linspace(0, len(self.held) - 1, count).astype(int).tolist())
+        baseline = self.measure_baseline("held mismatched", share) if self.settings.method == "kto" else None
+        for numbers in share:
+            yield {**self.batch_of("held", numbers), "baseline": baseline}
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "reference": self.reference}
+
+    def fingerprint(self) -> str:
+        """A hash of all ids, to which the log-probabilities of the reference belong, of labels and of margins."""
+        content = [(pair.examples, pair.label, pair.margin) for pair in (*self.pairs, *self.held)]
+        return hashlib.blake2b(str(content).encode(), digest_size=8).hexdigest()
+
+    def load_state_dict(self, state: dict) -> None:
+        if "reference" not in state:
+            raise UserError("--resume: the checkpoint was made with another rl.method")
+        if state["data"] != self.identify():
+            raise UserError("--resume: the pairs differ from those of the checkpoint (data.train, data.validation or "
+                            "training.max_length changed)")
+        super().load_state_dict(state)
+        self.reference, self.frozen = state["reference"], None if state["reference"] else self.frozen
+
+
+def held_out_pairs(stream: Pairs, loss_fn: Callable, limit: int) -> Callable:
+    """evaluate(model) for `fit`: the loss and its metrics on held-out pairs."""
+
+    def summed(rows: list[dict], device) -> dict[str, float]:
+        """Sums of each key over the batches of all processes."""
+        return dict(zip(rows[0], TRAIN.all_sum([sum(float(row[key]) for row in rows) for key in rows[0]], device), strict=True))
 
     def evaluate(model) -> dict:
-        share = list(enumerate(chosen))[stream.run.rank :: stream.run.world_size]
-        samples = stream.write(model, share, replace(stream.sampling, temperature=0.0, top_k=0, top_p=1.0, n=1, logprobs=False), 0)
-        logged, samples = stream.judge(samples), gather(samples)
-        if config.training.sample_tokens:
-            for sample in samples[:: max(1, len(samples) // 3)][:3]:
-                question = sample.prompt if isinstance(sample.prompt, str) else sample.prompt[-1]["content"]
-                TRAIN.say_sample(question, f"{sample.text}   ({sample.reward:.3g})")
-        found, means = {"reward": sum(sample.reward for sample in samples) / len(samples)}, stream.mean_rewards(samples)
-        found |= {f"rewards/{name}": mean for name, mean in means.items() if len(means) > 1}
-        found["mean_length"] = sum(sample.length for sample in samples) / len(samples)
-        return {**found, **logged, **found}
+        stream.ask_reference(model)
+        batches = list(stream.held_out(limit))
+        totals = {name: count or 1 for name, count in summed([batch["counts"] for batch in batches], model.device).items()}
+        totals["micro_batches"] = len(batches) * TRAIN.world_size()
+        return summed([loss_fn(model, TRAIN.on_device(batch, model.device), totals)[1] for batch in batches], model.device)
 
     return evaluate
 
 
-def plot_rollouts(out: Path) -> None:
-    """rollouts.png: reward, KL and length over the steps."""
+# --------------------------------------------------------------------------------------- functions of the user
+
+
+@functools.cache
+def event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """The loop of all asynchronous functions, in a daemon thread: the clients and locks that they keep belong to one loop."""
+    loop = asyncio.new_event_loop()
+
+    def work() -> None:
+        torch.set_grad_enabled(False)
+        loop.run_forever()
+
+    threading.Thread(target=work, daemon=True).start()
+    return loop
+
+
+def awaited(given, timeout: float | None = None):
+    """What a function returned; a coroutine runs to its end, for at most `timeout` seconds."""
+    if not inspect.iscoroutine(given):
+        return given
+
+    async def run():
+        try:
+            return await asyncio.wait_for(given, timeout)
+        except SystemExit as error:  # would end the loop
+            raise RuntimeError(f"SystemExit: {error}") from error
+
+    return asyncio.run_coroutine_threadsafe(run(), event_loop(os.getpid())).result()
+
+
+HELPERS: dict[Path, dict] = defaultdict(dict)  # folder -> the modules that its files have imported from it
+
+
+@contextlib.contextmanager
+def modules_beside(folder: Path):
+    """Let a file import the modules in its folder, while it is loaded and in its functions. Only files of this folder see these
+    modules. The folder comes last in the search path, so it replaces no module of the program or of a package."""
+    if any(Path(place or ".").resolve() == folder for place in sys.path):
+        yield
+        return
+    before, helpers = set(sys.modules), HELPERS[folder]
+    sys.path.append(str(folder))
+    sys.modules.update(helpers)
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    records = TRAIN.json_lines(out / "log.jsonl")
-    panels = [(key, title) for key, title in (("reward", "reward of a text"), ("kl", "KL from the reference (nats a text)"),
-                                              ("completions/mean_length", "tokens of a text")) if any(key in r for r in records)]
-    if not panels:
-        return
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        found = [(r["step"], r[key]) for r in records if key in r]
-        axes.plot(*zip(*found, strict=True), "-" if len(found) > 1 else "o", color="#1f5fa8", linewidth=1.5, label="rollouts")
-        held = [(r["step"], r["eval_reward"]) for r in records if "eval_reward" in r] if key == "reward" else []
-        if held:
-            axes.plot(*zip(*held, strict=True), "o-", color="#d1495b", markersize=4, label="held out, greedy")
-            axes.legend(frameon=False)
-        axes.set(xlabel="optimizer step", title=title)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    with MODEL.staged(out) as scratch:
-        figure.savefig(scratch / "rollouts.png", dpi=120)
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in sys.modules.keys() - before:
+            module, top = sys.modules[name], name.partition(".")[0]
+            place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), "/")
+            if Path(os.path.relpath(place, folder)).parts[0].partition(".")[0] == top:
+                helpers[name] = sys.modules.pop(name)
 
 
-# ------------------------------------------------------------------------------------------------------ records
+def load_file(path: Path, key: str):
+    """A Python file of the user as a module with a private name; functions of one file share the module."""
+    name = "_user_" + hashlib.blake2b(str(path).encode() + path.read_bytes(), digest_size=8).hexdigest()
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses and pickle look it up
+        try:
+            with modules_beside(path.parent):
+                spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:  # it is the user's code: anything may come
+            del sys.modules[name]
+            raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
+    return sys.modules[name]
+
+
+def user_function(name: str, key: str) -> Callable:
+    """`file.py:function` of the user; its attribute `folder` is the file's."""
+    path, _, wanted = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"{key}: {name}: there is no file '{path}'")
+    module, folder = load_file(Path(path).resolve(), key), Path(path).resolve().parent
+    function = getattr(module, wanted, None)
+    if not callable(function):
+        known = [f"{path}:{given}" for given, value in vars(module).items()
+                 if callable(value) and getattr(value, "__module__", "") == module.__name__]
+        problem = f"{path} has no function '{wanted}'; " if wanted else ""
+        raise UserError(f"{key}: {problem}choose a function: {', '.join(known) or f'{path} defines none'}")
+
+    @functools.wraps(function)
+    def call(**given):
+        with modules_beside(folder):
+            return awaited(function(**given))
+
+    call.folder = folder
+    return call
+
+
+# ------------------------------------------------------------------------------------------------------- tools
+
+
+MAX_HANGING = 16  # threads of calls that did not return
+
+
+class Tools:
+    """Functions that the policy may call while it completes a conversation, in the form of the tokenizer's chat template.
+
+    A call runs in a daemon thread. One that exceeds `timeout` seconds is left behind: Python cannot end a thread. Whatever goes
+    wrong is an error text in the conversation."""
+
+    def __init__(self, names: list[str], tokenizer, timeout: float, key: str = "rl.tools"):
+        from transformers.utils import get_json_schema
+
+        self.tokenizer, self.timeout, self.hanging = tokenizer, timeout, []
+        self.functions: dict[str, Callable] = {}
+        self.schemas: list[dict] = []
+        for name in names:
+            function = user_function(name, key)
+            try:
+                self.schemas.append(get_json_schema(function))
+            except Exception as error:
+                raise UserError(f"{key}: {name}: a type hint for each argument and a docstring in Google's style are needed "
+                                f"({MODEL.first_line(error)})") from None
+            if function.__name__ in self.functions:
+                raise UserError(f"{key}: two functions have the name '{function.__name__}'; rename one")
+            self.functions[function.__name__] = function
+        result = [(next(iter(self.functions)), "zqshown")]
+        if not (TOKENIZER.answer_markup(tokenizer).call
+                and "zqshown" in tokenizer.decode(TOKENIZER.ids_after_calls(tokenizer, result, self.schemas))):
+            raise UserError(f"{key}: the chat template of this model does not render tool calls and their results")
+
+    def beside(self, own: list[dict] | None) -> list[dict]:
+        """The schemas of these functions and of a record's other tools."""
+        return [*(tool for tool in own or () if tool.get("function", tool).get("name") not in self.functions), *self.schemas]
+
+    def read(self, sample: Sample) -> list[tuple[str | None, dict]]:
+        """The calls of a sample's last turn, which ends with them: (name, arguments); no name for what cannot be read."""
+        if sample.finish != "stop":
+            return []
+        ends = TOKENIZER.any_of([*TOKENIZER.chat_ends(self.tokenizer).tokens, self.tokenizer.eos_token or "\0"])
+        text = ends.split(self.tokenizer.decode(sample.ids[sample.turn :], clean_up_tokenization_spaces=False))[0]
+        reader = INFER.answer_reader(self.tokenizer, sample.ids[: sample.turn], self.beside(sample.columns.get("tools")))
+        reasoning, content, calls = reader(text, True)
+        records = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls]
+        begin, after = reader.markup.call[0].strip(), text.rpartition(reader.markup.think[1])[2] if reader.markup.think else text
+        if begin and after.count(begin) > len(calls):
+            calls = [*calls, (None, {})]
+        if calls:
+            turn = {"content": content, "reasoning_content": reasoning, "tool_calls": records}
+            sample.messages[-1] = {"role": "assistant", "content": "", **{key: value for key, value in turn.items() if value}}
+            sample.finish = "tool_calls"
+        return calls
+
+    def run(self, name: str | None, arguments: dict) -> tuple[str, bool]:
+        """(what a call gives, as text; whether it failed)."""
+        if name not in self.functions:
+            problem = f"there is no tool '{name}'" if name else "this call cannot be read; its arguments must be valid JSON"
+            return f"Error: {problem}; the tools are {', '.join(self.functions)}", True
+        self.hanging = [thread for thread in self.hanging if thread.is_alive()]
+        if len(self.hanging) == MAX_HANGING:
+            return "Error: earlier calls are still running", True
+        function, found = self.functions[name], [(f"Error: no result within {self.timeout:g} seconds", True)]
+
+        def work() -> None:
+            try:
+                with torch.no_grad():
+                    found.append((str(awaited(function.__wrapped__(**arguments), self.timeout)), False))
+            except (TimeoutError, asyncio.TimeoutError):
+                return
+            except BaseException as error:  # it is the user's code, and SystemExit would end the thread only
+                found.append((f"Error: {type(error).__name__}: {error}", True))
+
+        thread = threading.Thread(target=work, daemon=True)
+        with modules_beside(function.folder):
+            thread.start()
+            thread.join(self.timeout)
+        self.hanging += [thread] if thread.is_alive() else []
+        text, failed = found[-1]
+        return text.encode("utf-8", "replace").decode(), failed  # no half surrogate pairs
+
+    def answer(self, sample: Sample, length: int) -> bool:
+        """Run the calls of a sample's last turn and add their results; False if it calls nothing, or if the results leave no
+        room for another turn in a completion of `length` tokens."""
+        calls = self.read(sample)
+        if not calls:
+            return False
+        results = [self.run(*call) for call in calls]
+        sample.calls, sample.failures = sample.calls + len(calls), sample.failures + sum(failed for _, failed in results)
+        known = [name if name in self.functions else next(iter(self.functions)) for name, _ in calls]
+        ids = TOKENIZER.ids_after_calls(self.tokenizer, [(name, text) for name, (text, _) in zip(known, results, strict=True)],
+                                        self.schemas)
+        if len(sample.ids) - sample.start + len(ids) >= length:
+            sample.finish = "length"
+            return False
+        sample.ids = sample.ids + ids
+        sample.messages += [{"role": "tool", "name": name, "content": text}
+                            for (name, _), (text, _) in zip(calls, results, strict=True)]
+        return True
+
+
+# -------------------------------------------------------------------------------------------- reward functions
+
+
+def expected_answer(sample: Sample, function: str, marker: str = "####") -> str:
+    """What the record's `answer` ends with: all of it, or what follows the last marker (GSM8K's layout)."""
+    answer = sample.columns.get("answer")
+    if answer is None:
+        raise UserError(f"{sample.where}: {function} needs the key 'answer'; name it in rl.columns, as in {{answer: my_column}}")
+    if isinstance(answer, (list, dict)):
+        raise UserError(f"{sample.where}: answer is a {type(answer).__name__}, {function} needs a text or a number")
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)  # a table's whole numbers may come as 9.0
+    return without_commas(str(answer).rpartition(marker)[2].strip())
+
+
+def without_commas(text: str) -> str:
+    """1,000, or 2 -> 1000, or 2"""
+    return re.sub(r"(?<=\d),(?=\d)", "", text)
+
+
+def exact_answer(sample: Sample) -> float:
+    """1 where the text ends with the answer, as a word of its own; a closing full stop aside. "12 plus 30 is 42." ends with 42"""
+    texts = without_commas(sample.text), expected_answer(sample, "exact_answer")
+    text, answer = (text.rstrip(" .!\n").lower() for text in texts)
+    return float(bool(answer) and text.endswith(answer) and not re.match(r"[\w.-]", text[: -len(answer)][-1:]))
+
+
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+
+
+def number_after(marker: str, sample: Sample) -> float:
+    """1 where the number after the text's last marker is the answer's."""
+    before, found, after = sample.text.rpartition(marker)
+    given, expected = NUMBER.search(after) if found else None, NUMBER.search(expected_answer(sample, "number_after", marker))
+    if expected is None:
+        raise UserError(f"{sample.where}: number_after: answer {sample.columns['answer']!r} holds no number")
+    return float(given is not None and float(given[0].replace(",", "")) == float(expected[0].replace(",", "")))
+
+
+def shortness(limit: float, sample: Sample) -> float:
+    """1 up to `limit` tokens, falling to 0 at twice as many."""
+    return min(max(2 - sample.length / limit, 0.0), 1.0)
+
+
+def builtin(name: str, key: str = "rl.reward_funcs") -> Callable[[Sample], float] | None:
+    """The reward of one text by a name such as length:60; None for what is none of these."""
+    kind, colon, argument = name.partition(":")
+    try:
+        if name == "exact_answer":
+            return exact_answer
+        if kind == "number_after":
+            return partial(number_after, argument or "####")
+        if kind in ("format", "regex") and argument:
+            found = re.compile(argument, re.DOTALL)
+            return lambda sample: float(bool((found.fullmatch if kind == "format" else found.search)(sample.text.strip())))
+        if kind == "length" and colon and float(argument) > 0:
+            return partial(shortness, float(argument))
+    except (re.error, ValueError) as error:
+        raise UserError(f"{key}: {name}: {error}") from None
+    return None
+
+
+def judge_each(function: Callable[[Sample], float], samples: list[Sample], **_) -> list[float]:
+    return [function(sample) for sample in samples]
+
+
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")  # to reward functions
+
+
+def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[..., list]:
+    """`file.py:function`, called as TRL calls it: f(prompts=, completions=, completion_ids=, each other key of the records=,
+    trainer_state=, log_metric=, log_extra=) -> a number for each, None where it does not judge. A function without `**kwargs` gets
+    what it names. Prompts and completions of conversations are lists of messages."""
+    function = user_function(name, key)
+    parameters = inspect.signature(function).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+    def judge(samples: list[Sample], **more) -> list:
+        keys = {key: None for sample in samples for key in sample.columns}
+        columns = {key: [sample.columns.get(key) for sample in samples] for key in keys}
+        completions = [sample.messages if isinstance(sample.prompt, list) else sample.text for sample in samples]
+        given = {"prompts": [sample.prompt for sample in samples], "completions": completions,
+                 "completion_ids": [sample.ids[sample.start :] for sample in samples], **columns, **more}
+        return function(**{key: value for key, value in given.items() if takes_all or key in parameters})
+
+    return judge
+
+
+def reward_model(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[..., list[float]]:
+    """A folder's reward model: the score after a text's last token."""
+    model, tokenizer_of_model = TOKENIZER.open_model(MODEL.ModelSection(name=name, dtype="float32", device=str(device)), key=key)
+    if "score" not in model.heads or model.config.num_labels != 1:
+        raise UserError(f"{key}: {name} gives no single score; train a reward model with --rl.method reward")
+    if tokenizer_of_model.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{key}: {name} was made with another tokenizer ({len(tokenizer_of_model):,} tokens, the policy's has "
+                        f"{len(tokenizer):,}); it has to read the policy's own ids: train it from the same model")
+    return lambda samples, **_: INFER.scores_of(model, [sample.ids for sample in samples])[:, 0].tolist()
+
+
+def is_number(value) -> bool:
+    """Finite, of Python, numpy or torch."""
+    try:
+        return not isinstance(value, (str, bytes)) and math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+
+
+BEFORE = SimpleNamespace(global_step=0, max_steps=None, epoch=0.0)  # `trainer_state` where nothing is trained
+
+
+class Judges:
+    """All that rewards a text, weighted and added up. `metrics` holds what reward functions logged in the last call."""
+
+    def __init__(self, settings: RLSection, tokenizer, device, section: str = "rl"):
+        self.key, self.device = f"{section}.reward_funcs", torch.device(device).type
+        self.names = list(settings.reward_funcs)
+        self.weights = settings.reward_weights or [1.0] * len(self.names)
+        if not self.names:
+            raise UserError(f"{self.key}: no reward function given; name at least one")
+        if twice := [name for name, count in Counter(self.names).items() if count > 1]:
+            raise UserError(f"{self.key}: {twice[0]} is listed twice; give it a weight in reward_weights")
+        if not all(map(math.isfinite, self.weights)):
+            raise UserError(f"{section}.reward_weights: {self.weights} must be finite numbers")
+        self.functions = [self.find(name, tokenizer, device, self.key) for name in self.names]
+        short = [self.short(name) for name in self.names]
+        self.names = short if len(set(short)) == len(short) else self.names
+        self.metrics: dict[str, list[float]] = {}
+
+    def check(self, prompts: list[Prompt]) -> None:
+        """Check that each record has the columns that built-in functions need, by scoring an empty completion."""
+        for function in self.functions:
+            if isinstance(function, partial) and function.func is judge_each:
+                function([Sample(prompt, 0, [], "stop", "", None) for prompt in prompts])
+
+    @staticmethod
+    def short(name: str) -> str:
+        """What logs call it: judge.py:polite -> polite, out/reward -> reward, length:60 as it is."""
+        return name.rpartition(":")[2] if re.search(r"\.py:\w+$", name) else Path(name).name if Path(name).is_dir() else name
+
+    @staticmethod
+    def find(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[..., list]:
+        if function := builtin(name, key):
+            return partial(judge_each, function)
+        if re.search(r"\.py(:\w*)?$", name):
+            return custom_function(name if ":" in name else f"{name}:", key)
+        if Path(name).is_dir() or ("/" in name and ":" not in name):
+            return reward_model(name, tokenizer, device, key)
+        raise UserError(f"{key}: '{name}' is none of exact_answer, number_after:MARKER, format:REGEX, regex:REGEX, "
+                        "length:TOKENS, file.py:function, or the folder of a reward model")
+
+    def __call__(self, samples: list[Sample], state: SimpleNamespace = BEFORE) -> None:
+        self.metrics = defaultdict(list)
+        for sample in samples:
+            sample.rewards, sample.extra = [], {}
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):  # the policy's precision is not a judge's
+            for name, function in zip(self.names, self.functions, strict=True) if samples else ():
+                for sample, value in zip(samples, self.judge(name, function, samples, state), strict=True):
+                    if value is not None and not is_number(value):
+                        raise UserError(f"{sample.where}: {name} gave {value!r} for the text {sample.text[:80]!r}; a finite "
+                                        "number is needed")
+                    sample.rewards.append(None if value is None else float(value))
+        for sample in samples:
+            if all(value is None for value in sample.rewards):
+                raise UserError(f"{sample.where}: none of {self.key} ({', '.join(self.names)}) judged the text "
+                                f"{sample.text[:80]!r}")
+            sample.reward = math.fsum(weight * value
+                                      for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None)
+
+    def judge(self, name: str, function: Callable, samples: list[Sample], state: SimpleNamespace) -> list:
+        """The values of one function; one that fails is named with the first text on which it fails alone."""
+        def ask(chosen: list[Sample]):
+            return function(chosen, trainer_state=state, log_metric=partial(self.log_metric, name),
+                            log_extra=partial(self.log_extra, name, chosen))
+
+        try:
+            given = ask(samples)
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            line, blamed = traceback.extract_tb(error.__traceback__)[-1], f"{len(samples)} texts together, from {samples[0].where} on"
+            for sample in samples:
+                try:
+                    ask([sample])
+                except (Exception, SystemExit):
+                    blamed = f"{sample.where}, text {sample.text[:80]!r}"
+                    break
+            raise UserError(f"{self.key}: {name} failed on {blamed} ({type(error).__name__}: {MODEL.first_line(error)}, "
+                            f"{Path(line.filename).name}:{line.lineno})") from error
+        given = given.tolist() if hasattr(given, "tolist") else given
+        if not isinstance(given, (list, tuple)):
+            raise UserError(f"{self.key}: {name} returned {type(given).__name__}; expected a list with one number per completion")
+        if len(given) != len(samples):
+            raise UserError(f"{self.key}: {name} returned {len(given)} rewards for {len(samples)} completions")
+        return given
+
+    def log_metric(self, function: str, name: str, value: float) -> None:
+        if not is_number(value):
+            raise UserError(f"{self.key}: {function}: log_metric('{name}', {value!r}): a finite number is needed")
+        self.metrics[name].append(float(value))
+
+    def log_extra(self, function: str, samples: list[Sample], column: str, values: list) -> None:
+        if len(values) != len(samples):
+            raise UserError(f"{self.key}: {function}: log_extra('{column}') got {len(values)} values for {len(samples)} completions")
+        for sample, value in zip(samples, values, strict=True):
+            sample.extra[column] = value
+
+
+# ----------------------------------------------------------------------------------------------------- records
 
 
 def prompt_record(record: dict, where: str, form: TOKENIZER.Form) -> dict:
@@ -1825,7 +1785,55 @@ def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str 
     return first[:same], [answer[same:] for answer in answers]
 
 
-# ------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def held_out_rewards(stream: Rollouts, held: list[Prompt], config) -> Callable | None:
+    """evaluate(model) for `fit`: the rewards of greedy answers to held-out prompts; a few are shown."""
+    chosen = [held[i] for i in np.linspace(0, len(held) - 1, min(len(held), config.rl.eval_prompts)).astype(int)]
+    if not chosen:
+        return None
+
+    def evaluate(model) -> dict:
+        share = list(enumerate(chosen))[stream.run.rank :: stream.run.world_size]
+        samples = stream.write(model, share, replace(stream.sampling, temperature=0.0, top_k=0, top_p=1.0, n=1, logprobs=False), 0)
+        logged, samples = stream.judge(samples), gather(samples)
+        if config.training.sample_tokens:
+            for sample in samples[:: max(1, len(samples) // 3)][:3]:
+                question = sample.prompt if isinstance(sample.prompt, str) else sample.prompt[-1]["content"]
+                TRAIN.say_sample(question, f"{sample.text}   ({sample.reward:.3g})")
+        found, means = {"reward": sum(sample.reward for sample in samples) / len(samples)}, stream.mean_rewards(samples)
+        found |= {f"rewards/{name}": mean for name, mean in means.items() if len(means) > 1}
+        found["mean_length"] = sum(sample.length for sample in samples) / len(samples)
+        return {**found, **logged, **found}
+
+    return evaluate
+
+
+def plot_rollouts(out: Path) -> None:
+    """rollouts.png: reward, KL and length over the steps."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    records = TRAIN.json_lines(out / "log.jsonl")
+    panels = [(key, title) for key, title in (("reward", "reward of a text"), ("kl", "KL from the reference (nats a text)"),
+                                              ("completions/mean_length", "tokens of a text")) if any(key in r for r in records)]
+    if not panels:
+        return
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        found = [(r["step"], r[key]) for r in records if key in r]
+        axes.plot(*zip(*found, strict=True), "-" if len(found) > 1 else "o", color="#1f5fa8", linewidth=1.5, label="rollouts")
+        held = [(r["step"], r["eval_reward"]) for r in records if "eval_reward" in r] if key == "reward" else []
+        if held:
+            axes.plot(*zip(*held, strict=True), "o-", color="#d1495b", markersize=4, label="held out, greedy")
+            axes.legend(frameon=False)
+        axes.set(xlabel="optimizer step", title=title)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    with MODEL.staged(out) as scratch:
+        figure.savefig(scratch / "rollouts.png", dpi=120)
 
 
 def still(model: nn.Module) -> None:
