@@ -45,7 +45,8 @@ SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 @dataclass
 class TrainingSection:
-    epochs: float | None = knob(2.5, "number of epochs; replaced by training.max_steps or training.max_minutes", above=0, often=True)
+    epochs: float | None = knob(2.5, "number of epochs; replaced by training.max_steps or training.max_minutes", above=0,
+                                often=True)
     max_steps: int | None = knob(None, "number of optimizer steps", low=1, often=True)
     max_minutes: float | None = knob(None, "wall-clock limit in minutes; the schedule adapts to it", above=0, often=True)
     batch_size: int = knob(16, "sequences per device per forward pass", low=1, often=True)
@@ -388,7 +389,7 @@ class Trainer:
                 group["peak_lr"] = group["lr"]
         self.stream.start(self.run)
         if saved:
-            self._restore(saved)
+            restore(self, saved)
             self.last_saved = resume
             self.left = [path for path in checkpoints(self.out) if step_of(path) > self.state.step]
             if self.left:
@@ -588,7 +589,7 @@ class Trainer:
         final = self.out / f"ckpt-step-{self.state.step:06d}"
         if self.last_saved == final:
             return
-        content = self._content()
+        content = content_of(self)
         scratch = self.out / f".tmp-{final.name}"
         if self.main:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -613,23 +614,6 @@ class Trainer:
                     remove(path)
         barrier()
 
-    def _content(self) -> dict:
-        """Everything beside the product that an exact continuation needs. Of sharded tensors only the first process keeps the whole."""
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        seconds = all_sum([self.elapsed() if self.main else 0.0], self.device)[0]
-        state = replace(self.state, seconds=seconds, log=self.log.state(self.device), loss_scale=(self.loss_scale.scale, self.loss_scale.good))
-        content = {**vars(state), "random": from_all(random), "stream": self.stream.state_dict(), "sources": self.sources,
-                   "optimizers": [map_tensors(MODEL.gathered_on_first, optimizer.state_dict()) for optimizer in self.optimizers]}
-        # What is trained and not in the product folder as it stands: adapters, a foreign model's heads, a critic.
-        trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
-        if is_whole(self.model):
-            trained = {name for name in trained if MODEL.is_tool(name)}
-        if trained:
-            content["module"] = {k: MODEL.gathered_on_first(v) for k, v in self.model.state_dict().items() if k in trained}
-        return content
-
     # -- the end
 
     def interrupt(self) -> None:
@@ -648,7 +632,7 @@ class Trainer:
         self.checkpoint()
         self.save(self.model, self.out)
         if self.training.load_best_model_at_end and state.best and state.best[1] != state.step:
-            after = self._keep_best(after)
+            after = keep_best(self, after)
         result = Result(state.before, after, state.step, round(self.elapsed(), 2), peak_memory(self.device))
         if self.main:
             measure = next(iter(after), None)
@@ -661,41 +645,8 @@ class Trainer:
                 self.log.tell(f"warning: held-out {name} fell from {100 * state.before[name]:.1f}% to {100 * after[name]:.1f}%; "
                               "a lower training.learning_rate or fewer training.max_steps lose less")
         barrier()
-        self._check_sound(after)
+        check_sound(self, after)
         return result
-
-    def _keep_best(self, last: dict) -> dict:
-        """Put the files of the best checkpoint in the place of the last model's -> its measures."""
-        _, step, measures = self.state.best
-        folder = self.out / f"ckpt-step-{step:06d}"
-        if not folder.exists():
-            self.log.tell(f"the best model's checkpoint, {folder}, is missing; the last model is kept")
-            return last
-        if self.main:
-            with MODEL.staged(self.out, "config.json", MODEL.WEIGHTS) as scratch:
-                for path in folder.iterdir():
-                    if path.name != STATE_FILE:
-                        shutil.copy2(path, scratch)
-        self.log.tell(f"the best model, of step {step}, is kept")
-        return measures
-
-    def _check_sound(self, after: dict) -> None:
-        """A run that ruined its model ends with a line and exit status 1. A token loss may rise a little while a model learns
-        something else; a whole nat per token is e times the perplexity."""
-        state, name = self.state, next(iter(after), "")
-        losses = "training loss", state.first_loss, getattr(self, "last_loss", None)
-        if "perplexity" in after:
-            losses = "held-out loss", state.before.get("loss"), after["loss"]
-            if not lower_is_better(name) and after[name] > state.before.get(name, math.inf):
-                return
-        elif after or self.loss_fn is not token_loss:
-            return
-        what, first, last = losses
-        if first is None or last is None or last < first + 1:
-            return
-        self.log.tell(f"error: the run diverged: {what} {last:.4g}, at first {first:.4g}. The model in {self.out} is unusable: "
-                      f"lower training.learning_rate (now {self.training.learning_rate:.2g}) and use --overwrite")
-        raise SystemExit(1)
 
     @contextlib.contextmanager
     def guarded(self):
@@ -713,62 +664,12 @@ class Trainer:
         try:
             yield
         except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
-            self._explain(error)
+            explain(self, error)
             raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self.log.close()
-
-    def _explain(self, error: Exception) -> None:
-        """The two mistakes of the machine that a user can mend, in one line each."""
-        t = self.training
-        if is_out_of_memory(error):
-            raise UserError(f"out of memory with training.batch_size {t.batch_size} x max_length {t.max_length}: lower "
-                            "training.batch_size (raise grad_accum to keep the step), lower training.max_length, or set "
-                            "training.gradient_checkpointing true") from None
-        if is_disk_full(error, self.out):
-            for scratch in self.out.glob(".tmp-*"):
-                shutil.rmtree(scratch, ignore_errors=True)
-            whole = f"the last whole checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written yet"
-            raise UserError(f"{self.out}: the disk is full at step {self.state.step}; {whole}. Free some space and use "
-                            "--resume auto") from None
-
-    def _restore(self, saved: dict) -> None:
-        """Continue from a checkpoint's content. Nothing on the disk changes: a resume that fails must leave it as it was."""
-        for key, (folder, mark) in self.sources.items():
-            if mark != saved["sources"].get(key, [folder, mark])[1]:
-                raise UserError(f"{key}: {folder} changed since the checkpoint was written (other weights); restore it, or start "
-                                "a new run with --out")
-        for name in vars(self.state):
-            setattr(self.state, name, saved[name])
-        self.loss_scale.scale, self.loss_scale.good = self.state.loss_scale
-        self.log.load(self.state.log, self.state.step)
-        self.log.rates(self.state.tokens, self.computed)  # speeds are those of this process
-        if len(saved["optimizers"]) != len(self.optimizers):
-            raise UserError("--resume: the checkpoint was made with another training.optim")
-        for optimizer, content in zip(self.optimizers, saved["optimizers"], strict=True):
-            weights = [w for group in optimizer.param_groups for w in group["params"]]
-            content["state"] = {i: {k: shard_like(v, weights[i]) if isinstance(v, Tensor) else v for k, v in values.items()}
-                                for i, values in content["state"].items()}
-            try:
-                optimizer.load_state_dict(content)
-            except ValueError as error:
-                raise UserError(f"--resume: the checkpoint's optimizer does not fit ({error})") from None
-            for group in optimizer.param_groups:
-                group["peak_lr"] = self.training.learning_rate * group.get("rate", 1.0)
-        try:
-            self.stream.load_state_dict(saved["stream"])
-        except KeyError:
-            raise UserError("--resume: the checkpoint was made by another method, whose place in the data means nothing to this "
-                            "one") from None
-        if len(saved["random"]) == world_size():
-            random = saved["random"][self.run.rank]
-            torch.set_rng_state(random["cpu"])
-            if "cuda" in random and self.device.type == "cuda":
-                torch.cuda.set_rng_state(random["cuda"], self.device)
-        else:
-            say(f"resumed on {world_size()} processes, saved by {len(saved['random'])}: dropout continues with new random numbers")
 
 
 # ======================================================================================================== edges
@@ -942,6 +843,111 @@ def is_whole(model: nn.Module) -> bool:
 
 def lower_is_better(measure: str) -> bool:
     return any(word in measure for word in ("loss", "perplexity", "error", "bits", "nats", "divergence"))
+
+
+def content_of(trainer: Trainer) -> dict:
+    """Everything beside the product that an exact continuation needs. Of sharded tensors only the first process keeps the whole."""
+    random = {"cpu": torch.get_rng_state()}
+    if trainer.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(trainer.device)
+    seconds = all_sum([trainer.elapsed() if trainer.main else 0.0], trainer.device)[0]
+    state = replace(trainer.state, seconds=seconds, log=trainer.log.state(trainer.device), loss_scale=(trainer.loss_scale.scale, trainer.loss_scale.good))
+    content = {**vars(state), "random": from_all(random), "stream": trainer.stream.state_dict(), "sources": trainer.sources,
+               "optimizers": [map_tensors(MODEL.gathered_on_first, optimizer.state_dict()) for optimizer in trainer.optimizers]}
+    # What is trained and not in the product folder as it stands: adapters, a foreign model's heads, a critic.
+    trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    if is_whole(trainer.model):
+        trained = {name for name in trained if MODEL.is_tool(name)}
+    if trained:
+        content["module"] = {k: MODEL.gathered_on_first(v) for k, v in trainer.model.state_dict().items() if k in trained}
+    return content
+
+
+def restore(trainer: Trainer, saved: dict) -> None:
+    """Continue from a checkpoint's content. Nothing on the disk changes: a resume that fails must leave it as it was."""
+    for key, (folder, mark) in trainer.sources.items():
+        if mark != saved["sources"].get(key, [folder, mark])[1]:
+            raise UserError(f"{key}: {folder} changed since the checkpoint was written (other weights); restore it, or start "
+                            "a new run with --out")
+    for name in vars(trainer.state):
+        setattr(trainer.state, name, saved[name])
+    trainer.loss_scale.scale, trainer.loss_scale.good = trainer.state.loss_scale
+    trainer.log.load(trainer.state.log, trainer.state.step)
+    trainer.log.rates(trainer.state.tokens, trainer.computed)  # speeds are those of this process
+    if len(saved["optimizers"]) != len(trainer.optimizers):
+        raise UserError("--resume: the checkpoint was made with another training.optim")
+    for optimizer, content in zip(trainer.optimizers, saved["optimizers"], strict=True):
+        weights = [w for group in optimizer.param_groups for w in group["params"]]
+        content["state"] = {i: {k: shard_like(v, weights[i]) if isinstance(v, Tensor) else v for k, v in values.items()}
+                            for i, values in content["state"].items()}
+        try:
+            optimizer.load_state_dict(content)
+        except ValueError as error:
+            raise UserError(f"--resume: the checkpoint's optimizer does not fit ({error})") from None
+        for group in optimizer.param_groups:
+            group["peak_lr"] = trainer.training.learning_rate * group.get("rate", 1.0)
+    try:
+        trainer.stream.load_state_dict(saved["stream"])
+    except KeyError:
+        raise UserError("--resume: the checkpoint was made by another method, whose place in the data means nothing to this "
+                        "one") from None
+    if len(saved["random"]) == world_size():
+        random = saved["random"][trainer.run.rank]
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and trainer.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], trainer.device)
+    else:
+        say(f"resumed on {world_size()} processes, saved by {len(saved['random'])}: dropout continues with new random numbers")
+
+
+def keep_best(trainer: Trainer, last: dict) -> dict:
+    """Put the files of the best checkpoint in the place of the last model's -> its measures."""
+    _, step, measures = trainer.state.best
+    folder = trainer.out / f"ckpt-step-{step:06d}"
+    if not folder.exists():
+        trainer.log.tell(f"the best model's checkpoint, {folder}, is missing; the last model is kept")
+        return last
+    if trainer.main:
+        with MODEL.staged(trainer.out, "config.json", MODEL.WEIGHTS) as scratch:
+            for path in folder.iterdir():
+                if path.name != STATE_FILE:
+                    shutil.copy2(path, scratch)
+    trainer.log.tell(f"the best model, of step {step}, is kept")
+    return measures
+
+
+def check_sound(trainer: Trainer, after: dict) -> None:
+    """A run that ruined its model ends with a line and exit status 1. A token loss may rise a little while a model learns
+    something else; a whole nat per token is e times the perplexity."""
+    state, name = trainer.state, next(iter(after), "")
+    losses = "training loss", state.first_loss, getattr(trainer, "last_loss", None)
+    if "perplexity" in after:
+        losses = "held-out loss", state.before.get("loss"), after["loss"]
+        if not lower_is_better(name) and after[name] > state.before.get(name, math.inf):
+            return
+    elif after or trainer.loss_fn is not token_loss:
+        return
+    what, first, last = losses
+    if first is None or last is None or last < first + 1:
+        return
+    trainer.log.tell(f"error: the run diverged: {what} {last:.4g}, at first {first:.4g}. The model in {trainer.out} is unusable: "
+                  f"lower training.learning_rate (now {trainer.training.learning_rate:.2g}) and use --overwrite")
+    raise SystemExit(1)
+
+
+def explain(trainer: Trainer, error: Exception) -> None:
+    """The two mistakes of the machine that a user can mend, in one line each."""
+    t = trainer.training
+    if is_out_of_memory(error):
+        raise UserError(f"out of memory with training.batch_size {t.batch_size} x max_length {t.max_length}: lower "
+                        "training.batch_size (raise grad_accum to keep the step), lower training.max_length, or set "
+                        "training.gradient_checkpointing true") from None
+    if is_disk_full(error, trainer.out):
+        for scratch in trainer.out.glob(".tmp-*"):
+            shutil.rmtree(scratch, ignore_errors=True)
+        whole = f"the last whole checkpoint is {trainer.last_saved}" if trainer.last_saved else "no checkpoint was written yet"
+        raise UserError(f"{trainer.out}: the disk is full at step {trainer.state.step}; {whole}. Free some space and use "
+                        "--resume auto") from None
 
 
 def is_out_of_memory(error: Exception) -> bool:
