@@ -744,8 +744,9 @@ class Mixed:
         self.data.start(run)
         self.texts.start(run)
         per_epoch = self.data.steps_per_epoch
-        self.steps_per_epoch = self.texts.steps_per_epoch
-        if self.lmbda < 1:
+        if self.lmbda == 1:
+            self.steps_per_epoch = self.texts.steps_per_epoch
+        else:
             self.steps_per_epoch = per_epoch and math.ceil(per_epoch / (1 - self.lmbda) - 1e-9)
 
     def __next__(self) -> dict:
