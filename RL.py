@@ -1,7 +1,8 @@
 """RL.py: preference optimization and reinforcement learning.
 
-Reading order: settings, losses and estimators (short functions, each with its paper), preference pairs as a stream and a loss,
-reward functions, rollouts as another stream and loss, records, and the command line.
+Reading order: settings, losses of preference pairs, losses and estimators of rollouts (short functions, each with its paper),
+rollouts as a stream of batches. Below the banner `edges`: preference pairs as a stream, functions of the user, tools, reward
+functions, records, and the command line.
 
     python RL.py --config config.yaml                                # DPO: out/sft -> out/rl, on the bundled pairs
     python RL.py --rl.method grpo --out out/grpo                     # GRPO on sums, with a verifiable reward
@@ -581,8 +582,8 @@ class Sample:
 
 class SampledTexts:
     """An endless stream for `TRAIN.fit`: the current policy writes completions of prompts, which are handed out in minibatches. A
-    rollout of `size` completions begins at a step's boundary and fills whole steps, `laps` times. A checkpoint inside it holds its
-    completions.
+    rollout of `size` completions begins at a step's boundary and fills whole steps, `laps` times. A checkpoint inside it holds
+    its completions.
 
     Each process completes its own prompts; then all know all texts, so that minibatches do not depend on how many processes there
     are."""
@@ -604,7 +605,8 @@ class SampledTexts:
         self.run = run
         self.per_step = self.training.batch_size * run.grad_accum * run.world_size
         if self.size % self.per_step:
-            factors = f"training.batch_size {self.training.batch_size}" + (f" x grad_accum {run.grad_accum}" if run.grad_accum > 1 else "")
+            factors = f"training.batch_size {self.training.batch_size}"
+            factors += f" x grad_accum {run.grad_accum}" if run.grad_accum > 1 else ""
             factors += f" x {run.world_size} processes" if run.world_size > 1 else ""
             raise UserError(f"{self.section}.rollout_size: {self.size} texts do not fill whole optimizer steps of "
                             f"{factors} = {self.per_step}")
@@ -620,7 +622,8 @@ class SampledTexts:
 
     def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
         """Completions of these prompts, those of a prompt one after another."""
-        answers = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, None, batch_size=self.batch_size, step=step,
+        prompts = [prompt.ids for _, prompt in numbered]
+        answers = INFER.generate(model, prompts, sampling, None, batch_size=self.batch_size, step=step,
                                  first=[number for number, _ in numbered])
         return [Sample(prompt, number, *self.read(completion, prompt))
                 for (number, prompt), completions in zip(numbered, answers, strict=True) for completion in completions]
@@ -700,7 +703,8 @@ class SampledTexts:
 
     def fingerprint(self) -> str:
         """Of all prompts and their columns, which rewards depend on."""
-        return hashlib.blake2b(repr([prompt[1:] for prompt in self.prompts]).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        content = repr([prompt[1:] for prompt in self.prompts]).encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(content, digest_size=8).hexdigest()
 
     def load_state_dict(self, state: dict) -> None:
         if "drawn" not in state:
@@ -745,7 +749,8 @@ class Rollouts(SampledTexts):
             # Each turn draws from a generator keyed by (seed, step, prompt, sample, turn).
             keys = [sample.number + (i % sampling.n << 32) + (turn << 64) for i, sample in asking]
             rest = [replace(sampling, n=1, max_new_tokens=length - (len(sample.ids) - sample.start)) for _, sample in asking]
-            answers = INFER.generate(model, [sample.ids for _, sample in asking], rest, None, batch_size=self.batch_size, step=step,
+            unfinished = [sample.ids for _, sample in asking]
+            answers = INFER.generate(model, unfinished, rest, None, batch_size=self.batch_size, step=step,
                                      first=keys)
             for (_, sample), [completion] in zip(asking, answers, strict=True):
                 sample.add(*self.read(completion, Prompt(sample.where, sample.prompt, [], {})))
@@ -756,7 +761,9 @@ class Rollouts(SampledTexts):
     def trainer_state(self) -> SimpleNamespace:
         """What TRL tells reward functions of the run; `max_steps` is None where a time limit ends it."""
         training, step = self.training, self.rollout * self.steps_per_rollout - len(self.queue) // self.run.grad_accum
-        total = training.max_steps if training.epochs is None else max(1, math.ceil(training.epochs * self.steps_per_epoch - 1e-9))
+        total = training.max_steps
+        if training.epochs is not None:
+            total = max(1, math.ceil(training.epochs * self.steps_per_epoch - 1e-9))
         return SimpleNamespace(global_step=step, max_steps=total, epoch=step / self.steps_per_epoch)
 
     def judge(self, samples: list[Sample]) -> dict[str, float]:
@@ -767,7 +774,7 @@ class Rollouts(SampledTexts):
         except UserError as error:
             problem = str(error)
         logged: dict[str, list[float]] = defaultdict(list)
-        for other_problem, metrics in everyone((problem, dict(self.judges.metrics))):
+        for other_problem, metrics in TRAIN.from_all((problem, dict(self.judges.metrics))):
             problem = problem or other_problem
             for name, values in metrics.items():
                 logged[name] += values
@@ -792,21 +799,23 @@ class Rollouts(SampledTexts):
         return found
 
     def draw_varied(self) -> tuple[list[Sample], dict, int]:
-        """(this process's share of a rollout, what reward functions log, number of prompts drawn). Groups of completions with equal
-        rewards have no advantages: they are replaced by the next prompts, in at most rl.dynamic_sampling draws (DAPO; Yu 2025,
-        section 3.2)."""
-        varied, equal, size, logged = [], [], self.settings.num_generations, {}
+        """(this process's share of a rollout, what reward functions log, number of prompts drawn). Groups of completions with
+        equal rewards have no advantages: they are replaced by the next prompts, in at most rl.dynamic_sampling draws (DAPO; Yu
+        2025, section 3.2)."""
+        varied, equal, size, logged = [], [], self.settings.num_generations, defaultdict(list)
         for _ in range(1 + self.settings.dynamic_sampling):
             if len(varied) < self.count:
                 samples = self.draw(len(varied) + len(equal), self.count - len(varied))
-                logged |= self.judge(samples)
+                for name, value in self.judge(samples).items():
+                    logged[name].append(value)
                 for sample in samples:
                     sample.reward -= self.settings.missing_eos_penalty * (sample.finish == "length")
                 samples = gather(samples)
                 for group in (samples[i : i + size] for i in range(0, len(samples), size)):
                     (varied if len({sample.reward for sample in group}) > 1 else equal).append(group)
-        groups = (varied + equal)[: self.count]
-        return sum(groups[self.run.rank :: self.run.world_size], []), logged, len(varied) + len(equal)
+        groups = (varied + equal)[: self.count][self.run.rank :: self.run.world_size]
+        logged = {name: sum(values) / len(values) for name, values in logged.items()}  # means over the draws
+        return sum(groups, []), logged, len(varied) + len(equal)
 
     def roll_out(self) -> None:
         """One rollout, known to all processes: texts, rewards, log-probabilities, advantages."""
@@ -902,8 +911,8 @@ class Rollouts(SampledTexts):
         for name in ("old", "sampled", "reference", "values", "returns", "advantages"):
             column = [getattr(sample, name) for sample in group]
             if column[0] is not None:
-                placed = [at_places(sample, values, 0.0) for sample, values in zip(group, column, strict=True)] if column[0].dim() else None
-                batch[name] = padded(placed) if placed else torch.stack(column)
+                batch[name] = torch.stack(column) if not column[0].dim() else padded(
+                    [at_places(sample, values, 0.0) for sample, values in zip(group, column, strict=True)])
         return batch
 
     def verdict(self, sample: Sample) -> dict:
@@ -919,17 +928,9 @@ class Rollouts(SampledTexts):
 # --------------------------------------------------------------------------------------- sequences of rollouts
 
 
-def everyone(value) -> list:
-    """The values of all processes."""
-    found = [value] * TRAIN.world_size()
-    if len(found) > 1:
-        torch.distributed.all_gather_object(found, value)
-    return found
-
-
 def gather(samples: list[Sample]) -> list[Sample]:
     """All processes' texts, in the order of their prompts."""
-    return sorted(itertools.chain.from_iterable(everyone(samples)), key=lambda sample: sample.number)
+    return sorted(itertools.chain.from_iterable(TRAIN.from_all(samples)), key=lambda sample: sample.number)
 
 
 def padded(rows: list[Tensor], fill: float = 0) -> Tensor:
@@ -945,12 +946,13 @@ def at_places(sample: Sample, values: Tensor, fill: float) -> Tensor:
 
 
 def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
-    """Prompts with their texts, a row each; the targets are what the policy wrote. One row of padding where there are no texts."""
+    """Prompts with their completions, a row each; the targets are the policy's tokens. Without any, one row of padding."""
     nothing = [torch.tensor([-100])]
     ids = padded([torch.tensor(sample.ids[:-1]) for sample in samples] or [torch.tensor([0])])
     targets = [at_places(sample, torch.tensor(sample.ids)[sample.places], -100) for sample in samples]
     positions = [torch.arange(len(sample.ids) - 1) for sample in samples] or [torch.tensor([-1])]
-    batch = {"input_ids": ids, "targets": padded(targets or nothing, -100), "positions": padded(positions, -1), "segment_ids": None,
+    batch = {"input_ids": ids, "targets": padded(targets or nothing, -100), "positions": padded(positions, -1),
+             "segment_ids": None,
              "weights": None}
     return TRAIN.on_device(batch, device)
 
@@ -1535,8 +1537,8 @@ GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metri
 
 def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[..., list]:
     """`file.py:function`, called as TRL calls it: f(prompts=, completions=, completion_ids=, each other key of the records=,
-    trainer_state=, log_metric=, log_extra=) -> a number for each, None where it does not judge. A function without `**kwargs` gets
-    what it names. Prompts and completions of conversations are lists of messages."""
+    trainer_state=, log_metric=, log_extra=) -> a number for each, None where it does not judge. A function without `**kwargs`
+    gets what it names. Prompts and completions of conversations are lists of messages."""
     function = user_function(name, key)
     parameters = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -1643,7 +1645,8 @@ class Judges:
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            line, blamed = traceback.extract_tb(error.__traceback__)[-1], f"{len(samples)} texts together, from {samples[0].where} on"
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            blamed = f"{len(samples)} texts together, from {samples[0].where} on"
             for sample in samples:
                 try:
                     ask([sample])
@@ -1666,7 +1669,8 @@ class Judges:
 
     def log_extra(self, function: str, samples: list[Sample], column: str, values: list) -> None:
         if len(values) != len(samples):
-            raise UserError(f"{self.key}: {function}: log_extra('{column}') got {len(values)} values for {len(samples)} completions")
+            raise UserError(f"{self.key}: {function}: log_extra('{column}') got {len(values)} values for {len(samples)} "
+                            "completions")
         for sample, value in zip(samples, values, strict=True):
             sample.extra[column] = value
 
@@ -1796,7 +1800,8 @@ def held_out_rewards(stream: Rollouts, held: list[Prompt], config) -> Callable |
 
     def evaluate(model) -> dict:
         share = list(enumerate(chosen))[stream.run.rank :: stream.run.world_size]
-        samples = stream.write(model, share, replace(stream.sampling, temperature=0.0, top_k=0, top_p=1.0, n=1, logprobs=False), 0)
+        greedy = replace(stream.sampling, temperature=0.0, top_k=0, top_p=1.0, n=1, logprobs=False)
+        samples = stream.write(model, share, greedy, 0)
         logged, samples = stream.judge(samples), gather(samples)
         if config.training.sample_tokens:
             for sample in samples[:: max(1, len(samples) // 3)][:3]:
@@ -1811,29 +1816,12 @@ def held_out_rewards(stream: Rollouts, held: list[Prompt], config) -> Callable |
 
 
 def plot_rollouts(out: Path) -> None:
-    """rollouts.png: reward, KL and length over the steps."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
+    """rollouts.png: reward, KL and completion length over the steps."""
     records = TRAIN.json_lines(out / "log.jsonl")
-    panels = [(key, title) for key, title in (("reward", "reward of a text"), ("kl", "KL from the reference (nats a text)"),
-                                              ("completions/mean_length", "tokens of a text")) if any(key in r for r in records)]
-    if not panels:
-        return
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        found = [(r["step"], r[key]) for r in records if key in r]
-        axes.plot(*zip(*found, strict=True), "-" if len(found) > 1 else "o", color="#1f5fa8", linewidth=1.5, label="rollouts")
-        held = [(r["step"], r["eval_reward"]) for r in records if "eval_reward" in r] if key == "reward" else []
-        if held:
-            axes.plot(*zip(*held, strict=True), "o-", color="#d1495b", markersize=4, label="held out, greedy")
-            axes.legend(frameon=False)
-        axes.set(xlabel="optimizer step", title=title)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    with MODEL.staged(out) as scratch:
-        figure.savefig(scratch / "rollouts.png", dpi=120)
+    TRAIN.plot_curves(out / "rollouts.png", {
+        "mean reward": {"rollouts": TRAIN.curve(records, "reward"), "held out, greedy": TRAIN.curve(records, "eval_reward")},
+        "KL to the reference (nats per completion)": {"kl": TRAIN.curve(records, "kl")},
+        "completion length (tokens)": {"length": TRAIN.curve(records, "completions/mean_length")}})
 
 
 def still(model: nn.Module) -> None:
@@ -1910,7 +1898,8 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     frozen = frozen_model(config, tokenizer, device)
     build = rollout_stage if method in ON_POLICY else pair_stage
     stage = build(config, model, tokenizer, records, held, left, frozen, judges)
-    sources = {"rl.ref_model": settings.ref_model} if settings.ref_model else {"model.name": config.model.name} if settings.beta else {}
+    key, reference = ("rl.ref_model", settings.ref_model) if settings.ref_model else ("model.name", config.model.name)
+    sources = {key: reference} if settings.beta else {}
     return stage._replace(evaluate=with_kept(stage.evaluate, config, tokenizer), sources=sources,
                           share=0.1 if method == "reward" else 1 / 30)
 
@@ -1968,25 +1957,27 @@ def warn_imbalance(pairs: list[Pair], settings: RLSection) -> None:
     say(f"{desirable:,} desirable and {undesirable:,} undesirable completions: {advice}")
 
 
+def read_prompts(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZER.LeftOut,
+                 tools: Tools | None) -> list[Prompt]:
+    """Records -> prompts. Those that leave no room for a completion are counted in `left`."""
+    room = Room("rl.max_completion_length", config.rl.max_completion_length, config.training.max_length, "training.max_length")
+    room.check()
+    prompts = []
+    for where, record in records:
+        if given := set(GIVEN) & record.keys():
+            raise UserError(f"{where}: the key '{min(given)}' is what reward functions are given; call it otherwise, or rename "
+                            "it by rl.columns")
+        content = TOKENIZER.as_messages(record["prompt"]) if tools else record["prompt"]
+        ids = prompt_ids(tokenizer, content, tools.beside(record.get("tools")) if tools else record.get("tools"))
+        if room.fits(ids, where, left):
+            prompts.append(Prompt(where, content, ids, {key: value for key, value in record.items() if key != "prompt"}))
+    return prompts
+
+
 def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges) -> TRAIN.Stage:
     settings, out = config.rl, Path(config.output.dir)
-    room = Room("rl.max_completion_length", settings.max_completion_length, config.training.max_length, "training.max_length")
-    room.check()
     tools = Tools(settings.tools, tokenizer, settings.tool_timeout) if settings.tools else None
-
-    def prompts(found: list[tuple[str, dict]]) -> list[Prompt]:
-        made = []
-        for where, record in found:
-            if given := set(GIVEN) & record.keys():
-                raise UserError(f"{where}: the key '{min(given)}' is what reward functions are given; call it otherwise, or "
-                                "rename it by rl.columns")
-            content = TOKENIZER.as_messages(record["prompt"]) if tools else record["prompt"]
-            ids = prompt_ids(tokenizer, content, tools.beside(record.get("tools")) if tools else record.get("tools"))
-            if room.fits(ids, where, left):
-                made.append(Prompt(where, content, ids, {key: value for key, value in record.items() if key != "prompt"}))
-        return made
-
-    found, kept = prompts(records), prompts(held)
+    found, kept = (read_prompts(config, tokenizer, part, left, tools) for part in (records, held))
     if not found:
         raise UserError(f"data.train: no prompt is left{left.text()}")
     judges.check(found + kept)
@@ -2009,13 +2000,15 @@ def dry_run(config) -> None:
     settings = config.rl.fill()
     tokenizer, records, _, left = read_records(config)
     if settings.method in ON_POLICY:
-        prompts = [prompt_ids(tokenizer, record["prompt"], record.get("tools")) for _, record in records]
-        columns = [{key: value for key, value in record.items() if key != "prompt"} for _, record in records[:3]]
-        shown = [(where, f"{tokenizer.decode(ids)}\n{json.dumps(rest, ensure_ascii=False, default=str)}")
-                 for (where, _), ids, rest in zip(records, prompts, columns, strict=False)]
+        tools = Tools(settings.tools, tokenizer, settings.tool_timeout) if settings.tools else None
+        prompts = read_prompts(config, tokenizer, records, left, tools)
+        if not prompts:
+            raise UserError(f"data.train: no prompt is left{left.text()}")
+        shown = [(prompt.where, f"{tokenizer.decode(prompt.ids)}\n{json.dumps(prompt.columns, ensure_ascii=False, default=str)}")
+                 for prompt in prompts[:3]]
         limit = config.training.max_length - settings.max_completion_length
-        return SFT.preview(shown, [len(ids) for ids in prompts], "prompt",
-                           f"at most {limit} (training.max_length - rl.max_completion_length)")
+        return SFT.preview(shown, [len(prompt.ids) for prompt in prompts], "prompt",
+                           f"at most {limit} (training.max_length - rl.max_completion_length){left.text()}")
     pairs, shown, lengths = read_pairs(config, tokenizer, records, left), [], []
     for pair in pairs:
         names = ("chosen", "rejected") if len(pair.examples) == 2 else ("desirable" if pair.label else "undesirable",)

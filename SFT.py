@@ -562,8 +562,8 @@ def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | No
     """The trained model to fine-tune, with rows for new tokens and its adapter."""
     name, adapter = config.model.name, bool(config.actions.adapter or config.lora.r)
     if adapter and config.training.qat != "none":
-        raise UserError(f"training.qat: {config.training.qat} is for training all weights; leave out lora.r and --adapter. Adapters "
-                        "learn on quantized weights with model.quantization")
+        raise UserError(f"training.qat: {config.training.qat} is for training all weights; leave out lora.r and --adapter. "
+                        "Adapters learn on quantized weights with model.quantization")
     if labels and adapter and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
         raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora out, "
                         f"or use one of {', '.join(MODEL.FAMILIES)}")

@@ -139,7 +139,7 @@ def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Momentum, then the nearest orthogonal matrix as the update (Jordan 2024), scaled to the usual size of AdamW's updates, so
-    that both use one learning rate (Liu 2025). Sharded updates are gathered first; every process keeps its shard of the result."""
+    that both use one learning rate (Liu 2025). Sharded updates are gathered first; each process keeps its part of the result."""
 
     def __init__(self, weights: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(weights, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -193,9 +193,9 @@ def make_optimizers(model: nn.Module, training: TrainingSection) -> list[torch.o
 
 
 def choose_rate(training: TrainingSection, model: nn.Module, fresh: bool, share: float | None = None) -> None:
-    """Learning rate and optimizer, where none is set. Fresh weights learn fast, narrow models fastest; pretraining of trained weights
-    goes on slowly. Fine-tuning (`share` 1; later stages take a fraction of its rate) makes smaller steps the wider the model. Muon
-    is faster where most is still to be learned, but amplifies the noise of rollouts as much as their signal."""
+    """Choose learning rate and optimizer where none is set. Fresh weights learn fast, narrow models fastest; pretraining of
+    trained weights continues slowly. Fine-tuning (`share` 1; later stages take a fraction of its rate) makes smaller steps the
+    wider the model. Muon is faster where much is left to learn, but amplifies the noise of rollouts as much as their signal."""
     adapter, width = getattr(model, "adapter", None), getattr(getattr(model, "config", None), "hidden_size", 512)
     if fresh:
         rate, optim = 6e-3 * math.sqrt(128 / width), "muon"
@@ -204,8 +204,8 @@ def choose_rate(training: TrainingSection, model: nn.Module, fresh: bool, share:
     else:
         rate, optim = share * min(3e-3, max(1e-5, 3e-3 * (128 / width) ** 2)), "muon" if width <= 256 and share == 1 else "adamw"
     if adapter:
-        # A step of Adam changes each entry of B by the rate, and so W by rate * scaling * r (alpha, or alpha * sqrt(r) in rsLoRA); LoRA+
-        # multiplies B's rate once more. Both are taken back, so that W moves as it does with the default adapter.
+        # A step of Adam changes each entry of B by about the rate, and so W by rate * scaling * r: that is alpha, in rsLoRA
+        # alpha * sqrt(r), and LoRA+ multiplies B's rate once more. The default rate divides by what exceeds the default adapter.
         scaling = adapter.lora_alpha / (math.sqrt(adapter.r) if adapter.use_rslora else adapter.r)
         ratio = max(getattr(model, "rates", {}).values(), default=1.0)
         rate, optim = min(1e-2, 10 * rate) * min(1.0, 16 / (scaling * adapter.r)) / math.sqrt(ratio), "adamw"
@@ -497,7 +497,7 @@ class Trainer:
         loss_finite = all(bool(torch.isfinite(value).all()) for value in metrics.values())
         loss_finite = all_sum([float(not loss_finite)], self.device)[0] == 0
         finite = math.isfinite(norm) and loss_finite
-        backing_off = scale.on and loss_finite and scale.scale > 1  # float16 overflowed in the backward pass, as it does in every run
+        backing_off = scale.on and loss_finite and scale.scale > 1  # float16 overflows at first, in every run
         scale.update(finite)
         if finite:
             state.skipped_in_row = 0
@@ -607,8 +607,9 @@ class Trainer:
             self.log.plot()
         self.last_saved = final
         if self.main:
-            best = self.out / f"ckpt-step-{self.state.best[1]:06d}" if self.state.best else None
-            keep = [*checkpoints(self.out)[-self.training.save_total_limit :], best if self.training.load_best_model_at_end else None]
+            keep = checkpoints(self.out)[-self.training.save_total_limit :]
+            if self.state.best and self.training.load_best_model_at_end:
+                keep.append(self.out / f"ckpt-step-{self.state.best[1]:06d}")
             for path in checkpoints(self.out):
                 if path not in keep:
                     remove(path)
@@ -715,14 +716,15 @@ def barrier() -> None:
 
 @functools.cache
 def patient_group():
-    """A group of all processes for waiting on the first one, which may tokenize for hours; a usual barrier gives up after minutes."""
+    """A process group for waiting on the first process, which may tokenize for hours: a usual barrier gives up after minutes."""
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
 def first_alone(function: Callable, *arguments, folder: str | None = None):
     """function(*arguments), which writes files: by the first process while the others wait, then by them. Meanwhile no other run
     writes to `folder`, so that every process reads what the first one wrote."""
-    first, wait = MODEL.process_rank() == 0, partial(torch.distributed.barrier, patient_group()) if world_size() > 1 else lambda: None
+    first = MODEL.process_rank() == 0
+    wait = partial(torch.distributed.barrier, patient_group()) if world_size() > 1 else lambda: None
     with locked(Path(folder) / ".lock", "data.dir", wait=True) if first and folder else contextlib.nullcontext():
         if not first:
             wait()
@@ -846,12 +848,13 @@ def lower_is_better(measure: str) -> bool:
 
 
 def content_of(trainer: Trainer) -> dict:
-    """Everything beside the product that an exact continuation needs. Of sharded tensors only the first process keeps the whole."""
+    """Everything beside the product that an exact continuation needs; the first process alone keeps whole tensors."""
     random = {"cpu": torch.get_rng_state()}
     if trainer.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(trainer.device)
     seconds = all_sum([trainer.elapsed() if trainer.main else 0.0], trainer.device)[0]
-    state = replace(trainer.state, seconds=seconds, log=trainer.log.state(trainer.device), loss_scale=(trainer.loss_scale.scale, trainer.loss_scale.good))
+    state = replace(trainer.state, seconds=seconds, log=trainer.log.state(trainer.device),
+                    loss_scale=(trainer.loss_scale.scale, trainer.loss_scale.good))
     content = {**vars(state), "random": from_all(random), "stream": trainer.stream.state_dict(), "sources": trainer.sources,
                "optimizers": [map_tensors(MODEL.gathered_on_first, optimizer.state_dict()) for optimizer in trainer.optimizers]}
     # What is trained and not in the product folder as it stands: adapters, a foreign model's heads, a critic.
@@ -997,7 +1000,8 @@ def load_state(folder: Path) -> dict:
     except (RuntimeError, EOFError, OSError) as error:
         raise damaged(folder, f"{folder / STATE_FILE}: cannot be read; it may be truncated ({error})") from None
     if not {"sources", *vars(State())} <= saved.keys():
-        raise UserError(f"--resume: {folder} was written by an earlier version; --model {folder} starts a new run from its weights")
+        raise UserError(f"--resume: {folder} was written by an earlier version; --model {folder} starts a new run from its "
+                        "weights")
     return saved
 
 
@@ -1139,7 +1143,8 @@ class Log:
         # what is held out is measured by one part of a sum of losses
         key = "nll" if any("nll" in r for r in records) else "loss"
         panels = {"loss": {"training": curve(records, key), "held out": curve(records, "eval_loss")}}
-        panels["held out, %"] = {name.rpartition("/")[2].replace("_", " "): curve(records, f"eval_{name}", 100) for name in SHARES}
+        panels["held out, %"] = {name.rpartition("/")[2].replace("_", " "): curve(records, f"eval_{name}", 100)
+                                 for name in SHARES}
         plot_curves(self.out / "loss.png", panels)
 
 
@@ -1219,7 +1224,8 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
         if found and found.resolve().parent != out.resolve() and used:
             raise UserError(f"output.dir: {out} holds a run, of which {found} is no checkpoint; choose another --out")
         if used and not (checkpoints(out) or {"config.yaml", "config.json"} <= set(used) or {*TRACES, *ADAPTER} & set(used)):
-            raise UserError(f"output.dir: {out} holds {used[0]}, which the run would replace and no run wrote; choose another --out")
+            raise UserError(f"output.dir: {out} holds {used[0]}, which the run would replace and no run wrote; choose another "
+                            "--out")
         if resume and found is None and used:
             if kept := [name for name in used if name not in TRACES]:
                 raise UserError(f"--resume: {out} holds {kept[0]} and no checkpoint to go on from; --overwrite replaces what is "
@@ -1235,8 +1241,8 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
 # all that a run leaves before its first checkpoint
 TRACES = ("log.jsonl", "loss.png", "confusion.png", "rollouts.jsonl", "rollouts.png")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-RUN_FILES = (*TRACES, *ADAPTER, "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-             "special_tokens_map.json", "chat_template.jinja")
+RUN_FILES = (*TRACES, *ADAPTER, "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors",
+             "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def clear_run(out: Path) -> None:
@@ -1303,7 +1309,7 @@ EMPTY = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full
 
 
 def own_share(items: list, fill=EMPTY) -> list:
-    """This process's part of items such as validation batches; equally many everywhere, as each forward may need all processes."""
+    """This process's part of items such as validation batches: as many as every other's, as each forward may need all."""
     own = items[MODEL.process_rank() :: world_size()]
     return own + [fill] * (-(-len(items) // world_size()) - len(own))
 
@@ -1493,7 +1499,7 @@ def resumed(config, resume: str):
 def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | python INFER.py MODEL') -> Result:
     """The frame of every training program: processes, the run's folder, settings, trackers, `fit`.
 
-    prepare(config, checkpoint, device) -> Stage. `show` is what to try afterwards, MODEL stands for the flags that name the result."""
+    prepare(config, checkpoint, device) -> Stage. `show` is what to try afterwards; MODEL in it stands for the result's flags."""
     if config.actions.overwrite and config.actions.resume:
         raise UserError("--overwrite and --resume are mutually exclusive; set one")
     config = resumed(config, config.actions.resume) if config.actions.resume else config
@@ -1527,7 +1533,8 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
             total, _ = MODEL.count_parameters(stage.model)
             trained = sum(weight.numel() for weight in stage.model.parameters() if weight.requires_grad)
             share = f", {trained:,} of them trained" if trained != total else ""
-            say(f"{total:,} parameters{share}; {device.type}, {mixed if mixed != 'no' else 'float32'}, {world_size()} process(es)")
+            kind = mixed if mixed != "no" else "float32"
+            say(f"{total:,} parameters{share}; {device.type}, {kind}, {world_size()} process(es)")
             if checkpoint:
                 say(f"resuming from {checkpoint}")
                 if changes := changed_keys(checkpoint, text):
