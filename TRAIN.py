@@ -469,6 +469,8 @@ class Trainer:
             if self.state.step == 0:
                 raise
             self.checkpoint()
+            if not self.main:
+                raise SystemExit(2) from None  # the first process prints the line
             raise UserError(f"{error}; step {self.state.step} is saved in {self.last_saved}: --resume auto continues from it"
                             ) from error.__cause__
 
