@@ -205,10 +205,11 @@ def choose_rate(training: TrainingSection, model: nn.Module, fresh: bool, share:
         rate, optim = share * min(3e-3, max(1e-5, 3e-3 * (128 / width) ** 2)), "muon" if width <= 256 and share == 1 else "adamw"
     if adapter:
         # A step of Adam changes each entry of B by about the rate, and so W by rate * scaling * r: that is alpha, in rsLoRA
-        # alpha * sqrt(r), and LoRA+ multiplies B's rate once more. The default rate divides by what exceeds the default adapter.
+        # alpha * sqrt(r), and LoRA+ multiplies B's rate once more. The default rate falls with the root of what exceeds the
+        # default adapter.
         scaling = adapter.lora_alpha / (math.sqrt(adapter.r) if adapter.use_rslora else adapter.r)
         ratio = max(getattr(model, "rates", {}).values(), default=1.0)
-        rate, optim = min(1e-2, 10 * rate) * min(1.0, 16 / (scaling * adapter.r)) / math.sqrt(ratio), "adamw"
+        rate, optim = min(1e-2, 10 * rate) / math.sqrt(max(1.0, scaling * adapter.r / 16) * ratio), "adamw"
     training.learning_rate = training.learning_rate or rate
     training.optim = optim if training.optim == "auto" else training.optim
 

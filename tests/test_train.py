@@ -808,6 +808,14 @@ def test_defaults_follow_the_weights(tmp_path):
         training = TRAIN.TrainingSection()
         TRAIN.choose_rate(training, model, fresh)
         assert (training.learning_rate, training.optim) == (pytest.approx(rate), optim)
+    for adapter, ratio, rate in ((dict(r=8, alpha=16), None, 1e-2), (dict(r=64, alpha=16), None, 1e-2), (dict(r=8, alpha=16), 16.0, 2.5e-3),
+                                 (dict(r=64, alpha=16, rs=True), None, 1e-2 / math.sqrt(8))):
+        tuned = MODEL.build({"preset": "llama-1m", "hidden_size": 128}, device="meta")
+        tuned.adapter = SimpleNamespace(r=adapter["r"], lora_alpha=adapter["alpha"], use_rslora=adapter.get("rs", False))
+        tuned.rates = {".lora_B.": ratio} if ratio else {}
+        training = TRAIN.TrainingSection()
+        TRAIN.choose_rate(training, tuned, False, share=1)
+        assert (training.learning_rate, training.optim) == (pytest.approx(rate), "adamw")
     chosen = TRAIN.TrainingSection(learning_rate=1e-4, optim="adamw")
     TRAIN.choose_rate(chosen, narrow, True)
     assert (chosen.learning_rate, chosen.optim) == (1e-4, "adamw")
