@@ -989,14 +989,16 @@ class Tools:
         results = [self.run(*call) for call in calls]
         sample.calls, sample.failures = sample.calls + len(calls), sample.failures + sum(failed for _, failed in results)
         known = [name if name in self.functions else next(iter(self.functions)) for name, _ in calls]
-        ids = TOKENIZER.ids_after_calls(self.tokenizer, [(name, text) for name, (text, _) in zip(known, results, strict=True)],
-                                        self.schemas)
+        texts = [text for text, _ in results]
+        try:
+            ids = TOKENIZER.ids_after_calls(self.tokenizer, list(zip(known, texts, strict=True)), self.schemas)
+        except UserError:  # some templates refuse several calls in one turn
+            return False
         if len(sample.ids) - sample.start + len(ids) >= length:
             sample.finish = "length"
             return False
         sample.ids = sample.ids + ids
-        sample.messages += [{"role": "tool", "name": name, "content": text}
-                            for (name, _), (text, _) in zip(calls, results, strict=True)]
+        sample.messages += [{"role": "tool", "name": name, "content": text} for (name, _), text in zip(calls, texts, strict=True)]
         return True
 
 
@@ -1068,8 +1070,8 @@ GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metri
 
 def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[..., list]:
     """`file.py:function`, called as TRL calls it: f(prompts=, completions=, completion_ids=, each other key of the records=,
-    trainer_state=, log_metric=, log_extra=) -> a number for each, None where it does not judge. A function without `**kwargs` gets
-    what it names. Prompts and completions of conversations are lists of messages."""
+    trainer_state=, log_metric=, log_extra=) -> a number for each, None where it does not judge. A function without `**kwargs`
+    gets what it names. Prompts and completions of conversations are lists of messages."""
     function = user_function(name, key)
     parameters = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -1121,7 +1123,9 @@ class Judges:
         if not all(map(math.isfinite, self.weights)):
             raise UserError(f"{section}.reward_weights: {self.weights} must be finite numbers")
         self.functions = [self.find(name, tokenizer, device, self.key) for name in self.names]
-        short = [self.short(name) for name in self.names]
+        # What logs call them: judge.py:polite -> polite, out/reward -> reward, length:60 as it is.
+        short = [name.rpartition(":")[2] if re.search(r"\.py:\w+$", name) else Path(name).name if Path(name).is_dir() else name
+                 for name in self.names]
         self.names = short if len(set(short)) == len(short) else self.names
         self.metrics: dict[str, list[float]] = {}
 
@@ -1130,11 +1134,6 @@ class Judges:
         for function in self.functions:
             if isinstance(function, partial) and function.func is judge_each:
                 function([Sample(prompt, 0, [], "stop", "", None) for prompt in prompts])
-
-    @staticmethod
-    def short(name: str) -> str:
-        """What logs call it: judge.py:polite -> polite, out/reward -> reward, length:60 as it is."""
-        return name.rpartition(":")[2] if re.search(r"\.py:\w+$", name) else Path(name).name if Path(name).is_dir() else name
 
     @staticmethod
     def find(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[..., list]:
@@ -1159,27 +1158,23 @@ class Judges:
                                         "number is needed")
                     sample.rewards.append(None if value is None else float(value))
         for sample in samples:
-            if all(value is None for value in sample.rewards):
+            given = [weight * value for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None]
+            if not given:
                 raise UserError(f"{sample.where}: none of {self.key} ({', '.join(self.names)}) judged the text "
                                 f"{sample.text[:80]!r}")
-            sample.reward = math.fsum(weight * value
-                                      for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None)
+            sample.reward = math.fsum(given)
 
     def judge(self, name: str, function: Callable, samples: list[Sample], state: SimpleNamespace) -> list:
         """The values of one function; one that fails is named with the first text on which it fails alone."""
-        def ask(chosen: list[Sample]):
-            return function(chosen, trainer_state=state, log_metric=partial(self.log_metric, name),
-                            log_extra=partial(self.log_extra, name, chosen))
-
         try:
-            given = ask(samples)
+            given = function(samples, trainer_state=state, **self.loggers(name, samples))
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            line, blamed = traceback.extract_tb(error.__traceback__)[-1], f"{len(samples)} texts together, from {samples[0].where} on"
+            line, blamed = traceback.extract_tb(error.__traceback__)[-1], f"{len(samples)} texts, from {samples[0].where} on"
             for sample in samples:
                 try:
-                    ask([sample])
+                    function([sample], trainer_state=state, **self.loggers(name, [sample]))
                 except (Exception, SystemExit):
                     blamed = f"{sample.where}, text {sample.text[:80]!r}"
                     break
@@ -1192,16 +1187,20 @@ class Judges:
             raise UserError(f"{self.key}: {name} returned {len(given)} rewards for {len(samples)} completions")
         return given
 
-    def log_metric(self, function: str, name: str, value: float) -> None:
-        if not is_number(value):
-            raise UserError(f"{self.key}: {function}: log_metric('{name}', {value!r}): a finite number is needed")
-        self.metrics[name].append(float(value))
+    def loggers(self, function: str, samples: list[Sample]) -> dict[str, Callable]:
+        def log_metric(name: str, value: float) -> None:
+            if not is_number(value):
+                raise UserError(f"{self.key}: {function}: log_metric('{name}', {value!r}): a finite number is needed")
+            self.metrics[name].append(float(value))
 
-    def log_extra(self, function: str, samples: list[Sample], column: str, values: list) -> None:
-        if len(values) != len(samples):
-            raise UserError(f"{self.key}: {function}: log_extra('{column}') got {len(values)} values for {len(samples)} completions")
-        for sample, value in zip(samples, values, strict=True):
-            sample.extra[column] = value
+        def log_extra(column: str, values: list) -> None:
+            if len(values) != len(samples):
+                raise UserError(f"{self.key}: {function}: log_extra('{column}') got {len(values)} values for {len(samples)} "
+                                "completions")
+            for sample, value in zip(samples, values, strict=True):
+                sample.extra[column] = value
+
+        return {"log_metric": log_metric, "log_extra": log_extra}
 
 
 # ----------------------------------------------------------------------------------------------------- rollouts
@@ -1255,12 +1254,9 @@ class Reference:
 
 
 class SampledTexts:
-    """An endless stream for `TRAIN.fit`: the current policy writes completions of prompts, which are handed out in minibatches. A
-    rollout of `size` completions begins at a step's boundary and fills whole steps, `laps` times. A checkpoint inside it holds its
-    completions.
-
-    Each process completes its own prompts; then all know all texts, so that minibatches do not depend on how many processes there
-    are."""
+    """An endless stream for `TRAIN.fit`: the current policy writes completions, which are handed out in minibatches. A rollout of
+    `size` completions begins at a step's boundary and fills whole steps, `laps` times; a checkpoint inside it holds them. Each
+    process completes its own prompts. Then all know all texts, so minibatches do not depend on the number of processes."""
 
     section = "rl"  # where its settings stand
 
@@ -1279,8 +1275,9 @@ class SampledTexts:
         self.run = run
         self.per_step = self.training.batch_size * run.grad_accum * run.world_size
         if self.size % self.per_step:
-            factors = f"training.batch_size {self.training.batch_size}" + (f" x grad_accum {run.grad_accum}" if run.grad_accum > 1 else "")
-            factors += f" x {run.world_size} processes" if run.world_size > 1 else ""
+            factors = f"training.batch_size {self.training.batch_size}"
+            for name, number in (("grad_accum {}", run.grad_accum), ("{} processes", run.world_size)):
+                factors += f" x {name.format(number)}" if number > 1 else ""
             raise UserError(f"{self.section}.rollout_size: {self.size} texts do not fill whole optimizer steps of "
                             f"{factors} = {self.per_step}")
         self.count = self.size // self.sampling.n  # prompts of a rollout
@@ -1295,7 +1292,7 @@ class SampledTexts:
 
     def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
         """Completions of these prompts, those of a prompt one after another."""
-        answers = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, None, batch_size=self.batch_size, step=step,
+        answers = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, batch_size=self.batch_size, step=step,
                                  first=[number for number, _ in numbered])
         return [Sample(prompt, number, *self.read(completion, prompt))
                 for (number, prompt), completions in zip(numbered, answers, strict=True) for completion in completions]
@@ -1371,16 +1368,18 @@ class SampledTexts:
     def state_dict(self) -> dict:
         left = len(self.queue) * self.training.batch_size * self.run.world_size
         return {"drawn": self.drawn, "rollout": self.rollout, "sums": {k: list(v) for k, v in self.sums.items()}, "left": left,
-                "samples": [sample.state() for sample in self.samples] if left else [], "prompts": self.fingerprint()}
+                "samples": [sample.state() for sample in self.samples] if left else [], "prompts": self.fingerprint}
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Of all prompts and their columns, which rewards depend on."""
-        return hashlib.blake2b(repr([prompt[1:] for prompt in self.prompts]).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        text = repr([prompt[1:] for prompt in self.prompts]).encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(text, digest_size=8).hexdigest()
 
     def load_state_dict(self, state: dict) -> None:
         if "drawn" not in state:
             raise UserError("--resume: the checkpoint was made with another rl.method")
-        if state["prompts"] != self.fingerprint():
+        if state["prompts"] != self.fingerprint:
             raise UserError("--resume: the prompts or other columns are not those that the checkpoint was made with (data.train, "
                             f"{self.section}.columns, {self.section}.system or training.max_length changed)")
         if state["left"] % self.per_step:
@@ -1420,7 +1419,7 @@ class Rollouts(SampledTexts):
             # Each turn draws from a generator keyed by (seed, step, prompt, sample, turn).
             keys = [sample.number + (i % sampling.n << 32) + (turn << 64) for i, sample in asking]
             rest = [replace(sampling, n=1, max_new_tokens=length - (len(sample.ids) - sample.start)) for _, sample in asking]
-            answers = INFER.generate(model, [sample.ids for _, sample in asking], rest, None, batch_size=self.batch_size, step=step,
+            answers = INFER.generate(model, [sample.ids for _, sample in asking], rest, batch_size=self.batch_size, step=step,
                                      first=keys)
             for (_, sample), [completion] in zip(asking, answers, strict=True):
                 sample.add(*self.read(completion, Prompt(sample.where, sample.prompt, [], {})))
@@ -1430,9 +1429,9 @@ class Rollouts(SampledTexts):
 
     def trainer_state(self) -> SimpleNamespace:
         """What TRL tells reward functions of the run; `max_steps` is None where a time limit ends it."""
-        training, step = self.training, self.rollout * self.steps_per_rollout - len(self.queue) // self.run.grad_accum
-        total = training.max_steps if training.epochs is None else max(1, math.ceil(training.epochs * self.steps_per_epoch - 1e-9))
-        return SimpleNamespace(global_step=step, max_steps=total, epoch=step / self.steps_per_epoch)
+        epochs, step = self.training.epochs, self.rollout * self.steps_per_rollout - len(self.queue) // self.run.grad_accum
+        steps = self.training.max_steps if epochs is None else max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
+        return SimpleNamespace(global_step=step, max_steps=steps, epoch=step / self.steps_per_epoch)
 
     def judge(self, samples: list[Sample]) -> dict[str, float]:
         """Reward this process's texts -> what reward functions logged, means over all processes. All end where one fails."""
@@ -1467,9 +1466,8 @@ class Rollouts(SampledTexts):
         return found
 
     def draw_varied(self) -> tuple[list[Sample], dict, int]:
-        """(this process's share of a rollout, what reward functions log, number of prompts drawn). Groups of completions with equal
-        rewards have no advantages: they are replaced by the next prompts, in at most rl.dynamic_sampling draws (DAPO; Yu 2025,
-        section 3.2)."""
+        """(this process's share of a rollout, what reward functions log, number of prompts drawn). Groups with equal rewards have no
+        advantages: the next prompts replace them, in at most rl.dynamic_sampling draws (DAPO; Yu 2025, section 3.2)."""
         varied, equal, size, logged = [], [], self.settings.num_generations, {}
         for _ in range(1 + self.settings.dynamic_sampling):
             if len(varied) < self.count:
@@ -1577,8 +1575,8 @@ class Rollouts(SampledTexts):
         for name in ("old", "sampled", "reference", "values", "returns", "advantages"):
             column = [getattr(sample, name) for sample in group]
             if column[0] is not None:
-                placed = [at_places(sample, values, 0.0) for sample, values in zip(group, column, strict=True)] if column[0].dim() else None
-                batch[name] = padded(placed) if placed else torch.stack(column)
+                rows = [at_places(sample, values) for sample, values in zip(group, column, strict=True) if values.dim()]
+                batch[name] = padded(rows) if rows else torch.stack(column)
         return batch
 
     def verdict(self, sample: Sample) -> dict:
@@ -1607,7 +1605,7 @@ def padded(rows: list[Tensor], fill: float = 0) -> Tensor:
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
-def at_places(sample: Sample, values: Tensor, fill: float) -> Tensor:
+def at_places(sample: Sample, values: Tensor, fill: float = 0) -> Tensor:
     """A number for each token that the policy wrote (L,) -> (T,), where that token is the target; `fill` elsewhere."""
     row = torch.full((len(sample.ids) - 1,), fill, dtype=values.dtype)
     row[torch.tensor(sample.places) - 1] = values
@@ -1615,14 +1613,13 @@ def at_places(sample: Sample, values: Tensor, fill: float) -> Tensor:
 
 
 def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
-    """Prompts with their texts, a row each; the targets are what the policy wrote. One row of padding where there are no texts."""
-    nothing = [torch.tensor([-100])]
-    ids = padded([torch.tensor(sample.ids[:-1]) for sample in samples] or [torch.tensor([0])])
-    targets = [at_places(sample, torch.tensor(sample.ids)[sample.places], -100) for sample in samples]
-    positions = [torch.arange(len(sample.ids) - 1) for sample in samples] or [torch.tensor([-1])]
-    batch = {"input_ids": ids, "targets": padded(targets or nothing, -100), "positions": padded(positions, -1), "segment_ids": None,
-             "weights": None}
-    return TRAIN.on_device(batch, device)
+    """A row for each sample, or a row of padding if there are none; the targets are the tokens that the policy wrote."""
+    ids = [torch.tensor(sample.ids) for sample in samples]
+    targets = [at_places(sample, row[sample.places], -100) for sample, row in zip(samples, ids, strict=True)]
+    rows = {"input_ids": [row[:-1] for row in ids], "targets": targets, "positions": [torch.arange(len(row) - 1) for row in ids]}
+    fills = {"input_ids": 0, "targets": -100, "positions": -1}
+    batch = {name: padded(rows[name] or [torch.tensor([fill])], fill) for name, fill in fills.items()}
+    return TRAIN.on_device({**batch, "segment_ids": None, "weights": None}, device)
 
 
 def rollout_loss(settings: RLSection) -> Callable:
@@ -1671,7 +1668,7 @@ def held_out_rewards(stream: Rollouts, held: list[Prompt], config) -> Callable |
 
     def evaluate(model) -> dict:
         share = list(enumerate(chosen))[stream.run.rank :: stream.run.world_size]
-        samples = stream.write(model, share, replace(stream.sampling, temperature=0.0, top_k=0, top_p=1.0, n=1, logprobs=False), 0)
+        samples = stream.write(model, share, INFER.Sampling(stream.sampling.max_new_tokens, temperature=0), 0)
         logged, samples = stream.judge(samples), gather(samples)
         if config.training.sample_tokens:
             for sample in samples[:: max(1, len(samples) // 3)][:3]:

@@ -3,8 +3,8 @@
     python bench/tools.py                            # three seeds, about three minutes each on two cores
     python bench/tools.py --seeds 0 --sft-steps 300  # appends to out/bench/tools.jsonl
 
-A fresh model is fine-tuned on sums in the words of data/prompts.jsonl: half of the conversations offer a calculator and call it, a
-quarter offers it and answers at once, a quarter has none. Then GRPO trains it on data/prompts.jsonl, with the calculator and without.
+A fresh model is fine-tuned on sums in the words of data/prompts.jsonl: three of eight conversations offer a calculator and call it, one
+offers it and answers at once, one has none, and three repeat digits, from which the model learns to copy. Then GRPO trains it on data/prompts.jsonl, with the calculator and without.
 Reward: greedy answers to held-out prompts of data/prompts_test.jsonl that end with the right number.
 """
 
@@ -54,8 +54,12 @@ def questions(count: int, seed: int) -> list[tuple[str, str]]:
 
 def conversation(i: int, question: str, sum: str, schema: list) -> dict:
     answer, asked = {"role": "assistant", "content": f"It is {eval(sum)}."}, {"role": "user", "content": question}
-    if i % 4 > 1:
-        return {"messages": [asked, answer], **({"tools": schema} if i % 4 == 2 else {})}
+    kind = ("call", "repeat")[i % 2] if i % 8 < 6 else ("direct", "alone")[i % 2]
+    if kind == "repeat":
+        digits = "".join(random.Random(i).choices("0123456789", k=20))
+        return {"messages": [{"role": "user", "content": f"Repeat {digits}"}, {"role": "assistant", "content": digits}]}
+    if kind != "call":
+        return {"messages": [asked, answer], **({"tools": schema} if kind == "direct" else {})}
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "calculate", "arguments": {"sum": sum}}}]}
     return {"messages": [asked, call, {"role": "tool", "name": "calculate", "content": str(eval(sum))}, answer], "tools": schema}
 
@@ -75,7 +79,7 @@ def run(seed: int, options) -> dict:
     from transformers.utils import get_json_schema
 
     schema = [get_json_schema(RL.user_function(tool, "tools"))]
-    talks = [conversation(i, *asked, schema) for i, asked in enumerate(questions(8000, seed))]
+    talks = [conversation(i, *asked, schema) for i, asked in enumerate(questions(16000, seed))]
     (out / "sft.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     texts = [text for talk in talks[:2000] for text in (json.dumps(schema[0]), *(turn["content"] or "".join(
         f"<tool_call>{json.dumps(call['function'])}</tool_call>" for call in turn["tool_calls"]) for turn in talk["messages"]))]

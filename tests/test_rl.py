@@ -1214,6 +1214,7 @@ def test_every_method_learns_and_resumes_to_the_last_bit(method, more, world, tm
     whole, other = ([record["loss"] for record in log_of(tmp_path / name) if "loss" in record and record["step"] > int(checkpoint.name[-6:])] for name in ("whole", "again"))
     assert whole == other and len(whole) == steps - int(checkpoint.name[-6:])
     if text:
+        assert next(record["kl"] for record in log_of(tmp_path / "whole") if "kl" in record) == 0
         rest = (tmp_path / "again" / "rollouts.jsonl").read_text()
         assert rest and text.endswith(rest) and (tmp_path / "whole" / "rollouts.png").exists()
         first = json.loads(text.splitlines()[0])
@@ -1313,6 +1314,15 @@ def test_an_adapter_can_be_the_reference(world, tmp_path):
     RL.main([*flags_of(world, "dpo"), "--max-steps", "1", "--rl.ref_model", str(tmp_path / "adapter"), "--out", str(tmp_path / "run")])
     first = next(record for record in log_of(tmp_path / "run") if "loss" in record)
     assert first["loss"] != pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_loaded_adapter_is_the_reference_of_its_training(world, tmp_path):
+    """Exactly: its KL is zero at first; and what has changed of it is not the reference."""
+    adapter = saved_adapter(world / "base", tmp_path / "adapter", 3)
+    for precision in ("no", "bf16"):
+        RL.main([*flags_of(world, "rloo"), "--adapter", adapter, "--max-steps", "4", "--training.mixed_precision", precision, "--data.validation", "none", "--out", str(tmp_path / precision)])
+        kl = [record["kl"] for record in log_of(tmp_path / precision) if "kl" in record]
+        assert kl[0] == 0 < kl[-1]
 
 
 def test_columns_may_hold_what_json_cannot(world, tmp_path):
@@ -1483,6 +1493,7 @@ def test_two_processes_learn_as_one(world, tmp_path):
         assert len(logs[0]) == len(logs[1]) == 2
         for key in set(logs[0][0]) & {"loss", "grad_norm", "reward", "kl", "rewards/margins", "accuracy", "explained_variance"}:
             values = [[record[key] for record in log if key in record] for log in logs]
+            assert key != "kl" or values[0][0] == values[1][0] == 0
             assert values[0] == pytest.approx(values[1], abs=1e-5), (name, key)
         results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path / name, one)]
         for when in ("before", "after"):
