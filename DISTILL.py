@@ -362,21 +362,13 @@ def fingerprint(*parts) -> str:
 
 
 def mark_of(name: str) -> str | None:
-    """The fingerprint of a file, or of a model: the sizes of its files and 64 samples of each. None if it does not exist here."""
+    """The fingerprint of a file or of a model's weights; None if it does not exist here."""
     if Path(name).is_file():
-        return fingerprint(Path(name).read_bytes())
+        return MODEL.files_fingerprint([Path(name)])
     try:
-        folder = MODEL.resolve_folder(name, "distill.teacher")
+        return MODEL.weights_fingerprint(name, "distill.teacher")
     except UserError:
         return None
-    parts = []
-    if (folder / "adapter_config.json").exists():
-        parts.append(str(mark_of(MODEL.adapter_config(folder).base_model_name_or_path)).encode())
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("pytorch_model*.bin")]):
-        content = np.memmap(path, np.uint8, "r")
-        samples = range(0, len(content), max(len(content) // 64, 2**16))
-        parts += [f"{path.name} {len(content)}".encode(), *(content[i : i + 2**16] for i in samples)]
-    return fingerprint(*parts)
 
 
 # --------------------------------------------------------------------------------------------- resumable output
@@ -744,8 +736,9 @@ class Mixed:
         self.data.start(run)
         self.texts.start(run)
         per_epoch = self.data.steps_per_epoch
-        self.steps_per_epoch = self.texts.steps_per_epoch
-        if self.lmbda < 1:
+        if self.lmbda == 1:
+            self.steps_per_epoch = self.texts.steps_per_epoch
+        else:
             self.steps_per_epoch = per_epoch and math.ceil(per_epoch / (1 - self.lmbda) - 1e-9)
 
     def __next__(self) -> dict:

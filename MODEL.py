@@ -2699,7 +2699,7 @@ def resolve_folder(name: str, key: str = "model.name") -> Path:
 
 
 def files_fingerprint(paths: list[Path]) -> str:
-    """Identifies files by their names, their sizes and 64 samples of each, which also tells apart files of many gigabytes quickly."""
+    """Identifies files by their names, their sizes and 64 samples of each, which takes no time for many gigabytes either."""
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
         size = path.stat().st_size

@@ -1,7 +1,8 @@
 """RL.py: preference optimization and reinforcement learning.
 
-Reading order: settings, losses and estimators (short functions, each with its paper), preference pairs as a stream and a loss,
-reward functions, rollouts as another stream and loss, records, and the command line.
+Reading order: settings, losses of preference pairs, losses and estimators of rollouts (short functions, each with its paper),
+rollouts as a stream of batches. Below the banner `edges`: preference pairs as a stream, functions of the user, tools, reward
+functions, records, and the command line.
 
     python RL.py --config config.yaml                                # DPO: out/sft -> out/rl, on the bundled pairs
     python RL.py --rl.method grpo --out out/grpo                     # GRPO on sums, with a verifiable reward
@@ -184,7 +185,7 @@ class RLSection:
                 raise UserError(f"rl.{message}")
 
 
-# ------------------------------------------------------------------------------------ losses of preference pairs
+# ---------------------------------------------------------------------------------- losses of preference pairs
 #
 # Log-probabilities are of whole completions given their prompts: sums over tokens, or means where a docstring says so.
 
@@ -244,6 +245,106 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, 
     """Rewards (B,) -> -log sigmoid(chosen - rejected - margin) (Bradley-Terry; the margin: Touvron 2023, eq. 2). Pairs
     determine only differences; centering (chosen + rejected)^2 fixes the zero (Eisenstein 2023, section 2)."""
     return -F.logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected) ** 2
+
+
+def text_logps(model, batch: dict, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities of the completions (B, count), their numbers of tokens (B, count), the router's loss)."""
+    sums, balance = read_rows(model, batch, lambda out, positions: out.logprobs.sum(1))
+    return sums.view(-1, count), (batch["targets"] != -100).float().sum(1).view(-1, count), balance
+
+
+def read_rows(model, batch: dict, read: Callable[..., Tensor], want: tuple = ()) -> tuple[Tensor, Tensor]:
+    """(read(output, positions) of each row (R,), the router's loss), by one forward pass for each half of the batch."""
+    values, balance = [], 0.0
+    for rows, width in batch["halves"]:
+        ids, positions, targets = (None if batch[key] is None else batch[key][rows, :width]
+                                   for key in ("input_ids", "positions", "targets"))
+        out = model(ids, positions=positions, targets=None if want else targets, want=want)
+        values.append(read(out, positions))
+        balance = balance + out.aux_loss / len(batch["halves"])
+    order = torch.cat([rows for rows, _ in batch["halves"]]).argsort().to(values[0].device)
+    return torch.cat(values)[order], balance
+
+
+def mean_of(values: Tensor, batch: dict, totals: dict) -> Tensor:
+    """This batch's share of a mean over the pairs of the whole step, without padding."""
+    return torch.where(batch["real"], values, 0.0).sum() / totals["pairs"]
+
+
+def is_right(ahead: Tensor) -> Tensor:
+    """1 where a difference is positive. A tie counts half, so that chance is 0.5."""
+    return torch.where(ahead.abs() < 1e-6, 0.5, (ahead > 0).float())
+
+
+def preference_loss(settings: RLSection) -> Callable:
+    """loss_fn for `fit` of dpo, orpo, simpo and kto; metrics have TRL's names."""
+    method, beta = settings.method, settings.beta
+
+    def pair_losses(sums: Tensor, tokens: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+        """(losses (B,), implicit rewards (B, 2))."""
+        means = sums / tokens.clamp(min=1)
+        if method == "simpo":
+            return simpo_loss(*means.unbind(1), beta, settings.simpo_gamma), beta * means
+        if method == "orpo":
+            return beta * orpo_loss(*means.unbind(1)), beta * means
+        policy, reference = sums, batch["reference"]
+        if settings.loss_type in ("ipo", "sigmoid_norm"):
+            policy, reference = means, reference / tokens.clamp(min=1)
+        losses = dpo_loss(*policy.unbind(1), *reference.unbind(1), beta, settings.loss_type, settings.label_smoothing)
+        return losses, beta * (policy - reference)
+
+    def loss_of_pairs(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+        sums, tokens, balance = text_logps(model, batch, 2)
+        share = partial(mean_of, batch=batch, totals=totals)
+        losses, rewards = pair_losses(sums, tokens, batch)
+        loss, (chosen, rejected) = share(losses), rewards.detach().unbind(1)
+        metrics = {"rewards/accuracies": share(is_right(chosen - rejected)), "rewards/margins": share(chosen - rejected),
+                   "rewards/chosen": share(chosen), "rewards/rejected": share(rejected),
+                   "logps/chosen": share(sums[:, 0].detach()), "logps/rejected": share(sums[:, 1].detach())}
+        # The loss of pairs alone may make both completions less likely, as long as the rejected one loses more.
+        if settings.rpo_alpha:
+            nll = -sums[:, 0].sum() / totals["chosen"]
+            metrics |= {"nll_loss": nll.detach(), "odds_loss" if method == "orpo" else "preference_loss": loss.detach()}
+            loss = loss + settings.rpo_alpha * nll
+        return loss + balance / totals["micro_batches"], {**metrics, "loss": loss.detach()}
+
+    def loss_of_singles(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+        sums, _, balance = text_logps(model, batch, 1)
+        share = partial(mean_of, batch=batch, totals=totals)
+        gains, label, baseline = sums[:, 0] - batch["reference"][:, 0], batch["label"], batch["baseline"]
+        loss = share(kto_loss(gains, label, baseline, beta, settings.desirable_weight, settings.undesirable_weight))
+        rewards, sign = beta * gains.detach(), torch.where(label, 1, -1)
+        metrics = {"rewards/accuracies": share(is_right(sign * (rewards - beta * baseline))),
+                   "kl": share(baseline.expand(len(gains))), "loss": loss.detach()}
+        if totals["desirable"] < totals["pairs"] > totals["undesirable"]:  # a step with one kind alone has no margin
+            chosen, rejected = (share(rewards * kind) * totals["pairs"] / totals[name]
+                                for name, kind in (("desirable", label), ("undesirable", ~label)))
+            metrics |= {"rewards/margins": chosen - rejected, "rewards/chosen": chosen, "rewards/rejected": rejected}
+        return loss + balance / totals["micro_batches"], metrics
+
+    return loss_of_singles if method == "kto" else loss_of_pairs
+
+
+def last_scores(out: MODEL.Output, positions: Tensor | None) -> Tensor:
+    """The score head's output at the last token of each row (R,)."""
+    scores = out.scores[..., 0]  # (R, T)
+    return scores[:, -1] if positions is None else scores.gather(1, positions.argmax(1, keepdim=True))[:, 0]
+
+
+def reward_model_loss(settings: RLSection) -> Callable:
+    """loss_fn for `fit`: the reward of a text is the score head's output at its last token."""
+
+    def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+        rewards, balance = read_rows(model, batch, last_scores, want=("scores",))
+        chosen, rejected = rewards.view(-1, 2).unbind(1)  # (B,)
+        share = partial(mean_of, batch=batch, totals=totals)
+        loss = share(reward_loss(chosen, rejected, batch["margin"], settings.center_rewards_coefficient))
+        ahead = (chosen - rejected).detach()
+        return loss + balance / totals["micro_batches"], {
+            "accuracy": share(is_right(ahead)), "margin": share(ahead), "mean_reward": share((chosen + rejected).detach() / 2),
+            "loss": loss.detach()}
+
+    return loss_fn
 
 
 # ------------------------------------------------------------------------------------------ losses of rollouts
@@ -389,7 +490,512 @@ def rloo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, e
     return losses * weights * mask.any(1), cut[:, None] & mask
 
 
-# ------------------------------------------------------------------------------------------- preference pairs
+def rollout_loss(settings: RLSection) -> Callable:
+    """loss_fn for `fit` of ppo, grpo and rloo."""
+    method = settings.method
+    divisor = "tokens" if method == "ppo" or settings.loss_type in ("dapo", "cispo") else "texts"
+    want = (("values",) if method == "ppo" else ()) + (("entropy",) if settings.entropy_coef else ())
+
+    def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+        mask, old, advantages = batch["targets"] != -100, batch["old"], batch["advantages"]
+        out = model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"], temperature=settings.temperature,
+                    want=want)
+        limits = dict(epsilon=settings.epsilon, epsilon_high=settings.epsilon_high)
+        weights = 1.0
+        if settings.importance_sampling_clip_max:
+            weights = sampler_weights(old, batch["sampled"], mask, settings.importance_sampling_clip_max, method == "rloo")
+        if method == "ppo":
+            losses, cut = ppo_loss(out.logprobs, old, advantages, **limits)
+            shares, cut = losses * weights * mask, cut & mask
+        elif method == "rloo":
+            shares, cut = rloo_loss(out.logprobs, old, advantages, mask, **limits, weights=weights)
+        else:
+            shares, cut = grpo_loss(out.logprobs, old, advantages, mask, batch.get("reference"), settings.beta, **limits,
+                                    loss_type=settings.loss_type, max_length=settings.max_completion_length,
+                                    level=settings.importance_sampling_level, weights=weights)
+        loss = policy = shares.sum() / totals[divisor]
+        # How far the policy has moved since the rollout: KL(then || now), estimated at tokens of then.
+        moved = (kl_estimate(old, out.logprobs.detach()) * mask).sum() / totals["tokens"]
+        metrics = {"policy_loss": policy.detach(), "clip_ratio": cut.sum() / totals["tokens"], "approx_kl": moved}
+        if method == "ppo":
+            critic = (value_loss(out.values, batch["values"], batch["returns"],
+                                 settings.cliprange_value) * mask).sum() / totals["tokens"]
+            loss, metrics["value_loss"] = loss + settings.vf_coef * critic, critic.detach()
+        if settings.entropy_coef:
+            loss = loss - settings.entropy_coef * (out.entropy * mask).sum() / totals["tokens"]
+        return loss + out.aux_loss / totals["micro_batches"], {**metrics, "loss": loss.detach()}
+
+    return loss_fn
+
+
+# ---------------------------------------------------------------------------------------------------- rollouts
+
+
+class Prompt(NamedTuple):
+    """What is asked, as it was given and as ids, and the record's other keys."""
+
+    where: str
+    content: str | list[dict]
+    ids: list[int]
+    columns: dict
+
+
+class Sample:
+    """A completion that the policy wrote, and everything that was found out about it. Tensors (L,), a number for each token that
+    the policy wrote: they stand at `places` of `ids`."""
+
+    def __init__(self, prompt: Prompt, number: int, ids: list[int], finish: str, text: str, sampled: list[float] | None):
+        self.where, self.number, self.prompt, self.columns = prompt.where, number, prompt.content, prompt.columns
+        self.ids, self.start = list(prompt.ids), len(prompt.ids)
+        self.places: list[int] = []
+        self.sampled: list[float] = []
+        self.messages: list[dict] = []  # turns of the assistant and of tools
+        self.calls = self.failures = 0
+        self.add(ids, finish, text, sampled)
+        self.rewards: list[float | None] = []
+        self.reward = 0.0
+        self.extra: dict = {}  # for rollouts.jsonl, by reward functions
+        self.old = self.reference = self.values = self.entropy = self.advantages = self.returns = None
+
+    def add(self, ids: list[int], finish: str, text: str, sampled: list[float] | None) -> None:
+        """A turn of the policy, which `finish` and `text` describe from now on."""
+        self.turn = len(self.ids)  # its first place
+        self.places += range(self.turn, self.turn + len(ids))
+        self.ids, self.sampled = self.ids + ids, self.sampled + (sampled or [])
+        self.finish, self.text = finish, text
+        self.messages.append({"role": "assistant", "content": text})
+
+    def state(self) -> dict:
+        """What training needs of it."""
+        return {**vars(self), "columns": {}, "prompt": "", "messages": [], "extra": {}}
+
+    @classmethod
+    def restored(cls, state: dict) -> Sample:
+        sample = cls.__new__(cls)
+        vars(sample).update(state)
+        return sample
+
+    @property
+    def length(self) -> int:
+        return len(self.places)
+
+
+class SampledTexts:
+    """An endless stream for `TRAIN.fit`: the current policy writes completions, which are handed out in minibatches. A rollout of
+    `size` completions begins at a step's boundary and fills whole steps, `laps` times; a checkpoint inside it holds them. Each
+    process completes its own prompts. Then all know all texts, so minibatches do not depend on the number of processes."""
+
+    section = "rl"  # where its settings stand
+
+    def __init__(self, prompts: list[Prompt], tokenizer, sampling: INFER.Sampling, size: int, batch_size: int,
+                 training: TRAIN.TrainingSection, out: Path, laps: int = 1):
+        self.prompts, self.tokenizer, self.sampling, self.size, self.batch_size = prompts, tokenizer, sampling, size, batch_size
+        self.training, self.out, self.laps = training, out, laps
+        self.drawn = self.rollout = 0  # prompts, rollouts
+        self.queue: list[np.ndarray] = []
+        self.samples: list[Sample] = []
+        self.sums: dict[str, list[float]] = {}
+        self.orders: dict[int, np.ndarray] = {}
+        self.steps_per_epoch, self.written = None, False
+
+    def start(self, run: TRAIN.Run) -> None:
+        self.run = run
+        self.per_step = self.training.batch_size * run.grad_accum * run.world_size
+        if self.size % self.per_step:
+            factors = f"training.batch_size {self.training.batch_size}"
+            for name, number in (("grad_accum {}", run.grad_accum), ("{} processes", run.world_size)):
+                factors += f" x {name.format(number)}" if number > 1 else ""
+            raise UserError(f"{self.section}.rollout_size: {self.size} texts do not fill whole optimizer steps of "
+                            f"{factors} = {self.per_step}")
+        self.count = self.size // self.sampling.n  # prompts of a rollout
+        self.steps_per_rollout = self.size // self.per_step * self.laps
+        self.steps_per_epoch = -(-len(self.prompts) // self.count) * self.steps_per_rollout
+
+    def prompt(self, number: int) -> Prompt:
+        epoch, place = divmod(number, len(self.prompts))
+        if epoch not in self.orders:
+            self.orders = {epoch: np.random.default_rng([self.run.seed, epoch, 6]).permutation(len(self.prompts))}
+        return self.prompts[self.orders[epoch][place]]
+
+    def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
+        """Completions of these prompts, those of a prompt one after another."""
+        answers = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, batch_size=self.batch_size, step=step,
+                                 first=[number for number, _ in numbered])
+        return [Sample(prompt, number, *self.read(completion, prompt))
+                for (number, prompt), completions in zip(numbered, answers, strict=True) for completion in completions]
+
+    def read(self, completion: INFER.Completion, prompt: Prompt) -> tuple:
+        """What a sample keeps of a completion."""
+        before = prompt.ids if isinstance(prompt.content, str) and not self.tokenizer.chat_template else []
+        text = INFER.completion_text(self.tokenizer, before, completion.ids)
+        return completion.ids, completion.finish_reason, text, completion.logprobs
+
+    def draw(self, skip: int = 0, count: int | None = None) -> list[Sample]:
+        """This process's completions of the next `count` prompts, after `skip` others."""
+        first = self.drawn + skip
+        numbers = range(first, first + (count or self.count))[self.run.rank :: self.run.world_size]
+        return self.write(self.run.model, [(number, self.prompt(number)) for number in numbers], self.sampling, self.rollout)
+
+    def roll_out(self) -> None:
+        """Make `samples`, known to all processes, and `hand_out`. Until then the stream is as it was before."""
+        raise NotImplementedError
+
+    def hand_out(self, metrics: dict[str, float], drawn: int | None = None) -> None:
+        count = len(self.samples)
+        metrics |= {"completions/mean_length": sum(sample.length for sample in self.samples) / count,
+                    "completions/clipped_ratio": sum(sample.finish == "length" for sample in self.samples) / count}
+        self.write_transcripts()
+        for name, value in metrics.items():
+            self.sums.setdefault(name, []).append(value)
+        self.drawn, self.rollout = self.drawn + (drawn or self.count), self.rollout + 1
+        self.queue = self.minibatches()
+
+    def minibatches(self) -> list[np.ndarray]:
+        """Which texts of the rollout this process learns one after another, lap by lap."""
+        run, size, found = self.run, self.training.batch_size, []
+        for lap in range(self.laps):
+            order = np.random.default_rng([run.seed, 5, self.rollout, lap]).permutation(len(self.samples))
+            found += [order[first : first + size] for first in range(run.rank * size, len(order), run.world_size * size)]
+        return found
+
+    def __next__(self) -> dict:
+        if not self.queue:
+            self.roll_out()
+        return self.batch([self.samples[i] for i in self.queue.pop(0)])
+
+    def batch(self, group: list[Sample]) -> dict:
+        batch = text_batch(group)
+        counts = {"tokens": int((batch["targets"] != -100).sum()), "texts": len(group),
+                  "read": sum(len(sample.ids) - 1 for sample in group)}
+        return {**batch, "counts": counts}
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the rollouts since the last call."""
+        found = {name: sum(values) / len(values) for name, values in self.sums.items()}
+        self.sums = {}
+        return found
+
+    def write_transcripts(self) -> None:
+        if self.run.rank != 0:
+            return
+        path = self.out / "rollouts.jsonl"
+        if not self.written:  # another run may have left some, or this one after the checkpoint
+            TRAIN.rewind(path, lambda record: record["rollout"] <= self.rollout)
+            self.written = True
+        with open(path, "a", encoding="utf-8") as file:
+            for sample in self.samples:
+                record = {"rollout": self.rollout + 1, "prompt": sample.prompt, "completion": sample.text, **self.verdict(sample),
+                          "tokens": sample.length, "finish_reason": sample.finish}
+                file.write(json.dumps({**sample.extra, **record}, ensure_ascii=False, default=str) + "\n")
+
+    def verdict(self, sample: Sample) -> dict:
+        """What the transcript tells of a text beside itself."""
+        return {}
+
+    def state_dict(self) -> dict:
+        left = len(self.queue) * self.training.batch_size * self.run.world_size
+        return {"drawn": self.drawn, "rollout": self.rollout, "sums": {k: list(v) for k, v in self.sums.items()}, "left": left,
+                "samples": [sample.state() for sample in self.samples] if left else [], "prompts": self.fingerprint}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of all prompts and their columns, which rewards depend on."""
+        text = repr([prompt[1:] for prompt in self.prompts]).encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+    def load_state_dict(self, state: dict) -> None:
+        if "drawn" not in state:
+            raise UserError("--resume: the checkpoint was made with another rl.method")
+        if state["prompts"] != self.fingerprint:
+            raise UserError("--resume: the prompts or other columns are not those that the checkpoint was made with (data.train, "
+                            f"{self.section}.columns, {self.section}.system or training.max_length changed)")
+        if state["left"] % self.per_step:
+            raise UserError(f"--resume: the checkpoint stands inside a rollout of which {state['left']} texts are left, which "
+                            f"do not fill whole optimizer steps of {self.per_step}")
+        self.drawn, self.rollout = state["drawn"], state["rollout"]
+        self.sums = {k: list(v) for k, v in state["sums"].items()}
+        self.samples = [Sample.restored(sample) for sample in state["samples"]]
+        batches = self.minibatches()
+        self.queue = batches[len(batches) - state["left"] // (self.training.batch_size * self.run.world_size) :]
+
+
+class Rollouts(SampledTexts):
+    """Sampled texts with rewards, log-probabilities and advantages."""
+
+    def __init__(self, prompts: list[Prompt], tokenizer, judges: Judges, settings: RLSection, training: TRAIN.TrainingSection,
+                 reference: Reference | None, out: Path, tools: Tools | None = None):
+        sampling = INFER.Sampling(settings.max_completion_length, settings.temperature, settings.top_k, settings.top_p,
+                                  seed=training.seed, n=settings.num_generations, logprobs=True)
+        super().__init__(prompts, tokenizer, sampling, settings.rollout_size, settings.rollout_batch_size, training, out,
+                         settings.num_iterations)
+        self.judges, self.settings, self.reference, self.tools = judges, settings, reference, tools
+
+    def start(self, run: TRAIN.Run) -> None:
+        super().start(run)
+        if self.reference:
+            self.reference.start(run, self.training)
+
+    def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
+        """With tools, a completion goes on after each call, until it answers without one or a limit ends it."""
+        samples, length = super().write(model, numbered, sampling, step), sampling.max_new_tokens
+        asking = list(enumerate(samples)) if self.tools else []
+        for turn in range(1, self.settings.max_turns):
+            asking = [(i, sample) for i, sample in asking if self.tools.answer(sample, length)]
+            if not TRAIN.all_sum([len(asking)], self.run.device)[0]:
+                break
+            # Each turn draws from a generator keyed by (seed, step, prompt, sample, turn).
+            keys = [sample.number + (i % sampling.n << 32) + (turn << 64) for i, sample in asking]
+            rest = [replace(sampling, n=1, max_new_tokens=length - (len(sample.ids) - sample.start)) for _, sample in asking]
+            answers = INFER.generate(model, [sample.ids for _, sample in asking], rest, batch_size=self.batch_size, step=step,
+                                     first=keys)
+            for (_, sample), [completion] in zip(asking, answers, strict=True):
+                sample.add(*self.read(completion, Prompt(sample.where, sample.prompt, [], {})))
+        for _, sample in asking:
+            self.tools.read(sample)
+        return samples
+
+    def trainer_state(self) -> SimpleNamespace:
+        """What TRL tells reward functions of the run; `max_steps` is None where a time limit ends it."""
+        epochs, step = self.training.epochs, self.rollout * self.steps_per_rollout - len(self.queue) // self.run.grad_accum
+        steps = self.training.max_steps if epochs is None else max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
+        return SimpleNamespace(global_step=step, max_steps=steps, epoch=step / self.steps_per_epoch)
+
+    def judge(self, samples: list[Sample]) -> dict[str, float]:
+        """Reward this process's texts -> what reward functions logged, means over all processes. All end where one fails."""
+        problem = None
+        try:
+            self.judges(samples, self.trainer_state())
+        except UserError as error:
+            problem = str(error)
+        logged: dict[str, list[float]] = defaultdict(list)
+        for other_problem, metrics in TRAIN.from_all((problem, dict(self.judges.metrics))):
+            problem = problem or other_problem
+            for name, values in metrics.items():
+                logged[name] += values
+        if problem:
+            raise UserError(problem)
+        return {name: sum(values) / len(values) for name, values in logged.items()}
+
+    @torch.no_grad()
+    def score(self, model, samples: list[Sample], rows: int, want: tuple = ()) -> list[dict[str, Tensor]]:
+        """Log-probabilities (and what else is wanted) of texts by a full forward under the tempered distribution; `rows` is how
+        many texts the fullest process has, as all go through equally many forwards."""
+        size, found = self.training.batch_size, []
+        for start in range(0, rows, size):
+            group = samples[start : start + size]
+            inputs = text_batch(group, self.run.device)
+            out = model(inputs["input_ids"], inputs["positions"], targets=inputs["targets"],
+                        temperature=self.settings.temperature, want=want)
+            columns = {"logprobs": out.logprobs, "entropy": out.entropy, "values": out.values}
+            columns = {name: column.float().cpu() for name, column in columns.items() if column is not None}
+            found += [{name: column[i, torch.tensor(sample.places) - 1] for name, column in columns.items()}
+                      for i, sample in enumerate(group)]
+        return found
+
+    def draw_varied(self) -> tuple[list[Sample], dict, int]:
+        """(this process's share of a rollout, what reward functions log, number of prompts drawn). Groups with equal rewards have
+        no advantages: the next prompts replace them, in at most rl.dynamic_sampling draws (DAPO; Yu 2025, section 3.2)."""
+        varied, equal, size, logged = [], [], self.settings.num_generations, defaultdict(list)
+        for _ in range(1 + self.settings.dynamic_sampling):
+            if len(varied) < self.count:
+                samples = self.draw(len(varied) + len(equal), self.count - len(varied))
+                for name, value in self.judge(samples).items():
+                    logged[name].append(value)
+                for sample in samples:
+                    sample.reward -= self.settings.missing_eos_penalty * (sample.finish == "length")
+                samples = gather(samples)
+                for group in (samples[i : i + size] for i in range(0, len(samples), size)):
+                    (varied if len({sample.reward for sample in group}) > 1 else equal).append(group)
+        groups = (varied + equal)[: self.count][self.run.rank :: self.run.world_size]
+        logged = {name: sum(values) / len(values) for name, values in logged.items()}  # means over the draws
+        return sum(groups, []), logged, len(varied) + len(equal)
+
+    def roll_out(self) -> None:
+        """One rollout, known to all processes: texts, rewards, log-probabilities, advantages."""
+        run, settings, model = self.run, self.settings, self.run.model
+        was_training, clock = model.training, time.perf_counter()
+        model.eval()
+        with run.autocast():
+            samples, logged, drawn = self.draw_varied()
+            spent = {"time/rollout": -clock + (clock := time.perf_counter())}
+            rows = -(-self.count // run.world_size) * settings.num_generations
+            want = ("entropy", "values") if settings.method == "ppo" else ("entropy",)
+            for sample, found in zip(samples, self.score(model, samples, rows, want), strict=True):
+                sample.old, sample.entropy, sample.values = found["logprobs"], found["entropy"], found.get("values")
+                sample.sampled = torch.tensor(sample.sampled)
+            if self.reference:
+                with self.reference(model) as frozen:
+                    for sample, found in zip(samples, self.score(frozen, samples, rows), strict=True):
+                        sample.reference = found["logprobs"]
+            spent["time/score"] = time.perf_counter() - clock
+        model.train(was_training)
+        self.samples = gather(samples)
+        metrics = {**logged, **self.measure(), **self.set_advantages(), **spent}
+        if metrics.get("frac_reward_zero_std") == 1 and run.rank == 0:
+            say(f"rollout {self.rollout + 1}: no prompt's texts differ in their rewards, so nothing can be learnt of them")
+        if settings.dynamic_sampling:
+            metrics["frac_redrawn"] = 1 - self.count / drawn
+        self.hand_out(metrics, drawn)
+
+    def measure(self) -> dict[str, float]:
+        """What is logged of a rollout; most under TRL's names."""
+        samples, settings = self.samples, self.settings
+        rewards = torch.tensor([sample.reward for sample in samples])
+        found = {"reward": float(rewards.mean()), "reward_std": float(rewards.std()) if len(rewards) > 1 else 0.0}
+        for name, mean in self.mean_rewards(samples).items():
+            found[f"rewards/{name}/mean"] = mean
+        found["entropy"] = float(torch.cat([sample.entropy for sample in samples]).mean())
+        if self.reference:
+            found["kl"] = sum(float(kl_estimate(sample.old, sample.reference).sum()) for sample in samples) / len(samples)
+        if self.tools:
+            calls = sum(sample.calls for sample in samples)
+            found |= {"tools/call_frequency": calls / len(samples),
+                      "tools/failure_frequency": sum(sample.failures for sample in samples) / max(calls, 1)}
+        if settings.num_generations > 1:
+            groups = rewards.view(-1, settings.num_generations)
+            found["frac_reward_zero_std"] = float((groups.max(1).values == groups.min(1).values).float().mean())
+        differences = torch.cat([(sample.old - sample.sampled).abs() for sample in samples])
+        found |= {"sampling/logp_difference_mean": float(differences.mean()),
+                  "sampling/logp_difference_max": float(differences.max())}
+        return found
+
+    def mean_rewards(self, samples: list[Sample]) -> dict[str, float]:
+        """The mean reward by each function, over the texts that it judged."""
+        given = {name: [sample.rewards[i] for sample in samples if sample.rewards[i] is not None]
+                 for i, name in enumerate(self.judges.names)}
+        return {name: sum(values) / max(len(values), 1) for name, values in given.items()}
+
+    def set_advantages(self) -> dict[str, float]:
+        """Advantages of all tokens, from the rewards of all texts."""
+        samples, settings = self.samples, self.settings
+        scores = torch.tensor([sample.reward for sample in samples])
+        if settings.method != "ppo":
+            scale = settings.scale_rewards
+            if settings.method == "rloo":  # the KL is part of a text's reward
+                scale = "leave_one_out"
+                if self.reference:
+                    scores = scores - settings.beta * torch.stack([(sample.old - sample.reference).sum() for sample in samples])
+            for sample, advantage in zip(samples, group_advantages(scores.view(-1, settings.num_generations), scale).flatten(),
+                                         strict=True):
+                sample.advantages = advantage
+            return {}
+        old, values = padded([sample.old for sample in samples]), padded([sample.values for sample in samples])
+        mask = padded([torch.ones(sample.length, dtype=torch.bool) for sample in samples])
+        reference = padded([sample.reference for sample in samples]) if self.reference else old
+        rewards = token_rewards(scores, old, reference, mask, settings.beta)
+        advantages, returns = gae(rewards, values, mask, settings.gamma, settings.lam)
+        learned = mask & ~torch.tensor([self.is_masked(sample) for sample in samples])[:, None]
+        spread = float(returns[mask].var()) if mask.sum() > 1 else 0.0
+        explained = 1 - float((returns - values)[mask].var()) / spread if spread else 0.0
+        advantages = whiten(advantages, learned if learned.any() else mask)
+        for i, sample in enumerate(samples):
+            sample.advantages, sample.returns = advantages[i, : sample.length], returns[i, : sample.length]
+        return {"explained_variance": explained, "value": float(values[mask].mean())}
+
+    def is_masked(self, sample: Sample) -> bool:
+        return self.settings.mask_truncated_completions and sample.finish == "length"
+
+    def batch(self, group: list[Sample]) -> dict:
+        """With one number a text (B,), or one at the place of each token that is learned (B, T)."""
+        batch = super().batch(group)
+        masked = torch.tensor([self.is_masked(sample) for sample in group])
+        batch["targets"][masked] = -100
+        batch["counts"]["tokens"] = int((batch["targets"] != -100).sum())
+        for name in ("old", "sampled", "reference", "values", "returns", "advantages"):
+            column = [getattr(sample, name) for sample in group]
+            if column[0] is not None:
+                rows = [at_places(sample, values) for sample, values in zip(group, column, strict=True) if values.dim()]
+                batch[name] = padded(rows) if rows else torch.stack(column)
+        return batch
+
+    def verdict(self, sample: Sample) -> dict:
+        found = {"reward": sample.reward, "rewards": dict(zip(self.judges.names, sample.rewards, strict=True)),
+                 "advantage": round(float(sample.advantages.mean()), 4)}
+        if sample.reference is not None:
+            found["kl"] = round(float(kl_estimate(sample.old, sample.reference).sum()), 4)
+        return {**found, "messages": sample.messages} if self.tools else found
+
+
+# ======================================================================================================== edges
+
+# --------------------------------------------------------------------------------------- sequences of rollouts
+
+
+def gather(samples: list[Sample]) -> list[Sample]:
+    """All processes' texts, in the order of their prompts."""
+    return sorted(itertools.chain.from_iterable(TRAIN.from_all(samples)), key=lambda sample: sample.number)
+
+
+def padded(rows: list[Tensor], fill: float = 0) -> Tensor:
+    """Rows (T,) of different lengths -> (B, T), padded on the right."""
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+
+
+def at_places(sample: Sample, values: Tensor, fill: float = 0) -> Tensor:
+    """A number for each token that the policy wrote (L,) -> (T,), where that token is the target; `fill` elsewhere."""
+    row = torch.full((len(sample.ids) - 1,), fill, dtype=values.dtype)
+    row[torch.tensor(sample.places) - 1] = values
+    return row
+
+
+def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
+    """A row for each sample, or a row of padding if there are none; the targets are the tokens that the policy wrote."""
+    ids = [torch.tensor(sample.ids) for sample in samples]
+    targets = [at_places(sample, row[sample.places], -100) for sample, row in zip(samples, ids, strict=True)]
+    rows = {"input_ids": [row[:-1] for row in ids], "targets": targets, "positions": [torch.arange(len(row) - 1) for row in ids]}
+    fills = {"input_ids": 0, "targets": -100, "positions": -1}
+    batch = {name: padded(rows[name] or [torch.tensor([fill])], fill) for name, fill in fills.items()}
+    return TRAIN.on_device({**batch, "segment_ids": None, "weights": None}, device)
+
+
+class Reference:
+    """The model that the policy may not leave too far: the one that was named, or a copy of the policy as it begins. Of a policy
+    with an adapter, only the adapter is copied; the copy changes places with the trained one for a forward pass."""
+
+    def __init__(self, policy: MODEL.LanguageModel, frozen: MODEL.LanguageModel | None = None):
+        self.frozen, self.adapter = frozen, {}
+        if not frozen and policy.adapter:
+            self.adapter = {name: tensor.clone() for name, tensor in self.learned(policy).items()}
+        elif not frozen:
+            self.frozen = copy.deepcopy(policy).requires_grad_(False)
+
+    @staticmethod
+    def learned(policy: MODEL.LanguageModel) -> dict[str, Tensor]:
+        """What training changes of a policy with an adapter: the adapter, and the bias by which routers choose."""
+        return {name: tensor for name, tensor in policy.state_dict().items()
+                if MODEL.tensor_is_trained(name) or name.endswith("e_score_correction_bias")}
+
+    def start(self, run: TRAIN.Run, training: TRAIN.TrainingSection) -> None:
+        """Compile and shard the model as `fit` does with the policy."""
+        if self.frozen:
+            self.frozen.to(run.device).eval()
+            if training.torch_compile:
+                TRAIN.compile_model(self.frozen)
+            if training.fsdp and self.frozen.quantization == "none":
+                TRAIN.shard(self.frozen, run.device)
+
+    @contextlib.contextmanager
+    def __call__(self, policy: MODEL.LanguageModel):
+        self.exchange(policy)
+        try:
+            yield self.frozen or policy
+        finally:
+            self.exchange(policy)
+
+    @torch.no_grad()
+    def exchange(self, policy: MODEL.LanguageModel) -> None:
+        if not self.adapter:
+            return
+        for name, weight in self.learned(policy).items():
+            kept, self.adapter[name] = self.adapter[name].to(weight.device), weight.clone()
+            weight.copy_(TRAIN.shard_like(kept, weight))
+        for module in policy.modules():
+            if hasattr(module, "reshard"):  # FSDP's gathered copies hold the values before,
+                module.reshard()
+        torch.clear_autocast_cache()  # and so do autocast's 16-bit copies
+
+
+# -------------------------------------------------------------------------------------------- preference pairs
 
 
 class Example(NamedTuple):
@@ -401,6 +1007,36 @@ class Example(NamedTuple):
     @property
     def start(self) -> int:
         return self.weights.index(1)
+
+
+class Pair(NamedTuple):
+    """Two completions of a prompt (chosen, rejected), or one that is desirable or not."""
+
+    where: str
+    examples: list[Example]
+    prompt: str | list[dict]
+    tools: list | None = None
+    margin: float = 0.0
+    label: bool = True
+
+
+class Room(NamedTuple):
+    """How many tokens a prompt may have, so that a completion of the length that `key` names fits into `whole`."""
+
+    key: str
+    answer: int
+    whole: int
+    name: str  # of the whole
+
+    def check(self) -> None:
+        if self.answer >= self.whole:
+            raise UserError(f"{self.key}: {self.answer} leaves no room for a prompt in {self.name} {self.whole}")
+
+    def fits(self, ids: list[int], where: str, left: TOKENIZER.LeftOut) -> bool:
+        fits = len(ids) <= self.whole - self.answer
+        if not fits:
+            left.add(f"whose prompt and {self.answer} tokens ({self.key}) exceed {self.name} {self.whole}", where)
+        return fits
 
 
 def prompt_ids(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
@@ -430,17 +1066,6 @@ def make_example(tokenizer, prompt: str | list[dict], completion: str | list[dic
     return Example([*served, *ids[first:last]], [0] * len(served) + weights[first:])
 
 
-class Pair(NamedTuple):
-    """Two completions of a prompt (chosen, rejected), or one that is desirable or not."""
-
-    where: str
-    examples: list[Example]
-    prompt: str | list[dict]
-    tools: list | None = None
-    margin: float = 0.0
-    label: bool = True
-
-
 def form_of(settings: RLSection, expand: Callable) -> TOKENIZER.Form:
     keys = TOKENIZER.USED_KEYS | {"chosen", "rejected", "margin", "label"} if expand is preference else frozenset()
     return TOKENIZER.Form(expand, "rl", settings.columns, settings.system, keys)
@@ -450,25 +1075,6 @@ def make_chat(tokenizer, records: list[tuple[str, dict]], tools: bool = False) -
     """Conversations and tools need a chat template; without one, prompt and completion are concatenated."""
     if tools or any(isinstance(record["prompt"], list) for _, record in records):
         TOKENIZER.ensure_chat(tokenizer)
-
-
-class Room(NamedTuple):
-    """How many tokens a prompt may have, so that a completion of the length that `key` names fits into `whole`."""
-
-    key: str
-    answer: int
-    whole: int
-    name: str  # of the whole
-
-    def check(self) -> None:
-        if self.answer >= self.whole:
-            raise UserError(f"{self.key}: {self.answer} leaves no room for a prompt in {self.name} {self.whole}")
-
-    def fits(self, ids: list[int], where: str, left: TOKENIZER.LeftOut) -> bool:
-        fits = len(ids) <= self.whole - self.answer
-        if not fits:
-            left.add(f"whose prompt and {self.answer} tokens ({self.key}) exceed {self.name} {self.whole}", where)
-        return fits
 
 
 def read_pairs(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZER.LeftOut) -> list[Pair]:
@@ -527,31 +1133,6 @@ def make_batch(pairs: list[Pair], width: int | None = None, rows: int = 1) -> di
     order = [np.arange(len(lengths))] if width else np.array_split(np.argsort(lengths, kind="stable"), min(2, len(lengths)))
     halves = [(torch.from_numpy(half), width or max(int(lengths[half].max()), 1)) for half in order]
     return {**batch, "segment_ids": None, "halves": halves}  # a row holds one example
-
-
-def read_rows(model, batch: dict, read: Callable[..., Tensor], want: tuple = ()) -> tuple[Tensor, Tensor]:
-    """(read(output, positions) of each row (R,), the router's loss), by one forward pass for each half of the batch."""
-    values, balance = [], 0.0
-    for rows, width in batch["halves"]:
-        ids, positions, targets = (None if batch[key] is None else batch[key][rows, :width]
-                                   for key in ("input_ids", "positions", "targets"))
-        out = model(ids, positions=positions, targets=None if want else targets, want=want)
-        values.append(read(out, positions))
-        balance = balance + out.aux_loss / len(batch["halves"])
-    order = torch.cat([rows for rows, _ in batch["halves"]]).argsort().to(values[0].device)
-    return torch.cat(values)[order], balance
-
-
-def text_logps(model, batch: dict, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities of the completions (B, count), their numbers of tokens (B, count), the router's loss)."""
-    sums, balance = read_rows(model, batch, lambda out, positions: out.logprobs.sum(1))
-    return sums.view(-1, count), (batch["targets"] != -100).float().sum(1).view(-1, count), balance
-
-
-def last_scores(out: MODEL.Output, positions: Tensor | None) -> Tensor:
-    """The score head's output at the last token of each row (R,)."""
-    scores = out.scores[..., 0]  # (R, T)
-    return scores[:, -1] if positions is None else scores.gather(1, positions.argmax(1, keepdim=True))[:, 0]
 
 
 class Pairs(TOKENIZER.TokenStream):
@@ -666,81 +1247,6 @@ class Pairs(TOKENIZER.TokenStream):
         self.reference, self.frozen = state["reference"], None if state["reference"] else self.frozen
 
 
-def mean_of(values: Tensor, batch: dict, totals: dict) -> Tensor:
-    """This batch's share of a mean over the pairs of the whole step, without padding."""
-    return torch.where(batch["real"], values, 0.0).sum() / totals["pairs"]
-
-
-def is_right(ahead: Tensor) -> Tensor:
-    """1 where a difference is positive. A tie counts half, so that chance is 0.5."""
-    return torch.where(ahead.abs() < 1e-6, 0.5, (ahead > 0).float())
-
-
-def preference_loss(settings: RLSection) -> Callable:
-    """loss_fn for `fit` of dpo, orpo, simpo and kto; metrics have TRL's names."""
-    method, beta = settings.method, settings.beta
-
-    def pair_losses(sums: Tensor, tokens: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
-        """(losses (B,), implicit rewards (B, 2))."""
-        means = sums / tokens.clamp(min=1)
-        if method == "simpo":
-            return simpo_loss(*means.unbind(1), beta, settings.simpo_gamma), beta * means
-        if method == "orpo":
-            return beta * orpo_loss(*means.unbind(1)), beta * means
-        policy, reference = sums, batch["reference"]
-        if settings.loss_type in ("ipo", "sigmoid_norm"):
-            policy, reference = means, reference / tokens.clamp(min=1)
-        losses = dpo_loss(*policy.unbind(1), *reference.unbind(1), beta, settings.loss_type, settings.label_smoothing)
-        return losses, beta * (policy - reference)
-
-    def loss_of_pairs(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        sums, tokens, balance = text_logps(model, batch, 2)
-        share = partial(mean_of, batch=batch, totals=totals)
-        losses, rewards = pair_losses(sums, tokens, batch)
-        loss, (chosen, rejected) = share(losses), rewards.detach().unbind(1)
-        metrics = {"rewards/accuracies": share(is_right(chosen - rejected)), "rewards/margins": share(chosen - rejected),
-                   "rewards/chosen": share(chosen), "rewards/rejected": share(rejected),
-                   "logps/chosen": share(sums[:, 0].detach()), "logps/rejected": share(sums[:, 1].detach())}
-        # The loss of pairs alone may make both completions less likely, as long as the rejected one loses more.
-        if settings.rpo_alpha:
-            nll = -sums[:, 0].sum() / totals["chosen"]
-            metrics |= {"nll_loss": nll.detach(), "odds_loss" if method == "orpo" else "preference_loss": loss.detach()}
-            loss = loss + settings.rpo_alpha * nll
-        return loss + balance / totals["micro_batches"], {**metrics, "loss": loss.detach()}
-
-    def loss_of_singles(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        sums, _, balance = text_logps(model, batch, 1)
-        share = partial(mean_of, batch=batch, totals=totals)
-        gains, label, baseline = sums[:, 0] - batch["reference"][:, 0], batch["label"], batch["baseline"]
-        loss = share(kto_loss(gains, label, baseline, beta, settings.desirable_weight, settings.undesirable_weight))
-        rewards, sign = beta * gains.detach(), torch.where(label, 1, -1)
-        metrics = {"rewards/accuracies": share(is_right(sign * (rewards - beta * baseline))),
-                   "kl": share(baseline.expand(len(gains))), "loss": loss.detach()}
-        if totals["desirable"] < totals["pairs"] > totals["undesirable"]:  # a step with one kind alone has no margin
-            chosen, rejected = (share(rewards * kind) * totals["pairs"] / totals[name]
-                                for name, kind in (("desirable", label), ("undesirable", ~label)))
-            metrics |= {"rewards/margins": chosen - rejected, "rewards/chosen": chosen, "rewards/rejected": rejected}
-        return loss + balance / totals["micro_batches"], metrics
-
-    return loss_of_singles if method == "kto" else loss_of_pairs
-
-
-def reward_model_loss(settings: RLSection) -> Callable:
-    """loss_fn for `fit`: the reward of a text is the score head's output at its last token."""
-
-    def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        rewards, balance = read_rows(model, batch, last_scores, want=("scores",))
-        chosen, rejected = rewards.view(-1, 2).unbind(1)  # (B,)
-        share = partial(mean_of, batch=batch, totals=totals)
-        loss = share(reward_loss(chosen, rejected, batch["margin"], settings.center_rewards_coefficient))
-        ahead = (chosen - rejected).detach()
-        return loss + balance / totals["micro_batches"], {
-            "accuracy": share(is_right(ahead)), "margin": share(ahead), "mean_reward": share((chosen + rejected).detach() / 2),
-            "loss": loss.detach()}
-
-    return loss_fn
-
-
 def held_out_pairs(stream: Pairs, loss_fn: Callable, limit: int) -> Callable:
     """evaluate(model) for `fit`: the loss and its metrics on held-out pairs."""
 
@@ -758,7 +1264,7 @@ def held_out_pairs(stream: Pairs, loss_fn: Callable, limit: int) -> Callable:
     return evaluate
 
 
-# -------------------------------------------------------------------------------------- functions of the user
+# --------------------------------------------------------------------------------------- functions of the user
 
 
 @functools.cache
@@ -849,56 +1355,7 @@ def user_function(name: str, key: str) -> Callable:
     return call
 
 
-# ------------------------------------------------------------------------------------- prompts, samples, tools
-
-
-class Prompt(NamedTuple):
-    """What is asked, as it was given and as ids, and the record's other keys."""
-
-    where: str
-    content: str | list[dict]
-    ids: list[int]
-    columns: dict
-
-
-class Sample:
-    """A completion that the policy wrote, and everything that was found out about it. Tensors (L,), a number for each token that
-    the policy wrote: they stand at `places` of `ids`."""
-
-    def __init__(self, prompt: Prompt, number: int, ids: list[int], finish: str, text: str, sampled: list[float] | None):
-        self.where, self.number, self.prompt, self.columns = prompt.where, number, prompt.content, prompt.columns
-        self.ids, self.start = list(prompt.ids), len(prompt.ids)
-        self.places: list[int] = []
-        self.sampled: list[float] = []
-        self.messages: list[dict] = []  # turns of the assistant and of tools
-        self.calls = self.failures = 0
-        self.add(ids, finish, text, sampled)
-        self.rewards: list[float | None] = []
-        self.reward = 0.0
-        self.extra: dict = {}  # for rollouts.jsonl, by reward functions
-        self.old = self.reference = self.values = self.entropy = self.advantages = self.returns = None
-
-    def add(self, ids: list[int], finish: str, text: str, sampled: list[float] | None) -> None:
-        """A turn of the policy, which `finish` and `text` describe from now on."""
-        self.turn = len(self.ids)  # its first place
-        self.places += range(self.turn, self.turn + len(ids))
-        self.ids, self.sampled = self.ids + ids, self.sampled + (sampled or [])
-        self.finish, self.text = finish, text
-        self.messages.append({"role": "assistant", "content": text})
-
-    def state(self) -> dict:
-        """What training needs of it."""
-        return {**vars(self), "columns": {}, "prompt": "", "messages": [], "extra": {}}
-
-    @classmethod
-    def restored(cls, state: dict) -> Sample:
-        sample = cls.__new__(cls)
-        vars(sample).update(state)
-        return sample
-
-    @property
-    def length(self) -> int:
-        return len(self.places)
+# ------------------------------------------------------------------------------------------------------- tools
 
 
 MAX_HANGING = 16  # threads of calls that did not return
@@ -1000,6 +1457,9 @@ class Tools:
         sample.ids = sample.ids + ids
         sample.messages += [{"role": "tool", "name": name, "content": text} for (name, _), text in zip(calls, texts, strict=True)]
         return True
+
+
+# -------------------------------------------------------------------------------------------- reward functions
 
 
 def expected_answer(sample: Sample, function: str, marker: str = "####") -> str:
@@ -1203,512 +1663,7 @@ class Judges:
         return {"log_metric": log_metric, "log_extra": log_extra}
 
 
-# ----------------------------------------------------------------------------------------------------- rollouts
-
-
-class Reference:
-    """The model that the policy may not leave too far: the one that was named, or a copy of the policy as it begins. Of a policy
-    with an adapter, only the adapter is copied; the copy changes places with the trained one for a forward pass."""
-
-    def __init__(self, policy: MODEL.LanguageModel, frozen: MODEL.LanguageModel | None = None):
-        self.frozen, self.adapter = frozen, {}
-        if not frozen and policy.adapter:
-            self.adapter = {name: tensor.clone() for name, tensor in self.learned(policy).items()}
-        elif not frozen:
-            self.frozen = copy.deepcopy(policy).requires_grad_(False)
-
-    @staticmethod
-    def learned(policy: MODEL.LanguageModel) -> dict[str, Tensor]:
-        """What training changes of a policy with an adapter: the adapter, and the bias by which routers choose."""
-        return {name: tensor for name, tensor in policy.state_dict().items()
-                if MODEL.tensor_is_trained(name) or name.endswith("e_score_correction_bias")}
-
-    def start(self, run: TRAIN.Run, training: TRAIN.TrainingSection) -> None:
-        """Compile and shard the model as `fit` does with the policy."""
-        if self.frozen:
-            self.frozen.to(run.device).eval()
-            if training.torch_compile:
-                TRAIN.compile_model(self.frozen)
-            if training.fsdp and self.frozen.quantization == "none":
-                TRAIN.shard(self.frozen, run.device)
-
-    @contextlib.contextmanager
-    def __call__(self, policy: MODEL.LanguageModel):
-        self.exchange(policy)
-        try:
-            yield self.frozen or policy
-        finally:
-            self.exchange(policy)
-
-    @torch.no_grad()
-    def exchange(self, policy: MODEL.LanguageModel) -> None:
-        if not self.adapter:
-            return
-        for name, weight in self.learned(policy).items():
-            kept, self.adapter[name] = self.adapter[name].to(weight.device), weight.clone()
-            weight.copy_(TRAIN.shard_like(kept, weight))
-        for module in policy.modules():
-            if hasattr(module, "reshard"):  # FSDP's gathered copies hold the values before,
-                module.reshard()
-        torch.clear_autocast_cache()  # and so do autocast's 16-bit copies
-
-
-class SampledTexts:
-    """An endless stream for `TRAIN.fit`: the current policy writes completions, which are handed out in minibatches. A rollout of
-    `size` completions begins at a step's boundary and fills whole steps, `laps` times; a checkpoint inside it holds them. Each
-    process completes its own prompts. Then all know all texts, so minibatches do not depend on the number of processes."""
-
-    section = "rl"  # where its settings stand
-
-    def __init__(self, prompts: list[Prompt], tokenizer, sampling: INFER.Sampling, size: int, batch_size: int,
-                 training: TRAIN.TrainingSection, out: Path, laps: int = 1):
-        self.prompts, self.tokenizer, self.sampling, self.size, self.batch_size = prompts, tokenizer, sampling, size, batch_size
-        self.training, self.out, self.laps = training, out, laps
-        self.drawn = self.rollout = 0  # prompts, rollouts
-        self.queue: list[np.ndarray] = []
-        self.samples: list[Sample] = []
-        self.sums: dict[str, list[float]] = {}
-        self.orders: dict[int, np.ndarray] = {}
-        self.steps_per_epoch, self.written = None, False
-
-    def start(self, run: TRAIN.Run) -> None:
-        self.run = run
-        self.per_step = self.training.batch_size * run.grad_accum * run.world_size
-        if self.size % self.per_step:
-            factors = f"training.batch_size {self.training.batch_size}"
-            for name, number in (("grad_accum {}", run.grad_accum), ("{} processes", run.world_size)):
-                factors += f" x {name.format(number)}" if number > 1 else ""
-            raise UserError(f"{self.section}.rollout_size: {self.size} texts do not fill whole optimizer steps of "
-                            f"{factors} = {self.per_step}")
-        self.count = self.size // self.sampling.n  # prompts of a rollout
-        self.steps_per_rollout = self.size // self.per_step * self.laps
-        self.steps_per_epoch = -(-len(self.prompts) // self.count) * self.steps_per_rollout
-
-    def prompt(self, number: int) -> Prompt:
-        epoch, place = divmod(number, len(self.prompts))
-        if epoch not in self.orders:
-            self.orders = {epoch: np.random.default_rng([self.run.seed, epoch, 6]).permutation(len(self.prompts))}
-        return self.prompts[self.orders[epoch][place]]
-
-    def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
-        """Completions of these prompts, those of a prompt one after another."""
-        answers = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, batch_size=self.batch_size, step=step,
-                                 first=[number for number, _ in numbered])
-        return [Sample(prompt, number, *self.read(completion, prompt))
-                for (number, prompt), completions in zip(numbered, answers, strict=True) for completion in completions]
-
-    def read(self, completion: INFER.Completion, prompt: Prompt) -> tuple:
-        """What a sample keeps of a completion."""
-        before = prompt.ids if isinstance(prompt.content, str) and not self.tokenizer.chat_template else []
-        text = INFER.completion_text(self.tokenizer, before, completion.ids)
-        return completion.ids, completion.finish_reason, text, completion.logprobs
-
-    def draw(self, skip: int = 0, count: int | None = None) -> list[Sample]:
-        """This process's completions of the next `count` prompts, after `skip` others."""
-        first = self.drawn + skip
-        numbers = range(first, first + (count or self.count))[self.run.rank :: self.run.world_size]
-        return self.write(self.run.model, [(number, self.prompt(number)) for number in numbers], self.sampling, self.rollout)
-
-    def roll_out(self) -> None:
-        """Make `samples`, known to all processes, and `hand_out`. Until then the stream is as it was before."""
-        raise NotImplementedError
-
-    def hand_out(self, metrics: dict[str, float], drawn: int | None = None) -> None:
-        count = len(self.samples)
-        metrics |= {"completions/mean_length": sum(sample.length for sample in self.samples) / count,
-                    "completions/clipped_ratio": sum(sample.finish == "length" for sample in self.samples) / count}
-        self.write_transcripts()
-        for name, value in metrics.items():
-            self.sums.setdefault(name, []).append(value)
-        self.drawn, self.rollout = self.drawn + (drawn or self.count), self.rollout + 1
-        self.queue = self.minibatches()
-
-    def minibatches(self) -> list[np.ndarray]:
-        """Which texts of the rollout this process learns one after another, lap by lap."""
-        run, size, found = self.run, self.training.batch_size, []
-        for lap in range(self.laps):
-            order = np.random.default_rng([run.seed, 5, self.rollout, lap]).permutation(len(self.samples))
-            found += [order[first : first + size] for first in range(run.rank * size, len(order), run.world_size * size)]
-        return found
-
-    def __next__(self) -> dict:
-        if not self.queue:
-            self.roll_out()
-        return self.batch([self.samples[i] for i in self.queue.pop(0)])
-
-    def batch(self, group: list[Sample]) -> dict:
-        batch = text_batch(group)
-        counts = {"tokens": int((batch["targets"] != -100).sum()), "texts": len(group),
-                  "read": sum(len(sample.ids) - 1 for sample in group)}
-        return {**batch, "counts": counts}
-
-    def metrics(self) -> dict[str, float]:
-        """Means over the rollouts since the last call."""
-        found = {name: sum(values) / len(values) for name, values in self.sums.items()}
-        self.sums = {}
-        return found
-
-    def write_transcripts(self) -> None:
-        if self.run.rank != 0:
-            return
-        path = self.out / "rollouts.jsonl"
-        if not self.written:  # another run may have left some, or this one after the checkpoint
-            TRAIN.rewind(path, lambda record: record["rollout"] <= self.rollout)
-            self.written = True
-        with open(path, "a", encoding="utf-8") as file:
-            for sample in self.samples:
-                record = {"rollout": self.rollout + 1, "prompt": sample.prompt, "completion": sample.text, **self.verdict(sample),
-                          "tokens": sample.length, "finish_reason": sample.finish}
-                file.write(json.dumps({**sample.extra, **record}, ensure_ascii=False, default=str) + "\n")
-
-    def verdict(self, sample: Sample) -> dict:
-        """What the transcript tells of a text beside itself."""
-        return {}
-
-    def state_dict(self) -> dict:
-        left = len(self.queue) * self.training.batch_size * self.run.world_size
-        return {"drawn": self.drawn, "rollout": self.rollout, "sums": {k: list(v) for k, v in self.sums.items()}, "left": left,
-                "samples": [sample.state() for sample in self.samples] if left else [], "prompts": self.fingerprint}
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Of all prompts and their columns, which rewards depend on."""
-        text = repr([prompt[1:] for prompt in self.prompts]).encode("utf-8", "surrogatepass")
-        return hashlib.blake2b(text, digest_size=8).hexdigest()
-
-    def load_state_dict(self, state: dict) -> None:
-        if "drawn" not in state:
-            raise UserError("--resume: the checkpoint was made with another rl.method")
-        if state["prompts"] != self.fingerprint:
-            raise UserError("--resume: the prompts or other columns are not those that the checkpoint was made with (data.train, "
-                            f"{self.section}.columns, {self.section}.system or training.max_length changed)")
-        if state["left"] % self.per_step:
-            raise UserError(f"--resume: the checkpoint stands inside a rollout of which {state['left']} texts are left, which "
-                            f"do not fill whole optimizer steps of {self.per_step}")
-        self.drawn, self.rollout = state["drawn"], state["rollout"]
-        self.sums = {k: list(v) for k, v in state["sums"].items()}
-        self.samples = [Sample.restored(sample) for sample in state["samples"]]
-        batches = self.minibatches()
-        self.queue = batches[len(batches) - state["left"] // (self.training.batch_size * self.run.world_size) :]
-
-
-class Rollouts(SampledTexts):
-    """Sampled texts with rewards, log-probabilities and advantages."""
-
-    def __init__(self, prompts: list[Prompt], tokenizer, judges: Judges, settings: RLSection, training: TRAIN.TrainingSection,
-                 reference: Reference | None, out: Path, tools: Tools | None = None):
-        sampling = INFER.Sampling(settings.max_completion_length, settings.temperature, settings.top_k, settings.top_p,
-                                  seed=training.seed, n=settings.num_generations, logprobs=True)
-        super().__init__(prompts, tokenizer, sampling, settings.rollout_size, settings.rollout_batch_size, training, out,
-                         settings.num_iterations)
-        self.judges, self.settings, self.reference, self.tools = judges, settings, reference, tools
-
-    def start(self, run: TRAIN.Run) -> None:
-        super().start(run)
-        if self.reference:
-            self.reference.start(run, self.training)
-
-    def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
-        """With tools, a completion goes on after each call, until it answers without one or a limit ends it."""
-        samples, length = super().write(model, numbered, sampling, step), sampling.max_new_tokens
-        asking = list(enumerate(samples)) if self.tools else []
-        for turn in range(1, self.settings.max_turns):
-            asking = [(i, sample) for i, sample in asking if self.tools.answer(sample, length)]
-            if not TRAIN.all_sum([len(asking)], self.run.device)[0]:
-                break
-            # Each turn draws from a generator keyed by (seed, step, prompt, sample, turn).
-            keys = [sample.number + (i % sampling.n << 32) + (turn << 64) for i, sample in asking]
-            rest = [replace(sampling, n=1, max_new_tokens=length - (len(sample.ids) - sample.start)) for _, sample in asking]
-            answers = INFER.generate(model, [sample.ids for _, sample in asking], rest, batch_size=self.batch_size, step=step,
-                                     first=keys)
-            for (_, sample), [completion] in zip(asking, answers, strict=True):
-                sample.add(*self.read(completion, Prompt(sample.where, sample.prompt, [], {})))
-        for _, sample in asking:
-            self.tools.read(sample)
-        return samples
-
-    def trainer_state(self) -> SimpleNamespace:
-        """What TRL tells reward functions of the run; `max_steps` is None where a time limit ends it."""
-        epochs, step = self.training.epochs, self.rollout * self.steps_per_rollout - len(self.queue) // self.run.grad_accum
-        steps = self.training.max_steps if epochs is None else max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
-        return SimpleNamespace(global_step=step, max_steps=steps, epoch=step / self.steps_per_epoch)
-
-    def judge(self, samples: list[Sample]) -> dict[str, float]:
-        """Reward this process's texts -> what reward functions logged, means over all processes. All end where one fails."""
-        problem = None
-        try:
-            self.judges(samples, self.trainer_state())
-        except UserError as error:
-            problem = str(error)
-        logged: dict[str, list[float]] = defaultdict(list)
-        for other_problem, metrics in everyone((problem, dict(self.judges.metrics))):
-            problem = problem or other_problem
-            for name, values in metrics.items():
-                logged[name] += values
-        if problem:
-            raise UserError(problem)
-        return {name: sum(values) / len(values) for name, values in logged.items()}
-
-    @torch.no_grad()
-    def score(self, model, samples: list[Sample], rows: int, want: tuple = ()) -> list[dict[str, Tensor]]:
-        """Log-probabilities (and what else is wanted) of texts by a full forward under the tempered distribution; `rows` is how
-        many texts the fullest process has, as all go through equally many forwards."""
-        size, found = self.training.batch_size, []
-        for start in range(0, rows, size):
-            group = samples[start : start + size]
-            inputs = text_batch(group, self.run.device)
-            out = model(inputs["input_ids"], inputs["positions"], targets=inputs["targets"],
-                        temperature=self.settings.temperature, want=want)
-            columns = {"logprobs": out.logprobs, "entropy": out.entropy, "values": out.values}
-            columns = {name: column.float().cpu() for name, column in columns.items() if column is not None}
-            found += [{name: column[i, torch.tensor(sample.places) - 1] for name, column in columns.items()}
-                      for i, sample in enumerate(group)]
-        return found
-
-    def draw_varied(self) -> tuple[list[Sample], dict, int]:
-        """(this process's share of a rollout, what reward functions log, number of prompts drawn). Groups with equal rewards have no
-        advantages: the next prompts replace them, in at most rl.dynamic_sampling draws (DAPO; Yu 2025, section 3.2)."""
-        varied, equal, size, logged = [], [], self.settings.num_generations, {}
-        for _ in range(1 + self.settings.dynamic_sampling):
-            if len(varied) < self.count:
-                samples = self.draw(len(varied) + len(equal), self.count - len(varied))
-                logged |= self.judge(samples)
-                for sample in samples:
-                    sample.reward -= self.settings.missing_eos_penalty * (sample.finish == "length")
-                samples = gather(samples)
-                for group in (samples[i : i + size] for i in range(0, len(samples), size)):
-                    (varied if len({sample.reward for sample in group}) > 1 else equal).append(group)
-        groups = (varied + equal)[: self.count]
-        return sum(groups[self.run.rank :: self.run.world_size], []), logged, len(varied) + len(equal)
-
-    def roll_out(self) -> None:
-        """One rollout, known to all processes: texts, rewards, log-probabilities, advantages."""
-        run, settings, model = self.run, self.settings, self.run.model
-        was_training, clock = model.training, time.perf_counter()
-        model.eval()
-        with run.autocast():
-            samples, logged, drawn = self.draw_varied()
-            spent = {"time/rollout": -clock + (clock := time.perf_counter())}
-            rows = -(-self.count // run.world_size) * settings.num_generations
-            want = ("entropy", "values") if settings.method == "ppo" else ("entropy",)
-            for sample, found in zip(samples, self.score(model, samples, rows, want), strict=True):
-                sample.old, sample.entropy, sample.values = found["logprobs"], found["entropy"], found.get("values")
-                sample.sampled = torch.tensor(sample.sampled)
-            if self.reference:
-                with self.reference(model) as frozen:
-                    for sample, found in zip(samples, self.score(frozen, samples, rows), strict=True):
-                        sample.reference = found["logprobs"]
-            spent["time/score"] = time.perf_counter() - clock
-        model.train(was_training)
-        self.samples = gather(samples)
-        metrics = {**logged, **self.measure(), **self.set_advantages(), **spent}
-        if metrics.get("frac_reward_zero_std") == 1 and run.rank == 0:
-            say(f"rollout {self.rollout + 1}: no prompt's texts differ in their rewards, so nothing can be learnt of them")
-        if settings.dynamic_sampling:
-            metrics["frac_redrawn"] = 1 - self.count / drawn
-        self.hand_out(metrics, drawn)
-
-    def measure(self) -> dict[str, float]:
-        """What is logged of a rollout; most under TRL's names."""
-        samples, settings = self.samples, self.settings
-        rewards = torch.tensor([sample.reward for sample in samples])
-        found = {"reward": float(rewards.mean()), "reward_std": float(rewards.std()) if len(rewards) > 1 else 0.0}
-        for name, mean in self.mean_rewards(samples).items():
-            found[f"rewards/{name}/mean"] = mean
-        found["entropy"] = float(torch.cat([sample.entropy for sample in samples]).mean())
-        if self.reference:
-            found["kl"] = sum(float(kl_estimate(sample.old, sample.reference).sum()) for sample in samples) / len(samples)
-        if self.tools:
-            calls = sum(sample.calls for sample in samples)
-            found |= {"tools/call_frequency": calls / len(samples),
-                      "tools/failure_frequency": sum(sample.failures for sample in samples) / max(calls, 1)}
-        if settings.num_generations > 1:
-            groups = rewards.view(-1, settings.num_generations)
-            found["frac_reward_zero_std"] = float((groups.max(1).values == groups.min(1).values).float().mean())
-        differences = torch.cat([(sample.old - sample.sampled).abs() for sample in samples])
-        found |= {"sampling/logp_difference_mean": float(differences.mean()),
-                  "sampling/logp_difference_max": float(differences.max())}
-        return found
-
-    def mean_rewards(self, samples: list[Sample]) -> dict[str, float]:
-        """The mean reward by each function, over the texts that it judged."""
-        given = {name: [sample.rewards[i] for sample in samples if sample.rewards[i] is not None]
-                 for i, name in enumerate(self.judges.names)}
-        return {name: sum(values) / max(len(values), 1) for name, values in given.items()}
-
-    def set_advantages(self) -> dict[str, float]:
-        """Advantages of all tokens, from the rewards of all texts."""
-        samples, settings = self.samples, self.settings
-        scores = torch.tensor([sample.reward for sample in samples])
-        if settings.method != "ppo":
-            scale = settings.scale_rewards
-            if settings.method == "rloo":  # the KL is part of a text's reward
-                scale = "leave_one_out"
-                if self.reference:
-                    scores = scores - settings.beta * torch.stack([(sample.old - sample.reference).sum() for sample in samples])
-            for sample, advantage in zip(samples, group_advantages(scores.view(-1, settings.num_generations), scale).flatten(),
-                                         strict=True):
-                sample.advantages = advantage
-            return {}
-        old, values = padded([sample.old for sample in samples]), padded([sample.values for sample in samples])
-        mask = padded([torch.ones(sample.length, dtype=torch.bool) for sample in samples])
-        reference = padded([sample.reference for sample in samples]) if self.reference else old
-        rewards = token_rewards(scores, old, reference, mask, settings.beta)
-        advantages, returns = gae(rewards, values, mask, settings.gamma, settings.lam)
-        learned = mask & ~torch.tensor([self.is_masked(sample) for sample in samples])[:, None]
-        spread = float(returns[mask].var()) if mask.sum() > 1 else 0.0
-        explained = 1 - float((returns - values)[mask].var()) / spread if spread else 0.0
-        advantages = whiten(advantages, learned if learned.any() else mask)
-        for i, sample in enumerate(samples):
-            sample.advantages, sample.returns = advantages[i, : sample.length], returns[i, : sample.length]
-        return {"explained_variance": explained, "value": float(values[mask].mean())}
-
-    def is_masked(self, sample: Sample) -> bool:
-        return self.settings.mask_truncated_completions and sample.finish == "length"
-
-    def batch(self, group: list[Sample]) -> dict:
-        """With one number a text (B,), or one at the place of each token that is learned (B, T)."""
-        batch = super().batch(group)
-        masked = torch.tensor([self.is_masked(sample) for sample in group])
-        batch["targets"][masked] = -100
-        batch["counts"]["tokens"] = int((batch["targets"] != -100).sum())
-        for name in ("old", "sampled", "reference", "values", "returns", "advantages"):
-            column = [getattr(sample, name) for sample in group]
-            if column[0] is not None:
-                rows = [at_places(sample, values) for sample, values in zip(group, column, strict=True) if values.dim()]
-                batch[name] = padded(rows) if rows else torch.stack(column)
-        return batch
-
-    def verdict(self, sample: Sample) -> dict:
-        found = {"reward": sample.reward, "rewards": dict(zip(self.judges.names, sample.rewards, strict=True)),
-                 "advantage": round(float(sample.advantages.mean()), 4)}
-        if sample.reference is not None:
-            found["kl"] = round(float(kl_estimate(sample.old, sample.reference).sum()), 4)
-        return {**found, "messages": sample.messages} if self.tools else found
-
-
-def everyone(value) -> list:
-    """The values of all processes."""
-    found = [value] * TRAIN.world_size()
-    if len(found) > 1:
-        torch.distributed.all_gather_object(found, value)
-    return found
-
-
-def gather(samples: list[Sample]) -> list[Sample]:
-    """All processes' texts, in the order of their prompts."""
-    return sorted(itertools.chain.from_iterable(everyone(samples)), key=lambda sample: sample.number)
-
-
-def padded(rows: list[Tensor], fill: float = 0) -> Tensor:
-    """Rows (T,) of different lengths -> (B, T), padded on the right."""
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
-
-
-def at_places(sample: Sample, values: Tensor, fill: float = 0) -> Tensor:
-    """A number for each token that the policy wrote (L,) -> (T,), where that token is the target; `fill` elsewhere."""
-    row = torch.full((len(sample.ids) - 1,), fill, dtype=values.dtype)
-    row[torch.tensor(sample.places) - 1] = values
-    return row
-
-
-def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
-    """A row for each sample, or a row of padding if there are none; the targets are the tokens that the policy wrote."""
-    ids = [torch.tensor(sample.ids) for sample in samples]
-    targets = [at_places(sample, row[sample.places], -100) for sample, row in zip(samples, ids, strict=True)]
-    rows = {"input_ids": [row[:-1] for row in ids], "targets": targets, "positions": [torch.arange(len(row) - 1) for row in ids]}
-    fills = {"input_ids": 0, "targets": -100, "positions": -1}
-    batch = {name: padded(rows[name] or [torch.tensor([fill])], fill) for name, fill in fills.items()}
-    return TRAIN.on_device({**batch, "segment_ids": None, "weights": None}, device)
-
-
-def rollout_loss(settings: RLSection) -> Callable:
-    """loss_fn for `fit` of ppo, grpo and rloo."""
-    method = settings.method
-    divisor = "tokens" if method == "ppo" or settings.loss_type in ("dapo", "cispo") else "texts"
-    want = (("values",) if method == "ppo" else ()) + (("entropy",) if settings.entropy_coef else ())
-
-    def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        mask, old, advantages = batch["targets"] != -100, batch["old"], batch["advantages"]
-        out = model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"], temperature=settings.temperature,
-                    want=want)
-        limits = dict(epsilon=settings.epsilon, epsilon_high=settings.epsilon_high)
-        weights = 1.0
-        if settings.importance_sampling_clip_max:
-            weights = sampler_weights(old, batch["sampled"], mask, settings.importance_sampling_clip_max, method == "rloo")
-        if method == "ppo":
-            losses, cut = ppo_loss(out.logprobs, old, advantages, **limits)
-            shares, cut = losses * weights * mask, cut & mask
-        elif method == "rloo":
-            shares, cut = rloo_loss(out.logprobs, old, advantages, mask, **limits, weights=weights)
-        else:
-            shares, cut = grpo_loss(out.logprobs, old, advantages, mask, batch.get("reference"), settings.beta, **limits,
-                                    loss_type=settings.loss_type, max_length=settings.max_completion_length,
-                                    level=settings.importance_sampling_level, weights=weights)
-        loss = policy = shares.sum() / totals[divisor]
-        # How far the policy has moved since the rollout: KL(then || now), estimated at tokens of then.
-        moved = (kl_estimate(old, out.logprobs.detach()) * mask).sum() / totals["tokens"]
-        metrics = {"policy_loss": policy.detach(), "clip_ratio": cut.sum() / totals["tokens"], "approx_kl": moved}
-        if method == "ppo":
-            critic = (value_loss(out.values, batch["values"], batch["returns"],
-                                 settings.cliprange_value) * mask).sum() / totals["tokens"]
-            loss, metrics["value_loss"] = loss + settings.vf_coef * critic, critic.detach()
-        if settings.entropy_coef:
-            loss = loss - settings.entropy_coef * (out.entropy * mask).sum() / totals["tokens"]
-        return loss + out.aux_loss / totals["micro_batches"], {**metrics, "loss": loss.detach()}
-
-    return loss_fn
-
-
-def held_out_rewards(stream: Rollouts, held: list[Prompt], config) -> Callable | None:
-    """evaluate(model) for `fit`: the rewards of greedy answers to held-out prompts; a few are shown."""
-    chosen = [held[i] for i in np.linspace(0, len(held) - 1, min(len(held), config.rl.eval_prompts)).astype(int)]
-    if not chosen:
-        return None
-
-    def evaluate(model) -> dict:
-        share = list(enumerate(chosen))[stream.run.rank :: stream.run.world_size]
-        samples = stream.write(model, share, INFER.Sampling(stream.sampling.max_new_tokens, temperature=0), 0)
-        logged, samples = stream.judge(samples), gather(samples)
-        if config.training.sample_tokens:
-            for sample in samples[:: max(1, len(samples) // 3)][:3]:
-                question = sample.prompt if isinstance(sample.prompt, str) else sample.prompt[-1]["content"]
-                TRAIN.say_sample(question, f"{sample.text}   ({sample.reward:.3g})")
-        found, means = {"reward": sum(sample.reward for sample in samples) / len(samples)}, stream.mean_rewards(samples)
-        found |= {f"rewards/{name}": mean for name, mean in means.items() if len(means) > 1}
-        found["mean_length"] = sum(sample.length for sample in samples) / len(samples)
-        return {**found, **logged, **found}
-
-    return evaluate
-
-
-def plot_rollouts(out: Path) -> None:
-    """rollouts.png: reward, KL and length over the steps."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    records = TRAIN.json_lines(out / "log.jsonl")
-    panels = [(key, title) for key, title in (("reward", "reward of a text"), ("kl", "KL from the reference (nats a text)"),
-                                              ("completions/mean_length", "tokens of a text")) if any(key in r for r in records)]
-    if not panels:
-        return
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        found = [(r["step"], r[key]) for r in records if key in r]
-        axes.plot(*zip(*found, strict=True), "-" if len(found) > 1 else "o", color="#1f5fa8", linewidth=1.5, label="rollouts")
-        held = [(r["step"], r["eval_reward"]) for r in records if "eval_reward" in r] if key == "reward" else []
-        if held:
-            axes.plot(*zip(*held, strict=True), "o-", color="#d1495b", markersize=4, label="held out, greedy")
-            axes.legend(frameon=False)
-        axes.set(xlabel="optimizer step", title=title)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    with MODEL.staged(out) as scratch:
-        figure.savefig(scratch / "rollouts.png", dpi=120)
-
-
-# ------------------------------------------------------------------------------------------------------ records
+# ----------------------------------------------------------------------------------------------------- records
 
 
 def prompt_record(record: dict, where: str, form: TOKENIZER.Form) -> dict:
@@ -1822,7 +1777,38 @@ def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str 
     return first[:same], [answer[same:] for answer in answers]
 
 
-# ------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def held_out_rewards(stream: Rollouts, held: list[Prompt], config) -> Callable | None:
+    """evaluate(model) for `fit`: the rewards of greedy answers to held-out prompts; a few are shown."""
+    chosen = [held[i] for i in np.linspace(0, len(held) - 1, min(len(held), config.rl.eval_prompts)).astype(int)]
+    if not chosen:
+        return None
+
+    def evaluate(model) -> dict:
+        share = list(enumerate(chosen))[stream.run.rank :: stream.run.world_size]
+        samples = stream.write(model, share, INFER.Sampling(stream.sampling.max_new_tokens, temperature=0), 0)
+        logged, samples = stream.judge(samples), gather(samples)
+        if config.training.sample_tokens:
+            for sample in samples[:: max(1, len(samples) // 3)][:3]:
+                question = sample.prompt if isinstance(sample.prompt, str) else sample.prompt[-1]["content"]
+                TRAIN.say_sample(question, f"{sample.text}   ({sample.reward:.3g})")
+        found, means = {"reward": sum(sample.reward for sample in samples) / len(samples)}, stream.mean_rewards(samples)
+        found |= {f"rewards/{name}": mean for name, mean in means.items() if len(means) > 1}
+        found["mean_length"] = sum(sample.length for sample in samples) / len(samples)
+        return {**found, **logged, **found}
+
+    return evaluate
+
+
+def plot_rollouts(out: Path) -> None:
+    """rollouts.png: reward, KL and completion length over the steps."""
+    records = TRAIN.json_lines(out / "log.jsonl")
+    TRAIN.plot_curves(out / "rollouts.png", {
+        "mean reward": {"rollouts": TRAIN.curve(records, "reward"), "held out, greedy": TRAIN.curve(records, "eval_reward")},
+        "KL to the reference (nats per completion)": {"kl": TRAIN.curve(records, "kl")},
+        "completion length (tokens)": {"length": TRAIN.curve(records, "completions/mean_length")}})
 
 
 def still(model: nn.Module) -> None:
@@ -1899,7 +1885,8 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     frozen = frozen_model(config, tokenizer, device)
     build = rollout_stage if method in ON_POLICY else pair_stage
     stage = build(config, model, tokenizer, records, held, left, frozen, judges)
-    sources = {"rl.ref_model": settings.ref_model} if settings.ref_model else {"model.name": config.model.name} if settings.beta else {}
+    key, reference = ("rl.ref_model", settings.ref_model) if settings.ref_model else ("model.name", config.model.name)
+    sources = {key: reference} if settings.beta else {}
     return stage._replace(evaluate=with_kept(stage.evaluate, config, tokenizer), sources=sources,
                           share=0.1 if method == "reward" else 1 / 30)
 
@@ -1957,25 +1944,27 @@ def warn_imbalance(pairs: list[Pair], settings: RLSection) -> None:
     say(f"{desirable:,} desirable and {undesirable:,} undesirable completions: {advice}")
 
 
+def read_prompts(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZER.LeftOut,
+                 tools: Tools | None) -> list[Prompt]:
+    """Records -> prompts. Those that leave no room for a completion are counted in `left`."""
+    room = Room("rl.max_completion_length", config.rl.max_completion_length, config.training.max_length, "training.max_length")
+    room.check()
+    prompts = []
+    for where, record in records:
+        if given := set(GIVEN) & record.keys():
+            raise UserError(f"{where}: the key '{min(given)}' is what reward functions are given; call it otherwise, or rename "
+                            "it by rl.columns")
+        content = TOKENIZER.as_messages(record["prompt"]) if tools else record["prompt"]
+        ids = prompt_ids(tokenizer, content, tools.beside(record.get("tools")) if tools else record.get("tools"))
+        if room.fits(ids, where, left):
+            prompts.append(Prompt(where, content, ids, {key: value for key, value in record.items() if key != "prompt"}))
+    return prompts
+
+
 def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges) -> TRAIN.Stage:
     settings, out = config.rl, Path(config.output.dir)
-    room = Room("rl.max_completion_length", settings.max_completion_length, config.training.max_length, "training.max_length")
-    room.check()
     tools = Tools(settings.tools, tokenizer, settings.tool_timeout) if settings.tools else None
-
-    def prompts(found: list[tuple[str, dict]]) -> list[Prompt]:
-        made = []
-        for where, record in found:
-            if given := set(GIVEN) & record.keys():
-                raise UserError(f"{where}: the key '{min(given)}' is what reward functions are given; call it otherwise, or "
-                                "rename it by rl.columns")
-            content = TOKENIZER.as_messages(record["prompt"]) if tools else record["prompt"]
-            ids = prompt_ids(tokenizer, content, tools.beside(record.get("tools")) if tools else record.get("tools"))
-            if room.fits(ids, where, left):
-                made.append(Prompt(where, content, ids, {key: value for key, value in record.items() if key != "prompt"}))
-        return made
-
-    found, kept = prompts(records), prompts(held)
+    found, kept = (read_prompts(config, tokenizer, part, left, tools) for part in (records, held))
     if not found:
         raise UserError(f"data.train: no prompt is left{left.text()}")
     judges.check(found + kept)
@@ -1998,13 +1987,15 @@ def dry_run(config) -> None:
     settings = config.rl.fill()
     tokenizer, records, _, left = read_records(config)
     if settings.method in ON_POLICY:
-        prompts = [prompt_ids(tokenizer, record["prompt"], record.get("tools")) for _, record in records]
-        columns = [{key: value for key, value in record.items() if key != "prompt"} for _, record in records[:3]]
-        shown = [(where, f"{tokenizer.decode(ids)}\n{json.dumps(rest, ensure_ascii=False, default=str)}")
-                 for (where, _), ids, rest in zip(records, prompts, columns, strict=False)]
+        tools = Tools(settings.tools, tokenizer, settings.tool_timeout) if settings.tools else None
+        prompts = read_prompts(config, tokenizer, records, left, tools)
+        if not prompts:
+            raise UserError(f"data.train: no prompt is left{left.text()}")
+        shown = [(prompt.where, f"{tokenizer.decode(prompt.ids)}\n{json.dumps(prompt.columns, ensure_ascii=False, default=str)}")
+                 for prompt in prompts[:3]]
         limit = config.training.max_length - settings.max_completion_length
-        return SFT.preview(shown, [len(ids) for ids in prompts], "prompt",
-                           f"at most {limit} (training.max_length - rl.max_completion_length)")
+        return SFT.preview(shown, [len(prompt.ids) for prompt in prompts], "prompt",
+                           f"at most {limit} (training.max_length - rl.max_completion_length){left.text()}")
     pairs, shown, lengths = read_pairs(config, tokenizer, records, left), [], []
     for pair in pairs:
         names = ("chosen", "rejected") if len(pair.examples) == 2 else ("desirable" if pair.label else "undesirable",)

@@ -81,86 +81,7 @@ class SFTSection:
             raise UserError(f"sft.class_weights: '{self.class_weights}' is none of none, balanced, {{label: weight}}")
 
 
-# ---------------------------------------------------------------------------------------------------- adapters
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """The last parts of the names of all linear layers except heads, which `all-linear` stands for (Dettmers 2023, section 4)."""
-    layers = {id(m) for layer in MODEL.layers_of(model) for m in layer.modules()}
-    kinds = ("Linear", "Conv1D")
-    return sorted({name.rpartition(".")[2] for name, m in model.named_modules()
-                   if id(m) in layers and any(kind in type(m).__name__ for kind in kinds)})
-
-
-def attach_lora(model: MODEL.LanguageModel, base: str, target_modules: tuple | list = ("all-linear",), seed: int = 0,
-                **options) -> None:
-    """Freeze a model and add peft's low-rank adapters to it (Hu 2021): W x + (alpha / r) B A x, with A random and B zero, so
-    that the function is unchanged at first. `options` are those of peft's LoraConfig."""
-    peft = MODEL.import_peft()
-    host = MODEL.host_of(model)
-    names, everywhere = linear_names(host), list(target_modules) == ["all-linear"]
-    packed, mixture = model.quantization != "none", any(isinstance(m, MODEL.Experts) for m in host.modules())
-    if packed and mixture:  # peft maps these names to the experts
-        names = [name for name in names if name not in ("gate_proj", "up_proj", "down_proj")]
-    targets = names if everywhere else list(target_modules)
-    if options.get("use_dora") and model.quantization not in ("none", "nf4"):
-        raise UserError(f"lora.use_dora: does not work on {model.quantization} weights; use --model.quantization nf4, or leave "
-                        "it out")
-    if "lm_head" in targets and getattr(model.config, "tie_word_embeddings", False):
-        raise UserError("lora.target_modules: lm_head shares its weights with the embedding and cannot have a separate adapter")
-    if "score" in model.heads:  # the new head is trained in full and saved with the adapter
-        options.update(modules_to_save=["score"])
-    task = "SEQ_CLS" if model.heads == ("score",) else "CAUSAL_LM" if getattr(model.config, "causal", True) else None
-    config = peft.LoraConfig(task_type=task, base_model_name_or_path=str(base), target_modules=targets, **options)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            MODEL.inject(config, host)
-    except ValueError as error:
-        raise UserError(f"lora.target_modules: {', '.join(targets)} cannot get adapters in this model "
-                        f"({MODEL.first_line(error)}); its layers are {', '.join(names)}") from None
-    if packed and config.target_parameters:
-        raise UserError(f"lora.target_modules: {', '.join(targets)} means the experts, and quantized experts cannot have "
-                        "adapters; name attention layers")
-    model.adapter = config
-    tuned = tuple(name + "." for name, m in host.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer))
-    if everywhere:
-        _say_left_out(host, tuned)
-    else:
-        # peft has other names for the projections of experts
-        _check_targets([target for target in targets if not (mixture and target.endswith("_proj"))],
-                       (*tuned, *(f"{name}." for name in config.target_parameters or ())), names)
-
-
-def rows_to_train(model: MODEL.LanguageModel, tokens: list[int]) -> list[int] | dict[str, list[int]] | None:
-    """peft's `trainable_token_indices` for tokens that are new to the base model: their rows of the embedding and of an untied
-    output head, without which the model could not generate them."""
-    host = MODEL.host_of(model)
-    modules = [host.get_input_embeddings(), host.get_output_embeddings()]
-    tied = len(modules) < 2 or modules[1] is None or modules[1].weight is modules[0].weight
-    if not tokens or tied or model.config.model_type == "bert":
-        return tokens or None
-    names = {id(module): name.rpartition(".")[2] for name, module in host.named_modules()}
-    return {names[id(module)]: tokens for module in modules}
-
-
-def _check_targets(targets: list[str], tuned: tuple, names: list[str]) -> None:
-    """Check that each target name matches a layer with an adapter."""
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}.") for name in tuned):
-            raise UserError(f"lora.target_modules: '{target}' is not a layer of this model; its layers are {', '.join(names)}")
-
-
-def _say_left_out(host: nn.Module, tuned: tuple) -> None:
-    """Print which linear layers have no adapter: in a mixture of experts, peft's all-linear covers only some."""
-    inside = {id(m) for layer in MODEL.layers_of(host) for m in layer.modules()}
-    left = {".".join(name.split(".")[-2:]) for name, m in host.named_modules()
-            if isinstance(m, (MODEL.Experts, nn.Linear)) and id(m) in inside and not f"{name}.".startswith(tuned)}
-    if left:
-        say(f"lora: no adapter on {', '.join(sorted(left))}; these layers stay frozen")
-
-
-# -------------------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------- conversations and labels as tokens
 
 
 class Sample:
@@ -217,6 +138,133 @@ class Labelled:
     def number(self, labels: dict[str, int], weights: dict[str, float]) -> None:
         label = self.record["label"]
         self.ids, self.weights = [*self.text_ids, labels[label]], [0.0] * len(self.text_ids) + [weights[label]]
+
+
+# -------------------------------------------------------------------------------------- loss of classification
+
+
+def label_scores(model, batch: dict, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(scores (N, L), labels (N,), weights (N,), balance loss) of the N texts of a batch: read at a decoder's last token, which
+    has seen the whole text, or at an encoder's first."""
+    targets = batch["targets"].flatten()
+    last = (targets != -100).nonzero()[:, 0]  # (N,)
+    places = last
+    if not causal:
+        position = last % batch["targets"].shape[1] if batch["positions"] is None else batch["positions"].flatten()[last]
+        places = last - position
+    out = model(batch["input_ids"], positions=batch["positions"], segment_ids=batch["segment_ids"], want=("scores",))
+    return out.scores.flatten(0, 1)[places], targets[last], batch["weights"].flatten()[last], out.aux_loss
+
+
+def label_loss(causal: bool) -> Callable:
+    """loss_fn for `fit`: cross-entropy of the labels, each counting as much as its class weight."""
+
+    def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
+        scores, labels, weights, balance = label_scores(model, batch, causal)
+        loss = (F.cross_entropy(scores, labels, reduction="none") * weights).sum() / totals["tokens"]
+        right = (scores.argmax(-1) == labels).sum() / totals["targets"]  # unweighted: an accuracy
+        return loss + balance / totals["micro_batches"], {"loss": loss.detach(), "accuracy": right.detach()}
+
+    return loss_fn
+
+
+# ------------------------------------------------------------------------------------------ adapters and noise
+
+
+def attach_lora(model: MODEL.LanguageModel, base: str, target_modules: tuple | list = ("all-linear",), seed: int = 0,
+                **options) -> None:
+    """Freeze a model and add peft's low-rank adapters to it (Hu 2021): W x + (alpha / r) B A x, with A random and B zero, so
+    that the function is unchanged at first. `options` are those of peft's LoraConfig."""
+    peft = MODEL.import_peft()
+    host = MODEL.host_of(model)
+    names, everywhere = linear_names(host), list(target_modules) == ["all-linear"]
+    packed, mixture = model.quantization != "none", any(isinstance(m, MODEL.Experts) for m in host.modules())
+    if packed and mixture:  # peft maps these names to the experts
+        names = [name for name in names if name not in ("gate_proj", "up_proj", "down_proj")]
+    targets = names if everywhere else list(target_modules)
+    if options.get("use_dora") and model.quantization not in ("none", "nf4"):
+        raise UserError(f"lora.use_dora: does not work on {model.quantization} weights; use --model.quantization nf4, or leave "
+                        "it out")
+    if "lm_head" in targets and getattr(model.config, "tie_word_embeddings", False):
+        raise UserError("lora.target_modules: lm_head shares its weights with the embedding and cannot have a separate adapter")
+    if "score" in model.heads:  # the new head is trained in full and saved with the adapter
+        options.update(modules_to_save=["score"])
+    task = "SEQ_CLS" if model.heads == ("score",) else "CAUSAL_LM" if getattr(model.config, "causal", True) else None
+    config = peft.LoraConfig(task_type=task, base_model_name_or_path=str(base), target_modules=targets, **options)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            MODEL.inject(config, host)
+    except ValueError as error:
+        raise UserError(f"lora.target_modules: {', '.join(targets)} cannot get adapters in this model "
+                        f"({MODEL.first_line(error)}); its layers are {', '.join(names)}") from None
+    if packed and config.target_parameters:
+        raise UserError(f"lora.target_modules: {', '.join(targets)} means the experts, and quantized experts cannot have "
+                        "adapters; name attention layers")
+    model.adapter = config
+    tuned = tuple(name + "." for name, m in host.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer))
+    if everywhere:
+        _say_left_out(host, tuned)
+    else:
+        # peft has other names for the projections of experts
+        _check_targets([target for target in targets if not (mixture and target.endswith("_proj"))],
+                       (*tuned, *(f"{name}." for name in config.target_parameters or ())), names)
+
+
+def rows_to_train(model: MODEL.LanguageModel, tokens: list[int]) -> list[int] | dict[str, list[int]] | None:
+    """peft's `trainable_token_indices` for tokens that are new to the base model: their rows of the embedding and of an untied
+    output head, without which the model could not generate them."""
+    host = MODEL.host_of(model)
+    modules = [host.get_input_embeddings(), host.get_output_embeddings()]
+    tied = len(modules) < 2 or modules[1] is None or modules[1].weight is modules[0].weight
+    if not tokens or tied or model.config.model_type == "bert":
+        return tokens or None
+    names = {id(module): name.rpartition(".")[2] for name, module in host.named_modules()}
+    return {names[id(module)]: tokens for module in modules}
+
+
+def neftune(embedding: nn.Module, alpha: float) -> None:
+    """Uniform noise of at most alpha / sqrt(T C) on the embeddings of a training batch (Jain 2023, section 3)."""
+
+    def noise(module: nn.Module, _, output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        reach = alpha / math.sqrt(output.shape[-2] * output.shape[-1])
+        return output + torch.empty_like(output).uniform_(-reach, reach)
+
+    embedding.register_forward_hook(noise)
+
+
+# ======================================================================================================== edges
+
+# ---------------------------------------------------------------------------------------------------- adapters
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The last parts of the names of all linear layers except heads, which `all-linear` stands for (Dettmers 2023, section 4)."""
+    layers = {id(m) for layer in MODEL.layers_of(model) for m in layer.modules()}
+    kinds = ("Linear", "Conv1D")
+    return sorted({name.rpartition(".")[2] for name, m in model.named_modules()
+                   if id(m) in layers and any(kind in type(m).__name__ for kind in kinds)})
+
+
+def _check_targets(targets: list[str], tuned: tuple, names: list[str]) -> None:
+    """Check that each target name matches a layer with an adapter."""
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}.") for name in tuned):
+            raise UserError(f"lora.target_modules: '{target}' is not a layer of this model; its layers are {', '.join(names)}")
+
+
+def _say_left_out(host: nn.Module, tuned: tuple) -> None:
+    """Print which linear layers have no adapter: in a mixture of experts, peft's all-linear covers only some."""
+    inside = {id(m) for layer in MODEL.layers_of(host) for m in layer.modules()}
+    left = {".".join(name.split(".")[-2:]) for name, m in host.named_modules()
+            if isinstance(m, (MODEL.Experts, nn.Linear)) and id(m) in inside and not f"{name}.".startswith(tuned)}
+    if left:
+        say(f"lora: no adapter on {', '.join(sorted(left))}; these layers stay frozen")
+
+
+# -------------------------------------------------------------------------------------------------------- data
 
 
 def read_samples(config, form: TOKENIZER.Form, make: Callable, kind: str) -> tuple[list, list, str]:
@@ -320,7 +368,7 @@ def in_batches(config, train: list, held_out: list) -> tuple[TOKENIZER.TokenStre
     return stream, TOKENIZER.fixed_batches(held_out, training.batch_size, training.eval_batches) if held_out else []
 
 
-# -------------------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------------------------- validation
 
 
 def question_of(record: dict) -> tuple[list[dict], str] | None:
@@ -390,34 +438,6 @@ def with_answers(evaluate: Callable | None, samples: list[Sample], tokenizer, co
     return TRAIN.with_samples(measure if questions else evaluate, tokenizer, config.training, prompts, greedy)
 
 
-# ---------------------------------------------------------------------------------------------- classification
-
-
-def label_scores(model, batch: dict, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(scores (N, L), labels (N,), weights (N,), balance loss) of the N texts of a batch: read at a decoder's last token, which
-    has seen the whole text, or at an encoder's first."""
-    targets = batch["targets"].flatten()
-    last = (targets != -100).nonzero()[:, 0]  # (N,)
-    places = last
-    if not causal:
-        position = last % batch["targets"].shape[1] if batch["positions"] is None else batch["positions"].flatten()[last]
-        places = last - position
-    out = model(batch["input_ids"], positions=batch["positions"], segment_ids=batch["segment_ids"], want=("scores",))
-    return out.scores.flatten(0, 1)[places], targets[last], batch["weights"].flatten()[last], out.aux_loss
-
-
-def label_loss(causal: bool) -> Callable:
-    """loss_fn for `fit`: cross-entropy of the labels, each counting as much as its class weight."""
-
-    def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        scores, labels, weights, balance = label_scores(model, batch, causal)
-        loss = (F.cross_entropy(scores, labels, reduction="none") * weights).sum() / totals["tokens"]
-        right = (scores.argmax(-1) == labels).sum() / totals["targets"]  # unweighted: an accuracy
-        return loss + balance / totals["micro_batches"], {"loss": loss.detach(), "accuracy": right.detach()}
-
-    return loss_fn
-
-
 class Confusion:
     """evaluate(model) for `fit`: accuracy, F1 and loss over held-out texts; keeps how often which label was taken for which."""
 
@@ -466,113 +486,7 @@ class Confusion:
             figure.savefig(scratch / path.name, dpi=120)
 
 
-def pad_id(tokenizer) -> int:
-    """The padding token, by which transformers' classifiers find a row's last; the end of text where there is none."""
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
-    return tokenizer.pad_token_id
-
-
-def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
-    adapter, name = config.actions.adapter, config.model.name
-    TRAIN.fit_length(config, MODEL.context_length(name, MODEL.overrides(config.model)))
-    tokenizer = TOKENIZER.of_run(config, checkpoint)
-    pad_id(tokenizer)
-    known = MODEL.folder_labels(MODEL.resolve_folder(adapter or name))
-    train, kept, labels = read_labelled(config, tokenizer, known)
-    model = prepare_model(config, tokenizer, "score", labels, noise=config.sft.neftune_noise_alpha)
-    stream, batches = in_batches(config, train, kept)
-    causal = model.config.causal
-    evaluate = Confusion(batches, labels, causal) if batches else None
-
-    def save(text: str, tokenizer, model, folder: Path) -> None:
-        TRAIN.save_product(text, tokenizer, model, folder)
-        if evaluate and MODEL.process_rank() == 0:
-            evaluate.plot(Path(folder) / "confusion.png")
-
-    return TRAIN.Stage(model, tokenizer, stream, label_loss(causal), evaluate, save, share=1)
-
-
-# ---------------------------------------------------------------------------------------------------- training
-
-
-def neftune(embedding: nn.Module, alpha: float) -> None:
-    """Uniform noise of at most alpha / sqrt(T C) on the embeddings of a training batch (Jain 2023, section 3)."""
-
-    def noise(module: nn.Module, _, output: Tensor) -> Tensor:
-        if not module.training:
-            return output
-        reach = alpha / math.sqrt(output.shape[-2] * output.shape[-1])
-        return output + torch.empty_like(output).uniform_(-reach, reach)
-
-    embedding.register_forward_hook(noise)
-
-
-def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | None = None,
-                  noise: float = 0.0) -> MODEL.LanguageModel:
-    """The trained model to fine-tune, with rows for new tokens and its adapter."""
-    name, adapter = config.model.name, bool(config.actions.adapter or config.lora.r)
-    if adapter and config.training.qat != "none":
-        raise UserError(f"training.qat: {config.training.qat} is for training all weights; leave out lora.r and --adapter. Adapters "
-                        "learn on quantized weights with model.quantization")
-    if labels and adapter and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
-        raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora out, "
-                        f"or use one of {', '.join(MODEL.FAMILIES)}")
-    model = TRAIN.prepare_model(config, tokenizer, head, labels, adapter, grow=True)
-    if labels:
-        model.config.pad_token_id = pad_id(tokenizer)
-    finish_model(config, model, tokenizer, noise)
-    return model
-
-
-def finish_model(config, model, tokenizer, noise: float = 0.0) -> None:
-    """Add what all fine-tuning needs to a loaded model: adapters, the rate of their parts, noise."""
-    adapter = config.actions.adapter
-    for field in fields(LoraSection):
-        if getattr(config.lora, field.name) != getattr(LoraSection(), field.name):
-            if adapter and field.name not in ("r", "loraplus_lr_ratio"):
-                raise UserError(f"lora.{field.name}: {adapter} brings its own; leave it out")
-            if not adapter and not config.lora.r:
-                raise UserError(f"lora.{field.name}: needs an adapter; set lora.r")
-    if adapter:
-        MODEL.load_adapter(model, adapter, train=True)
-        if config.lora.r not in (0, model.adapter.r):
-            raise UserError(f"lora.r: {config.lora.r}, but {adapter} has rank {model.adapter.r}; leave it out to go on with that")
-    elif config.lora.r:
-        if model.config.model_type == MODEL.CUSTOM:
-            say("lora: no Hugging Face class has this mixture of knobs; only this program will open the adapter")
-        known = TOKENIZER.load(config.tokenizer.name or config.model.name).get_vocab()
-        new = {i for token, i in tokenizer.get_vocab().items() if token not in known}  # some may fill spare rows of the model
-        config.lora.attach(model, config.model.name, sorted(new.union(model.new_ids)), config.training.seed)
-    if config.lora.loraplus_lr_ratio and config.training.optim == "muon":
-        raise UserError("lora.loraplus_lr_ratio: has no effect with training.optim muon; take adamw")
-    model.rates = {".lora_B.": config.lora.loraplus_lr_ratio} if config.lora.loraplus_lr_ratio else {}
-    if noise:
-        neftune(model.get_input_embeddings(), noise)
-
-
-def need_model(config) -> None:
-    if not config.model.name:
-        raise UserError("model.preset: fine-tuning starts from a trained model; name one with --model, or make one with TRAIN.py")
-
-
-def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
-    need_model(config)
-    if config.sft.task == "classify":
-        return prepare_labels(config, checkpoint, device)
-    tokenizer = TOKENIZER.of_run(config, checkpoint)
-    TOKENIZER.ensure_chat(tokenizer)
-    model = prepare_model(config, tokenizer, noise=config.sft.neftune_noise_alpha)
-    if not model.config.causal:
-        raise UserError(f"model.name: {config.model.name} is an encoder, which answers nobody; conversations need a causal model")
-    TOKENIZER.end_with_turns(model, tokenizer)
-    train, kept = read_conversations(config, tokenizer)
-    stream, batches = in_batches(config, train, kept)
-    evaluate = with_answers(TRAIN.held_out_loss(batches, None) if batches else None, kept, tokenizer, config)
-    return TRAIN.Stage(model, tokenizer, stream, TRAIN.token_loss, evaluate, TRAIN.save_product, share=1)
-
-
-# ------------------------------------------------------------------------------------------------------ records
+# ----------------------------------------------------------------------------------------------------- records
 
 
 KEYS = TOKENIZER.USED_KEYS | {"text", "weight", *TOKENIZER.LABEL_KEYS}
@@ -628,7 +542,101 @@ def labelled(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     return {"text": record[text], "label": str(value).strip()}
 
 
-# --------------------------------------------------------------------------------------------- looking, converting
+# --------------------------------------------------------------------------------------------- preparing a run
+
+
+def pad_id(tokenizer) -> int:
+    """The padding token, by which transformers' classifiers find a row's last; the end of text where there is none."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+    return tokenizer.pad_token_id
+
+
+def need_model(config) -> None:
+    if not config.model.name:
+        raise UserError("model.preset: fine-tuning starts from a trained model; name one with --model, or make one with TRAIN.py")
+
+
+def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | None = None,
+                  noise: float = 0.0) -> MODEL.LanguageModel:
+    """The trained model to fine-tune, with rows for new tokens and its adapter."""
+    name, adapter = config.model.name, bool(config.actions.adapter or config.lora.r)
+    if adapter and config.training.qat != "none":
+        raise UserError(f"training.qat: {config.training.qat} is for training all weights; leave out lora.r and --adapter. "
+                        "Adapters learn on quantized weights with model.quantization")
+    if labels and adapter and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
+        raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora out, "
+                        f"or use one of {', '.join(MODEL.FAMILIES)}")
+    model = TRAIN.prepare_model(config, tokenizer, head, labels, adapter, grow=True)
+    if labels:
+        model.config.pad_token_id = pad_id(tokenizer)
+    finish_model(config, model, tokenizer, noise)
+    return model
+
+
+def finish_model(config, model, tokenizer, noise: float = 0.0) -> None:
+    """Add what all fine-tuning needs to a loaded model: adapters, the rate of their parts, noise."""
+    adapter = config.actions.adapter
+    for field in fields(LoraSection):
+        if getattr(config.lora, field.name) != getattr(LoraSection(), field.name):
+            if adapter and field.name not in ("r", "loraplus_lr_ratio"):
+                raise UserError(f"lora.{field.name}: {adapter} brings its own; leave it out")
+            if not adapter and not config.lora.r:
+                raise UserError(f"lora.{field.name}: needs an adapter; set lora.r")
+    if adapter:
+        MODEL.load_adapter(model, adapter, train=True)
+        if config.lora.r not in (0, model.adapter.r):
+            raise UserError(f"lora.r: {config.lora.r}, but {adapter} has rank {model.adapter.r}; leave it out to go on with that")
+    elif config.lora.r:
+        if model.config.model_type == MODEL.CUSTOM:
+            say("lora: no Hugging Face class has this mixture of knobs; only this program will open the adapter")
+        known = TOKENIZER.load(config.tokenizer.name or config.model.name).get_vocab()
+        new = {i for token, i in tokenizer.get_vocab().items() if token not in known}  # some may fill spare rows of the model
+        config.lora.attach(model, config.model.name, sorted(new.union(model.new_ids)), config.training.seed)
+    if config.lora.loraplus_lr_ratio and config.training.optim == "muon":
+        raise UserError("lora.loraplus_lr_ratio: has no effect with training.optim muon; take adamw")
+    model.rates = {".lora_B.": config.lora.loraplus_lr_ratio} if config.lora.loraplus_lr_ratio else {}
+    if noise:
+        neftune(model.get_input_embeddings(), noise)
+
+
+def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
+    adapter, name = config.actions.adapter, config.model.name
+    TRAIN.fit_length(config, MODEL.context_length(name, MODEL.overrides(config.model)))
+    tokenizer = TOKENIZER.of_run(config, checkpoint)
+    pad_id(tokenizer)
+    known = MODEL.folder_labels(MODEL.resolve_folder(adapter or name))
+    train, kept, labels = read_labelled(config, tokenizer, known)
+    model = prepare_model(config, tokenizer, "score", labels, noise=config.sft.neftune_noise_alpha)
+    stream, batches = in_batches(config, train, kept)
+    causal = model.config.causal
+    evaluate = Confusion(batches, labels, causal) if batches else None
+
+    def save(text: str, tokenizer, model, folder: Path) -> None:
+        TRAIN.save_product(text, tokenizer, model, folder)
+        if evaluate and MODEL.process_rank() == 0:
+            evaluate.plot(Path(folder) / "confusion.png")
+
+    return TRAIN.Stage(model, tokenizer, stream, label_loss(causal), evaluate, save, share=1)
+
+
+def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
+    need_model(config)
+    if config.sft.task == "classify":
+        return prepare_labels(config, checkpoint, device)
+    tokenizer = TOKENIZER.of_run(config, checkpoint)
+    TOKENIZER.ensure_chat(tokenizer)
+    model = prepare_model(config, tokenizer, noise=config.sft.neftune_noise_alpha)
+    if not model.config.causal:
+        raise UserError(f"model.name: {config.model.name} is an encoder, which answers nobody; conversations need a causal model")
+    TOKENIZER.end_with_turns(model, tokenizer)
+    train, kept = read_conversations(config, tokenizer)
+    stream, batches = in_batches(config, train, kept)
+    evaluate = with_answers(TRAIN.held_out_loss(batches, None) if batches else None, kept, tokenizer, config)
+    return TRAIN.Stage(model, tokenizer, stream, TRAIN.token_loss, evaluate, TRAIN.save_product, share=1)
+
+
+# ------------------------------------------------------------------------------------------------ command line
 
 
 def dry_run(config) -> None:

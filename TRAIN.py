@@ -45,7 +45,8 @@ SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 @dataclass
 class TrainingSection:
-    epochs: float | None = knob(2.5, "number of epochs; replaced by training.max_steps or training.max_minutes", above=0, often=True)
+    epochs: float | None = knob(2.5, "number of epochs; replaced by training.max_steps or training.max_minutes", above=0,
+                                often=True)
     max_steps: int | None = knob(None, "number of optimizer steps", low=1, often=True)
     max_minutes: float | None = knob(None, "wall-clock limit in minutes; the schedule adapts to it", above=0, often=True)
     batch_size: int = knob(16, "sequences per device per forward pass", low=1, often=True)
@@ -138,7 +139,7 @@ def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Momentum, then the nearest orthogonal matrix as the update (Jordan 2024), scaled to the usual size of AdamW's updates, so
-    that both use one learning rate (Liu 2025). Sharded updates are gathered first; every process keeps its shard of the result."""
+    that both use one learning rate (Liu 2025). Sharded updates are gathered first; each process keeps its part of the result."""
 
     def __init__(self, weights: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(weights, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -192,9 +193,9 @@ def make_optimizers(model: nn.Module, training: TrainingSection) -> list[torch.o
 
 
 def choose_rate(training: TrainingSection, model: nn.Module, fresh: bool, share: float | None = None) -> None:
-    """Learning rate and optimizer, where none is set. Fresh weights learn fast, narrow models fastest; pretraining of trained weights
-    goes on slowly. Fine-tuning (`share` 1; later stages take a fraction of its rate) makes smaller steps the wider the model. Muon
-    is faster where most is still to be learned, but amplifies the noise of rollouts as much as their signal."""
+    """Choose learning rate and optimizer where none is set. Fresh weights learn fast, narrow models fastest; pretraining of
+    trained weights continues slowly. Fine-tuning (`share` 1; later stages take a fraction of its rate) makes smaller steps the
+    wider the model. Muon is faster where much is left to learn, but amplifies the noise of rollouts as much as their signal."""
     adapter, width = getattr(model, "adapter", None), getattr(getattr(model, "config", None), "hidden_size", 512)
     if fresh:
         rate, optim = 6e-3 * math.sqrt(128 / width), "muon"
@@ -203,8 +204,8 @@ def choose_rate(training: TrainingSection, model: nn.Module, fresh: bool, share:
     else:
         rate, optim = share * min(3e-3, max(1e-5, 3e-3 * (128 / width) ** 2)), "muon" if width <= 256 and share == 1 else "adamw"
     if adapter:
-        # A step of Adam changes each entry of B by the rate, and so W by rate * scaling * r (alpha, or alpha * sqrt(r) in rsLoRA); LoRA+
-        # multiplies B's rate once more. Both are taken back, so that W moves as it does with the default adapter.
+        # A step of Adam changes each entry of B by about the rate, and so W by rate * scaling * r: that is alpha, in rsLoRA
+        # alpha * sqrt(r), and LoRA+ multiplies B's rate once more. The default rate divides by what exceeds the default adapter.
         scaling = adapter.lora_alpha / (math.sqrt(adapter.r) if adapter.use_rslora else adapter.r)
         ratio = max(getattr(model, "rates", {}).values(), default=1.0)
         rate, optim = min(1e-2, 10 * rate) * min(1.0, 16 / (scaling * adapter.r)) / math.sqrt(ratio), "adamw"
@@ -388,7 +389,7 @@ class Trainer:
                 group["peak_lr"] = group["lr"]
         self.stream.start(self.run)
         if saved:
-            self._restore(saved)
+            restore(self, saved)
             self.last_saved = resume
             self.left = [path for path in checkpoints(self.out) if step_of(path) > self.state.step]
             if self.left:
@@ -468,6 +469,8 @@ class Trainer:
             if self.state.step == 0:
                 raise
             self.checkpoint()
+            if not self.main:
+                raise SystemExit(2) from None  # the first process prints the line
             raise UserError(f"{error}; step {self.state.step} is saved in {self.last_saved}: --resume auto continues from it"
                             ) from error.__cause__
 
@@ -496,7 +499,7 @@ class Trainer:
         loss_finite = all(bool(torch.isfinite(value).all()) for value in metrics.values())
         loss_finite = all_sum([float(not loss_finite)], self.device)[0] == 0
         finite = math.isfinite(norm) and loss_finite
-        backing_off = scale.on and loss_finite and scale.scale > 1  # float16 overflowed in the backward pass, as it does in every run
+        backing_off = scale.on and loss_finite and scale.scale > 1  # float16 overflows at first, in every run
         scale.update(finite)
         if finite:
             state.skipped_in_row = 0
@@ -588,7 +591,7 @@ class Trainer:
         final = self.out / f"ckpt-step-{self.state.step:06d}"
         if self.last_saved == final:
             return
-        content = self._content()
+        content = content_of(self)
         scratch = self.out / f".tmp-{final.name}"
         if self.main:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -606,29 +609,13 @@ class Trainer:
             self.log.plot()
         self.last_saved = final
         if self.main:
-            best = self.out / f"ckpt-step-{self.state.best[1]:06d}" if self.state.best else None
-            keep = [*checkpoints(self.out)[-self.training.save_total_limit :], best if self.training.load_best_model_at_end else None]
+            keep = checkpoints(self.out)[-self.training.save_total_limit :]
+            if self.state.best and self.training.load_best_model_at_end:
+                keep.append(self.out / f"ckpt-step-{self.state.best[1]:06d}")
             for path in checkpoints(self.out):
                 if path not in keep:
                     remove(path)
         barrier()
-
-    def _content(self) -> dict:
-        """Everything beside the product that an exact continuation needs. Of sharded tensors only the first process keeps the whole."""
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        seconds = all_sum([self.elapsed() if self.main else 0.0], self.device)[0]
-        state = replace(self.state, seconds=seconds, log=self.log.state(self.device), loss_scale=(self.loss_scale.scale, self.loss_scale.good))
-        content = {**vars(state), "random": from_all(random), "stream": self.stream.state_dict(), "sources": self.sources,
-                   "optimizers": [map_tensors(MODEL.gathered_on_first, optimizer.state_dict()) for optimizer in self.optimizers]}
-        # What is trained and not in the product folder as it stands: adapters, a foreign model's heads, a critic.
-        trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
-        if is_whole(self.model):
-            trained = {name for name in trained if MODEL.is_tool(name)}
-        if trained:
-            content["module"] = {k: MODEL.gathered_on_first(v) for k, v in self.model.state_dict().items() if k in trained}
-        return content
 
     # -- the end
 
@@ -648,7 +635,7 @@ class Trainer:
         self.checkpoint()
         self.save(self.model, self.out)
         if self.training.load_best_model_at_end and state.best and state.best[1] != state.step:
-            after = self._keep_best(after)
+            after = keep_best(self, after)
         result = Result(state.before, after, state.step, round(self.elapsed(), 2), peak_memory(self.device))
         if self.main:
             measure = next(iter(after), None)
@@ -661,41 +648,8 @@ class Trainer:
                 self.log.tell(f"warning: held-out {name} fell from {100 * state.before[name]:.1f}% to {100 * after[name]:.1f}%; "
                               "a lower training.learning_rate or fewer training.max_steps lose less")
         barrier()
-        self._check_sound(after)
+        check_sound(self, after)
         return result
-
-    def _keep_best(self, last: dict) -> dict:
-        """Put the files of the best checkpoint in the place of the last model's -> its measures."""
-        _, step, measures = self.state.best
-        folder = self.out / f"ckpt-step-{step:06d}"
-        if not folder.exists():
-            self.log.tell(f"the best model's checkpoint, {folder}, is missing; the last model is kept")
-            return last
-        if self.main:
-            with MODEL.staged(self.out, "config.json", MODEL.WEIGHTS) as scratch:
-                for path in folder.iterdir():
-                    if path.name != STATE_FILE:
-                        shutil.copy2(path, scratch)
-        self.log.tell(f"the best model, of step {step}, is kept")
-        return measures
-
-    def _check_sound(self, after: dict) -> None:
-        """A run that ruined its model ends with a line and exit status 1. A token loss may rise a little while a model learns
-        something else; a whole nat per token is e times the perplexity."""
-        state, name = self.state, next(iter(after), "")
-        losses = "training loss", state.first_loss, getattr(self, "last_loss", None)
-        if "perplexity" in after:
-            losses = "held-out loss", state.before.get("loss"), after["loss"]
-            if not lower_is_better(name) and after[name] > state.before.get(name, math.inf):
-                return
-        elif after or self.loss_fn is not token_loss:
-            return
-        what, first, last = losses
-        if first is None or last is None or last < first + 1:
-            return
-        self.log.tell(f"error: the run diverged: {what} {last:.4g}, at first {first:.4g}. The model in {self.out} is unusable: "
-                      f"lower training.learning_rate (now {self.training.learning_rate:.2g}) and use --overwrite")
-        raise SystemExit(1)
 
     @contextlib.contextmanager
     def guarded(self):
@@ -713,62 +667,12 @@ class Trainer:
         try:
             yield
         except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
-            self._explain(error)
+            explain(self, error)
             raise
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self.log.close()
-
-    def _explain(self, error: Exception) -> None:
-        """The two mistakes of the machine that a user can mend, in one line each."""
-        t = self.training
-        if is_out_of_memory(error):
-            raise UserError(f"out of memory with training.batch_size {t.batch_size} x max_length {t.max_length}: lower "
-                            "training.batch_size (raise grad_accum to keep the step), lower training.max_length, or set "
-                            "training.gradient_checkpointing true") from None
-        if is_disk_full(error, self.out):
-            for scratch in self.out.glob(".tmp-*"):
-                shutil.rmtree(scratch, ignore_errors=True)
-            whole = f"the last whole checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written yet"
-            raise UserError(f"{self.out}: the disk is full at step {self.state.step}; {whole}. Free some space and use "
-                            "--resume auto") from None
-
-    def _restore(self, saved: dict) -> None:
-        """Continue from a checkpoint's content. Nothing on the disk changes: a resume that fails must leave it as it was."""
-        for key, (folder, mark) in self.sources.items():
-            if mark != saved["sources"].get(key, [folder, mark])[1]:
-                raise UserError(f"{key}: {folder} changed since the checkpoint was written (other weights); restore it, or start "
-                                "a new run with --out")
-        for name in vars(self.state):
-            setattr(self.state, name, saved[name])
-        self.loss_scale.scale, self.loss_scale.good = self.state.loss_scale
-        self.log.load(self.state.log, self.state.step)
-        self.log.rates(self.state.tokens, self.computed)  # speeds are those of this process
-        if len(saved["optimizers"]) != len(self.optimizers):
-            raise UserError("--resume: the checkpoint was made with another training.optim")
-        for optimizer, content in zip(self.optimizers, saved["optimizers"], strict=True):
-            weights = [w for group in optimizer.param_groups for w in group["params"]]
-            content["state"] = {i: {k: shard_like(v, weights[i]) if isinstance(v, Tensor) else v for k, v in values.items()}
-                                for i, values in content["state"].items()}
-            try:
-                optimizer.load_state_dict(content)
-            except ValueError as error:
-                raise UserError(f"--resume: the checkpoint's optimizer does not fit ({error})") from None
-            for group in optimizer.param_groups:
-                group["peak_lr"] = self.training.learning_rate * group.get("rate", 1.0)
-        try:
-            self.stream.load_state_dict(saved["stream"])
-        except KeyError:
-            raise UserError("--resume: the checkpoint was made by another method, whose place in the data means nothing to this "
-                            "one") from None
-        if len(saved["random"]) == world_size():
-            random = saved["random"][self.run.rank]
-            torch.set_rng_state(random["cpu"])
-            if "cuda" in random and self.device.type == "cuda":
-                torch.cuda.set_rng_state(random["cuda"], self.device)
-        else:
-            say(f"resumed on {world_size()} processes, saved by {len(saved['random'])}: dropout continues with new random numbers")
 
 
 # ======================================================================================================== edges
@@ -814,14 +718,15 @@ def barrier() -> None:
 
 @functools.cache
 def patient_group():
-    """A group of all processes for waiting on the first one, which may tokenize for hours; a usual barrier gives up after minutes."""
+    """A process group for waiting on the first process, which may tokenize for hours: a usual barrier gives up after minutes."""
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
 def first_alone(function: Callable, *arguments, folder: str | None = None):
     """function(*arguments), which writes files: by the first process while the others wait, then by them. Meanwhile no other run
     writes to `folder`, so that every process reads what the first one wrote."""
-    first, wait = MODEL.process_rank() == 0, partial(torch.distributed.barrier, patient_group()) if world_size() > 1 else lambda: None
+    first = MODEL.process_rank() == 0
+    wait = partial(torch.distributed.barrier, patient_group()) if world_size() > 1 else lambda: None
     with locked(Path(folder) / ".lock", "data.dir", wait=True) if first and folder else contextlib.nullcontext():
         if not first:
             wait()
@@ -944,6 +849,112 @@ def lower_is_better(measure: str) -> bool:
     return any(word in measure for word in ("loss", "perplexity", "error", "bits", "nats", "divergence"))
 
 
+def content_of(trainer: Trainer) -> dict:
+    """Everything beside the product that an exact continuation needs; the first process alone keeps whole tensors."""
+    random = {"cpu": torch.get_rng_state()}
+    if trainer.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(trainer.device)
+    seconds = all_sum([trainer.elapsed() if trainer.main else 0.0], trainer.device)[0]
+    state = replace(trainer.state, seconds=seconds, log=trainer.log.state(trainer.device),
+                    loss_scale=(trainer.loss_scale.scale, trainer.loss_scale.good))
+    content = {**vars(state), "random": from_all(random), "stream": trainer.stream.state_dict(), "sources": trainer.sources,
+               "optimizers": [map_tensors(MODEL.gathered_on_first, optimizer.state_dict()) for optimizer in trainer.optimizers]}
+    # What is trained and not in the product folder as it stands: adapters, a foreign model's heads, a critic.
+    trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    if is_whole(trainer.model):
+        trained = {name for name in trained if MODEL.is_tool(name)}
+    if trained:
+        content["module"] = {k: MODEL.gathered_on_first(v) for k, v in trainer.model.state_dict().items() if k in trained}
+    return content
+
+
+def restore(trainer: Trainer, saved: dict) -> None:
+    """Continue from a checkpoint's content. Nothing on the disk changes: a resume that fails must leave it as it was."""
+    for key, (folder, mark) in trainer.sources.items():
+        if mark != saved["sources"].get(key, [folder, mark])[1]:
+            raise UserError(f"{key}: {folder} changed since the checkpoint was written (other weights); restore it, or start "
+                            "a new run with --out")
+    for name in vars(trainer.state):
+        setattr(trainer.state, name, saved[name])
+    trainer.loss_scale.scale, trainer.loss_scale.good = trainer.state.loss_scale
+    trainer.log.load(trainer.state.log, trainer.state.step)
+    trainer.log.rates(trainer.state.tokens, trainer.computed)  # speeds are those of this process
+    if len(saved["optimizers"]) != len(trainer.optimizers):
+        raise UserError("--resume: the checkpoint was made with another training.optim")
+    for optimizer, content in zip(trainer.optimizers, saved["optimizers"], strict=True):
+        weights = [w for group in optimizer.param_groups for w in group["params"]]
+        content["state"] = {i: {k: shard_like(v, weights[i]) if isinstance(v, Tensor) else v for k, v in values.items()}
+                            for i, values in content["state"].items()}
+        try:
+            optimizer.load_state_dict(content)
+        except ValueError as error:
+            raise UserError(f"--resume: the checkpoint's optimizer does not fit ({error})") from None
+        for group in optimizer.param_groups:
+            group["peak_lr"] = trainer.training.learning_rate * group.get("rate", 1.0)
+    try:
+        trainer.stream.load_state_dict(saved["stream"])
+    except KeyError:
+        raise UserError("--resume: the checkpoint was made by another method, whose place in the data means nothing to this "
+                        "one") from None
+    if len(saved["random"]) == world_size():
+        random = saved["random"][trainer.run.rank]
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and trainer.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], trainer.device)
+    else:
+        say(f"resumed on {world_size()} processes, saved by {len(saved['random'])}: dropout continues with new random numbers")
+
+
+def keep_best(trainer: Trainer, last: dict) -> dict:
+    """Put the files of the best checkpoint in the place of the last model's -> its measures."""
+    _, step, measures = trainer.state.best
+    folder = trainer.out / f"ckpt-step-{step:06d}"
+    if not folder.exists():
+        trainer.log.tell(f"the best model's checkpoint, {folder}, is missing; the last model is kept")
+        return last
+    if trainer.main:
+        with MODEL.staged(trainer.out, "config.json", MODEL.WEIGHTS) as scratch:
+            for path in folder.iterdir():
+                if path.name != STATE_FILE:
+                    shutil.copy2(path, scratch)
+    trainer.log.tell(f"the best model, of step {step}, is kept")
+    return measures
+
+
+def check_sound(trainer: Trainer, after: dict) -> None:
+    """A run that ruined its model ends with a line and exit status 1. A token loss may rise a little while a model learns
+    something else; a whole nat per token is e times the perplexity."""
+    state, name = trainer.state, next(iter(after), "")
+    losses = "training loss", state.first_loss, getattr(trainer, "last_loss", None)
+    if "perplexity" in after:
+        losses = "held-out loss", state.before.get("loss"), after["loss"]
+        if not lower_is_better(name) and after[name] > state.before.get(name, math.inf):
+            return
+    elif after or trainer.loss_fn is not token_loss:
+        return
+    what, first, last = losses
+    if first is None or last is None or last < first + 1:
+        return
+    trainer.log.tell(f"error: the run diverged: {what} {last:.4g}, at first {first:.4g}. The model in {trainer.out} is unusable: "
+                  f"lower training.learning_rate (now {trainer.training.learning_rate:.2g}) and use --overwrite")
+    raise SystemExit(1)
+
+
+def explain(trainer: Trainer, error: Exception) -> None:
+    """The two mistakes of the machine that a user can mend, in one line each."""
+    t = trainer.training
+    if is_out_of_memory(error):
+        raise UserError(f"out of memory with training.batch_size {t.batch_size} x max_length {t.max_length}: lower "
+                        "training.batch_size (raise grad_accum to keep the step), lower training.max_length, or set "
+                        "training.gradient_checkpointing true") from None
+    if is_disk_full(error, trainer.out):
+        for scratch in trainer.out.glob(".tmp-*"):
+            shutil.rmtree(scratch, ignore_errors=True)
+        whole = f"the last whole checkpoint is {trainer.last_saved}" if trainer.last_saved else "no checkpoint was written yet"
+        raise UserError(f"{trainer.out}: the disk is full at step {trainer.state.step}; {whole}. Free some space and use "
+                        "--resume auto") from None
+
+
 def is_out_of_memory(error: Exception) -> bool:
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
@@ -991,7 +1002,8 @@ def load_state(folder: Path) -> dict:
     except (RuntimeError, EOFError, OSError) as error:
         raise damaged(folder, f"{folder / STATE_FILE}: cannot be read; it may be truncated ({error})") from None
     if not {"sources", *vars(State())} <= saved.keys():
-        raise UserError(f"--resume: {folder} was written by an earlier version; --model {folder} starts a new run from its weights")
+        raise UserError(f"--resume: {folder} was written by an earlier version; --model {folder} starts a new run from its "
+                        "weights")
     return saved
 
 
@@ -1133,7 +1145,8 @@ class Log:
         # what is held out is measured by one part of a sum of losses
         key = "nll" if any("nll" in r for r in records) else "loss"
         panels = {"loss": {"training": curve(records, key), "held out": curve(records, "eval_loss")}}
-        panels["held out, %"] = {name.rpartition("/")[2].replace("_", " "): curve(records, f"eval_{name}", 100) for name in SHARES}
+        panels["held out, %"] = {name.rpartition("/")[2].replace("_", " "): curve(records, f"eval_{name}", 100)
+                                 for name in SHARES}
         plot_curves(self.out / "loss.png", panels)
 
 
@@ -1213,7 +1226,8 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
         if found and found.resolve().parent != out.resolve() and used:
             raise UserError(f"output.dir: {out} holds a run, of which {found} is no checkpoint; choose another --out")
         if used and not (checkpoints(out) or {"config.yaml", "config.json"} <= set(used) or {*TRACES, *ADAPTER} & set(used)):
-            raise UserError(f"output.dir: {out} holds {used[0]}, which the run would replace and no run wrote; choose another --out")
+            raise UserError(f"output.dir: {out} holds {used[0]}, which the run would replace and no run wrote; choose another "
+                            "--out")
         if resume and found is None and used:
             if kept := [name for name in used if name not in TRACES]:
                 raise UserError(f"--resume: {out} holds {kept[0]} and no checkpoint to go on from; --overwrite replaces what is "
@@ -1229,8 +1243,8 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
 # all that a run leaves before its first checkpoint
 TRACES = ("log.jsonl", "loss.png", "confusion.png", "rollouts.jsonl", "rollouts.png")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-RUN_FILES = (*TRACES, *ADAPTER, "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-             "special_tokens_map.json", "chat_template.jinja")
+RUN_FILES = (*TRACES, *ADAPTER, "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors",
+             "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def clear_run(out: Path) -> None:
@@ -1297,7 +1311,7 @@ EMPTY = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full
 
 
 def own_share(items: list, fill=EMPTY) -> list:
-    """This process's part of items such as validation batches; equally many everywhere, as each forward may need all processes."""
+    """This process's part of items such as validation batches: as many as every other's, as each forward may need all."""
     own = items[MODEL.process_rank() :: world_size()]
     return own + [fill] * (-(-len(items) // world_size()) - len(own))
 
@@ -1487,7 +1501,7 @@ def resumed(config, resume: str):
 def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | python INFER.py MODEL') -> Result:
     """The frame of every training program: processes, the run's folder, settings, trackers, `fit`.
 
-    prepare(config, checkpoint, device) -> Stage. `show` is what to try afterwards, MODEL stands for the flags that name the result."""
+    prepare(config, checkpoint, device) -> Stage. `show` is what to try afterwards; MODEL in it stands for the result's flags."""
     if config.actions.overwrite and config.actions.resume:
         raise UserError("--overwrite and --resume are mutually exclusive; set one")
     config = resumed(config, config.actions.resume) if config.actions.resume else config
@@ -1521,7 +1535,8 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
             total, _ = MODEL.count_parameters(stage.model)
             trained = sum(weight.numel() for weight in stage.model.parameters() if weight.requires_grad)
             share = f", {trained:,} of them trained" if trained != total else ""
-            say(f"{total:,} parameters{share}; {device.type}, {mixed if mixed != 'no' else 'float32'}, {world_size()} process(es)")
+            kind = mixed if mixed != "no" else "float32"
+            say(f"{total:,} parameters{share}; {device.type}, {kind}, {world_size()} process(es)")
             if checkpoint:
                 say(f"resuming from {checkpoint}")
                 if changes := changed_keys(checkpoint, text):

@@ -988,7 +988,7 @@ def test_only_what_the_policy_wrote_is_learned(method, world, chat, tmp_path):
         torch.testing.assert_close(sample.returns, sample.reward - (kl.flip(0).cumsum(0).flip(0)), atol=1e-4, rtol=0)
 
 
-def test_a_run_with_tools_goes_on_exactly(chat, tmp_path, monkeypatch):
+def test_a_run_with_tools_goes_on_exactly(chat, tmp_path, monkeypatch, capsys):
     """Judges see the turns, rollouts.jsonl shows them, held-out prompts are answered with tools as well."""
     config = MODEL.ModelConfig(vocab_size=len(chat), bos_token_id=chat.bos_token_id, eos_token_id=list(range(4, 60)), initializer_range=0.2, hidden_size=32,
                                intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=700)
@@ -1012,6 +1012,9 @@ def test_a_run_with_tools_goes_on_exactly(chat, tmp_path, monkeypatch):
     assert log[0]["eval_turns"] == 7 and any(record.get("turns") == 7 and record["tools/call_frequency"] > 0 for record in log)
     again = RL.main([*flags, "--out", str(tmp_path / "run"), "--resume", str(tmp_path / "run" / "ckpt-step-000001")])
     assert again.after == result.after and (tmp_path / "run" / "rollouts.jsonl").read_text() == text
+    capsys.readouterr()
+    RL.main([*flags, "--dry-run"])
+    assert "add" in capsys.readouterr().out.split("What is")[0]  # the tool's schema, before the question
 
 
 def test_advantages_reach_the_right_tokens(model_folder, tokenizer, tmp_path):

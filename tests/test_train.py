@@ -1293,3 +1293,137 @@ def test_muon_takes_the_matrices_of_any_models_layers():
     muon, _ = TRAIN.make_optimizers(model, TRAIN.TrainingSection(optim="muon", learning_rate=0.1))
     expected = [weight for weight in model.inner.transformer.h.parameters() if weight.dim() == 2]
     assert {id(weight) for group in muon.param_groups for weight in group["params"]} == set(map(id, expected)) and expected
+
+
+# ---------------------------------------------------------------------------------------------------- accidents
+
+
+@pytest.mark.parametrize("more", [[], ["--data.streaming", "true"]])
+def test_changed_data_is_reported_on_resume(more, tmp_path, text_file, capsys):
+    train(tmp_path, "--training.save_steps", 2, "--training.save_total_limit", 9, *more)
+    first = tmp_path / "out/ckpt-step-000002"
+    train(tmp_path, "--resume", first, *more)
+    assert "data changed" not in capsys.readouterr().err
+    with open(tmp_path / "text.txt", "a") as file:
+        file.write("".join(f"Line {i} is new.\n" for i in range(20)))
+    train(tmp_path, "--resume", first, *more)
+    assert "the training data changed since that checkpoint, so the resumed run will differ" in capsys.readouterr().err
+
+
+def test_a_resume_that_fails_changes_nothing(tmp_path):
+    run(tmp_path, 16, max_steps=4, save_steps=1, save_total_limit=9)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}, (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(UserError, match="another training.optim"):
+        run(tmp_path, 16, max_steps=4, optim="muon", resume=tmp_path / "ckpt-step-000002")
+    assert before == ({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}, (tmp_path / "log.jsonl").read_bytes())
+
+
+def test_another_base_is_refused_on_resume(tmp_path):
+    def go_on(resume=None):
+        training = settings(save_steps=2, save_total_limit=9)
+        return TRAIN.fit(build(), Ragged(16), token_loss, training, tmp_path / "out", MODEL.save, resume=resume, device=CPU,
+                         sources={"model.name": tmp_path / "base"})
+
+    (tmp_path / "out").mkdir()
+    MODEL.save(build(), tmp_path / "base")
+    go_on()
+    go_on(tmp_path / "out/ckpt-step-000002")
+    MODEL.save(MODEL.build(build().config, seed=9), tmp_path / "base")
+    with pytest.raises(UserError, match="model.name: .*base changed since the checkpoint was written"):
+        go_on(tmp_path / "out/ckpt-step-000002")
+
+
+class Failing(Ragged):
+    """Fails in the fourth step, as long as it is told to."""
+
+    broken = True
+
+    def __next__(self) -> dict:
+        if self.step == 3 and not self.queue and self.broken:
+            raise UserError("rl.reward_funcs: the service does not answer")
+        return super().__next__()
+
+
+def test_a_stream_that_fails_leaves_a_checkpoint(tmp_path):
+    def go_on(stream, folder, resume=None):
+        TRAIN.fit(build(), stream, token_loss, settings(), folder, MODEL.save, resume=resume, device=CPU)
+        return weights(folder)
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="does not answer; step 3 is saved in .*ckpt-step-000003: --resume auto continues"):
+        go_on(Failing(16), tmp_path / "out")
+    stream = Failing(16)
+    stream.broken = False
+    same(go_on(stream, tmp_path / "out", tmp_path / "out/ckpt-step-000003"), go_on(Ragged(16), tmp_path / "whole"))
+
+
+def test_a_run_that_diverged_ends_with_status_1(tmp_path, capsys):
+    def ends(values, **more):
+        measures = iter(values)
+        with pytest.raises(SystemExit) as error:
+            run(tmp_path, 16, evaluate=lambda model: next(measures), max_steps=1, **more)
+        return error.value.code, capsys.readouterr().err
+
+    code, talk = ends([{"loss": 5.0, "perplexity": 148.0}, {"loss": 6.5, "perplexity": 665.0}])
+    assert code == 1 and "the run diverged: held-out loss 6.5, at first 5" in talk and "training.learning_rate" in talk
+    code, talk = ends([{"loss": 5.0, "perplexity": 148.0}, {"loss": math.nan, "perplexity": math.nan}])
+    assert code == 1 and "held-out loss nan" in talk
+    measures = iter([{"exact_match": 0.1, "loss": 1.0, "perplexity": 2.7}, {"exact_match": 0.9, "loss": 2.5, "perplexity": 12.0}])
+    run(tmp_path, 16, evaluate=lambda model: next(measures), max_steps=1)  # surer of its mistakes, but better
+
+
+def test_without_held_out_data_the_training_loss_tells_a_diverged_run(tmp_path, text_file):
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path, "--data.validation", "none", "--max-steps", 9, "--learning-rate", 30, "--training.optim", "adamw")
+    assert error.value.code == 1
+
+
+@pytest.mark.parametrize("steps, warmup, peak", [(20, 20, 5), (8, 20, 2), (2, 20, 1), (20, 10, 10), (20, 0.9, None)])
+def test_a_warmup_longer_than_half_of_the_run_is_shortened(steps, warmup, peak, tmp_path, capsys):
+    rates = [r["learning_rate"] for r in run(tmp_path, 16, max_steps=steps, warmup_steps=warmup, lr_scheduler_type="constant")]
+    told = "training.warmup_steps" in capsys.readouterr().err
+    assert told == (peak is not None and warmup > steps / 2)
+    assert peak is None or [i for i, rate in enumerate(rates) if rate == max(rates)][0] == peak - 1
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.json", "model.safetensors", "tokenizer.json"])
+def test_files_that_no_run_wrote_are_not_replaced(name, tmp_path, text_file):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match=f"output.dir: .* holds {name}, which the run would replace and no run wrote"):
+            train(tmp_path, *more)
+    assert (out / name).read_text() == "mine" and [path.name for path in out.iterdir() if path.name != ".lock"] == [name]
+
+
+def test_runs_prepare_one_folder_one_after_another(tmp_path, capsys):
+    """A second run waits until the first has written its files and opened them."""
+    from threading import Event, Thread
+
+    events, inside, leave = [], Event(), Event()
+
+    def first():
+        inside.set()
+        leave.wait(10)
+        events.append("first")
+
+    threads = [Thread(target=TRAIN.first_alone, args=(function,), kwargs={"folder": str(tmp_path)})
+               for function in (first, lambda: events.append("second"))]
+    threads[0].start()
+    inside.wait(10)
+    threads[1].start()
+    threads[1].join(0.3)
+    assert threads[1].is_alive() and f"waiting for another run, which is preparing {tmp_path}" in capsys.readouterr().err
+    leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert events == ["first", "second"]
+
+
+def test_one_process_of_accelerate_launch_says_how_to_start_several(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    TRAIN.start_processes(settings(), "cpu", tmp_path)
+    assert "torchrun --nproc_per_node 2" in capsys.readouterr().err
