@@ -1000,6 +1000,7 @@ def test_a_run_with_tools_goes_on_exactly(chat, tmp_path, monkeypatch, capsys):
     for name, numbers in (("prompts", range(4)), ("held", range(20, 22))):
         write(tmp_path / f"{name}.jsonl", [{"prompt": f"What is {i}?"} for i in numbers])
     monkeypatch.setattr(RL, "Tools", Always)
+    monkeypatch.setattr(TRAIN, "plot_curves", lambda *_, **__: None)  # takes longer than these steps
     flags = in_file(tmp_path / "own.yaml", ["--model", tmp_path / "base", "--data", tmp_path / "prompts.jsonl", "--data.validation", tmp_path / "held.jsonl", "--rl.method", "grpo", "--rl.tools", f"{tmp_path}/tools.py:add", "--rl.reward_funcs",
                                             f"{tmp_path}/judge.py:turns", "--rl.num_generations", "2", "--rl.rollout_size", "4", "--batch-size", "4", "--max-length", "700", "--rl.max_completion_length", "64", "--max-steps", "2",
                                             "--training.save_steps", "1", "--training.save_total_limit", "9", "--training.logging_steps", "1", "--training.sample_tokens", "0"], RL, "rl")
