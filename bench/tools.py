@@ -1,10 +1,10 @@
 """What a calculator is worth to a small model that learns sums by trial.
 
-    python bench/tools.py                            # three seeds, about three minutes each on two cores
+    python bench/tools.py                            # three seeds, about three minutes each on two idle cores
     python bench/tools.py --seeds 0 --sft-steps 300  # appends to out/bench/tools.jsonl
 
-A fresh model is fine-tuned on sums in the words of data/prompts.jsonl: three of eight conversations offer a calculator and call it, one
-offers it and answers at once, one has none, and three repeat digits, from which the model learns to copy. Then GRPO trains it on data/prompts.jsonl, with the calculator and without.
+A fresh model is fine-tuned on sums in the words of data/prompts.jsonl. Of ten conversations, six offer a calculator: two call it and
+four answer at once, so the model seldom calls it. One has no calculator, and three repeat digits, which teaches copying. Then GRPO trains it on data/prompts.jsonl, with the calculator and without.
 Reward: greedy answers to held-out prompts of data/prompts_test.jsonl that end with the right number.
 """
 
@@ -54,7 +54,7 @@ def questions(count: int, seed: int) -> list[tuple[str, str]]:
 
 def conversation(i: int, question: str, sum: str, schema: list) -> dict:
     answer, asked = {"role": "assistant", "content": f"It is {eval(sum)}."}, {"role": "user", "content": question}
-    kind = ("call", "repeat")[i % 2] if i % 8 < 6 else ("direct", "alone")[i % 2]
+    kind = ("call", "repeat", "direct", "repeat", "direct", "call", "repeat", "direct", "alone", "direct")[i % 10]
     if kind == "repeat":
         digits = "".join(random.Random(i).choices("0123456789", k=20))
         return {"messages": [{"role": "user", "content": f"Repeat {digits}"}, {"role": "assistant", "content": digits}]}
@@ -105,8 +105,8 @@ def run(seed: int, options) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sft-steps", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--sft-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", default=str(ROOT / "out/bench"))
     options = parser.parse_args()
     for seed in options.seeds:

@@ -997,16 +997,17 @@ def test_a_run_with_tools_goes_on_exactly(chat, tmp_path, monkeypatch, capsys):
     (tmp_path / "tools.py").write_text(TOOLS)
     (tmp_path / "judge.py").write_text("def turns(completions, log_metric, log_extra, **_):\n    log_metric('turns', 7)\n    log_extra('roles', [[t['role'] for t in c] for c in completions])\n"
                                        "    return [len(c) + len(c[-1]['content']) % 3 for c in completions]\n")
-    for name, numbers in (("prompts", range(12)), ("held", range(20, 24))):
+    for name, numbers in (("prompts", range(4)), ("held", range(20, 22))):
         write(tmp_path / f"{name}.jsonl", [{"prompt": f"What is {i}?"} for i in numbers])
     monkeypatch.setattr(RL, "Tools", Always)
+    monkeypatch.setattr(TRAIN, "plot_curves", lambda *_, **__: None)  # takes longer than these steps
     flags = in_file(tmp_path / "own.yaml", ["--model", tmp_path / "base", "--data", tmp_path / "prompts.jsonl", "--data.validation", tmp_path / "held.jsonl", "--rl.method", "grpo", "--rl.tools", f"{tmp_path}/tools.py:add", "--rl.reward_funcs",
-                                            f"{tmp_path}/judge.py:turns", "--rl.num_generations", "2", "--rl.rollout_size", "8", "--batch-size", "4", "--max-length", "700", "--rl.max_completion_length", "64", "--max-steps", "4",
+                                            f"{tmp_path}/judge.py:turns", "--rl.num_generations", "2", "--rl.rollout_size", "4", "--batch-size", "4", "--max-length", "700", "--rl.max_completion_length", "64", "--max-steps", "2",
                                             "--training.save_steps", "1", "--training.save_total_limit", "9", "--training.logging_steps", "1", "--training.sample_tokens", "0"], RL, "rl")
     result = RL.main([*flags, "--out", str(tmp_path / "run")])
     text = (tmp_path / "run" / "rollouts.jsonl").read_text()
     records = [json.loads(line) for line in text.splitlines()]
-    assert len(records) == 16 and {"messages", "roles"} <= set(records[0]) and any(record["roles"] == ["assistant", "tool", "assistant", "tool", "assistant"] for record in records)
+    assert len(records) == 8 and {"messages", "roles"} <= set(records[0]) and any(record["roles"] == ["assistant", "tool", "assistant", "tool", "assistant"] for record in records)
     assert all(record["roles"] == [turn["role"] for turn in record["messages"]] for record in records)
     log = log_of(tmp_path / "run")
     assert log[0]["eval_turns"] == 7 and any(record.get("turns") == 7 and record["tools/call_frequency"] > 0 for record in log)
@@ -1496,7 +1497,7 @@ def test_two_processes_learn_as_one(world, tmp_path):
         assert len(logs[0]) == len(logs[1]) == 2
         for key in set(logs[0][0]) & {"loss", "grad_norm", "reward", "kl", "rewards/margins", "accuracy", "explained_variance"}:
             values = [[record[key] for record in log if key in record] for log in logs]
-            assert key != "kl" or values[0][0] == values[1][0] == 0
+            assert key != "kl" or name == "kto" or values[0][0] == values[1][0] == 0
             assert values[0] == pytest.approx(values[1], abs=1e-5), (name, key)
         results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path / name, one)]
         for when in ("before", "after"):
