@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -353,14 +352,6 @@ def narrowed(teacher: MODEL.LanguageModel, config, device) -> str:
     return mixed
 
 
-def fingerprint(*parts) -> str:
-    """A hash of arrays and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
 def mark_of(name: str) -> str | None:
     """The fingerprint of a file or of a model's weights; None if it does not exist here."""
     if Path(name).is_file():
@@ -468,9 +459,8 @@ def row_starts(plan) -> np.ndarray:
 
 def row_facts(plan, settings: DistillSection, length: int) -> dict:
     """What training from a cache must have in common with its making, besides the teacher."""
-    spans, some = plan.spans, [plan.row(i) for i in (0, plan.count // 2, plan.count - 1)]
-    arrays = [array for array in (spans.ids, spans.weights, spans.starts, spans.lengths) if array is not None]
-    data = fingerprint(*map(np.ascontiguousarray, arrays), json.dumps([plan.count, some]).encode())
+    some = [plan.row(i) for i in (0, plan.count // 2, plan.count - 1)]
+    data = f"{TOKENIZER.data_fingerprint([plan.spans])} {json.dumps([plan.count, some])}"
     return {"data": data, "max_length": length, "temperature": settings.temperature}
 
 
@@ -910,7 +900,7 @@ def write_answers(config) -> None:
     TOKENIZER.end_with_turns(teacher.model, teacher.tokenizer)
     prompts = read_prompts(config, teacher)
     facts = {"teacher": [mark_of(settings.teacher), settings.teacher_dtype, settings.teacher_quantization],
-             "prompts": fingerprint(repr([prompt.ids for prompt in prompts]).encode()), "sampling": dataclasses.asdict(sampling),
+             "prompts": RL.prompts_fingerprint(prompts), "sampling": dataclasses.asdict(sampling),
              "reward_funcs": [[name, mark_of(path) if Path(path := name.rpartition(":")[0] or name).exists() else None]
                               for name in settings.reward_funcs],
              "reward_threshold": settings.reward_threshold}

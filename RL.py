@@ -532,7 +532,7 @@ def rollout_loss(settings: RLSection) -> Callable:
 
 
 class Prompt(NamedTuple):
-    """What is asked, as it was given and as ids, and the record's other keys."""
+    """A prompt as text or messages and as token ids, with the other columns of its record."""
 
     where: str
     content: str | list[dict]
@@ -541,8 +541,8 @@ class Prompt(NamedTuple):
 
 
 class Sample:
-    """A completion that the policy wrote, and everything that was found out about it. Tensors (L,), a number for each token that
-    the policy wrote: they stand at `places` of `ids`."""
+    """A completion of the policy with its rewards. Tensors (L,) hold one number per token of the policy; `places` are the indices
+    of these tokens in `ids`, which also holds the prompt and the results of tools."""
 
     def __init__(self, prompt: Prompt, number: int, ids: list[int], finish: str, text: str, sampled: list[float] | None):
         self.where, self.number, self.prompt, self.columns = prompt.where, number, prompt.content, prompt.columns
@@ -558,7 +558,7 @@ class Sample:
         self.old = self.reference = self.values = self.entropy = self.advantages = self.returns = None
 
     def add(self, ids: list[int], finish: str, text: str, sampled: list[float] | None) -> None:
-        """A turn of the policy, which `finish` and `text` describe from now on."""
+        """Append a turn of the policy; `finish` and `text` are those of the last turn."""
         self.turn = len(self.ids)  # its first place
         self.places += range(self.turn, self.turn + len(ids))
         self.ids, self.sampled = self.ids + ids, self.sampled + (sampled or [])
@@ -566,7 +566,7 @@ class Sample:
         self.messages.append({"role": "assistant", "content": text})
 
     def state(self) -> dict:
-        """What training needs of it."""
+        """The fields that a checkpoint needs."""
         return {**vars(self), "columns": {}, "prompt": "", "messages": [], "extra": {}}
 
     @classmethod
@@ -583,9 +583,10 @@ class Sample:
 class SampledTexts:
     """An endless stream for `TRAIN.fit`: the current policy writes completions, which are handed out in minibatches. A rollout of
     `size` completions begins at a step's boundary and fills whole steps, `laps` times; a checkpoint inside it holds them. Each
-    process completes its own prompts. Then all know all texts, so minibatches do not depend on the number of processes."""
+    process completes a share of the prompts. Then all processes have all samples, so minibatches do not depend on how many there
+    are."""
 
-    section = "rl"  # where its settings stand
+    section = "rl"  # of its settings
 
     def __init__(self, prompts: list[Prompt], tokenizer, sampling: INFER.Sampling, size: int, batch_size: int,
                  training: TRAIN.TrainingSection, out: Path, laps: int = 1):
@@ -596,7 +597,7 @@ class SampledTexts:
         self.samples: list[Sample] = []
         self.sums: dict[str, list[float]] = {}
         self.orders: dict[int, np.ndarray] = {}
-        self.steps_per_epoch, self.written = None, False
+        self.steps_per_epoch, self.rewound = None, False
 
     def start(self, run: TRAIN.Run) -> None:
         self.run = run
@@ -605,7 +606,7 @@ class SampledTexts:
             factors = f"training.batch_size {self.training.batch_size}"
             for name, number in (("grad_accum {}", run.grad_accum), ("{} processes", run.world_size)):
                 factors += f" x {name.format(number)}" if number > 1 else ""
-            raise UserError(f"{self.section}.rollout_size: {self.size} texts do not fill whole optimizer steps of "
+            raise UserError(f"{self.section}.rollout_size: {self.size} completions do not fill whole optimizer steps of "
                             f"{factors} = {self.per_step}")
         self.count = self.size // self.sampling.n  # prompts of a rollout
         self.steps_per_rollout = self.size // self.per_step * self.laps
@@ -618,14 +619,14 @@ class SampledTexts:
         return self.prompts[self.orders[epoch][place]]
 
     def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
-        """Completions of these prompts, those of a prompt one after another."""
+        """Generate completions of numbered prompts; the completions of a prompt are adjacent."""
         answers = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, batch_size=self.batch_size, step=step,
                                  first=[number for number, _ in numbered])
         return [Sample(prompt, number, *self.read(completion, prompt))
                 for (number, prompt), completions in zip(numbered, answers, strict=True) for completion in completions]
 
     def read(self, completion: INFER.Completion, prompt: Prompt) -> tuple:
-        """What a sample keeps of a completion."""
+        """(ids, finish reason, text, log-probabilities) of a completion."""
         before = prompt.ids if isinstance(prompt.content, str) and not self.tokenizer.chat_template else []
         text = INFER.completion_text(self.tokenizer, before, completion.ids)
         return completion.ids, completion.finish_reason, text, completion.logprobs
@@ -637,7 +638,7 @@ class SampledTexts:
         return self.write(self.run.model, [(number, self.prompt(number)) for number in numbers], self.sampling, self.rollout)
 
     def roll_out(self) -> None:
-        """Make `samples`, known to all processes, and `hand_out`. Until then the stream is as it was before."""
+        """Make `samples`, the same on all processes, and `hand_out`. If it fails, the stream is unchanged."""
         raise NotImplementedError
 
     def hand_out(self, metrics: dict[str, float], drawn: int | None = None) -> None:
@@ -651,7 +652,7 @@ class SampledTexts:
         self.queue = self.minibatches()
 
     def minibatches(self) -> list[np.ndarray]:
-        """Which texts of the rollout this process learns one after another, lap by lap."""
+        """The indices of the samples in each of this process's minibatches, in `laps` random orders."""
         run, size, found = self.run, self.training.batch_size, []
         for lap in range(self.laps):
             order = np.random.default_rng([run.seed, 5, self.rollout, lap]).permutation(len(self.samples))
@@ -661,6 +662,7 @@ class SampledTexts:
     def __next__(self) -> dict:
         if not self.queue:
             self.roll_out()
+        self.rewind_transcripts()
         return self.batch([self.samples[i] for i in self.queue.pop(0)])
 
     def batch(self, group: list[Sample]) -> dict:
@@ -675,43 +677,42 @@ class SampledTexts:
         self.sums = {}
         return found
 
+    def rewind_transcripts(self) -> None:
+        """Remove the rollouts that another run left, or this run after its checkpoint. A run that fails before its first batch
+        changes nothing."""
+        if self.run.rank == 0 and not self.rewound:
+            TRAIN.rewind(self.out / "rollouts.jsonl", lambda record: record["rollout"] <= self.rollout)
+        self.rewound = True
+
     def write_transcripts(self) -> None:
+        self.rewind_transcripts()
         if self.run.rank != 0:
             return
-        path = self.out / "rollouts.jsonl"
-        if not self.written:  # another run may have left some, or this one after the checkpoint
-            TRAIN.rewind(path, lambda record: record["rollout"] <= self.rollout)
-            self.written = True
-        with open(path, "a", encoding="utf-8") as file:
+        with open(self.out / "rollouts.jsonl", "a", encoding="utf-8") as file:
             for sample in self.samples:
                 record = {"rollout": self.rollout + 1, "prompt": sample.prompt, "completion": sample.text, **self.verdict(sample),
                           "tokens": sample.length, "finish_reason": sample.finish}
                 file.write(json.dumps({**sample.extra, **record}, ensure_ascii=False, default=str) + "\n")
 
     def verdict(self, sample: Sample) -> dict:
-        """What the transcript tells of a text beside itself."""
+        """Further fields of a sample in rollouts.jsonl."""
         return {}
 
     def state_dict(self) -> dict:
         left = len(self.queue) * self.training.batch_size * self.run.world_size
         return {"drawn": self.drawn, "rollout": self.rollout, "sums": {k: list(v) for k, v in self.sums.items()}, "left": left,
-                "samples": [sample.state() for sample in self.samples] if left else [], "prompts": self.fingerprint}
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Of all prompts and their columns, which rewards depend on."""
-        text = repr([prompt[1:] for prompt in self.prompts]).encode("utf-8", "surrogatepass")
-        return hashlib.blake2b(text, digest_size=8).hexdigest()
+                "samples": [sample.state() for sample in self.samples] if left else [],
+                "prompts": prompts_fingerprint(self.prompts)}
 
     def load_state_dict(self, state: dict) -> None:
         if "drawn" not in state:
             raise UserError("--resume: the checkpoint was made with another rl.method")
-        if state["prompts"] != self.fingerprint:
-            raise UserError("--resume: the prompts or other columns are not those that the checkpoint was made with (data.train, "
+        if state["prompts"] != prompts_fingerprint(self.prompts):
+            raise UserError("--resume: prompts or columns differ from those of the checkpoint (data.train, "
                             f"{self.section}.columns, {self.section}.system or training.max_length changed)")
         if state["left"] % self.per_step:
-            raise UserError(f"--resume: the checkpoint stands inside a rollout of which {state['left']} texts are left, which "
-                            f"do not fill whole optimizer steps of {self.per_step}")
+            raise UserError(f"--resume: {state['left']} samples of the checkpoint's rollout are left, which do not fill "
+                            f"optimizer steps of {self.per_step}; use the batch size of the checkpoint")
         self.drawn, self.rollout = state["drawn"], state["rollout"]
         self.sums = {k: list(v) for k, v in state["sums"].items()}
         self.samples = [Sample.restored(sample) for sample in state["samples"]]
@@ -736,7 +737,7 @@ class Rollouts(SampledTexts):
             self.reference.start(run, self.training)
 
     def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
-        """With tools, a completion goes on after each call, until it answers without one or a limit ends it."""
+        """With tools, a completion continues after each call, until a turn has no call or a limit is reached."""
         samples, length = super().write(model, numbered, sampling, step), sampling.max_new_tokens
         asking = list(enumerate(samples)) if self.tools else []
         for turn in range(1, self.settings.max_turns):
@@ -755,13 +756,13 @@ class Rollouts(SampledTexts):
         return samples
 
     def trainer_state(self) -> SimpleNamespace:
-        """What TRL tells reward functions of the run; `max_steps` is None where a time limit ends it."""
-        epochs, step = self.training.epochs, self.rollout * self.steps_per_rollout - len(self.queue) // self.run.grad_accum
-        steps = self.training.max_steps if epochs is None else max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
-        return SimpleNamespace(global_step=step, max_steps=steps, epoch=step / self.steps_per_epoch)
+        """The progress of the run under TRL's names; `max_steps` is None if a time limit ends it."""
+        step = self.run.state.step
+        return SimpleNamespace(global_step=step, max_steps=self.run.total_steps, epoch=step / self.steps_per_epoch)
 
     def judge(self, samples: list[Sample]) -> dict[str, float]:
-        """Reward this process's texts -> what reward functions logged, means over all processes. All end where one fails."""
+        """Reward this process's samples -> means of the logged metrics over all processes. An error of one process is raised by
+        all."""
         problem = None
         try:
             self.judges(samples, self.trainer_state())
@@ -778,8 +779,8 @@ class Rollouts(SampledTexts):
 
     @torch.no_grad()
     def score(self, model, samples: list[Sample], rows: int, want: tuple = ()) -> list[dict[str, Tensor]]:
-        """Log-probabilities (and what else is wanted) of texts by a full forward under the tempered distribution; `rows` is how
-        many texts the fullest process has, as all go through equally many forwards."""
+        """Log-probabilities, and the outputs in `want`, of samples by a full forward at the sampling temperature. `rows` is the
+        largest number of samples of a process: all processes need equally many forwards."""
         size, found = self.training.batch_size, []
         for start in range(0, rows, size):
             group = samples[start : start + size]
@@ -811,7 +812,7 @@ class Rollouts(SampledTexts):
         return sum(groups, []), logged, len(varied) + len(equal)
 
     def roll_out(self) -> None:
-        """One rollout, known to all processes: texts, rewards, log-probabilities, advantages."""
+        """One rollout: completions, rewards, log-probabilities, advantages."""
         run, settings, model = self.run, self.settings, self.run.model
         was_training, clock = model.training, time.perf_counter()
         model.eval()
@@ -832,13 +833,13 @@ class Rollouts(SampledTexts):
         self.samples = gather(samples)
         metrics = {**logged, **self.measure(), **self.set_advantages(), **spent}
         if metrics.get("frac_reward_zero_std") == 1 and run.rank == 0:
-            say(f"rollout {self.rollout + 1}: no prompt's texts differ in their rewards, so nothing can be learnt of them")
+            say(f"rollout {self.rollout + 1}: all completions of every prompt got the same reward; advantages are zero")
         if settings.dynamic_sampling:
             metrics["frac_redrawn"] = 1 - self.count / drawn
         self.hand_out(metrics, drawn)
 
     def measure(self) -> dict[str, float]:
-        """What is logged of a rollout; most under TRL's names."""
+        """The logged metrics of a rollout, most of them under TRL's names."""
         samples, settings = self.samples, self.settings
         rewards = torch.tensor([sample.reward for sample in samples])
         found = {"reward": float(rewards.mean()), "reward_std": float(rewards.std()) if len(rewards) > 1 else 0.0}
@@ -860,13 +861,13 @@ class Rollouts(SampledTexts):
         return found
 
     def mean_rewards(self, samples: list[Sample]) -> dict[str, float]:
-        """The mean reward by each function, over the texts that it judged."""
+        """The mean reward of each function, over the samples that it judged."""
         given = {name: [sample.rewards[i] for sample in samples if sample.rewards[i] is not None]
                  for i, name in enumerate(self.judges.names)}
         return {name: sum(values) / max(len(values), 1) for name, values in given.items()}
 
     def set_advantages(self) -> dict[str, float]:
-        """Advantages of all tokens, from the rewards of all texts."""
+        """Advantages of all samples or their tokens, from all rewards."""
         samples, settings = self.samples, self.settings
         scores = torch.tensor([sample.reward for sample in samples])
         if settings.method != "ppo":
@@ -896,7 +897,7 @@ class Rollouts(SampledTexts):
         return self.settings.mask_truncated_completions and sample.finish == "length"
 
     def batch(self, group: list[Sample]) -> dict:
-        """With one number a text (B,), or one at the place of each token that is learned (B, T)."""
+        """A minibatch with columns for the loss: (B,) for numbers of a sample, (B, T) for numbers of its tokens."""
         batch = super().batch(group)
         masked = torch.tensor([self.is_masked(sample) for sample in group])
         batch["targets"][masked] = -100
@@ -921,8 +922,14 @@ class Rollouts(SampledTexts):
 # --------------------------------------------------------------------------------------- sequences of rollouts
 
 
+def prompts_fingerprint(prompts: list[Prompt]) -> str:
+    """Identifies prompts and their columns, which rewards depend on."""
+    text = repr([prompt[1:] for prompt in prompts]).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
 def gather(samples: list[Sample]) -> list[Sample]:
-    """All processes' texts, in the order of their prompts."""
+    """The samples of all processes, in the order of their prompts."""
     return sorted(itertools.chain.from_iterable(TRAIN.from_all(samples)), key=lambda sample: sample.number)
 
 
@@ -949,8 +956,8 @@ def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
 
 
 class Reference:
-    """The model that the policy may not leave too far: the one that was named, or a copy of the policy as it begins. Of a policy
-    with an adapter, only the adapter is copied; the copy changes places with the trained one for a forward pass."""
+    """The reference policy: rl.ref_model, or a copy of the initial policy. Of a policy with an adapter, only the adapter is
+    copied; the copy is exchanged with the trained adapter for a forward pass."""
 
     def __init__(self, policy: MODEL.LanguageModel, frozen: MODEL.LanguageModel | None = None):
         self.frozen, self.adapter = frozen, {}
@@ -961,7 +968,7 @@ class Reference:
 
     @staticmethod
     def learned(policy: MODEL.LanguageModel) -> dict[str, Tensor]:
-        """What training changes of a policy with an adapter: the adapter, and the bias by which routers choose."""
+        """What training changes in a policy with an adapter: the adapter, and the selection bias of routers."""
         return {name: tensor for name, tensor in policy.state_dict().items()
                 if MODEL.tensor_is_trained(name) or name.endswith("e_score_correction_bias")}
 
@@ -1168,10 +1175,8 @@ class Pairs(TOKENIZER.TokenStream):
 
     def groups_of_rank(self, numbers: list[int]) -> list[list[int]]:
         """This process's batches of numbers; all processes have equally many, some may be empty."""
-        size, world = self.training.batch_size, TRAIN.world_size()
-        groups = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-        groups += [[]] * (-len(groups) % world)
-        return groups[MODEL.process_rank() :: world]
+        size = self.training.batch_size
+        return TRAIN.own_share([numbers[i : i + size] for i in range(0, len(numbers), size)], [])
 
     def ask_reference(self, model) -> None:
         if self.settings.method not in ("dpo", "kto") or self.reference:
@@ -1269,7 +1274,7 @@ def held_out_pairs(stream: Pairs, loss_fn: Callable, limit: int) -> Callable:
 
 @functools.cache
 def event_loop(process: int) -> asyncio.AbstractEventLoop:
-    """The loop of all asynchronous functions, in a daemon thread: the clients and locks that they keep belong to one loop."""
+    """The event loop of all asynchronous functions, in a daemon thread: their clients and locks belong to one loop."""
     loop = asyncio.new_event_loop()
 
     def work() -> None:
@@ -1281,7 +1286,7 @@ def event_loop(process: int) -> asyncio.AbstractEventLoop:
 
 
 def awaited(given, timeout: float | None = None):
-    """What a function returned; a coroutine runs to its end, for at most `timeout` seconds."""
+    """The result of a function: a coroutine is awaited for at most `timeout` seconds."""
     if not inspect.iscoroutine(given):
         return given
 
@@ -1327,7 +1332,7 @@ def load_file(path: Path, key: str):
         try:
             with modules_beside(path.parent):
                 spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # it is the user's code: anything may come
+        except (Exception, SystemExit) as error:  # user code may raise anything
             del sys.modules[name]
             raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
     return sys.modules[name]
@@ -1337,7 +1342,7 @@ def user_function(name: str, key: str) -> Callable:
     """`file.py:function` of the user; its attribute `folder` is the file's."""
     path, _, wanted = name.rpartition(":")
     if not Path(path).is_file():
-        raise UserError(f"{key}: {name}: there is no file '{path}'")
+        raise UserError(f"{key}: {name}: file not found: '{path}'")
     module, folder = load_file(Path(path).resolve(), key), Path(path).resolve().parent
     function = getattr(module, wanted, None)
     if not callable(function):
@@ -1365,7 +1370,7 @@ class Tools:
     """Functions that the policy may call while it completes a conversation, in the form of the tokenizer's chat template.
 
     A call runs in a daemon thread. One that exceeds `timeout` seconds is left behind: Python cannot end a thread. Whatever goes
-    wrong is an error text in the conversation."""
+    wrong becomes an error text in the conversation."""
 
     def __init__(self, names: list[str], tokenizer, timeout: float, key: str = "rl.tools"):
         from transformers.utils import get_json_schema
@@ -1411,7 +1416,7 @@ class Tools:
         return calls
 
     def run(self, name: str | None, arguments: dict) -> tuple[str, bool]:
-        """(what a call gives, as text; whether it failed)."""
+        """(the result of a call as text, whether it failed)."""
         if name not in self.functions:
             problem = f"there is no tool '{name}'" if name else "this call cannot be read; its arguments must be valid JSON"
             return f"Error: {problem}; the tools are {', '.join(self.functions)}", True
@@ -1426,7 +1431,7 @@ class Tools:
                     found.append((str(awaited(function.__wrapped__(**arguments), self.timeout)), False))
             except (TimeoutError, asyncio.TimeoutError):
                 return
-            except BaseException as error:  # it is the user's code, and SystemExit would end the thread only
+            except BaseException as error:  # user code may raise anything; SystemExit would only end the thread
                 found.append((f"Error: {type(error).__name__}: {error}", True))
 
         thread = threading.Thread(target=work, daemon=True)
@@ -1566,11 +1571,11 @@ def is_number(value) -> bool:
         return False
 
 
-BEFORE = SimpleNamespace(global_step=0, max_steps=None, epoch=0.0)  # `trainer_state` where nothing is trained
+BEFORE = SimpleNamespace(global_step=0, max_steps=None, epoch=0.0)  # `trainer_state` without training
 
 
 class Judges:
-    """All that rewards a text, weighted and added up. `metrics` holds what reward functions logged in the last call."""
+    """The weighted sum of all reward functions. `metrics` holds what they logged in the last call."""
 
     def __init__(self, settings: RLSection, tokenizer, device, section: str = "rl"):
         self.key, self.device = f"{section}.reward_funcs", torch.device(device).type
@@ -1610,7 +1615,7 @@ class Judges:
         self.metrics = defaultdict(list)
         for sample in samples:
             sample.rewards, sample.extra = [], {}
-        with torch.no_grad(), torch.autocast(self.device, enabled=False):  # the policy's precision is not a judge's
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):  # reward functions compute in their own precision
             for name, function in zip(self.names, self.functions, strict=True) if samples else ():
                 for sample, value in zip(samples, self.judge(name, function, samples, state), strict=True):
                     if value is not None and not is_number(value):

@@ -270,8 +270,7 @@ class Result(NamedTuple):
 
 @dataclass
 class State:
-    """What a run has done so far. With the weights, the optimizers, the stream and the random generators it is the content of a
-    checkpoint."""
+    """The progress of a run. A checkpoint holds it, the weights, the optimizers, the stream and the random generators."""
 
     step: int = 0
     tokens: int = 0  # read in training
@@ -364,10 +363,11 @@ class Trainer:
         self.mixed = mixed or precision(training, "auto", self.device)
         self.run = Run(model, training, self.device, self.mixed)
         self.main = self.run.rank == 0
-        self.state, self.loss_scale = State(), LossScale(self.mixed == "fp16")
+        self.state, self.loss_scale = self.run.state, LossScale(self.mixed == "fp16")
         self.sources = {key: [str(folder), MODEL.weights_fingerprint(folder, key)] for key, folder in (sources or {}).items()}
         self.computed = 0.0  # FLOPs since the start of this process
         self.routers: dict = {}  # the load of the experts in the last step
+        self.last_loss: float | None = None  # training loss of the last log line
         self.stop_signal = 0
         self.last_saved: Path | None = None
         self.left: list[Path] = []  # checkpoints after the resumed step; the next save removes them
@@ -396,7 +396,7 @@ class Trainer:
             if self.left:
                 self.log.tell(f"continuing from step {self.state.step}; the run's next checkpoint replaces "
                               f"{', '.join(map(str, self.left))}")
-        self.total_steps = self._total_steps()
+        self.total_steps = self.run.total_steps = self._total_steps()
         self.warmup = self._warmup()
         if self.total_steps is not None and self.state.step > self.total_steps:
             self.log.tell(f"the checkpoint is at step {self.state.step}, beyond training.max_steps {self.total_steps}: "
@@ -739,13 +739,14 @@ def first_alone(function: Callable, *arguments, folder: str | None = None):
 
 
 class Run:
-    """What a stream and a loss may know of the machine."""
+    """What a stream and a loss may know of the machine and of the run's progress."""
 
     def __init__(self, model: nn.Module, training: TrainingSection, device: torch.device, mixed: str):
         self.model, self.device = model, device
         self.rank, self.world_size = MODEL.process_rank(), world_size()
         self.seed, self.grad_accum = training.seed, training.grad_accum
         self.static_shapes = training.torch_compile
+        self.state, self.total_steps = State(), None  # set by `fit`; None: a time limit ends the run
         self.mixed = mixed
 
     def autocast(self):
@@ -860,7 +861,7 @@ def content_of(trainer: Trainer) -> dict:
                     loss_scale=(trainer.loss_scale.scale, trainer.loss_scale.good))
     content = {**vars(state), "random": from_all(random), "stream": trainer.stream.state_dict(), "sources": trainer.sources,
                "optimizers": [map_tensors(MODEL.gathered_on_first, optimizer.state_dict()) for optimizer in trainer.optimizers]}
-    # What is trained and not in the product folder as it stands: adapters, a foreign model's heads, a critic.
+    # Trained weights that the product folder lacks or holds in another form: adapters, a foreign model's heads, a critic.
     trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     if is_whole(trainer.model):
         trained = {name for name in trained if MODEL.is_tool(name)}
@@ -895,8 +896,7 @@ def restore(trainer: Trainer, saved: dict) -> None:
     try:
         trainer.stream.load_state_dict(saved["stream"])
     except KeyError:
-        raise UserError("--resume: the checkpoint was made by another method, whose place in the data means nothing to this "
-                        "one") from None
+        raise UserError("--resume: the checkpoint was made by another method; its position in the data does not fit") from None
     if len(saved["random"]) == world_size():
         random = saved["random"][trainer.run.rank]
         torch.set_rng_state(random["cpu"])
@@ -926,7 +926,7 @@ def check_sound(trainer: Trainer, after: dict) -> None:
     """A run that ruined its model ends with a line and exit status 1. A token loss may rise a little while a model learns
     something else; a whole nat per token is e times the perplexity."""
     state, name = trainer.state, next(iter(after), "")
-    losses = "training loss", state.first_loss, getattr(trainer, "last_loss", None)
+    losses = "training loss", state.first_loss, trainer.last_loss
     if "perplexity" in after:
         losses = "held-out loss", state.before.get("loss"), after["loss"]
         if not lower_is_better(name) and after[name] > state.before.get(name, math.inf):
@@ -942,7 +942,7 @@ def check_sound(trainer: Trainer, after: dict) -> None:
 
 
 def explain(trainer: Trainer, error: Exception) -> None:
-    """The two mistakes of the machine that a user can mend, in one line each."""
+    """One line for the two errors of the machine that a user can fix."""
     t = trainer.training
     if is_out_of_memory(error):
         raise UserError(f"out of memory with training.batch_size {t.batch_size} x max_length {t.max_length}: lower "
@@ -1143,7 +1143,7 @@ class Log:
     def plot(self) -> None:
         """loss.png: training and held-out loss over the steps, and held-out measures such as exact match."""
         records = json_lines(self.out / "log.jsonl") if self.main else []
-        # what is held out is measured by one part of a sum of losses
+        # of a sum of losses, the part that validation measures
         key = "nll" if any("nll" in r for r in records) else "loss"
         panels = {"loss": {"training": curve(records, key), "held out": curve(records, "eval_loss")}}
         panels["held out, %"] = {name.rpartition("/")[2].replace("_", " "): curve(records, f"eval_{name}", 100)
@@ -1186,12 +1186,12 @@ def plot_curves(path: Path, panels: dict[str, dict[str, list[tuple]]]) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, key: str, wait: bool = False):
-    """No other run writes to the file's folder meanwhile, which the setting `key` names: an error, or `wait` until it is done."""
+    """Keep other runs out of the file's folder, which the setting `key` names: an error if one is there, or `wait` for it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "w")
     except OSError as error:
-        if wait:  # what cannot be written will not change
+        if wait:  # no other run writes to a read-only folder
             yield
             return
         raise UserError(f"{key}: {path.parent} cannot be written ({error.strerror})") from None
@@ -1202,12 +1202,10 @@ def locked(path: Path, key: str, wait: bool = False):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it, even after kill -9
             except BlockingIOError:
-                if wait:
-                    say(f"waiting for another run, which is preparing {path.parent}")
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                    yield
-                    return
-                raise UserError(f"{key}: another run is writing to {path.parent}; choose another place") from None
+                if not wait:
+                    raise UserError(f"{key}: another run is writing to {path.parent}; choose another folder") from None
+                say(f"waiting for another run, which is preparing {path.parent}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -1231,9 +1229,9 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
                             "--out")
         if resume and found is None and used:
             if kept := [name for name in used if name not in TRACES]:
-                raise UserError(f"--resume: {out} holds {kept[0]} and no checkpoint to go on from; --overwrite replaces what is "
-                                "there, --out chooses another folder")
-            say(f"{out} holds no checkpoint yet; the run begins afresh")
+                raise UserError(f"--resume: {out} holds {kept[0]} and no checkpoint to resume from; --overwrite replaces it, "
+                                "--out chooses another folder")
+            say(f"{out} holds no checkpoint yet; starting a new run")
         if used and resume is None and not overwrite:
             proceed = "--resume auto continues it, " if checkpoints(out) else ""
             raise UserError(f"output.dir: {out} holds a run; {proceed}--overwrite replaces it, --out chooses another folder")

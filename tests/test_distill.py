@@ -878,7 +878,7 @@ def test_mistakes_are_one_line(world, tmp_path):
         (["--generate", "--teacher", world / "talker", "--data", world / "prompts.jsonl", "--out", tmp_path / "x.jsonl", "--reward-threshold", "1"], "distill.reward_threshold: needs distill.reward_funcs"),
         (["--generate", "--teacher", world / "talker", "--data", world / "prompts.jsonl", "--out", tmp_path / "x.jsonl", "--sampling", "{n: 2, temperature: 0}"], "distill.sampling: temperature 0 gives 2 equal completions"),
         (["--generate", "--teacher", world / "talker", "--data", world / "prompts.jsonl", "--out", "/proc/x.jsonl"], "--out: /proc cannot be written"),
-        ([*talks, "--lmbda", "0.5", "--max-completion-length", "8", "--rollout-size", "6"], "distill.rollout_size: 6 texts do not fill whole optimizer steps"),
+        ([*talks, "--lmbda", "0.5", "--max-completion-length", "8", "--rollout-size", "6"], "distill.rollout_size: 6 completions do not fill whole optimizer steps"),
         (["--generate", "--sampling", "{top_q: 2}"], "distill.sampling: unknown key 'top_q'; nearest is 'top_p'"),
         (["--generate", "--sampling", "{top_p: 2}"], "distill.sampling: top_p: 2.0 must be at least 0 and at most 1"),
         ([*text, "--rollout-size", "8"], "distill.rollout_size: has no effect without distill.lmbda"),

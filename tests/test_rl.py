@@ -737,7 +737,7 @@ def tensors(completions, **_): return torch.ones(len(completions))
     assert [one.reward for one in both] == [1, 1]
 
 
-@pytest.mark.parametrize("name, message", [("exakt", "'exakt' is none of exact_answer"), ("none.py:f", "there is no file 'none.py'"), ("regex:(", "regex:\\("),
+@pytest.mark.parametrize("name, message", [("exakt", "'exakt' is none of exact_answer"), ("none.py:f", "file not found: 'none.py'"), ("regex:(", "regex:\\("),
                                            ("length:-3", "'length:-3' is none of"), ("no/where", "rl.reward_funcs"), ("number_afterwards", "is none of")])
 def test_unknown_rewards_are_one_line(name, message, tmp_path):
     with pytest.raises(UserError, match=message):
@@ -1108,7 +1108,7 @@ def test_other_prompts_or_columns_are_not_continued(model_folder, tokenizer, tmp
     next(stream)
     text = (tmp_path / "rollouts.jsonl").read_text()
     for other in (prompts[:-1], [*prompts[:-1], prompts[-1]._replace(columns={"answer": 7})], [prompts[0]._replace(ids=[5, 6]), *prompts[1:]]):
-        with pytest.raises(UserError, match="--resume: the prompts or other columns are not those"):
+        with pytest.raises(UserError, match="--resume: prompts or columns differ from those of the checkpoint"):
             rollouts(model, other, tmp_path, 16, "grpo", Named(), tokenizer).load_state_dict(state)
     again = rollouts(model, prompts, tmp_path, 16, "grpo", Named(), tokenizer)
     again.load_state_dict(state)
@@ -1251,8 +1251,20 @@ def test_inside_a_rollout_a_run_goes_on_however_a_step_is_cut(world, tmp_path):
     RL.main([*cut, "--grad-accum", "2", "--out", str(tmp_path / "cut")])
     whole, other = ([record["loss"] for record in log_of(tmp_path / name) if "loss" in record and record["step"] > 3] for name in ("whole", "cut"))
     assert len(whole) == 5 and other == pytest.approx(whole, abs=1e-5)
-    with pytest.raises(UserError, match="inside a rollout of which 40 texts are left, which do not fill whole optimizer steps of 16"):
+    with pytest.raises(UserError, match="40 samples of the checkpoint's rollout are left, which do not fill optimizer steps of 16"):
         RL.main([*cut, "--grad-accum", "4", "--out", str(tmp_path / "wide")])
+
+
+def test_a_resumed_run_that_ends_in_its_rollout_leaves_no_later_ones(world, tmp_path):
+    flags = [*flags_of(world, "grpo"), "--rl.num_iterations", "2", "--training.save_steps", "1", "--training.save_total_limit", "9", "--out", str(tmp_path)]
+    RL.main([*flags, "--max-steps", "8"])
+
+    def rollouts() -> set[int]:
+        return {json.loads(line)["rollout"] for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()}
+
+    assert rollouts() == {1, 2}
+    RL.main([*flags, "--max-steps", "3", "--resume", str(tmp_path / "ckpt-step-000002")])
+    assert rollouts() == {1}
 
 
 def test_ppo_learns_from_a_reward_model(world, tmp_path, capsys, monkeypatch):
@@ -1413,7 +1425,7 @@ def test_kto_needs_both_kinds(wanted, others, weights, said, capsys):
     (["--rl.method", "kto", "--rl.loss_type", "hinge"], "kto has only one"),
     (["--rl.method", "grpo", "--rl.num_generations", "1"], "rl.num_generations: 1, but grpo compares"),
     (["--rl.method", "grpo", "--rl.num_generations", "3"], "rl.rollout_size: 16 does not hold whole groups of rl.num_generations 3"),
-    (["--rl.method", "grpo", "--batch-size", "5"], "rl.rollout_size: 16 texts do not fill whole optimizer steps of training.batch_size 5"),
+    (["--rl.method", "grpo", "--batch-size", "5"], "rl.rollout_size: 16 completions do not fill whole optimizer steps of training.batch_size 5"),
     (["--rl.method", "grpo", "--rl.reward_weights", "[1]"], "rl.reward_weights: 1 for 2 rl.reward_funcs"),
     (["--rl.method", "dpo", "--rl.beta", "0"], "rl.beta: must be above 0 for dpo"),
     (["--rl.method", "dpo", "--rl.loss_type", "robust"], "rl.label_smoothing: must be above 0 for rl.loss_type robust"),

@@ -905,14 +905,14 @@ def test_resume_auto_where_no_checkpoint_stands(tmp_path, text_file, capsys):
     [saved] = TRAIN.checkpoints(tmp_path / "out")
     first = losses(tmp_path / "out")
     shutil.rmtree(saved)
-    with pytest.raises(UserError, match="holds result.json and no checkpoint to go on from; --overwrite replaces what is there"):
+    with pytest.raises(UserError, match="holds result.json and no checkpoint to resume from; --overwrite replaces it"):
         train(tmp_path, "--resume", "auto")
     assert (tmp_path / "out" / "model.safetensors").exists()
     for path in (tmp_path / "out").iterdir():
         if path.name not in ("log.jsonl", "loss.png"):
             path.unlink()
     train(tmp_path, "--resume", "auto")
-    assert "holds no checkpoint yet; the run begins afresh" in capsys.readouterr().err
+    assert "holds no checkpoint yet; starting a new run" in capsys.readouterr().err
     assert losses(tmp_path / "out") == first
 
 
@@ -1342,7 +1342,7 @@ def test_another_base_is_refused_on_resume(tmp_path):
 
 
 class Failing(Ragged):
-    """Fails in the fourth step, as long as it is told to."""
+    """Raises an error in the fourth step while `broken` is set."""
 
     broken = True
 
