@@ -1,4 +1,4 @@
-"""What a calculator is worth to a small model that learns sums by trial.
+"""The gain from a calculator for a small model that learns sums with GRPO.
 
     python bench/tools.py                            # three seeds, about three minutes each on two idle cores
     python bench/tools.py --seeds 0 --sft-steps 300  # appends to out/bench/tools.jsonl
