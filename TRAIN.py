@@ -1171,7 +1171,7 @@ def plot_curves(path: Path, panels: dict[str, dict[str, list[tuple]]]) -> None:
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for (label, points), color in zip(curves.items(), ("#1f5fa8", "#d1495b", "#2a9d5c", "#e09f3e", "#7b5ea7"), strict=False):
             axes.plot(*zip(*points, strict=True), "-" if len(points) > 20 else "o-", color=color, markersize=4, label=label)
-        if len(curves) > 1 or title not in curves:
+        if len(curves) > 1:
             axes.legend(frameon=False)
         axes.set(xlabel="optimizer step", title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
