@@ -2488,12 +2488,22 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def gathered_on_first(tensor: Tensor) -> Tensor:
-    """`gathered`, kept by the first process alone, on its CPU: the others take part and get an empty tensor, so that saving a
-    sharded model costs them no more than one tensor at a time."""
+    """The full tensor on the first process, on its CPU, and an empty tensor on the others. These only send their parts, so that
+    saving a sharded model costs them no memory (all processes have to call)."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
-    whole = tensor.full_tensor()
-    return whole.cpu() if process_rank() == 0 else whole.new_empty(0)
+    part, dist = tensor.to_local(), torch.distributed
+    if process_rank() != 0:
+        if len(part):
+            dist.send(part.contiguous(), 0)
+        return part.new_empty(0)
+    parts, whole = [part.cpu()], len(tensor)
+    for rank in range(1, dist.get_world_size()):  # rows are cut as by torch.chunk, so the last parts are shorter or empty
+        if rows := min(len(part), whole - sum(map(len, parts))):
+            received = part.new_empty(rows, *part.shape[1:])
+            dist.recv(received, rank)
+            parts.append(received.cpu())
+    return torch.cat(parts)
 
 
 WEIGHTS = "model*.safetensors*"

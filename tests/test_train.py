@@ -1227,6 +1227,12 @@ def test_experts_of_two_processes_equal_those_of_one(two, tmp_path):
     assert one[0]["idle_experts"] < 0.5 and any(name.endswith("e_score_correction_bias") for name in weights(tmp_path))
 
 
+def test_a_save_gathers_weights_on_the_first_process_alone(two):
+    first, second = (rank["gathered"] for rank in two.ranks)
+    assert first == [[torch.arange(3 * rows).view(rows, 3).tolist() for rows in range(1, 6)], 0]
+    assert second == [[[]] * 5, 0]
+
+
 def test_gradients_arrive_through_the_wrapped_forward(two):
     assert max(rank["gradient_difference"] for rank in two.ranks) < 1e-5
 

@@ -155,6 +155,21 @@ def sharded_answers() -> dict:
     return {"answers": [one.ids for [one] in answers], "losses": losses, "whole": whole}
 
 
+def gathered_on_first() -> tuple[list, int]:
+    """Rows of 1 to 5, cut unevenly over the processes, as the first process gets them, and how many times `full_tensor` was called:
+    it would give each process the whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    calls, whole = [], DTensor.full_tensor
+    DTensor.full_tensor = lambda tensor, **more: calls.append(1) or whole(tensor, **more)
+    mesh = init_device_mesh("cpu", (2,))
+    tensors = [distribute_tensor(torch.arange(3 * rows).view(rows, 3), mesh, [Shard(0)]) for rows in range(1, 6)]
+    found = [MODEL.gathered_on_first(tensor).tolist() for tensor in tensors]
+    DTensor.full_tensor = whole
+    return found, len(calls)
+
+
 def stopped_by(number: int, out: Path, accelerator):
     """The exit status of a run in which every process gets the signal, as from a terminal's Ctrl-C."""
 
@@ -188,7 +203,7 @@ def main(folder: Path) -> None:
     evaluate = TRAIN.held_out_loss(held_out_batches(), 2.0)
     with torch.no_grad():
         results["held_out"] = evaluate(build().eval())
-    results["sharded"] = sharded_answers()
+    results["sharded"], results["gathered"] = sharded_answers(), gathered_on_first()
     results["exit_status"] = stopped_by(signal.SIGINT, folder / "stopped", accelerator)
     (folder / f"rank{TRAIN.MODEL.process_rank()}.json").write_text(json.dumps(results))
     TRAIN.barrier()
