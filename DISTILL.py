@@ -764,7 +764,7 @@ def student_texts(config, tokenizer, samples: list[SFT.Sample], out: Path) -> St
         if not messages_before:
             left.add("without a prompt", sample.where)
             continue
-        ids = RL.prompt_ids(tokenizer, messages_before, sample.record.get("tools"))
+        ids = TOKENIZER.prompt_ids(tokenizer, messages_before, sample.record.get("tools"))
         if room.fits(ids, sample.where, left):
             prompts.append(RL.Prompt(sample.where, messages_before, ids, {}))
     if not prompts:
@@ -943,7 +943,7 @@ def read_prompts(config, teacher: Teacher) -> list[RL.Prompt]:
                             "fine-tune the teacher with SFT.py first")
         if reserved := {"prompts", "completions", "completion_ids", "messages", "conversations"} & record.keys():
             raise UserError(f"{where}: the key '{min(reserved)}' is reserved; rename it with sft.columns")
-        ids = RL.prompt_ids(teacher.tokenizer, prompt, record.get("tools"))
+        ids = TOKENIZER.prompt_ids(teacher.tokenizer, prompt, record.get("tools"))
         if config.data.deduplicate and key in seen:
             left.add("duplicates", where)
         elif len(ids) >= teacher.context:

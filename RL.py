@@ -19,7 +19,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import json
@@ -35,7 +34,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -1046,13 +1045,6 @@ class Room(NamedTuple):
         return fits
 
 
-def prompt_ids(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
-    """The prompt as INFER.py feeds it: rendered by the chat template if the tokenizer has one."""
-    if tokenizer.chat_template:
-        return TOKENIZER.render_chat(tokenizer, TOKENIZER.as_messages(prompt), tools, add_generation_prompt=True).ids
-    return TOKENIZER.encode_prompt(tokenizer, prompt)
-
-
 def make_example(tokenizer, prompt: str | list[dict], completion: str | list[dict], tools: list | None, where: str) -> Example:
     """The prompt as INFER.py feeds it, and the completion up to the end of its last turn; without a chat template one text."""
     if not tokenizer.chat_template:
@@ -1061,7 +1053,7 @@ def make_example(tokenizer, prompt: str | list[dict], completion: str | list[dic
         return Example([*served, *ids], [0] * len(served) + [1] * len(ids))
     messages = TOKENIZER.as_messages(prompt)
     try:
-        served = prompt_ids(tokenizer, prompt, tools)
+        served = TOKENIZER.prompt_ids(tokenizer, prompt, tools)
         ids, turns = TOKENIZER.render_chat(tokenizer, [*messages, *TOKENIZER.as_messages(completion, "assistant")], tools)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -1325,13 +1317,14 @@ def modules_beside(folder: Path):
 
 def load_file(path: Path, key: str):
     """A Python file of the user as a module with a private name; functions of one file share the module."""
-    name = "_user_" + hashlib.blake2b(str(path).encode() + path.read_bytes(), digest_size=8).hexdigest()
+    source = path.read_bytes()
+    name = "_user_" + hashlib.blake2b(str(path).encode() + source, digest_size=8).hexdigest()
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses and pickle look it up
+        module = sys.modules[name] = ModuleType(name)  # dataclasses and pickle look it up
+        module.__file__ = str(path)
         try:
             with modules_beside(path.parent):
-                spec.loader.exec_module(module)
+                exec(compile(source, path, "exec", dont_inherit=True), vars(module))
         except (Exception, SystemExit) as error:  # user code may raise anything
             del sys.modules[name]
             raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
@@ -1927,7 +1920,7 @@ def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAI
     if settings.method != "reward":
         shown = kept[:: max(1, len(kept) // 3)][:3]
         texts = [pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"] for pair in shown]
-        prompts = [prompt_ids(tokenizer, pair.prompt, pair.tools) for pair in shown]
+        prompts = [TOKENIZER.prompt_ids(tokenizer, pair.prompt, pair.tools) for pair in shown]
         evaluate = TRAIN.with_samples(evaluate, tokenizer, config.training, list(zip(texts, prompts, strict=True)))
     return TRAIN.Stage(model, tokenizer, stream, loss, evaluate, TRAIN.save_product)
 
@@ -1960,7 +1953,7 @@ def read_prompts(config, tokenizer, records: list[tuple[str, dict]], left: TOKEN
             raise UserError(f"{where}: the key '{min(given)}' is what reward functions are given; call it otherwise, or rename "
                             "it by rl.columns")
         content = TOKENIZER.as_messages(record["prompt"]) if tools else record["prompt"]
-        ids = prompt_ids(tokenizer, content, tools.beside(record.get("tools")) if tools else record.get("tools"))
+        ids = TOKENIZER.prompt_ids(tokenizer, content, tools.beside(record.get("tools")) if tools else record.get("tools"))
         if room.fits(ids, where, left):
             prompts.append(Prompt(where, content, ids, {key: value for key, value in record.items() if key != "prompt"}))
     return prompts

@@ -384,13 +384,6 @@ def same_answer(answer: str, expected: str) -> bool:
     return " ".join(answer.split()).lower() == " ".join(expected.split()).lower()
 
 
-def question_ids(tokenizer, record: dict, messages: list[dict]) -> list[int]:
-    """The prompt for the next answer; without a chat template, the messages as lines of text."""
-    if not tokenizer.chat_template:
-        return TOKENIZER.encode_prompt(tokenizer, "\n".join(message["content"] for message in messages))
-    return TOKENIZER.render_chat(tokenizer, messages, record.get("tools"), add_generation_prompt=True).ids
-
-
 def questions_of(records: list[dict], limit: int) -> list[tuple[dict, list[dict], str]]:
     """(record, messages before the answer, answer) of at most `limit` records whose answers can be checked, spread evenly."""
     questions = [(record, *question) for record in records if (question := question_of(record))]
@@ -414,7 +407,7 @@ def exact_match(questions: list, tokenizer, sampling: INFER.Sampling) -> Callabl
     def measure(model) -> float:
         part = questions[MODEL.process_rank() :: TRAIN.world_size()]
         room = 1 - model.config.max_position_embeddings
-        prompts = [question_ids(tokenizer, record, messages)[room:] for record, messages, _ in part]
+        prompts = [TOKENIZER.prompt_ids(tokenizer, messages, record.get("tools"))[room:] for record, messages, _ in part]
         answers = INFER.generate(model, prompts, sampling, tokenizer, batch_size=64)
         right = sum(same_answer(answer.text, expected) for [answer], (_, _, expected) in zip(answers, part, strict=True))
         return TRAIN.all_sum([float(right)], model.device)[0] / len(questions)
@@ -434,7 +427,8 @@ def with_answers(evaluate: Callable | None, samples: list[Sample], tokenizer, co
         return {"exact_match": match(model), **(evaluate(model) if evaluate else {})}
 
     shown = shown[:: max(1, len(shown) // 3)][:3]
-    prompts = [(messages[-1]["content"], question_ids(tokenizer, record, messages)) for record, messages, _ in shown]
+    prompts = [(messages[-1]["content"], TOKENIZER.prompt_ids(tokenizer, messages, record.get("tools")))
+               for record, messages, _ in shown]
     return TRAIN.with_samples(measure if questions else evaluate, tokenizer, config.training, prompts, greedy)
 
 

@@ -185,6 +185,13 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     return encode_pair(tokenizer, text, "")[0]
 
 
+def prompt_ids(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
+    """The prompt as INFER.py feeds it: rendered by the chat template; without one as text, messages as lines."""
+    if tokenizer.chat_template:
+        return render_chat(tokenizer, as_messages(prompt), tools, add_generation_prompt=True).ids
+    return encode_prompt(tokenizer, prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt))
+
+
 def without_padding(ids: list[int], pad: int | None) -> list[int]:
     """Ids up to the last that is no padding, where transformers' classifiers read: texts may end with what is also padding."""
     last = next((i for i in range(len(ids) - 1, 0, -1) if ids[i] != pad), 0)

@@ -77,7 +77,7 @@ def records(name: str) -> list[dict]:
 
 
 def answers(model, tokenizer, asked: list[str], sampling: INFER.Sampling) -> list[str]:
-    ids = [RL.prompt_ids(tokenizer, prompt) for prompt in asked]
+    ids = [TOKENIZER.prompt_ids(tokenizer, prompt) for prompt in asked]
     return [one.text for [one] in INFER.generate(model, ids, sampling, tokenizer, batch_size=256)]
 
 
@@ -100,7 +100,7 @@ def nats_per_token(model, tokenizer, prompts: list[str], texts: list[str]) -> to
     """Mean negative log-likelihood of the first 32 tokens of each text (N,)."""
     examples = []
     for prompt, text in zip(prompts, texts, strict=True):
-        asked, ids = RL.prompt_ids(tokenizer, prompt), tokenizer(text, add_special_tokens=False).input_ids[:32]
+        asked, ids = TOKENIZER.prompt_ids(tokenizer, prompt), tokenizer(text, add_special_tokens=False).input_ids[:32]
         examples.append(RL.Example([*asked, *ids], [0] * len(asked) + [1] * len(ids)))
     found = []
     for start in range(0, len(examples), 100):
@@ -158,7 +158,7 @@ def measure(method: str, folder: str, start: str, reward: str, seed: int) -> dic
     found |= {"introduced": sum(right) / len(right), "kept": kept(model, tokenizer)}
     if method == "ppo-reward-model":
         judge, asked = RL.reward_model(reward, tokenizer, "cpu"), [test["prompt"] for test in records("preferences_test.jsonl")]
-        samples = [RL.Sample(RL.Prompt("", "", RL.prompt_ids(tokenizer, prompt), {}), 0, tokenizer(text, add_special_tokens=False).input_ids, "length", text, None)
+        samples = [RL.Sample(RL.Prompt("", "", TOKENIZER.prompt_ids(tokenizer, prompt), {}), 0, tokenizer(text, add_special_tokens=False).input_ids, "length", text, None)
                    for prompt, text in zip(asked, said, strict=True)]
         found["score"] = sum(judge(samples)) / len(samples)
     else:
@@ -245,7 +245,7 @@ def time_rollouts(options) -> None:
 
     tokenizer, model = TOKENIZER.load(options.model), MODEL.load(options.model)
     theirs = AutoModelForCausalLM.from_pretrained(options.model).eval()
-    prompts = [RL.prompt_ids(tokenizer, record["prompt"]) for record in records("prompts_test.jsonl")[:64]]
+    prompts = [TOKENIZER.prompt_ids(tokenizer, record["prompt"]) for record in records("prompts_test.jsonl")[:64]]
     pad, width = theirs.config.pad_token_id or 0, max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts]).repeat_interleave(8, 0)
     seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]).repeat_interleave(8, 0)
@@ -492,7 +492,7 @@ def compare_on_policy(folder: Path, policy, reference) -> None:
     samples = []
     for i, record in enumerate(records("preferences.jsonl")[: ROWS]):
         ids = tokenizer(record["chosen"], add_special_tokens=False).input_ids[: 12 + 4 * i]
-        samples.append(RL.Sample(RL.Prompt("", "", RL.prompt_ids(tokenizer, record["prompt"]), {}), i, ids, "stop", "", None))
+        samples.append(RL.Sample(RL.Prompt("", "", TOKENIZER.prompt_ids(tokenizer, record["prompt"]), {}), i, ids, "stop", "", None))
     batch = RL.text_batch(samples)
     mask = batch["targets"] != -100
 

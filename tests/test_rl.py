@@ -368,7 +368,7 @@ def chat(tokenizer):
 @pytest.mark.parametrize("prompt, said", [("What is red?", "The fox."), (ASKED + FOX + ASKED, OWL)])
 def test_what_is_compared_is_what_is_served(chat, prompt, said):
     one = RL.make_example(chat, prompt, said, None, "here")
-    assert one.ids[: one.start] == RL.prompt_ids(chat, prompt)
+    assert one.ids[: one.start] == TOKENIZER.prompt_ids(chat, prompt)
     text = said if isinstance(said, str) else said[0]["content"]
     assert chat.decode(one.ids[one.start :]) == text + "<|im_end|>" and one.ids[-1] == TOKENIZER.chat_ends(chat).stop[0]
 
@@ -377,7 +377,7 @@ def test_of_several_turns_the_assistants_are_learnt(chat):
     one = RL.make_example(chat, ASKED, FOX + ASKED + OWL, None, "here")
     said = "".join(chat.decode([i]) if on else "~" for i, on in zip(one.ids, one.weights, strict=True))
     assert [part for part in said.split("~") if part] == ["The fox.<|im_end|>", "The owl.<|im_end|>"]
-    assert one.ids[: one.start] == RL.prompt_ids(chat, ASKED)
+    assert one.ids[: one.start] == TOKENIZER.prompt_ids(chat, ASKED)
     [other] = RL.mismatched([RL.Pair("a", [one], ASKED), RL.Pair("b", [RL.make_example(chat, "Who?", "An owl.", None, "")], "Who?")], 0, 128)[1].examples
     assert sum(other.weights) == sum(one.weights) and other.ids[other.start :] == one.ids[one.start :]
     batch = RL.make_batch([RL.Pair("a", [one], ASKED)])
@@ -943,28 +943,43 @@ def test_calls_are_read_and_results_follow_as_the_template_has_them(chat, tmp_pa
         assert not tools.answer(one, 500) and not one.calls
 
 
-class Always(RL.Tools):
-    """Takes each completion of an even prompt for a call."""
+def test_a_file_that_was_just_rewritten_is_loaded_anew(tmp_path):
+    """Python's cache of compiled files compares whole seconds and the size."""
+    for text in ("1", "2", "3"):
+        (tmp_path / "judge.py").write_text(f"def judge(completions, **_):\n    return [{text}.0 for _ in completions]\n")
+        assert RL.user_function(f"{tmp_path}/judge.py:judge", "rl.reward_funcs")(completions=["a"]) == [float(text)]
 
-    def read(self, sample):
-        if sample.number % 2 or sample.finish != "stop":
-            return []
-        sample.finish = "tool_calls"
-        return [("add", {"a": sample.number, "b": len(sample.messages)})]
+
+# A file of tools that takes each completion of an even prompt for a call, in whatever process it is loaded.
+ALWAYS = TOOLS + '''
+import RL
+def always(self, sample):
+    if sample.number % 2 or sample.finish != "stop":
+        return []
+    sample.finish = "tool_calls"
+    return [("add", {"a": sample.number, "b": len(sample.messages)})]
+RL.Tools.read = always
+'''
+
+
+@pytest.fixture
+def always(tmp_path, monkeypatch) -> str:
+    monkeypatch.setattr(RL.Tools, "read", RL.Tools.read)  # restored afterwards
+    (tmp_path / "always.py").write_text(ALWAYS)
+    return f"{tmp_path}/always.py:add"
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
-def test_only_what_the_policy_wrote_is_learned(method, world, chat, tmp_path):
+def test_only_what_the_policy_wrote_is_learned(method, world, chat, tmp_path, always):
     """In rollouts with tools too, sampled log-probabilities are those of a full forward, whatever the batches."""
     model = MODEL.load(world / "base", head=("lm", "value") if method == "ppo" else None)
     model.config.eos_token_id = list(range(4, 60))  # short turns
-    tools_of(tmp_path, chat, "add")
-    prompts = [RL.Prompt(f"line {i}", ASKED, RL.prompt_ids(chat, ASKED), {}) for i in range(3)]
+    prompts = [RL.Prompt(f"line {i}", ASKED, TOKENIZER.prompt_ids(chat, ASKED), {}) for i in range(3)]
     found = []
     for size in (16, 3):
         stream = rollouts(model, prompts, tmp_path, 16, method, Named(), chat, max_completion_length=64, rollout_batch_size=size,
-                          tools=[f"{tmp_path}/tools.py:add"], max_turns=3, num_generations=2)
-        stream.tools = Always(stream.settings.tools, chat, 9.0)
+                          tools=[always], max_turns=3, num_generations=2)
+        stream.tools = RL.Tools(stream.settings.tools, chat, 9.0)
         batch = next(stream)
         found.append([sample.ids for sample in stream.samples])
         logged = stream.metrics()
@@ -988,20 +1003,18 @@ def test_only_what_the_policy_wrote_is_learned(method, world, chat, tmp_path):
         torch.testing.assert_close(sample.returns, sample.reward - (kl.flip(0).cumsum(0).flip(0)), atol=1e-4, rtol=0)
 
 
-def test_a_run_with_tools_goes_on_exactly(chat, tmp_path, monkeypatch, capsys):
-    """Judges see the turns, rollouts.jsonl shows them, held-out prompts are answered with tools as well."""
+def test_a_run_with_tools_goes_on_exactly(chat, tmp_path, monkeypatch, capsys, always):
+    """Judges see the turns, rollouts.jsonl shows them, held-out prompts are answered with tools as well. Two processes learn as one."""
     config = MODEL.ModelConfig(vocab_size=len(chat), bos_token_id=chat.bos_token_id, eos_token_id=list(range(4, 60)), initializer_range=0.2, hidden_size=32,
                                intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=700)
     MODEL.save(MODEL.build(config, seed=1), tmp_path / "base")
     TOKENIZER.save(chat, tmp_path / "base")
-    (tmp_path / "tools.py").write_text(TOOLS)
     (tmp_path / "judge.py").write_text("def turns(completions, log_metric, log_extra, **_):\n    log_metric('turns', 7)\n    log_extra('roles', [[t['role'] for t in c] for c in completions])\n"
                                        "    return [len(c) + len(c[-1]['content']) % 3 for c in completions]\n")
     for name, numbers in (("prompts", range(4)), ("held", range(20, 22))):
         write(tmp_path / f"{name}.jsonl", [{"prompt": f"What is {i}?"} for i in numbers])
-    monkeypatch.setattr(RL, "Tools", Always)
     monkeypatch.setattr(TRAIN, "plot_curves", lambda *_, **__: None)  # takes longer than these steps
-    flags = in_file(tmp_path / "own.yaml", ["--model", tmp_path / "base", "--data", tmp_path / "prompts.jsonl", "--data.validation", tmp_path / "held.jsonl", "--rl.method", "grpo", "--rl.tools", f"{tmp_path}/tools.py:add", "--rl.reward_funcs",
+    flags = in_file(tmp_path / "own.yaml", ["--model", tmp_path / "base", "--data", tmp_path / "prompts.jsonl", "--data.validation", tmp_path / "held.jsonl", "--rl.method", "grpo", "--rl.tools", always, "--rl.reward_funcs",
                                             f"{tmp_path}/judge.py:turns", "--rl.num_generations", "2", "--rl.rollout_size", "4", "--batch-size", "4", "--max-length", "700", "--rl.max_completion_length", "64", "--max-steps", "2",
                                             "--training.save_steps", "1", "--training.save_total_limit", "9", "--training.logging_steps", "1", "--training.sample_tokens", "0"], RL, "rl")
     result = RL.main([*flags, "--out", str(tmp_path / "run")])
@@ -1013,6 +1026,13 @@ def test_a_run_with_tools_goes_on_exactly(chat, tmp_path, monkeypatch, capsys):
     assert log[0]["eval_turns"] == 7 and any(record.get("turns") == 7 and record["tools/call_frequency"] > 0 for record in log)
     again = RL.main([*flags, "--out", str(tmp_path / "run"), "--resume", str(tmp_path / "run" / "ckpt-step-000001")])
     assert again.after == result.after and (tmp_path / "run" / "rollouts.jsonl").read_text() == text
+    two_processes(tmp_path, {"RL": [[*flags, "--batch-size", "2", "--training.mixed_precision", "no", "--out", str(tmp_path / "two")]]})
+    RL.main([*flags, "--training.mixed_precision", "no", "--out", str(tmp_path / "one")])
+    for key in ("loss", "grad_norm", "reward", "tools/call_frequency"):
+        values = [[record[key] for record in log_of(tmp_path / name) if key in record] for name in ("one", "two")]
+        assert len(values[0]) == 2 and values[0] == pytest.approx(values[1], abs=1e-5), key
+    texts = [[json.loads(line)["messages"] for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    assert texts[0] == texts[1]
     capsys.readouterr()
     RL.main([*flags, "--dry-run"])
     assert "add" in capsys.readouterr().out.split("What is")[0]  # the tool's schema, before the question
@@ -1624,7 +1644,7 @@ def test_a_template_that_opens_a_thought_serves_what_is_learnt(tokenizer):
     own.chat_template = THINKING
     for said in ("The fox.", "<think>\nwhy</think> The fox."):
         one = RL.make_example(own, "What is red?", said, None, "here")
-        assert one.ids[: one.start] == RL.prompt_ids(own, "What is red?")
+        assert one.ids[: one.start] == TOKENIZER.prompt_ids(own, "What is red?")
         assert own.decode(one.ids).replace(" ", "").endswith("<think>\n" + said.removeprefix("<think>\n").replace(" ", "") + "<|im_end|>") or "why" in said
     assert own.decode(one.ids).count("<think>") == 1
 
