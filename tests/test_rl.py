@@ -943,8 +943,9 @@ def test_calls_are_read_and_results_follow_as_the_template_has_them(chat, tmp_pa
         assert not tools.answer(one, 500) and not one.calls
 
 
-def test_a_file_that_was_just_rewritten_is_loaded_anew(tmp_path):
+def test_a_file_that_was_just_rewritten_is_loaded_anew(tmp_path, monkeypatch):
     """Python's cache of compiled files compares whole seconds and the size."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for text in ("1", "2", "3"):
         (tmp_path / "judge.py").write_text(f"def judge(completions, **_):\n    return [{text}.0 for _ in completions]\n")
         assert RL.user_function(f"{tmp_path}/judge.py:judge", "rl.reward_funcs")(completions=["a"]) == [float(text)]
