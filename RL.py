@@ -1501,21 +1501,39 @@ def shortness(limit: float, sample: Sample) -> float:
     return min(max(2 - sample.length / limit, 0.0), 1.0)
 
 
+def matches(find: Callable[[str], object], sample: Sample) -> float:
+    """1 where a method of a regular expression finds something in the text."""
+    return float(bool(find(sample.text.strip())))
+
+
+def token_limit(argument: str) -> float:
+    if not 0 < float(argument) < math.inf:
+        raise ValueError("the number of tokens must be above 0")
+    return float(argument)
+
+
+# The built-in reward functions: a name as in rl.reward_funcs -> a function of the argument after the colon, which returns the
+# reward function of a sample.
+REWARDS: dict[str, Callable[[str], Callable[[Sample], float]]] = {
+    "exact_answer": lambda _: exact_answer,
+    "number_after:MARKER": lambda marker: partial(number_after, marker),
+    "format:REGEX": lambda regex: partial(matches, re.compile(regex, re.DOTALL).fullmatch),
+    "regex:REGEX": lambda regex: partial(matches, re.compile(regex, re.DOTALL).search),
+    "length:TOKENS": lambda limit: partial(shortness, token_limit(limit)),
+}
+
+
 def builtin(name: str, key: str = "rl.reward_funcs") -> Callable[[Sample], float] | None:
-    """The reward of one text by a name such as length:60; None for what is none of these."""
-    kind, colon, argument = name.partition(":")
-    try:
-        if name == "exact_answer":
-            return exact_answer
-        if kind == "number_after":
-            return partial(number_after, argument or "####")
-        if kind in ("format", "regex") and argument:
-            found = re.compile(argument, re.DOTALL)
-            return lambda sample: float(bool((found.fullmatch if kind == "format" else found.search)(sample.text.strip())))
-        if kind == "length" and colon and float(argument) > 0:
-            return partial(shortness, float(argument))
-    except (re.error, ValueError) as error:
-        raise UserError(f"{key}: {name}: {error}") from None
+    """The reward function of a sample that a name such as length:60 means; None for what is none of REWARDS."""
+    kind, _, argument = name.partition(":")
+    for known, make in REWARDS.items():
+        if known.partition(":")[0] == kind:
+            if bool(argument) != (":" in known):
+                raise UserError(f"{key}: '{name}' must have the form {known}")
+            try:
+                return make(argument)
+            except (re.error, ValueError) as error:
+                raise UserError(f"{key}: {name}: {error}") from None
     return None
 
 
@@ -1601,8 +1619,7 @@ class Judges:
             return custom_function(name if ":" in name else f"{name}:", key)
         if Path(name).is_dir() or ("/" in name and ":" not in name):
             return reward_model(name, tokenizer, device, key)
-        raise UserError(f"{key}: '{name}' is none of exact_answer, number_after:MARKER, format:REGEX, regex:REGEX, "
-                        "length:TOKENS, file.py:function, or the folder of a reward model")
+        raise UserError(f"{key}: '{name}' is none of {', '.join(REWARDS)}, file.py:function, or the folder of a reward model")
 
     def __call__(self, samples: list[Sample], state: SimpleNamespace = BEFORE) -> None:
         self.metrics = defaultdict(list)

@@ -738,7 +738,7 @@ def tensors(completions, **_): return torch.ones(len(completions))
 
 
 @pytest.mark.parametrize("name, message", [("exakt", "'exakt' is none of exact_answer"), ("none.py:f", "file not found: 'none.py'"), ("regex:(", "regex:\\("),
-                                           ("length:-3", "'length:-3' is none of"), ("no/where", "rl.reward_funcs"), ("number_afterwards", "is none of")])
+                                           ("length:-3", "length:-3: the number of tokens must be above 0"), ("length", "'length' must have the form length:TOKENS"), ("exact_answer:x", "must have the form exact_answer"), ("length:x", "length:x: could not"), ("no/where", "rl.reward_funcs"), ("number_afterwards", "is none of")])
 def test_unknown_rewards_are_one_line(name, message, tmp_path):
     with pytest.raises(UserError, match=message):
         RL.Judges(RL.RLSection(method="grpo", reward_funcs=[name]), None, "cpu")
