@@ -497,7 +497,7 @@ class Cache:
         if mark is None:
             say(f"distill.teacher: {settings.teacher} does not exist; using the cached outputs of {name}")
         if other := differences(self.facts, facts | ({"teacher_mark": mark} if mark else {})):
-            raise UserError(f"distill.cache_dir: {self.folder} was made by {name} with a different {other}; restore that, or "
+            raise UserError(f"distill.cache_dir: {self.folder} was made by {name} and differs in {other}; restore that, or "
                             "write it again with --cache --overwrite")
 
     def write(self, first: int, ids: Tensor, logprobs: Tensor, tail: Tensor) -> None:
@@ -929,7 +929,8 @@ def write_answers(config) -> None:
                         "max_new_tokens in distill.sampling, or lower distill.reward_threshold")
     if rank == 0:
         say(f"{out}: {count:,} completions of {answered:,} prompts" + (f", mean reward {reward / count:.3f}" if judge else "")
-            + f"; no usable completion of {len(prompts) - answered:,} prompts" * (answered < len(prompts)))
+            + (f"; {len(prompts) - answered:,} prompts have none that ended within {sampling.max_new_tokens} tokens"
+               + " and was good enough" * (settings.reward_threshold is not None)) * (answered < len(prompts)))
 
 
 def read_prompts(config, teacher: Teacher) -> list[RL.Prompt]:

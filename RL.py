@@ -19,6 +19,8 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib.abc
+import importlib.util
 import inspect
 import itertools
 import json
@@ -34,7 +36,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -1033,6 +1035,7 @@ class Room(NamedTuple):
     answer: int
     whole: int
     name: str  # of the whole
+    what: str = "prompt"
 
     def check(self) -> None:
         if self.answer >= self.whole:
@@ -1041,7 +1044,7 @@ class Room(NamedTuple):
     def fits(self, ids: list[int], where: str, left: TOKENIZER.LeftOut) -> bool:
         fits = len(ids) <= self.whole - self.answer
         if not fits:
-            left.add(f"whose prompt and {self.answer} tokens ({self.key}) exceed {self.name} {self.whole}", where)
+            left.add(f"whose {self.what} and {self.answer} tokens ({self.key}) exceed {self.name} {self.whole}", where)
         return fits
 
 
@@ -1072,7 +1075,8 @@ def form_of(settings: RLSection, expand: Callable) -> TOKENIZER.Form:
 
 def make_chat(tokenizer, records: list[tuple[str, dict]], tools: bool = False) -> None:
     """Conversations and tools need a chat template; without one, prompt and completion are concatenated."""
-    if tools or any(isinstance(record["prompt"], list) for _, record in records):
+    if not tokenizer.chat_template and (tools or any(isinstance(record["prompt"], list) for _, record in records)):
+        say(f"the model has no chat template, which {'rl.tools' if tools else 'conversations'} need: adding the default one")
         TOKENIZER.ensure_chat(tokenizer)
 
 
@@ -1315,16 +1319,19 @@ def modules_beside(folder: Path):
                 helpers[name] = sys.modules.pop(name)
 
 
+class Uncached(importlib.abc.FileLoader, importlib.abc.SourceLoader):
+    """Compiles a file each time: Python's cache misses changes within a second that keep the size."""
+
+
 def load_file(path: Path, key: str):
     """A Python file of the user as a module with a private name; functions of one file share the module."""
-    source = path.read_bytes()
-    name = "_user_" + hashlib.blake2b(str(path).encode() + source, digest_size=8).hexdigest()
+    name = "_user_" + hashlib.blake2b(str(path).encode() + path.read_bytes(), digest_size=8).hexdigest()
     if name not in sys.modules:
-        module = sys.modules[name] = ModuleType(name)  # dataclasses and pickle look it up
-        module.__file__ = str(path)
+        spec = importlib.util.spec_from_file_location(name, path, loader=Uncached(name, str(path)))
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses and pickle look it up
         try:
             with modules_beside(path.parent):
-                exec(compile(source, path, "exec", dont_inherit=True), vars(module))
+                spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:  # user code may raise anything
             del sys.modules[name]
             raise UserError(f"{key}: {path} cannot be imported ({type(error).__name__}: {MODEL.first_line(error)})") from None
@@ -1507,8 +1514,8 @@ def matches(find: Callable[[str], object], sample: Sample) -> float:
 
 
 def token_limit(argument: str) -> float:
-    if not 0 < float(argument) < math.inf:
-        raise ValueError("the number of tokens must be above 0")
+    if not re.fullmatch(r"\d+(\.\d*)?", argument) or not float(argument):
+        raise ValueError(f"'{argument}' must be a number of tokens above 0, as in length:60")
     return float(argument)
 
 
@@ -1560,6 +1567,8 @@ def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[..., li
                  "completion_ids": [sample.ids[sample.start :] for sample in samples], **columns, **more}
         return function(**{key: value for key, value in given.items() if takes_all or key in parameters})
 
+    judge.needs = {key for key, parameter in parameters.items() if parameter.default is parameter.empty
+                   and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)} - set(GIVEN)
     return judge
 
 
@@ -1606,8 +1615,13 @@ class Judges:
         self.metrics: dict[str, list[float]] = {}
 
     def check(self, prompts: list[Prompt]) -> None:
-        """Check that each record has the columns that built-in functions need, by scoring an empty completion."""
-        for function in self.functions:
+        """Check that records have the columns that reward functions need; built-in ones score an empty completion of each."""
+        known = {key for prompt in prompts for key in prompt.columns}
+        for name, function in zip(self.names, self.functions, strict=True):
+            if missing := getattr(function, "needs", set()) - known:
+                raise UserError(f"{self.key}: {name} needs the key '{min(missing)}', and the records have "
+                                f"{TOKENIZER.keys_of(dict.fromkeys(['prompt', *sorted(known)]))}; name it in rl.columns, as in "
+                                f"{{{min(missing)}: my_column}}")
             if isinstance(function, partial) and function.func is judge_each:
                 function([Sample(prompt, 0, [], "stop", "", None) for prompt in prompts])
 
@@ -1635,8 +1649,8 @@ class Judges:
         for sample in samples:
             given = [weight * value for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None]
             if not given:
-                raise UserError(f"{sample.where}: none of {self.key} ({', '.join(self.names)}) judged the text "
-                                f"{sample.text[:80]!r}")
+                raise UserError(f"{sample.where}: {self.key}: every function ({', '.join(self.names)}) returned None for the "
+                                f"completion {sample.text[:80]!r}")
             sample.reward = math.fsum(given)
 
     def judge(self, name: str, function: Callable, samples: list[Sample], state: SimpleNamespace) -> list:
@@ -1962,7 +1976,8 @@ def warn_imbalance(pairs: list[Pair], settings: RLSection) -> None:
 def read_prompts(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZER.LeftOut,
                  tools: Tools | None) -> list[Prompt]:
     """Records -> prompts. Those that leave no room for a completion are counted in `left`."""
-    room = Room("rl.max_completion_length", config.rl.max_completion_length, config.training.max_length, "training.max_length")
+    room = Room("rl.max_completion_length", config.rl.max_completion_length, config.training.max_length, "training.max_length",
+                "prompt with the schemas of rl.tools" if tools else "prompt")
     room.check()
     prompts = []
     for where, record in records:

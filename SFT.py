@@ -62,7 +62,8 @@ class SFTSection:
     last_turn_only: bool = knob(False, "train on the last assistant message only", only=("task", "chat"))
     too_long: str = knob("cut", "conversations longer than max_length: cut or drop them", ("cut", "drop"), often=True)
     neftune_noise_alpha: float = knob(0.0, "NEFTune: noise on the embeddings (Jain 2023); 5 is usual, 0 is off", low=0, high=1000)
-    eval_answers: int = knob(1000, "held-out questions to answer in each validation (exact match); 0 is off", low=0, often=True)
+    eval_answers: int = knob(1000, "held-out questions to answer in each validation (exact match; records with the key `answer`); "
+                                 "0 is off", low=0, often=True)
     answer_tokens: int = knob(64, "maximum tokens of those answers", low=1)
     class_weights: str | dict = knob("none", "classify: none, balanced (up-weight rare classes), or {label: weight}",
                                      only=("task", "classify"), often=True)
@@ -275,12 +276,16 @@ def read_samples(config, form: TOKENIZER.Form, make: Callable, kind: str) -> tup
         found = []
         for where, record in records:
             sample = make(where, record)
-            if sample.cut(config.training.max_length):
+            if longer := sample.cut(config.training.max_length):
                 if settings.too_long == "drop":
                     left.add("too long for training.max_length", where)
                     continue
                 left.truncated += 1
-            found.append(sample) if sample.teaches() else left.add("without a target", where)
+            if sample.teaches():
+                found.append(sample)
+            else:
+                beyond = f"whose answer lies beyond training.max_length {config.training.max_length}"
+                left.add(beyond if longer else "without a target", where)
         return found
 
     say_unused(config.data)
@@ -692,6 +697,8 @@ def merge(config) -> None:
     if config.model.quantization != "none":
         raise UserError("model.quantization: an adapter is merged into its base's full weights; leave it out")
     folder = Path(config.actions.merge)
+    if not (folder / "adapter_config.json").exists():
+        raise UserError(f"--merge: {folder} is no adapter's folder (it holds no adapter_config.json)")
     named, usual = MODEL.adapter_config(folder).base_model_name_or_path, SFTSection().model["name"]
     base = config.model.name if config.model.name not in (None, usual) else named  # --model says where the base stands now
     out = Path(config.output.dir)

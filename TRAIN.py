@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import INFER
@@ -54,7 +55,7 @@ class TrainingSection:
     max_length: int = knob(256, "maximum tokens per sequence; longer documents continue in the next one", low=1, often=True)
     mlm_probability: float = knob(0.15, "masked language modeling: fraction of tokens to predict", above=0, below=1)
     learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for "
-                                             "trained ones; in SFT 3e-3 * (128 / width)^2, in RL a thirtieth of that, for a "
+                                             "trained ones; in SFT 3e-3 * (128 / width)^2, in RL 1/30 of SFT's, for a "
                                              "reward model a tenth, in DISTILL as in SFT; ten times as much for adapters",
                                              above=0, high=100, often=True)
     optim: str = knob("auto", "optimizer: muon, adamw or adamw_8bit; auto is muon for fresh weights, adamw for trained ones; in "
@@ -556,7 +557,7 @@ class Trainer:
             return {}
         self.model.eval()
         with torch.no_grad(), self.run.autocast():
-            measures = {name: float(value) for name, value in self.evaluate(self.model).items()}
+            measures = {name: without_noise(name, float(value)) for name, value in self.evaluate(self.model).items()}
         self.model.train()
         self.log.pause()
         return measures
@@ -1041,6 +1042,11 @@ def json_lines(path: Path) -> list[dict]:
     return records
 
 
+def without_noise(measure: str, value: float) -> float:
+    """Accuracies without the noise of float32, in which shares may add up to 0.99999997 instead of 1."""
+    return round(value, 6) if measure in SHARES else value
+
+
 def rewind(path: Path, keep: Callable[[dict], bool]) -> None:
     MODEL.write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in json_lines(path) if keep(record)))
 
@@ -1095,7 +1101,7 @@ class Log:
     def means(self, device) -> dict[str, float]:
         """Means over the steps since the last call that have such a metric, summed over processes."""
         state = self.state(device)
-        means = {name: value / state["counts"][name] for name, value in state["sums"].items()}
+        means = {name: without_noise(name, value / state["counts"][name]) for name, value in state["sums"].items()}
         self.sums, self.counts = {}, Counter()
         return {**means, "grad_norm": self.norm, "learning_rate": self.rate}
 
@@ -1221,6 +1227,8 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
         for scratch in out.glob(".tmp-*"):
             shutil.rmtree(scratch, ignore_errors=True)
         found = find_checkpoint(out, resume)
+        if resume == "auto" and found and found != checkpoints(out)[-1]:
+            say(f"{damage(checkpoints(out)[-1])}: continuing from {found}")
         used = [name for name in RUN_FILES if (out / name).exists()] + checkpoints(out)
         if found and found.resolve().parent != out.resolve() and used:
             raise UserError(f"output.dir: {out} holds a run, of which {found} is no checkpoint; choose another --out")
@@ -1265,11 +1273,32 @@ def check_apart(out: Path, **sources: str | None) -> None:
                             "another --out")
 
 
+def damage(folder: Path) -> str | None:
+    """What is missing or truncated in a checkpoint, if anything is; tensors are not read."""
+    config, weights = ADAPTER if any(folder.glob("adapter_*")) else ("config.json", "model.safetensors")
+    tensors = list(folder.glob("*.safetensors")) or [folder / weights]
+    for path in (folder / STATE_FILE, folder / config, *folder.glob("*_config.json"), *tensors):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            elif path in tensors:
+                safe_open(path, framework="pt")  # compares the size with the header
+            elif not zipfile.is_zipfile(path):
+                raise ValueError
+        except (ValueError, OSError, SafetensorError):
+            return f"{path} is missing or damaged"
+    return None
+
+
 def find_checkpoint(out: Path, resume: str | None) -> Path | None:
     if resume is None:
         return None
     if resume == "auto":
-        return next(reversed(checkpoints(out)), None)
+        found = checkpoints(out)
+        whole = [folder for folder in found if not damage(folder)]
+        if found and not whole:
+            raise UserError(f"--resume: {damage(found[-1])}, and {out} has no checkpoint that is whole; --overwrite starts again")
+        return whole[-1] if whole else None
     if not Path(resume).is_dir():
         raise UserError(f"--resume: folder not found: '{resume}'; use auto for the newest checkpoint of output.dir")
     return Path(resume)
@@ -1459,9 +1488,9 @@ def changed_keys(folder: Path, text: str) -> list[str]:
 
 
 ACTIONS = {
-    "resume": Action("continue a run: auto (the newest whole checkpoint, a fresh start where there is none) or a folder", str,
+    "resume": Action("continue a run: auto (the newest checkpoint that is whole; without one, a new run) or a folder", str,
                      "auto"),
-    "overwrite": Action("replace the run that stands in output.dir"),
+    "overwrite": Action("replace the run in output.dir, once the new one is prepared and its first validation is done"),
 }
 SECTIONS = {**TOKENIZER.SECTIONS, "training": TrainingSection, "output": OutputSection}
 

@@ -416,7 +416,7 @@ def test_a_cache_that_does_not_fit_is_refused(world, tmp_path):
     need_cache(world, "cache", tmp_path)
     flags = [*flags_of(world, "cache", tmp_path), "--max-steps", "2", "--out", str(tmp_path / "run")]
     (tmp_path / "other.txt").write_text("\n".join(make_text(150, seed=8)) + "\n")
-    made = "was made by .*teacher with a different "
+    made = "was made by .*teacher and differs in "
     cases = {("--data", tmp_path / "other.txt"): f"{made}data", ("--data.packing", "false"): f"{made}data", ("--teacher", world / "talker"): f"{made}teacher_mark",
              ("--temperature", "2"): rf"{made}temperature \(1.0\)", ("--max-length", "32"): rf"{made}data, max_length \(48\)",
              ("--cache-dir", tmp_path / "none"): "has no cache; write it with DISTILL.py --cache"}

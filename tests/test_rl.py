@@ -627,7 +627,7 @@ def test_an_async_function_is_awaited_and_someone_has_to_judge(tmp_path):
     both = [sample("abc", worth=2), sample("xy", worth=3)]
     judges(tmp_path, "later")(both)
     assert [one.reward for one in both] == [3, 2]
-    with pytest.raises(UserError, match="file:7: none of rl.reward_funcs .sometimes. judged the text 'xy'"):
+    with pytest.raises(UserError, match="file:7: rl.reward_funcs: every function .sometimes. returned None for the completion 'xy'"):
         judges(tmp_path, "sometimes")(both)
 
 
@@ -738,7 +738,7 @@ def tensors(completions, **_): return torch.ones(len(completions))
 
 
 @pytest.mark.parametrize("name, message", [("exakt", "'exakt' is none of exact_answer"), ("none.py:f", "file not found: 'none.py'"), ("regex:(", "regex:\\("),
-                                           ("length:-3", "length:-3: the number of tokens must be above 0"), ("length", "'length' must have the form length:TOKENS"), ("exact_answer:x", "must have the form exact_answer"), ("length:x", "length:x: could not"), ("no/where", "rl.reward_funcs"), ("number_afterwards", "is none of")])
+                                           ("length:-3", "length:-3: '-3' must be a number of tokens above 0"), ("length", "'length' must have the form length:TOKENS"), ("exact_answer:x", "must have the form exact_answer"), ("length:x", "length:x: 'x' must be a number"), ("no/where", "rl.reward_funcs"), ("number_afterwards", "is none of")])
 def test_unknown_rewards_are_one_line(name, message, tmp_path):
     with pytest.raises(UserError, match=message):
         RL.Judges(RL.RLSection(method="grpo", reward_funcs=[name]), None, "cpu")
@@ -941,6 +941,14 @@ def test_calls_are_read_and_results_follow_as_the_template_has_them(chat, tmp_pa
     assert not tools.answer(one, one.length + 4) and one.finish == "length" and len(one.messages) == 1 and one.ids[one.start :] == chat(good + "<|im_end|>", add_special_tokens=False).input_ids
     for one in (said("It is 5."), said(good, "length")):
         assert not tools.answer(one, 500) and not one.calls
+
+
+def test_a_missing_column_is_reported_before_anything_is_generated(tmp_path):
+    (tmp_path / "judge.py").write_text("def wants(completions, target, *, size, prompts, limit=3, **_):\n    return [0.0 for _ in completions]\n")
+    judges = RL.Judges(RL.RLSection(method="grpo", reward_funcs=[f"{tmp_path}/judge.py:wants"]), None, "cpu")
+    with pytest.raises(UserError, match="rl.reward_funcs: wants needs the key 'size', and the records have prompt, target; name it in rl.columns"):
+        judges.check([RL.Prompt("here", "?", [0], {"target": 1})])
+    judges.check([RL.Prompt("here", "?", [0], {"target": 1}), RL.Prompt("there", "?", [0], {"size": 1})])
 
 
 def test_a_file_that_was_just_rewritten_is_loaded_anew(tmp_path, monkeypatch):
@@ -1600,7 +1608,7 @@ def test_pairs_that_changed_are_not_continued(world, tmp_path):
 
 
 def test_an_earlier_run_stays_until_the_new_one_was_measured(world, tmp_path):
-    (tmp_path / "own.py").write_text(FUNCTIONS)
+    (tmp_path / "own.py").write_text("def letters(**_):\n    raise ValueError('no letters')\n")
     flags = [*flags_of(world, "grpo"), "--max-steps", "2", "--out", str(tmp_path / "run")]
     RL.main(flags)
     before = {path.name for path in (tmp_path / "run").iterdir()}

@@ -384,7 +384,7 @@ def test_long_conversations_are_cut_or_dropped_and_counted(choice, count, tmp_pa
                               chat_tokenizer(tokenizer))
     assert len(talks) == count and max(len(talk.ids) for talk in talks) <= 61
     said = capsys.readouterr().err
-    assert "left out 1 duplicates" in said and ("2 truncated" in said and "1 without a target" in said) == (choice == "cut")
+    assert "left out 1 duplicates" in said and ("2 truncated" in said and "1 whose answer lies beyond training.max_length 60" in said) == (choice == "cut")
     assert ("left out 2 too long for training.max_length" in said) == (choice == "drop")
 
 

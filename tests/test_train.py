@@ -431,8 +431,10 @@ def test_a_trainer_state_is_never_unpickled(tmp_path, text_file, monkeypatch):
     assert not (tmp_path / "ran").exists()
     for size in (0, 100, len(whole) // 2):
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match="trainer_state.pt: "):
+        with pytest.raises(UserError, match="trainer_state.pt is missing or damaged"):
             train(tmp_path, "--resume", "auto")
+        with pytest.raises(UserError, match="trainer_state.pt: cannot be read"):
+            train(tmp_path, "--resume", path.parent)
 
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -1293,6 +1295,24 @@ def test_a_damaged_checkpoint_names_another(tmp_path, text_file):
     (out / "ckpt-step-000004").mkdir()
     with pytest.raises(UserError, match="ckpt-step-000002 is another checkpoint"):
         TRAIN.restore_weights(MODEL.build("llama-1m", device="meta"), out / "ckpt-step-000004")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", TRAIN.STATE_FILE])
+def test_auto_resumes_from_the_newest_checkpoint_that_is_whole(name, tmp_path, text_file, capsys):
+    train(tmp_path, "--max-steps", 6, "--training.save_steps", 2, "--training.save_total_limit", 9)
+    out, checkpoints = tmp_path / "out", TRAIN.checkpoints(tmp_path / "out")
+    whole = {path.name: path.read_bytes() for path in checkpoints[2].iterdir()}
+    for harm in (lambda path: path.write_bytes(path.read_bytes()[:100]), Path.unlink):
+        harm(checkpoints[2] / name)
+        assert TRAIN.find_checkpoint(out, "auto") == checkpoints[1]
+        train(tmp_path, "--max-steps", 6, "--training.save_steps", 2, "--training.save_total_limit", 9, "--resume", "auto")
+        said = capsys.readouterr().err
+        assert said.count(name) == 1 and f"continuing from {checkpoints[1]}" in said
+        assert (checkpoints[2] / "model.safetensors").read_bytes() == whole["model.safetensors"]
+    for path in checkpoints:
+        (path / name).write_bytes(b"{")
+    with pytest.raises(UserError, match=f"--resume: .*{name} is missing or damaged, and .* has no checkpoint that is whole"):
+        train(tmp_path, "--max-steps", 6, "--resume", "auto")
 
 
 def test_overwrite_and_resume_exclude_each_other():
