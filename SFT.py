@@ -62,8 +62,8 @@ class SFTSection:
     last_turn_only: bool = knob(False, "train on the last assistant message only", only=("task", "chat"))
     too_long: str = knob("cut", "conversations longer than max_length: cut or drop them", ("cut", "drop"), often=True)
     neftune_noise_alpha: float = knob(0.0, "NEFTune: noise on the embeddings (Jain 2023); 5 is usual, 0 is off", low=0, high=1000)
-    eval_answers: int = knob(1000, "held-out questions to answer in each validation (exact match; records with the key `answer`); "
-                                 "0 is off", low=0, often=True)
+    eval_answers: int = knob(1000, "held-out questions to answer in each validation (exact match; records with the key "
+                                   "`answer`); 0 is off", low=0, often=True)
     answer_tokens: int = knob(64, "maximum tokens of those answers", low=1)
     class_weights: str | dict = knob("none", "classify: none, balanced (up-weight rare classes), or {label: weight}",
                                      only=("task", "classify"), often=True)

@@ -1045,6 +1045,8 @@ def test_a_run_with_tools_goes_on_exactly(chat, tmp_path, monkeypatch, capsys, a
     capsys.readouterr()
     RL.main([*flags, "--dry-run"])
     assert "add" in capsys.readouterr().out.split("What is")[0]  # the tool's schema, before the question
+    with pytest.raises(UserError, match="whose prompt with the schemas of rl.tools and 64 tokens"):
+        RL.main([*flags, "--max-length", "100", "--dry-run"])
 
 
 def test_advantages_reach_the_right_tokens(model_folder, tokenizer, tmp_path):

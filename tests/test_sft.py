@@ -1482,3 +1482,8 @@ def test_adapters_on_single_experts_of_transformers_4(rslora, tmp_path):
     ids = torch.arange(20).view(2, 10)
     with torch.no_grad():
         torch.testing.assert_close(served(tmp_path / "base", tmp_path / "adapter")(ids).logits, whole(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_merge_names_a_folder_without_an_adapter(model_folder, tmp_path):
+    with pytest.raises(UserError, match="--merge: .* is no adapter's folder"):
+        SFT.main(["--merge", str(model_folder), "--out", str(tmp_path / "out")])
