@@ -4,11 +4,13 @@
     python bench/train.py shakespeare PATH/tinyshakespeare.txt --long    # ten CPU minutes
     python bench/train.py throughput                                     # tokens/s, eager and compiled, two CPU shapes
     python bench/train.py throughput --shapes gpt2-124m                  # on CUDA: tokens/s and share of the peak
+    torchrun --nproc_per_node 2 bench/train.py save                      # CPUs, FSDP2: memory of a checkpoint in each process
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import platform
@@ -141,6 +143,56 @@ def shakespeare(path: str, long: bool, more: list[str]) -> None:
     print(json.dumps({"val_nats_per_char": round(nats_per_char, 4), "wall_s": round(wall, 1), "steps": result["steps"]}))
 
 
+def save() -> None:
+    """What a checkpoint adds to the peak memory of each process (Linux), beside torch's gathered state dicts, for a model and AdamW."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    training = TRAIN.TrainingSection(max_steps=1, batch_size=1, max_length=64, optim="adamw", learning_rate=1e-4, mixed_precision="no", fsdp=True)
+    accelerator, device = TRAIN.start_processes(training, "cpu", Path("."))
+    model = MODEL.build("llama-134m", seed=0)
+
+    def added(work) -> str:
+        """MiB of work()'s peak above what the process held before."""
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        held = resident("VmRSS")
+        work()
+        return f"{resident('VmHWM') - held:,.0f} MiB"
+
+    def resident(key: str) -> float:
+        return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
+
+    class Tokens:
+        steps_per_epoch = None
+
+        def start(self, run) -> None:
+            pass
+
+        def __next__(self) -> dict:
+            ids = torch.arange(64)[None]
+            return {"input_ids": ids, "targets": ids, "positions": None, "segment_ids": None, "weights": None, "counts": {"tokens": 64}}
+
+        def state_dict(self) -> dict:
+            return {}
+
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    checkpoint = TRAIN.Trainer.checkpoint
+
+    def measured(trainer) -> None:
+        if not trainer.last_saved:
+            ours = added(lambda: checkpoint(trainer))
+            theirs = added(lambda: get_state_dict(trainer.model, trainer.optimizers, options=whole))
+            print(f"process {trainer.run.rank}: checkpoint +{ours}, get_state_dict +{theirs}", flush=True)
+
+    TRAIN.Trainer.checkpoint = measured
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(TRAIN.from_first(folder))
+        TRAIN.fit(model, Tokens(), TRAIN.token_loss, training, out, MODEL.save, accelerator=accelerator, device=device)
+    if MODEL.process_rank() == 0:
+        print(machine("cpu"))
+    torch.distributed.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -153,9 +205,12 @@ def main() -> None:
     speed.add_argument("--precisions", nargs="+", default=["bf16"])
     speed.add_argument("--rounds", type=int, default=5)
     speed.add_argument("--seconds", type=float, default=3.0, help="time of one side of a pair")
+    commands.add_parser("save")
     args, more = parser.parse_known_args()
     if args.command == "shakespeare":
         shakespeare(args.path, args.long, more)
+    elif args.command == "save":
+        save()
     else:
         throughput(args.shapes, args.rounds, args.seconds, args.modes, args.precisions)
 
