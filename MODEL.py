@@ -25,6 +25,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 import types
 import typing
@@ -2702,7 +2703,7 @@ def resolve_folder(name: str, key: str = "model.name") -> Path:
     except HFValidationError:
         raise UserError(f"{key}: '{name}' is neither a folder nor a valid hub name") from None
     except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        reason = textwrap.shorten(first_line(error), 120, placeholder=" ...")
         remedy = "check the network, or start from --model.preset llama-1m" if key == "model.name" else "check its spelling"
         raise UserError(f"{key}: '{name}' is no local folder and could not be fetched from the hub ({reason}); {remedy}"
                         ) from None

@@ -1074,7 +1074,7 @@ def form_of(settings: RLSection, expand: Callable) -> TOKENIZER.Form:
 
 
 def make_chat(tokenizer, records: list[tuple[str, dict]], tools: bool = False) -> None:
-    """Conversations and tools need a chat template; without one, prompt and completion are concatenated."""
+    """Add the default chat template if conversations or tools need one; otherwise prompt and completion are concatenated."""
     if not tokenizer.chat_template and (tools or any(isinstance(record["prompt"], list) for _, record in records)):
         say(f"the model has no chat template, which {'rl.tools' if tools else 'conversations'} need: adding the default one")
         TOKENIZER.ensure_chat(tokenizer)
@@ -1382,7 +1382,7 @@ class Tools:
             function = user_function(name, key)
             try:
                 self.schemas.append(get_json_schema(function))
-            except Exception as error:
+            except Exception as error:  # it evaluates the user's type hints, which may raise anything
                 raise UserError(f"{key}: {name}: a type hint for each argument and a docstring in Google's style are needed "
                                 f"({MODEL.first_line(error)})") from None
             if function.__name__ in self.functions:
@@ -1509,7 +1509,7 @@ def shortness(limit: float, sample: Sample) -> float:
 
 
 def matches(find: Callable[[str], object], sample: Sample) -> float:
-    """1 where a method of a regular expression finds something in the text."""
+    """1 where `find`, a method of a regular expression, matches the text."""
     return float(bool(find(sample.text.strip())))
 
 
