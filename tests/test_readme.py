@@ -1,6 +1,8 @@
 """The front door: every command and every claim of README.md, in a small copy of the project."""
 
 import contextlib
+import importlib
+import itertools
 import json
 import os
 import re
@@ -194,3 +196,36 @@ def test_the_sizes_that_the_readme_promises_fit(size, preset, width, memory):
     rows = dict(re.findall(r"^\| (?:laptop|one GPU), (\d+) GB \| (.+) \|$", README, re.M))
     assert size in rows[str(memory)]
     assert MODEL.count_parameters(MODEL.build(preset, device="meta"))[0] * width < 0.85e9 * memory
+
+
+FLAGS = [command for command in commands((ROOT / "bench/recipes/README.md").read_text()) if re.search(r"\b(?!SCRIPT)[A-Z]+\.py ", command)]
+
+
+class Loaded(Exception):
+    pass
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_the_flags_of_a_recipe_exist(command, monkeypatch, tmp_path):
+    """Each setting and action is one of the program, and has an effect with the others."""
+    name, words = re.search(r"\b([A-Z]+)\.py (.*)$", command).groups()
+    words = list(itertools.takewhile(lambda word: word not in "<>", shlex.split(words)))
+    script, load_config = importlib.import_module(name), MODEL.load_config
+
+    def load_only(*arguments, **more):
+        load_config(*arguments, **more)
+        raise Loaded
+
+    for file in ("mine.yaml", "tonight.yaml"):
+        (tmp_path / file).write_text("")
+    (tmp_path / "bench").symlink_to(ROOT / "bench")
+    shutil.copy(ROOT / "config.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "load_config", load_only)
+    with pytest.raises((Loaded, SystemExit)) as end:  # --help and --print-config exit
+        script.main(words)
+    assert end.type is Loaded or end.value.code in (0, None)
+
+
+def test_the_recipes_mention_every_program():
+    assert len(FLAGS) > 60 and {re.search(r"([A-Z]+)\.py", command)[1] for command in FLAGS} == set(FILES)
