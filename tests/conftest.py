@@ -56,7 +56,7 @@ def in_file(path: Path, words: list, script, own: str) -> list[str]:
         if words[start] == "--config":
             files += words[start:stop]
             continue
-        for key, value in MODEL.read_words(words[start:stop], kinds, own, blocks, {}, MODEL.SHORT_FLAGS)[0].items():
+        for key, value in MODEL.read_flags(words[start:stop], kinds, own, blocks, {}, MODEL.SHORT_FLAGS)[0].items():
             *above, name = key.split(".")
             inner = settings
             for part in above:

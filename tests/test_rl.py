@@ -1672,5 +1672,5 @@ def test_a_batch_of_padding_runs_in_models_that_know_no_masks(tmp_path):
     nothing = torch.zeros(1, 3, dtype=torch.long)
     out = model(nothing, positions=torch.full((1, 3), -1), segment_ids=torch.full((1, 3), -1), targets=torch.full((1, 3), -100))
     assert not out.logprobs.any()
-    with pytest.raises(UserError, match="no sequence classifier for mamba"):
+    with pytest.raises(UserError, match="no sequence classification model for mamba"):
         MODEL.load(tmp_path, head="score", changes={"labels": ["reward"]})

@@ -851,7 +851,7 @@ def test_adapters_of_mixtures_agree_with_peft_and_merge(kind, targets, tmp_path,
         MODEL.merge_adapter(loaded)
         torch.testing.assert_close(loaded(ids).logits, logits, atol=1e-4, rtol=1e-4)
     if "experts" in "".join(name for name, weight in model.named_parameters() if weight.requires_grad):
-        with pytest.raises(UserError, match="it has adapters on experts, which does not work with quantized weights"):
+        with pytest.raises(UserError, match="adapters on experts do not support quantized weights"):
             MODEL.load(tmp_path / "base", adapter=tmp_path / "adapter", quantization="nf4")
 
 
@@ -863,7 +863,7 @@ def test_adapters_for_another_base_and_targets_that_fit_nothing_are_one_line(mod
     MODEL.save(model, tmp_path / "adapter")
     other = MODEL.build(MODEL.ModelConfig(vocab_size=320, hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
     MODEL.save(other, tmp_path / "other")
-    with pytest.raises(UserError, match="adapter: made for another base model"):
+    with pytest.raises(UserError, match="adapter: trained for another base model"):
         MODEL.load(tmp_path / "other", adapter=tmp_path / "adapter")
     with pytest.raises(UserError, match="adapter_config.json: missing"):
         MODEL.load(model_folder, adapter=tmp_path / "other")
@@ -1131,7 +1131,7 @@ def test_classifiers_of_every_kind_open_again(label_flags, tmp_path, tokenizer, 
     SFT.main([*label_flags, "--model", str(tmp_path / "custom"), "--lora.r", "2", "--max-steps", "1", "--out", str(tmp_path / "adapter")])
     write(tmp_path / "chat.jsonl", questions(20))
     SFT.main(["--model", str(model_folder), "--data", str(tmp_path / "chat.jsonl"), "--lora.r", "2", "--max-steps", "1", "--max-length", "32", "--out", str(tmp_path / "chat")])
-    with pytest.raises(UserError, match="an adapter without a classification head; merge it"):
+    with pytest.raises(UserError, match="this adapter has no classification head; merge it"):
         SFT.main([*label_flags, "--adapter", str(tmp_path / "chat"), "--max-steps", "1", "--out", str(tmp_path / "no")])
 
 
@@ -1476,7 +1476,7 @@ def test_adapters_on_single_experts_of_transformers_4(rslora, tmp_path):
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(tmp_path / "base"), "r": 2, "lora_alpha": 6, "use_rslora": rslora,
         "target_modules": ["w1", "w3", "w2", "q_proj"]}))
     if rslora:
-        with pytest.raises(UserError, match="adapter: this adapter has separate layers for each expert; merge it"):
+        with pytest.raises(UserError, match="adapter: this adapter has a layer per expert, which is not supported; merge it"):
             served(tmp_path / "base", tmp_path / "adapter")
         return
     ids = torch.arange(20).view(2, 10)
