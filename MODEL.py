@@ -334,8 +334,7 @@ class KVCache:
         return len(self.free) + len(self.idle)
 
     def extend(self, sequence: Sequence, length: int, expected: int = 0) -> bool:
-        """Allocate pages for `length` tokens of a sequence that may grow to `expected`. If too few pages are free, allocate
-        nothing and return False."""
+        """Allocate pages for `length` tokens of a sequence that may grow to `expected`; False if too few pages are free."""
         missing = -(-length // self.page) - len(sequence.pages)
         if missing > self.available():
             return False
@@ -419,8 +418,7 @@ class KVCache:
         return hashlib.blake2b(before + page.tobytes(), digest_size=16).digest()
 
     def find(self, ids: list[int], salt: bytes = b"") -> Sequence:
-        """Return a sequence with the longest cached prefix of `ids`: full pages, without the last token, which must be computed
-        for its logits."""
+        """Return a sequence with the longest cached prefix of `ids` in full pages, without the last token (for its logits)."""
         sequence = Sequence()
         while (number := len(sequence.pages)) < (len(ids) - 1) // self.page:
             digest = self._digest(sequence.digests[-1] if number else salt, ids, number)
@@ -469,8 +467,7 @@ class CacheStep:
     are computed in groups: sequences with one new token share a call if their pages are adjacent (read in place) or their states
     are small (gathered). Each remaining sequence has its own call, so every key is read once, without padding.
 
-    `pad` makes a step `repeatable` if the kernel computes all of it: it is padded to one of a few sizes, and `plan` contains
-    all of its indices.
+    `pad`: if the kernel computes the whole step, pad it to one of a few sizes; then `plan` contains all indices (`repeatable`).
     """
 
     def __init__(self, cache: KVCache, parts: list[tuple[Sequence, int]], pad: bool = False):
@@ -889,8 +886,7 @@ def _by_head(states: Tensor, weights: Tensor) -> Tensor:
 
 
 def effective_weight(linear: nn.Module, like: Tensor) -> Tensor:
-    """The (out, in) matrix of a layer without bias, in the dtype of `like`. A layer with an adapter or with quantized weights
-    is applied to the unit vectors."""
+    """The (out, in) matrix of a layer without bias, in the dtype of `like`; found with unit vectors if it is not a plain layer."""
     if type(linear) is nn.Linear:
         return linear.weight.to(like.dtype)
     return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).t().to(like.dtype)
@@ -1663,8 +1659,8 @@ def _check_layer_types(config: ModelConfig):
     if config.layer_types is None:
         return
     if len(config.layer_types) != config.num_hidden_layers:
-        raise UserError(f"model.layer_types: {len(config.layer_types)} values for {config.num_hidden_layers} layers; give one "
-                        "per layer")
+        raise UserError(f"model.layer_types: expected {config.num_hidden_layers} values (one per layer), found "
+                        f"{len(config.layer_types)}")
     unknown = set(config.layer_types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise UserError(f"model.layer_types: unknown {sorted(unknown)}; use full_attention or sliding_attention")
@@ -1697,11 +1693,10 @@ def _check_rope_scaling(config: ModelConfig):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if key not in ("rope_type", "truncate") and value is not None and not (number and low <= value < math.inf):
             raise UserError(f"model.rope_scaling: {key} {value!r} must be a number of at least {low}")
-    slow, fast = ((scaling.get("low_freq_factor"), scaling.get("high_freq_factor")) if kind == "llama3" else
-                  (scaling.get("beta_slow") or 1, scaling.get("beta_fast") or 32))
+    defaults = {"low_freq_factor": 0, "high_freq_factor": 0} if kind == "llama3" else {"beta_slow": 1, "beta_fast": 32}
+    (slow_key, slow), (fast_key, fast) = ((key, scaling.get(key) or default) for key, default in defaults.items())
     if kind in ("llama3", "yarn") and (slow > fast or (kind == "llama3" and slow == fast)):
-        names = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
-        raise UserError(f"model.rope_scaling: {names[0]} {slow} must be below {names[1]} {fast}")
+        raise UserError(f"model.rope_scaling: {slow_key} {slow} must be below {fast_key} {fast}")
     config.rope_scaling = None if kind == "default" else scaling
 
 # -- attention kernels of other packages
@@ -2473,8 +2468,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Gather the weights of an FSDP2 model, so that each process can run any number of forward passes in this context. All
-    processes must enter and leave it."""
+    """Gather the weights of an FSDP2 model for any number of forward passes per process. All processes must enter and leave."""
     parts = [module for module in model.modules() if hasattr(module, "unshard")]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -3368,11 +3362,10 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        available = {"cpu": True, "cuda": (device.index or 0) < torch.cuda.device_count(),
-                     "mps": torch.backends.mps.is_available()}
+        found = {"cpu": True, "cuda": (device.index or 0) < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
     except RuntimeError:
-        available = {}
-    if not available or not available.get(device.type, False):
+        found = {}
+    if not found or not found.get(device.type, False):
         raise UserError(f"model.device: '{name}' is not available; use cpu, or auto for the best available device")
     return device
 
@@ -3424,8 +3417,7 @@ def supported_dtype(name: str, device=None) -> torch.dtype:
 
 
 def auto_dtype(stored: str | None, parameters: int, device=None) -> torch.dtype:
-    """The dtype for inference: that of the stored weights. Large float32 models use 16 bits, since decoding is limited by memory
-    bandwidth; small models keep float32."""
+    """The dtype for inference: that of the stored weights, but 16 bits for large float32 models (memory bandwidth)."""
     device = str(device or "cpu")
     half = fast_half(device) or torch.bfloat16
     if stored in ("float16", "bfloat16"):
@@ -3436,7 +3428,7 @@ def auto_dtype(stored: str | None, parameters: int, device=None) -> torch.dtype:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, active per token): shared parameters are counted once; a token uses only k of the experts."""
+    """(total, active per token): shared parameters are counted once; a token uses only k of the experts."""
     states = [getattr(weight, "quant_state", None) for weight in model.parameters()]  # 4-bit: two weights per byte
     total = sum(weight.numel() if state is None else math.prod(state.shape)
                 for weight, state in zip(model.parameters(), states, strict=True))
@@ -3507,6 +3499,11 @@ def summary(config: ModelConfig) -> str:
     return "\n".join(lines)
 
 
+def counted(number: int, noun: str) -> str:
+    """1, "document" -> "1 document"; 2000 -> "2,000 documents"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def size_text(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
@@ -3565,8 +3562,7 @@ class OutputSection:
 
 
 class Action(NamedTuple):
-    """A flag of a script that is not a setting: `convert` parses its value, and is None for a flag without value; `bare` is the
-    default if the value is left out."""
+    """A flag that is not a setting: `convert` parses its value (None: takes no value); `bare` is the value if left out."""
 
     comment: str
     convert: Callable | None = None
@@ -3932,8 +3928,7 @@ def overrides(section) -> dict:
 
 
 def run_main(main: Callable, argv: list[str] | None = None) -> None:
-    """Run `main` and exit with the status of every script: 0, 2 for a user error (one line), 130 for Ctrl-C. Other exceptions
-    keep their traceback."""
+    """Run `main`. Exit status: 0; 2 for a user error, shown as one line; 130 for Ctrl-C; other exceptions keep a traceback."""
     if sys.stdout is None:  # closed, as in a service
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):

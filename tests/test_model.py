@@ -677,7 +677,7 @@ def spoil(state: dict, how: str) -> dict:
 
 @pytest.mark.parametrize("how, named", [("missing", "missing tensor model.layers.1.mlp.up_proj.weight"),
                                         ("extra", "unexpected tensor model.layers.2.mlp.up_proj.weight"),
-                                        ("misshapen", r"model.layers.1.mlp.up_proj.weight is \(48, 31\).*\(48, 32\)"),
+                                        ("misshapen", r"model.layers.1.mlp.up_proj.weight has shape \(48, 31\).*\(48, 32\)"),
                                         ("headless", "missing tensor lm_head.weight")])
 def test_tensors_have_to_fit(how, named, tmp_path):
     folder = forge(tmp_path, "llama-gqa", spoil(weights_of("llama-gqa"), how))
@@ -1416,19 +1416,19 @@ def test_summary_states_the_costs(capsys, hub):
 
 
 @pytest.mark.parametrize("knobs, named", [
-    (dict(hidden_size=30), "num_attention_heads: 4 .*hidden_size 30"),
-    (dict(num_key_value_heads=3), "num_key_value_heads: 3"),
+    (dict(hidden_size=30), "num_attention_heads: hidden_size 30 is not divisible by 4"),
+    (dict(num_key_value_heads=3), "num_key_value_heads: num_attention_heads 4 is not divisible by 3"),
     (dict(head_dim=7), "head_dim: 7"),
     (dict(vocab_size=0), "vocab_size: 0"),
     (dict(attention_dropout=1.0), "attention_dropout"),
     (dict(hidden_act="tanhh"), "hidden_act: 'tanhh'"),
     (dict(sliding_window=0), "sliding_window: 0"),
-    (dict(layer_types=["full_attention"]), "layer_types: 1 entries for 2 layers"),
+    (dict(layer_types=["full_attention"]), "layer_types: expected 2 values .one per layer., found 1"),
     (dict(layer_types=["full_attention", "chunked"]), "chunked"),
     (dict(layer_types=["full_attention", "sliding_attention"]), "sliding_window"),
     (dict(rope_scaling=dict(rope_type="spiral", factor=2.0)), "spiral"),
     (dict(rope_scaling=dict(factor=2.0)), "rope_type"),
-    (dict(rope_scaling=dict(rope_type="yarn")), "yarn needs factor"),
+    (dict(rope_scaling=dict(rope_type="yarn")), "yarn requires factor"),
     (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "low_freq_factor"),
     (dict(norm_type="batchnorm"), "norm_type"),
     (dict(position_embedding_type="alibi"), "position_embedding_type"),

@@ -240,7 +240,7 @@ WRONG = {
     "training: {epochs: 1\0}": "settings.yaml:1: not valid YAML",
     "training: {epochs: 1}\ntraining: {max_length: 8}": "settings.yaml:2: not valid YAML .*duplicate key 'training'",
     "training:\n  epochs: 1\n  epochs: 2": "settings.yaml:3: not valid YAML .*duplicate key 'epochs'",
-    "data: {weights: [1]}": "data.weights: 1 weights for 2 paths",
+    "data: {weights: [1]}": "data.weights: expected one per path in data.train .2., found 1",
 }
 
 

@@ -77,7 +77,7 @@ def test_history_as_messages_and_cells_of_tables():
     assert SFT.conversation({**pairs, "history": "", "weight": "", "tools": None}, "here", CHAT) == {"messages": expected["messages"][2:]}
     cells = {"prompt": json.dumps(ASKED[:1]), "completion": json.dumps(ASKED[1:]), "weight": "0.5", "tools": json.dumps([TOOL])}
     assert SFT.conversation(cells, "here", CHAT) == {"messages": ASKED, "weight": 0.5, "tools": [TOOL]}
-    with pytest.raises(UserError, match="here: history: messages, or .question, answer. pairs are expected"):
+    with pytest.raises(UserError, match="here: history: expected messages or .question, answer. pairs"):
         SFT.conversation({**pairs, "history": ["Hi", "Yo"]}, "here", CHAT)
 
 
@@ -159,7 +159,7 @@ def test_old_calls_empty_results_and_a_system_given_twice():
 def test_all_held_out_is_said(tmp_path):
     prompt = next(p for i in range(999) if TOKENIZER.is_held_out(TOKENIZER.prompt_key({"prompt": (p := f"What is {i}?")}), 0.05))
     path = write(tmp_path / "a.jsonl", [{"prompt": prompt, "completion": f"{i}."} for i in range(9)])
-    with pytest.raises(UserError, match="data.validation: hash holds out the prompts of all 9 records of data.train"):
+    with pytest.raises(UserError, match="data.validation: hash holds out all prompts of data.train .9 records"):
         TOKENIZER.read_split(TOKENIZER.DataSection(train=[str(path)]), CHAT, TOKENIZER.LeftOut())
 
 
@@ -193,7 +193,7 @@ def test_foreign_names_are_mapped(tmp_path):
     path = write(tmp_path / "a.csv", [{"q": "What is red?", "reply": "The fox."}])
     [record] = conversations(path, {"prompt": "q", "completion": "reply"})
     assert record["messages"] == ASKED
-    with pytest.raises(UserError, match="sft.columns names 'nope', but the keys are q, reply"):
+    with pytest.raises(UserError, match="no key 'nope', which sft.columns names .keys: q, reply"):
         conversations(path, {"prompt": "nope"})
 
 
@@ -216,17 +216,17 @@ WRONG = {
     "text as the key": ([{"messages": [{"role": "user", "text": "a"}, ASKED[1]]}], ":1: messages: message 1: content is NoneType"),
     "a NUL": ([{"prompt": "a\0b", "completion": "c"}], ":1: prompt contains a NUL character"),
     "unknown role": ([{"messages": [*ASKED, {"role": "narrator", "content": "x"}]}], ":1: messages: message 3: unknown role 'narrator'"),
-    "two systems": ([{"messages": [LONG[0], LONG[0], *ASKED]}], ":1: messages: two system messages"),
-    "late system": ([{"messages": [*ASKED, LONG[0]]}], ":1: messages: message 3 is the system's; it has to come first"),
+    "two systems": ([{"messages": [LONG[0], LONG[0], *ASKED]}], ":1: messages: 2 system messages"),
+    "late system": ([{"messages": [*ASKED, LONG[0]]}], ":1: messages: message 3 is the system message, which must be the first"),
     "no output": ([{"instruction": "a"}], ":1: keys instruction are none of messages"),
     "late history": ([{"instruction": "a", "output": "b", "history": [["c"]]}], ":1: history: messages, or .question, answer. pairs"),
-    "tools": ([{"messages": ASKED, "tools": "{}"}], ":1: tools is dict, a list is expected"),
-    "a call": ([{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [3]}]}], ":1: messages: message 2: a tool call is an object with a name"),
+    "tools": ([{"messages": ASKED, "tools": "{}"}], ":1: tools must be a list, found dict"),
+    "a call": ([{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [3]}]}], ":1: messages: message 2: a tool call must be an object with name"),
     "unknown keys": ([{"ask": "a", "say": "b"}], ":1: keys ask, say are none of messages; conversations; prompt"),
     "content": ([{"messages": [{"role": "user", "content": 3}, ASKED[1]]}], ":1: messages: message 1: content is int, text is expected"),
     "arguments": ([{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}],
                   ":1: messages: message 2: a tool call's arguments: not valid JSON"),
-    "weight": ([{"messages": ASKED, "weight": -1}], ":1: weight -1 must be 0 or above"),
+    "weight": ([{"messages": ASKED, "weight": -1}], ":1: weight -1 must be at least 0"),
 }
 
 
@@ -251,7 +251,7 @@ def test_what_teaches_nothing_is_left_out_and_counted(tmp_path, tokenizer, model
     assert [sample.record["messages"][0]["content"] for sample in train] == [ASKED[0]["content"], "red?"]
     said = capsys.readouterr().err
     for words in ("left out 2 with an empty text, prompt or answer", "left out 3 without an assistant message", "left out 1 with an empty answer",
-                  "keys that are not used: id, source"):
+                  "unused keys: id, source"):
         assert words in said
 
 
@@ -334,7 +334,7 @@ def test_the_ids_learnt_are_the_ids_served(template, tools, tokenizer, model_fol
 
 def test_a_template_that_shows_no_answer_is_refused(tokenizer):
     chat = chat_tokenizer(tokenizer, "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
-    with pytest.raises(UserError, match="here:3: message 2: the chat template does not show the text of the assistant"):
+    with pytest.raises(UserError, match="here:3: message 2: the chat template does not render the text of the assistant"):
         SFT.Sample("here:3", {"messages": ASKED}, chat, SFT.SFTSection())
     refusing = chat_tokenizer(tokenizer, "{{ raise_exception('no tools here') }}")
     with pytest.raises(UserError, match="here:4: the chat template refuses this conversation .no tools here"):
@@ -384,7 +384,7 @@ def test_long_conversations_are_cut_or_dropped_and_counted(choice, count, tmp_pa
                               chat_tokenizer(tokenizer))
     assert len(talks) == count and max(len(talk.ids) for talk in talks) <= 61
     said = capsys.readouterr().err
-    assert "left out 1 duplicates" in said and ("2 truncated" in said and "1 whose answer lies beyond training.max_length 60" in said) == (choice == "cut")
+    assert "left out 1 duplicate" in said and ("2 truncated" in said and "1 whose answer lies beyond training.max_length 60" in said) == (choice == "cut")
     assert ("left out 2 too long for training.max_length" in said) == (choice == "drop")
 
 
@@ -1106,7 +1106,7 @@ def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, toke
     SFT.main(["--config", str(tmp_path / "whole" / "config.yaml"), "--out", str(tmp_path / "same")])  # a run repeats from its own settings
     same = load_file(tmp_path / "same" / "model.safetensors")
     assert all(torch.equal(whole[name], same[name]) for name in whole)
-    with pytest.raises(UserError, match="has no language-model head, only one for labels"):
+    with pytest.raises(UserError, match="has no language-model head, only a classification or reward head"):
         SFT.main(["--model", str(tmp_path / "whole"), "--data", str(write(tmp_path / "a.jsonl", [{"messages": ASKED}])), "--out", str(tmp_path / "no")])
     more = SFT.main([*label_flags, "--model", str(tmp_path / "whole"), "--max-steps", "2", "--out", str(tmp_path / "more")])
     assert math.isclose(more.before["loss"], result.after["loss"], rel_tol=1e-4)
