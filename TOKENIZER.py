@@ -1490,7 +1490,7 @@ def open_tokens(path: Path, tokenizer) -> TokenFile:
         while len(part := np.fromfile(file, dtype, 2**22)):
             largest = max(largest, int(part.max()))
     if largest >= count:
-        raise UserError(f"{path}: contains id {largest}, but the tokenizer's largest is {count - 1}; set --tokenizer.name")
+        raise UserError(f"{path}: id {largest} exceeds the tokenizer's largest, {count - 1}; written with another tokenizer")
     begin, end = facts.get("begin", begin_id(tokenizer)), facts.get("end", end_id(tokenizer))
     return TokenFile(ids, facts.get("sources") or [[0, len(ids)]], facts.get("bytes"), begin, end)
 

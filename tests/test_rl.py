@@ -325,7 +325,7 @@ BAD_PAIRS = {
     "label": ({"prompt": "a", "completion": "b", "label": "good"}, "label 'good' must be true"),
     "margin": ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}, "margin 'big' must be a number"),
     "a system alone": ({"prompt": "What is red?", "chosen": SYSTEM + FOX, "rejected": SYSTEM + OWL}, "but no question; put the first into the key 'system'"),
-    "a system of numbers": ({"prompt": "a", "system": 3, "chosen": "b", "rejected": "c"}, "system is int, text is expected"),
+    "a system of numbers": ({"prompt": "a", "system": 3, "chosen": "b", "rejected": "c"}, "system must be a string, found int"),
     "two kinds": ({"instruction": ASKED, "input": "red", "chosen": "b", "rejected": "c"}, "instruction and input are joined"),
     "half": ({"prompt": "What is red?", "chosen": ASKED + FOX, "rejected": "The owl."}, "one completion is a whole conversation, the other only an answer"),
     "answered": ({"prompt": ASKED + FOX, "chosen": FOX, "rejected": OWL}, "the prompt ends with the assistant's message"),

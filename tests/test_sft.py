@@ -213,7 +213,7 @@ WRONG = {
     "no assistant": ([{"messages": ASKED[:1]}], "; left out 1 without an assistant message .the first: .*bad.jsonl:1"),
     "empty answer": ([{"messages": [ASKED[0], {"role": "assistant", "content": " "}]}], "; left out 1 with an empty answer"),
     "a list's repr": ([{"messages": str(ASKED)}], ":1: messages: not valid JSON"),
-    "text as the key": ([{"messages": [{"role": "user", "text": "a"}, ASKED[1]]}], ":1: messages: message 1: content is NoneType"),
+    "text as the key": ([{"messages": [{"role": "user", "text": "a"}, ASKED[1]]}], ":1: messages: message 1: content must be a string, found NoneType"),
     "a NUL": ([{"prompt": "a\0b", "completion": "c"}], ":1: prompt contains a NUL character"),
     "unknown role": ([{"messages": [*ASKED, {"role": "narrator", "content": "x"}]}], ":1: messages: message 3: unknown role 'narrator'"),
     "two systems": ([{"messages": [LONG[0], LONG[0], *ASKED]}], ":1: messages: 2 system messages"),
@@ -223,7 +223,7 @@ WRONG = {
     "tools": ([{"messages": ASKED, "tools": "{}"}], ":1: tools must be a list, found dict"),
     "a call": ([{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [3]}]}], ":1: messages: message 2: a tool call must be an object with name"),
     "unknown keys": ([{"ask": "a", "say": "b"}], ":1: keys ask, say are none of messages; conversations; prompt"),
-    "content": ([{"messages": [{"role": "user", "content": 3}, ASKED[1]]}], ":1: messages: message 1: content is int, text is expected"),
+    "content": ([{"messages": [{"role": "user", "content": 3}, ASKED[1]]}], ":1: messages: message 1: content must be a string, found int"),
     "arguments": ([{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}],
                   ":1: messages: message 2: a tool call's arguments: not valid JSON"),
     "weight": ([{"messages": ASKED, "weight": -1}], ":1: weight -1 must be at least 0"),
@@ -811,7 +811,7 @@ def test_adapters_that_cannot_be_computed_are_refused_in_one_line(tmp_path):
     MODEL.save(MODEL.build(MODEL.ModelConfig(**{**MODEL._GPT2, **SMALL, "model_type": "gpt2"})), tmp_path / "gpt2")
     made = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2"), LoraConfig(r=4, target_modules=["c_attn"], modules_to_save=["wpe"]))
     made.save_pretrained(tmp_path / "extra")
-    with pytest.raises(UserError, match="extra: its modules_to_save .'wpe'. are not supported"):
+    with pytest.raises(UserError, match="extra: modules_to_save .'wpe'. are not supported"):
         MODEL.load(tmp_path / "gpt2", adapter=tmp_path / "extra")
     packed = MODEL.load(tmp_path / "llama", quantization="llm_int8")
     with pytest.raises(UserError, match="lora.use_dora: does not work on llm_int8 weights"):
