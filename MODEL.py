@@ -308,7 +308,7 @@ class Sequence:
 class KVCache:
     """Paged keys and values (or latents) of each layer (Kwon 2023), in pages of `page` tokens, allocated once.
 
-    Position p of a sequence is slot p % page of its page p // page. Full pages never change, so sequences with a common prefix
+    Position p of a sequence is slot p % page of its page p // page. Full pages do not change, so sequences with a common prefix
     share them: forks of a prompt, and later prompts through `remember` and `find`. Pages without references are reused: first
     pages without a digest, then the least recently used page. All bookkeeping is on the host.
 
@@ -886,7 +886,7 @@ def _by_head(states: Tensor, weights: Tensor) -> Tensor:
 
 
 def effective_weight(linear: nn.Module, like: Tensor) -> Tensor:
-    """The (out, in) matrix of a layer without bias, in the dtype of `like`; found with unit vectors if it is not a plain layer."""
+    """The (out, in) matrix of a layer without bias, in the dtype of `like`; via unit vectors if it is not nn.Linear."""
     if type(linear) is nn.Linear:
         return linear.weight.to(like.dtype)
     return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).t().to(like.dtype)
@@ -2267,7 +2267,7 @@ def _family_quirks(kind: str, raw: dict, knobs: dict) -> None:
             full = raw.get("max_window_layers", 28)
             knobs["layer_types"] = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
     if kind == "qwen3_moe":
-        knobs["num_experts"] = raw.get("num_experts", raw.get("num_local_experts", knobs["num_experts"]))  # of v4, v5
+        knobs["num_experts"] = raw.get("num_experts", raw.get("num_local_experts", knobs["num_experts"]))  # v4, v5
         step = raw.get("decoder_sparse_step", 1)
         knobs["mlp_only_layers"] = [*(knobs.get("mlp_only_layers") or ()), *(i for i in range(layers) if (i + 1) % step)]
     if kind == "deepseek_v3":
@@ -2322,8 +2322,8 @@ KNOWN_BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.att
 
 def hub_name(kind: str, name: str, back: bool = False) -> str:
     """For gpt2: model.layers.0.self_attn.o_proj.weight -> transformer.h.0.attn.c_proj.weight; `back` is the inverse."""
-    for ours, theirs in FAMILIES[kind].parts if kind in FAMILIES else ():
-        name = name.replace(theirs, ours) if back else name.replace(ours, theirs)
+    for part, hub_part in FAMILIES[kind].parts if kind in FAMILIES else ():
+        name = name.replace(hub_part, part) if back else name.replace(part, hub_part)
     return name
 
 
@@ -2478,7 +2478,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             part.reshard()
-            part.set_reshard_after_forward(part is not model, recurse=False)  # the root's are used first and last
+            part.set_reshard_after_forward(part is not model, recurse=False)  # the root's weights are used first and last
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -3253,7 +3253,7 @@ def load_adapters(model: Transformer, folders: dict[str, str]) -> None:
         layers = [module for module in model.modules() if hasattr(module, "lora_A") and key in module.lora_A]
         new = [module for module in set(model.modules()) - before if hasattr(module, "adapter_layer_names")]
         if model.adapter.use_dora or model.adapter.lora_bias or not set(new) <= set(layers):
-            raise UserError(f"{folder}: several adapters must be plain LoRA on linear layers; serve this one with --adapter")
+            raise UserError(f"{folder}: only plain LoRA on linear layers can be served with others; serve it with --adapter")
         for layer in layers:
             layer.forward = partial(mixed_product, layer, model.adapter_tokens)
         model.adapters[name], model.adapter = key, None

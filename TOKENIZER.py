@@ -1483,7 +1483,7 @@ def open_tokens(path: Path, tokenizer) -> TokenFile:
     if size % dtype.itemsize:
         raise UserError(f"{path}: {size} bytes are not a multiple of {dtype.itemsize} ({dtype.name} ids); the file is truncated")
     if facts and facts["tokens"] != size // dtype.itemsize:
-        raise UserError(f"{path}: {size // dtype.itemsize} ids, but its JSON file says {facts['tokens']}; delete both files")
+        raise UserError(f"{path}: {size // dtype.itemsize} ids, but its JSON file lists {facts['tokens']}; delete both files")
     ids = np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
     with open(path, "rb") as file:  # not through the map, whose pages count as memory of this process
         largest = 0

@@ -333,7 +333,7 @@ def test_adapters_in_one_batch_equal_each_alone(model_folder, tmp_path, reuse):
     assert [row.completion() for row in rows] == expected
     assert len({tuple(completion.ids) for completion in expected[:3]}) == 3
     for bad in (dict(use_dora=True), dict(modules_to_save=["lm_head"])):
-        with pytest.raises(UserError, match="several adapters must be plain LoRA on linear layers"):
+        with pytest.raises(UserError, match="only plain LoRA on linear layers"):
             MODEL.load_adapters(MODEL.load(model_folder), {"bad": saved_adapter(model_folder, tmp_path / "bad", 3, **bad)})
 
 
