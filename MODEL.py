@@ -290,8 +290,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_interleaved(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate adjacent pairs (2i, 2i + 1), as in DeepSeek. The result has the pairs half a head apart, for queries and keys
-    alike, so their dot products do not change."""
+    """Rotate adjacent pairs (2i, 2i + 1; DeepSeek). The result has them half a head apart, which keeps dot products the same."""
     return rotate(torch.cat((states[..., 0::2], states[..., 1::2]), dim=-1), cos, sin)
 
 
@@ -3286,8 +3285,7 @@ def mixed_product(layer, tokens: dict[str, Tensor], hidden: Tensor) -> Tensor:
 
 
 def _stacked(host: nn.Module, config, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Convert an adapter on separate experts (transformers 4) to peft's form for stacked experts. UserError for adapters that
-    peft converts incorrectly."""
+    """Convert an adapter on separate experts (transformers 4) to stacked experts; UserError if peft converts it incorrectly."""
     if config.use_rslora or host.config.model_type == "deepseek_v3":
         raise UserError(f"{folder}: this adapter has a layer per expert, which is not supported; merge it with the versions of "
                         "peft and transformers that trained it")

@@ -1097,8 +1097,7 @@ def ids_after_calls(tokenizer, results: list[tuple[str, str]], tools: list) -> l
 
 
 def ensure_chat(tokenizer) -> None:
-    """Give a tokenizer without a chat template the default template and its tokens, which are appended to the vocabulary, so the
-    model may have to grow."""
+    """Give a tokenizer without a chat template the default one; its tokens are appended, so the model may have to grow."""
     if not tokenizer.chat_template:
         vocabulary = tokenizer.get_vocab()
         tokenizer.add_tokens([token for token in CHAT_TOKENS if token not in vocabulary], special_tokens=True)
@@ -1556,8 +1555,7 @@ def files_in(folder: Path, formats: tuple) -> list[Path]:
 
 
 def data_files(data: DataSection, formats: tuple = FORMATS) -> tuple[list[list[Path]], list[Path]]:
-    """(files of each path in data.train, files of data.validation). A file in several paths is read once, and a held-out file is
-    removed from the training files."""
+    """(files of each path in data.train, files of data.validation); repeated and held-out files are removed from data.train."""
     names = [] if data.validation in ("hash", "tail", "none") else [data.validation]
     held_out = [path for files in expand_paths(names, "data.validation", formats) for path in files]
     known, groups = set(map(os.path.realpath, held_out)), []
@@ -1936,8 +1934,7 @@ def prompt_keys(record: dict) -> list[str]:
 
 
 def essence(turns: list[dict]) -> list[tuple]:
-    """Role, content and calls of each turn, for comparison: with normalized Unicode, without surrounding white space, call ids
-    and other keys."""
+    """Role, content and calls of each turn, for comparison: normalized Unicode, stripped, without call ids and other keys."""
     calls = [[call["function"] for call in turn.get("tool_calls") or ()] for turn in turns]
     texts = [unicodedata.normalize("NFC", turn["content"]).strip() for turn in turns]
     return [(turn["role"], text, functions) for turn, text, functions in zip(turns, texts, calls, strict=True)]
