@@ -3091,7 +3091,7 @@ def import_peft():
     try:
         import peft
     except ImportError:
-        raise UserError("adapters require peft: pip install peft") from None
+        raise UserError("adapters need `pip install peft`") from None
     return peft
 
 

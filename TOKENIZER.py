@@ -1367,7 +1367,7 @@ def open_model(section: ModelSection, tokenizer=None, adapter: str | None = None
                     raise UserError(f"model.{name}: {i} must be a token id below vocab_size {model.config.vocab_size}")
     if model.config.vocab_size < (size := vocab_size(tokenizer)):
         where = f"{key}: {section.name}: vocab_size" if section.name else "model.vocab_size:"
-        raise UserError(f"{where} {model.config.vocab_size} is less than the tokenizer's vocabulary size {size}")
+        raise UserError(f"{where} {model.config.vocab_size} is smaller than the tokenizer's vocabulary size {size}")
     if not model.config.eos_ids and tokenizer.eos_token_id is not None:
         model.config.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer
@@ -1752,7 +1752,7 @@ def library(name: str, path: Path):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"{path}: requires a package: pip install {name.partition('.')[0]}") from None
+        raise UserError(f"{path}: needs `pip install {name.partition('.')[0]}`") from None
 
 
 def read_parquet(path: Path, field: str | None) -> Iterator[dict]:

@@ -1341,7 +1341,7 @@ def test_mistakes_are_one_line_and_status_two(monkeypatch, capsys, tmp_path, mod
 def test_a_tokenizer_too_large_for_the_model(infer, tmp_path):
     TOKENIZER.save(TOKENIZER.train(make_text(300), 400), tmp_path)
     size = len(TOKENIZER.load(tmp_path))
-    with pytest.raises(UserError, match=f"vocab_size 320 is smaller than the tokenizer's {size} ids"):
+    with pytest.raises(UserError, match=f"vocab_size 320 is smaller than the tokenizer's vocabulary size {size}"):
         infer("--prompt", "x", "--tokenizer.name", tmp_path)
 
 
