@@ -108,8 +108,8 @@ def check_number(number: float, limits: dict, where: str) -> None:
     low, high, above, below = (limits[key] for key in ("low", "high", "above", "below"))
     largest = 2**31 - 1 if isinstance(number, int) else 1e15  # larger numbers are mistakes and may overflow
     floor, ceiling = -largest if low is None else low, largest if high is None else high
-    right = (isinstance(number, int) or math.isfinite(number)) and floor <= number <= ceiling
-    if not (right and (above is None or number > above) and (below is None or number < below)):
+    valid = (isinstance(number, int) or math.isfinite(number)) and floor <= number <= ceiling
+    if not (valid and (above is None or number > above) and (below is None or number < below)):
         bounds = {"at least": floor if number < floor else low, "above": above,
                   "at most": ceiling if number > ceiling else high, "below": below}
         bounds = [f"{word} {bound:,}" for word, bound in bounds.items() if bound is not None]
@@ -124,7 +124,7 @@ def not_used(section, f: dataclasses.Field) -> bool:
     return getattr(section, key) not in values if values else getattr(section, key) in (None, False)
 
 
-ROPE_TYPES = {  # what each takes, the first being required (llama3: all)
+ROPE_TYPES = {  # parameters of each type; the first one is required (llama3: all of them)
     "default": (),
     "linear": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -165,9 +165,9 @@ class ModelConfig:
     rope_theta: float = knob(10000.0, "base of the rotary frequencies", above=0, only=("position_embedding_type", "rope"))
     rope_scaling: dict | None = knob(None, "context extension: {rope_type: linear, llama3 or yarn, factor: 8, ...}",
                                      only=("position_embedding_type", "rope"))
-    sliding_window: int | None = knob(None, "number of tokens that each token attends to, itself included (Mistral)", low=1)
-    layer_types: list[str] | None = knob(None, "attention type per layer: full_attention or sliding_attention; null is the same "
-                                               "for all")
+    sliding_window: int | None = knob(None, "number of tokens that each token attends to, including itself (Mistral)", low=1)
+    layer_types: list[str] | None = knob(None, "attention type per layer: full_attention or sliding_attention; null: all layers "
+                                               "alike")
     attention_bias: bool = knob(False, "bias in the query, key and value projections (Qwen2, GPT-2)")
     fused_qkv: bool | None = knob(None, "one fused query-key-value projection; null is true for gpt2 only")
     attention_out_bias: bool = knob(False, "bias in the attention output projection (GPT-2)")
@@ -212,11 +212,11 @@ class ModelConfig:
         check_architecture(self)
 
     def sparse(self, layer: int) -> bool:
-        """Whether a layer holds experts."""
+        """Whether a layer is a mixture of experts."""
         return self.num_experts is not None and layer not in (self.mlp_only_layers or ())
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of one layer; None sees everything before it."""
+        """The sliding window of a layer in tokens; None is full attention."""
         if self.layer_types and self.layer_types[layer] == "full_attention":
             return None
         return self.sliding_window
@@ -244,7 +244,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     if kind == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1 turns fast and is kept, 0 turns slowly and is stretched
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: high frequency, kept; 0: low frequency, divided by factor
         return frequencies * (keep + (1 - keep) / scaling["factor"]), 1.0
     if kind == "yarn":
         return _yarn_frequencies(config, frequencies)
@@ -252,13 +252,13 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def _yarn_frequencies(config: ModelConfig, frequencies: Tensor) -> tuple[Tensor, float]:
-    """YaRN (Peng 2023, sections 3.2 and 3.4): stretch dimensions that turn less than `beta_slow` times over the
-    original context, keep those that turn more than `beta_fast` times, ramp between, and sharpen attention."""
+    """YaRN (Peng 2023, sections 3.2 and 3.4): interpolate dimensions with fewer than `beta_slow` rotations over the original
+    context, keep dimensions with more than `beta_fast` rotations, blend linearly in between, and scale attention up."""
     scaling, dim = config.rope_scaling, config.head_dim
     factor = scaling["factor"]
     original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
 
-    def dimension_of(turns: float) -> float:  # the (fractional) pair that turns this often over the original context
+    def dimension_of(turns: float) -> float:  # the (fractional) pair with this many rotations
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low, high = dimension_of(scaling.get("beta_fast") or 32.0), dimension_of(scaling.get("beta_slow") or 1.0)
@@ -276,12 +276,12 @@ def _yarn_frequencies(config: ModelConfig, frequencies: Tensor) -> tuple[Tensor,
 
 
 def _magnitude(factor: float, weight: float = 1.0) -> float:
-    """How much longer queries and keys become with a context `factor` times as long (YaRN, section 3.4)."""
+    """The factor on queries and keys for a context that is `factor` times as long (YaRN, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + D/2) of states (B, H, T, D) by its token's angle; cos and sin are those of `rope_tables`.
+    """Rotate each pair (i, i + D/2) of states (B, H, T, D) by its token's angle; cos and sin are those of `rope_tables`.
 
     Hugging Face's layout: the two numbers of a pair are half a head apart, not adjacent as in Meta's files.
     """
@@ -290,8 +290,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_interleaved(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same for adjacent pairs (DeepSeek). The result has them half a head apart, in queries and keys alike, so their
-    products do not change."""
+    """Rotate adjacent pairs (2i, 2i + 1; DeepSeek). The result has them half a head apart, which keeps dot products the same."""
     return rotate(torch.cat((states[..., 0::2], states[..., 1::2]), dim=-1), cos, sin)
 
 
@@ -308,23 +307,23 @@ class Sequence:
 class KVCache:
     """Paged keys and values (or latents) of each layer (Kwon 2023), in pages of `page` tokens, allocated once.
 
-    Position p of a sequence is slot p % page of its page p // page. Full pages never change, so sequences with a common prefix
-    share them: forks of a prompt, and with `remember` and `find` later prompts. Pages without references are reused: first
-    those without a digest, then the least recently used. All bookkeeping is on the host.
+    Position p of a sequence is slot p % page of its page p // page. Full pages do not change, so sequences with a common prefix
+    share them: forks of a prompt, and later prompts through `remember` and `find`. Pages without references are reused: first
+    pages without a digest, then the least recently used page. All bookkeeping is on the host.
 
-    Without a kernel that follows page tables, adjacent pages are read in place and others are gathered in each step. So a
-    sequence gets adjacent pages where possible. If a page holds the longest sequence, each sequence is one page, and adjacent
+    Without a kernel that follows page tables, adjacent pages are read in place and other pages are gathered in each step, so a
+    sequence gets adjacent pages where possible. If the longest sequence fits in a page, each sequence is one page, and adjacent
     sequences are read in place.
     """
 
     def __init__(self, layers: int, pages: int, page: int, device=None, kernel: Callable | None = None):
-        self.states: list[list[Tensor]] = [[] for _ in range(layers)]  # each (H, pages * page, D); made by the first `attend`
+        self.states: list[list[Tensor]] = [[] for _ in range(layers)]  # (H, pages * page, D); allocated by the first `attend`
         self.page, self.pages, self.device = page, pages, device
-        self.kernel = kernel  # attention of single tokens that follows page tables (`attend_pages`), if there is one
-        self.recorded: dict[tuple, object] = {}  # steps recorded for this cache (`INFER.RecordedStep`)
+        self.kernel = kernel  # a kernel for single tokens that follows page tables (`attend_pages`), or None
+        self.recorded: dict[tuple, object] = {}  # recorded steps (`INFER.RecordedStep`)
         self.references = [0] * pages
         self.free = dict.fromkeys(range(pages))
-        self.cursor = 0  # where to look for adjacent free pages
+        self.cursor = 0  # where the search for adjacent free pages starts
         self.found: dict[bytes, int] = {}  # digest of all tokens up to the end of a page -> page
         self.digest_of: dict[int, bytes] = {}
         self.idle: dict[int, None] = {}  # cached pages without references, the least recently used first
@@ -334,8 +333,7 @@ class KVCache:
         return len(self.free) + len(self.idle)
 
     def extend(self, sequence: Sequence, length: int, expected: int = 0) -> bool:
-        """Allocate pages for `length` tokens of a sequence that may grow to `expected`; False, without any allocation, if too few
-        pages are free."""
+        """Allocate pages for `length` tokens of a sequence that may grow to `expected`; False if too few pages are free."""
         missing = -(-length // self.page) - len(sequence.pages)
         if missing > self.available():
             return False
@@ -347,7 +345,7 @@ class KVCache:
         return True
 
     def _gap(self, count: int) -> int:
-        """The first of `count` adjacent free pages, or -1. The search goes round in a ring, so sequences have room to grow."""
+        """The first of `count` adjacent free pages, or -1. The search continues after the last hit, so sequences can grow."""
         while len(self.free) < count and self.idle:
             self._evict()
         run = 0
@@ -386,8 +384,8 @@ class KVCache:
         sequence.pages, sequence.length, sequence.digests = [], 0, []
 
     def fork(self, source: Sequence, length: int) -> Sequence | None:
-        """A new sequence with the first `length` tokens of `source`: full pages are shared, the last partial page is copied;
-        None if no page is free."""
+        """Return a new sequence with the first `length` tokens of `source`, or None if no page is free. Full pages are shared;
+        the last, partial page is copied."""
         full, rest = divmod(length, self.page)
         copy = Sequence(source.pages[:full], length, source.digests[:full])
         if rest and not self.available():
@@ -405,8 +403,8 @@ class KVCache:
             states[:, target : target + length] = states[:, source : source + length]
 
     def remember(self, sequence: Sequence, ids: list[int], salt: bytes = b"") -> None:
-        """Register the full pages of a sequence in the prefix cache, by a digest of all tokens up to their end; `salt` separates
-        states of different weights (adapters)."""
+        """Register the full pages of a sequence in the prefix cache, under a digest of all tokens up to the end of the page;
+        `salt` separates the states of different weights (adapters)."""
         while (number := len(sequence.digests)) < sequence.length // self.page:
             digest = self._digest(sequence.digests[-1] if number else salt, ids, number)
             sequence.digests.append(digest)
@@ -415,11 +413,11 @@ class KVCache:
                 self.found[digest], self.digest_of[page] = page, digest
 
     def _digest(self, before: bytes, ids: list[int], number: int) -> bytes:
-        piece = array("q", ids[number * self.page : (number + 1) * self.page])
-        return hashlib.blake2b(before + piece.tobytes(), digest_size=16).digest()
+        page = array("q", ids[number * self.page : (number + 1) * self.page])
+        return hashlib.blake2b(before + page.tobytes(), digest_size=16).digest()
 
     def find(self, ids: list[int], salt: bytes = b"") -> Sequence:
-        """A sequence with the longest cached prefix of `ids` in full pages, without the last token, whose logits are needed."""
+        """Return a sequence with the longest cached prefix of `ids` in full pages, without the last token (for its logits)."""
         sequence = Sequence()
         while (number := len(sequence.pages)) < (len(ids) - 1) // self.page:
             digest = self._digest(sequence.digests[-1] if number else salt, ids, number)
@@ -432,15 +430,15 @@ class KVCache:
         return sequence
 
     def compact(self, sequences: list[Sequence]) -> None:
-        """Move single-page sequences into free pages, so that all are adjacent."""
-        if any(len(one.pages) != 1 for one in sequences) or self.idle:
+        """Move single-page sequences to the first pages, so that all of them are adjacent."""
+        if any(len(sequence.pages) != 1 for sequence in sequences) or self.idle:
             return
         gaps = [page for page in range(len(sequences)) if not self.references[page]]
-        for one in sequences:
-            if (old := one.pages[0]) >= len(sequences):
+        for sequence in sequences:
+            if (old := sequence.pages[0]) >= len(sequences):
                 new = gaps.pop()
-                self._copy(old, new, one.length)
-                self.references[new], self.references[old], one.pages = 1, 0, [new]
+                self._copy(old, new, sequence.length)
+                self.references[new], self.references[old], sequence.pages = 1, 0, [new]
         self.free, self.cursor = dict.fromkeys(page for page in range(self.pages) if not self.references[page]), 0
 
     def bytes(self) -> int:
@@ -448,27 +446,27 @@ class KVCache:
 
 
 class Group(NamedTuple):
-    """Part of a step that is attended to in one call: n sequences of `count` new tokens each, from the step's token `first`."""
+    """Part of a step that one attention call computes: n sequences of `count` new tokens each, from the step's token `first`."""
 
     first: int
     count: int
-    lengths: list[int]  # of the n sequences, new tokens included
+    lengths: list[int]  # of the n sequences, including the new tokens
     read: Callable | None  # (a layer's states (H, slots, D), first position) -> (n, H, S, D); None if all tokens are new
 
 
-GATHER_BYTES = {"cpu": 2**20}  # of a layer's states that are copied to be read together; by default 2**28
-FEW = 8  # new tokens of a sequence that a paging kernel takes one by one
+GATHER_BYTES = {"cpu": 2**20}  # maximum size of a layer's gathered states; 2**28 on other devices
+FEW = 8  # maximum new tokens of a sequence for the paging kernel, which computes them as independent queries
 
 
 class CacheStep:
     """One forward pass over the next `count` tokens of each sequence in `parts`, concatenated to a batch (1, N) without
     padding: prompts, chunks of prompts, and single tokens.
 
-    With a kernel that follows page tables, the leading sequences with at most FEW new tokens share one call of it. The others
+    If a kernel follows page tables, the leading sequences with at most FEW new tokens share one call of it. The other sequences
     are computed in groups: sequences with one new token share a call if their pages are adjacent (read in place) or their states
-    are small (gathered), and the rest have a call each, so every key is read once, without padding.
+    are small (gathered). Each remaining sequence has its own call, so every key is read once, without padding.
 
-    `pad` makes a step that the kernel computes alone `repeatable`: padded to one of few sizes, its numbers all in `plan`.
+    `pad`: if the kernel computes the whole step, pad it to one of a few sizes; then `plan` contains all indices (`repeatable`).
     """
 
     def __init__(self, cache: KVCache, parts: list[tuple[Sequence, int]], pad: bool = False):
@@ -477,22 +475,22 @@ class CacheStep:
         for sequence, count in parts:
             start, stop = sequence.length, sequence.length + count
             if stop > len(sequence.pages) * page:
-                raise IndexError(f"{stop} tokens do not fit {len(sequence.pages)} pages of {page}")
+                raise IndexError(f"{stop} tokens do not fit in {len(sequence.pages)} pages of {page}")
             positions += range(start, stop)
-            slots += [sequence.pages[place // page] * page + place % page for place in range(start, stop)]
+            slots += [sequence.pages[position // page] * page + position % page for position in range(start, stop)]
             sequence.length = stop
             self.parts.append((sequence.pages, stop, count))
         few = list(itertools.takewhile(lambda part: part[2] <= FEW, self.parts)) if cache.kernel else []
-        tables = [pages for pages, _, count in few for _ in range(count)]  # of each token: they are independent queries
+        tables = [pages for pages, _, count in few for _ in range(count)]  # of each token
         longest = max((stop for _, stop, _ in few), default=0)
         self.repeatable = pad and len(few) == len(parts)
-        if self.repeatable:  # few different sizes: the last token is computed several times, the longest sequence is longer
+        if self.repeatable:  # powers of 2: the last token is repeated, and the longest sequence is rounded up
             spare, longest = (1 << (len(slots) - 1).bit_length()) - len(slots), max(SPLIT, 1 << (longest - 1).bit_length())
             positions, slots, tables = (column + column[-1:] * spare for column in (positions, slots, tables))
         self.count, self.few, self.paged, self.longest = len(slots), len(few), len(tables), longest
         width = -(-longest // page)
         flat = itertools.chain(positions, slots, *((pages + [0] * width)[:width] for pages in tables))
-        self.plan = torch.tensor(list(flat), dtype=torch.long).to(cache.device)  # all in one copy
+        self.plan = torch.tensor(list(flat), dtype=torch.long).to(cache.device)  # one copy for all indices
         self.slots = self.plan[self.count : 2 * self.count]  # (N,)
 
     @property
@@ -501,16 +499,16 @@ class CacheStep:
 
     def attend(self, layer: int, queries: tuple[Tensor, ...], new: tuple[Tensor, ...], window: int | None,
                compute: Callable) -> Tensor:
-        """Store a layer's new states (1, H, N, D), and join compute(*queries, *states, mask) of all groups, whose queries are
-        (n, H, T, D) and states (n, H, S, D); (1, H, N, D)."""
+        """Store a layer's new states (1, H, N, D) and return the attention output (1, H, N, D): compute(*queries, *states, mask)
+        for each group, whose queries are (n, H, T, D) and whose states are (n, H, S, D)."""
         stored = self.cache.states[layer]
         if not stored:
             size = self.cache.pages * self.cache.page
             stored += [states.new_zeros(states.shape[1], size, states.shape[3]) for states in new]
-        for kept, states in zip(stored, new, strict=True):
-            kept[:, self.slots] = states[0].to(kept.dtype)
+        for cached, states in zip(stored, new, strict=True):
+            cached[:, self.slots] = states[0].to(cached.dtype)
         if self.groups is None:
-            self.groups = list(self._grouped(sum(kept.shape[0] * kept.shape[2] * kept.element_size() for kept in stored)))
+            self.groups = list(self._grouped(sum(states.nbytes for states in stored) // stored[0].shape[1]))
         results = []
         if self.paged:
             tables = self.plan[2 * self.count :].view(self.paged, -1)
@@ -520,8 +518,8 @@ class CacheStep:
             n = len(group.lengths)
             tokens = slice(group.first, group.first + n * group.count)
             start = max(0, group.lengths[0] - group.count + 1 - window) if window and n == 1 and group.read else 0
-            states = [group.read(kept, start) for kept in stored] if group.read else [_rows(one[:, :, tokens], n) for one in new]
-            if (number, window) not in self.masks:  # layers of one kind share it
+            states = [group.read(key, start) for key in stored] if group.read else [_rows(key[:, :, tokens], n) for key in new]
+            if (number, window) not in self.masks:  # shared by layers with the same window
                 self.masks[number, window] = self._mask(group, start, window, queries[0].dtype)
             result = compute(*(_rows(query[:, :, tokens], n) for query in queries), *states, self.masks[number, window])
             results.append(result[0] if n == 1 else result.transpose(0, 1).flatten(1, 2))  # (H, n * T, D)
@@ -529,15 +527,15 @@ class CacheStep:
 
     def _grouped(self, token_bytes: int) -> Iterator[Group]:
         limit = GATHER_BYTES.get(self.cache.device.type, 2**28)
-        start, first = self.few, self.paged  # of the parts, of the tokens
+        start, first = self.few, self.paged  # indices of a part and of its first token
         while start < len(self.parts):
             (pages, length, count), stop = self.parts[start], start + 1
             fresh, slab, longest = length == count, len(pages) == 1, length
-            for other, its_length, its_count in self.parts[stop:]:
-                if its_count != count or fresh != (its_length == its_count) or not (fresh or count == 1):
+            for next_pages, next_length, next_count in self.parts[stop:]:
+                if next_count != count or fresh != (next_length == next_count) or not (fresh or count == 1):
                     break
-                adjacent = slab and len(other) == 1 and other[0] == pages[0] + stop - start
-                longest = max(longest, its_length)
+                adjacent = slab and len(next_pages) == 1 and next_pages[0] == pages[0] + stop - start
+                longest = max(longest, next_length)
                 if not (fresh or adjacent or (stop + 1 - start) * longest * token_bytes <= limit):
                     break
                 slab, stop = adjacent, stop + 1
@@ -548,17 +546,17 @@ class CacheStep:
             first, start = first + count * len(group), stop
 
     def _reader(self, tables: list[list[int]], longest: int, slab: bool) -> Callable:
-        """How to read the states of sequences with these pages up to the longest one's length."""
+        """A function that reads the states of sequences with these pages, up to the length `longest`."""
         n, page, needed = len(tables), self.cache.page, -(-longest // self.cache.page)
         base = tables[0][0]
         if slab:
-            return lambda kept, start: kept.unflatten(1, (-1, page))[:, base : base + n, start:longest].transpose(0, 1)
+            return lambda states, start: states.unflatten(1, (-1, page))[:, base : base + n, start:longest].transpose(0, 1)
         if n == 1 and tables[0][:needed] == list(range(base, base + needed)):
-            return lambda kept, start: kept[None, :, base * page + start : base * page + longest]
-        tables = [(pages + [pages[-1]] * needed)[:needed] for pages in tables]  # a short one's end is masked
+            return lambda states, start: states[None, :, base * page + start : base * page + longest]
+        tables = [(pages + [pages[-1]] * needed)[:needed] for pages in tables]  # the mask hides what is past a sequence's end
         slots = torch.tensor(tables)[:, :, None] * page + torch.arange(page)  # (n, pages, page)
         slots = slots.flatten(1)[:, :longest].to(self.cache.device)  # (n, S)
-        return lambda kept, start: _rows(kept.index_select(1, slots[:, start:].flatten())[None], n)
+        return lambda states, start: _rows(states.index_select(1, slots[:, start:].flatten())[None], n)
 
     def _mask(self, group: Group, start: int, window: int | None, dtype: torch.dtype) -> Mask | None:
         longest = max(group.lengths)
@@ -574,7 +572,7 @@ class CacheStep:
 
 
 def _rows(states: Tensor, n: int) -> Tensor:
-    """(1, H, n * S, D) -> (n, H, S, D), a view where it can be"""
+    """(1, H, n * S, D) -> (n, H, S, D), a view"""
     return states if n == 1 else states[0].unflatten(1, (n, -1)).transpose(0, 1)
 
 
@@ -582,7 +580,7 @@ def _rows(states: Tensor, n: int) -> Tensor:
 
 
 class Mask(NamedTuple):
-    """An additive bias on scores (B, 1, T, S), None for none, and which queries attend to no key at all (B, 1, T, 1)."""
+    """An additive bias on scores (B, 1, T, S), and the queries that attend to no key (B, 1, T, 1); None if there are none."""
 
     bias: Tensor | None
     empty: Tensor | None
@@ -597,23 +595,23 @@ def bias_of(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class MaskBuilder:
-    """Makes masks from positions, once per window of a forward pass.
+    """Builds masks from positions, once per window of a forward pass.
 
     A query at position p attends to keys of its own segment at positions 0 <= k <= p (any k in an encoder), and with a window
-    only to k > p - window. A padding query (-1) attends to nothing; a softmax over nothing is NaN, so its row is opened here
-    and its output is set to zero after the kernel.
+    only to k > p - window. A padding query (position -1) attends to no key, and the softmax of an empty set is NaN. So its row
+    of the mask allows all keys, and its output is set to zero after the kernel.
     """
 
     def __init__(self, positions: Tensor, segment_ids: Tensor | None, dtype: torch.dtype, causal: bool = True):
         self.positions, self.segment_ids, self.dtype, self.causal = positions, segment_ids, dtype, causal
-        self.made: dict[int | None, Mask] = {}
+        self.built: dict[int | None, Mask] = {}
 
     def __call__(self, window: int | None) -> Mask:
-        if window not in self.made:
-            self.made[window] = self._make(window)
-        return self.made[window]
+        if window not in self.built:
+            self.built[window] = self._build(window)
+        return self.built[window]
 
-    def _make(self, window: int | None) -> Mask:
+    def _build(self, window: int | None) -> Mask:
         queries, keys = self.positions[:, :, None], self.positions[:, None, :]  # (B, T, 1), (B, 1, T)
         allowed = (keys >= 0) & (keys <= queries if self.causal else queries >= 0)  # (B, T, T)
         if window is not None:
@@ -626,7 +624,7 @@ class MaskBuilder:
 
 
 def attend_eager(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, window=None, dropout=0.0) -> Tensor:
-    """Attention written out: softmax(q k^T / sqrt(D) + mask) v. query (B, H, T, D), key and value (B, H_kv, S, D)."""
+    """Reference attention: softmax(q k^T / sqrt(D) + mask) v. query (B, H, T, D), key and value (B, H_kv, S, D)."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)  # (B, H, S, D)
@@ -639,33 +637,33 @@ def attend_eager(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, w
     probabilities = scores.softmax(-1, dtype=value.dtype)
     if dropout:
         probabilities = F.dropout(probabilities, dropout)
-    return _blank(probabilities @ value, mask)
+    return _zero_empty(probabilities @ value, mask)
 
 
-def _blank(output: Tensor, mask: Mask | None) -> Tensor:
+def _zero_empty(output: Tensor, mask: Mask | None) -> Tensor:
     return output if mask is None or mask.empty is None else output.masked_fill(mask.empty, 0.0)
 
 
 def attend_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, window=None, dropout=0.0) -> Tensor:
-    """The same through torch's fused kernels (flash attention on CUDA), which never store all scores at once."""
+    """The same with torch's fused kernels (flash attention on CUDA), which do not store the whole score matrix."""
     causal = mask is None and query.shape[2] > 1
     grouped = query.shape[1] != key.shape[1]
     output = F.scaled_dot_product_attention(query, key, value, None if mask is None else mask.bias, dropout, causal,
                                             enable_gqa=grouped)
-    return _blank(output, mask)
+    return _zero_empty(output, mask)
 
 
 def attend_auto(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, window=None, dropout=0.0) -> Tensor:
-    """On a CPU the written-out form trains faster in 16 bits than the fused kernel while its scores fit the cache."""
+    """`attend_eager` or `attend_sdpa`: on a CPU in 16 bits, eager trains faster while its scores fit in the processor's cache."""
     short = query.device.type == "cpu" and query.requires_grad and key.shape[2] <= 512 and query.dtype != torch.float32
     return (attend_eager if short else attend_sdpa)(query, key, value, mask, window, dropout)
 
 
 class Ragged(NamedTuple):
-    """Rows for a kernel that takes concatenated sequences without padding; `starts` (N+1,) are their boundaries."""
+    """A batch for a kernel that takes concatenated sequences without padding; `starts` (N+1,) are their boundaries."""
 
     kernel: Callable
-    tokens: Tensor | None  # (n,) places of the real tokens in the flattened B*T; None is all of them
+    tokens: Tensor | None  # (n,) indices of the tokens that are not padding in the flattened B*T; None is all tokens
     starts: Tensor
     longest: int
 
@@ -678,20 +676,20 @@ def ragged_rows(kernel: Callable, positions: Tensor, segment_ids: Tensor | None,
                       length)
     rows = torch.arange(batch, device=positions.device)[:, None].expand_as(positions)
     tokens = (positions >= 0).flatten().nonzero()[:, 0]
-    owners = rows.flatten()[tokens]
-    segments = owners.new_zeros(len(tokens)) if segment_ids is None else segment_ids.flatten()[tokens]
-    new = (owners[1:] != owners[:-1]) | (segments[1:] != segments[:-1])
-    edges = [owners.new_zeros(1), new.nonzero()[:, 0] + 1, owners.new_tensor([len(tokens)])]
+    rows = rows.flatten()[tokens]
+    segments = rows.new_zeros(len(tokens)) if segment_ids is None else segment_ids.flatten()[tokens]
+    new = (rows[1:] != rows[:-1]) | (segments[1:] != segments[:-1])
+    edges = [rows.new_zeros(1), new.nonzero()[:, 0] + 1, rows.new_tensor([len(tokens)])]
     starts = torch.cat(edges).int()
     return Ragged(kernel, tokens, starts, int(starts.diff().max()) if len(tokens) else 0)
 
 
 def attend_ragged(query: Tensor, key: Tensor, value: Tensor, rows: Ragged, window: int | None, dropout: float) -> Tensor:
-    """Attention by a kernel for concatenated sequences, with the interface of the others."""
+    """Attention by a kernel for concatenated sequences, with the interface of `attend_eager`."""
     batch, heads, length, width = query.shape
     if rows.longest == 0:
         return torch.zeros_like(query)
-    if spare := -width % 8:  # such kernels require a multiple of 8, and scale by it
+    if spare := -width % 8:  # the kernels require a multiple of 8, and scale by it
         query = query * (1 + spare / width) ** 0.5
         query, key, value = (F.pad(states, (0, spare)) for states in (query, key, value))
     q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # (B*T, H, D)
@@ -705,18 +703,18 @@ def attend_ragged(query: Tensor, key: Tensor, value: Tensor, rows: Ragged, windo
 
 def attend(dense: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Mask | Ragged | None, window=None,
            dropout=0.0) -> Tensor:
-    """Attention by the kernel that the mask was made for."""
+    """Attention by the kernel that the mask was built for."""
     return (attend_ragged if isinstance(mask, Ragged) else dense)(query, key, value, mask, window, dropout)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The type that matrix products use: autocast's if it is enabled, else the tensor's own."""
+    """The dtype of matrix products: autocast's if it is enabled, else the tensor's dtype."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang 2019, eq. 4), computed in float32 and returned in the type of the next product."""
+    """x / rms(x) * weight (Zhang 2019, eq. 4), computed in float32 and returned in the dtype of the next product."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -725,13 +723,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         dtype, weight = compute_dtype(hidden), self.weight
-        if hidden.dtype != weight.dtype:  # torch's own float32 is inside the kernel, for inputs of one type
+        if hidden.dtype != weight.dtype:  # torch's kernel computes in float32 only if both have the same dtype
             hidden, weight = hidden.float(), weight.float()
         return F.rms_norm(hidden, hidden.shape[-1:], weight, self.eps).to(dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """(x - mean) / std * weight + bias (Ba 2016), returned in the type of the next product."""
+    """(x - mean) / std * weight + bias (Ba 2016), returned in the dtype of the next product."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return super().forward(hidden.to(self.weight.dtype)).to(compute_dtype(hidden))
@@ -741,7 +739,7 @@ NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
 class Attention(nn.Module):
-    """Multi-head, grouped-query and multi-query attention in one (Ainslie 2023): H query heads share H_kv keys."""
+    """Multi-head, grouped-query and multi-query attention (Ainslie 2023): H query heads share H_kv key and value heads."""
 
     def __init__(self, config: ModelConfig, layer: int, attend: Callable):
         super().__init__()
@@ -766,7 +764,7 @@ class Attention(nn.Module):
         rotate = (lambda states: states) if rope is None else partial(self.rotate, cos=rope[0], sin=rope[1])
         if hasattr(self, "qkv_proj"):  # one product for all three
             both, value = self.by_head(self.qkv_proj(hidden)).split([sum(self.heads), self.heads[1]], 2)
-            if not hasattr(self, "q_norm"):  # and one rotation for two
+            if not hasattr(self, "q_norm"):  # one rotation for queries and keys
                 return *rotate(both.transpose(1, 2)).split(self.heads, 1), value.transpose(1, 2)
             query, key = both.split(self.heads, 2)
         else:
@@ -788,7 +786,7 @@ class Attention(nn.Module):
         return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1))  # (B, T, C)
 
     def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Tensor:
-        """A single query's heads that share keys become as many queries of one head, so that no key is repeated for them."""
+        """Heads that share keys become queries of one head for a single token, so the keys are not repeated."""
         if query.shape[2] > 1 or query.shape[1] == key.shape[1]:
             return self.attend(query, key, value, mask, self.window)
         grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, H_kv, H / H_kv, D)
@@ -796,13 +794,13 @@ class Attention(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2, 2024, section 2.1): the cache holds one narrow latent per token, from which the
-    keys and values of all heads are projected, and one rotary key that all heads share.
+    """Multi-head latent attention (DeepSeek-V2, 2024, section 2.1): the cache stores one low-rank latent per token, from which
+    the keys and values of all heads are projected, and one rotary key that all heads share.
 
-    Two forms of one computation. Expanded: project the latents to keys and values, then attend; this needs the least
-    arithmetic for many queries. Absorbed: since q . (W c) = (W^T q) . c, project the few queries into the latent space instead
-    and attend to the cached latents directly; no tensor as long as the context is created. A rotation by position does not
-    commute with W, which is why positions have a part of the head to themselves.
+    It has two equivalent forms. Expanded: project the latents to keys and values, then attend; this needs the fewest operations
+    for many queries. Absorbed: since q . (W c) = (W^T q) . c, project the queries into the latent space instead and attend to
+    the cached latents; keys and values are not created. A rotation by position does not commute with W, so the rotary
+    embedding has separate dimensions of each head.
     """
 
     def __init__(self, config: ModelConfig, layer: int, attend: Callable):
@@ -810,85 +808,84 @@ class LatentAttention(nn.Module):
         self.layer, self.attend, self.heads = layer, attend, config.num_attention_heads
         self.rotate = rotate_interleaved if config.rope_interleave else rotate
         self.dropout = config.attention_dropout
-        self.content, self.place, self.out = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.nope_dim, self.rope_dim, self.value_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         width, rank, bias, eps = config.hidden_size, config.kv_lora_rank, config.attention_bias, 1e-6
         self.rank = rank
         if config.q_lora_rank:
             self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * (self.content + self.place), bias=False)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * (self.nope_dim + self.rope_dim), bias=False)
         else:
-            self.q_proj = nn.Linear(width, self.heads * (self.content + self.place), bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(width, rank + self.place, bias)
+            self.q_proj = nn.Linear(width, self.heads * (self.nope_dim + self.rope_dim), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(width, rank + self.rope_dim, bias)
         self.kv_a_layernorm = RMSNorm(rank, eps)
-        self.kv_b_proj = nn.Linear(rank, self.heads * (self.content + self.out), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.out, width, bias)
+        self.kv_b_proj = nn.Linear(rank, self.heads * (self.nope_dim + self.value_dim), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value_dim, width, bias)
         scaling = config.rope_scaling or {}
-        # YaRN sharpens the whole score, not only the rotary part whose tables it scales.
-        self.sharpen = _magnitude(scaling.get("factor", 1), scaling.get("mscale_all_dim") or 0) ** 2
-        # From this many queries on, expanding keys and values once costs less than latent-wide products for each query.
-        spared = 2 * rank - self.content - self.out
-        self.expand_from = rank * (self.content + self.out) / spared if spared > 0 else math.inf
+        # YaRN scales the whole score, not only its rotary part (through cos and sin).
+        self.score_scale = _magnitude(scaling.get("factor", 1), scaling.get("mscale_all_dim") or 0) ** 2
+        # With at least this many queries, expanding keys and values once costs less than products of the latents' width.
+        spared = 2 * rank - self.nope_dim - self.value_dim
+        self.expand_from = rank * (self.nope_dim + self.value_dim) / spared if spared > 0 else math.inf
 
     def forward(self, hidden: Tensor, rope, mask, cache: CacheStep | None) -> Tensor:
         batch, length, _ = hidden.shape
         query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden))) if hasattr(self, "q_a_proj") else self.q_proj(hidden)
         query = query.view(batch, length, self.heads, -1).transpose(1, 2)  # (B, H, T, D)
-        content, place = query.split([self.content, self.place], -1)
-        place = self.rotate(place, *rope)
-        latent, key_place = self.kv_a_proj_with_mqa(hidden).split([self.rank, self.place], -1)
-        states = self.kv_a_layernorm(latent)[:, None], self.rotate(key_place[:, None], *rope)  # (B, 1, T, R), (B, 1, T, Dr)
+        content, rotary = query.split([self.nope_dim, self.rope_dim], -1)
+        rotary = self.rotate(rotary, *rope)
+        latent, key_rotary = self.kv_a_proj_with_mqa(hidden).split([self.rank, self.rope_dim], -1)
+        states = self.kv_a_layernorm(latent)[:, None], self.rotate(key_rotary[:, None], *rope)  # (B, 1, T, R), (B, 1, T, Dr)
         if cache is not None:
-            output = cache.attend(self.layer, (content, place), states, None, self._attend_cached)
+            output = cache.attend(self.layer, (content, rotary), states, None, self._attend_cached)
         else:
-            output = self._expanded(content, place, *states, mask)  # (B, H, T, Dv)
+            output = self._expanded(content, rotary, *states, mask)  # (B, H, T, Dv)
         return self.o_proj(output.transpose(1, 2).reshape(batch, length, -1))  # (B, T, C)
 
-    def _attend_cached(self, content: Tensor, place: Tensor, latent: Tensor, key_place: Tensor, mask: Mask | None) -> Tensor:
+    def _attend_cached(self, content: Tensor, rotary: Tensor, latent: Tensor, key_rotary: Tensor, mask: Mask | None) -> Tensor:
         absorb = mask is not None and content.shape[2] < self.expand_from
-        return (self._absorbed if absorb else self._expanded)(content, place, latent, key_place, mask)
+        return (self._absorbed if absorb else self._expanded)(content, rotary, latent, key_rotary, mask)
 
-    def _expanded(self, content: Tensor, place: Tensor, latent: Tensor, key_place: Tensor, mask) -> Tensor:
+    def _expanded(self, content: Tensor, rotary: Tensor, latent: Tensor, key_rotary: Tensor, mask) -> Tensor:
         batch, _, keys, _ = latent.shape
         expanded = self.kv_b_proj(latent).view(batch, keys, self.heads, -1).transpose(1, 2)  # (B, H, S, D)
-        key_content, value = expanded.split([self.content, self.out], -1)
-        key = torch.cat((key_content, key_place.expand(-1, self.heads, -1, -1)), -1)
-        size = self.content + self.place
-        width = max(size, self.out)  # fused kernels require equal widths, and scale by them
-        query = F.pad(torch.cat((content, place), -1) * (self.sharpen * (width / size) ** 0.5), (0, width - size))
-        key, value = F.pad(key, (0, width - size)), F.pad(value, (0, width - self.out))
-        return self.attend(query, key, value, mask, None, self.dropout if self.training else 0.0)[..., : self.out]
+        key_content, value = expanded.split([self.nope_dim, self.value_dim], -1)
+        key = torch.cat((key_content, key_rotary.expand(-1, self.heads, -1, -1)), -1)
+        size = self.nope_dim + self.rope_dim
+        width = max(size, self.value_dim)  # fused kernels require equal widths, and scale by them
+        query = F.pad(torch.cat((content, rotary), -1) * (self.score_scale * (width / size) ** 0.5), (0, width - size))
+        key, value = F.pad(key, (0, width - size)), F.pad(value, (0, width - self.value_dim))
+        return self.attend(query, key, value, mask, None, self.dropout if self.training else 0.0)[..., : self.value_dim]
 
-    def _absorbed(self, content: Tensor, place: Tensor, latent: Tensor, key_place: Tensor, mask: Mask) -> Tensor:
+    def _absorbed(self, content: Tensor, rotary: Tensor, latent: Tensor, key_rotary: Tensor, mask: Mask) -> Tensor:
         batch, heads, length, _ = content.shape
-        latent, key_place = latent[:, 0], key_place[:, 0]  # (B, S, R), (B, S, Dr)
-        weight = effective_weight(self.kv_b_proj, latent).reshape(heads, self.content + self.out, self.rank)
-        to_key, to_value = weight.split([self.content, self.out], 1)  # (H, Dc, R), (H, Dv, R)
+        latent, key_rotary = latent[:, 0], key_rotary[:, 0]  # (B, S, R), (B, S, Dr)
+        weight = effective_weight(self.kv_b_proj, latent).reshape(heads, self.nope_dim + self.value_dim, self.rank)
+        to_key, to_value = weight.split([self.nope_dim, self.value_dim], 1)  # (H, Dc, R), (H, Dv, R)
         query = _by_head(content, to_key)  # (B, H, T, R)
         scores = _by_row(query.flatten(1, 2), latent.transpose(1, 2))  # (B, H*T, S)
-        scores = scores.add_(_by_row(place.flatten(1, 2), key_place.transpose(1, 2))).view(batch, heads, length, -1)
-        scores = scores.mul_(self.sharpen * (self.content + self.place) ** -0.5)
+        scores = scores.add_(_by_row(rotary.flatten(1, 2), key_rotary.transpose(1, 2))).view(batch, heads, length, -1)
+        scores = scores.mul_(self.score_scale * (self.nope_dim + self.rope_dim) ** -0.5)
         scores = scores if mask.bias is None else scores.add_(mask.bias)
         probabilities = scores.softmax(-1)
         if self.dropout and self.training:
             probabilities = F.dropout(probabilities, self.dropout)
         mixed = _by_row(probabilities.flatten(1, 2), latent).view(batch, heads, length, -1)  # (B, H, T, R)
-        return _blank(_by_head(mixed, to_value.transpose(1, 2)), mask)  # (B, H, T, Dv)
+        return _zero_empty(_by_head(mixed, to_value.transpose(1, 2)), mask)  # (B, H, T, Dv)
 
 
 def _by_row(left: Tensor, right: Tensor) -> Tensor:
-    """torch.bmm. On a CPU row by row: oneDNN would first copy 16-bit batches with gaps between rows (a cache's)."""
+    """torch.bmm, but row by row on a CPU: oneDNN would copy 16-bit batches with gaps between rows, as in a cache."""
     return torch.stack([a @ b for a, b in zip(left, right, strict=True)]) if left.device.type == "cpu" else torch.bmm(left, right)
 
 
 def _by_head(states: Tensor, weights: Tensor) -> Tensor:
-    """(B, H, T, D) times each head's own (H, D, R) -> (B, H, T, R). A broadcast `@` would copy the weights B times."""
+    """states (B, H, T, D) @ weights (H, D, R) -> (B, H, T, R). A broadcast `@` would copy the weights B times."""
     return torch.bmm(states.transpose(0, 1).flatten(1, 2), weights).unflatten(1, (len(states), -1)).transpose(0, 1)
 
 
 def effective_weight(linear: nn.Module, like: Tensor) -> Tensor:
-    """The (out, in) matrix that a bias-free layer multiplies by, in the type of `like`. A layer with an adapter or with
-    quantized weights is applied to the unit vectors."""
+    """The (out, in) matrix of a layer without bias, in the dtype of `like`; via unit vectors if it is not nn.Linear."""
     if type(linear) is nn.Linear:
         return linear.weight.to(like.dtype)
     return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).t().to(like.dtype)
@@ -927,11 +924,11 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Scores every token for every expert and keeps the best k (Shazeer 2017; DeepSeek-V3 2024, section 2.1.2).
+    """Scores each token for each expert and selects the top k (Shazeer 2017; DeepSeek-V3 2024, section 2.1.2).
 
-    Without a remedy, routers send most tokens to a few experts. Two remedies: a loss that grows with the imbalance
-    (`balance_loss`), or a selection bias (Wang 2024): after each step, experts that got too few tokens are favored a little.
-    The bias affects which experts are chosen, not their weights, so it changes no gradient.
+    Without load balancing, routers send most tokens to a few experts. Two methods balance the load: a loss that grows with the
+    imbalance (`balance_loss`), and a selection bias (Wang 2024) that rises after each step for experts with too few tokens.
+    The bias affects which experts are selected, not their weights, so it does not change gradients.
     """
 
     def __init__(self, config: ModelConfig):
@@ -945,7 +942,7 @@ class Router(nn.Module):
     def forward(self, hidden: Tensor, real: Tensor | None, rows: int) -> tuple[Tensor, Tensor, Routing | None]:
         """hidden (N, C) of `rows` sequences, real (N,) or None -> experts (N, k), weights (N, k), and Routing in training."""
         config = self.config
-        with torch.autocast(hidden.device.type, enabled=False):  # in float32: rounding would change the choice
+        with torch.autocast(hidden.device.type, enabled=False):  # in float32: rounding would change the selection
             scores = self.activation(F.linear(hidden.float(), self.weight.float()))  # (N, E)
         experts = self.choose(scores.detach())  # (N, k)
         weights = scores.gather(1, experts)
@@ -955,7 +952,7 @@ class Router(nn.Module):
         return experts, weights * config.routed_scaling_factor, routing
 
     def choose(self, scores: Tensor) -> Tensor:
-        """Scores (N, E) -> the k best experts (N, k); with groups, those of the best groups only."""
+        """scores (N, E) -> the top-k experts (N, k); with groups, experts of the top groups only."""
         config = self.config
         if config.scoring_func == "sigmoid":
             scores = scores + self.e_score_correction_bias
@@ -968,27 +965,27 @@ class Router(nn.Module):
 
 
 def balance_loss(scores: Tensor, experts: Tensor, real: Tensor | None, rows: int, config: ModelConfig) -> Routing:
-    """coefficient * E * sum over experts of (share of tokens that chose it) * (its mean score), over the whole batch
-    (Fedus 2021, eqs. 4-6, with k choices per token) or, with `seq_aux`, for each of `rows` sequences with the shares divided
-    by k and scores that sum to 1 (DeepSeek-V3, eqs. 17-20). Smallest when all experts get equally many tokens."""
+    """coefficient * E * sum over experts of (fraction of tokens routed to the expert) * (its mean score), over the whole batch
+    (Fedus 2021, eqs. 4-6, with k experts per token) or, with `seq_aux`, for each of `rows` sequences with the fractions divided
+    by k and scores that sum to 1 (DeepSeek-V3, eqs. 17-20). The minimum is a uniform load."""
     count, k = scores.shape[1], experts.shape[1]
     groups = rows if config.seq_aux else 1
-    alive = torch.ones_like(scores[:, 0]) if real is None else real.to(scores.dtype)  # (N,)
+    valid = torch.ones_like(scores[:, 0]) if real is None else real.to(scores.dtype)  # (N,)
     group = torch.arange(len(scores), device=scores.device) // (len(scores) // groups)  # (N,)
-    places = (group[:, None] * count + experts).flatten()  # (N * k,)
-    chosen = scores.new_zeros(groups * count).scatter_add_(0, places, alive.repeat_interleave(k)).view(groups, count)
-    size = alive.view(groups, -1).sum(1, keepdim=True).clamp(min=1)  # (G, 1)
+    index = (group[:, None] * count + experts).flatten()  # (N * k,)
+    chosen = scores.new_zeros(groups * count).scatter_add_(0, index, valid.repeat_interleave(k)).view(groups, count)
+    size = valid.view(groups, -1).sum(1, keepdim=True).clamp(min=1)  # (G, 1)
     if config.scoring_func == "sigmoid":
         scores = scores / scores.sum(-1, keepdim=True)
-    mean = (scores * alive[:, None]).view(groups, -1, count).sum(1) / size  # (G, E)
-    shares = chosen / size / (k if config.seq_aux else 1)
-    return Routing(config.router_aux_loss_coef * count * (shares * mean).sum(-1).mean(), chosen.sum(0))
+    mean = (scores * valid[:, None]).view(groups, -1, count).sum(1) / size  # (G, E)
+    fractions = chosen / size / (k if config.seq_aux else 1)
+    return Routing(config.router_aux_loss_coef * count * (fractions * mean).sum(-1).mean(), chosen.sum(0))
 
 
 class Gather(torch.autograd.Function):
-    """rows[index] whose backward gathers too, through the inverse index, instead of scattering with additions.
+    """rows[index] with a backward that also gathers, through the inverse index, instead of scattering with additions.
 
-    `inverse` (M * k,) lists the k places to which each of the M rows was copied."""
+    `inverse` (M * k,) lists the k indices to which each of the M rows was copied."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -1003,10 +1000,10 @@ class Gather(torch.autograd.Function):
 
 
 class Experts(nn.Module):
-    """The gated MLPs of all experts as stacked weights, computed together.
+    """The gated MLPs of all experts as stacked weights, computed by grouped products.
 
     Tokens are sorted by expert, so the tokens of each expert are one run of rows and a grouped product multiplies run e by
-    weight e. The shapes depend on the number of tokens alone, not on the routing. An expert without tokens has zero rows and
+    weight e. The shapes depend only on the number of tokens, not on the routing. An expert without tokens has zero rows and
     gets zero gradients.
     """
 
@@ -1024,32 +1021,32 @@ class Experts(nn.Module):
         count, k = self.count, experts.shape[1]
         experts = experts.flatten()  # (N * k,)
         if real is not None:
-            experts = experts.masked_fill(~real.repeat_interleave(k), count)  # padding is sorted behind the last expert
+            experts = experts.masked_fill(~real.repeat_interleave(k), count)  # padding is sorted after the last expert
         order = experts.argsort(stable=True)
         inverse = order.argsort()
         ends = F.one_hot(experts, count + 1).sum(0)[:count].cumsum(0, dtype=torch.int32)  # (E,)
-        behind = None if real is None else (torch.arange(len(order), device=order.device) >= ends[-1])[:, None]
+        padding = None if real is None else (torch.arange(len(order), device=order.device) >= ends[-1])[:, None]
         runs = Gather.apply(hidden, order // k, inverse)  # (N * k, C)
-        runs = runs if behind is None else runs.masked_fill(behind, 0.0)
+        runs = runs if padding is None else runs.masked_fill(padding, 0.0)
         gate, up = self.product(runs, "gate_up_proj", ends).chunk(2, -1)
         runs = self.product(self.activation(gate) * up, "down_proj", ends)  # (N * k, C)
-        runs = runs if behind is None else runs.masked_fill(behind, 0.0)  # the product leaves these rows undefined
-        apart = Gather.apply(runs, inverse, order).view(len(hidden), k, -1)  # (N, k, C)
-        return (weights.to(apart.dtype)[:, None] @ apart).squeeze(1)  # (N, C)
+        runs = runs if padding is None else runs.masked_fill(padding, 0.0)  # the product leaves these rows undefined
+        outputs = Gather.apply(runs, inverse, order).view(len(hidden), k, -1)  # (N, k, C)
+        return (weights.to(outputs.dtype)[:, None] @ outputs).squeeze(1)  # (N, C)
 
     def product(self, runs: Tensor, part: str, ends: Tensor) -> Tensor:
         return grouped_product(runs, getattr(self, part), ends)
 
 
 def grouped_product(runs: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows (M, in) in runs that end at `ends` (E,), weight (E, out, in) -> (M, out)."""
-    # torch.compile supports the product in bfloat16 only; in other types it runs uncompiled.
+    """Multiply rows (M, in), in runs that end at `ends` (E,), by weight (E, out, in) -> (M, out)."""
+    # torch.compile supports the product only in bfloat16; in other dtypes it runs uncompiled.
     product = F.grouped_mm if runs.dtype == torch.bfloat16 else torch.compiler.disable(F.grouped_mm)
     return product(runs, weight.to(runs.dtype).transpose(1, 2), offs=ends)
 
 
 class MixtureOfExperts(nn.Module):
-    """A router and its experts, optionally with shared experts that every token visits (DeepSeekMoE, Dai 2024)."""
+    """A router and its experts, optionally with shared experts that process every token (DeepSeekMoE, Dai 2024)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -1073,8 +1070,8 @@ class MixtureOfExperts(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention, then an MLP or experts, each added to the residual stream; returns the stream and the router's result.
 
-    Pre-norm: x + f(norm(x)); the stream itself is never normalized, which lets deep models train. Post-norm, as in BERT and
-    the original Transformer (Vaswani 2017): norm(x + f(x)).
+    Pre-norm: x + f(norm(x)); the residual stream is not normalized, which keeps deep models trainable. Post-norm, as in BERT
+    and the original Transformer (Vaswani 2017): norm(x + f(x)).
     """
 
     def __init__(self, config: ModelConfig, layer: int, attend: Callable):
@@ -1101,7 +1098,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, layers, final norm: ids (B, T) -> hidden states (B, T, C), those of each layer, the routers' results."""
+    """Embeddings, layers, final norm: ids (B, T) -> hidden states (B, T, C), a list per layer, and the routers' results."""
 
     def __init__(self, config: ModelConfig, attention: tuple[Callable, list[Kernel]]):
         super().__init__()
@@ -1113,7 +1110,7 @@ class Decoder(nn.Module):
         if config.type_vocab_size:
             self.embed_types = embedding(config.type_vocab_size, config.hidden_size)
         if config.position_embedding_type == "rope":
-            # A plain attribute: as a buffer it would be rounded when the model is converted to 16 bits.
+            # Not a buffer: converting the model to 16 bits would round it.
             self.rope_frequencies, self.rope_factor = rope_frequencies(config)
         self.layers = nn.ModuleList(DecoderLayer(config, i, partial(attend, dense)) for i in range(config.num_hidden_layers))
         norm = NORMS[config.norm_type](config.hidden_size, config.rms_norm_eps)
@@ -1121,8 +1118,8 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.embd_pdrop) if config.embd_pdrop else nn.Identity()
 
     def rope_tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (B, 1, T, D) of each number's angle; sin is negative in the first half, for the first number of each pair.
-        Angles are float32 in models of any type: bf16 cannot represent integers above 256."""
+        """cos and sin (B, 1, T, D) of the angle of each dimension; sin is negative in the first half, for the first of each pair.
+        Angles are float32 in models of any dtype: bf16 does not represent all integers above 256."""
         self.rope_frequencies = self.rope_frequencies.to(positions.device)
         angles = positions.clamp(min=0)[..., None].float() * self.rope_frequencies  # (B, T, D/2)
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
@@ -1131,7 +1128,7 @@ class Decoder(nn.Module):
     def masks(self, rows: int, positions: Tensor, segment_ids, cache, plain: bool, dtype) -> list:
         """One mask per layer; None is causal attention without a window."""
         config = self.config
-        if cache is not None:  # which makes its own
+        if cache is not None:  # it builds the masks
             return [None] * config.num_hidden_layers
         builder = MaskBuilder(positions, segment_ids, dtype, config.causal)
         windows = [config.window(i) for i in range(config.num_hidden_layers)]
@@ -1175,7 +1172,7 @@ class Decoder(nn.Module):
 
 
 def default_positions(input_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
-    """0..T-1, or counted from each segment's start: segments [5 5 5 7 7] -> [0 1 2 0 1]. (1 or B, T)"""
+    """Positions 0..T-1 (1, T), or restarting at each segment (B, T): segments [5 5 5 7 7] -> [0 1 2 0 1]."""
     steps = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     if segment_ids is None:
         return steps
@@ -1188,7 +1185,7 @@ def default_positions(input_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
 
 
 class Output(NamedTuple):
-    """The results of a forward pass; only the requested ones are set. Shapes: `LanguageModel.forward`."""
+    """The results of a forward pass; only requested fields are set. Shapes: see `LanguageModel.forward`."""
 
     logits: Tensor | None = None
     logprobs: Tensor | None = None
@@ -1201,10 +1198,10 @@ class Output(NamedTuple):
 
 
 HEADS = ("lm", "score", "value")
-# Bytes of float32 logits computed at once, least and most: as many rows as the head has columns, since each chunk adds to the
-# gradient of the whole head; at least what fits a processor's cache, at most what any machine can hold.
+# Minimum and maximum size of a chunk of float32 logits. A chunk has C rows, since each chunk adds to the gradient of the whole
+# head (V, C), but at least what fits in a processor's cache, and at most what fits in the memory of any machine.
 HEAD_CHUNK_BYTES = 24 * 2**20, 128 * 2**20
-HEAD_KEEP_BYTES = 2**29  # logits of a batch up to this size are kept for backward, larger ones are recomputed
+HEAD_KEEP_BYTES = 2**29  # up to this size, the logits of a batch are kept for backward; larger ones are recomputed
 
 
 class LanguageModel(nn.Module):
@@ -1217,16 +1214,16 @@ class LanguageModel(nn.Module):
     def __init__(self):
         super().__init__()
         settle_vector_functions()
-        self.adapter = None  # peft's LoraConfig, where one is attached
-        self.adapters: dict[str, str] = {}  # of `load_adapters`: names -> peft's names
+        self.adapter = None  # peft's LoraConfig, if an adapter is attached
+        self.adapters: dict[str, str] = {}  # `load_adapters`: names -> peft's names
         self.adapter_tokens: dict[str, Tensor] = {}  # peft's names -> the tokens of this forward pass that use the adapter
-        self.quantization = "none"  # of the layers' frozen matrices
-        self.rates: dict[str, float] = {}  # part of a weight's name -> how many times faster it learns (LoRA+)
+        self.quantization = "none"  # quantization of the frozen weights
+        self.rates: dict[str, float] = {}  # part of a weight's name -> factor on its learning rate (LoRA+)
         self.new_ids: list[int] = []  # token ids added to the vocabulary after loading
         self.router_counts: Tensor | None = None  # (layers with experts, E) tokens since the last optimizer step
 
     def add_heads(self, head: str | tuple, width: int, labels: int) -> None:
-        """Create the requested heads except lm's, which differs by model."""
+        """Create the requested heads, except the lm head, which differs between models."""
         self.heads = (head,) if isinstance(head, str) else tuple(head)
         if not set(self.heads) <= set(HEADS):
             raise UserError(f"head: {head!r} is not one of {', '.join(HEADS)}")
@@ -1237,7 +1234,7 @@ class LanguageModel(nn.Module):
             nn.init.zeros_(self.value_head.weight)
 
     def backbone(self, input_ids, positions, cache, segment_ids, token_types, keep: bool) -> tuple[Tensor, list, list[Routing]]:
-        """ids (B, T) -> hidden states (B, T, C) after the final norm, all hidden states if `keep`, the routers' results."""
+        """ids (B, T) -> hidden states (B, T, C) after the final norm; if `keep`, all hidden states; and the routers' results."""
         raise NotImplementedError
 
     def head_input(self, hidden: Tensor) -> Tensor:
@@ -1245,7 +1242,7 @@ class LanguageModel(nn.Module):
         return hidden
 
     def head_logits(self, hidden: Tensor) -> Tensor:
-        """Last hidden states (N, C) -> logits (N, V), in the type of matrix products."""
+        """Last hidden states (N, C) -> logits (N, V), in the dtype of matrix products."""
         raise NotImplementedError
 
     def get_input_embeddings(self) -> nn.Module:
@@ -1256,7 +1253,7 @@ class LanguageModel(nn.Module):
         return KVCache(self.config.num_hidden_layers, pages, page, self.device, kernel)
 
     def after_step(self) -> dict[str, float]:
-        """Called by the trainer after each optimizer step: routers move their selection bias (Wang 2024, algorithm 1).
+        """Called by the trainer after each optimizer step: update the routers' selection bias (Wang 2024, algorithm 1).
 
         Returns for the log: the load of the busiest expert relative to a uniform split (1 is balanced) and the fraction of
         experts without tokens, averaged over layers.
@@ -1266,12 +1263,12 @@ class LanguageModel(nn.Module):
         counts, self.router_counts = self.router_counts, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
-        fair = counts.mean(1, keepdim=True)  # (layers, 1)
+        uniform = counts.mean(1, keepdim=True)  # (layers, 1)
         routers = [module for module in self.modules() if isinstance(module, Router)]
-        for router, above in zip(routers, counts - fair, strict=True):
+        for router, excess in zip(routers, counts - uniform, strict=True):
             if router.config.router_bias_update_speed:
-                router.e_score_correction_bias -= router.config.router_bias_update_speed * above.sign()
-        return {"expert_load": float((counts.amax(1) / fair[:, 0].clamp(min=1e-9)).mean()),
+                router.e_score_correction_bias -= router.config.router_bias_update_speed * excess.sign()
+        return {"expert_load": float((counts.amax(1) / uniform[:, 0].clamp(min=1e-9)).mean()),
                 "idle_experts": float((counts == 0).float().mean())}
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: CacheStep | None = None,
@@ -1279,24 +1276,24 @@ class LanguageModel(nn.Module):
                 temperature: float = 1.0, reduce: Callable | None = None, want: tuple = (), at: Tensor | None = None) -> Output:
         """ids (B, T) -> Output with the requested fields.
 
-        logits        (B, T, V)           without targets and reduce; with `at` (N, V), of the places at (N,) in the flattened B*T
-        logprobs      (B, T) float32      log-probability of targets[b, t] given everything up to t, at `temperature`;
-                                          exactly 0, without gradient, where the target is -100 or the position -1
-        reduced       {name: (B, T)}      reduce(logits (N, V), rows (N,)) -> {name: (N,)} over the trained places;
-                                          rows index the flattened B*T; `logprobs` among the results replace ours
-        entropy       (B, T) float32      with want=("entropy",), of the same distribution
-        hidden_states tuple of (B, T, C)  want=("hidden_states",): embeddings, each layer, the last one after the norm
-        values, scores (B, T), (B, T, L)  want=("values", "scores"): heads at every position
-        aux_loss      ()                  in training, the routers' balance loss with its coefficient, mean over layers
+        logits        (B, T, V)           without targets and reduce; with `at` (N,), indices into the flattened B*T: (N, V)
+        logprobs      (B, T) float32      log-probability of targets[b, t] given all tokens up to t, at `temperature`;
+                                          exactly 0, without gradient, where the target is -100 or the position is -1
+        reduced       {name: (B, T)}      reduce(logits (N, V), rows (N,)) -> {name: (N,)} over the trained positions;
+                                          rows index the flattened B*T; `logprobs` among the results replaces the default
+        entropy       (B, T) float32      want=("entropy",): entropy of the same distribution
+        hidden_states tuple of (B, T, C)  want=("hidden_states",): embeddings, then each layer; the last one after the norm
+        values, scores (B, T), (B, T, L)  want=("values", "scores"): outputs of these heads at every position
+        aux_loss      ()                  in training, the routers' balance loss times its coefficient, mean over layers
 
-        positions (B, T): of each token, -1 is padding; None is 0..T-1, restarting at each segment.
-        segment_ids (B, T): tokens attend to their own segment only. cache: the step that the ids (1, N) are, see `CacheStep`.
-        The caller shifts targets; they are never shifted here. With targets or reduce, no (B, T, V) tensor is created.
+        positions (B, T): position of each token, -1 for padding; None is 0..T-1, restarting at each segment.
+        segment_ids (B, T): tokens attend only to tokens of the same segment. cache: the `CacheStep` of these ids (1, N).
+        The caller shifts the targets. With targets or reduce, no (B, T, V) tensor is created.
         """
         if "entropy" in want and targets is None:
-            raise ValueError("entropy is computed where targets are given")
+            raise ValueError("entropy requires targets")
         if cache is not None and (positions is not None or segment_ids is not None):
-            raise ValueError("a cache has the positions; segment_ids are not possible")
+            raise ValueError("positions and segment_ids cannot be passed with a cache, which sets the positions")
         hidden, states, routings = self.backbone(input_ids, positions, cache, segment_ids, token_types, "hidden_states" in want)
         out = {"aux_loss": hidden.new_zeros((), dtype=torch.float32)}
         if routings:
@@ -1316,10 +1313,10 @@ class LanguageModel(nn.Module):
         return Output(**out)
 
     def _from_logits(self, hidden, positions, targets, temperature, reduce, entropy: bool) -> dict:
-        """Everything that needs logits, computed in chunks of rows; backward recomputes the logits of each chunk.
+        """The outputs that are computed from logits, in chunks of rows; for large batches, backward recomputes each chunk.
 
         The float32 logits of a whole batch are often the largest tensor of a training step (8 x 2048 x 128256 x 4 bytes is
-        8 GB). In chunks they stay in the processor's cache, and only (N,) results are kept.
+        8 GB). Chunks fit in the processor's cache, and only results of shape (N,) are kept.
         """
         shape = hidden.shape[:2]
         trained = torch.ones(shape, dtype=torch.bool, device=hidden.device)
@@ -1330,27 +1327,27 @@ class LanguageModel(nn.Module):
         rows = trained.flatten().nonzero()[:, 0]  # (N,)
         hidden = hidden.flatten(0, 1)  # (B*T, C)
         everywhere = len(rows) == len(hidden)
-        chosen = hidden if everywhere else hidden[rows]
-        picked = None if targets is None else targets.flatten() if everywhere else targets.flatten()[rows]
+        inputs = hidden if everywhere else hidden[rows]
+        targets = None if targets is None else targets.flatten() if everywhere else targets.flatten()[rows]
         low, high = (limit // (4 * self.config.vocab_size) for limit in HEAD_CHUNK_BYTES)
-        size = max(1, low, min(high, hidden.shape[-1]))  # rows at once
+        size = max(1, low, min(high, hidden.shape[-1]))  # rows of a chunk
         parts: dict[str, list[Tensor]] = {}
-        for start in range(0, max(len(rows), 1), size):  # an empty batch still runs once, so that every weight gets a gradient
-            piece = slice(start, start + size)
-            args = (chosen[piece], None if picked is None else picked[piece], rows[piece], temperature, reduce, entropy)
-            again = torch.is_grad_enabled() and 4 * len(rows) * self.config.vocab_size > HEAD_KEEP_BYTES
-            results = checkpoint(self._chunk, *args, use_reentrant=False) if again else self._chunk(*args)
+        for start in range(0, max(len(rows), 1), size):  # an empty batch has one chunk too, so that every weight gets a gradient
+            chunk = slice(start, start + size)
+            args = (inputs[chunk], None if targets is None else targets[chunk], rows[chunk], temperature, reduce, entropy)
+            recompute = torch.is_grad_enabled() and 4 * len(rows) * self.config.vocab_size > HEAD_KEEP_BYTES
+            results = checkpoint(self._chunk, *args, use_reentrant=False) if recompute else self._chunk(*args)
             for name, values in results.items():
                 parts.setdefault(name, []).append(values)
-        spread = {}
+        results = {}
         for name, values in parts.items():
             joined = torch.cat(values)  # (N,)
             if not everywhere:
                 joined = joined.new_zeros(trained.numel()).index_copy(0, rows, joined)
-            spread[name] = joined.view(shape)
-        out = {name: spread.pop(name) for name in ("logprobs", "entropy") if name in spread}
+            results[name] = joined.view(shape)
+        out = {name: results.pop(name) for name in ("logprobs", "entropy") if name in results}
         if reduce is not None:
-            out["reduced"] = spread
+            out["reduced"] = results
         return out
 
     def _chunk(self, hidden, targets, rows, temperature, reduce, entropy: bool) -> dict[str, Tensor]:
@@ -1362,13 +1359,13 @@ class LanguageModel(nn.Module):
 
 
 def outside_autocast(head: nn.Module, hidden: Tensor) -> Tensor:
-    """Scores and values in the type of the head's weights: bf16 rounds rewards to three digits."""
+    """Apply a score or value head in the dtype of its weights: bf16 would round rewards to three digits."""
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.to(next(head.parameters()).dtype)).float()
 
 
 class Transformer(LanguageModel):
-    """The decoder with its heads. Module names are those of Hugging Face's Llama: model.layers.0.self_attn.q_proj."""
+    """The decoder with its heads. Module names are those of Hugging Face's Llama, such as model.layers.0.self_attn.q_proj."""
 
     def __init__(self, config: ModelConfig, head: str | tuple = "lm", attn_implementation: str = "auto"):
         super().__init__()
@@ -1393,7 +1390,7 @@ class Transformer(LanguageModel):
         return getattr(self, "lm_head", None)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **_) -> dict:
-        """peft requires this of a causal model."""
+        """peft requires this method of a causal model."""
         return {"input_ids": input_ids}
 
     @property
@@ -1402,7 +1399,7 @@ class Transformer(LanguageModel):
         return "lm_head.decoder.weight" if self.config.lm_head_transform else "lm_head.weight"
 
     @property
-    def _tied_weights_keys(self) -> dict | None:  # peft trains tokens in both places where they are shared
+    def _tied_weights_keys(self) -> dict | None:  # peft trains new tokens in both if they are tied
         return {self.tied_name: "model.embed_tokens.weight"} if self.config.tie_word_embeddings and "lm" in self.heads else None
 
     @property
@@ -1421,7 +1418,7 @@ class Transformer(LanguageModel):
         if token_types is not None and not self.config.type_vocab_size:
             raise ValueError("this model has no token types")
         if cache is not None and not self.config.causal:
-            raise ValueError("an encoder sees all tokens at once and has no use for a cache")
+            raise ValueError("an encoder cannot use a KV cache")
         return self.model(input_ids, positions, cache, segment_ids, token_types, keep)
 
     def head_logits(self, hidden: Tensor) -> Tensor:
@@ -1433,7 +1430,7 @@ def log_softmax_at(logits: Tensor, targets: Tensor, temperature: float = 1.0, en
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    # cross_entropy is one fused pass in each direction; gather(logits) - logsumexp(logits) takes five.
+    # cross_entropy is one fused pass per direction; gather(logits) - logsumexp(logits) takes five passes.
     results = {"logprobs": -F.cross_entropy(logits, targets, reduction="none")}
     if entropy:
         logprobs = logits.log_softmax(-1)
@@ -1442,10 +1439,10 @@ def log_softmax_at(logits: Tensor, targets: Tensor, temperature: float = 1.0, en
 
 
 def init_weights(model: Transformer, seed: int = 0, only: tuple = ("",)) -> None:
-    """All weight initialization of the project, drawn on the CPU from `seed`, equal on every device.
+    """Initialize all weights, drawn on the CPU from `seed`, so that they are the same on every device.
 
-    Matrices and embeddings are normal(0, initializer_range). The two products that write to the residual stream (o_proj,
-    down_proj) are smaller by sqrt(2 * layers), so that the stream's variance does not grow with depth (GPT-2, Radford 2019,
+    Matrices and embeddings are normal(0, initializer_range). The weights of the two layers that write to the residual stream
+    (o_proj, down_proj) are divided by sqrt(2 * layers), so that its variance does not grow with depth (GPT-2, Radford 2019,
     section 2.3). Norms start at one; biases, value heads and selection biases at zero. `only`: prefixes of the parameter
     names to initialize.
     """
@@ -1508,8 +1505,8 @@ def _size(base: dict, width: int, layers: int, heads: int, mlp: int, **more) -> 
                 **more)
 
 
-TRAINED_VOCABULARY = 1024  # ids of a tokenizer that is trained here, unless tokenizer.vocab_size says otherwise
-_SMALL = 4096  # vocabulary of the presets for such tokenizers
+TRAINED_VOCABULARY = 1024  # vocabulary size of a trained tokenizer (default of tokenizer.vocab_size)
+_SMALL = 4096  # vocabulary size of the presets for trained tokenizers
 _TINY = dict(tie_word_embeddings=True, vocab_size=_SMALL, max_position_embeddings=1024)
 _TINY_MLA = dict(_TINY, kv_lora_rank=48, q_lora_rank=64, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=24,
                  moe_intermediate_size=96, mlp_only_layers=[0], rope_scaling=None, router_bias_update_speed=5e-3)
@@ -1569,23 +1566,23 @@ PRESETS = {
 def preset_config(name: str, **overrides) -> ModelConfig:
     """The settings of a preset, e.g. preset_config("llama-2m", vocab_size=1024)."""
     if name is None:
-        raise UserError("model.preset: a value is needed, or a trained model's name in model.name")
+        raise UserError("model.preset: null; set it, or set model.name to a trained model")
     if name not in PRESETS:
         raise UserError(f"model.preset: '{name}' is unknown; nearest is '{nearest(name, PRESETS)}' "
                         "(python MODEL.py --list shows all)")
     knobs = dict(PRESETS[name])
     if "hidden_size" in overrides or "num_attention_heads" in overrides:
-        # These settings of a preset were derived from its heads; with other heads they are derived again.
+        # Derived from the number of heads, so with another number they are derived again.
         knobs.pop("head_dim", None)
         if "num_attention_heads" in overrides:
             knobs.pop("num_key_value_heads", None)
     return ModelConfig(**{**knobs, **overrides})
 
-# -- which architectures are possible
+# -- checks of an architecture
 
 
 def check_architecture(config: ModelConfig):
-    """Derive the knobs that follow from others, and refuse an impossible combination."""
+    """Fill in the knobs that are derived from others; UserError for an invalid combination."""
     check(config, "model")
     if config.labels is not None:
         config.labels = [str(label) for label in config.labels]
@@ -1598,12 +1595,12 @@ def check_architecture(config: ModelConfig):
     _check_experts(config)
     if config.head_dim is None:
         if config.hidden_size % config.num_attention_heads:
-            raise UserError(f"model.num_attention_heads: {config.num_attention_heads} heads do not divide hidden_size "
-                            f"{config.hidden_size}; choose a divisor or set model.head_dim")
+            raise UserError(f"model.num_attention_heads: hidden_size {config.hidden_size} is not divisible by "
+                            f"{config.num_attention_heads} heads; choose a divisor or set model.head_dim")
         config.head_dim = config.hidden_size // config.num_attention_heads
     if config.num_attention_heads % config.num_key_value_heads:
-        raise UserError(f"model.num_key_value_heads: {config.num_key_value_heads} does not divide "
-                        f"num_attention_heads {config.num_attention_heads}; GQA needs equal groups")
+        raise UserError(f"model.num_key_value_heads: num_attention_heads {config.num_attention_heads} is not divisible by "
+                        f"{config.num_key_value_heads}; choose a divisor")
     if config.position_embedding_type == "rope" and config.head_dim % 2:
         raise UserError(f"model.head_dim: {config.head_dim} is odd; rotary embeddings rotate pairs, so it must be even")
     if config.model_type not in (*FAMILIES, CUSTOM):
@@ -1625,11 +1622,11 @@ def _check_latent(config: ModelConfig):
                         "be even")
     if config.head_dim not in (None, config.qk_rope_head_dim):
         raise UserError(f"model.head_dim: {config.head_dim}, but with latent attention qk_nope_head_dim, qk_rope_head_dim and "
-                        "v_head_dim say how wide heads are")
+                        "v_head_dim set the dimensions of the heads; leave it out")
     if config.num_key_value_heads != config.num_attention_heads:
         raise UserError(f"model.num_key_value_heads: {config.num_key_value_heads}, but latent attention has one latent for all "
-                        f"{config.num_attention_heads} heads")
-    config.head_dim = config.qk_rope_head_dim  # the part that is rotated
+                        f"{config.num_attention_heads} heads; leave it out")
+    config.head_dim = config.qk_rope_head_dim  # only this part is rotated
 
 
 def _check_experts(config: ModelConfig):
@@ -1641,19 +1638,19 @@ def _check_experts(config: ModelConfig):
     if config.num_experts_per_tok > experts:
         raise UserError(f"model.num_experts_per_tok: {config.num_experts_per_tok} must be between 1 and num_experts {experts}")
     if experts % groups:
-        raise UserError(f"model.n_group: {groups} groups do not divide num_experts {experts}")
+        raise UserError(f"model.n_group: num_experts {experts} is not divisible by {groups} groups; choose a divisor")
     if not 1 <= config.topk_group <= groups or config.topk_group * (experts // groups) < config.num_experts_per_tok:
-        raise UserError(f"model.topk_group: {config.topk_group} of {groups} groups of {experts // groups} experts must exist "
-                        f"and hold num_experts_per_tok {config.num_experts_per_tok}")
+        raise UserError(f"model.topk_group: {config.topk_group} must be at most n_group {groups}, with at least "
+                        f"num_experts_per_tok {config.num_experts_per_tok} experts in these groups of {experts // groups}")
     if groups > 1 and experts // groups < 2:
-        raise UserError(f"model.n_group: {groups} groups of one expert; a group is scored by its two best experts")
+        raise UserError(f"model.n_group: {groups} groups have 1 expert each; use fewer groups (a group is scored by its top 2)")
     if config.router_bias_update_speed and config.scoring_func != "sigmoid":
-        raise UserError("model.router_bias_update_speed: a selection bias needs model.scoring_func sigmoid")
+        raise UserError("model.router_bias_update_speed: requires model.scoring_func sigmoid")
     with suppress(ValueError, TypeError):
         config.mlp_only_layers = [int(layer) for layer in config.mlp_only_layers or ()]
     if not all(isinstance(layer, int) and 0 <= layer < config.num_hidden_layers for layer in config.mlp_only_layers or ()):
-        raise UserError(f"model.mlp_only_layers: {config.mlp_only_layers} names a layer beyond the {config.num_hidden_layers} "
-                        "there are")
+        raise UserError(f"model.mlp_only_layers: {config.mlp_only_layers} must be layer indices from 0 to "
+                        f"{config.num_hidden_layers - 1}")
     config.mlp_only_layers = sorted(set(config.mlp_only_layers or ())) or None
 
 
@@ -1661,14 +1658,15 @@ def _check_layer_types(config: ModelConfig):
     if config.layer_types is None:
         return
     if len(config.layer_types) != config.num_hidden_layers:
-        raise UserError(f"model.layer_types: {len(config.layer_types)} entries for {config.num_hidden_layers} layers")
+        raise UserError(f"model.layer_types: expected {config.num_hidden_layers} values (one per layer), found "
+                        f"{len(config.layer_types)}")
     unknown = set(config.layer_types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise UserError(f"model.layer_types: unknown {sorted(unknown)}; use full_attention or sliding_attention")
     if "sliding_attention" in config.layer_types and config.sliding_window is None:
-        raise UserError("model.layer_types: sliding_attention needs model.sliding_window")
+        raise UserError("model.layer_types: sliding_attention requires model.sliding_window")
     same = "sliding_attention" if config.sliding_window else "full_attention"
-    if all(kind == same for kind in config.layer_types):  # one spelling for one architecture
+    if all(kind == same for kind in config.layer_types):  # equal architectures get equal configs
         config.layer_types = None
     elif all(kind == "full_attention" for kind in config.layer_types):
         config.layer_types = config.sliding_window = None
@@ -1683,21 +1681,21 @@ def _check_rope_scaling(config: ModelConfig):
     if kind not in ROPE_TYPES:
         raise UserError(f"model.rope_scaling: rope_type '{kind}' is not one of {', '.join(ROPE_TYPES)}")
     if unknown := set(scaling) - {"rope_type", *ROPE_TYPES[kind]}:
-        word = sorted(unknown)[0]
-        raise UserError(f"model.rope_scaling: rope_type {kind} has no '{word}'; nearest is '{nearest(word, ROPE_TYPES[kind])}'")
-    needs = ROPE_TYPES[kind] if kind == "llama3" else ROPE_TYPES[kind][:1]
-    missing = [key for key in needs if scaling.get(key) is None]
+        key = sorted(unknown)[0]
+        raise UserError(f"model.rope_scaling: rope_type {kind} has no '{key}'; nearest is '{nearest(key, ROPE_TYPES[kind])}'")
+    required = ROPE_TYPES[kind] if kind == "llama3" else ROPE_TYPES[kind][:1]
+    missing = [key for key in required if scaling.get(key) is None]
     if missing:
-        raise UserError(f"model.rope_scaling: rope_type {kind} needs {', '.join(missing)}")
+        raise UserError(f"model.rope_scaling: rope_type {kind} requires {', '.join(missing)}")
     for key, value in scaling.items():
-        least = 1 if key in ("factor", "original_max_position_embeddings") else 0
+        low = 1 if key in ("factor", "original_max_position_embeddings") else 0
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if key not in ("rope_type", "truncate") and value is not None and not (number and least <= value < math.inf):
-            raise UserError(f"model.rope_scaling: {key} {value!r} must be a number, {least} or above")
-    slow, fast = ((scaling.get("low_freq_factor"), scaling.get("high_freq_factor")) if kind == "llama3" else
-                  (scaling.get("beta_slow") or 1, scaling.get("beta_fast") or 32))
+        if key not in ("rope_type", "truncate") and value is not None and not (number and low <= value < math.inf):
+            raise UserError(f"model.rope_scaling: {key} {value!r} must be a number of at least {low}")
+    defaults = {"low_freq_factor": 0, "high_freq_factor": 0} if kind == "llama3" else {"beta_slow": 1, "beta_fast": 32}
+    (slow_key, slow), (fast_key, fast) = ((key, scaling.get(key) or default) for key, default in defaults.items())
     if kind in ("llama3", "yarn") and (slow > fast or (kind == "llama3" and slow == fast)):
-        raise UserError(f"model.rope_scaling: {slow} for low frequencies must be below {fast} for high frequencies")
+        raise UserError(f"model.rope_scaling: {slow_key} {slow} must be below {fast_key} {fast}")
     config.rope_scaling = None if kind == "default" else scaling
 
 # -- attention kernels of other packages
@@ -1713,7 +1711,7 @@ def _flash(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tenso
 
 
 def _varlen(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Tensor:
-    """The same kernel in torch. Older releases lack grouped-query attention, so key and value heads are repeated."""
+    """FlashAttention in torch. Older releases do not support grouped-query attention, so key and value heads are repeated."""
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
@@ -1735,7 +1733,7 @@ def _xformers(q, k, v, ragged: Ragged, window: int | None, dropout: float) -> Te
 
 @memoize
 def reads_pages(device: torch.device) -> bool:
-    """Whether `attend_pages` runs there; Triton needs a C compiler."""
+    """Whether `attend_pages` runs on this device; Triton needs a C compiler."""
     return device.type == "cuda" and _installed("triton") and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 
 
@@ -1744,11 +1742,11 @@ SPLIT = 256  # keys of one program
 
 def attend_pages(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, tables: Tensor, longest: int, page: int,
                  window: int | None) -> Tensor:
-    """Attention of single tokens to their sequences' states, wherever their pages lie (PagedAttention, Kwon 2023).
+    """Attention of single tokens to the states of their sequences in any pages (PagedAttention, Kwon 2023).
 
     query (H, N, D), key and value (H_kv, slots, D), positions (N or more,), tables (N, pages) -> (H, N, D). One query cannot
-    occupy a GPU, so its keys are split between programs (Flash-Decoding, Dao 2023), whose results are averaged with the sums of
-    their exponentials as weights."""
+    occupy a GPU, so its keys are split between programs (Flash-Decoding, Dao 2023). The result is the average of their outputs,
+    weighted with their sums of exponentials."""
     heads, count, width = query.shape
     splits = -(-longest // SPLIT)
     parts = torch.empty(count, heads, splits, width, device=query.device, dtype=query.dtype if splits == 1 else torch.float32)
@@ -1766,44 +1764,44 @@ def attend_pages(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, t
 
 @memoize
 def _pages_kernel():
-    global triton, tl  # where the kernel looks its names up
+    global triton, tl  # the kernel looks these names up in the module
     import triton
     import triton.language as tl
 
     @triton.jit
     def kernel(query, key, value, positions, tables, parts, sums, scale, window, page, slots, columns, GROUP: tl.constexpr,
                ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, SPLIT: tl.constexpr):
-        # One token, one head of keys with its GROUP heads of queries, SPLIT keys. Sizes are padded to powers of two.
+        # A program computes 1 token, 1 key head with its GROUP query heads, and SPLIT keys. Sizes are padded to powers of two.
         token, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         splits = tl.num_programs(2)
         stop = tl.load(positions + token) + 1
         first = tl.maximum(stop - window, 0)
-        member, place, key_number = tl.arange(0, ROWS), tl.arange(0, PADDED), tl.arange(0, 64)
-        mine = token * tl.num_programs(1) * GROUP + head * GROUP + member  # rows of (N * H)
-        real = (member[:, None] < GROUP) & (place[None, :] < WIDTH)
-        q = tl.load(query + mine[:, None] * WIDTH + place[None, :], mask=real, other=0.0)
+        query_head, dim, key_number = tl.arange(0, ROWS), tl.arange(0, PADDED), tl.arange(0, 64)
+        row = token * tl.num_programs(1) * GROUP + head * GROUP + query_head  # rows of (N * H)
+        real = (query_head[:, None] < GROUP) & (dim[None, :] < WIDTH)
+        q = tl.load(query + row[:, None] * WIDTH + dim[None, :], mask=real, other=0.0)
         highest = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        mixed = tl.zeros([ROWS, PADDED], tl.float32)
+        output = tl.zeros([ROWS, PADDED], tl.float32)
         begin = tl.maximum(first, split * SPLIT) // 64 * 64
         for start in range(begin, tl.minimum(stop, (split + 1) * SPLIT), 64):
             position = start + key_number
             inside = (position >= first) & (position < stop)
-            at = tl.load(tables + token * columns + position // page, mask=inside, other=0) * page + position % page
-            states = (head * slots + at)[:, None] * WIDTH + place[None, :]
-            there = inside[:, None] & (place[None, :] < WIDTH)
-            k, v = tl.load(key + states, mask=there, other=0.0), tl.load(value + states, mask=there, other=0.0)
+            slot = tl.load(tables + token * columns + position // page, mask=inside, other=0) * page + position % page
+            states = (head * slots + slot)[:, None] * WIDTH + dim[None, :]
+            valid = inside[:, None] & (dim[None, :] < WIDTH)
+            k, v = tl.load(key + states, mask=valid, other=0.0), tl.load(value + states, mask=valid, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             scores = tl.where(inside[None, :], scores, -float("inf"))
             higher = tl.maximum(highest, tl.max(scores, 1))
             weights = tl.exp(scores - higher[:, None])
-            fading = tl.exp(highest - higher)
-            total = total * fading + tl.sum(weights, 1)
-            mixed = mixed * fading[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            decay = tl.exp(highest - higher)
+            total = total * decay + tl.sum(weights, 1)
+            output = output * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             highest = higher
-        total = tl.where(total > 0, total, 1.0)  # of a split without keys
-        tl.store(parts + (mine * splits + split)[:, None] * WIDTH + place[None, :], mixed / total[:, None], mask=real)
-        tl.store(sums + mine * splits + split, highest + tl.log(total), mask=member < GROUP)
+        total = tl.where(total > 0, total, 1.0)  # a split without keys
+        tl.store(parts + (row * splits + split)[:, None] * WIDTH + dim[None, :], output / total[:, None], mask=real)
+        tl.store(sums + row * splits + split, highest + tl.log(total), mask=query_head < GROUP)
 
     return kernel
 
@@ -1819,7 +1817,7 @@ class Kernel(NamedTuple):
     needs: str = ""  # required package
 
     def serves(self, device: torch.device, dtype: torch.dtype, dropout: float) -> bool:
-        """Whether the kernel supports tensors of this device and type. A model on the CPU may run on a machine with a GPU."""
+        """Whether the kernel supports tensors of this device and dtype. A model may be on the CPU of a machine with a GPU."""
         if dtype == torch.float32 and not self.float32 or dropout and not self.dropout or self.device not in ("", device.type):
             return False
         return self.float32 or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
@@ -1846,14 +1844,14 @@ def why_not(name: str) -> str | None:
 
 
 def choose_attention(name: str) -> tuple[Callable, list[Kernel]]:
-    """The kernels behind model.attn_implementation: one that takes masks, and those for concatenated sequences, best first.
-    auto: flash-attn where it is installed, torch's own varlen kernel on CUDA, else torch's scaled_dot_product_attention."""
+    """The kernels for a value of model.attn_implementation: one that takes masks, and a list for concatenated sequences, the
+    fastest first. auto: flash-attn if installed, torch's varlen kernel on CUDA, else torch's scaled_dot_product_attention."""
     if name == "auto":
         return attend_auto, [KERNELS[ragged] for ragged in ("flash_attention_2", "varlen") if why_not(ragged) is None]
     if name not in KERNELS:
         raise UserError(f"model.attn_implementation: '{name}' is not one of {', '.join(ATTENTION)}")
     if reason := why_not(name):
-        raise UserError(f"model.attn_implementation: {name} {reason}; sdpa uses torch's own fused kernels")
+        raise UserError(f"model.attn_implementation: {name} {reason}; sdpa uses torch's fused kernels")
     return (attend_sdpa, [KERNELS[name]]) if KERNELS[name].ragged else (KERNELS[name].attend, [])
 
 
@@ -1867,7 +1865,7 @@ def _installed(package: str) -> bool:
 
 
 class MaskedHead(nn.Module):
-    """BERT's output head: a dense layer before the product with the embedding's weights, and a bias for each token id."""
+    """BERT's output head: a dense layer before the product with the embedding's weights, and a bias for each token."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -1894,18 +1892,18 @@ class PooledHead(nn.Module):
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
-    """An embedding without initial values: nn.Embedding draws them, which on `meta` imports torch's compiler (2 s)."""
+    """An embedding without initial values: nn.Embedding initializes it, which on `meta` imports torch's compiler (2 s)."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of any model, which are compiled and sharded separately."""
-    own = [module for module in model.modules() if isinstance(module, DecoderLayer)]
-    return own or list(max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=[]))
+    """The layers of any model, which are compiled and sharded separately."""
+    layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
+    return layers or list(max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=[]))
 
 
 def set_checkpointing(model: nn.Module, on: bool) -> None:
-    """Recompute the layers' activations in backward instead of keeping them (Chen 2016)."""
+    """Recompute the layers' activations in the backward pass instead of storing them (Chen 2016)."""
     for module in model.modules():
         if isinstance(module, Decoder):
             module.gradient_checkpointing = on
@@ -1915,23 +1913,23 @@ def set_checkpointing(model: nn.Module, on: bool) -> None:
 
 @memoize
 def settle_vector_functions() -> None:
-    """Call each vector function of Intel's MKL once on one element.
+    """Call each vector function of Intel's MKL on one element.
 
-    MKL picks a function's code at its first call. If that call runs on several threads, one of them may use a low-accuracy
+    MKL selects a function's code at its first call. If that call runs on several threads, one of them may use a low-accuracy
     version (https://github.com/pytorch/pytorch/issues/188792): in some processes the first cosine was off by 1.5e-4.
-    Calls on one element run on one thread.
+    A call on one element runs on one thread.
     """
     for dtype in (torch.float32, torch.float64):
-        one = torch.ones(1, dtype=dtype, device="cpu")  # models are built on meta
+        element = torch.ones(1, dtype=dtype, device="cpu")  # models are built on meta
         for name in ("cos", "sin", "tan", "acos", "asin", "atan", "exp", "expm1", "log", "log2", "log10", "log1p", "sqrt", "tanh",
                      "erf", "erfc"):
-            getattr(torch, name)(one)
+            getattr(torch, name)(element)
 
 
 def build(config: ModelConfig | str | dict, head: str | tuple = "lm", seed: int = 0, attn_implementation: str = "auto",
           device=None) -> Transformer:
     """A model with random weights from a ModelConfig, a preset's name, or a dict of settings (with or without "preset").
-    device="meta" allocates nothing."""
+    device="meta" allocates no memory."""
     if isinstance(config, str):
         config = preset_config(config)
     elif isinstance(config, dict):
@@ -1946,7 +1944,7 @@ def build(config: ModelConfig | str | dict, head: str | tuple = "lm", seed: int 
 
 @torch.no_grad()
 def grow_vocabulary(model: LanguageModel, size: int) -> None:
-    """Grow the embedding and the output head to `size` rows; new rows start at the mean of the old ones."""
+    """Grow the embedding and the output head to `size` rows; new rows are initialized to the mean of the old rows."""
     old = model.config.vocab_size
     if size <= old:
         return
@@ -1954,7 +1952,7 @@ def grow_vocabulary(model: LanguageModel, size: int) -> None:
         model.inner.resize_token_embeddings(size, mean_resizing=False)
         for module in (model.inner.get_input_embeddings(), model.inner.get_output_embeddings()):
             for rows in module.parameters(recurse=False) if module is not None else ():
-                rows[old:] = rows[:old].mean(0)  # transformers draws random ones at each load
+                rows[old:] = rows[:old].mean(0)  # transformers would initialize them at random at each load
         model.config.vocab_size, model.new_ids = size, list(range(old, size))
         return
     head = getattr(model.lm_head, "decoder", model.lm_head) if "lm" in model.heads else None
@@ -1968,12 +1966,12 @@ def grow_vocabulary(model: LanguageModel, size: int) -> None:
     model.new_ids = list(range(old, size))
     model.tie_weights()
 
-# -- architectures that transformers runs
+# -- architectures run by transformers
 
 
 @dataclass
 class ForeignConfig:
-    """The settings of a model run by transformers that the stages need."""
+    """The settings that the stages need of a model that transformers runs."""
 
     model_type: str
     vocab_size: int
@@ -1991,11 +1989,11 @@ class ForeignConfig:
 
 
 class ForeignModel(LanguageModel):
-    """A causal LM of any architecture in transformers, run exactly as transformers runs it.
+    """A causal LM of any architecture in transformers, with the forward pass of transformers.
 
-    Each document becomes a right-padded row with an attention mask, and `INFER` calls the model's own `generate`. This is slower
-    than our families, which pack documents into rows and share one cache, but correct for all: many architectures take no
-    position ids, apply windows by index in their cache, or keep a recurrent state.
+    Each document becomes a right-padded row with an attention mask, and `INFER` calls the model's `generate`. This is slower
+    than `Transformer`, which packs documents into rows and batches requests in one cache, but correct for all architectures:
+    many do not take position ids, apply windows by index in their cache, or have a recurrent state.
     """
 
     caches = False
@@ -2022,7 +2020,7 @@ class ForeignModel(LanguageModel):
 
     @property
     def follows_length(self) -> bool:
-        """Whether the rotary angles depend on the longest row of a batch; then rows of other lengths change them."""
+        """Whether the rotary angles depend on the longest row of a batch."""
         c = self.inner.config.get_text_config()
         rope = getattr(c, "rope_parameters", None) or {}
         inner = [value for value in rope.values() if isinstance(value, dict)]
@@ -2035,17 +2033,17 @@ class ForeignModel(LanguageModel):
         return self.inner.get_input_embeddings()
 
     def head_logits(self, hidden: Tensor) -> Tensor:
-        return hidden[..., : self.config.vocab_size]  # the backbone has gone all the way to logits
+        return hidden[..., : self.config.vocab_size]  # `backbone` already returns logits
 
     def head_input(self, hidden: Tensor) -> Tensor:
         return hidden[..., self.config.vocab_size :] if "lm" in self.heads else hidden
 
     def backbone(self, input_ids, positions, cache, segment_ids, token_types, keep: bool):
-        """Logits in place of hidden states, as only the model knows how it computes them; the value head's input follows them."""
+        """Logits instead of hidden states, since each architecture computes them differently, then the value head's input."""
         if token_types is not None:
             raise ValueError("this model has no token types")
         if cache is not None:
-            raise ValueError("this model keeps its own cache, in `generate`")
+            raise ValueError("this model has no KVCache; call inner.generate")
         if positions is None and segment_ids is None:
             hidden, *states = self._run(input_ids, keep)
         else:
@@ -2058,31 +2056,31 @@ class ForeignModel(LanguageModel):
         network = self.inner if lm else self.inner.base_model
         out = network(input_ids=input_ids, attention_mask=mask, use_cache=False, output_hidden_states=keep_all)
         if keep_all and not out.hidden_states:
-            raise UserError(f"model.name: transformers shows no hidden states of a {self.config.model_type}, which this method "
-                            "needs")
+            raise UserError(f"model.name: this method needs hidden states, which transformers does not return for "
+                            f"{self.config.model_type}")
         hidden = out.logits if lm else out.last_hidden_state
         if "value" in self.heads:
             hidden = torch.cat((hidden, out.hidden_states[-1]), -1) if lm else hidden
         return [hidden, *(out.hidden_states if keep else ())]
 
     def _by_document(self, input_ids: Tensor, positions: Tensor | None, segment_ids: Tensor | None, keep: bool) -> list[Tensor]:
-        """Run each document as a separate row, in batches of similar length."""
+        """Compute each document as a separate row, in batches of similar length."""
         batch, length = input_ids.shape
         segments = torch.zeros_like(input_ids) if segment_ids is None else segment_ids
         real = torch.ones_like(input_ids, dtype=torch.bool) if positions is None else (positions >= 0).expand_as(input_ids)
-        if not real.any():  # only padding: one token runs, so that every weight gets a gradient
+        if not real.any():  # only padding: compute one token, so that every weight gets a gradient
             real = torch.arange(batch * length, device=real.device).view_as(real) == 0
         rows = torch.arange(batch, device=input_ids.device)[:, None].expand_as(input_ids)
-        _, owner, sizes = torch.stack((rows[real], segments[real])).unique(dim=1, return_inverse=True, return_counts=True)
-        places = real.flatten().nonzero()[:, 0][owner.argsort(stable=True)]  # in the flattened batch
-        # with sharded weights each process has to run the model equally often
+        _, number, sizes = torch.stack((rows[real], segments[real])).unique(dim=1, return_inverse=True, return_counts=True)
+        indices = real.flatten().nonzero()[:, 0][number.argsort(stable=True)]  # into the flattened batch, by document
+        # With sharded weights, each process must call the model equally often.
         sharded = any(hasattr(weight, "full_tensor") for weight in self.parameters())
         if sharded and self.follows_length:
-            raise UserError(f"training.fsdp: the rotary angles of this {self.config.model_type} depend on each text's length; "
-                            "train it without")
-        slack, groups = math.inf if sharded else 1.0 if self.follows_length else 1.25, []
-        for document in sorted(places.split(sizes.tolist()), key=len):
-            if not groups or len(document) > slack * len(groups[-1][0]):
+            raise UserError(f"training.fsdp: not supported for this {self.config.model_type}, whose rotary angles depend on "
+                            "each sequence's length; set it to false")
+        ratio, groups = math.inf if sharded else 1.0 if self.follows_length else 1.25, []
+        for document in sorted(indices.split(sizes.tolist()), key=len):
+            if not groups or len(document) > ratio * len(groups[-1][0]):
                 groups.append([])
             groups[-1].append(document)
         parts = []
@@ -2097,7 +2095,7 @@ class ForeignModel(LanguageModel):
 
 
 def is_causal(inner: nn.Module) -> bool:
-    """Whether no token attends to later ones: changing the last token leaves the first token's logits unchanged."""
+    """Whether attention is causal: changing the last token does not change the first token's logits."""
     ids = torch.zeros(2, 4, dtype=torch.long, device=inner.device)
     ids[1, -1] = 1
     with torch.no_grad():
@@ -2108,16 +2106,16 @@ def is_causal(inner: nn.Module) -> bool:
 
 
 class Family(NamedTuple):
-    """The keys of an architecture in config.json, and its tensor names."""
+    """A model type's keys in config.json, and its tensor names."""
 
-    prefix: str  # of its class names
-    has: tuple  # knobs that it has keys for, beyond those that all families share
-    implied: dict  # knobs that its name alone sets
-    defaults: dict  # what an absent key means
-    names: dict = {}  # knob -> its key, where they differ
-    base: tuple = ("model", "embed_tokens", "layers", "norm")  # prefix of the tensors, and how they begin without it
-    parts: tuple = ()  # (our part of a tensor's name, its own)
-    needs: tuple = ()  # knobs that may not be empty
+    prefix: str  # of class names
+    has: tuple  # knobs with a key, in addition to `_SHARED`
+    implied: dict  # values of knobs without a key
+    defaults: dict  # values of absent keys
+    names: dict = {}  # knob -> key, if they differ
+    base: tuple = ("model", "embed_tokens", "layers", "norm")  # prefix of the tensor names, then what may follow it
+    parts: tuple = ()  # (part of a tensor name here, in the family's files)
+    needs: tuple = ()  # knobs that must be set
 
 
 _SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -2127,7 +2125,7 @@ _DEFAULTS = dict(rms_norm_eps=1e-6, hidden_act="silu", rope_theta=10000.0, tie_w
                  initializer_range=0.02, max_position_embeddings=32768)
 _MOE = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
 _MLA = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave")
-# GPT-2's Conv1D keeps weights transposed.
+# GPT-2's Conv1D stores transposed weights.
 _GPT2_PARTS = (("model.embed_tokens.", "transformer.wte."), ("model.embed_positions.", "transformer.wpe."),
                ("model.layers.", "transformer.h."), ("model.norm.", "transformer.ln_f."),
                (".input_layernorm.", ".ln_1."), (".post_attention_layernorm.", ".ln_2."), (".mlp.up_proj.", ".mlp.c_fc."),
@@ -2192,11 +2190,11 @@ FAMILIES = {
                         attention_dropout="attention_probs_dropout_prob"),
                    ("bert", "embeddings", "encoder", "pooler"), _BERT_PARTS, ("type_vocab_size",)),
 }
-ALIASES = {"kimi_k2": "deepseek_v3"}  # the same network under another name
+ALIASES = {"kimi_k2": "deepseek_v3"}  # the same architecture under another name
 KNOBS = {f.name: f for f in dataclasses.fields(ModelConfig)}
 HEAD_CLASSES = {"ForCausalLM": ("lm",), "LMHeadModel": ("lm",), "ForMaskedLM": ("lm",), "ForPreTraining": ("lm",),
                 "ForSequenceClassification": ("score",)}
-CUSTOM = "custom"  # model_type of a mixture of knobs that no Hugging Face class computes
+CUSTOM = "custom"  # model_type of an architecture that matches no Hugging Face class
 
 
 def config_from_hub(raw: dict) -> ModelConfig:
@@ -2216,17 +2214,17 @@ def config_from_hub(raw: dict) -> ModelConfig:
             knobs[name] = raw[key]
     knobs.update(family.implied, model_type=kind)
     if knobs.get("position_embedding_type") != "learned":
-        # transformers prefers v4's key where both are set
+        # transformers prefers v4's key if both are set
         rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
         theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or family.defaults["rope_theta"]
         known = {"rope_type", "type", *ROPE_TYPES.get(rope.get("rope_type", rope.get("type")), ())}
-        if raw.get("original_max_position_embeddings"):  # and a length at the top to one inside
+        if raw.get("original_max_position_embeddings"):  # preferred to the key in rope_scaling
             rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
         rope = {key: value for key, value in rope.items() if key in known}
         knobs.update(rope_theta=float(theta), rope_scaling=rope if rope.get("rope_type", rope.get("type")) else None)
     knobs["labels"] = hub_labels(raw)
     if folder_heads(raw) == ("score",) and "num_labels" not in raw:
-        knobs["num_labels"] = 2  # what transformers does not write down
+        knobs["num_labels"] = 2  # transformers' default, which it does not save
     _family_quirks(kind, raw, knobs)
     return ModelConfig(**knobs)
 
@@ -2244,7 +2242,7 @@ def _hub_knobs(kind: str) -> list[str]:
     return [name for name in (*_SHARED, *FAMILIES[kind].has) if name not in lacks]
 
 
-UNSUPPORTED = {  # family -> key: the only value that is computed here
+UNSUPPORTED = {  # family -> key: the only supported value
     "gpt2": {"scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False, "scale_attn_weights": True},
     "bert": {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
@@ -2252,10 +2250,10 @@ UNSUPPORTED = {  # family -> key: the only value that is computed here
 
 
 def _family_quirks(kind: str, raw: dict, knobs: dict) -> None:
-    """The special keys of single families."""
+    """Read keys that only some families have."""
     for key, only in UNSUPPORTED.get(kind, {}).items():
         if raw.get(key, only) != only:
-            raise UserError(f"config.json: {key} {json.dumps(raw[key])} is not supported")
+            raise UserError(f"config.json: {key} {json.dumps(raw[key])} is not supported (only {json.dumps(only)})")
     layers = knobs.get("num_hidden_layers", 0)
     if kind == "gpt2":
         knobs["intermediate_size"] = knobs.get("intermediate_size") or 4 * knobs["hidden_size"]
@@ -2268,7 +2266,7 @@ def _family_quirks(kind: str, raw: dict, knobs: dict) -> None:
             full = raw.get("max_window_layers", 28)
             knobs["layer_types"] = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
     if kind == "qwen3_moe":
-        knobs["num_experts"] = raw.get("num_experts", raw.get("num_local_experts", knobs["num_experts"]))  # v5 writes the second
+        knobs["num_experts"] = raw.get("num_experts", raw.get("num_local_experts", knobs["num_experts"]))  # v4, v5
         step = raw.get("decoder_sparse_step", 1)
         knobs["mlp_only_layers"] = [*(knobs.get("mlp_only_layers") or ()), *(i for i in range(layers) if (i + 1) % step)]
     if kind == "deepseek_v3":
@@ -2316,60 +2314,60 @@ def say_portability(config: ModelConfig) -> None:
         say(f"model.model_type: a {config.model_type} has other settings; the folder will be saved as {kind}")
 
 
-# Buffers and heads of published files that nothing here computes with.
+# Tensors of published files that are not needed.
 KNOWN_BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.attn\.(bias|masked_bias)$|embeddings\.position_ids$"
                            r"|^cls\.seq_relationship\.")
 
 
 def hub_name(kind: str, name: str, back: bool = False) -> str:
-    """model.layers.0.self_attn.o_proj.weight -> transformer.h.0.attn.c_proj.weight, in a gpt2; `back` the other way."""
-    for ours, theirs in FAMILIES[kind].parts if kind in FAMILIES else ():
-        name = name.replace(theirs, ours) if back else name.replace(ours, theirs)
+    """For gpt2: model.layers.0.self_attn.o_proj.weight -> transformer.h.0.attn.c_proj.weight; `back` is the inverse."""
+    for part, hub_part in FAMILIES[kind].parts if kind in FAMILIES else ():
+        name = name.replace(hub_part, part) if back else name.replace(part, hub_part)
     return name
 
 
 def weights_to_hub(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict -> the names and layouts of Hugging Face's files; experts one by one."""
+    """A state dict -> the names and layouts of Hugging Face's files, with one tensor per expert."""
     hub = {}
     for name, tensor in state.items():
         if name.endswith("experts.gate_up_proj") and kind != CUSTOM:
             stem = name.removesuffix("gate_up_proj")
-            pieces = {f"{stem}{e}.{part}_proj.weight": half for e, both in enumerate(tensor)
-                      for part, half in zip(("gate", "up"), both.chunk(2), strict=True)}
+            parts = {f"{stem}{e}.{part}_proj.weight": half for e, both in enumerate(tensor)
+                     for part, half in zip(("gate", "up"), both.chunk(2), strict=True)}
         elif name.endswith("experts.down_proj") and kind != CUSTOM:
-            pieces = {name.replace("down_proj", f"{e}.down_proj.weight"): one for e, one in enumerate(tensor)}
+            parts = {name.replace("down_proj", f"{e}.down_proj.weight"): weight for e, weight in enumerate(tensor)}
         else:
-            pieces = {name: tensor}
-        for name, piece in pieces.items():
+            parts = {name: tensor}
+        for name, part in parts.items():
             name = hub_name(kind, name)
-            hub[name] = piece.t() if kind == "gpt2" and re.search(r"\.c_\w+\.weight$", name) else piece
-    if kind == "bert" and "lm_head.decoder.weight" in state:  # an untied head keeps its bias under both of its names
+            hub[name] = part.t() if kind == "gpt2" and re.search(r"\.c_\w+\.weight$", name) else part
+    if kind == "bert" and "lm_head.decoder.weight" in state:  # the bias of an untied head has two names
         hub["cls.predictions.decoder.bias"] = hub["cls.predictions.bias"].clone()
-    # A file may not hold parts of one storage: an expert is copied out of its stack.
+    # Safetensors files cannot contain views of a shared storage, so an expert is copied out of its stack.
     return {name: tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
             for name, tensor in hub.items()}
 
 
-class Piece(NamedTuple):
-    """A tensor of a hub file: the parameter it belongs to, and the index of its part (an expert's, say); () is all."""
+class Part(NamedTuple):
+    """A tensor of a hub file as a part of a parameter: parameter name, index of the part (such as an expert; () is all)."""
 
     name: str
     index: tuple
     tensor: Tensor
 
 
-def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor, extra_layers: int = 0) -> list[Piece]:
-    """One tensor of a hub file -> ours; an empty list for a known tensor that is not needed, such as DeepSeek-V3's extra layers
-    for multi-token prediction."""
+def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor, extra_layers: int = 0) -> list[Part]:
+    """A tensor of a hub file -> the parameter that it is a part of; an empty list for a known tensor that is not needed, such as
+    those of DeepSeek-V3's extra layers for multi-token prediction."""
     kind = config.model_type
     if KNOWN_BUFFERS.search(name):
         return []
     prefix, *bare = FAMILIES[kind].base if kind in FAMILIES else ("",)
-    if name.split(".")[0] in bare:  # saved from the base class, without a head
+    if name.split(".")[0] in bare:  # saved from the base class, without the prefix
         name = f"{prefix}.{name}"
     if kind == "bert":
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        name = name.replace("cls.predictions.decoder.bias", "cls.predictions.bias")  # one bias under two names
+        name = name.replace("cls.predictions.decoder.bias", "cls.predictions.bias")  # the same bias has two names
     if kind == "gpt2" and re.search(r"\.c_\w+\.weight$", name):
         tensor = tensor.t()
     name = hub_name(kind, name, back=True)
@@ -2378,25 +2376,25 @@ def weights_from_hub(config: ModelConfig, name: str, tensor: Tensor, extra_layer
         return []
     if expert := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight(|_packed|_scale|_shape)", name):
         stem, number, part, inner = expert[1], int(expert[2]), expert[3], config.moe_intermediate_size or 0
-        place = {"": "{}", "_packed": "parametrizations.{}.original", "_scale": "parametrizations.{}.0.scale"}.get(expert[4])
-        if place is None:  # quantized shapes, which the model knows
+        suffix = {"": "{}", "_packed": "parametrizations.{}.original", "_scale": "parametrizations.{}.0.scale"}.get(expert[4])
+        if suffix is None:  # shapes of quantized weights are not needed
             return []
         if part == "down":
-            return [Piece(f"{stem}.{place.format('down_proj')}", (number,), tensor)]
+            return [Part(f"{stem}.{suffix.format('down_proj')}", (number,), tensor)]
         rows = slice(0, inner) if part == "gate" else slice(inner, None)
-        return [Piece(f"{stem}.{place.format('gate_up_proj')}", (number, rows), tensor)]
-    return [Piece(name, (), tensor)]
+        return [Part(f"{stem}.{suffix.format('gate_up_proj')}", (number, rows), tensor)]
+    return [Part(name, (), tensor)]
 
 # -- files
 
 
 @contextmanager
 def staged(folder: str | Path, key: str = "", parts: str = ""):
-    """A temporary folder inside `folder`; on success its files replace those of the same name, one atomic rename each.
+    """A temporary folder inside `folder`; on success, its files are moved into `folder`, each by an atomic rename.
 
-    `key` names the file without which no program opens the folder (config.json). If more than one file of `parts` (a glob)
-    changes, or the key itself, the key is removed first and written last: a kill in between leaves a folder that is refused,
-    never a mixture of new and old files. Files of `parts` that are not written again are removed.
+    `key` is the file that a program needs to open the folder (config.json). If the key or more than one file of `parts` (a glob)
+    changes, the key is removed first and written last. A kill in between then leaves a folder that cannot be opened, instead of
+    a mixture of old and new files. Files of `parts` that are not written again are removed.
     """
     folder = Path(folder)
     try:
@@ -2405,7 +2403,7 @@ def staged(folder: str | Path, key: str = "", parts: str = ""):
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        raise UserError(f"{folder}: the folder cannot be written ({error.strerror})") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     try:
         yield scratch
         new = {path.name for path in scratch.iterdir()}
@@ -2460,7 +2458,7 @@ def read_json(path: Path) -> dict:
 
 
 def first_line(error: Exception) -> str:
-    """The message of an exception in one line; torch puts the reason into the second line."""
+    """The message of an exception as one line; torch writes the reason on the second line."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return (f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and lines[1:] else lines[0])[:240]
 
@@ -2469,8 +2467,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Gather the weights of an FSDP2 model, so that each process can run any number of forward passes inside. All processes must
-    enter and leave."""
+    """Gather the weights of an FSDP2 model for any number of forward passes per process. All processes must enter and leave."""
     parts = [module for module in model.modules() if hasattr(module, "unshard")]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -2480,17 +2477,17 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             part.reshard()
-            part.set_reshard_after_forward(part is not model, recurse=False)  # the root's are needed first and last
+            part.set_reshard_after_forward(part is not model, recurse=False)  # the root's weights are used first and last
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The full tensor of one that may be sharded over processes (all of them have to call)."""
+    """The full tensor of a possibly sharded tensor. All processes must call."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gathered_on_first(tensor: Tensor) -> Tensor:
-    """The full tensor on the first process, on its CPU, and an empty tensor on the others. These only send their parts, so that
-    saving a sharded model costs them no memory (all processes have to call)."""
+    """The full tensor on the CPU of the first process; an empty tensor on the others, which only send their shards, so that
+    saving a sharded model needs no memory there. All processes must call."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     part, dist = tensor.to_local(), torch.distributed
@@ -2498,9 +2495,9 @@ def gathered_on_first(tensor: Tensor) -> Tensor:
         if len(part):
             dist.send(part.contiguous(), 0)
         return part.new_empty(0)
-    parts, whole = [part.cpu()], len(tensor)
-    for rank in range(1, dist.get_world_size()):  # rows are cut as by torch.chunk, so the last parts are shorter or empty
-        if rows := min(len(part), whole - sum(map(len, parts))):
+    parts, total = [part.cpu()], len(tensor)
+    for rank in range(1, dist.get_world_size()):  # rows are split as by torch.chunk: the last parts are shorter or empty
+        if rows := min(len(part), total - sum(map(len, parts))):
             received = part.new_empty(rows, *part.shape[1:])
             dist.recv(received, rank)
             parts.append(received.cpu())
@@ -2511,10 +2508,10 @@ WEIGHTS = "model*.safetensors*"
 
 
 def save(model: LanguageModel, folder: str | Path) -> None:
-    """Write config.json, generation_config.json and safetensors (sharded above 5 GB) as transformers would; of a model
-    with an adapter that one alone, as peft would.
+    """Write config.json, generation_config.json and safetensors (several files above 5 GB), as transformers does. If the model
+    has an adapter, write only the adapter, as peft does.
 
-    Sharded weights (FSDP2) are gathered, so every process has to call; the first one writes."""
+    Sharded weights (FSDP2) are gathered, so all processes must call; the first process writes."""
     from huggingface_hub import save_torch_state_dict
 
     if model.adapter:
@@ -2522,8 +2519,8 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     if isinstance(model, ForeignModel):
         state = {name: gathered_on_first(tensor) for name, tensor in model.state_dict().items()}
         if process_rank() == 0:
-            ours = model.quantization != "none" and not hasattr(model.inner.config, "quantization_config")
-            if ours:  # quantized by us, not by transformers
+            quantized_here = model.quantization != "none" and not hasattr(model.inner.config, "quantization_config")
+            if quantized_here:  # not by transformers
                 import QUANT
 
                 state = QUANT.to_hub(model, state)
@@ -2536,7 +2533,7 @@ def save(model: LanguageModel, folder: str | Path) -> None:
                 setattr(model.inner.generation_config, key, getattr(model.config, key))
             with staged(folder, "config.json", WEIGHTS) as scratch:
                 inner.save_pretrained(scratch, state_dict=state)
-            if ours:
+            if quantized_here:
                 del model.inner.config.quantization_config
         return
     state = {name: gathered_on_first(tensor) for name, tensor in model.state_dict().items()}
@@ -2550,23 +2547,23 @@ def save(model: LanguageModel, folder: str | Path) -> None:
 
 
 def hub_tensors(model: Transformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a state dict, or of a part of one, as they are stored."""
+    """The tensors of a state dict, or of a part of it, as they are stored."""
     if model.config.tie_word_embeddings:
         state.pop(model.tied_name, None)
     if model.quantization != "none":
         import QUANT
 
         state = QUANT.to_hub(model, state)
-    if set(model.heads) != {"value"}:  # a critic is a tool of training
+    if set(model.heads) != {"value"}:  # save the value head only of a separate critic
         state = {name: tensor for name, tensor in state.items() if not is_tool(name)}
     return weights_to_hub(hub_json(model)["model_type"], state)
 
 
 def hub_json(model: Transformer) -> dict:
-    """config.json of a model."""
+    """The config.json of a model."""
     heads = tuple(head for head in model.heads if head != "value") or model.heads
     raw = config_to_hub(model.config, heads)
-    if model.quantization != "none" and raw["model_type"] == "gpt2":  # transformers' has Conv1D in place of Linear
+    if model.quantization != "none" and raw["model_type"] == "gpt2":  # transformers' GPT-2 has Conv1D instead of Linear
         raw = config_to_hub(model.config, heads, custom=True)
     raw["dtype"] = str(model.dtype).removeprefix("torch.")
     return raw
@@ -2579,21 +2576,21 @@ def _write_configs(model: Transformer, scratch: Path) -> None:
 
         raw["quantization_config"] = QUANT.hub_config(model, raw["model_type"])
         if model.config.model_type == "gpt2":
-            say("transformers cannot open a quantized GPT-2: only this program can open the folder")
+            say("model: transformers does not support this quantization of GPT-2, so only this program can open the folder")
     generation = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k) is not None}
     (scratch / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     (scratch / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def _remove_adapter(folder: str | Path) -> None:
-    """transformers would put an adapter that lies in the folder on top of the model."""
+    """Delete an adapter in the folder, since transformers would apply it to the model."""
     for name in ("config.json", "model.safetensors"):
         (Path(folder) / f"adapter_{name}").unlink(missing_ok=True)
 
 
 @contextmanager
 def saving(model: Transformer, folder: str | Path) -> Iterator[Callable[[nn.Module], None]]:
-    """Save a model in parts: write(layer) saves the weights of a layer and frees their memory. The rest follows at the end."""
+    """Save a model in parts: write(layer) saves the weights of a layer and frees their memory. Other weights are saved last."""
     layers = {*layers_of(model), model}
     names = {module: f"{name}." if name else "" for name, module in model.named_modules() if module in layers}
     with staged(folder, "config.json", WEIGHTS) as scratch:
@@ -2612,39 +2609,39 @@ def saving(model: Transformer, folder: str | Path) -> Iterator[Callable[[nn.Modu
 
 
 class Shards:
-    """Safetensors files of about half a gigabyte, with the names and the index that transformers gives them."""
+    """Writes safetensors files of about half a gigabyte each, with transformers' file names and index."""
 
     limit = 2**29  # bytes
 
     def __init__(self, folder: Path):
-        self.folder, self.held, self.files, self.size = folder, {}, [], 0
+        self.folder, self.buffer, self.files, self.size = folder, {}, [], 0
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        self.held.update(tensors)
-        if sum(tensor.nbytes for tensor in self.held.values()) > self.limit:
+        self.buffer.update(tensors)
+        if sum(tensor.nbytes for tensor in self.buffer.values()) > self.limit:
             self.flush()
 
     def flush(self) -> None:
-        save_file(self.held, self.folder / f"{len(self.files)}", metadata={"format": "pt"})
-        self.size += sum(tensor.nbytes for tensor in self.held.values())
-        self.files.append([*self.held])
-        self.held = {}
+        save_file(self.buffer, self.folder / f"{len(self.files)}", metadata={"format": "pt"})
+        self.size += sum(tensor.nbytes for tensor in self.buffer.values())
+        self.files.append([*self.buffer])
+        self.buffer = {}
 
     def close(self) -> None:
-        if self.held:
+        if self.buffer:
             self.flush()
         count = len(self.files)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
         for i, name in enumerate(names):
             (self.folder / str(i)).rename(self.folder / name)
         if count > 1:
-            places = {tensor: name for name, tensors in zip(names, self.files, strict=True) for tensor in tensors}
-            index = {"metadata": {"total_size": self.size}, "weight_map": places}
+            weight_map = {tensor: name for name, tensors in zip(names, self.files, strict=True) for tensor in tensors}
+            index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _with_score(model: ForeignModel, state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """transformers' sequence classifier of an architecture on `meta`, and its weights."""
+    """transformers' sequence classification model of an architecture, on `meta`, and its weights."""
     import copy
 
     from transformers import AutoModelForSequenceClassification
@@ -2655,21 +2652,20 @@ def _with_score(model: ForeignModel, state: dict[str, Tensor]) -> tuple[nn.Modul
     config.get_text_config().pad_token_id = model.config.pad_token_id
     with torch.device("meta"):
         shell = AutoModelForSequenceClassification.from_config(config)
-    wanted = set(shell.state_dict())
+    names = set(shell.state_dict())
     state = {name.removeprefix("inner."): tensor for name, tensor in state.items()}
-    if wanted - set(state):
-        raise UserError(f"model.name: transformers' classifier of a {model.config.model_type} has "
-                        f"{sorted(wanted - set(state))[0]}, which cannot be created here")
-    return shell, {name: state[name] for name in sorted(wanted)}
+    if names - set(state):
+        raise UserError(f"model.name: cannot save a {model.config.model_type} classifier: transformers' class has the tensor "
+                        f"{sorted(names - set(state))[0]}, which this model does not have")
+    return shell, {name: state[name] for name in sorted(names)}
 
 
-# what training alone needs: a critic, the way from a student's hidden states to a teacher's
-TOOLS = ("value_head.", "projections.")
-OPTIONAL = ("lm_head.", "score.", *TOOLS)  # heads: a file may lack them or hold one that is not asked for
+TOOLS = ("value_head.", "projections.")  # used in training only: a critic; projections of a student's hidden states
+OPTIONAL = ("lm_head.", "score.", *TOOLS)  # heads: they may be missing from a file, or be in it without being requested
 
 
 def is_tool(name: str) -> bool:
-    """Whether a tensor is needed in training only."""
+    """Whether a tensor is used in training only."""
     return name.startswith(TOOLS)
 
 # -- loading
@@ -2677,7 +2673,7 @@ def is_tool(name: str) -> bool:
 
 @memoize
 def from_hub(name: str) -> Path:
-    """The files of a hub repository, fetched once; pickled weights only if there are no others."""
+    """Download a hub repository into the local cache; pickled weights only if it has no safetensors."""
     import huggingface_hub
 
     folder = Path(huggingface_hub.snapshot_download(name,
@@ -2688,11 +2684,11 @@ def from_hub(name: str) -> Path:
 
 
 def resolve_folder(name: str, key: str = "model.name") -> Path:
-    """A local folder, or a hub name fetched into the local cache; errors name the setting `key`."""
+    """The path of a local folder, or of a hub repository in the local cache; errors name the setting `key`."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
-        raise UserError(f"{key}: '{name}' is a file; a model is a folder with config.json and weights")
+        raise UserError(f"{key}: '{name}' is a file; give the folder with config.json and the weights")
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise UserError(f"{key}: folder not found: '{name}'")
     try:
@@ -2705,75 +2701,75 @@ def resolve_folder(name: str, key: str = "model.name") -> Path:
     except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = textwrap.shorten(first_line(error), 120, placeholder=" ...")
         remedy = "check the network, or start from --model.preset llama-1m" if key == "model.name" else "check its spelling"
-        raise UserError(f"{key}: '{name}' is no local folder and could not be fetched from the hub ({reason}); {remedy}"
+        raise UserError(f"{key}: '{name}' is not a local folder and cannot be downloaded from the hub ({reason}); {remedy}"
                         ) from None
 
 
 def files_fingerprint(paths: list[Path]) -> str:
-    """Identifies files by their names, their sizes and 64 samples of each, which takes no time for many gigabytes either."""
+    """A digest of the names and sizes of files and of 64 samples of each file, which is fast for many gigabytes too."""
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
-            for place in range(0, size, max(size // 64, 2**16)):
-                file.seek(place)
+            for offset in range(0, size, max(size // 64, 2**16)):
+                file.seek(offset)
                 digest.update(file.read(2**16))
     return digest.hexdigest()
 
 
 def weights_fingerprint(name: str, key: str = "model.name") -> str:
-    """Identifies the weights of a model, or of an adapter and its base."""
+    """A digest of the weights of a model, or of an adapter and its base."""
     folder = resolve_folder(name, key)
-    kinds = ("*.safetensors", "*config.json", "pytorch_model*.bin")
-    marks = [files_fingerprint(sorted(path for kind in kinds for path in folder.glob(kind)))]
+    patterns = ("*.safetensors", "*config.json", "pytorch_model*.bin")
+    digests = [files_fingerprint(sorted(path for pattern in patterns for path in folder.glob(pattern)))]
     if (folder / "adapter_config.json").exists():
-        marks.append(weights_fingerprint(base_and_adapter(name, key=key)[0], key))
-    return " ".join(marks)
+        digests.append(weights_fingerprint(base_and_adapter(name, key=key)[0], key))
+    return " ".join(digests)
 
 
 def model_folder(name: str, key: str = "model.name") -> Path:
-    """`resolve_folder` for a finished model or adapter; the error says which program creates a missing one."""
+    """`resolve_folder` for a finished model or adapter; the error for a missing folder names the program that creates it."""
     folder = Path(name)
     if name in PRESETS and not folder.is_dir():
         raise UserError(f"{key}: '{name}' is a preset without trained weights; train it first: python TRAIN.py --preset {name}")
     program = {"out": "TRAIN.py", "out/sft": "SFT.py", "out/rl": "RL.py", "out/distill": "DISTILL.py"}.get(folder.as_posix())
     if (folder.is_dir() or program) and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
         newest = max(folder.glob("ckpt-step-*"), default=None)
-        hint = f"--model {newest} is its newest checkpoint" if newest else f"train one first: python {program or 'TRAIN.py'}"
-        raise UserError(f"{key}: {name} holds no finished model; {hint}")
+        hint = f"use its newest checkpoint: --model {newest}" if newest else f"train it first: python {program or 'TRAIN.py'}"
+        raise UserError(f"{key}: {name} contains no finished model; {hint}")
     return resolve_folder(name, key)
 
 
 def base_and_adapter(name: str, adapter: str | None = None, key: str = "model.name") -> tuple[str, str | None]:
-    """(model, adapter). The folder of an adapter stands for its base model with that adapter."""
+    """Resolve a name to (model, adapter): the folder of an adapter becomes its base model and the adapter."""
     folder = model_folder(name, key)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         base = adapter_config(folder).base_model_name_or_path
         if not base:
-            raise UserError(f"{folder}/adapter_config.json: names no base model; name it with --model and the adapter with "
-                            "--adapter")
+            raise UserError(f"{folder}/adapter_config.json: base_model_name_or_path is missing; pass the base model as --model "
+                            "and the adapter as --adapter")
         if adapter:
-            raise UserError(f"{key}: {name} is an adapter itself; give its base model, {base}, or leave out --adapter")
+            raise UserError(f"{key}: {name} is an adapter; give its base model, {base}, or leave out --adapter")
         name, adapter, folder = base, name, model_folder(base, key)
     read_json(folder / "config.json")
     return name, adapter
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """config.json, with the special ids of generation_config.json."""
+    """Read config.json, and the special token ids of generation_config.json."""
     try:
         config = config_from_hub(read_json(folder / "config.json"))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     except (TypeError, KeyError) as error:
-        raise UserError(f"{folder}/config.json: a key is missing or of the wrong type ({error})") from None
+        raise UserError(f"{folder}/config.json: a key is missing or has the wrong type ({error})") from None
     read_generation_ids(folder, config)
     return config
 
 
 def read_generation_ids(folder: Path, config: ModelConfig | ForeignConfig) -> None:
-    """The special ids of generation_config.json, which may list several end-of-text ids."""
+    """Read the special token ids of generation_config.json, which may list several end-of-text ids."""
     path = folder / "generation_config.json"
     for key, value in (read_json(path) if path.exists() else {}).items():
         if key in ("bos_token_id", "eos_token_id", "pad_token_id") and value is not None:
@@ -2781,7 +2777,7 @@ def read_generation_ids(folder: Path, config: ModelConfig | ForeignConfig) -> No
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, chosen as in transformers: safetensors before pickles, a single file before an index."""
+    """The files with the weights, selected as in transformers: safetensors before pickles, a single file before an index."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if (folder / stem).exists():
             return [folder / stem]
@@ -2796,8 +2792,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(path: Path, ending: str = "") -> typing.Iterator[tuple[str, Tensor]]:
-    """The tensors of one file whose names have this ending, memory-mapped: a page is read when it is used. Pickles are read with
-    weights_only=True."""
+    """The tensors of a file whose names have this ending, memory-mapped. Pickles are loaded with weights_only=True."""
     import pickle
 
     try:
@@ -2805,22 +2800,22 @@ def read_tensors(path: Path, ending: str = "") -> typing.Iterator[tuple[str, Ten
             with safe_open(path, framework="pt") as file:
                 names = [name for name in file.keys() if name.endswith(ending)]
             for name in names:
-                with safe_open(path, framework="pt") as file:  # one map a tensor: a copied tensor's pages are given back
+                with safe_open(path, framework="pt") as file:  # a map per tensor: its memory is released with the tensor
                     yield name, file.get_tensor(name)
         else:
-            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            yield from ((name, tensor) for name, tensor in held.items() if name.endswith(ending))
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            yield from ((name, tensor) for name, tensor in tensors.items() if name.endswith(ending))
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: refused: it contains more than tensors and could execute code") from None
+        raise UserError(f"{path}: refused: it contains more than tensors and could execute code; use safetensors") from None
     except (SafetensorError, RuntimeError, EOFError, AttributeError, OSError) as error:
-        raise UserError(f"{path}: cannot be read; it may be truncated ({first_line(error)})") from None
+        raise UserError(f"{path}: cannot be read, and may be truncated ({first_line(error)})") from None
 
 
 def dequantized(folder: Path, raw: dict) -> typing.Iterator[tuple[Path, str, Tensor]]:
-    """All tensors of a folder with their files. DeepSeek's fp8 weights are multiplied by their scales (`weight_scale_inv`): one
-    for each block of usually 128 x 128 weights, or one for the whole matrix."""
+    """All tensors of a folder with their files. DeepSeek's fp8 weights are multiplied by their scales (`weight_scale_inv`): a
+    scale per block (usually 128 x 128 weights), or one scale for the whole matrix."""
     files, quantization = weight_files(folder), raw.get("quantization_config") or {}
     method = quantization.get("quant_method")
     if method == "compressed-tensors":
@@ -2829,7 +2824,7 @@ def dequantized(folder: Path, raw: dict) -> typing.Iterator[tuple[Path, str, Ten
         yield from QUANT.from_hub((path, name, tensor) for path in files for name, tensor in read_tensors(path))
         return
     if method not in (None, "fp8"):
-        raise UserError(f"{folder}: its weights are quantized with {method}, which is not supported; use the original model")
+        raise UserError(f"{folder}: the weights are quantized with {method}, which is not supported; use the original model")
     ending = "_scale_inv"
     scales = {name.removesuffix(ending): tensor for path in files if method for name, tensor in read_tensors(path, ending)}
     height, width = quantization.get("weight_block_size") or (128, 128)
@@ -2847,10 +2842,10 @@ def dequantized(folder: Path, raw: dict) -> typing.Iterator[tuple[Path, str, Ten
 
 def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed: int = 0,
                  packer: Callable | None = None) -> None:
-    """Assign a folder's weights to a model (on `meta` or not); every tensor must fit by name and shape.
+    """Assign a folder's weights to a model (on `meta` or not); all tensors must match by name and shape.
 
-    packer(name, weight) -> whether it has put the weight into the model itself, in another form. It gets the weights that it
-    names in packer.exact as they are stored, the others in `dtype`."""
+    packer(name, weight) assigns a weight in another form, such as quantized, and returns True, or returns False. It gets the
+    weights that are listed in packer.exact as they are stored, and other weights in `dtype`."""
     config, raw = model.config, read_json(folder / "config.json")
     head = model.tied_name
     expected = dict(model.state_dict())
@@ -2864,9 +2859,9 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
                 continue
             shape = torch.empty(shapes[name], device="meta")[index].shape if not index or index[0] < shapes[name][0] else ()
             if part.shape != shape:
-                raise UserError(f"{path}: {hub_name} is {tuple(part.shape)}, config.json implies {tuple(shape)}; "
-                                "is a key of config.json missing or changed?")
-            # A router's bias is the sum of tiny steps and stays float32; scales and what a packer rounds stay as they are.
+                raise UserError(f"{path}: {hub_name} has shape {tuple(part.shape)}, but config.json implies {tuple(shape)}; "
+                                "check for missing or changed keys in config.json")
+            # A router's bias is the sum of tiny steps and stays float32; scales and packer.exact keep their dtype.
             kind = torch.float32 if name.endswith("e_score_correction_bias") else dtype
             exact = name.endswith(("weight_scale", ".scale")) or packer and name in packer.exact
             kind = kind if part.is_floating_point() and not exact else part.dtype
@@ -2884,8 +2879,8 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
     if config.tie_word_embeddings:
         expected.pop(head, None)
     missing = [name for name, weight in expected.items() if filled[name] < weight.numel()]
-    may_lack = tuple(part for part in OPTIONAL if part != "lm_head." or "lm" not in folder_heads(raw))
-    fresh = tuple(name for name in missing if name.startswith(may_lack) and name not in state)
+    optional = tuple(part for part in OPTIONAL if part != "lm_head." or "lm" not in folder_heads(raw))
+    fresh = tuple(name for name in missing if name.startswith(optional) and name not in state)
     for label, names in (("missing", [name for name in missing if name not in fresh]), ("unexpected", unexpected)):
         if names:
             raise UserError(f"{folder}: {label} tensor {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
@@ -2897,8 +2892,8 @@ def load_weights(model: Transformer, folder: Path, dtype=None, device=None, seed
 
 
 def settle_tied_head(model: Transformer, state: dict[str, Tensor], filled: Counter) -> None:
-    """A file may hold the shared tensor under the head's name, or under both names. If config.json says tied but the two tensors
-    differ, the model is not tied, as in transformers."""
+    """A file may contain the tied tensor under the head's name, or under both names. If the two tensors differ, the model is not
+    tied, as in transformers, even if config.json sets tie_word_embeddings."""
     embedding, head = "model.embed_tokens.weight", model.tied_name
     if head not in state:
         return
@@ -2911,7 +2906,7 @@ def settle_tied_head(model: Transformer, state: dict[str, Tensor], filled: Count
 
 
 def folder_heads(raw: dict) -> tuple:
-    """The heads of the classes in config.json's `architectures`; a causal LM if there are none."""
+    """The heads of the classes in config.json's `architectures`; those of a causal LM if there are none."""
     for architecture in raw.get("architectures") or ():
         for suffix, heads in HEAD_CLASSES.items():
             if architecture.endswith(suffix):
@@ -2922,13 +2917,13 @@ def folder_heads(raw: dict) -> tuple:
 def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_implementation: str = "auto",
          head: str | tuple | None = None, seed: int = 0, changes: dict | None = None, adapter: str | None = None,
          quantization: str | None = None) -> LanguageModel:
-    """A trained model from a folder or hub name, in eval mode.
+    """Load a trained model from a folder or hub name, in eval mode.
 
-    dtype None is float32, "auto" the fastest suitable type (see `auto_dtype`). head None is the head that config.json names;
+    dtype None is float32, "auto" the fastest suitable dtype (see `auto_dtype`). head None is the head that config.json names;
     other heads are initialized from `seed`. `changes` are settings that do not change the shapes of the weights (`CHANGEABLE`).
-    The model is built on `meta` and weights are assigned, so memory stays near one copy. Other architectures are run by
-    transformers, with the same forward. `adapter` is the folder of a LoRA adapter. `quantization` (`QUANTIZATIONS`) quantizes the
-    layers' matrices while loading (`QUANT`); they can no longer be trained, adapters on them can.
+    The model is built on `meta` and the weights are assigned, so peak memory is about one copy. Architectures that are not in
+    `FAMILIES` are run by transformers, with the same interface. `adapter` is the folder of a LoRA adapter. `quantization`
+    (`QUANTIZATIONS`) quantizes the layers' weights while loading (`QUANT`); they are frozen then, but adapters can be trained.
     """
     folder = resolve_folder(str(name))
     raw = read_json(folder / "config.json")
@@ -2938,13 +2933,13 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
         raise UserError(f"quantization: '{quantization}' is not one of {', '.join(QUANTIZATIONS)}")
     quantization = None if quantization == "none" else quantization
     if "score" in folder_heads(raw) and raw.get("problem_type") not in (None, "single_label_classification"):
-        raise UserError(f"{folder}/config.json: problem_type '{raw['problem_type']}' is not supported; only "
-                        "single_label_classification is")
+        raise UserError(f"{folder}/config.json: problem_type '{raw['problem_type']}' is not supported (only "
+                        "single_label_classification)")
     if quantization:
         import QUANT
     stored = (raw.get("quantization_config") or {}).get("quant_method")
     if quantization and stored not in (None, "fp8"):
-        raise UserError(f"model.quantization: the weights in {folder} are quantized already; leave it out")
+        raise UserError(f"model.quantization: the weights in {folder} are already quantized; leave it out")
     if is_foreign(raw):
         packing = QUANT.hub_settings(quantization) if quantization else None
         model = _load_foreign(folder, raw, dtype, device, attn_implementation, head, seed, changes, packing)
@@ -2953,12 +2948,12 @@ def load(name: str, dtype: str | torch.dtype | None = None, device=None, attn_im
             QUANT.quantize(model, quantization)
     else:
         packing = partial(QUANT.Packer, method=quantization, device=device) if quantization else None
-        model = _load_own(folder, raw, dtype, device, attn_implementation, head, seed, changes, packing)
+        model = _load_native(folder, raw, dtype, device, attn_implementation, head, seed, changes, packing)
     if quantization:
         QUANT.keep_form(model, quantization)
     if isinstance(model, ForeignModel) and not is_causal(model.inner):
-        raise UserError(f"{folder}: the tokens of a {model.config.model_type} attend to later tokens, so it is not a causal "
-                        "language model; bert is the only encoder that is supported")
+        raise UserError(f"{folder}: {model.config.model_type} is not a causal language model, since tokens attend to later "
+                        "tokens; bert is the only supported encoder")
     if adapter:
         _fit_to_adapter(model, adapter)
         load_adapter(model, adapter)
@@ -2975,7 +2970,8 @@ def _fit_to_adapter(model: LanguageModel, adapter: str) -> None:
         grow_vocabulary(model, max(ids) + 1)
 
 
-def _load_own(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, seed: int, changes, packing) -> Transformer:
+def _load_native(folder: Path, raw: dict, dtype, device, attn_implementation: str, head, seed: int, changes,
+                 packing) -> Transformer:
     config = read_config(folder)
     if fixed := set(changes or ()) - set(CHANGEABLE):
         raise UserError(f"model.{sorted(fixed)[0]}: a trained model's architecture is fixed; leave it out, or start from "
@@ -2993,7 +2989,7 @@ def _load_own(folder: Path, raw: dict, dtype, device, attn_implementation: str, 
 
 
 def context_length(name: str, changes: dict) -> int:
-    """The context length of a folder's model in tokens, from its config.json and changed settings."""
+    """The context length in tokens of the model in a folder, from its config.json and changed settings."""
     folder = resolve_folder(base_and_adapter(name)[0])
     raw = read_json(folder / "config.json")
     if not is_foreign(raw):
@@ -3005,7 +3001,7 @@ CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions")
 
 
 def is_foreign(raw: dict) -> bool:
-    """Whether a config.json names an architecture that transformers has to run."""
+    """Whether a config.json names an architecture that only transformers can run."""
     return ALIASES.get(raw.get("model_type"), raw.get("model_type")) not in (*FAMILIES, CUSTOM)
 
 
@@ -3015,7 +3011,7 @@ CHANGEABLE = ("rope_scaling", "rope_theta", "max_position_embeddings", "sliding_
 
 
 def stored_dtype(raw: dict) -> str:
-    """The type of a folder's weights according to its config.json."""
+    """The dtype of a folder's weights according to its config.json."""
     return raw.get("dtype") or raw.get("torch_dtype") or "float32"
 
 
@@ -3032,48 +3028,48 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    talk = logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     kind = raw.get("model_type")
     changes, heads = dict(changes or {}), (head,) if isinstance(head, str) else head or folder_heads(raw)
     labels = changes.pop("labels", None) or (hub_labels(raw) if "score" in folder_heads(raw) else None)
     if changes:
-        raise UserError(f"model.{sorted(changes)[0]}: {kind} is run by transformers, so this setting cannot be changed")
+        raise UserError(f"model.{sorted(changes)[0]}: cannot be changed for {kind}, which is run by transformers; leave it out")
     kernels = {"auto": None, "eager": "eager", "sdpa": "sdpa"}
     if attn_implementation not in kernels:
-        raise UserError(f"model.attn_implementation: {attn_implementation} is not supported for {kind}, which transformers "
-                        "runs; use auto, eager or sdpa")
+        raise UserError(f"model.attn_implementation: {attn_implementation} is not supported for {kind}, which is run by "
+                        "transformers; use auto, eager or sdpa")
     options = {"quantization_config": packing, "device_map": {"": str(device or "cpu")}} if packing else {}
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
         dtype = _chosen_dtype(dtype, raw, ForeignModel(empty), device) or torch.float32
-        logging.set_verbosity_error()  # a report of heads that come or go
+        logging.set_verbosity_error()  # no report of missing and unexpected heads
         inner = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernels[attn_implementation],
                                                      use_safetensors=None, weights_only=True, **options)
     except (KeyError, ValueError, OSError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError,
             StrictDataclassError) as error:
-        raise UserError(f"{folder}: model_type '{kind}' cannot be loaded: it is not one of {', '.join(FAMILIES)}, and "
-                        f"transformers says: {first_line(error)}") from None
+        raise UserError(f"{folder}: model_type '{kind}' is not one of {', '.join(FAMILIES)}, and transformers cannot load it: "
+                        f"{first_line(error)}") from None
     finally:
-        logging.set_verbosity(talk)
+        logging.set_verbosity(verbosity)
     if "score" in heads and type(inner.config) not in AutoModelForSequenceClassification._model_mapping:
-        raise UserError(f"{folder}: transformers has no sequence classifier for {kind}, so a classification or reward head "
-                        "could not be saved; choose another model")
+        raise UserError(f"{folder}: transformers has no sequence classification model for {kind}, so a classification or reward "
+                        "head could not be saved; choose another model")
     model = ForeignModel(inner if packing else inner.to(device or "cpu"), heads, labels).eval()
     read_generation_ids(folder, model.config)
     if "score" in heads:
         stored = dict(tensor for path in weight_files(folder) for tensor in read_tensors(path, "score.weight"))
-        drawn = torch.empty(model.score.weight.shape).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
-        model.score.weight.data = next(iter(stored.values()), drawn).to(model.device, model.dtype)
-        if model.score.weight.shape != drawn.shape:
-            raise UserError(f"{folder}: score.weight is {tuple(model.score.weight.shape)}, {len(labels or ())} labels require "
-                            f"{tuple(drawn.shape)}")
+        random = torch.empty(model.score.weight.shape).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
+        model.score.weight.data = next(iter(stored.values()), random).to(model.device, model.dtype)
+        if model.score.weight.shape != random.shape:
+            raise UserError(f"{folder}: score.weight has shape {tuple(model.score.weight.shape)}, but {len(labels or ())} labels "
+                            f"require {tuple(random.shape)}")
     return model
 
 
 def label_names(model: LanguageModel) -> list[str]:
-    """The names of a score head's outputs; LABEL_0, ... as in transformers if they have none."""
+    """The names of the labels of a score head; LABEL_0, ... as in transformers if they have no names."""
     return model.config.labels or [f"LABEL_{i}" for i in range(model.config.num_labels)]
 
 
@@ -3088,7 +3084,7 @@ def folder_labels(folder: Path) -> list[str] | None:
 
 
 def import_peft():
-    """peft, without bitsandbytes' messages about kernels that could be downloaded."""
+    """Import peft without bitsandbytes' messages about kernels to download."""
     import logging
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -3100,13 +3096,13 @@ def import_peft():
 
 
 def host_of(model: LanguageModel) -> nn.Module:
-    """The module into which peft puts adapters: the model, or the one that transformers runs."""
+    """The module that peft adds adapters to: the model, or the model of transformers inside."""
     return model.inner if isinstance(model, ForeignModel) else model
 
 
 def inject(config, host: nn.Module, name: str = "default") -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # about patterns that peft itself made for experts
+        warnings.simplefilter("ignore", RuntimeWarning)  # about patterns that peft generates for experts
         peft = import_peft()
         peft.inject_adapter_in_model(config, host, name)
     for module in host.modules():
@@ -3114,22 +3110,22 @@ def inject(config, host: nn.Module, name: str = "default") -> None:
             module.forward = partial(adapted_product, module, module.forward)
 
 
-def adapted_product(layer, usual: Callable, hidden: Tensor) -> Tensor:
-    """W x + B (alpha / r A x), the same as peft's forward, which scales and adds in separate passes over the full width: here
-    r numbers per token are scaled, and the last product adds into W x. Other than for one plain adapter, peft's forward runs."""
+def adapted_product(layer, peft_forward: Callable, hidden: Tensor) -> Tensor:
+    """W x + B (alpha / r A x). peft's forward scales and adds the full width in separate passes. Here only r numbers per token
+    are scaled, and the last product is accumulated into W x. For anything but one plain adapter, peft's forward is called."""
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
     plain = name in layer.lora_A and not (layer.disable_adapters or layer.merged or name in layer.lora_variant)
     if not plain or layer.lora_B[name].bias is not None:
-        return usual(hidden)
+        return peft_forward(hidden)
     flat = hidden.flatten(0, -2)  # (N, in): adding into a view would copy its gradient
     out = layer.base_layer(flat)
     flat = layer.lora_dropout[name](flat.to(layer.lora_A[name].weight.dtype))
-    narrow = layer.lora_A[name](flat) * layer.scaling[name]  # (N, r)
-    return out.addmm_(narrow.to(out.dtype), layer.lora_B[name].weight.to(out.dtype).t()).unflatten(0, hidden.shape[:-1])
+    low_rank = layer.lora_A[name](flat) * layer.scaling[name]  # (N, r)
+    return out.addmm_(low_rank.to(out.dtype), layer.lora_B[name].weight.to(out.dtype).t()).unflatten(0, hidden.shape[:-1])
 
 
 def _save_adapter(model: LanguageModel, folder: str | Path) -> None:
-    """adapter_config.json and adapter_model.safetensors as peft writes them, under the names of transformers' model."""
+    """Write adapter_config.json and adapter_model.safetensors as peft does, with transformers' tensor names."""
     from safetensors.torch import save_file
 
     host = host_of(model)
@@ -3146,11 +3142,11 @@ def _save_adapter(model: LanguageModel, folder: str | Path) -> None:
         save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt", **labels})
 
 
-RENAMED = ("gpt2", "bert")  # families whose layers have other names in transformers; a mixture's experts are peft's own affair
+RENAMED = ("gpt2", "bert")  # families whose layers have other names in transformers; peft converts the names of experts
 
 
 def rename_adapter(kind: str, config, state: dict[str, Tensor], back: bool = False) -> tuple:
-    """(peft's settings, tensors) of an adapter under transformers' names; `back`: under ours."""
+    """Convert the (peft config, tensors) of an adapter to transformers' names; `back`: to the names of this file."""
     from peft.utils.other import get_pattern_key
 
     def renamed(module: str) -> str:
@@ -3168,12 +3164,12 @@ def rename_adapter(kind: str, config, state: dict[str, Tensor], back: bool = Fal
     state = {hub_name(kind, name, back): tensor for name, tensor in state.items()}
     if not back:
         config.modules_to_save = ["pooler", "classifier"] if config.modules_to_save and kind == "bert" else config.modules_to_save
-    elif unread := set(config.modules_to_save or ()) - {"pooler", "classifier", "score"}:
-        raise UserError(f"its modules_to_save {sorted(unread)} are not supported for this family")
+    elif unsupported := set(config.modules_to_save or ()) - {"pooler", "classifier", "score"}:
+        raise UserError(f"modules_to_save {sorted(unsupported)} are not supported for {kind}")
     elif config.modules_to_save:
-        last_only = "score.out_proj.weight" in state and "score.dense.weight" not in state  # of BERT's two layers
+        last_only = "score.out_proj.weight" in state and "score.dense.weight" not in state  # of the two layers of BERT's head
         config.modules_to_save = ["score.out_proj" if last_only else "score"]
-    if isinstance(config.trainable_token_indices, dict):  # rows of the embedding, and of a head that is not tied to it
+    if isinstance(config.trainable_token_indices, dict):  # rows of the embedding and of an untied head
         embedding = "embed_tokens" if back else renamed("model.embed_tokens").rpartition(".")[2]
         config.trainable_token_indices = {name if name == "lm_head" else embedding: rows
                                           for name, rows in config.trainable_token_indices.items()}
@@ -3194,9 +3190,9 @@ def adapter_config(folder: Path):
 
 
 def adapter_labels(folder: Path) -> list[str] | None:
-    """The labels of an adapter with a score head; LABEL_0, ... if peft saved it, which keeps no names."""
+    """The labels of an adapter with a score head; LABEL_0, ... if peft saved it, which does not save names."""
     path = folder / "adapter_model.safetensors"
-    with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:  # what is wrong is said when it is read
+    with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:  # `read_tensors` reports damaged files
         names = json.loads((file.metadata() or {}).get("labels", "null"))
         head = next((name for name in file.keys() if re.search(r"\.(score|classifier)\.weight$", name)), None)
         return names or (head and [f"LABEL_{i}" for i in range(file.get_slice(head).get_shape()[0])])
@@ -3204,31 +3200,30 @@ def adapter_labels(folder: Path) -> list[str] | None:
 
 
 def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False, name: str = "default") -> None:
-    """Load a saved adapter into its base model; every tensor must fit."""
+    """Load a saved adapter into its base model; all tensors must match."""
     peft, folder = import_peft(), resolve_folder(str(folder), "--adapter")
     config = adapter_config(folder)
     if config.peft_type != "LORA":
-        raise UserError(f"{folder}: a {config.peft_type} adapter; only LoRA and its variants are supported")
+        raise UserError(f"{folder}: {config.peft_type} adapters are not supported; only LoRA and its variants are")
     host = host_of(model)
-    for key, kind in (("layer_replication", "repeats layers"), ("alora_invocation_tokens", "is activated by tokens")):
+    for key in ("layer_replication", "alora_invocation_tokens"):
         if getattr(config, key, None):
-            raise UserError(f"{folder}: this adapter {kind} ({key}), which is not supported")
+            raise UserError(f"{folder}/adapter_config.json: {key} is not supported")
     config.inference_mode = not train
     path = folder / "adapter_model.safetensors"
     path = path if path.exists() else folder / "adapter_model.bin" if (folder / "adapter_model.bin").exists() else path
     state = {name.removeprefix("base_model.model."): tensor for name, tensor in read_tensors(path)}
     if config.use_dora and model.quantization not in ("none", "nf4"):
-        raise UserError(f"{folder}: DoRA does not work on {model.quantization} weights; use --model.quantization nf4 or none")
+        raise UserError(f"{folder}: DoRA does not support {model.quantization} weights; use --model.quantization nf4 or none")
     if model.quantization != "none" and any(".experts." in name for name in state):
-        raise UserError(f"{folder}: it has adapters on experts, which does not work with quantized weights; leave out "
-                        "model.quantization")
+        raise UserError(f"{folder}: adapters on experts do not support quantized weights; leave out model.quantization")
     if not isinstance(model, ForeignModel) and model.config.model_type in RENAMED:
         try:
             config, state = rename_adapter(model.config.model_type, config, state, back=True)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
     if "score" in model.heads and not config.modules_to_save:
-        raise UserError(f"{folder}: an adapter without a classification head; merge it (SFT.py --merge) and start from the "
+        raise UserError(f"{folder}: this adapter has no classification head; merge it (SFT.py --merge) and start from the "
                         "merged folder")
     try:
         inject(config, host, name)
@@ -3237,27 +3232,27 @@ def load_adapter(model: LanguageModel, folder: str | Path, train: bool = False, 
         result = peft.set_peft_model_state_dict(host, state, name)
     except (ValueError, RuntimeError) as error:
         base = config.base_model_name_or_path
-        raise UserError(f"{folder}: made for another base model ({base}): {first_line(error)}") from None
+        raise UserError(f"{folder}: trained for another base model ({base}): {first_line(error)}") from None
     weights = dict(host.named_parameters(remove_duplicate=False))
-    given = {id(weight) for name, weight in weights.items() if name not in result.missing_keys}  # shared ones stand there once
+    loaded = {id(weight) for name, weight in weights.items() if name not in result.missing_keys}  # tied weights are saved once
     others = [f".{key}." for key in model.adapters.values()]
-    missing = [name for name in result.missing_keys if tensor_is_trained(name) and id(weights.get(name)) not in given
+    missing = [name for name in result.missing_keys if tensor_is_trained(name) and id(weights.get(name)) not in loaded
                and not any(key in name for key in others)]
     if missing or result.unexpected_keys:
-        raise UserError(f"{folder}: made for another base model ({config.base_model_name_or_path}): "
-                        f"{(missing or result.unexpected_keys)[0]} does not fit")
+        raise UserError(f"{folder}: trained for another base model ({config.base_model_name_or_path}): "
+                        f"{'missing' if missing else 'unexpected'} tensor {(missing or result.unexpected_keys)[0]}")
     model.adapter = config
 
 
 def load_adapters(model: Transformer, folders: dict[str, str]) -> None:
-    """Load several LoRA adapters, {name: folder}, which stay unmerged: `adapters_for` says which tokens use which."""
+    """Load several LoRA adapters, {name: folder}, without merging them; `adapters_for` assigns tokens to them."""
     for number, (name, folder) in enumerate(folders.items()):
-        before, key = set(model.modules()), f"adapter{number}"  # of a ModuleDict, so without dots
+        before, key = set(model.modules()), f"adapter{number}"  # a key of ModuleDict, which cannot contain dots
         load_adapter(model, folder, name=key)
         layers = [module for module in model.modules() if hasattr(module, "lora_A") and key in module.lora_A]
         new = [module for module in set(model.modules()) - before if hasattr(module, "adapter_layer_names")]
         if model.adapter.use_dora or model.adapter.lora_bias or not set(new) <= set(layers):
-            raise UserError(f"{folder}: only plain LoRA on linear layers can be one of several adapters; serve it with --adapter")
+            raise UserError(f"{folder}: only plain LoRA on linear layers can be served with others; serve it with --adapter")
         for layer in layers:
             layer.forward = partial(mixed_product, layer, model.adapter_tokens)
         model.adapters[name], model.adapter = key, None
@@ -3265,7 +3260,7 @@ def load_adapters(model: Transformer, folders: dict[str, str]) -> None:
 
 @contextmanager
 def adapters_for(model: LanguageModel, parts: list[tuple[str | None, int]]) -> Iterator[None]:
-    """Within this context the tokens of a forward pass (1, N) use these adapters: (its name or None, number of tokens), ..."""
+    """In this context, the tokens of a forward pass (1, N) use these adapters: (name or None, number of tokens), ..."""
     numbers: dict[str, list[int]] = {}
     first = 0
     for name, count in parts:
@@ -3282,30 +3277,29 @@ def adapters_for(model: LanguageModel, parts: list[tuple[str | None, int]]) -> I
 def mixed_product(layer, tokens: dict[str, Tensor], hidden: Tensor) -> Tensor:
     """W x for all tokens, plus B (alpha / r A x) of each adapter for its tokens; (1, N, out)"""
     out = layer.base_layer(hidden)
-    for key, places in tokens.items():
+    for key, indices in tokens.items():
         if key in layer.lora_A:
-            narrow = layer.lora_A[key](hidden[0, places].to(layer.lora_A[key].weight.dtype)) * layer.scaling[key]
-            out[0].index_add_(0, places, layer.lora_B[key](narrow).to(out.dtype))
+            low_rank = layer.lora_A[key](hidden[0, indices].to(layer.lora_A[key].weight.dtype)) * layer.scaling[key]
+            out[0].index_add_(0, indices, layer.lora_B[key](low_rank).to(out.dtype))
     return out
 
 
 def _stacked(host: nn.Module, config, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Convert an adapter on separate experts (transformers 4) to peft's form for stacked experts. Adapters that peft converts
-    incorrectly are refused."""
+    """Convert an adapter on separate experts (transformers 4) to stacked experts; UserError if peft converts it incorrectly."""
     if config.use_rslora or host.config.model_type == "deepseek_v3":
-        raise UserError(f"{folder}: this adapter has separate layers for each expert; merge it with the versions of peft and "
-                        "transformers that trained it")
+        raise UserError(f"{folder}: this adapter has a layer per expert, which is not supported; merge it with the versions of "
+                        "peft and transformers that trained it")
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):  # which knows the names of both versions
+    with torch.device("meta"):  # the conversion needs a model of transformers, for its tensor names
         shell = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_to_hub(host.config)))
     return {name.removeprefix("base_model.model."): tensor for name, tensor in convert(shell, config, state).items()}
 
 
 def merges_exactly(model: LanguageModel) -> bool:
-    """Whether merging leaves the model's function unchanged. Merging into one of two layers that share a tensor (a tied embedding
-    or head) would change the other layer too; a bias of B has no place in a layer without a bias."""
+    """Whether the merged model computes the same function. Merging into one of two layers that share a tensor (a tied embedding
+    or head) would change the other layer too; the bias of B cannot be merged into a layer without bias."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -3318,14 +3312,14 @@ def merges_exactly(model: LanguageModel) -> bool:
 
 @torch.no_grad()
 def narrow_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Store frozen matrices in autocast's type: the products are the same bit for bit, with half the memory and no conversion
-    at each use. Weights with other uses keep their type: embeddings, norms, matrices under DoRA, experts with adapters."""
+    """Store frozen matrices in autocast's dtype: products are bitwise identical, with half the memory and without a conversion
+    at each use. Weights with other uses keep their dtype: embeddings, norms, matrices with DoRA, experts with adapters."""
     if model.adapter and (model.adapter.use_dora or model.adapter.target_parameters):
         return
     embedding = model.get_input_embeddings().weight
-    own = isinstance(model, Transformer)  # a foreign model may multiply in float32 on purpose, where it has no adapter
+    native = isinstance(model, Transformer)  # a foreign model may use float32 on purpose in layers without an adapter
     for name, module in model.named_modules():
-        weight, plain = getattr(module, "weight", None), type(module) is nn.Linear and (own or name.endswith("base_layer"))
+        weight, plain = getattr(module, "weight", None), type(module) is nn.Linear and (native or name.endswith("base_layer"))
         if plain and not weight.requires_grad and weight is not embedding or type(module) is Experts:
             module.to(dtype)
         elif getattr(weight, "quant_state", None) is not None:
@@ -3340,11 +3334,11 @@ def merge_adapter(model: LanguageModel) -> None:
     replaced: tuple = ()
     for name, module in list(model.named_modules()):
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not name.startswith(replaced):
-            replaced += (name + ".",)  # what stands inside goes with it
+            replaced += (name + ".",)  # modules inside are replaced with it
             parent = model.get_submodule(name.rpartition(".")[0])
             if isinstance(module, BaseTunerLayer):
                 plain = module
-                while isinstance(plain, BaseTunerLayer):  # experts have one around the other
+                while isinstance(plain, BaseTunerLayer):  # nested for experts
                     plain.merge()
                     plain = plain.base_layer
             else:
@@ -3353,7 +3347,7 @@ def merge_adapter(model: LanguageModel) -> None:
     model.adapter = None
     model.tie_weights()
 
-# -- devices and types
+# -- devices and dtypes
 
 QUANTIZATIONS = ("none", "int8", "int8_dynamic", "int4", "fp8", "nf4", "llm_int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -3366,20 +3360,20 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        there = {"cpu": True, "cuda": (device.index or 0) < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+        found = {"cpu": True, "cuda": (device.index or 0) < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
     except RuntimeError:
-        there = {}
-    if not there or not there.get(device.type, False):
+        found = {}
+    if not found or not found.get(device.type, False):
         raise UserError(f"model.device: '{name}' is not available; use cpu, or auto for the best available device")
     return device
 
 
 @memoize
 def matmul_flops(dtype: torch.dtype, device: str, size: int = 0) -> float:
-    """Measured FLOP/s of a square matrix product as layers compute it: the peak for MFU."""
+    """Measured FLOP/s of a square matrix product with the layers' kernel: the peak for MFU."""
     size = size or (8192 if device.startswith("cuda") else 1024)
-    random = torch.Generator(device).manual_seed(0)  # its own: dropout draws from the global one
-    a, b = (torch.randn(size, size, device=device, generator=random).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # leaves the global generator, which dropout uses, unchanged
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     return 2 * size**3 / min(_seconds(lambda: F.linear(a, b)[0, 0].item()) for _ in range(4))  # .item() waits for the device
 
 
@@ -3391,38 +3385,37 @@ def _seconds(function: Callable) -> float:
 
 @memoize
 def fast_half(device: str) -> torch.dtype | None:
-    """The 16-bit type whose matrix products are clearly faster than float32 on this device, measured rather than looked up: of
-    two processors that both list AVX512-BF16, one is seven times faster in it than in float32 and one half as fast.
-    The environment variable FAST_TYPE (bfloat16 or float32) replaces the measurement on a CPU: tests run with both."""
+    """The 16-bit dtype whose matrix products are clearly faster than float32 on this device, or None. It is measured on a CPU:
+    of two processors that list AVX512-BF16, one is seven times as fast in bfloat16 as in float32 and one half as fast. The
+    environment variable FAST_TYPE (bfloat16 or float32) replaces the measurement, so tests can run with both."""
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.startswith("mps"):
         return None
     if forced := os.environ.get("FAST_TYPE"):
         return torch.bfloat16 if forced == "bfloat16" else None
-    for size, gain in ((128, 0.5), (1024, 1.3)):  # the small product excludes emulated bfloat16: 15 s for the large one
-        whole, half = torch.ones(size, size), torch.ones(size, size, dtype=torch.bfloat16)
-        times = [(_seconds(lambda: whole @ whole), _seconds(lambda: half @ half)) for _ in range(6)]  # noqa: B023
-        seconds, seconds_half = map(min, zip(*times, strict=True))  # alternated, so that other programs slow down both
+    for size, gain in ((128, 0.5), (1024, 1.3)):  # the small product rules out emulated bfloat16: 15 s for the large one
+        full, half = torch.ones(size, size), torch.ones(size, size, dtype=torch.bfloat16)
+        times = [(_seconds(lambda: full @ full), _seconds(lambda: half @ half)) for _ in range(6)]  # noqa: B023
+        seconds, seconds_half = map(min, zip(*times, strict=True))  # interleaved, so that other programs slow down both
         if seconds < gain * seconds_half:
             return None
     return torch.bfloat16
 
 
 def supported_dtype(name: str, device=None) -> torch.dtype:
-    """The requested type, or float32 with a message if it is float16 on a CPU, which is slow."""
+    """The requested dtype, or float32 with a message instead of float16 on a CPU, which is slow."""
     device = str(device or "cpu")
     if name not in DTYPES:
         raise UserError(f"model.dtype: '{name}' is not one of auto, {', '.join(DTYPES)}")
     if name == "float16" and device == "cpu":
-        say("model.dtype: float16 on a CPU is slow; computing in float32")
+        say("model.dtype: float16 is slow on a CPU; using float32")
         return torch.float32
     return DTYPES[name]
 
 
 def auto_dtype(stored: str | None, parameters: int, device=None) -> torch.dtype:
-    """Inference uses the type in which the weights were stored. Large float32 models use 16 bits, as decoding is limited by
-    memory bandwidth; small ones keep float32."""
+    """The dtype for inference: that of the stored weights, but 16 bits for large float32 models (memory bandwidth)."""
     device = str(device or "cpu")
     half = fast_half(device) or torch.bfloat16
     if stored in ("float16", "bfloat16"):
@@ -3433,19 +3426,19 @@ def auto_dtype(stored: str | None, parameters: int, device=None) -> torch.dtype:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, active per token): shared parameters are counted once; a token uses only k of the experts."""
-    packed = [getattr(weight, "quant_state", None) for weight in model.parameters()]  # 4-bit: two weights a byte
+    """(total, active per token): shared parameters are counted once; a token uses only k of the experts."""
+    states = [getattr(weight, "quant_state", None) for weight in model.parameters()]  # 4-bit: two weights per byte
     total = sum(weight.numel() if state is None else math.prod(state.shape)
-                for weight, state in zip(model.parameters(), packed, strict=True))
+                for weight, state in zip(model.parameters(), states, strict=True))
     idle = sum(weight.numel() * (1 - module.per_token / len(weight))
                for module in model.modules() if isinstance(module, Experts) for weight in module.parameters())
     return total, total - round(idle)
 
 
 def flops_per_token(config: ModelConfig, context: int, head: str | tuple = "lm") -> float:
-    """FLOPs of the forward pass of one token with `context` tokens before it, counted from the modules of a model on `meta`: two
-    for each weight of a product; for each key, two times its width and two times its value's. Training costs three times as
-    much (Kaplan 2020, section 2.1)."""
+    """FLOPs of the forward pass of one token with `context` tokens before it, counted from the modules of a model on `meta`: 2
+    per weight of a matrix product, and per key 2 for each dimension of the key and of the value. Training takes three times as
+    many (Kaplan 2020, section 2.1)."""
     flops = 0.0
     for module in build(config, head, device="meta").modules():
         if isinstance(module, (nn.Linear, Router)):
@@ -3455,12 +3448,12 @@ def flops_per_token(config: ModelConfig, context: int, head: str | tuple = "lm")
         elif isinstance(module, Attention):
             flops += 4 * config.num_attention_heads * module.head_dim * min(context, module.window or context)
         elif isinstance(module, LatentAttention):
-            flops += 2 * module.heads * (module.content + module.place + module.out) * context
+            flops += 2 * module.heads * (module.nope_dim + module.rope_dim + module.value_dim) * context
     return flops
 
 
 def cache_numbers(config: ModelConfig) -> int:
-    """Elements in the cache per token: keys and values of all layers, or latents and rotary keys."""
+    """Number of cached elements per token: keys and values of all layers, or latents and rotary keys."""
     if not config.causal:
         return 0
     latent = config.kv_lora_rank and config.kv_lora_rank + config.qk_rope_head_dim
@@ -3468,7 +3461,7 @@ def cache_numbers(config: ModelConfig) -> int:
 
 
 def summary(config: ModelConfig) -> str:
-    """Layers, parameters, FLOPs and memory as text; the model is built on `meta`, without weights."""
+    """A text with layers, parameters, FLOPs and memory; the model is built on `meta`, without weights."""
     model = build(config, device="meta")
     total, active = count_parameters(model)
     context, cache = config.max_position_embeddings, 2 * cache_numbers(config)
@@ -3492,8 +3485,8 @@ def summary(config: ModelConfig) -> str:
         ("forward FLOPs per token", f"{flops_per_token(config, 0) / 1e9:,.3f} G, at full context "
                                     f"{flops_per_token(config, context) / 1e9:,.3f} G"),
         ("cache per token", f"{cache:,} bytes in 16 bits; {size_text(cache * context)} for a full context"),
-        ("memory to run", f"{size_text(total * 2)} in 16 bits, {size_text(total * 4)} in float32, plus cache"),
-        ("memory to train", f"{size_text(total * 16)} (float32 weights, gradients, AdamW's two moments), plus activations"),
+        ("memory for inference", f"{size_text(total * 2)} in 16 bits, {size_text(total * 4)} in float32, plus cache"),
+        ("memory for training", f"{size_text(total * 16)} (float32 weights, gradients, AdamW's two moments), plus activations"),
     ]
     shapes = {}
     for name, weight in model.named_parameters():
@@ -3502,6 +3495,11 @@ def summary(config: ModelConfig) -> str:
     lines += [f"  {name:50} {str(shape):>18} x {len(counts):<4} {sum(counts):>16,}"
               for (name, shape), counts in shapes.items()]
     return "\n".join(lines)
+
+
+def counted(number: int, noun: str) -> str:
+    """1, "document" -> "1 document"; 2000 -> "2,000 documents"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def size_text(count: float) -> str:
@@ -3513,7 +3511,7 @@ def size_text(count: float) -> str:
 
 
 def preset_table() -> str:
-    """All presets; small ones count parameters with the vocabulary of a tokenizer trained here."""
+    """A table of all presets; parameters of small presets are counted with a vocabulary of TRAINED_VOCABULARY."""
     lines = [f"{'preset':16} {'family':11} {'parameters':>17} {'active':>15} {'layers':>6} {'width':>6} {'heads':>5} {'kv':>4} "
              f"{'experts':>7} {'context':>8}"]
     for name in PRESETS:
@@ -3536,12 +3534,12 @@ SHORT_FLAGS = {"model": "model.name", "preset": "model.preset", "data": "data.tr
                "max_length": "training.max_length", "seed": "training.seed"}
 HORIZON = ("epochs", "max_steps", "max_minutes")
 EXCLUSIVE = (("model.name", "model.preset"), tuple(f"training.{key}" for key in HORIZON))
-# `model:` holds what to load or build and how to compute it; every architecture knob may be overridden beside it.
+# The section `model`: which model to load or build, how to run it, and overrides of any architecture setting.
 ModelSection = dataclasses.make_dataclass("ModelSection", [
     ("name", str | None, knob(None, "trained weights: a folder or a hub name such as gpt2; replaces preset", often=True)),
     ("preset", str | None,
      knob("llama-1m", "architecture and size for fresh weights (python MODEL.py --list); replaced by model.name", often=True)),
-    ("dtype", str, knob("auto", "compute dtype: float32, bfloat16 or float16; auto picks what the device supports well; "
+    ("dtype", str, knob("auto", "compute dtype: float32, bfloat16 or float16; auto picks a dtype that is fast on the device; "
                                 "training keeps float32 master weights", ("auto", *DTYPES), often=True)),
     ("attn_implementation", str,
      knob("auto", "attention kernel: eager, sdpa, flash_attention_2 or xformers; auto picks the fastest available",
@@ -3553,7 +3551,7 @@ ModelSection = dataclasses.make_dataclass("ModelSection", [
     *[(name, f.type + " | None" if "None" not in f.type else f.type, field(default=None, metadata={**f.metadata, "only": ()}))
       for name, f in KNOBS.items() if name not in ("labels", "num_labels")]],
     namespace={"__module__": __name__, "__post_init__": lambda self: check(self, "model")})
-MODEL_SETTINGS = ("dtype", "attn_implementation", "device", "quantization")  # how to compute, whatever the model
+MODEL_SETTINGS = ("dtype", "attn_implementation", "device", "quantization")  # how to run any model
 
 
 @dataclass
@@ -3562,30 +3560,29 @@ class OutputSection:
 
 
 class Action(NamedTuple):
-    """A flag of one script that is not a setting: `convert` parses its value, None marks a switch; `bare` is its value if none
-    follows."""
+    """A flag that is not a setting: `convert` parses its value (None: takes no value); `bare` is the value if left out."""
 
     comment: str
     convert: Callable | None = None
     bare: str | None = None
 
 
-def nearest(word: str, words) -> str:
-    """The closest name to a misspelt one: num_layers -> num_hidden_layers, which contains all of its parts."""
-    words = list(words)
-    parts = set(re.split(r"[._]", word))
-    whole = [known for known in words if parts <= set(re.split(r"[._]", known))]
-    return (difflib.get_close_matches(word, whole or words, 1, 0) or [""])[0]
+def nearest(name: str, names) -> str:
+    """The valid name closest to a misspelled one: num_layers -> num_hidden_layers, which contains all of its parts."""
+    names = list(names)
+    parts = set(re.split(r"[._]", name))
+    containing = [known for known in names if parts <= set(re.split(r"[._]", known))]
+    return (difflib.get_close_matches(name, containing or names, 1, 0) or [""])[0]
 
 
 def convert(value, kind, where: str, choices: tuple = ()):
-    """A YAML value or a word of the command line -> the knob's type. PyYAML reads 3e-5 as a string; so does a shell."""
+    """Convert a YAML value or a string from the command line to a knob's type. PyYAML also reads 3e-5 as a string."""
     import yaml
 
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     listed = next((option for option in options if typing.get_origin(option) is list), None)
     if isinstance(value, str) and (value[:1] == "[" and listed or value[:1] == "{" and dict in options):
-        with suppress(ValueError, yaml.YAMLError):  # where a text may stand, [INST] is one, and ["INST"] a list
+        with suppress(ValueError, yaml.YAMLError):  # if a string is allowed, [INST] is a string and ["INST"] a list
             value = json.loads(value) if listed and str in options else yaml.load(value, _loader())
     elif isinstance(value, str) and str not in options and set(options) - {listed, type(None)}:
         if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
@@ -3598,7 +3595,7 @@ def convert(value, kind, where: str, choices: tuple = ()):
             return None
         raise UserError(f"{where}: a value is required, not null")
     if isinstance(value, bool) and choices:  # YAML reads a bare on or no as true or false
-        value = next((word for word in (("on", "yes") if value else ("off", "no")) if word in choices), value)
+        value = next((choice for choice in (("on", "yes") if value else ("off", "no")) if choice in choices), value)
     if choices and value not in choices:
         raise UserError(f"{where}: '{value}' is not one of {', '.join(map(str, choices))}"
                         f" (nearest: {nearest(str(value), map(str, choices))})")
@@ -3615,7 +3612,7 @@ def convert(value, kind, where: str, choices: tuple = ()):
         if option in (bool, dict) and isinstance(value, option):
             return value
     names = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
-    names = names.replace("dict", "JSON object, as in '{\"key\": ...}'") if isinstance(value, str) else names
+    names = names.replace("dict", "JSON object, such as '{\"key\": ...}'") if isinstance(value, str) else names
     raise UserError(f"{where}: {value!r} is not of type {names}")
 
 
@@ -3625,7 +3622,7 @@ def field_types(section: type) -> dict:
 
 
 class Setting(NamedTuple):
-    """A value from one source; the highest rank wins, and the last source within a rank."""
+    """A value from one source. The highest rank has precedence; within a rank, the last source."""
 
     rank: int
     origin: str
@@ -3633,40 +3630,40 @@ class Setting(NamedTuple):
     value: object
 
 
-# the files that set this process's settings, for error messages: {"training.epochs": "set in mine.yaml"}
+# the files that set the settings in use, for error messages: {"training.epochs": "set in mine.yaml"}
 ORIGINS: dict[str, str] = {}
 
 
-def load_config(argv: list[str] | None, sections: dict[str, type], own: str, actions: dict[str, Action] | None = None,
+def load_config(argv: list[str] | None, sections: dict[str, type], primary: str, actions: dict[str, Action] | None = None,
                 doc: str = "", shorts: dict[str, str] | None = None, saved: Path | None = None) -> SimpleNamespace:
-    """The typed settings of one script: an attribute for each section it owns, plus `actions`.
+    """The typed settings of a script: an attribute for each of its `sections`, plus `actions`.
 
     Precedence, from low to high: dataclass defaults, each --config file in order, the command line; within a source, shared
-    sections, then the stage's blocks. Keys of the section `own` need no prefix; `shorts` adds to or replaces the short flags.
+    sections, then the stage's blocks. Keys of the section `primary` need no prefix; `shorts` adds or replaces short flags.
     A resumed run reads the file `saved` instead of --config.
     """
     global QUIET
     argv = list(sys.argv[1:] if argv is None else argv)
     actions, shorts = {**COMMON, **(actions or {})}, {**SHORT_FLAGS, **(shorts or {})}
     kinds = {f"{name}.{key}": hint for name, kind in sections.items() for key, hint in field_types(kind).items()}
-    blocks = [f.name for f in dataclasses.fields(sections[own]) if f.name in SECTIONS and isinstance(default_of(f), dict)]
-    words, chosen = read_words(argv, kinds, own, blocks, actions, shorts)
+    blocks = [f.name for f in dataclasses.fields(sections[primary]) if f.name in SECTIONS and isinstance(default_of(f), dict)]
+    flags, chosen = read_flags(argv, kinds, primary, blocks, actions, shorts)
     if chosen["version"]:
         print(VERSION)
         raise SystemExit(0)
-    beside = Path(sys.argv[0]).resolve().parent / "config.yaml"
-    files = [saved] if saved else chosen["config"] or [beside] * beside.exists()
+    default_file = Path(sys.argv[0]).resolve().parent / "config.yaml"
+    files = [saved] if saved else chosen["config"] or [default_file] * default_file.exists()
     if saved and chosen["config"]:
         say(f"resuming with the settings in {saved}; --config is ignored, flags still apply")
-    usual = {f"{own}.{name}.{key}": value for name in blocks
-             for key, value in default_of(sections[own].__dataclass_fields__[name]).items()}
-    sources = [("defaults", usual), *((str(path), read_settings(path)) for path in files), ("command line", words)]
+    block_defaults = {f"{primary}.{name}.{key}": value for name in blocks
+                      for key, value in default_of(sections[primary].__dataclass_fields__[name]).items()}
+    sources = [("defaults", block_defaults), *((str(path), read_settings(path)) for path in files), ("command line", flags)]
     given = [setting for rank, (origin, values) in enumerate(sources)
-             for setting in ranked(origin, 2 * rank - 1, values, own, blocks, sections)]
+             for setting in ranked(origin, 2 * rank - 1, values, primary, blocks, sections)]
     defaults, _ = resolve([setting for setting in given if setting.rank == 0], kinds, sections)
     values, origins = resolve(given, kinds, sections)
     if chosen["help"] is not None:
-        print(help_page(chosen["help"], doc, sections, own, actions, shorts, values))
+        print(help_page(chosen["help"], doc, sections, primary, actions, shorts, values))
         raise SystemExit(0)
     config = checked_sections(values, origins, sections)
     if chosen["print_config"]:
@@ -3676,16 +3673,16 @@ def load_config(argv: list[str] | None, sections: dict[str, type], own: str, act
     ORIGINS.clear()
     for key, origin in origins.items():
         if not origin.startswith(("defaults", "command line")) and values[key] != defaults[key]:
-            inherited = key.partition(".")[0] in blocks and not origin.endswith(f": {own}")
-            ORIGINS[key] = f"set in {origin}" + (f"; {own}.{key} overrides it for {own}" if inherited else "")
+            inherited = key.partition(".")[0] in blocks and not origin.endswith(f": {primary}")
+            ORIGINS[key] = f"set in {origin}" + (f"; {primary}.{key} overrides it for {primary}" if inherited else "")
     config.actions, config.origins = SimpleNamespace(**chosen), origins
     config.defaults, config.given = defaults, settings(config)
-    config.reload = partial(load_config, argv, sections, own, actions, doc, shorts)
+    config.reload = partial(load_config, argv, sections, primary, actions, doc, shorts)
     return config
 
 
 def checked_sections(values: dict, origins: dict, sections: dict[str, type]) -> SimpleNamespace:
-    """The section objects of {"training.epochs": value}; errors name the source of the value."""
+    """Build the section objects from {"training.epochs": value}; errors name the source of the value."""
     try:
         config = SimpleNamespace(**{name: kind(**{f.name: values[f"{name}.{f.name}"] for f in dataclasses.fields(kind)})
                                     for name, kind in sections.items()})
@@ -3697,20 +3694,20 @@ def checked_sections(values: dict, origins: dict, sections: dict[str, type]) -> 
     return config
 
 
-def ranked(origin: str, rank: int, values: dict, own: str, blocks: list[str], sections: dict[str, type]) -> Iterator[Setting]:
+def ranked(origin: str, rank: int, values: dict, primary: str, blocks: list[str], sections: dict[str, type]) -> Iterator[Setting]:
     """The settings of one source for this script; sft.training.epochs becomes training.epochs with a higher rank."""
     for key, value in values.items():
         section, _, name = key.partition(".")
-        if section == own and "." in name:
+        if section == primary and "." in name:
             if name.partition(".")[0] not in blocks:
-                raise UserError(f"{origin}: {key}: unknown key; the blocks of {own} are {', '.join(blocks) or 'none'}")
-            yield Setting(rank + 1, f"{origin}: {own}", name, value)
+                raise UserError(f"{origin}: {key}: unknown key; the blocks of {primary} are {', '.join(blocks) or 'none'}")
+            yield Setting(rank + 1, f"{origin}: {primary}", name, value)
         elif section in sections and "." not in name:
             yield Setting(rank, origin, key, value)
 
 
 COMMON = {
-    "config": Action("settings file; later files override earlier ones (default: config.yaml beside the script)", Path),
+    "config": Action("settings file; later files override earlier ones (default: config.yaml next to the script)", Path),
     "print_config": Action("print all settings with comments, as a settings file"),
     "help": Action("show this page, or all settings of a section (--help training)", str, ""),
     "version": Action("print the version"),
@@ -3720,15 +3717,15 @@ COMMON = {
 
 @memoize
 def _loader() -> type:
-    """SafeLoader that rejects duplicate keys and reads 1:30 and 010 as text, not as YAML 1.1's 90 and 8."""
+    """A SafeLoader that rejects duplicate keys and reads 1:30 and 010 as strings, not as the numbers 90 and 8 of YAML 1.1."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
             seen: set = set()
             for key, _ in node.value:
-                problem = "a key must be text" if not isinstance(key.value, str) else f"duplicate key '{key.value}'"
-                if not isinstance(key.value, str) or key.value in seen:  # YAML would quietly keep the last
+                problem = "keys must be strings" if not isinstance(key.value, str) else f"duplicate key '{key.value}'"
+                if not isinstance(key.value, str) or key.value in seen:  # SafeLoader would silently use the last
                     raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
@@ -3740,7 +3737,7 @@ def _loader() -> type:
 
 
 def read_settings(path: Path) -> dict:
-    """A YAML file -> {"training.epochs": value, "sft.training.epochs": value}."""
+    """Read a YAML file as {"training.epochs": value, "sft.training.epochs": value}."""
     import yaml
 
     try:
@@ -3752,7 +3749,7 @@ def read_settings(path: Path) -> dict:
         problem = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML ({problem})") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected sections such as 'model:' at the top level")
+        raise UserError(f"{path}: expected sections such as 'model:' at the top level, found {type(raw).__name__}")
     found = {}
     for name, values in raw.items():
         if name not in SECTIONS:
@@ -3769,9 +3766,9 @@ def read_settings(path: Path) -> dict:
 
 
 def resolve(given: list[Setting], kinds: dict, sections: dict[str, type]) -> tuple[dict, dict]:
-    """({"training.epochs": value}, {"training.epochs": the source that set it}).
+    """Merge all sources into ({"training.epochs": value}, {"training.epochs": the source that set it}).
 
-    A model or a horizon that is set displaces the one before, with the settings that belong to it."""
+    Setting a model resets the other model key and the previous model's settings; so does setting a training length."""
     fields = {f"{name}.{f.name}": f for name, kind in sections.items() for f in dataclasses.fields(kind)}
     values, origins = {key: default_of(f) for key, f in fields.items()}, {}
     for (_, origin), source in itertools.groupby(sorted(given, key=lambda setting: setting.rank), lambda setting: setting[:2]):
@@ -3781,12 +3778,12 @@ def resolve(given: list[Setting], kinds: dict, sections: dict[str, type]) -> tup
             if len(both := [key for key in group if key in chosen]) > 1:
                 raise UserError(f"{origin}: {' and '.join(both)} are mutually exclusive; set one")
             values.update(dict.fromkeys(group if both else ()))
-        displaced = {"model.name": ("model.", "tokenizer."), "model.preset": ("model.",)}
-        prefixes = tuple(prefix for key in chosen for prefix in displaced.get(key, ()))
+        resets = {"model.name": ("model.", "tokenizer."), "model.preset": ("model.",)}
+        prefixes = tuple(prefix for key in chosen for prefix in resets.get(key, ()))
         values.update({key: default_of(f) for key, f in fields.items() if prefixes and key.startswith(prefixes)
                        and key not in EXCLUSIVE[0] and key.partition(".")[2] not in MODEL_SETTINGS})
         if "data.train" in chosen and values.get("data.validation") not in ("hash", "tail", "none"):
-            values["data.validation"] = "hash"  # a file that was held out of other data
+            values["data.validation"] = "hash"  # the earlier file belongs to the earlier data
         for _, _, key, value in source:
             where, name = f"{origin}: {key}", key.partition(".")[2]
             if key not in fields:
@@ -3794,24 +3791,25 @@ def resolve(given: list[Setting], kinds: dict, sections: dict[str, type]) -> tup
                                 f"'{nearest(name, field_types(sections[key.partition('.')[0]]))}'")
             standard = PRESETS.get(values.get("model.preset"), {}).get(name) if key.startswith("model.") else None
             if value == "null" and standard is not None and "None" in KNOBS[name].type:
-                raise UserError(f"{where}: null means the preset's value, {standard}; choose a preset without it")
+                raise UserError(f"{where}: null is the preset's value, {standard}; to unset it, choose another preset")
             values[key] = convert(value, kinds[key], where, fields[key].metadata["choices"])
             origins[key] = origin
     return values, origins
 
 
-def flag_names(kinds: dict, own: str, blocks: list[str], shorts: dict[str, str]) -> dict[str, str]:
-    """{flag: key}: every key, those of the stage's blocks, short flags, and keys of the own section without its name."""
-    names = {key: key for key in kinds if key.removeprefix(f"{own}.") not in blocks}  # a block is set key by key
-    names |= {f"{own}.{key}": f"{own}.{key}" for key in kinds if key.partition(".")[0] in blocks}
+def flag_names(kinds: dict, primary: str, blocks: list[str], shorts: dict[str, str]) -> dict[str, str]:
+    """{flag: key}: all keys, keys of the stage's blocks, short flags, and keys of the primary section without its name."""
+    names = {key: key for key in kinds if key.removeprefix(f"{primary}.") not in blocks}  # a block is set key by key
+    names |= {f"{primary}.{key}": f"{primary}.{key}" for key in kinds if key.partition(".")[0] in blocks}
     names |= {short: key for short, key in shorts.items() if key in kinds}
-    return names | {key.removeprefix(f"{own}."): key for key in names if key.startswith(f"{own}.") and key.count(".") == 1}
+    prefix = f"{primary}."
+    return names | {key.removeprefix(prefix): key for key in names if key.startswith(prefix) and key.count(".") == 1}
 
 
-def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], actions: dict[str, Action],
+def read_flags(argv: list[str], kinds: dict, primary: str, blocks: list[str], actions: dict[str, Action],
                shorts: dict[str, str]) -> tuple[dict, dict]:
-    """({"training.epochs": raw value}, {action: value}) of a command line; `-` and `_` are interchangeable in flag names."""
-    names = flag_names(kinds, own, blocks, shorts)
+    """Parse a command line to ({"training.epochs": raw value}, {action: value}); in flag names, `-` and `_` are the same."""
+    names = flag_names(kinds, primary, blocks, shorts)
     values, chosen, i = {}, {name: None if action.convert else False for name, action in actions.items()} | {"config": []}, 0
     while i < len(argv):
         word, i = "--help" if argv[i] == "-h" else argv[i], i + 1
@@ -3830,17 +3828,17 @@ def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], action
             other = section in SECTIONS and not any(known.startswith(f"{section}.") for known in kinds)
             raise UserError(f"--{name}: '{section}' is a section of another script" if other else
                             f"--{name}: unknown flag; nearest is --{nearest(name, names)}")
-        kind = str if action else kinds.get(key) or kinds[key.removeprefix(f"{own}.")]
+        kind = str if action else kinds.get(key) or kinds[key.removeprefix(f"{primary}.")]
         if not equals:
-            if i < len(argv) and (not argv[i].startswith("--") or action and action.bare is None):  # any text may follow --prompt
+            if i < len(argv) and (not argv[i].startswith("--") or action and action.bare is None):  # such as --prompt "--x"
                 value, i = argv[i], i + 1
             elif kind is bool or action and action.bare is not None:
                 value = "true" if kind is bool else action.bare
             else:
-                hint = "" if i == len(argv) else f"; a value that begins with -- is given as --{name}=VALUE"
+                hint = "" if i == len(argv) else f"; if it starts with --, write --{name}=VALUE"
                 raise UserError(f"--{name}: a value is missing{hint}")
         if value == "" and name not in ("prompt", "help"):
-            raise UserError(f"--{name}: a value is missing")
+            raise UserError(f"--{name}: the value is empty")
         listed = "list" in str(kind)
         following = list(itertools.takewhile(lambda word: not word.startswith("--"), argv[i:])) if listed else []
         value, i = [value, *following] if following else value, i + len(following)  # --data a.txt b.jsonl
@@ -3849,37 +3847,37 @@ def read_words(argv: list[str], kinds: dict, own: str, blocks: list[str], action
                 raise UserError(f"--config: file not found: '{value}'")
             chosen["config"].append(Path(value))
         elif chosen.get(name) is not None or key in values and not listed:
-            raise UserError(f"--{name}: given more than once, but takes a single value")
+            raise UserError(f"--{name}: given more than once; give it once")
         elif action:
             chosen[name] = action.convert(value)
         else:
-            before = convert(values[key], kind, f"--{name}") if key in values else None
-            values[key] = value if before is None else before + convert(value, kind, f"--{name}")
+            earlier = convert(values[key], kind, f"--{name}") if key in values else None
+            values[key] = value if earlier is None else earlier + convert(value, kind, f"--{name}")
     return values, chosen
 
 
-def help_page(topic: str, doc: str, sections: dict[str, type], own: str, actions: dict[str, Action], shorts: dict[str, str],
+def help_page(topic: str, doc: str, sections: dict[str, type], primary: str, actions: dict[str, Action], shorts: dict[str, str],
               values: dict) -> str:
-    """The settings that a script will use, with defaults and config.yaml applied: the common ones, or all of one section."""
+    """The settings that a script would use, with config.yaml and flags applied: common settings, or all of one section."""
     if topic and topic not in sections:
         raise UserError(f"--help {topic}: " + (f"'{topic}' is a section of another script" if topic in SECTIONS else
-                                               f"no section of that name; there are {', '.join(sections)}"))
+                                               f"unknown section; the sections are {', '.join(sections)}"))
     flags = {shorts[name]: name for name in reversed(shorts)}
     lines, hidden = [] if topic else [doc.strip()], []
-    for name in [topic] if topic else [own, *(name for name in sections if name != own)]:
+    for name in [topic] if topic else [primary, *(name for name in sections if name != primary)]:
         fields = dataclasses.fields(sections[name])
         section = SimpleNamespace(**{f.name: values[f"{name}.{f.name}"] for f in fields})
         shown = [f for f in fields if topic or f.metadata["often"] and not not_used(section, f)
-                 and (name == own or f"{name}.{f.name}" in flags)]
+                 and (name == primary or f"{name}.{f.name}" in flags)]
         hidden += [f"--help {name}"] * (len(shown) < len(fields))
         lines += ["", f"{name}:"] * bool(shown)
         for f in shown:
-            flag = flags.get(f"{name}.{f.name}", f.name if name == own else f"{name}.{f.name}").replace("_", "-")
+            flag = flags.get(f"{name}.{f.name}", f.name if name == primary else f"{name}.{f.name}").replace("_", "-")
             value = json.dumps(getattr(section, f.name), ensure_ascii=False).strip('"')
             comment = f.metadata["comment"] if topic else f.metadata["comment"].partition(";")[0]
-            untold = any(str(word) not in f"{comment} auto" for word in f.metadata["choices"])
-            words = f" ({' | '.join(map(str, f.metadata['choices']))})" if untold else ""
-            lines.append(f"  {f.name:22} {value:>14}  {comment}{words} [--{flag}]")
+            missing = any(str(choice) not in f"{comment} auto" for choice in f.metadata["choices"])
+            choices = f" ({' | '.join(map(str, f.metadata['choices']))})" if missing else ""
+            lines.append(f"  {f.name:22} {value:>14}  {comment}{choices} [--{flag}]")
     if not topic:
         lines += ["", f"More settings (--section.key VALUE): {', '.join(hidden)}", ""]
         lines += [f"  {'--' + name.replace('_', '-') + ({Path: ' FILE', None: ''}.get(action.convert, ' VALUE')):20} "
@@ -3888,8 +3886,8 @@ def help_page(topic: str, doc: str, sections: dict[str, type], own: str, actions
 
 
 def config_text(config: SimpleNamespace, comments: bool = False) -> str:
-    """The resolved settings as YAML, from which the run can be repeated; without stage blocks, which have been merged into the
-    shared sections, and without unset architecture settings (all of them with `comments`)."""
+    """The resolved settings as YAML, from which the run can be repeated. Stage blocks are merged into the shared sections; unset
+    architecture settings are included only with `comments`."""
     import yaml
 
     lines = []
@@ -3908,18 +3906,18 @@ def config_text(config: SimpleNamespace, comments: bool = False) -> str:
 
 
 def settings(config: SimpleNamespace) -> dict:
-    """{"training.epochs": value} of all sections as they are now."""
+    """The current settings of all sections as {"training.epochs": value}."""
     return {f"{name}.{f.name}": getattr(section, f.name)
             for name, section in vars(config).items() if name in SECTIONS for f in dataclasses.fields(section)}
 
 
 def changes(config: SimpleNamespace) -> list[str]:
-    """Two lines for the start of a run: non-default settings, and the values chosen for `auto` and null."""
+    """Log lines for the start of a run: non-default settings, and the values that replace `auto` and null."""
     now = settings(config)
     keys_of = {"settings": [key for key in now if config.given[key] != config.defaults[key] and key != "output.dir"],
                "resolved": [key for key in now if now[key] != config.given[key]]}
-    return [f"{word}: {', '.join(f'{key} {json.dumps(now[key], default=str, ensure_ascii=False)}' for key in keys)}"
-            for word, keys in keys_of.items() if keys]
+    return [f"{kind}: {', '.join(f'{key} {json.dumps(now[key], default=str, ensure_ascii=False)}' for key in keys)}"
+            for kind, keys in keys_of.items() if keys]
 
 
 def overrides(section) -> dict:
@@ -3928,11 +3926,11 @@ def overrides(section) -> dict:
 
 
 def run_main(main: Callable, argv: list[str] | None = None) -> None:
-    """Exit status of every script: 0, 2 for a user error (one line), 130 for Ctrl-C; a bug keeps its traceback."""
+    """Run `main`. Exit status: 0; 2 for a user error, shown as one line; 130 for Ctrl-C; other exceptions keep a traceback."""
     if sys.stdout is None:  # closed, as in a service
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a console's code page may lack characters
+        sys.stdout.reconfigure(errors="replace")  # for characters that a console cannot encode
     try:
         main(argv)
         sys.stdout.flush()
@@ -3941,14 +3939,14 @@ def run_main(main: Callable, argv: list[str] | None = None) -> None:
         origin = f" ({ORIGINS[key[0]]})" if key and key[0] in ORIGINS else ""
         print(f"error: {error}{origin}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except BrokenPipeError:  # the reader went away (| head): nobody is left to write to
+    except BrokenPipeError:  # the reader has closed the pipe (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
 def main(argv: list[str] | None = None) -> None:
-    actions = {"list": Action("show families and sizes")}
+    actions = {"list": Action("list all presets with their sizes")}
     config = load_config(argv, {"model": ModelSection}, "model", actions, __doc__)
     if config.actions.list:
         print(preset_table())
@@ -3956,7 +3954,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = resolve_folder(config.model.name)
         if is_foreign(read_json(folder / "config.json")):
             model = load(config.model.name)
-            print(f"{model.config.model_type}, computed by transformers: {count_parameters(model)[0]:,} parameters, "
+            print(f"{model.config.model_type}, run by transformers: {count_parameters(model)[0]:,} parameters, "
                   f"{model.config.num_hidden_layers} layers, width {model.config.hidden_size}, context "
                   f"{model.config.max_position_embeddings:,}")
         else:

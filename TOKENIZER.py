@@ -1,9 +1,9 @@
 """TOKENIZER.py: text to tokens and back.
 
 Read in this order: training a tokenizer (`train`), encoding text (`Encoder`), rendering conversations (`render_chat`), writing
-token files (`prepare`), and building batches (`Rows`, `WholeRows`, `Mixture`, `collate`, `TokenStream`). Below the banner `edges`
-stand chat templates of all kinds, documents and their streams, file formats, cleaning, the normalization of records, and the
-command line.
+token files (`prepare`), and building batches (`Rows`, `WholeRows`, `Mixture`, `collate`, `TokenStream`). Below the banner
+`edges`: chat templates, documents and their streams, tokenizer folders, token files, file formats, cleaning, normalization of
+records, and the command line.
 
     python TOKENIZER.py --data data/train.txt data/train.jsonl --out data/    # a tokenizer, train_ids.bin, val_ids.bin
     python TOKENIZER.py --data notes.txt --data.text_unit file --tokenizer.kind byte --out /tmp/notes
@@ -49,9 +49,9 @@ KINDS = ("bpe", "char", "byte")
 
 @dataclass
 class TokenizerSection:
-    name: str | None = knob(None, "tokenizer: a folder or a hub name; null is the model's own, or one trained on the data")
+    name: str | None = knob(None, "tokenizer: a folder or a hub name; null: the model's, or one trained on the data")
     kind: str = knob("bpe", "kind of tokenizer to train: bpe (byte-level BPE), char or byte", KINDS, often=True)
-    vocab_size: int = knob(MODEL.TRAINED_VOCABULARY, "vocabulary size of the trained BPE tokenizer, special tokens included",
+    vocab_size: int = knob(MODEL.TRAINED_VOCABULARY, "vocabulary size of the trained BPE tokenizer, including special tokens",
                            low=1, often=True)
 
 
@@ -62,27 +62,27 @@ class DataSection:
     validation: str = knob("hash", "held-out set: hash (a stable 5% of the documents), tail (the last 5%), none, or a file",
                            often=True)
     validation_fraction: float = knob(0.05, "fraction of the documents that hash and tail hold out", above=0, below=1)
-    text_unit: str = knob("line", "what counts as one document of a .txt file: line, file or blank_line",
+    text_unit: str = knob("line", "unit of .txt files that is one document: line, file or blank_line",
                           ("line", "file", "blank_line"), often=True)
-    text_field: str = knob("text", "key or column that holds the text")
-    weights: list[float] | None = knob(None, "sampling weight of each path in data.train; null reads each token once per epoch",
+    text_field: str = knob("text", "key or column with the text")
+    weights: list[float] | None = knob(None, "sampling weight of each path in data.train; null: every token once per epoch",
                                        above=0)
     packing: bool = knob(True, "pack several documents into each sequence, without attention across documents; false pads one "
                                "document per row", often=True)
     streaming: bool = knob(False, "tokenize while training instead of writing .bin files first")
     normalize: str = knob("NFC", "Unicode normalization", ("NFC", "NFKC", "none"))
-    remove_control: bool = knob(True, "drop control characters other than newline and tab")
-    deduplicate: bool = knob(True, "drop exact duplicates (never single lines of a .txt)")
-    min_chars: int = knob(1, "drop shorter documents", low=0)
+    remove_control: bool = knob(True, "remove control characters except newline and tab")
+    deduplicate: bool = knob(True, "drop exact duplicate documents, except lines of .txt files")
+    min_chars: int = knob(1, "minimum characters of a document; shorter ones are dropped", low=0)
     dir: str = knob("data", "folder for the trained tokenizer and the .bin files")
 
     def __post_init__(self):
         check(self, "data")
         self.train = [self.train] if isinstance(self.train, str) else [str(path) for path in self.train]
         if not self.train:
-            raise UserError("data.train: no file is named")
+            raise UserError("data.train: empty; give at least one path")
         if self.weights is not None and len(self.weights) != len(self.train):
-            raise UserError(f"data.weights: {len(self.weights)} weights for {len(self.train)} paths of data.train")
+            raise UserError(f"data.weights: expected one per path in data.train ({len(self.train)}), found {len(self.weights)}")
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -91,8 +91,8 @@ END = "<|endoftext|>"
 PAD = "<|pad|>"
 MASK = "<|mask|>"
 UNKNOWN = "<|unk|>"
-CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]  # reserved from the start, so that fine-tuning adds no embedding rows
-# GPT-4's pattern, with single digits: a model that sees "128" as 1 2 8 can carry. Words keep their leading space.
+CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]  # part of every trained vocabulary, so that fine-tuning adds no embedding rows
+# GPT-4's pattern, but with single digits, which make addition with carry learnable. A word includes its leading space.
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
          r"|\s+(?!\S)|\s+")
 
@@ -142,11 +142,11 @@ def train(texts: Iterable[str], vocab_size: int = 1024, kind: str = "bpe"):
 
 
 def begin_id(tokenizer) -> int:
-    """The token that a text starts with: the beginning-of-text token, or the end-of-text token of tokenizers that have no other
+    """The id of the token that starts a text: the beginning-of-text token, or the end-of-text token of tokenizers without one
     (GPT-2, Qwen), where the end of one text is the start of the next."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
-        raise UserError("the tokenizer has neither a beginning-of-text nor an end-of-text token")
+        raise UserError("the tokenizer has no beginning-of-text and no end-of-text token; use another one (--tokenizer.name)")
     return begin
 
 
@@ -155,12 +155,12 @@ def end_id(tokenizer) -> int:
 
 
 def vocab_size(tokenizer) -> int:
-    """The largest id + 1. Ids may have gaps, so this can exceed the number of tokens."""
+    """The largest token id + 1. Ids may have gaps, so this can exceed the number of tokens."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
-    """A whole text as training reads it: begin, its tokens, end. A special token spelled out in the text is plain text."""
+    """The ids of a document in training: begin, its tokens, end. Special tokens that occur in the text are plain text."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     return [begin_id(tokenizer), *ids, end_id(tokenizer)]
 
@@ -168,8 +168,8 @@ def encode_text(tokenizer, text: str) -> list[int]:
 def encode_pair(tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
     """A prompt and its completion, encoded as one text -> (tokens of the prompt, tokens of the completion).
 
-    The prompt starts with what the tokenizer puts in front of a text, once, and nothing follows it: no end-of-text token, even
-    if the tokenizer appends one. A token that joins the prompt's last blank to the completion belongs to the completion.
+    The prompt starts once with the special tokens that the tokenizer puts before a text. No end-of-text token follows, even if
+    the tokenizer appends one. A token that joins the prompt's trailing space and the completion belongs to the completion.
     """
     encoded = tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True)
     ids = list(encoded.input_ids)
@@ -181,42 +181,42 @@ def encode_pair(tokenizer, prompt: str, completion: str) -> tuple[list[int], lis
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
-    """Tokens of a prompt; an empty prompt is the beginning of a text."""
+    """The ids of a prompt; an empty prompt is the beginning of a text."""
     return encode_pair(tokenizer, text, "")[0]
 
 
 def prompt_ids(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
-    """The prompt as INFER.py feeds it: rendered by the chat template; without one as text, messages as lines."""
+    """The ids of a prompt in INFER.py: rendered by the chat template if there is one, else as text with a message per line."""
     if tokenizer.chat_template:
         return render_chat(tokenizer, as_messages(prompt), tools, add_generation_prompt=True).ids
-    return encode_prompt(tokenizer, prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt))
+    return encode_prompt(tokenizer, prompt if isinstance(prompt, str) else "\n".join(item["content"] for item in prompt))
 
 
 def without_padding(ids: list[int], pad: int | None) -> list[int]:
-    """Ids up to the last that is no padding, where transformers' classifiers read: texts may end with what is also padding."""
+    """The ids without trailing pad ids, even if they belong to the text: transformers' classifiers read the last other token."""
     last = next((i for i in range(len(ids) - 1, 0, -1) if ids[i] != pad), 0)
     return ids[: last + 1]
 
 
 def fingerprint(tokenizer) -> str:
-    """Identifies what a tokenizer does: two with the same fingerprint give the same ids."""
+    """A digest of a tokenizer: tokenizers with the same fingerprint produce the same ids."""
     return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest()
 
 
-RUNS = ("  ", *(run for blank in "\n\t\r\v\f" for run in (blank + " ", " " + blank)))
+RUNS = ("  ", *(run for other in "\n\t\r\v\f" for run in (other + " ", " " + other)))
 SEAM = re.compile(r"(?<=\S) (?=\S)")  # a single space between two words
 
 
 class Encoder:
-    """Texts -> arrays of ids, without special tokens; special tokens spelled out in a text are plain text.
+    """Texts -> arrays of ids, without special tokens; special tokens that occur in a text are plain text.
 
-    The words of a text repeat, so for byte-level BPE a dictionary from word to ids is several times faster than the
-    tokenizer itself. It is exact because such a tokenizer never joins across a space between two words: "a b" is
-    always "a" followed by " b". Other tokenizers, and texts with runs of spaces, use the library's threads.
+    The words of a text repeat, so for byte-level BPE a dictionary from words to ids is several times faster than the
+    tokenizer. It is exact, because byte-level BPE does not merge across a space between two words: "a b" is always "a" followed
+    by " b". Other tokenizers use the library's threads.
     """
 
-    LIMIT = 500_000  # words kept
-    LONGEST = 32  # characters of a word that is kept: scripts without spaces would keep all of their text
+    LIMIT = 500_000  # maximum number of cached words
+    LONGEST = 32  # maximum characters of a cached word; in scripts without spaces, longer ones rarely repeat
 
     def __init__(self, tokenizer):
         self.raw = tokenizer.backend_tokenizer
@@ -232,12 +232,12 @@ class Encoder:
         self.words: dict[str, list[int]] = {}
 
     def _splits_at_spaces(self) -> bool:
-        """A probe of the claim above, with the letters, digits, marks and breaks where patterns differ."""
-        probe = "It's 12 plus 30, isn't it?\n\"Yes\" (42)...\nfoo\tbar e\u0301 \u4f60\u597d x_y 3.14 \n a-b\u00a0c d"
-        pieces = probe.replace(" \n", "\n").split(" ")
-        cut = lambda text: [piece for piece, _ in self.raw.pre_tokenizer.pre_tokenize_str(text)]  # noqa: E731
-        joined = [cut(piece) for piece in (pieces[0], *(" " + piece for piece in pieces[1:]))]
-        return list(itertools.chain(*joined)) == cut(" ".join(pieces))
+        """Test on a sample whether the pre-tokenizer splits at spaces; letters, digits, marks and breaks differ by pattern."""
+        sample = "It's 12 plus 30, isn't it?\n\"Yes\" (42)...\nfoo\tbar e\u0301 \u4f60\u597d x_y 3.14 \n a-b\u00a0c d"
+        words = sample.replace(" \n", "\n").split(" ")
+        cut = lambda text: [part for part, _ in self.raw.pre_tokenizer.pre_tokenize_str(text)]  # noqa: E731
+        joined = [cut(word) for word in (words[0], *(" " + word for word in words[1:]))]
+        return list(itertools.chain(*joined)) == cut(" ".join(words))
 
     def _direct(self, texts: list[str]) -> list[list[int]]:
         self.raw.encode_special_tokens = True
@@ -252,16 +252,16 @@ class Encoder:
             self.words.clear()
             new = list({word for words in split for word in words})
         self.words.update(zip(new, self._direct(new), strict=True))
-        look = self.words.__getitem__
-        found = [np.fromiter(itertools.chain.from_iterable(map(look, words)), self.dtype) for words in split]
+        ids_of = self.words.__getitem__
+        arrays = [np.fromiter(itertools.chain.from_iterable(map(ids_of, words)), self.dtype) for words in split]
         for word in new:
             if len(word) > self.LONGEST:
                 del self.words[word]
-        return found
+        return arrays
 
     @staticmethod
     def _split(text: str) -> list[str]:
-        # A run of white space can be one token; the plain split is the common case, and the faster one.
+        # A run of white space can be a single token, so only single spaces are split. str.split is faster than the pattern.
         plain = text.isascii() and not text.endswith(" ") and not any(run in text for run in RUNS)
         parts = text.split(" ") if plain else SEAM.split(text)
         return [parts[0], *(" " + part for part in parts[1:])]
@@ -296,7 +296,7 @@ CHAT_TEMPLATE = """{{- bos_token or "" }}
 
 
 class Turn(NamedTuple):
-    """The tokens start <= t < stop that the assistant writes in one message; the last of them ends the turn."""
+    """The tokens start <= t < stop that the assistant generates in a message; the last token ends the turn."""
 
     message: int  # index of the message in the conversation
     start: int
@@ -310,21 +310,21 @@ class Conversation(NamedTuple):
 
 def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False,
                 literal: bool = False, options: dict | None = None) -> Conversation:
-    """A conversation in the tokenizer's chat template -> its ids and the assistant's turns.
+    """Render a conversation with the tokenizer's chat template -> its ids and the assistant's turns.
 
-    The ids are those of the whole rendering, so training and serving read the same. To find the turns, the conversation is
-    rendered a second time with a unique mark in place of the text of each message: what is left between the marks is
-    the template's. A turn starts where the prompt for it ends, and it stops after the end-of-turn token that follows its last
-    mark. Everything in between (reasoning, tool calls and their markup) is for the model to generate.
+    The ids are those of the whole rendering, so training and serving use the same ids. To find the turns, the conversation is
+    rendered a second time with a unique mark instead of the text of each message: everything between the marks comes from the
+    template. A turn starts where its prompt ends, and it stops after the end-of-turn token that follows its last mark.
+    Everything in between (reasoning, tool calls and their markup) is generated by the model.
 
-    With `literal`, control tokens in the content of messages are encoded as text, so a user cannot end a turn. `options` go to
-    the template, such as {"enable_thinking": False}.
+    With `literal`, control tokens in the content of messages are encoded as text, so a user cannot end a turn. `options` are
+    passed to the template, such as {"enable_thinking": False}.
 
     [user "Hi", assistant "Yo"] -> ids of "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nYo<|im_end|>\\n",
-    one turn that holds "Yo<|im_end|>"
+    one turn with the tokens of "Yo<|im_end|>"
     """
     if not tokenizer.chat_template:
-        raise UserError("this tokenizer has no chat template; use --chat off")
+        raise UserError("the tokenizer has no chat template; use --chat off")
     problem = None
     if literal:
         messages = [{**message, "content": hide_special(tokenizer, message["content"])}
@@ -334,18 +334,18 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
             text, spans = locate_turns(tokenizer, spelling, tools, add_generation_prompt, options)
         except UserError as error:
             if problem is None or "refuses" in str(problem) and "refuses" not in str(error):
-                problem = error  # of the spelling that got furthest
+                problem = error  # prefer the error of a spelling that the template renders
         else:
             break
     else:
         raise problem
-    if add_generation_prompt:  # a blank at its end is part of the answer's first token
+    if add_generation_prompt:  # a space at its end is part of the completion's first token
         return Conversation(encode_hidden(tokenizer, text.rstrip(" ")), [])
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, (starts, stops) = list(encoded.input_ids), np.array(encoded.offset_mapping).reshape(-1, 2).T
     turns = [Turn(i, int(np.searchsorted(stops, start, "right")), int(np.searchsorted(starts, stop))) for i, start, stop in spans]
     ends, last = chat_ends(tokenizer), spans[-1] if spans else Turn(0, 0, 0)
-    if last.stop >= len(text.rstrip()) > 0 and not text[: last.stop].endswith(tuple(ends.tokens)):  # nothing ends the last turn
+    if last.stop >= len(text.rstrip()) > 0 and not text[: last.stop].endswith(tuple(ends.tokens)):  # the last turn has no end
         end = ends.tokens[-1 if messages[last.message].get("tool_calls") else 0] if ends.tokens else tokenizer.eos_token
         if end and (ends.open_end or not ends.tokens):
             ids.append(tokenizer.convert_tokens_to_ids(end))
@@ -353,11 +353,11 @@ def render_chat(tokenizer, messages: list[dict], tools: list | None = None, add_
     return Conversation(ids, turns)
 
 
-HIDDEN = "\ue000{}\ue001"  # in place of the special token of this number, in private characters
+HIDDEN = "\ue000{}\ue001"  # placeholder of the special token with this number, in private-use characters
 
 
 def hide_special(tokenizer, text: str) -> str:
-    """Replace the special tokens in a text by placeholders."""
+    """Replace special tokens in a text by placeholders."""
     for number, token in enumerate(special_texts(tokenizer)):
         text = text.replace(token, HIDDEN.format(number))
     return text
@@ -365,44 +365,44 @@ def hide_special(tokenizer, text: str) -> str:
 
 def encode_hidden(tokenizer, text: str) -> list[int]:
     """Token ids of a rendered text; the placeholders of `hide_special` are encoded as text, not as special tokens."""
-    named, ids = special_texts(tokenizer), []
+    special, ids = special_texts(tokenizer), []
     for i, part in enumerate(re.split(HIDDEN.format(r"(\d+)"), text)):
-        hidden = i % 2 and int(part) < len(named)
-        part = named[int(part)] if hidden else HIDDEN.format(part) if i % 2 else part
+        hidden = i % 2 and int(part) < len(special)
+        part = special[int(part)] if hidden else HIDDEN.format(part) if i % 2 else part
         ids += tokenizer(part, add_special_tokens=False, split_special_tokens=bool(hidden)).input_ids
     return ids
 
 
 def special_texts(tokenizer) -> list[str]:
-    """The special tokens, longest first."""
-    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
-    return sorted(found, key=lambda token: (-len(token), token))
+    """The added tokens, longest first."""
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
+    return sorted(tokens, key=lambda token: (-len(token), token))
 
 
 def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool,
                  options: dict | None = None) -> tuple[str, list[Turn]]:
-    """The rendering, and the assistant's turns in it, in characters."""
+    """The rendered text, and the assistant's turns in it as character positions."""
     text = render(tokenizer, messages, tools, add_generation_prompt, options)
     if add_generation_prompt and not any(message.get("tool_calls") for message in messages):
         return text, []
     marks = Marks(messages)
     marked = render(tokenizer, marks.messages, tools, add_generation_prompt, options)
     if (i := marks.hidden(marked)) is not None:
-        what = "tool calls" if messages[i].get("tool_calls") else "text"
-        raise UserError(f"message {i + 1}: the chat template does not show the {what} of the assistant")
+        part = "tool calls" if messages[i].get("tool_calls") else "text"
+        raise UserError(f"message {i + 1}: the chat template does not render the {part} of the assistant")
     if add_generation_prompt:
         return text, []
-    for what in marks.left_out(marked):
-        say_once(f"the chat template does not render {what}: the model neither reads nor learns them")
-    places = marks.places(marked, text)
-    if places is None:
-        raise UserError("the chat template changes the texts of messages, so the assistant's turns cannot be found")
-    ends, turns, chosen = chat_ends(tokenizer), [], marks.places_in_turns(places)
+    for part in marks.left_out(marked):
+        say_once(f"the chat template does not render {part}, so the model is not trained on them")
+    spans = marks.spans(marked, text)
+    if spans is None:
+        raise UserError("the chat template changes the text of messages, so the assistant's turns cannot be located")
+    ends, turns, chosen = chat_ends(tokenizer), [], marks.spans_in_turns(spans)
     for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-        shown = [place for place in chosen if place.mark.message == i]
-        first, last = shown[0], shown[-1]
-        before = max((place.stop for place in places if place.stop <= first.start), default=0)
-        after = min((place.start for place in chosen if place.start >= last.stop), default=len(text))
+        rendered = [span for span in chosen if span.mark.message == i]
+        first, last = rendered[0], rendered[-1]
+        before = max((span.stop for span in spans if span.stop <= first.start), default=0)
+        after = min((span.start for span in chosen if span.start >= last.stop), default=len(text))
         start = before + prompt_part(ends.opening, text[before : first.start])
         stop = last.stop + len(last.mark.rest) * text.startswith(last.mark.rest, last.stop)
         if end := any_of(ends.tokens).search(text, stop, after):
@@ -413,8 +413,8 @@ def locate_turns(tokenizer, messages: list[dict], tools: list | None, add_genera
     return text, turns
 
 
-def any_of(words: list[str]) -> re.Pattern:
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
+def any_of(strings: list[str]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or r"(?!)")
 
 
 @functools.lru_cache(16)
@@ -424,7 +424,7 @@ def say_once(line: str) -> None:
 
 @functools.lru_cache(1024)
 def prompt_part(opening: str, gap: str) -> int:
-    """How many characters before an answer belong to its prompt: up to the end of what they share with what asks for an answer.
+    """How many characters of the gap before an answer belong to its prompt: up to the end of what it shares with the opening.
 
     opening "...assistant\\n<think>\\n", gap "...assistant\\n" -> the whole gap: this answer has no reasoning
     """
@@ -435,10 +435,10 @@ def prompt_part(opening: str, gap: str) -> int:
 class Ends(NamedTuple):
     """How a chat template ends the assistant's turns."""
 
-    tokens: list[str]  # each ends a turn, or a tool call
+    tokens: list[str]  # tokens that end a turn or a tool call
     stop: list[int]  # ids at which generation stops
-    open_end: bool  # nothing but the next role's marker ends a turn, so a conversation's last one has no end
-    opening: str  # what the template adds to ask for an answer
+    open_end: bool  # a turn ends with the next role's marker, so the last turn of a conversation has no end
+    opening: str  # the generation prompt
 
 
 def chat_ends(tokenizer) -> Ends:
@@ -449,13 +449,13 @@ def chat_ends(tokenizer) -> Ends:
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """A text's own hash decides: it falls on the same side whatever else is in the data."""
+    """Whether a text is held out. It depends only on the hash of the text, so other data does not change it."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def framed(ids: Iterable[np.ndarray], begin: int, end: int, first: bool, dtype) -> np.ndarray:
-    """Documents end to end, each as begin, ids, end. Where one id is both, the end of a document begins the next.
+    """Concatenate documents, each as begin, ids, end. If begin equals end, the end of a document begins the next.
 
     [5, 6], [7] with 1 and 2 -> 1 5 6 2 1 7 2; with 0 and 0 -> 0 5 6 0 7 0 (without the first 0 unless `first`)
     """
@@ -496,7 +496,7 @@ class TokenWriter:
 
 
 def prepare(data: DataSection, tokenizer) -> None:
-    """Write train_ids.bin and val_ids.bin with a JSON of facts beside each, whole or not at all."""
+    """Write train_ids.bin and val_ids.bin, each with a JSON description; all files are replaced together, after success."""
     encoder, counts, seen = Encoder(tokenizer), Counter(), Seen()
     begin, end = begin_id(tokenizer), end_id(tokenizer)
     groups, held_out = data_files(data)
@@ -522,29 +522,29 @@ def prepare(data: DataSection, tokenizer) -> None:
         if not writers["train"].documents:
             refuse_empty(data, writers["val"].documents)
     notes = ("too short", "duplicates", "normalized", "with control characters")
-    dropped = "".join(f"; {counts[key]:,} {key}" for key in notes if counts[key])
-    say(f"{counts['documents']:,} documents, {counts['bytes'] / 1e6:.2f} MB -> {writers['train'].tokens:,} training tokens, "
-        f"{writers['val'].tokens:,} held out{dropped}")
+    notes = "".join(f"; {key}: {counts[key]:,}" for key in notes if counts[key])
+    say(f"{MODEL.counted(counts['documents'], 'document')}, {counts['bytes'] / 1e6:.2f} MB -> {writers['train'].tokens:,} "
+        f"training tokens, {writers['val'].tokens:,} held out{notes}")
 
 
 # ----------------------------------------------------------------------------------------------------- batches
 
 
 class TokenFile(NamedTuple):
-    """Tokens of one part of the data, its documents' places, and how many bytes of text they stand for (or None)."""
+    """The tokens of a part of the data (train or val)."""
 
     ids: np.ndarray
-    sources: list  # [start, stop) of each path of data.train
-    bytes: int | None
+    sources: list  # [start, stop) of each path in data.train
+    bytes: int | None  # of text, if known
     begin: int
     end: int
 
 
 class Spans:
-    """Documents as (start, stop) places in an array of ids: token i predicts token i + 1 for start <= i < stop.
+    """Documents as (start, stop) indices into an array of ids: token i predicts token i + 1 for start <= i < stop.
 
-    A document is begin, text, end; it has one (input, target) pair fewer than tokens. Where one id is both ends,
-    the end of a document is also the beginning of the next.
+    A document of n tokens (begin, text, end) has n - 1 (input, target) pairs. If begin equals end, the end of a document is
+    also the beginning of the next.
     """
 
     weights = None  # every token is a target
@@ -569,31 +569,31 @@ class Spans:
 
 
 class Examples(NamedTuple):
-    """Conversations as ids end to end, each id with its weight as a target; like `Spans`, but never cut."""
+    """Conversations as concatenated ids, each id with its weight as a target; like `Spans`, but examples are not split."""
 
     ids: np.ndarray
     weights: np.ndarray
     starts: np.ndarray
-    lengths: np.ndarray  # (input, target) pairs, one fewer than ids
+    lengths: np.ndarray  # number of (input, target) pairs, which is the number of ids - 1
 
     @classmethod
     def of(cls, samples: list) -> Examples:
-        """From anything with `ids` and `weights`."""
+        """Build from objects with `ids` and `weights`."""
         sizes = np.array([len(sample.ids) for sample in samples], np.int64)
         ids = np.concatenate([np.array(sample.ids, np.int64) for sample in samples])
         weights = np.concatenate([np.array(sample.weights, np.float32) for sample in samples])
         return cls(ids, weights, np.cumsum(sizes) - sizes, sizes - 1)
 
 
-# A plan says which pieces of the ids form each row of an epoch: `count` rows, `row(i)` -> [(start, stop), ...], `spans`.
+# A plan assigns segments of the ids to the rows of an epoch: `count` rows, `row(i)` -> [(start, stop), ...], `spans`.
 
 
 class Rows:
-    """The plan of pretraining: rows of at most `length` pairs, in the order drawn from `seed`.
+    """The plan of pretraining: rows of at most `length` pairs, in a random order given by `seed`.
 
-    Packed: the documents are shuffled, laid end to end, cut every `length` pairs, and the rows shuffled. The slack of
-    the last row moves the first cut, so that one long document is not cut alike in every epoch. Every pair is in
-    exactly one row.
+    Packed: the documents are shuffled, concatenated and split every `length` pairs, and the rows are shuffled. A random part of
+    the last row's free space is moved to the first row, so that a long document is split at different positions in each epoch.
+    Every pair is in exactly one row.
     """
 
     def __init__(self, spans: Spans, length: int, packing: bool, seed: list[int] | None):
@@ -617,25 +617,25 @@ class Rows:
     def row(self, i: int) -> list[tuple[int, int]]:
         index = int(self.rows[i])
         if not self.packing:
-            place = int(np.searchsorted(self.edges, index, "right")) - 1
-            document, offset = self.order[place], (index - int(self.edges[place])) * self.length
+            position = int(np.searchsorted(self.edges, index, "right")) - 1
+            document, offset = self.order[position], (index - int(self.edges[position])) * self.length
             start = int(self.spans.starts[document]) + offset
             return [(start, start + min(self.length, int(self.spans.lengths[document]) - offset))]
         low = max(index * self.length - self.phase, 0)
         high = min((index + 1) * self.length - self.phase, int(self.edges[-1]))
-        pieces, place = [], int(np.searchsorted(self.edges, low, "right")) - 1
+        segments, position = [], int(np.searchsorted(self.edges, low, "right")) - 1
         while low < high:
-            document, offset = self.order[place], low - int(self.edges[place])
+            document, offset = self.order[position], low - int(self.edges[position])
             take = min(int(self.spans.lengths[document]) - offset, high - low)
             start = int(self.spans.starts[document]) + offset
-            pieces.append((start, start + take))
-            low, place = low + take, place + 1
-        return pieces
+            segments.append((start, start + take))
+            low, position = low + take, position + 1
+        return segments
 
 
 class WholeRows:
-    """The plan of fine-tuning: rows of whole examples. Packed: of each thousand in the shuffled order the longest comes first,
-    into the fullest row that still has room for it (best-fit decreasing, Krell 2021, section 3.1); the rows are shuffled."""
+    """The plan of fine-tuning: rows of whole examples. Packed: the shuffled examples are packed in windows of 1000, the longest
+    first, each into the fullest row with enough room (best-fit decreasing, Krell 2021, section 3.1); the rows are shuffled."""
 
     def __init__(self, examples: Examples, length: int, packing: bool, seed: list[int] | None):
         self.spans = examples
@@ -647,25 +647,25 @@ class WholeRows:
         self.order = random.permutation(self.count) if random else np.arange(self.count)
 
     def _packed(self, order: np.ndarray, length: int) -> list[list[int]]:
-        sizes, done = self.spans.lengths, []
+        sizes, packed = self.spans.lengths, []
         for start in range(0, len(order), 1000):
             window, rows = order[start : start + 1000], []  # rows: (room, number, members), by room
             for number, i in enumerate(window[np.argsort(-sizes[window], kind="stable")]):
-                place = bisect.bisect_left(rows, (int(sizes[i]),))
-                room, _, members = rows.pop(place) if place < len(rows) else (length, number, [])
+                best = bisect.bisect_left(rows, (int(sizes[i]),))
+                room, _, members = rows.pop(best) if best < len(rows) else (length, number, [])
                 members.append(int(i))
                 bisect.insort(rows, (room - int(sizes[i]), number, members))
-            done += [members for _, _, members in sorted(rows, key=lambda row: row[1])]
-        return done
+            packed += [members for _, _, members in sorted(rows, key=lambda row: row[1])]
+        return packed
 
     def row(self, i: int) -> list[tuple[int, int]]:
         starts, lengths = self.spans.starts, self.spans.lengths
-        return [(int(starts[e]), int(starts[e] + lengths[e])) for e in self.members[int(self.order[i])]]
+        return [(int(starts[m]), int(starts[m] + lengths[m])) for m in self.members[int(self.order[i])]]
 
 
 class Mixture:
-    """The plan of several sources: each row is drawn from one of them with the probability of its weight. A small source is
-    drawn again, in another order."""
+    """The plan of several sources: each row is drawn from a source with a probability proportional to its weight. A small source
+    is repeated in another order."""
 
     def __init__(self, sources: list[Spans], weights: list[float], length: int, packing: bool, seed: list[int]):
         self.spans = sources[0]  # all of one token file
@@ -674,27 +674,27 @@ class Mixture:
         self.count, self.sizes = sum(sizes), sizes
         shares = np.array(weights, float) / sum(weights)
         self.source = np.random.default_rng([*seed, 1]).choice(len(sources), self.count, p=shares)
-        self.turn = np.zeros(self.count, np.int64)  # how often the row's source was drawn before
+        self.draws = np.zeros(self.count, np.int64)  # number of earlier rows from the row's source
         for source in range(len(sources)):
-            self.turn[self.source == source] = np.arange((self.source == source).sum())
+            self.draws[self.source == source] = np.arange((self.source == source).sum())
 
     def row(self, i: int) -> list[tuple[int, int]]:
         source = int(self.source[i])
-        epoch, number = divmod(int(self.turn[i]), self.sizes[source])
+        epoch, number = divmod(int(self.draws[i]), self.sizes[source])
         return self.plan(source, epoch).row(number)
 
 
 def collate(spans, rows: list[list[tuple[int, int]]], width: int | None = None) -> dict:
-    """Rows of pieces -> a batch, which always has these keys; all tensors are (B, T):
+    """Rows of segments -> a batch with these keys; all tensors are (B, T):
 
-    input_ids, targets    token i predicts targets[i]; -100 is no target
-    positions             of each token in its piece, -1 is padding
-    segment_ids           of each token's piece: pieces do not attend to each other
-    weights               how much each target counts in the loss
-    counts                "tokens": the sum of the targets' weights; with weights also "targets" and "read" (tokens), unweighted
+    input_ids, targets    token i predicts targets[i]; -100 is ignored
+    positions             position of each token in its segment; -1 is padding
+    segment_ids           number of each token's segment; segments do not attend to each other
+    weights               weight of each target in the loss
+    counts                "tokens": the sum of the targets' weights; with weights also the numbers of "targets" and "read" tokens
 
-    Positions and segments are None for full rows of one piece, for which plain causal attention is the same and faster;
-    weights are None if each token is a target.
+    Positions and segment_ids are None if every row is one full segment: then causal attention without them is the same and
+    faster. Weights are None if every token is a target.
     """
     longest = max((sum(stop - start for start, stop in row) for row in rows), default=0)
     width = width or max(longest, 1)
@@ -703,14 +703,14 @@ def collate(spans, rows: list[list[tuple[int, int]]], width: int | None = None) 
     positions, segments = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)
     weights = None if spans.weights is None else np.zeros(shape, np.float32)
     for r, row in enumerate(rows):
-        at = 0
+        filled = 0
         for segment, (start, stop) in enumerate(row):
-            there = slice(at, at + stop - start)
-            inputs[r, there], targets[r, there] = spans.ids[start:stop], spans.ids[start + 1 : stop + 1]
-            positions[r, there], segments[r, there] = np.arange(stop - start), segment
+            part = slice(filled, filled + stop - start)
+            inputs[r, part], targets[r, part] = spans.ids[start:stop], spans.ids[start + 1 : stop + 1]
+            positions[r, part], segments[r, part] = np.arange(stop - start), segment
             if weights is not None:
-                weights[r, there] = spans.weights[start + 1 : stop + 1]
-            at += stop - start
+                weights[r, part] = spans.weights[start + 1 : stop + 1]
+            filled += stop - start
     counts = {"tokens": int((positions >= 0).sum())}
     if weights is not None:
         targets[weights == 0] = -100
@@ -722,7 +722,7 @@ def collate(spans, rows: list[list[tuple[int, int]]], width: int | None = None) 
 
 
 def data_fingerprint(sources: list) -> str:
-    """Identifies `Spans` or `Examples` by ids, weights and places; of more than 2^28 ids by 64 samples of 2^22."""
+    """A digest of the ids, weights and positions of `Spans` or `Examples`; above 2^28 ids, of 64 samples of 2^22 ids."""
     digest = hashlib.blake2b(digest_size=16)
     for spans in sources:
         for start in range(0, len(spans.ids), max(2**22, len(spans.ids) // 64)):
@@ -733,13 +733,13 @@ def data_fingerprint(sources: list) -> str:
 
 
 class TokenStream:
-    """Endless batches for `TRAIN.fit`; the order depends on (seed, epoch) alone.
+    """An infinite iterator of batches for `TRAIN.fit`; the order depends only on (seed, epoch).
 
-    One optimizer step takes the next batch_size * grad_accum * world_size rows, whichever process computes them; the last
-    step of an epoch has fewer. `blocks(epoch)` yields the sources that rows are drawn from: once for a token file; many
-    times, made on the fly, when streaming from text (then an epoch's steps are not `counted`). `plan(sources, seed)` cuts them
-    into rows. Beside `collate`'s keys a batch holds its `place`: (epoch, block, number of its first row). `identify()` names what
-    is trained on, as far as it decides rows and order: a resumed run says when it changed.
+    One optimizer step takes the next batch_size * grad_accum * world_size rows, in the same order for any number of processes;
+    the last step of an epoch has fewer. `blocks(epoch)` yields the sources of the rows: once for a token file; many times when
+    streaming from text (then the steps of an epoch are not `counted`). `plan(sources, seed)` splits them into rows. In addition
+    to `collate`'s keys, a batch has a `place`: (epoch, block, number of its first row). `identify()` is a digest of the data; a
+    resumed run prints a message if it changed.
     """
 
     def __init__(self, blocks: Callable, plan: Callable, batch_size: int, length: int, counted: bool = True,
@@ -757,7 +757,7 @@ class TokenStream:
             self.steps_per_epoch = -(-self.plan.count // self.per_step)
 
     def _plans(self) -> Iterator:
-        """The plan of each block, from the current one on."""
+        """The plans of all blocks, starting with the current block."""
         while True:
             for sources in itertools.islice(self.blocks(self.epoch), self.block, None):
                 yield self.make_plan(sources, [self.run.seed, self.epoch, self.block])
@@ -777,7 +777,7 @@ class TokenStream:
         return self.queue.pop(0)
 
     def make(self, numbers: range) -> dict:
-        """The batch of these rows; one row of padding where there are none, all rows where shapes have to stay the same."""
+        """The batch of these rows, padded to one row, or to batch_size rows if shapes must be static."""
         rows = [self.plan.row(i) for i in numbers]
         fill = (self.batch_size if self.width else 1) - len(rows)
         return collate(self.plan.spans, rows + [[]] * fill, self.width)
@@ -788,7 +788,7 @@ class TokenStream:
 
     def load_state_dict(self, state: dict) -> None:
         if state["data"] != self.identify() and self.run.rank == 0:
-            say("the training data changed since that checkpoint, so the resumed run will differ")
+            say("the training data changed after the checkpoint was saved, so the resumed run will differ")
         self._seek(state["epoch"], state["block"], state["next_row"])
 
     def _seek(self, epoch: int, block: int, next_row: int) -> None:
@@ -799,25 +799,23 @@ class TokenStream:
 
 
 # ======================================================================================================= edges
-# Chat templates of all kinds, documents and their streams, tokenizer folders, token files, file formats, cleaning, records, the
-# command line.
 
 # -- chat templates
 
-MARKUP = re.compile(r"(<[^<>\s]+>|\[/?[A-Z_]+\])")  # templates look for such words in contents, so they are not marked
+MARKUP = re.compile(r"(<[^<>\s]+>|\[/?[A-Z_]+\])")  # templates parse this markup in contents, so it is not replaced by marks
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def spellings(messages: list[dict]) -> Iterator[list[dict]]:
-    """A conversation as different templates want it: tool calls with empty or no content, their arguments an object or JSON."""
+    """Variants of a conversation for templates: tool calls with empty or null content, with arguments as an object or JSON."""
     yield messages
     for content, as_text in ((None, False), ("", True), (None, True)) if any(m.get("tool_calls") for m in messages) else ():
         spelled = [dict(message) for message in messages]
         for message in (message for message in spelled if message.get("tool_calls")):
             message["content"] = message.get("content") or content
-            given = [call.get("function", call).get("arguments") or {} for call in message["tool_calls"]]
+            arguments = [call.get("function", call).get("arguments") or {} for call in message["tool_calls"]]
             message["tool_calls"] = [with_function(call, arguments=json.dumps(value) if as_text else value)
-                                     for call, value in zip(message["tool_calls"], given, strict=True)]
+                                     for call, value in zip(message["tool_calls"], arguments, strict=True)]
         yield spelled
 
 
@@ -831,20 +829,20 @@ def render(tokenizer, messages: list[dict], tools: list | None, add_generation_p
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False,
                                              **(options or {}))
-    except Exception as error:  # a template is a program: it can raise anything
+    except Exception as error:  # templates can raise any exception
         raise UserError(f"the chat template refuses this conversation ({first_line(error)})") from None
 
 
 class Mark(NamedTuple):
     number: int
     message: int
-    words: str  # that it replaces
+    text: str  # the replaced text
     optional: bool  # reasoning, which templates may leave out
-    rest: str  # markup that follows the words in their text
+    rest: str  # markup after the replaced text
 
 
 class Marks:
-    """A copy of a conversation with a unique word in place of each text: {"content": "Hi <b>you</b>"} -> "zq0z <b>zq1z</b>"."""
+    """A copy of a conversation with a unique mark for each text: {"content": "Hi <b>you</b>"} -> "zq0z <b>zq1z</b>"."""
 
     def __init__(self, messages: list[dict]):
         self.marks: dict[str, Mark] = {}
@@ -858,11 +856,11 @@ class Marks:
         marked = dict(message)
         for key in ("content", *REASONING):
             if isinstance(message.get(key), str):
-                marked[key] = self._words(i, message[key], key in REASONING)
+                marked[key] = self._replaced(i, message[key], key in REASONING)
         if message.get("tool_calls"):
             count = len(self.marks)
             marked["tool_calls"] = self._inside(i, message["tool_calls"])
-            if len(self.marks) == count:  # no argument is a text: the names have to serve
+            if len(self.marks) == count:  # no argument is a string, so mark the names
                 marked["tool_calls"] = [with_function(call, name=self._mark(i, call.get("function", call)["name"]))
                                         for call in message["tool_calls"]]
         return marked
@@ -873,77 +871,77 @@ class Marks:
                     for name, inner in value.items()}
         if isinstance(value, list):
             return [self._inside(i, inner, key) for inner in value]
-        return self._words(i, value) if isinstance(value, str) else value
+        return self._replaced(i, value) if isinstance(value, str) else value
 
-    def _words(self, i: int, text: str, optional: bool = False) -> str:
-        thought, pieces, at = text.rfind("</think>"), MARKUP.split(text), 0
-        if not any(piece.strip() and not MARKUP.fullmatch(piece) for piece in pieces):
-            pieces = [text]  # nothing but markup
-        for number, piece in enumerate(pieces):
-            words, here = piece.strip(), at
-            at += len(piece)
-            if words and (len(pieces) == 1 or not MARKUP.fullmatch(piece)):
-                rest = text[here + piece.index(words) + len(words) :].rstrip()
-                mark = self._mark(i, words, optional or here < thought, rest)
-                pieces[number] = piece.replace(words, mark, 1)
-        return "".join(pieces)
+    def _replaced(self, i: int, text: str, optional: bool = False) -> str:
+        reasoning_end, parts, position = text.rfind("</think>"), MARKUP.split(text), 0
+        if not any(part.strip() and not MARKUP.fullmatch(part) for part in parts):
+            parts = [text]  # only markup
+        for number, part in enumerate(parts):
+            stripped, start = part.strip(), position
+            position += len(part)
+            if stripped and (len(parts) == 1 or not MARKUP.fullmatch(part)):
+                rest = text[start + part.index(stripped) + len(stripped) :].rstrip()
+                mark = self._mark(i, stripped, optional or start < reasoning_end, rest)
+                parts[number] = part.replace(stripped, mark, 1)
+        return "".join(parts)
 
-    def _mark(self, i: int, words: str, optional: bool = False, rest: str = "") -> str:
+    def _mark(self, i: int, text: str, optional: bool = False, rest: str = "") -> str:
         name = f"{self.stem}{len(self.marks)}z"
-        self.marks[name] = Mark(len(self.marks), i, words, optional, rest)
+        self.marks[name] = Mark(len(self.marks), i, text, optional, rest)
         return name
 
     def hidden(self, marked: str) -> int | None:
-        """The first assistant message of which the rendering leaves out more than reasoning."""
-        shown = {self.marks[name] for name in self.pattern.findall(marked)}
+        """The first assistant message whose rendering lacks more than reasoning."""
+        rendered = {self.marks[name] for name in self.pattern.findall(marked)}
         for i in (i for i, message in enumerate(self.messages) if message["role"] == "assistant"):
             marks = {mark for mark in self.marks.values() if mark.message == i}
-            if not shown & marks or any(not mark.optional for mark in marks - shown):
+            if not rendered & marks or any(not mark.optional for mark in marks - rendered):
                 return i
         return None
 
     def left_out(self, marked: str) -> list[str]:
-        """What the rendering omits of the conversation. Only the last answer's reasoning counts: templates drop earlier ones."""
-        shown = {self.marks[name].message for name in self.pattern.findall(marked)}
-        words = {mark.message for mark in self.marks.values()}
-        lost = {self.messages[i]["role"]: i for i in words - shown if self.messages[i]["role"] != "assistant"}
-        found = [f"{role} messages" for role in lost]
-        last = max((i for i in words if self.messages[i]["role"] == "assistant"), default=-1)
-        thoughts = {name for name, mark in self.marks.items() if mark.message == last and mark.optional}
-        return found + ["reasoning"] * (bool(thoughts) and thoughts.isdisjoint(self.pattern.findall(marked)))
+        """Names of the parts that are not rendered. Reasoning is checked in the last answer only: templates drop it in others."""
+        rendered = {self.marks[name].message for name in self.pattern.findall(marked)}
+        nonempty = {mark.message for mark in self.marks.values()}
+        lost = {self.messages[i]["role"]: i for i in nonempty - rendered if self.messages[i]["role"] != "assistant"}
+        names = [f"{role} messages" for role in lost]
+        last = max((i for i in nonempty if self.messages[i]["role"] == "assistant"), default=-1)
+        reasoning = {name for name, mark in self.marks.items() if mark.message == last and mark.optional}
+        return names + ["reasoning"] * (bool(reasoning) and reasoning.isdisjoint(self.pattern.findall(marked)))
 
-    def places(self, marked: str, text: str) -> list[Place] | None:
-        """Where the words of each mark stand in the real rendering; None if the two differ in anything else."""
-        places, at, literals, names = [], 0, self.pattern.split(marked), self.pattern.findall(marked)
+    def spans(self, marked: str, text: str) -> list[Span] | None:
+        """The span of each mark's text in the real rendering; None if the two renderings differ in anything else."""
+        spans, position, literals, names = [], 0, self.pattern.split(marked), self.pattern.findall(marked)
         for literal, name in zip(literals, [*names, None], strict=True):
-            if not text.startswith(literal, at):
+            if not text.startswith(literal, position):
                 return None
-            at += len(literal)
+            position += len(literal)
             if name:
-                words = self.marks[name].words
-                escaped = (json.dumps(words, ensure_ascii=plain)[1:-1] for plain in (False, True))
-                words = next((form for form in itertools.chain([words], escaped) if text.startswith(form, at)), None)
-                if words is None:
+                original = self.marks[name].text
+                escaped = (json.dumps(original, ensure_ascii=plain)[1:-1] for plain in (False, True))
+                found = next((form for form in itertools.chain([original], escaped) if text.startswith(form, position)), None)
+                if found is None:
                     return None
-                places.append(Place(self.marks[name], at, at + len(words)))
-                at += len(words)
-        return places if at == len(text) else None
+                spans.append(Span(self.marks[name], position, position + len(found)))
+                position += len(found)
+        return spans if position == len(text) else None
 
-    def places_in_turns(self, places: list[Place]) -> list[Place]:
-        """The place of each mark in its message's turn: a template may repeat a text before it (a summary) or behind it."""
-        found, last = [], 0
+    def spans_in_turns(self, spans: list[Span]) -> list[Span]:
+        """The span of each mark in its message's turn; a template may repeat the text before the turn (a summary) or after it."""
+        result, last = [], 0
         for i in range(len(self.messages)):
-            chosen: dict[Mark, Place] = {}
-            mine = [place for place in places if place.mark.message == i]
-            for place in sorted(mine, key=lambda place: (place.start < last, place.start)):
-                chosen.setdefault(place.mark, place)
-            last = max([last, *(place.stop for place in chosen.values())])
-            found += chosen.values()
-        return sorted(found, key=lambda place: place.start)
+            chosen: dict[Mark, Span] = {}
+            candidates = [span for span in spans if span.mark.message == i]
+            for span in sorted(candidates, key=lambda span: (span.start < last, span.start)):
+                chosen.setdefault(span.mark, span)
+            last = max([last, *(span.stop for span in chosen.values())])
+            result += chosen.values()
+        return sorted(result, key=lambda span: span.start)
 
 
-class Place(NamedTuple):
-    """The words of a mark, in characters of the real rendering."""
+class Span(NamedTuple):
+    """The text of a mark, as character positions in the real rendering."""
 
     mark: Mark
     start: int
@@ -952,11 +950,11 @@ class Place(NamedTuple):
 
 @functools.lru_cache(16)
 def _chat_ends(tokenizer, template: str, size: int) -> Ends:
-    """Read off the renderings of a few conversations: which added token follows an answer, whoever speaks next.
+    """Render a few conversations to find the added tokens that follow an answer.
 
-    Most templates have one ("<|im_end|>"). Some close answers only with the marker of the next role (GLM: "<|user|>" after an
-    answer, "<|observation|>" after a call): then that marker ends the turn. Some use another token where the conversation ends
-    (gpt-oss: "<|end|>", at last "<|return|>") or after a call ("<|call|>").
+    Most templates have a single end-of-turn token ("<|im_end|>"). In some, the marker of the next role ends an answer (GLM:
+    "<|user|>" after an answer, "<|observation|>" after a call). Some use another token at the end of the conversation (gpt-oss:
+    "<|end|>", but "<|return|>" at the end) or after a call ("<|call|>").
     """
     added = any_of([token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()])
 
@@ -967,16 +965,16 @@ def _chat_ends(tokenizer, template: str, size: int) -> Ends:
             return ""
 
     def between(text: str, first: str, last: str = "\0") -> list[str]:
-        """The added tokens between two words."""
+        """The added tokens between two marks."""
         return added.findall(text.partition(last)[0].rpartition(first)[2]) if first in text else []
 
-    def says(role: str, words: str, **more) -> dict:
-        return {"role": role, "content": words, **more}
+    def turn(role: str, content: str, **more) -> dict:
+        return {"role": role, "content": content, **more}
 
-    chat = [says("user", "zq0z"), says("assistant", "zq1z"), says("user", "zq2z"), says("assistant", "zq3z")]
-    whole, asking = rendering(chat), rendering(chat[:1], None, True)
+    chat = [turn("user", "zq0z"), turn("assistant", "zq1z"), turn("user", "zq2z"), turn("assistant", "zq3z")]
+    whole, prompt = rendering(chat), rendering(chat[:1], None, True)
     middle, last = between(whole, "zq1z", "zq2z"), between(rendering(chat[:2]), "zq1z")
-    if asking == rendering(chat[:1]):  # the next turn's opening is always there, so it does not tell that the turn has ended
+    if prompt == rendering(chat[:1]):  # an opening follows every message, so it is not the end of a turn
         first = added.findall(whole.partition("zq0z")[0])
         middle = middle[: len(middle) - len(os.path.commonprefix([first[::-1], middle[::-1]]))] or middle
     ends = os.path.commonprefix([middle, last])[-1:] or middle[:1] + last[:1]
@@ -985,7 +983,7 @@ def _chat_ends(tokenizer, template: str, size: int) -> Ends:
     call = {"type": "function", "function": {"name": "zqname", "arguments": {"key": "zq1z"}}}
     schema = {"type": "object", "properties": {"key": {"type": "string", "description": "zq"}}}
     tools = [{"type": "function", "function": {"name": "zqname", "description": "zq", "parameters": schema}}]
-    for spelled in spellings([chat[0], says("assistant", "", tool_calls=[call]), says("tool", "zq2z", name="zqname"), chat[3]]):
+    for spelled in spellings([chat[0], turn("assistant", "", tool_calls=[call]), turn("tool", "zq2z", name="zqname"), chat[3]]):
         whole = rendering(spelled, tools)
         if "zq1z" in whole:
             middle, last = between(whole, "zq1z", "zq2z"), between(rendering(spelled[:2], tools), "zq1z")
@@ -994,19 +992,19 @@ def _chat_ends(tokenizer, template: str, size: int) -> Ends:
                 calls = middle[len(common) :][:1] if by_next_role else common[-1:] or middle[:1]
             break
 
-    reasoning = rendering([chat[0], says("assistant", "zq1z", **dict.fromkeys(REASONING, "zq2z"))])
-    inside = between(reasoning, "zq2z", "zq1z")  # these end parts of a turn: generation goes on
+    reasoning = rendering([chat[0], turn("assistant", "zq1z", **dict.fromkeys(REASONING, "zq2z"))])
+    inside = between(reasoning, "zq2z", "zq1z")  # these also occur within a turn, so generation does not stop at them
     stop = [tokenizer.convert_tokens_to_ids(token) for token in [*ends, *calls] if token not in inside]
-    return Ends([*ends, *calls], stop, by_next_role, asking.partition("zq0z")[2])
+    return Ends([*ends, *calls], stop, by_next_role, prompt.partition("zq0z")[2])
 
 
 class Markup(NamedTuple):
-    """How a model with this template writes its reasoning and its tool calls."""
+    """The format of reasoning and tool calls in a chat template."""
 
-    think: tuple[str, str] | None  # around the reasoning, such as ("<think>", "</think>")
-    call: list[str] | None = None  # what surrounds the parts of a call; the first piece begins a call
+    think: tuple[str, str] | None  # tags around the reasoning, such as ("<think>", "</think>")
+    call: list[str] | None = None  # the text around the parts of a call; the first string begins a call
     form: str = ""  # the parts: "json" (name and arguments), "named" (name, arguments as JSON), "pairs" (name, key, value, ...)
-    arguments: str = "arguments"  # their key in "json"
+    arguments: str = "arguments"  # key of the arguments in "json"
 
 
 def answer_markup(tokenizer) -> Markup:
@@ -1015,28 +1013,28 @@ def answer_markup(tokenizer) -> Markup:
 
 @functools.lru_cache(16)
 def _answer_markup(tokenizer, template: str) -> Markup:
-    """Read off the rendering of an answer with a tool call: {"name": "zqname", "arguments": {"zqkey": ...}}, or XML-like text."""
+    """Render an answer with a tool call to find the format: {"name": "zqname", "arguments": {"zqkey": ...}}, or XML-like text."""
     think = next(((first, last) for first, last in (("<think>", "</think>"), ("[THINK]", "[/THINK]")) if last in template), None)
-    words = ["zqname", "zqkeya", "zqvaluea", "zqkeyb", "zqvalueb"]
-    call = {"type": "function", "id": "zqidzqid0", "function": {"name": words[0], "arguments": dict([words[1:3], words[3:]])}}
-    schema = {"type": "object", "properties": {key: {"type": "string", "description": "zq"} for key in words[1::2]}}
-    tools = [{"type": "function", "function": {"name": words[0], "description": "zq", "parameters": schema}}]
+    marks = ["zqname", "zqkeya", "zqvaluea", "zqkeyb", "zqvalueb"]
+    call = {"type": "function", "id": "zqidzqid0", "function": {"name": marks[0], "arguments": dict([marks[1:3], marks[3:]])}}
+    schema = {"type": "object", "properties": {key: {"type": "string", "description": "zq"} for key in marks[1::2]}}
+    tools = [{"type": "function", "function": {"name": marks[0], "description": "zq", "parameters": schema}}]
     for spelled in spellings([{"role": "user", "content": "zq"}, {"role": "assistant", "content": "", "tool_calls": [call]}]):
         try:
-            text, asking = render(tokenizer, spelled, tools), render(tokenizer, spelled[:1], tools, True)
+            text, prompt = render(tokenizer, spelled, tools), render(tokenizer, spelled[:1], tools, True)
         except UserError:
             continue
-        begin = len(os.path.commonprefix([text, asking]).rstrip("<|\uff5c["))
+        begin = len(os.path.commonprefix([text, prompt]).rstrip("<|\uff5c["))
         answer = text[begin:].rpartition(think[1] if think else "\0")[2].lstrip()
         answer = any_of([*chat_ends(tokenizer).tokens, "\0"]).split(answer)[0].rstrip()
         for found in re.finditer(r"\[?\{", answer):
             with suppress(ValueError, AttributeError):
                 value, stop = json.JSONDecoder().raw_decode(answer, found.start())
                 value = value[0] if isinstance(value, list) else value
-                if value.get("name") == words[0] and "zq" not in answer[: found.start()]:
+                if value.get("name") == marks[0] and "zq" not in answer[: found.start()]:
                     key = "parameters" if "parameters" in value else "arguments"
                     return Markup(think, [answer[: found.start()], answer[stop:]], "json", key)
-        found = re.fullmatch("(.+)" + "(.+)".join(words) + "(.*)", answer, re.S)
+        found = re.fullmatch("(.+)" + "(.+)".join(marks) + "(.*)", answer, re.S)
         if found and "zq" not in "".join(found.groups()) and not found[1].endswith("["):
             if found[2].endswith('{"'):
                 return Markup(think, [found[1], found[2][:-2], found[6]], "named")
@@ -1045,14 +1043,14 @@ def _answer_markup(tokenizer, template: str) -> Markup:
 
 
 def parse_calls(markup: Markup, text: str, tools: list[dict] = ()) -> list[tuple[str, dict]]:
-    """The (name, arguments) of the tool calls in an answer. What is no complete call is left out. `tools` tell which arguments
-    are strings, where the template writes values as plain text."""
-    first, *pieces = [r"\s*".join(["", *map(re.escape, piece.split()), ""]) for piece in markup.call or [""]]
+    """The (name, arguments) of the tool calls in an answer; incomplete calls are skipped. If the template writes values as plain
+    text, the schemas of `tools` decide which arguments are strings."""
+    first, *rest = [r"\s*".join(["", *map(re.escape, part.split()), ""]) for part in markup.call or [""]]
     calls = []
 
-    def json_at(place: int):
+    def json_at(position: int):
         with suppress(ValueError):
-            return json.JSONDecoder().raw_decode(text, place)[0]
+            return json.JSONDecoder().raw_decode(text, position)[0]
 
     if markup.form == "json":
         for found in itertools.islice(re.finditer(first + r"(?=[\[{])", text), None if first else 1):
@@ -1060,10 +1058,10 @@ def parse_calls(markup: Markup, text: str, tools: list[dict] = ()) -> list[tuple
             values = values if isinstance(values, list) else [values]
             calls += [(value.get("name"), value.get(markup.arguments)) for value in values if isinstance(value, dict)]
     elif markup.form == "named":
-        for found in re.finditer(first + "(.+?)" + pieces[0] + r"(?=\{)", text):
+        for found in re.finditer(first + "(.+?)" + rest[0] + r"(?=\{)", text):
             calls.append((found[1], json_at(found.end())))
     elif markup.form == "pairs":
-        after_name, after_key, between, _, after = pieces
+        after_name, after_key, between, _, after = rest
         schemas = {tool["function"]["name"]: tool["function"].get("parameters", {}).get("properties", {}) for tool in tools}
         for name, body in re.findall(f"{first}(.+?){after_name}(.*?){after}", text, re.S):
             arguments = dict(re.findall(f"(.+?){after_key}(.*?)(?:{between}|$)", body, re.S))
@@ -1076,31 +1074,30 @@ def parse_calls(markup: Markup, text: str, tools: list[dict] = ()) -> list[tuple
 
 
 def ids_after_calls(tokenizer, results: list[tuple[str, str]], tools: list) -> list[int]:
-    """Results (name, text) of the calls in an answer -> the ids that the chat template puts between this answer and the next one.
-    Control tokens in the texts are encoded as text.
+    """Results (name, text) of the calls in an answer -> the ids of the chat template between this answer and the next.
+    Control tokens in the results are encoded as text.
 
     [("add", "5")] -> ids of "\n<|im_start|>tool\n5<|im_end|>\n<|im_start|>assistant\n"
     """
     calls = [{"type": "function", "id": f"{i:09d}", "function": {"name": name, "arguments": {"key": "zq"}}}
              for i, (name, _) in enumerate(results)]
-    asked = [{"role": "user", "content": "zq"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    messages = [{"role": "user", "content": "zq"}, {"role": "assistant", "content": "", "tool_calls": calls}]
 
-    def answers(texts: list[str]) -> list[dict]:
+    def replies(texts: list[str]) -> list[dict]:
         return [{"role": "tool", "name": call["function"]["name"], "tool_call_id": call["id"], "content": text}
                 for call, text in zip(calls, texts, strict=True)]
 
-    for spelled in spellings(asked):
+    for spelled in spellings(messages):
         with suppress(UserError):
-            text, [turn] = locate_turns(tokenizer, [*spelled, *answers(["zq"] * len(calls))], tools, False)
-            whole = render(tokenizer, [*spelled, *answers([hide_special(tokenizer, text) for _, text in results])], tools, True)
+            text, [turn] = locate_turns(tokenizer, [*spelled, *replies(["zq"] * len(calls))], tools, False)
+            whole = render(tokenizer, [*spelled, *replies([hide_special(tokenizer, text) for _, text in results])], tools, True)
             if whole.startswith(text[: turn.stop]):
                 return encode_hidden(tokenizer, whole[turn.stop :].rstrip(" "))
     raise UserError("the chat template does not render the results of tool calls")
 
 
 def ensure_chat(tokenizer) -> None:
-    """A tokenizer without a chat template gets the default one, and the tokens that it needs (at the end of the
-    vocabulary, so the model may have to grow)."""
+    """Give a tokenizer without a chat template the default one; its tokens are appended, so the model may have to grow."""
     if not tokenizer.chat_template:
         vocabulary = tokenizer.get_vocab()
         tokenizer.add_tokens([token for token in CHAT_TOKENS if token not in vocabulary], special_tokens=True)
@@ -1108,13 +1105,13 @@ def ensure_chat(tokenizer) -> None:
 
 
 def end_with_turns(model, tokenizer) -> None:
-    """Let generation stop where the chat template ends the assistant's turns."""
+    """Add the tokens that end the assistant's turns in the chat template to the model's end-of-text ids."""
     if not tokenizer.chat_template:
         return
     ends = chat_ends(tokenizer)
     if not ends.tokens:
-        say("the chat template has no token that ends the assistant's turns: only the last turn of each conversation is trained "
-            f"to end (with {tokenizer.eos_token or 'nothing'}); set stop strings for generation, or another template")
+        say("the chat template has no end-of-turn token, so only the last turn of each conversation is trained to end (with "
+            f"{tokenizer.eos_token or 'nothing'}); set stop strings for generation, or use another template")
     if new := [i for i in ends.stop if i not in model.config.eos_ids]:
         model.config.eos_token_id = [*new, *model.config.eos_ids]
 
@@ -1123,10 +1120,10 @@ def end_with_turns(model, tokenizer) -> None:
 
 
 def splitter(data: DataSection, files: list[Path]) -> Callable[[int, int, int, str], list[tuple[str, str]]]:
-    """split(file, document of it, characters before it, text) -> [("train" or "val", text), ...].
+    """Return split(file number, document number, characters before it, text) -> [("train" or "val", text), ...].
 
-    `hash` asks each text's own hash, `tail` holds out the last documents. Of a single document (one book) the tail is held out
-    either way; it is cut at a line end.
+    `hash` decides by each text's hash; `tail` holds out the last documents. If there is only one document (a book), both hold
+    out its tail, split at a line end.
     """
 
     def read(path: Path) -> Iterator[str]:
@@ -1141,21 +1138,21 @@ def splitter(data: DataSection, files: list[Path]) -> Callable[[int, int, int, s
         return lambda file, number, before, text: [("val" if is_held_out(text, data.validation_fraction) else "train", text)]
     sizes = [sum(len(text) if book else 1 for text in read(path)) for path in files]  # characters of a book, else documents
     held = max(1, round(sum(sizes) * data.validation_fraction))
-    starts = np.cumsum([0, *sizes]) - (sum(sizes) - held)  # of each file, seen from where the held-out part begins
+    starts = np.cumsum([0, *sizes]) - (sum(sizes) - held)  # of each file, relative to the start of the held-out part
 
     def split(file: int, number: int, before: int, text: str) -> list[tuple[str, str]]:
         if not book:
             return [("val" if starts[file] + number >= 0 else "train", text)]
         cut = min(max(-int(starts[file]) - before, 0), len(text))
         cut = text.rfind("\n", 0, cut) + 1 or cut
-        return [(part, piece) for part, piece in (("train", text[:cut]), ("val", text[cut:])) if piece]
+        return [(part, half) for part, half in (("train", text[:cut]), ("val", text[cut:])) if half]
 
     return split
 
 
 def documents(data: DataSection, files: list[Path], counts: Counter, seen: Seen | None = None, share: float = math.inf,
               split: Callable | None = None) -> Iterator[tuple[str, str]]:
-    """("train" or "val", text) of the files' clean documents; of each file at most `share` characters."""
+    """Yield ("train" or "val", text) for each cleaned document of the files, up to `share` characters per file."""
     seen = (seen or Seen()) if data.deduplicate else None
     split = split or splitter(data, files)
     for file, path in enumerate(files):
@@ -1170,18 +1167,18 @@ def documents(data: DataSection, files: list[Path], counts: Counter, seen: Seen 
             elif seen and not single_lines and not seen.add(text):
                 counts["duplicates"] += 1
             else:
-                for part, piece in split(file, number, before - len(raw), text):
+                for part, content in split(file, number, before - len(raw), text):
                     counts["documents"] += 1
-                    counts["bytes"] += len(piece.encode("utf-8", "surrogatepass"))
-                    taken += len(piece)
-                    yield part, piece
+                    counts["bytes"] += len(content.encode("utf-8", "surrogatepass"))
+                    taken += len(content)
+                    yield part, content
 
 
 def refuse_empty(data: DataSection, held_out: int) -> None:
     if held_out and data.validation in ("hash", "tail"):
-        raise UserError(f"data.validation: all {held_out:,} documents of data.train are held out by {data.validation}; "
-                        "set --data.validation none, or name a file")
-    raise UserError("data.train: holds no text to train on")
+        raise UserError(f"data.validation: {data.validation} holds out all of data.train ({MODEL.counted(held_out, 'document')})"
+                        "; set it to none or to a file")
+    raise UserError("data.train: contains no text to train on")
 
 
 def rows_plan(data: DataSection, length: int) -> Callable:
@@ -1189,7 +1186,7 @@ def rows_plan(data: DataSection, length: int) -> Callable:
 
 
 class Shuffled:
-    """A plan whose rows are cut once and come in another order in each epoch; `order[i]` is the number of row i."""
+    """The rows of a plan in another order in each epoch; `order[i]` is the number of row i in the plan."""
 
     def __init__(self, plan, seed: list[int]):
         self.plan, self.spans, self.count = plan, plan.spans, plan.count
@@ -1200,34 +1197,34 @@ class Shuffled:
 
 
 def cut_once(plan: Callable) -> Callable:
-    """The same plan, cut alike in every epoch: what is known of a row (a teacher's logits) stays true."""
+    """The same plan with the same rows in every epoch, so that a row's cached data (a teacher's logits) can be reused."""
     return lambda sources, seed: Shuffled(plan(sources, [0]), seed)
 
 
 def file_stream(tokens: TokenFile, data: DataSection, batch_size: int, length: int) -> TokenStream:
     """The training stream of a token file."""
     if Spans(tokens).pairs < 1:
-        raise UserError("data.train: fewer than two tokens in all; there is nothing to predict")
+        raise UserError("data.train: contains no text to train on (fewer than 2 tokens)")
     if not data.weights:
         spans = Spans(tokens)
         return TokenStream(lambda epoch: [[spans]], rows_plan(data, length), batch_size, length)
-    # Where one id is both ends, a source begins with the end of the one before it.
+    # If begin equals end, a source begins with the end of the previous source.
     shared = tokens.begin == tokens.end
     sources = [Spans(tokens, start - (shared and start > 0 and stop > start), stop) for start, stop in tokens.sources]
     if len(sources) != len(data.weights):
-        raise UserError(f"data.weights: {len(data.weights)} weights, but the token file has {len(sources)} sources")
+        raise UserError(f"data.weights: expected one per source of the token file ({len(sources)}), found {len(data.weights)}")
     if not all(spans.pairs for spans in sources):
-        raise UserError("data.weights: a source holds no text to train on")
+        raise UserError("data.weights: a path in data.train contains no text to train on; remove it")
     plan = lambda sources, seed: Mixture(sources, data.weights, length, data.packing, seed)  # noqa: E731
     return TokenStream(lambda epoch: [sources], plan, batch_size, length)
 
 
 def text_stream(data: DataSection, tokenizer, batch_size: int, length: int, buffer_bytes: int = 2**23) -> TokenStream:
-    """Batches straight from text: blocks of about 8 MB are read in order, tokenized, and shuffled within."""
+    """Batches tokenized on the fly: text is read in order in blocks of about 8 MB, and each block is shuffled."""
     if data.weights:
-        raise UserError("data.weights: needs data.streaming false")
+        raise UserError("data.weights: requires data.streaming false")
     if any(name.endswith(".bin") for name in data.train):
-        raise UserError("data.streaming: a token file is not streamed; leave it out, or name the text")
+        raise UserError("data.streaming: token files (.bin) cannot be streamed; leave it out, or give text files")
     encoder = Encoder(tokenizer)
     files = list(itertools.chain.from_iterable(data_files(data)[0]))
     split = splitter(data, files)
@@ -1258,7 +1255,7 @@ def tokens_of(texts: list[str], tokenizer, encoder: Encoder) -> TokenFile:
 
 
 def held_out_tokens(data: DataSection, tokenizer, limit: int) -> TokenFile | None:
-    """When streaming: the first held-out documents, of `limit` characters in all."""
+    """For streaming: the first held-out documents, about `limit` characters in total."""
     groups, held_out = data_files(data)
     texts, size = [], 0
     for files, wanted in ((list(itertools.chain.from_iterable(groups)), "val"), (held_out, "train")):
@@ -1272,7 +1269,7 @@ def held_out_tokens(data: DataSection, tokenizer, limit: int) -> TokenFile | Non
 
 
 def fixed_batches(plan, batch_size: int, limit: int | None = None) -> list[dict]:
-    """Validation: the same rows in the same order every time, spread over the whole plan when limited."""
+    """Batches for validation: the same rows in the same order each time; `limit` batches are spread over the whole plan."""
     chosen = np.arange(plan.count)
     if limit is not None and plan.count > limit * batch_size:
         chosen = np.linspace(0, plan.count - 1, limit * batch_size).astype(int)
@@ -1284,16 +1281,16 @@ def fixed_batches(plan, batch_size: int, limit: int | None = None) -> list[dict]
 
 
 def load(name: str | Path):
-    """The tokenizer of a folder or hub name, as transformers makes it."""
+    """Load the tokenizer of a folder or hub name, as transformers does."""
     folder = resolve_folder(str(name), "tokenizer.name")
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
     if not any((folder / name).exists() for name in names):
         newest = max(folder.glob("ckpt-step-*"), default=None)
-        hint = f"{newest} is the newest checkpoint of this unfinished run" if newest else "name one with --tokenizer.name"
-        raise UserError(f"{folder}: no tokenizer here (tokenizer.json is missing); {hint}")
+        hint = f"use the newest checkpoint of this unfinished run, {newest}" if newest else "set --tokenizer.name"
+        raise UserError(f"{folder}: contains no tokenizer (tokenizer.json is missing); {hint}")
     facts = read_json(folder / names[1]) if (folder / names[1]).exists() else {}
     generic = facts.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    if generic and (folder / names[0]).exists():  # what AutoTokenizer would find out in two seconds
+    if generic and (folder / names[0]).exists():  # AutoTokenizer would take two seconds to find this class
         from transformers import PreTrainedTokenizerFast as Loader
     else:
         from transformers import AutoTokenizer as Loader
@@ -1302,26 +1299,26 @@ def load(name: str | Path):
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{folder}: the tokenizer cannot be read ({str(error).strip().splitlines()[0][:160]})") from None
     if not tokenizer.is_fast:
-        raise UserError(f"{folder}: {type(tokenizer).__name__} exists only in Python; a tokenizer.json is needed")
+        raise UserError(f"{folder}: {type(tokenizer).__name__} is a slow tokenizer (Python only); convert it to tokenizer.json")
     plain_settings(tokenizer)
     return tokenizer
 
 
 def plain_settings(tokenizer) -> None:
-    """tokenizer.json may have been saved while padding or truncation was on; neither is the tokenizer's own."""
+    """Disable padding and truncation, which tokenizer.json contains if they were enabled when it was saved."""
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
 
 
 def save(tokenizer, folder: str | Path) -> None:
-    """tokenizer.json, tokenizer_config.json and, where there is one, chat_template.jinja."""
+    """Write tokenizer.json, tokenizer_config.json and, if there is a chat template, chat_template.jinja."""
     plain_settings(tokenizer)
     with MODEL.staged(folder) as scratch:
         tokenizer.save_pretrained(scratch)
 
 
 def of_model(name: str, adapter: str | None = None, named: str | None = None):
-    """The tokenizer of a model: the `named` one, the adapter's if it brought one, or the model's."""
+    """The tokenizer `named`; if None, that in the adapter's folder, or the model's."""
     name, adapter = MODEL.base_and_adapter(name, adapter)
     folder = adapter if adapter and (Path(adapter) / "tokenizer_config.json").exists() else name
     tokenizer = load(named or folder)
@@ -1331,18 +1328,18 @@ def of_model(name: str, adapter: str | None = None, named: str | None = None):
 
 
 def of_run(config, checkpoint: Path | None = None):
-    """The tokenizer of a run: its checkpoint's, or the one that its settings choose."""
+    """The tokenizer of a run: that of its checkpoint, or that of its settings."""
     adapter = getattr(config.actions, "adapter", None)
     return load(checkpoint) if checkpoint else choose(config.tokenizer, config.data, config.model.name, adapter)
 
 
 def open_model(section: ModelSection, tokenizer=None, adapter: str | None = None, key: str = "model.name",
                head: str | tuple | None = None, labels: list | None = None, seed: int = 0, grow: bool = False) -> tuple:
-    """(model, tokenizer) of a `model` section: its trained model in eval mode, or its preset with fresh weights.
+    """(model, tokenizer) of a `model` section: its trained model in eval mode, or its preset with random weights.
 
-    The folder of an adapter stands for its base model with that adapter. Without a `tokenizer` the model's is opened. `head` is
-    `MODEL.load`'s, but a language-model head is never initialized on a trained model; `labels` name a score head's outputs.
-    `grow` adds rows for the tokenizer's new tokens. Errors name the setting `key`.
+    The folder of an adapter is resolved to its base model and the adapter. Without `tokenizer`, the model's tokenizer is loaded.
+    `head` is passed to `MODEL.load`, but a trained model without a language-model head is an error; `labels` are the label names
+    of a score head. `grow` adds rows for the tokenizer's new tokens. Errors name the setting `key`.
     """
     changes = MODEL.overrides(section) | ({"labels": labels} if labels else {})
     if section.name:
@@ -1350,8 +1347,8 @@ def open_model(section: ModelSection, tokenizer=None, adapter: str | None = None
         tokenizer = of_model(name, adapter) if tokenizer is None else tokenizer
         heads = MODEL.folder_heads(read_json(resolve_folder(name) / "config.json"))
         if "lm" in (head or ()) and ("lm" not in heads or adapter and MODEL.adapter_labels(resolve_folder(adapter))):
-            raise UserError(f"{key}: {section.name} has no language-model head, only one for labels or a reward; name the model "
-                            "that it was made from")
+            raise UserError(f"{key}: {section.name} has no language-model head, only a classification or reward head; use the "
+                            "model that it was trained from")
         model = MODEL.load(name, section.dtype, MODEL.choose_device(section.device), section.attn_implementation, head, seed,
                            changes, adapter, section.quantization)
         if adapter and "lm" in model.heads:
@@ -1367,10 +1364,10 @@ def open_model(section: ModelSection, tokenizer=None, adapter: str | None = None
         for name in special.keys() & changes:
             for i in changes[name] if isinstance(changes[name], list) else [changes[name]]:
                 if not 0 <= i < model.config.vocab_size:
-                    raise UserError(f"model.{name}: {i} is no id of a vocabulary of {model.config.vocab_size}")
+                    raise UserError(f"model.{name}: {i} must be a token id below vocab_size {model.config.vocab_size}")
     if model.config.vocab_size < (size := vocab_size(tokenizer)):
         where = f"{key}: {section.name}: vocab_size" if section.name else "model.vocab_size:"
-        raise UserError(f"{where} {model.config.vocab_size} is smaller than the tokenizer's {size} ids")
+        raise UserError(f"{where} {model.config.vocab_size} is smaller than the tokenizer's vocabulary size {size}")
     if not model.config.eos_ids and tokenizer.eos_token_id is not None:
         model.config.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer
@@ -1383,7 +1380,7 @@ def say_foreign(tokenizer, name: str, folder: str) -> None:
         other = sum(known.get(token) != i for token, i in vocabulary.items())
         if other or len(known) != len(vocabulary):
             say(f"tokenizer.name: {name} is not the tokenizer of {folder}: {other:,} of its {len(vocabulary):,} tokens have "
-                "other ids there")
+                "other ids in the model's tokenizer")
 
 
 def choose(section: TokenizerSection, data: DataSection, model: str | None = None, adapter: str | None = None):
@@ -1411,7 +1408,7 @@ def choose(section: TokenizerSection, data: DataSection, model: str | None = Non
 
 
 def sample_texts(data: DataSection, limit: int = 64_000_000, part: str = "train") -> Iterator[str]:
-    """Training or held-out ("val") texts: an equal share of each file's beginning, at most `limit` characters in all."""
+    """Training or held-out ("val") texts: an equal share from the start of each file, at most `limit` characters in total."""
     groups, held_out = data_files(data)
     groups = [held_out] if held_out and part == "val" else groups
     share = limit // sum(map(len, groups))
@@ -1423,21 +1420,21 @@ def sample_texts(data: DataSection, limit: int = 64_000_000, part: str = "train"
 
 
 def token_files(data: DataSection, tokenizer) -> dict[str, TokenFile]:
-    """The tokens to train on and, where there are any, to validate on: {"train": ..., "val": ...}."""
+    """The training tokens and, if there are any, the held-out tokens: {"train": ..., "val": ...}."""
     names = data.train
     if len(names) == 1 and names[0].endswith(".bin"):
         path = Path(names[0])
-        beside = path.with_name(path.name.replace("train", "val"))
-        found = {"train": open_tokens(path, tokenizer)}
+        val_path = path.with_name(path.name.replace("train", "val"))
+        files = {"train": open_tokens(path, tokenizer)}
         if data.validation not in ("hash", "tail", "none"):
             if not data.validation.endswith(".bin"):
-                raise UserError(f"data.validation: {data.validation} is no token file; beside a .bin it has to be one")
-            found["val"] = open_tokens(Path(data.validation), tokenizer)
-        elif data.validation != "none" and beside != path and beside.exists():
-            found["val"] = open_tokens(beside, tokenizer)
-        return found
+                raise UserError(f"data.validation: {data.validation} must be a token file (.bin), as data.train is one")
+            files["val"] = open_tokens(Path(data.validation), tokenizer)
+        elif data.validation != "none" and val_path != path and val_path.exists():
+            files["val"] = open_tokens(val_path, tokenizer)
+        return files
     if any(name.endswith(".bin") for name in names):
-        raise UserError("data.train: a .bin file has to be the only path; text files and .bin files cannot be mixed")
+        raise UserError("data.train: a token file (.bin) must be the only path; it cannot be mixed with other files")
     folder = Path(data.dir)
     if not fits(folder, data, tokenizer):
         prepare(data, tokenizer)
@@ -1445,7 +1442,7 @@ def token_files(data: DataSection, tokenizer) -> dict[str, TokenFile]:
 
 
 def data_recipe(data: DataSection) -> dict:
-    """All settings and files that decide the text of a run."""
+    """The settings and files that determine the text of a run."""
     recipe = {key: value for key, value in asdict(data).items() if key not in ("weights", "packing", "streaming", "dir")}
     groups, held_out = data_files(data)
     stamps = [[str(path), *((path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ())]
@@ -1458,7 +1455,7 @@ def token_recipe(data: DataSection, tokenizer) -> dict:
 
 
 def fits(folder: Path, data: DataSection, tokenizer) -> bool:
-    """Whether the .bin files in `folder` were made from this data by this tokenizer."""
+    """Whether the .bin files in `folder` are complete and were written for this data and tokenizer."""
     recipe = token_recipe(data, tokenizer)
     for path in (folder / "train_ids.bin", folder / "val_ids.bin"):
         try:
@@ -1472,51 +1469,51 @@ def fits(folder: Path, data: DataSection, tokenizer) -> bool:
 
 
 def open_tokens(path: Path, tokenizer) -> TokenFile:
-    """Map a token file. Without a JSON beside it (nanoGPT's) its ids are uint16, or uint32 for a large vocabulary."""
+    """Map a token file. Without its JSON file (as from nanoGPT), ids are uint16, or uint32 for a large vocabulary."""
     if not path.exists():
-        raise UserError(f"{path}: there is no such file")
+        raise UserError(f"{path}: file not found")
     facts = read_json(path.with_suffix(".json")) if path.with_suffix(".json").exists() else {}
-    made_by = facts.get("recipe", {}).get("tokenizer")
-    if made_by and made_by != fingerprint(tokenizer):
-        raise UserError(f"{path}: made by another tokenizer; delete it, or name that tokenizer with --tokenizer.name")
+    written_with = facts.get("recipe", {}).get("tokenizer")
+    if written_with and written_with != fingerprint(tokenizer):
+        raise UserError(f"{path}: written with another tokenizer; delete the file, or set --tokenizer.name to that tokenizer")
     count = vocab_size(tokenizer)
     dtype = np.dtype(facts.get("dtype") or bare_dtype(path, count)).newbyteorder("<")
     size = path.stat().st_size
     if size % dtype.itemsize:
-        raise UserError(f"{path}: {size} bytes are not a whole number of {dtype.name} ids; the file is cut short")
+        raise UserError(f"{path}: {size} bytes are not a multiple of {dtype.itemsize} ({dtype.name} ids); the file is truncated")
     if facts and facts["tokens"] != size // dtype.itemsize:
-        raise UserError(f"{path}: {size // dtype.itemsize} ids, its JSON says {facts['tokens']}; delete both to rebuild")
+        raise UserError(f"{path}: {size // dtype.itemsize} ids, but its JSON file lists {facts['tokens']}; delete both files")
     ids = np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
-    with open(path, "rb") as file:  # read, not mapped: pages of a map count as this process's memory
+    with open(path, "rb") as file:  # not through the map, whose pages count as memory of this process
         largest = 0
         while len(part := np.fromfile(file, dtype, 2**22)):
             largest = max(largest, int(part.max()))
     if largest >= count:
-        raise UserError(f"{path}: holds id {largest}, the tokenizer's largest is {count - 1}; it was made by another tokenizer")
+        raise UserError(f"{path}: id {largest} exceeds the tokenizer's largest, {count - 1}; written with another tokenizer")
     begin, end = facts.get("begin", begin_id(tokenizer)), facts.get("end", end_id(tokenizer))
     return TokenFile(ids, facts.get("sources") or [[0, len(ids)]], facts.get("bytes"), begin, end)
 
 
 def bare_dtype(path: Path, count: int) -> str:
-    """The type of ids in a file that does not name it."""
+    """The dtype of the ids in a token file without a JSON file."""
     head = np.fromfile(path, "<u2", 4096)
     if len(head) > 1 and int(head[0]) + 2**16 * int(head[1]) in (20240520, 20240801):
-        raise UserError(f"{path}: begins with a header (llm.c's format), not with ids; cut off its 1024 bytes, or give the text")
-    wide = len(head) > 3 and not head[1::2].any() and head[0::2].any()  # every second half is zero: 32-bit numbers
+        raise UserError(f"{path}: starts with a header (llm.c's format); remove its 1024 bytes, or give the text instead")
+    wide = len(head) > 3 and not head[1::2].any() and head[0::2].any()  # the upper halves of 32-bit numbers are zero
     return "uint32" if count > 2**16 or wide else "uint16"
 
 
 # -- file formats
 
 RECORDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".hub")
-LIBRARIES = (".parquet", ".hub")  # read by a library, which raises many kinds of errors
+LIBRARIES = (".parquet", ".hub")  # read by libraries, which raise many types of exceptions
 FORMATS = (".txt", *RECORDS[:-1], ".md", ".text")
-LONGEST = 2**22  # characters of a document; a longer one is cut at a line end
-OUTPUTS = ("config.json", "tokenizer.json", "train_ids.json", "log.jsonl")  # a folder with one of these was written by a run
+LONGEST = 2**22  # maximum characters of a document; longer documents are split at line ends
+OUTPUTS = ("config.json", "tokenizer.json", "train_ids.json", "log.jsonl")  # files that mark the output folder of a run
 
 
 def suffix_of(path: Path) -> str:
-    """.jsonl of a.jsonl and of a.jsonl.gz; .hub of a dataset of the Hugging Face hub, which only has a name: owner/name:split"""
+    """a.jsonl and a.jsonl.gz -> .jsonl; owner/name:split (a dataset of the Hugging Face hub) -> .hub"""
     suffix = path.with_suffix("").suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
     name, *rest = str(path).split(":")
     known = suffix in (*FORMATS, ".bin") or path.exists() or len(rest) > 2
@@ -1524,7 +1521,7 @@ def suffix_of(path: Path) -> str:
 
 
 def expand_paths(names: list[str], key: str = "data.train", formats: tuple = FORMATS) -> list[list[Path]]:
-    """For each name (file, folder, glob, hub dataset) the files it means: ["data/*.txt"] -> [[data/a.txt, data/b.txt]]."""
+    """The files of each name (file, folder, glob or hub dataset): ["data/*.txt"] -> [[data/a.txt, data/b.txt]]."""
     groups = []
     for name in names:
         if Path(name).is_dir():
@@ -1535,16 +1532,16 @@ def expand_paths(names: list[str], key: str = "data.train", formats: tuple = FOR
             files = [Path(name)]
         for path in files:
             if path.is_symlink() and not path.exists():
-                raise UserError(f"{key}: {path} is a link to a file that does not exist")
+                raise UserError(f"{key}: {path} is a broken link; its target does not exist")
         if not files or not files[0].exists() and suffix_of(files[0]) != ".hub":
-            raise UserError(f"{key}: '{name}' does not exist or holds no data file ({', '.join(formats)})")
+            raise UserError(f"{key}: '{name}' does not exist or contains no data file ({', '.join(formats)})")
         groups.append(files)
     return groups
 
 
 def files_in(folder: Path, formats: tuple) -> list[Path]:
-    """Data files of a folder and its subfolders, links followed. Hidden files and what runs have written are left out."""
-    found, known = [], set()
+    """The data files of a folder and its subfolders; links are followed. Hidden files and output folders of runs are skipped."""
+    files, known = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         written = any((Path(parent) / name).exists() for name in OUTPUTS)
         if os.path.realpath(parent) in known or written and Path(parent) != folder:
@@ -1552,30 +1549,29 @@ def files_in(folder: Path, formats: tuple) -> list[Path]:
             continue
         known.add(os.path.realpath(parent))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(parent) / name for name in names if not name.startswith(".") and not name.endswith("_ids.json")
+        files += [Path(parent) / name for name in names if not name.startswith(".") and not name.endswith("_ids.json")
                   and suffix_of(Path(name)) in formats]
-    return sorted(found)
+    return sorted(files)
 
 
 def data_files(data: DataSection, formats: tuple = FORMATS) -> tuple[list[list[Path]], list[Path]]:
-    """(the files of each path of data.train, those of data.validation). A file is read once: not in two paths, and not in
-    training if it is held out."""
-    named = [] if data.validation in ("hash", "tail", "none") else [data.validation]
-    held_out = [path for files in expand_paths(named, "data.validation", formats) for path in files]
+    """(files of each path in data.train, files of data.validation); repeated and held-out files are removed from data.train."""
+    names = [] if data.validation in ("hash", "tail", "none") else [data.validation]
+    held_out = [path for files in expand_paths(names, "data.validation", formats) for path in files]
     known, groups = set(map(os.path.realpath, held_out)), []
     for name, files in zip(data.train, expand_paths(data.train, formats=formats), strict=True):
         groups.append([path for path in files if os.path.realpath(path) not in known])
         if not groups[-1]:
-            raise UserError(f"data.train: all files of '{name}' belong to data.validation or to an earlier path")
+            raise UserError(f"data.train: all files of '{name}' are already in data.validation or in an earlier path; remove it")
         known |= set(map(os.path.realpath, files))
     return groups, held_out
 
 
 class Reading:
-    """Inside `with`, whatever is wrong with a file becomes one line that names the file and the place."""
+    """A context that turns any error while reading a file into a UserError with the file and the line."""
 
-    WRONG = {PermissionError: "no permission to read", IsADirectoryError: "a folder; a file is expected",
-             UnicodeDecodeError: "not UTF-8; convert it with `iconv -f LATIN1 -t UTF-8`"}
+    MESSAGES = {PermissionError: "no permission to read", IsADirectoryError: "expected a file, found a folder",
+                UnicodeDecodeError: "not UTF-8; convert it with `iconv -f LATIN1 -t UTF-8`"}
 
     def __init__(self, path: Path):
         self.path, self.line = path, 0
@@ -1590,15 +1586,15 @@ class Reading:
         elif not library and not isinstance(error, (OSError, EOFError, zlib.error, csv.Error)):
             return
         reason = f"{type(error).__name__}: {first_line(error)[:160]}" if library else error
-        what = f"cannot be read{' as a file or from the hub' * (suffix_of(self.path) == '.hub')} ({reason})"
-        raise UserError(f"{self.path}{f':{self.line}' * bool(self.line)}: {self.WRONG.get(type(error), what)}") from None
+        message = f"cannot be read{' as a file or from the hub' * (suffix_of(self.path) == '.hub')} ({reason})"
+        raise UserError(f"{self.path}{f':{self.line}' * bool(self.line)}: {self.MESSAGES.get(type(error), message)}") from None
 
 
-STDIN = Path("stdin")  # this object, as the path of a text
+STDIN = Path("stdin")  # stands for stdin, compared by identity
 
 
 def open_bytes(path: Path):
-    if path is STDIN:  # a file object of its own: sys.stdin may be closed while it is read, and text in tests
+    if path is STDIN:  # a separate file object, since sys.stdin may be closed while it is read (and is a text stream in tests)
         with suppress(OSError, AttributeError):
             return open(sys.stdin.fileno(), "rb", closefd=False)
         return getattr(sys.stdin, "buffer", None) or io.BytesIO(sys.stdin.read().encode() if sys.stdin else b"")
@@ -1606,10 +1602,10 @@ def open_bytes(path: Path):
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
-    """UTF-8 text, unzipped, without a byte-order mark; binary files are refused."""
+    """Open UTF-8 text, decompressed and without a byte-order mark; UserError for binary files."""
     file = open_bytes(path)
     if b"\0" in (file.peek(8192)[:8192] if hasattr(file, "peek") else b""):
-        raise UserError(f"{path}: a binary file (or UTF-16 text); UTF-8 text is expected")
+        raise UserError(f"{path}: expected UTF-8 text, found a binary file or UTF-16 text")
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
 
 
@@ -1624,7 +1620,7 @@ def undecodable_line(path: Path) -> int:
 
 
 def read_documents(path: Path, unit: str = "line", field: str = "text") -> Iterator[str]:
-    """The documents of one file, in order; those of more than LONGEST characters in several parts."""
+    """The documents of a file, in order; documents of more than LONGEST characters are split."""
     if suffix_of(path) in RECORDS:
         texts = (text_of(record, field, where) for where, record in read_records(path, field))
     else:
@@ -1638,12 +1634,12 @@ def read_documents(path: Path, unit: str = "line", field: str = "text") -> Itera
 
 
 def read_text(path: Path, unit: str) -> Iterator[str]:
-    with Reading(path) as at, open_text(path) as file:
+    with Reading(path) as reading, open_text(path) as file:
         parts, size = [], 0
         while line := file.readline(LONGEST):
-            at.line += 1
+            reading.line += 1
             if "\0" in line:
-                raise UserError(f"{path}:{at.line}: a binary file; UTF-8 text is expected")
+                raise UserError(f"{path}:{reading.line}: expected UTF-8 text, found a binary file")
             if unit == "line":
                 if line.strip():
                     yield line.rstrip("\r\n")
@@ -1659,21 +1655,21 @@ def read_text(path: Path, unit: str) -> Iterator[str]:
 
 
 def text_of(record, field: str, where: str) -> str:
-    """The text of a record, checked."""
+    """The text of a record; UserError if it is invalid."""
     if not isinstance(record, dict):
-        raise UserError(f"{where}: an object with '{field}' is expected, not {type(record).__name__}")
+        raise UserError(f"{where}: expected an object with '{field}', found {type(record).__name__}")
     if field not in record:
         keys = ", ".join(map(str, list(record)[:6])) or "none"
-        talks = {"messages", "conversations", "prompt", "instruction", "chosen"} & set(record)
-        hint = "conversations are for SFT.py, or for a teacher with a chat template" if talks else "set data.text_field"
+        chat = {"messages", "conversations", "prompt", "instruction", "chosen"} & set(record)
+        hint = "conversations are for SFT.py, or for a teacher with a chat template" if chat else "set data.text_field"
         raise UserError(f"{where}: no key '{field}' (keys: {keys}); {hint}")
     if not isinstance(record[field], str):
-        raise UserError(f"{where}: '{field}' is {type(record[field]).__name__}, text is expected")
+        raise UserError(f"{where}: '{field}' must be a string, found {type(record[field]).__name__}")
     return checked(record[field], f"{where}: '{field}'")
 
 
 def checked(text: str, where: str) -> str:
-    """A text that can be encoded."""
+    """The text; UserError if it cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -1684,31 +1680,31 @@ def checked(text: str, where: str) -> str:
 
 
 def read_records(path: Path, field: str | None = None) -> Iterator[tuple[str, dict]]:
-    """(file:line, record) of a file of records; of a parquet file only one column is read where `field` names it."""
+    """Yield (file:line, record) for each record of a file; `field` selects a single column of a parquet file."""
     suffix = suffix_of(path)
     if suffix not in RECORDS:
-        raise UserError(f"{path}: records are expected ({', '.join(RECORDS[:-1])}); plain text is for TRAIN.py")
-    with Reading(path) as at:
+        raise UserError(f"{path}: expected a file of records ({', '.join(RECORDS[:-1])}); plain text is for TRAIN.py")
+    with Reading(path) as reading:
         if suffix in LIBRARIES:
             for row, record in enumerate(read_parquet(path, field) if suffix == ".parquet" else read_hub(path), 1):
                 yield f"{path}: row {row}", {key: without_nulls(value) for key, value in record.items()}
         else:
-            yield from (read_json_records if suffix.startswith(".json") else read_table)(path, at)
+            yield from (read_json_records if suffix.startswith(".json") else read_table)(path, reading)
 
 
 def parse_json(text: str, where: str, located: bool = False):
-    """The value of a JSON text. `located` says that `where` is a file, so that the error names the line."""
+    """The value of a JSON text. If `located`, the text is the whole file `where`, and errors include the line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if located else ""
         raise UserError(f"{where}{line}: not valid JSON ({error.msg}, column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
-        raise UserError(f"{where}: JSON that cannot be read ({first_line(error)})") from None
+    except (ValueError, RecursionError) as error:  # such as a number of thousands of digits, or too deep nesting
+        raise UserError(f"{where}: the JSON cannot be read ({first_line(error)})") from None
 
 
-def read_json_records(path: Path, at: Reading) -> Iterator[tuple[str, dict]]:
-    """One record a line, or one array of records, whatever the name ends in."""
+def read_json_records(path: Path, reading: Reading) -> Iterator[tuple[str, dict]]:
+    """One record per line, or an array of records, for any file name."""
     with open_text(path) as file:
         first = next((line for line in file if line.strip()), "")
         file.seek(0)
@@ -1721,38 +1717,38 @@ def read_json_records(path: Path, at: Reading) -> Iterator[tuple[str, dict]]:
             records = records if isinstance(records, list) else [records]
             yield from ((f"{path}: record {i}", record) for i, record in enumerate(records, 1))
             return
-        for at.line, line in enumerate(file, 1):
+        for reading.line, line in enumerate(file, 1):
             if line.strip():
-                yield f"{path}:{at.line}", parse_json(line.strip(), f"{path}:{at.line}")
+                yield f"{path}:{reading.line}", parse_json(line.strip(), f"{path}:{reading.line}")
 
 
-def read_table(path: Path, at: Reading) -> Iterator[tuple[str, dict]]:
-    """A header and rows; in a .tsv quotes are characters like others unless all of them enclose whole cells."""
+def read_table(path: Path, reading: Reading) -> Iterator[tuple[str, dict]]:
+    """A header and rows. In a .tsv file, quotes are ordinary characters unless all of them enclose whole cells."""
     csv.field_size_limit(2**31 - 1)
     options: dict = {"delimiter": "\t" if suffix_of(path) == ".tsv" else ",", "strict": True}
     if suffix_of(path) == ".tsv":
         with open_text(path) as file:
             try:
                 if any("\t" in cell for row in csv.reader(file, **options) for cell in row):
-                    raise csv.Error("two quotes of different rows")
+                    raise csv.Error("a quoted cell contains a tab")
             except csv.Error:
                 options["quoting"] = csv.QUOTE_NONE
     with open_text(path) as file:
         rows = csv.DictReader(file, **options)
-        if twice := [name for name, count in Counter(rows.fieldnames or ()).items() if count > 1]:
-            raise UserError(f"{path}:1: two columns have the name '{twice[0]}'")
+        if duplicates := [name for name, count in Counter(rows.fieldnames or ()).items() if count > 1]:
+            raise UserError(f"{path}:1: two columns have the name '{duplicates[0]}'; rename one of them")
         while True:
-            at.line = rows.line_num + 1
+            reading.line = rows.line_num + 1
             if (row := next(rows, None)) is None:
                 return
             if None in row:
                 cells = len(row) - 1 + len(row[None])
-                raise UserError(f"{path}:{rows.line_num}: {cells} cells, but the first line names {len(rows.fieldnames)}")
+                raise UserError(f"{path}:{rows.line_num}: {cells} cells, but the header has {len(rows.fieldnames)}")
             yield f"{path}:{rows.line_num}", {key: value for key, value in row.items() if value is not None}
 
 
 def library(name: str, path: Path):
-    """An optional package that reads `path`."""
+    """Import an optional package that is needed to read `path`."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -1768,13 +1764,13 @@ def read_parquet(path: Path, field: str | None) -> Iterator[dict]:
 
 
 def read_hub(source: Path) -> Iterator[dict]:
-    """A dataset of the hub, or a folder in its layout, as a stream: name, name:split or name:config:split."""
+    """Stream a dataset from the hub, or from a folder in the hub's layout: name, name:split or name:config:split."""
     name, *rest = str(source).split(":")
     return library("datasets", source).load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train", streaming=True)
 
 
 def without_nulls(value):
-    """Tables give nested objects all keys of their column: {"town": "Alder", "days": None} -> {"town": "Alder"}"""
+    """Remove the null keys that tables add to nested objects: {"town": "Alder", "days": None} -> {"town": "Alder"}"""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -1786,7 +1782,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 class Seen:
-    """Exact duplicates by a 128-bit digest, in a temporary database that moves to disk when it grows."""
+    """A set of texts as 128-bit digests, to find exact duplicates, in a temporary database that moves to disk when it grows."""
 
     def __init__(self):
         import sqlite3
@@ -1796,7 +1792,7 @@ class Seen:
         self.table.execute("BEGIN")
 
     def add(self, text: str) -> bool:
-        """True if `text` is new."""
+        """Add `text`; True if it is new."""
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         return self.table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 1
 
@@ -1811,7 +1807,7 @@ def clean(text: str, data: DataSection, counts: Counter) -> str:
     return text
 
 
-# -- records: layouts -> one form
+# -- records: normalization of layouts
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "model": "assistant", "bot": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool",
@@ -1830,11 +1826,11 @@ Record = tuple[str, dict]  # file:line, record
 
 
 class Unusable(Exception):
-    """Why a record teaches nothing: it is left out and counted."""
+    """The reason why a record cannot be trained on; the record is left out and counted."""
 
 
 class LeftOut:
-    """Why records were left out, how many, and the file:line of the first; how many were truncated; keys that were not used."""
+    """Counts of records that were left out, by reason, with the file:line of the first; truncated records; unused keys."""
 
     def __init__(self):
         self.truncated = 0
@@ -1842,23 +1838,24 @@ class LeftOut:
         self.counts: Counter = Counter()
         self.first: dict[str, str] = {}
 
-    def add(self, why: str, where: str) -> None:
-        self.counts[why] += 1
-        self.first.setdefault(why, where)
+    def add(self, reason: str, where: str) -> None:
+        self.counts[reason] += 1
+        self.first.setdefault(reason, where)
 
     def text(self) -> str:
-        unused = f"; keys that are not used: {', '.join(sorted(self.unused)[:8])}" if self.unused else ""
-        return "".join(f"; left out {n:,} {why} (the first: {self.first[why]})" for why, n in self.counts.items()) + unused
+        unused = f"; unused keys: {', '.join(sorted(self.unused)[:8])}" if self.unused else ""
+        return "".join(f"; left out {n:,} {'duplicate' if (n, reason) == (1, 'duplicates') else reason} (the first: "
+                       f"{self.first[reason]})" for reason, n in self.counts.items()) + unused
 
 
 class Form(NamedTuple):
-    """How a stage reads records: `expand(record, where, form)` under the settings of its `section`."""
+    """How a stage reads records: `expand(record, where, form)` with the settings of its `section`."""
 
     expand: Callable
-    section: str  # named by errors
+    section: str  # for error messages
     columns: dict | None = None
     system: str | None = None
-    keys: frozenset = frozenset()  # the keys that it uses, to report all others; empty reports none
+    keys: frozenset = frozenset()  # the keys that the stage uses, to report unused ones; empty reports none
 
     def read(self, path: Path, left: LeftOut) -> Iterator[tuple[str, dict]]:
         for where, record in read_records(path):
@@ -1871,59 +1868,60 @@ class Form(NamedTuple):
                 left.add(str(error), where)
 
     def renamed(self, record, where: str) -> dict:
-        """A record under our keys: {"my_column": 1}, {"prompt": "my_column"} -> {"prompt": 1}."""
+        """A record with its columns renamed: {"my_column": 1}, {"prompt": "my_column"} -> {"prompt": 1}."""
         if not isinstance(record, dict):
-            raise UserError(f"{where}: an object is expected, not {type(record).__name__}")
+            raise UserError(f"{where}: expected an object, found {type(record).__name__}")
         columns = self.columns or {}
         if missing := [name for name in columns.values() if name not in record]:
-            raise UserError(f"{where}: {self.section}.columns names '{missing[0]}', but the keys are {keys_of(record)}")
+            raise UserError(f"{where}: no key '{missing[0]}', which {self.section}.columns names (keys: {keys_of(record)})")
         return {**{k: v for k, v in record.items() if k not in columns.values()}, **{k: record[v] for k, v in columns.items()}}
 
 
 def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record") -> tuple[list[Record], list[Record]]:
-    """(file:line, record) to train on, and held out, each record once. All records of a prompt fall on the same side, in every
-    stage: a prompt that is held out here was not trained on there, nor in an earlier turn of a conversation."""
+    """The training records and the held-out records as (file:line, record), without duplicates. All records with the same prompt
+    are in the same set, in every stage, so a held-out prompt is not trained on, not even in an earlier turn of a conversation."""
     groups, held_out = data_files(data, RECORDS[:-1])
     seen = Seen()
 
     def read(files: Iterable[Path], key: str) -> list[Record]:
-        found = []
+        records = []
         for where, record in itertools.chain.from_iterable(form.read(path, left) for path in files):
             if data.deduplicate and not seen.add(json.dumps(record, sort_keys=True, default=str)):
                 left.add("duplicates", where)
             else:
-                found.append((where, record))
-        if not found:
+                records.append((where, record))
+        if not records:
             names = " ".join(data.train) if key == "data.train" else data.validation
             raise UserError(f"{key}: no {kind} in {names}{left.text()}")
-        return found
+        return records
 
-    kept = read(held_out, "data.validation") if held_out else []  # read first, so that a record in both files is held out
+    validation = read(held_out, "data.validation") if held_out else []  # first, so that a record in both files is held out
     records = read(itertools.chain.from_iterable(groups), "data.train")
     keys = [prompt_keys(record) for _, record in records]
     if data.validation == "hash":
         held = {key for key in itertools.chain.from_iterable(keys) if is_held_out(key, data.validation_fraction)}
     elif data.validation == "tail":
-        held = {key for found in keys[len(keys) - round(len(keys) * data.validation_fraction) :] for key in found}
+        held = {key for prompts in keys[len(keys) - round(len(keys) * data.validation_fraction) :] for key in prompts}
     else:
-        held = {key for _, record in kept for key in prompt_keys(record)}
-    learned = [held.isdisjoint(found) for found in keys]
-    train, rest = ([pair for pair, part in zip(records, learned, strict=True) if part == wanted] for wanted in (True, False))
+        held = {key for _, record in validation for key in prompt_keys(record)}
+    train = [record for record, prompts in zip(records, keys, strict=True) if held.isdisjoint(prompts)]
+    rest = [record for record, prompts in zip(records, keys, strict=True) if not held.isdisjoint(prompts)]
     for where, _ in rest if held_out else ():
         left.add("with a prompt of data.validation", where)
     if not train:
-        raise UserError(f"data.validation: {data.validation} holds out the prompts of all {len(records):,} {kind}s of data.train "
-                        f"(the first: {records[0][0]}); set --data.validation none, or name another file")
-    return train, kept if held_out else rest
+        count = MODEL.counted(len(records), kind)
+        raise UserError(f"data.validation: {data.validation} holds out all prompts of data.train ({count}, the first: "
+                        f"{records[0][0]}); set it to none or to another file")
+    return train, validation if held_out else rest
 
 
 def prompt_key(record: dict) -> str:
-    """The prompt of a record's last answer, the same whatever the record's layout."""
+    """The prompt of a record's last answer, independent of the record's layout."""
     return prompt_keys(record)[-1]
 
 
 def prompt_keys(record: dict) -> list[str]:
-    """The prompt of each answer in a record: the turns before it, without the system message. For plain text, the text."""
+    """The prompt of each answer in a record: the turns before it, without the system message; for plain text, the text."""
     if "prompt" in record:
         turns = [*as_messages(record["prompt"]), {"role": "assistant", "content": ""}]
     elif "messages" in record:
@@ -1936,15 +1934,14 @@ def prompt_keys(record: dict) -> list[str]:
 
 
 def essence(turns: list[dict]) -> list[tuple]:
-    """Role, content and calls of each turn, for comparison: in one Unicode form, without surrounding blanks, without the ids of
-    calls and other keys."""
+    """Role, content and calls of each turn, for comparison: normalized Unicode, stripped, without call ids and other keys."""
     calls = [[call["function"] for call in turn.get("tool_calls") or ()] for turn in turns]
     texts = [unicodedata.normalize("NFC", turn["content"]).strip() for turn in turns]
-    return [(turn["role"], text, called) for turn, text, called in zip(turns, texts, calls, strict=True)]
+    return [(turn["role"], text, functions) for turn, text, functions in zip(turns, texts, calls, strict=True)]
 
 
-def as_messages(words: str | list[dict], role: str = "user") -> list[dict]:
-    return [{"role": role, "content": words}] if isinstance(words, str) else words
+def as_messages(content: str | list[dict], role: str = "user") -> list[dict]:
+    return [{"role": role, "content": content}] if isinstance(content, str) else content
 
 
 def keys_of(record: dict) -> str:
@@ -1952,26 +1949,26 @@ def keys_of(record: dict) -> str:
 
 
 def is_given(record: dict, key: str) -> bool:
-    """Whether a key has a value: an empty cell of a table and null in JSON count as missing."""
+    """Whether a key has a value: an empty table cell and null in JSON count as missing."""
     return record.get(key) is not None and not (isinstance(record[key], str) and not record[key].strip())
 
 
 def parsed(value, where: str):
-    """The JSON of a table's cell; anything else as it is."""
+    """The value of a table cell with JSON; other values are unchanged."""
     return parse_json(value, where) if isinstance(value, str) else value
 
 
 def message_of(turn: dict, where: str) -> dict:
-    """One message with Hugging Face's keys: `from` and `value` become role and content, arguments of calls objects."""
+    """A message with Hugging Face's keys: `from` and `value` become role and content; arguments of calls become objects."""
     if not isinstance(turn, dict):
-        raise UserError(f"{where}: an object with role and content is expected, not {type(turn).__name__}")
+        raise UserError(f"{where}: expected an object with role and content, found {type(turn).__name__}")
     name = turn.get("role", turn.get("from"))
     role = ROLES.get(str(name).lower())
     if role is None:
-        raise UserError(f"{where}: unknown role '{name}'; known are {', '.join(ROLES)}")
+        raise UserError(f"{where}: unknown role '{name}'; use one of {', '.join(ROLES)}")
     content = turn.get("content", turn.get("value"))
-    ours = ("role", "from", "content", "value", "tool_calls", "function_call")
-    more = {key: value for key, value in turn.items() if key not in ours and value is not None}
+    known = ("role", "from", "content", "value", "tool_calls", "function_call")
+    more = {key: value for key, value in turn.items() if key not in known and value is not None}
     if isinstance(turn.get("train"), bool):  # Axolotl's name
         more["weight"] = int(turn["train"])
     calls = turn.get("tool_calls") or turn.get("function_call")
@@ -1979,13 +1976,13 @@ def message_of(turn: dict, where: str) -> dict:
         calls, content = content, ""
     calls = parsed(calls, f"{where}: tool_calls") if calls else []
     if not isinstance(calls, (dict, list)):
-        raise UserError(f"{where}: tool_calls is {type(calls).__name__}, a list is expected")
+        raise UserError(f"{where}: tool_calls must be a list, found {type(calls).__name__}")
     calls = [call_of(call, where) for call in ([calls] if isinstance(calls, dict) else calls)]
     if not isinstance(content, (str, list)) and not (content is None and (calls or role == "tool")):
-        raise UserError(f"{where}: content is {type(content).__name__}, text is expected")
-    if isinstance(content, list):  # the parts of the OpenAI API
+        raise UserError(f"{where}: content must be a string, found {type(content).__name__}")
+    if isinstance(content, list):  # content parts of the OpenAI API
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise UserError(f"{where}: content has parts that are not text")
+            raise UserError(f"{where}: content has parts that are not text, which are not supported")
         content = "".join(part["text"] for part in content)
     content = checked(content or "", f"{where}: content")
     if role == "assistant" and not content.strip() and not calls:
@@ -1996,31 +1993,31 @@ def message_of(turn: dict, where: str) -> dict:
 def call_of(call, where: str) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise UserError(f"{where}: a tool call is an object with a name and arguments, not {str(call)[:60]!r}")
+        raise UserError(f"{where}: a tool call must be an object with name and arguments, found {str(call)[:60]!r}")
     arguments = parsed(function.get("arguments") or {}, f"{where}: a tool call's arguments")
     if not isinstance(arguments, dict):
-        raise UserError(f"{where}: a tool call's arguments are {type(arguments).__name__}, an object is expected")
+        raise UserError(f"{where}: a tool call's arguments must be an object, found {type(arguments).__name__}")
     more = {key: value for key, value in call.items() if key == "id"}
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}, **more}
 
 
 def messages_of(value, where: str) -> list[dict]:
-    """A list of messages, or a table's cell with the JSON of one, normalized."""
+    """Normalize a list of messages, or its JSON in a table cell."""
     value = parsed(value, where)
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
-        raise UserError(f"{where}: a list of messages is expected, not {type(value).__name__}")
+        raise UserError(f"{where}: expected a list of messages, found {type(value).__name__}")
     turns = [message_of(turn, f"{where}: message {i}") for i, turn in enumerate(value, 1)]
     systems = [i for i, turn in enumerate(turns, 1) if turn["role"] == "system"]
     if len(systems) > 1:
-        raise UserError(f"{where}: two system messages; join them into one")
+        raise UserError(f"{where}: {len(systems)} system messages; join them into one")
     if systems and systems != [1]:
-        raise UserError(f"{where}: message {systems[0]} is the system's; it has to come first")
+        raise UserError(f"{where}: message {systems[0]} is the system message, which must be the first")
     return turns
 
 
 def chat_in(text: str) -> list[dict] | None:
-    """The messages that a table's cell holds as JSON; None for any other text."""
+    """The messages in a text (a table cell) that is JSON; None for any other text."""
     if not re.match(r"\s*\[\s*\{", text):
         return None
     try:
@@ -2033,8 +2030,8 @@ def chat_in(text: str) -> list[dict] | None:
 
 
 def words_of(value, role: str, where: str, split: bool = True) -> str | list[dict]:
-    """A prompt or completion as text or messages, "" if it is empty. A text can contain a conversation: as JSON, or (`split`) as
-    in "\\n\\nHuman: Hi\\n\\nAssistant: Hello"."""
+    """A prompt or completion as text or messages; "" if it is empty. A text can contain a conversation as JSON, or if `split` in
+    the format "\\n\\nHuman: Hi\\n\\nAssistant: Hello"."""
     if isinstance(value, str) and (turns := chat_in(value)) is not None:
         value = turns
     if value is None:
@@ -2043,14 +2040,14 @@ def words_of(value, role: str, where: str, split: bool = True) -> str | list[dic
         parts = HH_TURN.split(value) if split else []
         if len(parts) < 3 or parts[0].strip():
             return checked(value, where) if value.strip() else ""
-        value = [{"role": name, "content": words.strip()} for name, words in zip(parts[1::2], parts[2::2], strict=True)]
+        value = [{"role": name, "content": text.strip()} for name, text in zip(parts[1::2], parts[2::2], strict=True)]
         if role == "user" and value[-1] == {"role": "Assistant", "content": ""}:
-            value.pop()  # the prompt's last words open the answer
+            value.pop()  # a prompt may end with "Assistant:"
         if not all(turn["content"] for turn in value):
             raise Unusable("with an empty turn")
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
-        raise UserError(f"{where}: text or a list of messages is expected, not {type(value).__name__}")
+        raise UserError(f"{where}: expected text or a list of messages, found {type(value).__name__}")
     last = value[-1] if value and isinstance(value[-1], dict) else {}
     if not (last.get("content", last.get("value")) or last.get("tool_calls")):
         return ""
@@ -2061,7 +2058,7 @@ def words_of(value, role: str, where: str, split: bool = True) -> str | list[dic
 
 
 def prompt_of(record: dict, where: str, system: str | None = None) -> str | list[dict] | None:
-    """The prompt of a record under any of its usual keys, with the turns before it (`history`) and the system message."""
+    """The prompt of a record under any of the usual keys, with the turns before it (`history`) and the system message."""
     key = next((key for key in (*PROMPT_KEYS, *CHAT_KEYS) if is_given(record, key)), None)
     if key is None:
         return "" if any(name in record for name in PROMPT_KEYS) else None
@@ -2069,17 +2066,17 @@ def prompt_of(record: dict, where: str, system: str | None = None) -> str | list
     prompt = read(record[key], where=f"{where}: {key}")
     if key == "instruction" and is_given(record, "input"):
         if not isinstance(prompt, str) or not isinstance(record["input"], str):
-            raise UserError(f"{where}: instruction and input are joined, so both have to be text")
+            raise UserError(f"{where}: instruction and input are joined, so both must be strings")
         prompt = f"{prompt}\n\n{record['input']}"
     if is_given(record, "history") and prompt:
         prompt = [*history_of(record["history"], f"{where}: history"), *as_messages(prompt)]
-    words = record.get("system") if is_given(record, "system") else system
-    if not isinstance(words, (str, type(None))):
-        raise UserError(f"{where}: system is {type(words).__name__}, text is expected")
+    content = record.get("system") if is_given(record, "system") else system
+    if not isinstance(content, (str, type(None))):
+        raise UserError(f"{where}: system must be a string, found {type(content).__name__}")
     first = as_messages(prompt)[0] if prompt else {}
-    if not words or not prompt or first["role"] == "system" and (not is_given(record, "system") or first["content"] == words):
+    if not content or not prompt or first["role"] == "system" and (not is_given(record, "system") or first["content"] == content):
         return prompt
-    return messages_of([{"role": "system", "content": words}, *as_messages(prompt)], f"{where}: {key}")
+    return messages_of([{"role": "system", "content": content}, *as_messages(prompt)], f"{where}: {key}")
 
 
 def history_of(value, where: str) -> list[dict]:
@@ -2088,23 +2085,23 @@ def history_of(value, where: str) -> list[dict]:
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         return messages_of(value, where)
     pairs = value if isinstance(value, list) else [None]
-    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(words, str) for words in pair) for pair in pairs):
-        raise UserError(f"{where}: messages, or [question, answer] pairs are expected")
-    return [{"role": role, "content": words} for pair in value for role, words in zip(("user", "assistant"), pair, strict=True)]
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs):
+        raise UserError(f"{where}: expected messages or [question, answer] pairs")
+    return [{"role": role, "content": text} for pair in value for role, text in zip(("user", "assistant"), pair, strict=True)]
 
 
 def extras_of(record: dict, where: str) -> dict:
-    """`tools` and `weight`, checked; a record without them has no such keys."""
-    found = {}
+    """`tools` and `weight` of a record, if it has them; UserError if they are invalid."""
+    extras = {}
     if is_given(record, "tools"):
-        found["tools"] = parsed(record["tools"], f"{where}: tools")
-        if not isinstance(found["tools"], list):
-            raise UserError(f"{where}: tools is {type(found['tools']).__name__}, a list is expected")
+        extras["tools"] = parsed(record["tools"], f"{where}: tools")
+        if not isinstance(extras["tools"], list):
+            raise UserError(f"{where}: tools must be a list, found {type(extras['tools']).__name__}")
     if is_given(record, "weight"):
-        found["weight"] = number_of(record, "weight", where)
-        if found["weight"] < 0:
-            raise UserError(f"{where}: weight {record['weight']!r} must be 0 or above")
-    return found
+        extras["weight"] = number_of(record, "weight", where)
+        if extras["weight"] < 0:
+            raise UserError(f"{where}: weight {record['weight']!r} must be at least 0")
+    return extras
 
 
 def number_of(record: dict, key: str, where: str) -> float:
@@ -2124,8 +2121,8 @@ def warn_short_lines(data: DataSection, tokens: TokenFile, length: int) -> None:
     if data.text_unit == "line" and any(suffix_of(Path(name)) not in RECORDS for name in data.train):
         lengths = Spans(tokens).lengths
         if len(lengths) > 1 and lengths.mean() < length / 8:
-            say(f"lines are short ({lengths.mean():.0f} tokens) compared with max_length {length}: if they belong together, "
-                "--data.text_unit blank_line or file lets the model see more at once")
+            say(f"the lines are short (mean {lengths.mean():.0f} tokens, max_length {length}); if consecutive lines belong "
+                "together, set --data.text_unit to blank_line or file")
 
 
 SECTIONS = {"model": ModelSection, "tokenizer": TokenizerSection, "data": DataSection}
@@ -2135,7 +2132,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(argv, SECTIONS, "tokenizer", {}, __doc__, {"out": "data.dir"})
     tokenizer = of_run(config)
     if not (config.tokenizer.name or config.model.name):
-        say(f"tokenizer of {len(tokenizer):,} tokens in {Path(config.data.dir) / 'tokenizer'}")
+        say(f"tokenizer with {len(tokenizer):,} tokens in {Path(config.data.dir) / 'tokenizer'}")
     for part, tokens in token_files(config.data, tokenizer).items():
         ratio = f", {tokens.bytes / len(tokens.ids):.2f} bytes of text per token" if tokens.bytes else ""
         say(f"{Path(config.data.dir) / (part + '_ids.bin')}: {len(tokens.ids):,} tokens{ratio}")

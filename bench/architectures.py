@@ -1,8 +1,8 @@
-"""Experts, latent attention and long prompts, beside transformers in the same run.
+"""Experts, latent attention and long prompts, compared with transformers in the same run.
 
-    python bench/architectures.py moe        # one layer of experts, forward and backward, against a dense layer of the same active size
-    python bench/architectures.py mla        # decoding at 4k context, against transformers' DeepSeek-V3
-    python bench/architectures.py prefill    # peak memory of prompts up to 32k tokens
+    python bench/architectures.py moe        # one layer of experts, forward and backward, and a dense layer of the same active size
+    python bench/architectures.py mla        # decoding at a context of 4096 tokens, and transformers' DeepSeek-V3
+    python bench/architectures.py prefill    # peak memory of prompts of up to 32768 tokens
     python bench/architectures.py context --models out/short out/long --text held-out.txt    # perplexity by position, in one continuous text
 """
 
@@ -38,21 +38,21 @@ def seconds(function) -> float:
 
 
 def rounds_of(work: dict, rounds: int) -> dict[str, list[float]]:
-    """Alternated: each round times every one once; the first two warm up."""
+    """Seconds of each function, interleaved: each round runs all of them once. The first two rounds are warm-up."""
     times: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(rounds + 2):
+    for number in range(rounds + 2):
         for name, function in work.items():
-            spent = seconds(function)
-            if turn > 1:
-                times[name].append(spent)
+            elapsed = seconds(function)
+            if number > 1:
+                times[name].append(elapsed)
     return times
 
 
-def report(what: dict, times: dict[str, list[float]], base: str, **more) -> None:
-    for name, own in times.items():
-        ratio = statistics.median(a / b for a, b in zip(own, times[base], strict=True))
-        print(json.dumps({**what, "who": name, "ms": round(1e3 * statistics.median(own), 2), f"times_{base}": round(ratio, 3),
-                          "rounds": len(own), **more}), flush=True)
+def report(benchmark: dict, times: dict[str, list[float]], base: str, **more) -> None:
+    for name, elapsed in times.items():
+        ratio = statistics.median(a / b for a, b in zip(elapsed, times[base], strict=True))
+        print(json.dumps({**benchmark, "implementation": name, "ms": round(1e3 * statistics.median(elapsed), 2),
+                          f"relative_to_{base}": round(ratio, 3), "rounds": len(elapsed), **more}), flush=True)
 
 
 def moe(rounds: int, tokens: int, dtype: torch.dtype) -> None:
@@ -93,11 +93,11 @@ def moe(rounds: int, tokens: int, dtype: torch.dtype) -> None:
         return run
 
     times = rounds_of({name: step(module) for name, module in {**ours, **peers}.items()}, rounds)
-    report({"what": "layer of experts, forward and backward", "dtype": str(dtype), "tokens": tokens}, times, "dense")
+    report({"benchmark": "layer of experts, forward and backward", "dtype": str(dtype), "tokens": tokens}, times, "dense")
 
 
 def mla(rounds: int, context: int, batch: int, dtype: torch.dtype) -> None:
-    """Two layers, width 1024, 16 heads, latent 512: one token for each of `batch` sequences after `context` others."""
+    """Two layers, width 1024, 16 heads, latent 512: decode one token of each of `batch` sequences after `context` tokens."""
     from transformers import DynamicCache
 
     print(machine(DEVICE))
@@ -108,34 +108,34 @@ def mla(rounds: int, context: int, batch: int, dtype: torch.dtype) -> None:
     peer = peer_of(model).to(DEVICE, dtype).eval()
     torch.manual_seed(0)
     cache, past = model.new_cache(batch, context + rounds + 4), DynamicCache(config=peer.config)
-    texts = [MODEL.Sequence([row]) for row in range(batch)]
-    step = MODEL.CacheStep(cache, [(text, context) for text in texts])
-    with torch.no_grad():  # a past of random latents and rotary keys, the same in both caches
+    sequences = [MODEL.Sequence([row]) for row in range(batch)]
+    step = MODEL.CacheStep(cache, [(sequence, context) for sequence in sequences])
+    with torch.no_grad():  # the same random latents and rotary keys in both caches
         for number in range(config.num_hidden_layers):
-            latent, place = (torch.randn(batch, context, width, device=DEVICE, dtype=dtype) for width in (512, config.qk_rope_head_dim))
-            states = [one.flatten(0, 1)[None, None] for one in (latent, place)]  # (1, 1, N, D)
+            latent, rotary = (torch.randn(batch, context, width, device=DEVICE, dtype=dtype) for width in (512, config.qk_rope_head_dim))
+            states = [part.flatten(0, 1)[None, None] for part in (latent, rotary)]  # (1, 1, N, D)
             step.attend(number, tuple(states), tuple(states), None, lambda *states: states[0])
-            past.update(latent[:, None], place[:, None], number)
+            past.update(latent[:, None], rotary[:, None], number)
     last = torch.randint(0, 1024, (batch, 1), device=DEVICE)
 
     @torch.no_grad()
     def ours():
-        return model(last.T, cache=MODEL.CacheStep(cache, [(text, 1) for text in texts])).logits.transpose(0, 1)
+        return model(last.T, cache=MODEL.CacheStep(cache, [(sequence, 1) for sequence in sequences])).logits.transpose(0, 1)
 
     @torch.no_grad()
     def theirs():
         return peer(last, past_key_values=past, use_cache=True).logits
 
-    difference = float((ours() - theirs()).float().abs().amax((1, 2)).median())  # of the rows: rounding may choose another expert for one
+    difference = float((ours() - theirs()).float().abs().amax((1, 2)).median())  # over rows: rounding may change the routing of a row
     times = rounds_of({"ours": ours, "transformers": theirs}, rounds)
     used = cache.bytes() / (batch * (cache.length + 1) * config.num_hidden_layers * dtype.itemsize)
-    report({"what": "decode with latent attention", "dtype": str(dtype), "context": context, "batch": batch}, times, "ours",
-           cache_numbers_a_token_and_layer=round(used), expected=MODEL.cache_numbers(config) // config.num_hidden_layers,
-           logits_differ_by=round(difference, 4))
+    report({"benchmark": "decode with latent attention", "dtype": str(dtype), "context": context, "batch": batch}, times, "ours",
+           cached_elements_per_token_and_layer=round(used), expected=MODEL.cache_numbers(config) // config.num_hidden_layers,
+           logits_difference=round(difference, 4))
 
 
 def peer_of(model: MODEL.Transformer):
-    """transformers' model of the same weights, by way of a folder."""
+    """The model of transformers with the same weights, loaded from a temporary folder."""
     import tempfile
 
     from transformers import AutoModelForCausalLM
@@ -153,21 +153,21 @@ def prefill(lengths: list[int]) -> None:
 
 
 def prefill_one(length: int) -> None:
-    """A prompt of so many tokens through generate; memory beyond that of the loaded model, without and with the cache itself."""
+    """Generate after a prompt of `length` tokens; memory in addition to that of the loaded model, and the size of the cache."""
     model = MODEL.build(MODEL.preset_config("llama-1m", vocab_size=1024, max_position_embeddings=length + 8)).eval()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     INFER.generate(model, [torch.randint(0, 1024, (length,)).tolist()], INFER.Sampling(1, temperature=0))
-    spent = time.perf_counter() - start
+    elapsed = time.perf_counter() - start
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     cache = MODEL.cache_numbers(model.config) * 4 * (length + 2)
-    print(json.dumps({"what": "chunked prefill", "tokens": length, "seconds": round(spent, 2), "MB_beyond_the_model": round(peak / 1e6),
-                      "of_which_cache_MB": round(cache / 1e6)}))
+    print(json.dumps({"benchmark": "chunked prefill", "tokens": length, "seconds": round(elapsed, 2), "memory_MB": round(peak / 1e6),
+                      "cache_MB": round(cache / 1e6)}))
 
 
 @torch.no_grad()
 def context_of(models: list[str], text: str, length: int, rows: int) -> None:
-    """Perplexity of 256 tokens at a time in rows of `length` tokens of a text, without any masks between documents."""
+    """Perplexity of blocks of 256 tokens, in rows of `length` tokens of a text, without masks between documents."""
     import math
 
     import TOKENIZER
@@ -185,7 +185,7 @@ def context_of(models: list[str], text: str, length: int, rows: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["moe", "mla", "prefill", "prefill-one", "context"])
+    parser.add_argument("benchmark", choices=["moe", "mla", "prefill", "prefill-one", "context"])
     parser.add_argument("number", nargs="*", type=int, help="prefill: prompt lengths")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=2048)
@@ -197,13 +197,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=list(MODEL.DTYPES))
     args = parser.parse_args()
     dtype = MODEL.DTYPES[args.dtype]
-    if args.what == "moe":
+    if args.benchmark == "moe":
         moe(args.rounds, args.tokens, dtype)
-    elif args.what == "mla":
+    elif args.benchmark == "mla":
         mla(args.rounds, args.context, args.batch, dtype)
-    elif args.what == "context":
+    elif args.benchmark == "context":
         context_of(args.models, args.text, 1024, args.rows)
-    elif args.what == "prefill":
+    elif args.benchmark == "prefill":
         prefill(args.number or [2048, 8192, 16384, 32768])
     else:
         prefill_one(args.number[0])

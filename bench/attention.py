@@ -1,7 +1,7 @@
-"""Every attention kernel of this machine: forward, backward, decode and memory over sequence lengths.
+"""All attention kernels on this machine: time of forward, backward and decode, and memory, by sequence length.
 
     python bench/attention.py                                                # a table, and bench/attention.png
-    python bench/attention.py --model out --prompt "Once" --kernels eager,sdpa   # a whole model: times, and whether the logits agree
+    python bench/attention.py --model out --prompt "Once" --kernels eager,sdpa   # a trained model: times, and agreement of the logits
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEADS, WIDTH = 8, 64
 
 
 def timed(function, device: str, prepare=tuple, seconds: float = 0.4) -> float:
-    """Median milliseconds of function(*prepare()), the preparation not counted."""
+    """Median milliseconds of function(*prepare()), without the preparation."""
     function(*prepare())
     times: list[float] = []
     while sum(times) < seconds or len(times) < 3:
@@ -44,12 +44,12 @@ def timed(function, device: str, prepare=tuple, seconds: float = 0.4) -> float:
 
 
 def memory(device: str) -> int:
-    """The most memory held so far, in bytes."""
+    """Peak memory so far, in bytes."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(name: str, lengths: list[int], dtype: str) -> None:
-    """One kernel, one JSON line a length; a process of its own, as memory only has a peak."""
+    """Measure a kernel and print a JSON line per length. It needs a separate process, since only peak memory can be measured."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start = memory(device)
     for length in lengths:
@@ -60,7 +60,7 @@ def measure(name: str, lengths: list[int], dtype: str) -> None:
 
 def one_length(kernel: MODEL.Kernel, length: int, kind: torch.dtype, device: str) -> dict:
     query, key, value = (torch.randn(1, length, HEADS, WIDTH, device=device, dtype=kind).transpose(1, 2) for _ in range(3))  # (B, H, T, D)
-    # Two documents in one row, so that every kernel needs its mask.
+    # Two documents in one row, so that every kernel needs a mask.
     segments = (torch.arange(length, device=device)[None] >= length // 2).long()
     positions = MODEL.default_positions(segments, segments)
     ragged = kernel.ragged and kernel.serves(torch.device(device), kind, 0.0)
@@ -90,7 +90,7 @@ def table(lengths: list[int], dtype: str, out: Path) -> None:
         command = [sys.executable, __file__, "--measure", name, "--dtype", dtype, "--lengths", *map(str, lengths)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            print(f"{name}: not measured, {(done.stderr.strip().splitlines() or ['it failed'])[-1][:160]}")
+            print(f"{name}: not measured, {(done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1][:160]}")
             continue
         rows += [json.loads(line) for line in done.stdout.splitlines()]
     columns = ("forward_ms", "backward_ms", "decode_ms", "memory_MB")
@@ -121,7 +121,7 @@ def plot(rows: list[dict], columns: tuple, out: Path) -> None:
 
 
 def compare_kernels(model: str, input_ids: torch.Tensor, kernels: list[str], dtype: str = "float32") -> list[dict]:
-    """A trained model's forward pass under each kernel: milliseconds, and the largest difference from the first one's logits."""
+    """A trained model's forward pass with each kernel: milliseconds, and the largest difference from the first kernel's logits."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, first = [], None
     for name in kernels:

@@ -1,9 +1,9 @@
 """Peak memory of quantizing a large model.
 
-    python bench/large.py                               # QUANT.py on random weights in the shape of Llama-2-7B
-    python bench/large.py --shape 1b --method gptq --quantization.calibration_samples 16      # further flags are those of QUANT.py
+    python bench/large.py                               # QUANT.py on random weights with the shapes of Llama-2-7B
+    python bench/large.py --shape 1b --method gptq --quantization.calibration_samples 16      # other flags are passed to QUANT.py
 
-Writes a folder of random weights in bfloat16 (13.5 GB for 7b), unless it exists, and runs QUANT.py in a process of its own.
+Writes a folder of random weights in bfloat16 (13.5 GB for 7b) unless it exists, and runs QUANT.py in a separate process.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ SHAPES = {"1b": dict(hidden_size=2048, num_hidden_layers=22, num_attention_heads
 
 
 def size(folder: Path) -> float:
-    """GB"""
+    """Size of the weights in GB."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
 
 
 @torch.no_grad()
 def make(folder: Path, shape: str) -> None:
-    """A Llama of random weights, a layer at a time."""
+    """Write a Llama with random weights, one layer at a time."""
     config = MODEL.ModelConfig(vocab_size=32000, max_position_embeddings=4096, **SHAPES[shape])
     model = MODEL.build(config, device="meta").bfloat16()
 
@@ -66,16 +66,16 @@ def memory(options) -> None:
         process = subprocess.Popen(command, cwd=ROOT)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            raise SystemExit("QUANT.py failed")
+            raise SystemExit(f"QUANT.py failed with wait status {status}")
         print(f"{options.method}: {size(model):.2f} GB -> {size(out):.2f} GB, peak memory {usage.ru_maxrss * 1024 / 1e9:.2f} GB, "
-              f"{time.perf_counter() - start:.0f} s, {usage.ru_utime + usage.ru_stime:.0f} s of processor time")
+              f"{time.perf_counter() - start:.0f} s, {usage.ru_utime + usage.ru_stime:.0f} s of CPU time")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--method", default="int4")
-    parser.add_argument("--dir", help="where to keep the random model; the default is a temporary folder")
+    parser.add_argument("--dir", help="folder to keep the random model in (default: a temporary folder)")
     options, options.flags = parser.parse_known_args()
     memory(options)
 

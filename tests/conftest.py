@@ -1,4 +1,4 @@
-"""Shared by all tests: offline, few threads' noise, tiny models and data made on the spot."""
+"""Shared by all tests: offline mode, number of threads, tiny models and generated data."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # they share the processor
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # share the processor
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -30,7 +30,7 @@ import MODEL
 import TOKENIZER
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -45,18 +45,18 @@ def make_text(lines: int, seed: int = 0) -> list[str]:
     return [" ".join(WORDS[draw(len(WORDS))] for _ in range(6 + draw(9))).capitalize() + "." for _ in range(lines)]
 
 
-def in_file(path: Path, words: list, script, own: str) -> list[str]:
-    """Usual flags as a file of settings, over which a test's own flags can lie: a flag itself may stand once only."""
+def in_file(path: Path, words: list, script, primary: str) -> list[str]:
+    """Write default flags to a settings file, so that a test can override them: a flag can be given only once."""
     settings, files, sections = {}, [], script.SECTIONS
     kinds = {f"{name}.{key}": hint for name, kind in sections.items() for key, hint in MODEL.field_types(kind).items()}
-    blocks = [name for name in MODEL.field_types(sections[own]) if name in MODEL.SECTIONS]
+    blocks = [name for name in MODEL.field_types(sections[primary]) if name in MODEL.SECTIONS]
     words = [str(word) for word in words]
     starts = [i for i, word in enumerate(words) if word.startswith("--")]
     for start, stop in zip(starts, [*starts[1:], len(words)], strict=True):
         if words[start] == "--config":
             files += words[start:stop]
             continue
-        for key, value in MODEL.read_words(words[start:stop], kinds, own, blocks, {}, MODEL.SHORT_FLAGS)[0].items():
+        for key, value in MODEL.read_flags(words[start:stop], kinds, primary, blocks, {}, MODEL.SHORT_FLAGS)[0].items():
             *above, name = key.split(".")
             inner = settings
             for part in above:
@@ -68,16 +68,16 @@ def in_file(path: Path, words: list, script, own: str) -> list[str]:
 
 
 def run_here(script: Path, words: tuple, environment: dict) -> None:
-    """Run a script in a forked child. Its imports are already loaded, which would otherwise take longer than these short runs."""
+    """Run a script in a forked child, which has its imports already: importing would take longer than these short runs."""
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, handler)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
-    os.environ.update(environment, TOKENIZERS_PARALLELISM="false")  # its thread pool does not survive a fork
+    os.environ.update(environment, TOKENIZERS_PARALLELISM="false")  # the thread pool does not survive a fork
     torch.set_num_threads(1)
     from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test may have set it
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test may have changed it
     GradientState._reset_state()
     sys.argv = [str(script), *map(str, words)]
     code: object = 1
@@ -94,9 +94,9 @@ def run_here(script: Path, words: tuple, environment: dict) -> None:
 
 
 def launch(folder, script, *words, stdin=subprocess.DEVNULL, fork=True, **environment) -> subprocess.Popen:
-    """Start a script in a separate process: a fork of this one, or a new interpreter if `fork` is False or CUDA is available."""
+    """Start a script in a separate process: a fork of this process, or a new interpreter if not `fork` or if CUDA is available."""
     if fork := fork and not torch.cuda.is_available():
-        import accelerate  # noqa: F401 (once for all children)
+        import accelerate  # noqa: F401 (imported once for all children)
         import peft  # noqa: F401
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     command, become = [sys.executable, str(script), *map(str, words)], partial(run_here, Path(folder, script), words, environment)
@@ -117,32 +117,32 @@ def free_port() -> int:
 
 
 def two_ranks(*words) -> None:
-    """tests/two_ranks.py in two processes, as torchrun starts them."""
+    """Run tests/two_ranks.py in two processes, as torchrun does."""
     both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [launch(ROOT, "tests/two_ranks.py", *words, RANK=rank, LOCAL_RANK=rank, **both) for rank in "01"]
     for process in processes:
-        _, talk = process.communicate(timeout=280)
-        assert process.returncode == 0, talk
+        _, log = process.communicate(timeout=280)
+        assert process.returncode == 0, log
 
 
 def two_processes(folder: Path, runs: dict[str, list[list[str]]]) -> None:
-    """Two processes run scripts, each with its lists of arguments one after another."""
+    """Run scripts in two processes: {script: lists of arguments}, one run after another."""
     (folder / "runs.json").write_text(json.dumps(runs))
     two_ranks(folder / "runs.json")
 
 
 def wait_for_steps(process: subprocess.Popen, count: int = 1) -> str:
-    """What it says until so many steps are logged."""
+    """The process's stderr until `count` steps are logged."""
     seen = ""
     for line in process.stderr:
         seen += line
         if seen.count("| loss") == count:
             return seen
-    raise AssertionError(f"ended with {process.wait()} before step {count}:\n{seen}")
+    raise AssertionError(f"exit status {process.wait()} before step {count}:\n{seen}")
 
 
 def kills(times: int, *words) -> Iterator[subprocess.Popen]:
-    """Starts python with these words in the repository and kills it (-9) at a random moment, several times."""
+    """Start python with these arguments in the repository and kill it (-9) at a random moment, several times."""
     draw = random.Random(5)
     for _ in range(times):
         process = launch(ROOT, *words)
@@ -155,8 +155,8 @@ def kills(times: int, *words) -> Iterator[subprocess.Popen]:
 
 
 def emulate_bfloat16() -> None:
-    """Compute bfloat16 products in float32 from rounded inputs and round the result: equal to torch's own, which is up to 100 times
-    slower on processors without bfloat16."""
+    """Compute bfloat16 products in float32 from rounded inputs and round the result. It equals torch's product, which is up to
+    100 times slower on processors without bfloat16."""
     half, linear, attention = torch.bfloat16, F.linear, F.scaled_dot_product_attention
 
     def chosen(x) -> bool:
@@ -181,7 +181,7 @@ def emulate_bfloat16() -> None:
 
 
 def lacks_bfloat16() -> bool:
-    """Whether the program chooses float32 on this processor unless FAST_TYPE is set."""
+    """Whether MODEL.py chooses float32 on this processor if FAST_TYPE is not set."""
     with mock.patch.dict(os.environ):
         os.environ.pop("FAST_TYPE", None)
         slow = MODEL.fast_half("cpu") is None
@@ -195,7 +195,7 @@ if os.environ.get("FAST_TYPE") == "bfloat16" and lacks_bfloat16():
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Threads only wait for each other in models this small."""
+    """Use one thread: more threads slow down models this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -227,7 +227,7 @@ def small_disk(tmp_path):
     if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs is not permitted here")
     yield folder
-    subprocess.run(["umount", "-l", folder], check=True)  # mapped weights may still be open
+    subprocess.run(["umount", "-l", folder], check=True)  # mapped weights may still be in use
 
 
 @pytest.fixture()
@@ -238,7 +238,7 @@ def text_file(tmp_path):
 
 
 def foreign_tokenizer(kind: str, texts: list[str], size: int = 330):
-    """A tokenizer of a kind that the program does not train: unigram (Kudo 2018, SentencePiece's) or wordpiece (BERT's)."""
+    """A tokenizer of a kind that TOKENIZER.py cannot train: unigram (Kudo 2018, as in SentencePiece) or wordpiece (BERT)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -259,7 +259,7 @@ def foreign_tokenizer(kind: str, texts: list[str], size: int = 330):
 
 
 def saved_adapter(base, folder, seed, **more):
-    """A LoRA adapter that changes the model's answers, as peft saves it."""
+    """Save a LoRA adapter with peft that changes the model's completions."""
     from transformers import AutoModelForCausalLM
 
     import MODEL

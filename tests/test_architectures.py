@@ -1,6 +1,6 @@
 """Experts, latent attention, encoders, kernels and foreign models of MODEL.py, against transformers and slow direct computations.
 
-The families themselves stand in test_model.py's table, with all the others."""
+The tests of all families are in test_model.py."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def build(seed: int = 3, head="lm", **knobs):
 
 
 def slow_experts(layer: MODEL.MixtureOfExperts, hidden: torch.Tensor) -> torch.Tensor:
-    """A token and an expert at a time."""
+    """The experts of each token, one after another."""
     experts, weights, _ = layer.gate(hidden, None, 1)
     out = torch.zeros_like(hidden)
     for t, token in enumerate(hidden):
@@ -53,7 +53,7 @@ def slow_experts(layer: MODEL.MixtureOfExperts, hidden: torch.Tensor) -> torch.T
 
 
 @pytest.mark.parametrize("more", [{}, dict(scoring_func="sigmoid", n_group=3, topk_group=2, n_shared_experts=1, routed_scaling_factor=1.6)])
-def test_experts_together_equal_one_at_a_time(more):
+def test_grouped_experts_equal_separate_experts(more):
     layer = build(**MOE, **more).model.layers[0].mlp
     hidden = torch.randn(11, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
     found, expected = [], None
@@ -67,8 +67,8 @@ def test_experts_together_equal_one_at_a_time(more):
         close(ours, expected, 1e-5)
 
 
-def test_groups_limit_where_experts_are_looked_for():
-    """Against the words of the paper: groups by the sum of their two best biased scores, then the best experts inside."""
+def test_experts_are_selected_within_the_best_groups():
+    """As in the paper: groups are ranked by the sum of their top 2 biased scores, then experts within the best groups."""
     config = ModelConfig(**{**MOE, "num_experts": 12, "num_experts_per_tok": 3}, scoring_func="sigmoid", n_group=4, topk_group=2)
     router = MODEL.Router(config)
     generator = torch.Generator().manual_seed(1)
@@ -134,12 +134,12 @@ def test_the_selection_bias_follows_the_load_and_counts_are_added_once():
 @pytest.mark.parametrize("seed", range(3))
 def test_padding_is_neither_routed_nor_counted(seed):
     model = build(seed, **MOE, router_aux_loss_coef=0.1).train()
-    ids, positions, segments, places = pack()
+    ids, positions, segments, documents = pack()
     out = model(ids, positions=positions, segment_ids=segments)
     assert int(model.router_counts[0].sum()) == 2 * int((positions >= 0).sum())
     assert out.logits.isfinite().all()
     alone = build(seed, **MOE)
-    for row, start, document in places:
+    for row, start, document in documents:
         close(out.logits[row, start : start + len(document)], alone(document[None]).logits[0], 2e-5)
     changed = ids.masked_fill(positions < 0, 1)
     close(gradients_of(model, model(ids, positions=positions, segment_ids=segments, targets=ids).logprobs.sum())["model.layers.0.mlp.experts.down_proj"],
@@ -156,7 +156,7 @@ def test_unused_experts_get_zero_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_routing_compiles_nothing_again(dtype):
+def test_another_routing_does_not_recompile(dtype):
     layer = build(**MOE).model.layers[0].mlp.to(dtype)
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=dtype == torch.bfloat16)
@@ -168,7 +168,7 @@ def test_another_routing_compiles_nothing_again(dtype):
     assert len(set(graphs)) == 1
 
 
-def test_the_balance_loss_reaches_the_training_loss():
+def test_the_balance_loss_is_part_of_the_training_loss():
     model = build(**MOE, router_aux_loss_coef=0.5).train()
     ids = ids_of(2, 12)
     batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:], **dict.fromkeys(("positions", "segment_ids", "weights"))}
@@ -183,8 +183,8 @@ def test_the_balance_loss_reaches_the_training_loss():
 # --------------------------------------------------------------------------------------------- latent attention
 
 
-class Doubled(torch.nn.Module):
-    """A layer that is no plain Linear: what it multiplies by is known to itself alone."""
+class Scaled(torch.nn.Module):
+    """A layer that is not nn.Linear, so its weight is unknown."""
 
     def __init__(self, inner: Linear):
         super().__init__()
@@ -201,7 +201,7 @@ def test_absorbed_attention_equals_expanded(more, wrapped, monkeypatch):
     model, ids = build(**{**MLA, **more}), ids_of(2, 35)
     if wrapped:
         for layer in model.model.layers:
-            layer.self_attn.kv_b_proj = Doubled(layer.self_attn.kv_b_proj)
+            layer.self_attn.kv_b_proj = Scaled(layer.self_attn.kv_b_proj)
     forms = []
     for form in ("_absorbed", "_expanded"):
         original = getattr(MODEL.LatentAttention, form)
@@ -228,7 +228,7 @@ def test_absorbed_attention_of_ragged_rows():
         assert answer.ids == alone.ids
 
 
-def test_the_cache_holds_latents_and_rotary_keys_alone():
+def test_the_cache_contains_only_latents_and_rotary_keys():
     model, rows, length = build(**MLA), 3, 40
     kv = model.new_cache(rows, length)
     feed(model, kv, *zip(texts_of(kv, 3, 10), ids_of(3, 10)))
@@ -239,8 +239,8 @@ def test_the_cache_holds_latents_and_rotary_keys_alone():
     assert kv.bytes() == MODEL.cache_numbers(plain.config) * 4 * rows * length == 2 * 2 * 2 * 8 * 4 * rows * length
 
 
-def test_decoding_makes_nothing_as_large_as_keys_would_be():
-    """Per token of context: the scores of all heads, not keys and values of all heads."""
+def test_decoding_does_not_expand_the_keys():
+    """The scores of all heads grow with the context; expanded keys and values are not created."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -257,14 +257,14 @@ def test_decoding_makes_nothing_as_large_as_keys_would_be():
                      "q_lora_rank": 8, "kv_lora_rank": 12})
     kv = model.new_cache(1, context + 2)
     with torch.no_grad():
-        [one] = texts_of(kv, 1, context + 1)
-        feed(model, kv, (one, ids_of(context) % 50))
+        [sequence] = texts_of(kv, 1, context + 1)
+        feed(model, kv, (sequence, ids_of(context) % 50))
         with Largest() as seen:
-            feed(model, kv, (one, ids_of(1) % 50))
-    assert seen.size <= 4 * 22 * 12 < context * 4 * 10  # kv_b_proj itself, or what it projects: less than all heads' keys
+            feed(model, kv, (sequence, ids_of(1) % 50))
+    assert seen.size <= 4 * 22 * 12 < context * 4 * 10  # the weights of kv_b_proj; less than the keys of all heads
 
 
-def test_latent_attention_stays_right_after_configuring_for_hardware():
+def test_configuring_for_hardware_keeps_latent_attention_exact():
     for dtype in (torch.float32, torch.bfloat16):
         knobs = dict(MLA, num_experts=4, n_shared_experts=1, mlp_only_layers=[0], moe_intermediate_size=16)
         model, ids = build(**knobs).to(dtype), ids_of(1, 12)
@@ -272,8 +272,8 @@ def test_latent_attention_stays_right_after_configuring_for_hardware():
             expected = model(ids).logits.float()
             ready = INFER.configure_for_hardware(model, "cpu", quiet=True)
             kv = ready.new_cache(1, 12)
-            [one] = texts_of(kv, 1, 12)
-            found = torch.cat([feed(ready, kv, (one, ids[0, t : t + 1]))[0] for t in range(12)])[None].float()
+            [sequence] = texts_of(kv, 1, 12)
+            found = torch.cat([feed(ready, kv, (sequence, ids[0, t : t + 1]))[0] for t in range(12)])[None].float()
         assert (found - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 0.08)
 
 
@@ -281,7 +281,7 @@ def test_latent_attention_stays_right_after_configuring_for_hardware():
 
 
 def fp8(folder: Path, block: int) -> None:
-    """Rewrite a folder as DeepSeek publishes them: matrices in blocks of float8 with a scale each."""
+    """Rewrite a folder in DeepSeek's format: float8 matrices with a scale per block."""
     state = load_file(folder / "model.safetensors")
     for name, tensor in list(state.items()):
         if name.endswith("proj.weight"):
@@ -290,9 +290,9 @@ def fp8(folder: Path, block: int) -> None:
             packed = torch.zeros_like(tensor).to(torch.float8_e4m3fn)
             for r in range(rows):
                 for c in range(columns):
-                    place = slice(r * block, (r + 1) * block), slice(c * block, (c + 1) * block)
-                    scales[r, c] = tensor[place].abs().max() / 448
-                    packed[place] = (tensor[place] / scales[r, c]).to(torch.float8_e4m3fn)
+                    block_slice = slice(r * block, (r + 1) * block), slice(c * block, (c + 1) * block)
+                    scales[r, c] = tensor[block_slice].abs().max() / 448
+                    packed[block_slice] = (tensor[block_slice] / scales[r, c]).to(torch.float8_e4m3fn)
             state[name], state[name + "_scale_inv"] = packed, scales
     save_file(state, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
@@ -311,7 +311,7 @@ def edit_config(folder: Path, **changes) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def test_block_scaled_float8_weights_are_multiplied_out(deepseek):
+def test_block_scaled_float8_weights_are_dequantized(deepseek):
     expected = load_file(deepseek / "model.safetensors")
     fp8(deepseek, 16)
     model = MODEL.load(deepseek)
@@ -326,7 +326,7 @@ def test_block_scaled_float8_weights_are_multiplied_out(deepseek):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-def test_float8_weights_with_one_scale_a_matrix(deepseek, shape):
+def test_float8_weights_with_one_scale_per_matrix(deepseek, shape):
     expected, packed = load_file(deepseek / "model.safetensors"), {}
     for name, tensor in expected.items():
         packed[name] = tensor
@@ -342,28 +342,28 @@ def test_float8_weights_with_one_scale_a_matrix(deepseek, shape):
         close(state[name], tensor, 1e-6)
 
 
-def test_kimi_k2_is_known_by_its_own_name(deepseek):
+def test_model_type_kimi_k2_is_accepted(deepseek):
     edit_config(deepseek, model_type="kimi_k2", architectures=["DeepseekV3ForCausalLM"], auto_map={"AutoConfig": "configuration_deepseek.X"})
     close(MODEL.load(deepseek)(ids_of(1, 9)).logits, reference("deepseek-v3")(ids_of(1, 9)).logits, 1e-4)
 
 
-def test_multi_token_prediction_layers_are_left_out(deepseek):
+def test_multi_token_prediction_layers_are_skipped(deepseek):
     state = load_file(deepseek / "model.safetensors")
     state |= {"model.layers.3.eh_proj.weight": torch.zeros(32, 64), "model.layers.3.enorm.weight": torch.ones(32)}
     save_file(state, deepseek / "model.safetensors")
     edit_config(deepseek, num_nextn_predict_layers=1)
     close(MODEL.load(deepseek)(ids_of(1, 9)).logits, reference("deepseek-v3")(ids_of(1, 9)).logits, 1e-4)
     edit_config(deepseek, num_nextn_predict_layers=0)
-    with pytest.raises(UserError, match="unexpected tensor model.layers.3.eh_proj.weight"):  # a layer that config.json does not know
+    with pytest.raises(UserError, match="unexpected tensor model.layers.3.eh_proj.weight"):  # config.json declares no such layer
         MODEL.load(deepseek)
 
 
-def test_experts_are_checked_one_by_one(deepseek):
+def test_each_expert_is_checked(deepseek):
     state = load_file(deepseek / "model.safetensors")
     name = "model.layers.1.mlp.experts.5.up_proj.weight"
     for damage, message in (({name: None}, "missing tensor model.layers.1.mlp.experts.gate_up_proj"),
-                            ({name: torch.zeros(3, 32)}, r"experts.5.up_proj.weight is \(3, 32\), config.json implies \(24, 32\)"),
-                            ({name.replace(".5.", ".9."): state[name].clone()}, r"experts.9.up_proj.weight is \(24, 32\), config.json implies \(\)"),
+                            ({name: torch.zeros(3, 32)}, r"experts.5.up_proj.weight has shape \(3, 32\), but config.json implies \(24, 32\)"),
+                            ({name.replace(".5.", ".9."): state[name].clone()}, r"experts.9.up_proj.weight has shape \(24, 32\), but config.json implies \(\)"),
                             ({"model.layers.1.mlp.experts.5.bias": torch.zeros(2)}, "unexpected tensor .*experts.5.bias")):
         changed = {k: v for k, v in {**state, **damage}.items() if v is not None}
         save_file(changed, deepseek / "model.safetensors")
@@ -371,7 +371,7 @@ def test_experts_are_checked_one_by_one(deepseek):
             MODEL.load(deepseek)
 
 
-def test_experts_stand_one_by_one_on_disk(tmp_path):
+def test_experts_are_saved_separately(tmp_path):
     model = build(**MOE, model_type="mixtral")
     model.config = dataclasses.replace(model.config, rope_theta=1e6)
     MODEL.save(build(**{**MOE, "moe_intermediate_size": 48}, model_type="mixtral"), tmp_path / "mixtral")
@@ -404,7 +404,7 @@ def bert_variants():
 
 
 @pytest.mark.parametrize("variant", bert_variants())
-def test_bert_as_it_is_on_the_hub(variant, tmp_path):
+def test_bert_files_of_the_hub_load(variant, tmp_path):
     reference("bert").save_pretrained(tmp_path)
     state = bert_variants()[variant](load_file(tmp_path / "model.safetensors"))
     save_file(state, tmp_path / "model.safetensors")
@@ -424,7 +424,7 @@ def test_an_untied_head_keeps_its_bias_in_transformers(tmp_path):
         close(MODEL.load(tmp_path)(ids_of(2, 9)).logits, hf(ids_of(2, 9)).logits, 1e-4)
 
 
-def test_what_an_encoder_cannot_do_is_one_line(tokenizer):
+def test_unsupported_uses_of_an_encoder_are_user_errors(tokenizer):
     model = MODEL.build(MODEL.preset_config("bert-2m", vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=16)).eval()
     assert INFER.fill(model, tokenizer, "the <|mask|> fox") != "the <|mask|> fox"
     with pytest.raises(UserError, match="stdin:3: this model is an encoder: it fills in .*, and the text holds none"):
@@ -433,7 +433,7 @@ def test_what_an_encoder_cannot_do_is_one_line(tokenizer):
         INFER.fill(model, tokenizer, "the <|mask|> " + "fox " * 30)
 
 
-def test_an_encoder_sees_both_ways_and_token_types(tmp_path):
+def test_an_encoder_attends_in_both_directions_and_uses_token_types(tmp_path):
     reference("bert").save_pretrained(tmp_path)
     model, ids = MODEL.load(tmp_path), ids_of(2, 9)
     kinds = (torch.arange(9) >= 4).long().expand(2, 9)
@@ -448,13 +448,13 @@ def test_an_encoder_sees_both_ways_and_token_types(tmp_path):
         changed = ids.clone()
         changed[:, -1] = (changed[:, -1] + 1) % VOCAB
         assert not torch.allclose(model(ids).logits[:, 0], model(changed).logits[:, 0])
-        packed, places, segments, documents = pack()
-        logits = model(packed, positions=places, segment_ids=segments).logits
+        packed, positions, segments, documents = pack()
+        logits = model(packed, positions=positions, segment_ids=segments).logits
         for row, start, document in documents:
             close(logits[row, start : start + len(document)], model(document[None]).logits[0], 2e-5)
     with pytest.raises(ValueError, match="no token types"):
         build(**SIZES)(ids, token_types=kinds)
-    with pytest.raises(ValueError, match="no use for a cache"):
+    with pytest.raises(ValueError, match="an encoder cannot use a KV cache"):
         model(ids, cache=MODEL.CacheStep(model.new_cache(2, 9), []))
 
 
@@ -472,7 +472,7 @@ def test_masked_tokens_are_hidden_replaced_or_kept(tokenizer):
     assert abs((seen == tokenizer.mask_token_id).float().mean() - 0.8) < 0.04
     assert abs((seen == truth).float().mean() - 0.1) < 0.03
     half = TRAIN.mask_tokens({k: v[20:] if k != "counts" else v for k, v in batch.items()}, tokenizer, [(0, i) for i in range(20, 40)], 0.15)
-    assert torch.equal(half["input_ids"], masked["input_ids"][20:])  # a row's draw is its own, whatever the batch
+    assert torch.equal(half["input_ids"], masked["input_ids"][20:])  # the mask of a row does not depend on the batch
 
 
 # ------------------------------------------------------------------------------------ any other architecture
@@ -510,9 +510,9 @@ def foreign_reference(kind: str):
 
 
 @pytest.fixture(scope="module")
-def abroad(tmp_path_factory):
-    """abroad(kind): (folder, transformers' model)."""
-    root, made = tmp_path_factory.mktemp("abroad"), {}
+def foreign(tmp_path_factory):
+    """foreign(kind): (folder, transformers' model)."""
+    root, made = tmp_path_factory.mktemp("foreign"), {}
 
     def folder(kind):
         if kind not in made:
@@ -524,8 +524,8 @@ def abroad(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_foreign_models_compute_what_transformers_does(kind, abroad):
-    folder, hf = abroad(kind)
+def test_foreign_models_equal_transformers(kind, foreign):
+    folder, hf = foreign(kind)
     model, ids = MODEL.load(folder), ids_of(2, 24)
     with torch.no_grad():
         close(model(ids).logits, hf(ids).logits, 1e-4)
@@ -543,22 +543,22 @@ def test_foreign_models_compute_what_transformers_does(kind, abroad):
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_documents_stay_apart_in_foreign_models(kind, abroad):
-    """One document is longer than the windows of 5."""
-    model = MODEL.load(abroad(kind)[0])
-    ids, positions, segments, places = pack()
-    assert max(len(document) for *_, document in places) > 5
+def test_documents_are_separate_in_foreign_models(kind, foreign):
+    """One document is longer than the sliding windows of 5 tokens."""
+    model = MODEL.load(foreign(kind)[0])
+    ids, positions, segments, documents = pack()
+    assert max(len(document) for *_, document in documents) > 5
     with torch.no_grad():
         for arguments in (dict(positions=positions, segment_ids=segments), dict(segment_ids=segments)):
             logits = model(ids, **arguments).logits
             assert logits.isfinite().all()
-            for row, start, document in places:
+            for row, start, document in documents:
                 close(logits[row, start : start + len(document)], model(document[None]).logits[0], 1e-4)
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_foreign_models_generate_ragged_batches(kind, abroad):
-    folder, hf = abroad(kind)
+def test_foreign_models_generate_ragged_batches(kind, foreign):
+    folder, hf = foreign(kind)
     prompts = [ids_of(n, seed=n).tolist() for n in (4, 13)]
     answers = INFER.generate(MODEL.load(folder), prompts, INFER.Sampling(16, temperature=0, ignore_eos=True))
     for prompt, [answer] in zip(prompts, answers):
@@ -568,7 +568,7 @@ def test_foreign_models_generate_ragged_batches(kind, abroad):
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "gemma3"])
-def test_a_foreign_model_trains_saves_and_resumes(kind, abroad, tmp_path, tokenizer, text_file):
+def test_a_foreign_model_trains_saves_and_resumes(kind, foreign, tmp_path, tokenizer, text_file):
     prefix, knobs = FOREIGN[kind]
     config = getattr(transformers, prefix + "Config")(**{**knobs, "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
                                                          "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
@@ -591,8 +591,8 @@ def test_a_foreign_model_trains_saves_and_resumes(kind, abroad, tmp_path, tokeni
         close(MODEL.load(tmp_path / "whole")(ids).logits, hf(ids).logits, 1e-4)
 
 
-def test_a_foreign_model_streams_and_stops_where_generation_config_says(abroad, tmp_path, tokenizer):
-    folder, hf = abroad("gpt_neox")
+def test_a_foreign_model_streams_and_stops_at_the_ids_of_generation_config(foreign, tmp_path, tokenizer):
+    folder, hf = foreign("gpt_neox")
     shutil.copytree(folder, tmp_path / "model")
     prompt = ids_of(7, seed=3).tolist()
     free = hf.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=None, attention_mask=torch.ones(1, 7))[0, 7:].tolist()
@@ -603,21 +603,21 @@ def test_a_foreign_model_streams_and_stops_where_generation_config_says(abroad, 
     [[answer]] = INFER.generate(model, [prompt], INFER.Sampling(12, temperature=0))
     assert answer.ids == free[: free.index(end) + 1] and answer.finish_reason == "stop"
     sampling = INFER.Sampling(12, temperature=0.7, seed=5, logprobs=True)
-    [[alone]], [[_], [beside]] = (INFER.generate(model, prompts, sampling, first=first) for prompts, first in (([prompt], 1), ([prompt[:4], prompt], 0)))
-    assert alone == beside and len(alone.logprobs) == len(alone.ids)
+    [[alone]], [[_], [batched]] = (INFER.generate(model, prompts, sampling, first=first) for prompts, first in (([prompt], 1), ([prompt[:4], prompt], 0)))
+    assert alone == batched and len(alone.logprobs) == len(alone.ids)
     with torch.no_grad():
         logprobs = (hf(torch.tensor([prompt + alone.ids])).logits[0, 6:-1] / 0.7).log_softmax(-1)
     close(torch.tensor(alone.logprobs), logprobs.gather(1, torch.tensor(alone.ids)[:, None])[:, 0], 1e-4)
-    pieces = list(INFER.stream(model, tokenizer, prompt, INFER.Sampling(12, temperature=0, ignore_eos=True)))
+    chunks = list(INFER.stream(model, tokenizer, prompt, INFER.Sampling(12, temperature=0, ignore_eos=True)))
     [[whole]] = INFER.generate(model, [prompt], INFER.Sampling(12, temperature=0, ignore_eos=True), tokenizer)
-    assert len(pieces) > 1 and "".join(pieces) == whole.text
+    assert len(chunks) > 1 and "".join(chunks) == whole.text
     MODEL.save(model, tmp_path / "saved")
     assert json.loads((tmp_path / "saved/generation_config.json").read_text())["eos_token_id"] == [1, end]
 
 
-def test_a_stream_that_is_closed_early_stops_its_work(abroad, tokenizer):
+def test_closing_a_stream_early_stops_generation(foreign, tokenizer):
     before = threading.active_count()
-    steps = INFER.stream(MODEL.load(abroad("mamba")[0]), tokenizer, [3, 5, 8], INFER.Sampling(200, temperature=0, ignore_eos=True))
+    steps = INFER.stream(MODEL.load(foreign("mamba")[0]), tokenizer, [3, 5, 8], INFER.Sampling(200, temperature=0, ignore_eos=True))
     next(steps)
     assert threading.active_count() == before + 1
     steps.close()
@@ -625,28 +625,28 @@ def test_a_stream_that_is_closed_early_stops_its_work(abroad, tokenizer):
         if threading.active_count() == before:
             return
         time.sleep(0.02)
-    raise AssertionError("the thread goes on")
+    raise AssertionError("the thread is still running")
 
 
-def test_a_foreign_encoder_is_no_language_model(tmp_path):
+def test_a_foreign_encoder_is_refused(tmp_path):
     knobs = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
     transformers.RobertaForMaskedLM(transformers.RobertaConfig(**knobs)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="the tokens of a roberta attend to later tokens"):
+    with pytest.raises(UserError, match="roberta is not a causal language model"):
         MODEL.load(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [dict(hidden_size=64), dict(num_hidden_layers=None), "cut"])
-def test_a_broken_foreign_folder_is_one_line(damage, abroad, tmp_path):
-    folder = Path(shutil.copytree(abroad("gpt_neox")[0], tmp_path / "broken"))
+def test_a_damaged_foreign_folder_is_a_user_error(damage, foreign, tmp_path):
+    folder = Path(shutil.copytree(foreign("gpt_neox")[0], tmp_path / "broken"))
     if damage == "cut":
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     else:
         edit_config(folder, **damage)
-    with pytest.raises(UserError, match="model_type 'gpt_neox' cannot be loaded"):
+    with pytest.raises(UserError, match="model_type 'gpt_neox' is not one of .*, and transformers cannot load it"):
         MODEL.load(folder)
 
 
-def test_folders_are_named_for_a_class_that_can_open_them(tmp_path, capsys):
+def test_folders_are_saved_with_a_class_that_can_open_them(tmp_path, capsys):
     for knobs, kind in ((dict(MOE, scoring_func="sigmoid", model_type="mixtral"), MODEL.CUSTOM), (dict(SIZES, model_type="mixtral"), "llama"),
                         (dict(SIZES, model_type="mistral"), "mistral")):
         config = ModelConfig(**knobs)
@@ -655,14 +655,14 @@ def test_folders_are_named_for_a_class_that_can_open_them(tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == (kind != config.model_type)
 
 
-def test_what_transformers_does_not_know_is_one_line(tmp_path, abroad):
-    folder, _ = abroad("gpt_neox")
+def test_unsupported_settings_of_foreign_models_are_user_errors(tmp_path, foreign):
+    folder, _ = foreign("gpt_neox")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsuch"}))
-    with pytest.raises(UserError, match="model_type 'nonsuch' cannot be loaded"):
+    with pytest.raises(UserError, match="model_type 'nonsuch' is not one of .*, and transformers cannot load it"):
         MODEL.load(tmp_path)
     with pytest.raises(UserError, match="flash_attention_2 is not supported for gpt_neox"):
         MODEL.load(folder, attn_implementation="flash_attention_2")
-    with pytest.raises(UserError, match="model.rope_theta: gpt_neox is run by transformers"):
+    with pytest.raises(UserError, match="model.rope_theta: cannot be changed for gpt_neox"):
         MODEL.load(folder, changes={"rope_theta": 5.0})
 
 
@@ -694,8 +694,8 @@ def ragged_oracle(calls: list, name: str):
 
 
 @pytest.fixture()
-def pretend(monkeypatch):
-    """pretend(kernel): its package as its documentation describes it, in loops, and a CUDA device to run on."""
+def fake_kernel(monkeypatch):
+    """fake_kernel(name) installs a fake package according to its documentation, in loops, and a fake CUDA device."""
     def install(name: str) -> list:
         calls: list = []
         run = ragged_oracle(calls, name)
@@ -742,10 +742,10 @@ def pretend(monkeypatch):
 
 @pytest.mark.parametrize("kernel", ["xformers", "varlen", "varlen without groups"])
 @pytest.mark.parametrize("knobs", [SIZES, dict(SIZES, sliding_window=4), dict(SIZES, head_dim=20), MLA])
-def test_kernels_for_joined_sequences(kernel, knobs, pretend):
+def test_kernels_for_concatenated_sequences(kernel, knobs, fake_kernel):
     config = ModelConfig(**knobs)
     eager = MODEL.build(config, seed=1, attn_implementation="eager").half().eval()
-    calls = pretend(kernel)
+    calls = fake_kernel(kernel)
     assert MODEL.choose_attention("auto")[1] == [MODEL.KERNELS["varlen"]]  # without flash-attn
     kernel = kernel.split()[0]
     model = MODEL.build(config, seed=1, attn_implementation=kernel).half().eval()
@@ -760,7 +760,7 @@ def test_kernels_for_joined_sequences(kernel, knobs, pretend):
             assert error < 1e-2
         kv = model.new_cache(2, 14)
         feed(model, kv, *zip(texts_of(kv, 2, 14), ids))
-        assert not calls  # cached states go to torch's kernel
+        assert not calls  # cached states are read by torch's kernel
     expected = MODEL.build(config, seed=1, attn_implementation="eager").train()
     model = MODEL.build(config, seed=1, attn_implementation=kernel).half().train()
     loss = [m(ids, positions=positions, segment_ids=segments, targets=ids).logprobs.sum() for m in (model, expected)]
@@ -770,11 +770,11 @@ def test_kernels_for_joined_sequences(kernel, knobs, pretend):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("knobs", [SIZES, dict(SIZES, sliding_window=4), dict(SIZES, num_key_value_heads=4), dict(SIZES, head_dim=20), MLA])
-def test_the_kernel_of_this_card_is_as_near_as_plain_attention(knobs):
-    """What `auto` chooses and plain attention, both in bfloat16: values and gradients beside float32's."""
+def test_the_gpu_kernel_is_as_accurate_as_plain_attention(knobs):
+    """The kernel of `auto` and plain attention, both in bfloat16: errors of values and gradients relative to float32."""
     models = [MODEL.build(ModelConfig(**knobs), seed=1, attn_implementation=kind).to("cuda", dtype).train()
               for kind, dtype in (("eager", torch.float32), ("eager", torch.bfloat16), ("auto", torch.bfloat16))]
-    ids, positions, segments = (one.cuda() for one in pack()[:3])
+    ids, positions, segments = (tensor.cuda() for tensor in pack()[:3])
     for arguments in (dict(), dict(positions=positions, segment_ids=segments)):
         real = positions >= 0 if arguments else torch.ones_like(ids, dtype=torch.bool)
         losses = [model(ids, targets=ids, **arguments).logprobs[real] for model in models]
@@ -786,14 +786,14 @@ def test_the_kernel_of_this_card_is_as_near_as_plain_attention(knobs):
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("case", ["dropout", "float32", "another device"])
-def test_a_kernel_is_left_alone_where_it_does_not_serve(window, case, pretend):
-    """torch's varlen kernel has no dropout and no float32, and a CPU's tensors are not for a card's kernel: masks and windows stay."""
+def test_an_unsupported_kernel_is_not_used(window, case, fake_kernel):
+    """torch's varlen kernel supports neither dropout nor float32 nor CPU tensors; then masks and windows are applied by another."""
     dtype = torch.float32 if case == "float32" else torch.bfloat16
     knobs = dict(SIZES, sliding_window=window)
     expected = MODEL.build(knobs, seed=1, attn_implementation="eager").to(dtype).train()
-    calls = pretend("varlen")
+    calls = fake_kernel("varlen")
     if case == "another device":
-        MODEL.KERNELS["varlen"] = MODEL.KERNELS["varlen"]._replace(device="cuda")  # undone with the fixture's
+        MODEL.KERNELS["varlen"] = MODEL.KERNELS["varlen"]._replace(device="cuda")  # restored with the fixture's change
     model = MODEL.build(dict(knobs, attention_dropout=1e-9 if case == "dropout" else 0.0), seed=1).to(dtype).train()
     ids, positions, segments, _ = pack()
     for arguments in (dict(), dict(segment_ids=segments), dict(positions=positions, segment_ids=segments)):
@@ -802,7 +802,7 @@ def test_a_kernel_is_left_alone_where_it_does_not_serve(window, case, pretend):
     assert not calls
 
 
-def test_kernels_that_are_not_there_name_another(monkeypatch):
+def test_unavailable_kernels_suggest_another(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, reason in (("xformers", "needs a CUDA device"), ("flash_attention_2", "needs a CUDA device")):
         with pytest.raises(UserError, match=f"{name} {reason}; sdpa"):
@@ -813,25 +813,25 @@ def test_kernels_that_are_not_there_name_another(monkeypatch):
 
 
 @pytest.mark.parametrize("knobs, named", [
-    (dict(MOE, n_group=4), "model.n_group: 4 groups do not divide num_experts 6"),
-    (dict(MOE, n_group=3, topk_group=4), "model.topk_group: 4 of 3 groups"),
-    (dict(MOE, num_experts_per_tok=5, n_group=3, topk_group=2), "model.topk_group: 2 of 3 groups of 2 experts must exist and hold num_experts_per_tok 5"),
-    (dict(MOE, n_group=6, topk_group=2), "model.n_group: 6 groups of one expert"),
+    (dict(MOE, n_group=4), "model.n_group: num_experts 6 is not divisible by 4 groups"),
+    (dict(MOE, n_group=3, topk_group=4), "model.topk_group: 4 must be at most n_group 3"),
+    (dict(MOE, num_experts_per_tok=5, n_group=3, topk_group=2), "model.topk_group: 2 must be at most n_group 3, with at least num_experts_per_tok 5 experts in these groups of 2"),
+    (dict(MOE, n_group=6, topk_group=2), "model.n_group: 6 groups have 1 expert each"),
     (dict(MOE, num_experts_per_tok=7), "model.num_experts_per_tok: 7 must be between 1 and num_experts 6"),
-    (dict(MOE, router_bias_update_speed=0.1), "model.router_bias_update_speed: a selection bias needs model.scoring_func sigmoid"),
-    (dict(MOE, mlp_only_layers=[2]), "model.mlp_only_layers: .* names a layer beyond the 2"),
+    (dict(MOE, router_bias_update_speed=0.1), "model.router_bias_update_speed: requires model.scoring_func sigmoid"),
+    (dict(MOE, mlp_only_layers=[2]), "model.mlp_only_layers: .* must be layer indices from 0 to 1"),
     (dict(MLA, kv_lora_rank=0), "model.kv_lora_rank: 0 must be at least 1"),
     (dict(MLA, q_lora_rank=0), "model.q_lora_rank: 0 must be at least 1"),
     (dict(MLA, v_head_dim=0), "model.v_head_dim: 0 must be at least 1"),
     (dict(MLA, sliding_window=4), "model.sliding_window: 4 is not supported with latent attention"),
     (dict(MLA, head_dim=64), "model.head_dim: 64, but with latent attention"),
     (dict(MOE, num_experts=0), "model.num_experts: 0 must be at least 1"),
-    (dict(MOE, mlp_only_layers=["x"]), "model.mlp_only_layers: .* names a layer beyond the 2"),
+    (dict(MOE, mlp_only_layers=["x"]), "model.mlp_only_layers: .* must be layer indices from 0 to 1"),
     (dict(SIZES, type_vocab_size=-2), "model.type_vocab_size: -2 must be at least 0"),
-    (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor="abc")), "model.rope_scaling: factor 'abc' must be a number, 1 or above"),
-    (dict(SIZES, rope_scaling=dict(rope_type="linear", factor=0.5)), "model.rope_scaling: factor 0.5 must be a number, 1 or above"),
+    (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor="abc")), "model.rope_scaling: factor 'abc' must be a number of at least 1"),
+    (dict(SIZES, rope_scaling=dict(rope_type="linear", factor=0.5)), "model.rope_scaling: factor 0.5 must be a number of at least 1"),
     (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor=4, original_max_postion_embeddings=9)), "has no 'original_max_postion_embeddings'; nearest is 'original_max_position"),
-    (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor=4, beta_fast=1, beta_slow=32)), "model.rope_scaling: 32 for low frequencies must be below 1"),
+    (dict(SIZES, rope_scaling=dict(rope_type="yarn", factor=4, beta_fast=1, beta_slow=32)), "model.rope_scaling: beta_slow 32 must be below beta_fast 1"),
     (dict(SIZES, position_embedding_type="learned", rope_theta=500.0), "model.rope_theta: has no effect with model.position_embedding_type learned .only with rope."),
     (dict(MLA, num_key_value_heads=2), "model.num_key_value_heads: 2, but latent attention has one latent for all 4 heads"),
     (dict(MOE, scoring_func="tanh"), "model.scoring_func: 'tanh' is not one of softmax, sigmoid"),
@@ -839,9 +839,9 @@ def test_kernels_that_are_not_there_name_another(monkeypatch):
     (dict(SIZES, router_aux_loss_coef=0.1), "model.router_aux_loss_coef: has no effect without model.num_experts"),
     (dict(SIZES, q_lora_rank=8), "model.q_lora_rank: has no effect without model.kv_lora_rank"),
     (dict(SIZES, causal=False, sliding_window=4), "model.sliding_window: an encoder .* cannot have a sliding window"),
-    (dict(SIZES, layer_types=["full_attention", "sliding_attention"]), "model.layer_types: sliding_attention needs model.sliding_window"),
+    (dict(SIZES, layer_types=["full_attention", "sliding_attention"]), "model.layer_types: sliding_attention requires model.sliding_window"),
 ])
-def test_impossible_knobs_are_named(knobs, named):
+def test_invalid_settings_are_refused(knobs, named):
     with pytest.raises(UserError, match=named):
         ModelConfig(**knobs)
 
@@ -850,7 +850,7 @@ def test_impossible_knobs_are_named(knobs, named):
 
 
 @pytest.mark.parametrize("preset", ["mixtral-tiny", "qwen3-moe-tiny", "deepseek-v3-tiny", "kimi-k2-tiny", "bert-2m"])
-def test_tiny_presets_train_resume_and_answer(preset, tmp_path, text_file, capsys):
+def test_tiny_presets_train_resume_and_generate(preset, tmp_path, text_file, capsys):
     flags = ["--model.preset", preset, "--model.num_hidden_layers", "2", "--data", str(text_file), "--data.dir", str(tmp_path / "data"),
              "--tokenizer.vocab_size", "300", "--max-length", "32", "--batch-size", "4", "--training.logging_steps", "1", "--training.save_steps", "4",
              "--training.sample_tokens", "4", "--training.lr_scheduler_type", "constant", "--training.warmup_steps", "2"]
@@ -875,8 +875,8 @@ def test_an_encoder_needs_a_mask_token():
     assert not TRAIN.is_masked(MODEL.build("llama-225k", device="meta"), tokenizer)
 
 
-def test_published_sizes(capsys):
-    """Parameters as published: 671 billion with 37 active (without the extra prediction layer), a trillion with 32."""
+def test_presets_have_the_published_sizes(capsys):
+    """Published parameters, such as 671 billion with 37 billion active for DeepSeek-V3 (without the extra prediction layer)."""
     expected = {"mixtral-8x7b": (46.7e9, 12.9e9), "qwen3-30b-a3b": (30.5e9, 3.3e9), "qwen3-235b-a22b": (235e9, 22e9), "deepseek-v3": (671e9, 37e9),
                 "kimi-k2": (1.03e12, 32e9), "bert-110m": (110e6, 110e6), "bert-340m": (336e6, 336e6)}
     for name, (total, active) in expected.items():
@@ -886,9 +886,9 @@ def test_published_sizes(capsys):
         assert f"{found[0]:,} ({found[1]:,} active per token)" in capsys.readouterr().out
 
 
-def test_new_rows_of_a_foreign_model_are_the_same_at_each_load(abroad):
-    """The mean of the old ones, in the embedding and in the head."""
-    grown = [MODEL.load(abroad("gpt_neox")[0]) for _ in range(2)]
+def test_new_rows_of_a_foreign_model_are_the_same_at_each_load(foreign):
+    """New rows are the mean of the old rows, in the embedding and in the head."""
+    grown = [MODEL.load(foreign("gpt_neox")[0]) for _ in range(2)]
     for model in grown:
         MODEL.grow_vocabulary(model, VOCAB + 3)
     for first, second in zip(*(model.inner.state_dict().values() for model in grown), strict=True):

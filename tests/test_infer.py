@@ -1263,7 +1263,7 @@ def test_an_adapters_folder_is_its_base_with_the_adapter(infer, model_folder, tm
     saved_adapter(model_folder, tmp_path / "adapter", 0)
     plain, flag = infer("--prompt", "The red", *GREEDY)[0], infer("--prompt", "The red", "--adapter", tmp_path / "adapter", *GREEDY)[0]
     assert infer("--prompt", "The red", *GREEDY, folder=tmp_path / "adapter")[0] == flag != plain
-    with pytest.raises(UserError, match="is an adapter itself; give its base model"):
+    with pytest.raises(UserError, match="is an adapter; give its base model"):
         infer("--prompt", "a", "--adapter", tmp_path / "adapter", folder=tmp_path / "adapter")
 
 
@@ -1326,8 +1326,8 @@ def test_mistakes_are_one_line_and_status_two(monkeypatch, capsys, tmp_path, mod
         ((*model, "--top-p", 3), ["inference.top_p", "3"]),
         ((*model, "--max-new-tokens", "many"), ["inference.max_new_tokens", "many"]),
         ((*model, "--model.hidden_size", 64), ["model.hidden_size", "fixed"]),
-        (("--model", tmp_path / "out"), ["holds no finished model", "--model", "ckpt-step-000100"]),
-        (("--model", tmp_path / "bare"), ["holds no finished model", "TRAIN.py"]),
+        (("--model", tmp_path / "out"), ["contains no finished model", "--model", "ckpt-step-000100"]),
+        (("--model", tmp_path / "bare"), ["contains no finished model", "TRAIN.py"]),
         (("--model", tmp_path / "nowhere"), ["model.name", "nowhere"]),
         (("--model.preset", "llama-1m"), ["model.preset", "--model"]),
         (("--model", "somebody/no-such-model"), ["somebody/no-such-model", "--model.preset"]),
@@ -1341,7 +1341,7 @@ def test_mistakes_are_one_line_and_status_two(monkeypatch, capsys, tmp_path, mod
 def test_a_tokenizer_too_large_for_the_model(infer, tmp_path):
     TOKENIZER.save(TOKENIZER.train(make_text(300), 400), tmp_path)
     size = len(TOKENIZER.load(tmp_path))
-    with pytest.raises(UserError, match=f"vocab_size 320 is smaller than the tokenizer's {size} ids"):
+    with pytest.raises(UserError, match=f"vocab_size 320 is smaller than the tokenizer's vocabulary size {size}"):
         infer("--prompt", "x", "--tokenizer.name", tmp_path)
 
 

@@ -79,7 +79,7 @@ every_kernel = pytest.mark.parametrize("kernel", ["eager", "sdpa", "auto"])
 
 
 def roughen(model, seed: int):
-    """Norms that are all one and biases that are all zero could be swapped or dropped unseen."""
+    """Add noise to norms and biases: if all are one or zero, swapping or dropping them would have no effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -90,7 +90,7 @@ def roughen(model, seed: int):
 
 @cache
 def reference(family: str):
-    """A tiny random transformers model; the same object for every test, so nobody may change it."""
+    """A tiny random transformers model. All tests share the object, so they must not change it."""
     prefix, knobs = FAMILIES[family]
     config = getattr(transformers, prefix + "Config")(**knobs, **NO_SPECIALS, attn_implementation="eager")
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def reference(family: str):
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
-    """hub(family): the folder that save_pretrained wrote."""
+    """hub(family): a folder written by save_pretrained."""
     root = tmp_path_factory.mktemp("hub")
 
     def folder(family: str) -> Path:
@@ -140,7 +140,7 @@ def with_kernel(folder: Path, kernel: str):
 
 
 @every_family
-def test_transformers_folder_gives_the_same_logits(family, hub):
+def test_logits_of_a_transformers_folder_equal_transformers(family, hub):
     ids = ids_of(2, 24)
     model = MODEL.load(hub(family))
     assert not model.training and model.dtype == torch.float32
@@ -149,7 +149,7 @@ def test_transformers_folder_gives_the_same_logits(family, hub):
 
 
 @every_decoder
-def test_greedy_text_equals_transformers(family, hub):
+def test_greedy_generation_equals_transformers(family, hub):
     prompts = [ids_of(7, seed=1).tolist(), ids_of(12, seed=2).tolist()]
     ours = INFER.generate(MODEL.load(hub(family)), prompts, INFER.Sampling(30, temperature=0, ignore_eos=True))
     for prompt, [completion] in zip(prompts, ours):
@@ -159,7 +159,7 @@ def test_greedy_text_equals_transformers(family, hub):
 
 
 def their_gradients(hf) -> dict[str, torch.Tensor]:
-    """Gradients of a transformers model under our names and layouts."""
+    """Gradients of a transformers model with the names and layouts of MODEL.py."""
     bert = [("bert.embeddings.word_embeddings", "model.embed_tokens"), ("bert.embeddings.position_embeddings", "model.embed_positions"),
             ("bert.embeddings.token_type_embeddings", "model.embed_types"), ("bert.embeddings.LayerNorm", "model.embed_norm"),
             ("bert.encoder.layer", "model.layers"), ("attention.self.query", "self_attn.q_proj"), ("attention.self.key", "self_attn.k_proj"),
@@ -192,10 +192,10 @@ def test_gradients_equal_transformers(family, hub):
     ours = {name: weight.grad for name, weight in model.named_parameters()}
     assert set(ours) == set(expected)
     for name, gradient in ours.items():
-        if gradient is None or expected[name] is None:  # a second token type that no token has
+        if gradient is None or expected[name] is None:  # an unused token type
             assert gradient is None and expected[name] is None
             continue
-        error = (gradient - expected[name]).norm() / expected[name].norm().clamp(min=1e-2)  # key biases are exactly 0
+        error = (gradient - expected[name]).norm() / expected[name].norm().clamp(min=1e-2)  # gradients of key biases are 0
         assert error < 1e-4, (name, float(error))
 
 
@@ -240,8 +240,8 @@ IN_TRANSFORMERS = ("query norm", "query norm and all attention biases", "window"
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
-def test_a_mixture_of_knobs_is_written_as_what_computes_it(mixture, tmp_path):
-    """Either a family of transformers computes the very same, or the folder says that none does."""
+def test_a_mixed_architecture_is_saved_as_a_family_that_computes_it(mixture, tmp_path):
+    """Either a family of transformers computes the same logits, or model_type is custom."""
     model = tiny(**MIXTURES[mixture])
     MODEL.save(model, tmp_path)
     ids = ids_of(1, 16)
@@ -272,7 +272,7 @@ def test_score_head_opens_in_transformers(family, hub, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama-gqa"])
 def test_transformers_classifier_gives_the_same_scores(family, tmp_path):
-    """Its number of labels stands in config.json as names of labels."""
+    """transformers stores the number of labels as label names in config.json."""
     config = type(reference(family).config)(**{**reference(family).config.to_dict(), "num_labels": 3})
     hf = roughen(transformers.AutoModelForSequenceClassification.from_config(config), 2).eval()
     hf.save_pretrained(tmp_path)
@@ -293,7 +293,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
         exact = MODEL.load(tmp_path)(ids_of(2, 24)).logits
         ours, theirs = model(ids_of(2, 24)).logits, hf.eval()(ids_of(2, 24)).logits
     assert ours.dtype == torch.bfloat16
-    assert (ours.float() - exact).norm() < 1.3 * (theirs.float() - exact).norm()  # no more rounding than theirs
+    assert (ours.float() - exact).norm() < 1.3 * (theirs.float() - exact).norm()  # no more rounding than transformers
     assert MODEL.load(tmp_path).dtype == torch.float32
     MODEL.save(model, tmp_path / "again")
     assert {t.dtype for t in load_file(tmp_path / "again" / "model.safetensors").values()} == {torch.bfloat16}
@@ -301,7 +301,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
 
 
 def test_rope_angles_stay_float32_in_bfloat16(tmp_path):
-    """bf16 counts 256, 258, 260: with angles in it, neighbours far from the start would stand at one place."""
+    """bf16 represents 256, 258, 260: bf16 angles would give adjacent tokens far from the start the same position."""
     MODEL.save(tiny(max_position_embeddings=4096), tmp_path)
     positions = torch.tensor([[3001]])
     exact, _ = MODEL.load(tmp_path).model.rope_tables(positions, torch.float32)
@@ -311,7 +311,7 @@ def test_rope_angles_stay_float32_in_bfloat16(tmp_path):
     assert torch.equal(converted, exact)
 
 
-def test_heads_are_chosen_and_fresh_ones_follow_the_seed(hub):
+def test_heads_are_selected_and_new_heads_depend_on_the_seed(hub):
     folder = hub("llama-gqa")
     ids = ids_of(1, 6)
     both = MODEL.load(folder, head=("lm", "value"))
@@ -362,8 +362,8 @@ def test_rope_frequencies_equal_transformers(kind):
 
 
 def test_yarn_follows_the_paper():
-    """Peng 2023, section 3.2 (dimension d turns r(d) = L / wavelength times) and eq. 15; the ramp between the two
-    ends is linear in the dimension, as in the authors' released code."""
+    """Peng 2023, section 3.2 (dimension d makes r(d) = L / wavelength rotations) and eq. 15; the ramp is linear in the dimension,
+    as in the authors' released code."""
     dim, base, scale, length, beta_fast, beta_slow = 128, 1e6, 4.0, 32768, 32.0, 1.0
     stand_in = types.SimpleNamespace(hidden_size=512, num_attention_heads=4, max_position_embeddings=131072)
     ours, factor = our_rope(stand_in, **BIG_YARN)
@@ -374,7 +374,7 @@ def test_yarn_follows_the_paper():
         turns = length * theta / (2 * math.pi)
         gamma = 1 - min(max((d - low) / (high - low), 0), 1)
         assert float(ours[d]) == pytest.approx((1 - gamma) * theta / scale + gamma * theta, rel=1e-5)
-        if turns > beta_fast * 1.3:  # one dimension further than the rounded end
+        if turns > beta_fast * 1.3:  # at least one dimension beyond the rounded boundary
             assert float(ours[d]) == pytest.approx(theta, rel=1e-5)
         if turns < beta_slow / 1.3:
             assert float(ours[d]) == pytest.approx(theta / scale, rel=1e-5)
@@ -382,7 +382,7 @@ def test_yarn_follows_the_paper():
 
 
 def test_llama3_frequencies_follow_metas_reference():
-    """apply_scaling of Meta's llama-models, a frequency at a time."""
+    """apply_scaling of Meta's llama-models, for each frequency separately."""
     stand_in = types.SimpleNamespace(hidden_size=512, num_attention_heads=4, max_position_embeddings=131072)
     ours, factor = our_rope(stand_in, **ROPES["llama3"])
     kinds = set()
@@ -417,7 +417,7 @@ def test_rotation_turns_each_pair_as_a_complex_number():
 
 
 @pytest.mark.parametrize("scaling", [dict(LLAMA3), dict(YARN), dict(rope_type="linear", factor=2.0, rope_theta=100.0)])
-def test_both_spellings_of_rope_mean_the_same(scaling):
+def test_both_formats_of_rope_keys_are_equivalent(scaling):
     theta = scaling.pop("rope_theta")
     plain = dict(SIZES, model_type="llama")
     unprefixed = {"type" if k == "rope_type" else k: v for k, v in scaling.items()}
@@ -431,15 +431,15 @@ def test_both_spellings_of_rope_mean_the_same(scaling):
     assert default == MODEL.config_from_hub(dict(plain, rope_theta=theta, rope_scaling=None)) != configs[0]
 
 
-def test_keys_without_use_are_ignored():
+def test_unused_config_keys_are_ignored():
     raw = dict(SIZES, model_type="llama", use_cache=True, pretraining_tp=1, torch_dtype="float16", _name_or_path="x",
                transformers_version="4.30.0", sliding_window=7, layer_types=["nonsense"])
     assert MODEL.config_from_hub(raw) == MODEL.config_from_hub(dict(SIZES, model_type="llama"))
 
 
 @pytest.mark.parametrize("prefix", ["Llama", "Mistral", "Qwen2", "Qwen3", "GPT2"])
-def test_absent_keys_take_the_defaults_of_the_class(prefix):
-    """A config.json may leave out what its class implies: a bare one must mean what transformers takes it for."""
+def test_missing_config_keys_take_the_class_defaults(prefix):
+    """A config.json may omit keys that have their default, so the defaults must be those of transformers."""
     theirs = getattr(transformers, prefix + "Config")()
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     spelling = MODEL.FAMILIES["gpt2"].names if prefix == "GPT2" else {}
@@ -456,8 +456,8 @@ def test_absent_keys_take_the_defaults_of_the_class(prefix):
     assert {name: getattr(ours, name) for name in expected} == expected
 
 
-def test_features_that_are_not_computed_are_refused():
-    """Ignoring a key that changes the numbers would give a working model with wrong answers."""
+def test_unsupported_features_are_refused():
+    """Ignoring a key that changes the computation would load a model with wrong outputs."""
     for key, value in (("scale_attn_by_inverse_layer_idx", True), ("reorder_and_upcast_attn", True),
                        ("scale_attn_weights", False)):
         with pytest.raises(UserError, match=key):
@@ -465,7 +465,7 @@ def test_features_that_are_not_computed_are_refused():
 
 
 @pytest.mark.parametrize("preset", MODEL.PRESETS)
-def test_presets_survive_config_json(preset):
+def test_presets_round_trip_through_config_json(preset):
     config = MODEL.preset_config(preset)
     raw = json.loads(json.dumps(MODEL.config_to_hub(config)))
     assert raw["model_type"] == config.model_type
@@ -489,11 +489,11 @@ def test_generation_config_overrides_the_end_of_text(hub, tmp_path):
     assert config.eos_ids == [5, 9] and config.pad_token_id == 3
 
 
-# ------------------------------------------------------------------------------------------ hub files as they are
+# ------------------------------------------------------------------------------------------------ files of the hub
 
 
-def forge(folder: Path, family: str, state: dict, name: str = "model.safetensors", **config) -> Path:
-    """A folder with a family's config.json and whatever tensors."""
+def write_folder(folder: Path, family: str, state: dict, name: str = "model.safetensors", **config) -> Path:
+    """A folder with a family's config.json and any tensors."""
     folder.mkdir(exist_ok=True)
     raw = {**reference(family).config.to_diff_dict(), **config}
     (folder / "config.json").write_text(json.dumps(raw))
@@ -515,7 +515,7 @@ def assert_loads(folder: Path, family: str):
 
 
 def hub_logits(folder: Path) -> torch.Tensor:
-    """transformers' logits of a folder."""
+    """The logits of transformers for the model in a folder."""
     with torch.no_grad():
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids_of(1, 20)).logits
 
@@ -527,19 +527,19 @@ def our_logits(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("family, embedding", [("llama-gqa", "model.embed_tokens.weight"), ("gpt2", "transformer.wte.weight")])
 @pytest.mark.parametrize("case", ["a head that differs", "the head alone", "both are equal"])
-def test_a_head_that_config_json_calls_tied(family, embedding, case, tmp_path):
+def test_a_head_that_config_json_declares_tied(family, embedding, case, tmp_path):
     state = weights_of(family)
     head = state[embedding].clone() if case == "both are equal" else torch.randn_like(state[embedding])
     state["lm_head.weight"] = head
     if case == "the head alone":
         del state[embedding]
-    folder = forge(tmp_path / "tied", family, state, tie_word_embeddings=True)
+    folder = write_folder(tmp_path / "tied", family, state, tie_word_embeddings=True)
     close(our_logits(folder), hub_logits(folder), 1e-4)
     MODEL.save(MODEL.load(folder), tmp_path / "again")
     close(hub_logits(tmp_path / "again"), hub_logits(folder), 1e-4)
 
 
-def test_a_single_file_comes_before_an_index_of_shards(hub, tmp_path):
+def test_a_single_file_is_preferred_to_an_index(hub, tmp_path):
     transformers.AutoModelForCausalLM.from_pretrained(hub("llama-gqa")).save_pretrained(tmp_path, max_shard_size="10KB")
     MODEL.save(tiny(seed=9), tmp_path / "newer")
     for name in ("model.safetensors", "config.json"):
@@ -554,8 +554,8 @@ def test_a_single_file_comes_before_an_index_of_shards(hub, tmp_path):
     dict(rope_parameters=dict(LLAMA3), original_max_position_embeddings=16),
     dict(rope_parameters={k: v for k, v in YARN.items() if k != "original_max_position_embeddings"}, original_max_position_embeddings=16),
 ])
-def test_rope_spelled_twice_is_read_as_transformers_reads_it(change, tmp_path):
-    """v4's key beside v5's, and the original length outside of both."""
+def test_duplicate_rope_keys_are_read_as_in_transformers(change, tmp_path):
+    """The keys of v4 and v5 together, and the original length outside of both."""
     MODEL.save(tiny(), tmp_path)
     before, raw = our_logits(tmp_path), json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**raw, **({} if "rope_scaling" in change else {"rope_scaling": None}), **change}))
@@ -563,39 +563,39 @@ def test_rope_spelled_twice_is_read_as_transformers_reads_it(change, tmp_path):
     assert apart(our_logits(tmp_path), before) > 1e-3
 
 
-def test_gpt2_as_on_the_hub(tmp_path):
-    """The first uploads: base class without prefix and with mask buffers; later ones with masked_bias and lm_head."""
+def test_gpt2_files_of_the_hub_load(tmp_path):
+    """Early files: base class without prefix, with mask buffers; later files: with masked_bias and lm_head."""
     state = weights_of("gpt2")
     head = state.pop("lm_head.weight")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(2)}
-    assert_loads(forge(tmp_path / "bare", "gpt2", bare | masks), "gpt2")
+    assert_loads(write_folder(tmp_path / "bare", "gpt2", bare | masks), "gpt2")
     masked = {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
     masks = {f"transformer.{name}": mask.bool() for name, mask in masks.items()}
-    assert_loads(forge(tmp_path / "prefixed", "gpt2", state | masks | masked | {"lm_head.weight": head}), "gpt2")
+    assert_loads(write_folder(tmp_path / "prefixed", "gpt2", state | masks | masked | {"lm_head.weight": head}), "gpt2")
 
 
-def test_llama_as_on_the_hub(tmp_path):
-    """Early Llamas carry rotary buffers; a base class has no `model.` prefix, and its head is the embedding."""
+def test_llama_files_of_the_hub_load(tmp_path):
+    """Early Llama files contain rotary buffers; a base class has no `model.` prefix, and its head is the embedding."""
     old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
-    assert_loads(forge(tmp_path / "old", "llama-gqa", weights_of("llama-gqa") | old), "llama-gqa")
+    assert_loads(write_folder(tmp_path / "old", "llama-gqa", weights_of("llama-gqa") | old), "llama-gqa")
     base = {name.removeprefix("model."): t for name, t in weights_of("llama-mqa").items() if name != "lm_head.weight"}
-    assert_loads(forge(tmp_path / "base", "llama-mqa", base, architectures=["LlamaModel"]), "llama-mqa")
-    tied = forge(tmp_path / "tied", "llama-mqa", weights_of("llama-mqa"))
+    assert_loads(write_folder(tmp_path / "base", "llama-mqa", base, architectures=["LlamaModel"]), "llama-mqa")
+    tied = write_folder(tmp_path / "tied", "llama-mqa", weights_of("llama-mqa"))
     assert "lm_head.weight" in load_file(tied / "model.safetensors")
     assert_loads(tied, "llama-mqa")
     model = MODEL.load(tied)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_pickled_weights(tmp_path):
-    folder = forge(tmp_path / "one", "llama-gqa", weights_of("llama-gqa"), "pytorch_model.bin")
+def test_pickled_weights_load(tmp_path):
+    folder = write_folder(tmp_path / "one", "llama-gqa", weights_of("llama-gqa"), "pytorch_model.bin")
     assert_loads(folder, "llama-gqa")
     state = weights_of("llama-gqa")
     names = list(state)
     parts = {"pytorch_model-00001-of-00002.bin": names[:7], "pytorch_model-00002-of-00002.bin": names[7:]}
     for file, keys in parts.items():
-        folder = forge(tmp_path / "two", "llama-gqa", {key: state[key] for key in keys}, file)
+        folder = write_folder(tmp_path / "two", "llama-gqa", {key: state[key] for key in keys}, file)
     index = {"metadata": {}, "weight_map": {key: file for file, keys in parts.items() for key in keys}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert_loads(folder, "llama-gqa")
@@ -604,9 +604,9 @@ def test_pickled_weights(tmp_path):
         MODEL.load(folder)
 
 
-def test_pickles_from_before_the_zip_format(tmp_path):
-    """torch before 1.6 wrote plain pickles, and so are the oldest uploads (gpt2's among them)."""
-    folder = forge(tmp_path, "gpt2", {}, "pytorch_model.bin")
+def test_pickles_in_the_old_format_load(tmp_path):
+    """torch before 1.6 wrote plain pickles, which the oldest files of the hub are (gpt2, for example)."""
+    folder = write_folder(tmp_path, "gpt2", {}, "pytorch_model.bin")
     torch.save(weights_of("gpt2"), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert_loads(folder, "gpt2")
 
@@ -623,7 +623,7 @@ class Payload:
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_pickled_code_is_refused_and_not_run(form, tmp_path):
-    folder, marker = forge(tmp_path / "model", "llama-gqa", {}, "pytorch_model.bin"), tmp_path / "ran"
+    folder, marker = write_folder(tmp_path / "model", "llama-gqa", {}, "pytorch_model.bin"), tmp_path / "ran"
     state = weights_of("llama-gqa") | {"lm_head.bias": Payload(marker)}
     path = folder / "pytorch_model.bin"
     if form == "pickle":
@@ -632,7 +632,7 @@ def test_pickled_code_is_refused_and_not_run(form, tmp_path):
     else:
         torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
         torch.load(path, weights_only=False)
-    assert marker.exists()  # the payload is a real one
+    assert marker.exists()  # the payload works
     marker.rmdir()
     with pytest.raises(UserError, match="pytorch_model.bin"):
         MODEL.load(folder)
@@ -644,11 +644,11 @@ def test_shards_are_written_and_read(tmp_path, monkeypatch):
 
     model, whole = tiny(), huggingface_hub.save_torch_state_dict
 
-    def in_pieces(state, folder, **options):
+    def in_shards(state, folder, **options):
         return whole(state, folder, max_shard_size="10KB")
 
     MODEL.save(tiny(seed=9), tmp_path)
-    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", in_pieces)
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", in_shards)
     MODEL.save(model, tmp_path)
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 2 and not (tmp_path / "model.safetensors").exists()
@@ -659,10 +659,10 @@ def test_shards_are_written_and_read(tmp_path, monkeypatch):
         close(hf(ids_of(1, 20)).logits, expected, 1e-4)
     monkeypatch.undo()
     MODEL.save(model, tmp_path)
-    assert {path.name for path in tmp_path.glob("model*")} == {"model.safetensors"}  # no stale shard, no stale index
+    assert {path.name for path in tmp_path.glob("model*")} == {"model.safetensors"}  # old shards and the index are removed
 
 
-def spoil(state: dict, how: str) -> dict:
+def damaged(state: dict, how: str) -> dict:
     key = "model.layers.1.mlp.up_proj.weight"
     if how == "missing":
         state.pop(key)
@@ -677,18 +677,18 @@ def spoil(state: dict, how: str) -> dict:
 
 @pytest.mark.parametrize("how, named", [("missing", "missing tensor model.layers.1.mlp.up_proj.weight"),
                                         ("extra", "unexpected tensor model.layers.2.mlp.up_proj.weight"),
-                                        ("misshapen", r"model.layers.1.mlp.up_proj.weight is \(48, 31\).*\(48, 32\)"),
+                                        ("misshapen", r"model.layers.1.mlp.up_proj.weight has shape \(48, 31\).*\(48, 32\)"),
                                         ("headless", "missing tensor lm_head.weight")])
-def test_tensors_have_to_fit(how, named, tmp_path):
-    folder = forge(tmp_path, "llama-gqa", spoil(weights_of("llama-gqa"), how))
+def test_mismatched_tensors_are_refused(how, named, tmp_path):
+    folder = write_folder(tmp_path, "llama-gqa", damaged(weights_of("llama-gqa"), how))
     with pytest.raises(UserError, match=named) as error:
         MODEL.load(folder)
     assert str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_a_file_cut_short(name, tmp_path):
-    folder = forge(tmp_path, "llama-gqa", weights_of("llama-gqa"), name)
+def test_a_truncated_file_is_refused(name, tmp_path):
+    folder = write_folder(tmp_path, "llama-gqa", weights_of("llama-gqa"), name)
     data = (folder / name).read_bytes()
     for size in (0, 5, len(data) // 2, len(data) - 1):
         (folder / name).write_bytes(data[:size])
@@ -699,7 +699,7 @@ def test_a_file_cut_short(name, tmp_path):
 @pytest.mark.parametrize("text, named", [("{", "not valid JSON"), ("[1, 2]", "config.json"), ('{"model_type": "t5"}', "t5"),
                                          ("{}", "model_type"), ('{"model_type": "llama", "hidden_size": "wide"}', "config.json"),
                                          (None, "config.json.*missing")])
-def test_a_config_that_is_none(text, named, tmp_path):
+def test_an_invalid_config_json_is_refused(text, named, tmp_path):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=named) as error:
@@ -707,7 +707,7 @@ def test_a_config_that_is_none(text, named, tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
-def test_a_folder_without_weights(hub, tmp_path):
+def test_a_folder_without_weights_is_refused(hub, tmp_path):
     shutil.copy(hub("llama-gqa") / "config.json", tmp_path)
     with pytest.raises(UserError, match="model.safetensors"):
         MODEL.load(tmp_path)
@@ -715,7 +715,7 @@ def test_a_folder_without_weights(hub, tmp_path):
         MODEL.load(tmp_path / "elsewhere")
 
 
-def test_an_index_that_is_none(hub, tmp_path):
+def test_an_invalid_index_is_refused(hub, tmp_path):
     shutil.copy(hub("llama-gqa") / "config.json", tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}}')
     with pytest.raises(UserError, match="index.json"):
@@ -727,7 +727,7 @@ def test_an_index_that_is_none(hub, tmp_path):
 
 @pytest.fixture()
 def batch():
-    """ids, targets and positions with one masked target and a padded end."""
+    """ids, targets and positions with one masked target and padding at the end."""
     ids, targets = ids_of(3, 8, seed=7), ids_of(3, 8, seed=8)
     positions = torch.arange(8).expand(3, 8).clone()
     targets[0, 2], positions[1, 6:] = -100, -1
@@ -744,7 +744,7 @@ def gradients_of(model, loss) -> dict:
 @pytest.mark.parametrize("keep", [0, 2**40])
 @pytest.mark.parametrize("chunk", [1, 4 * VOCAB * 5, 2**25])
 def test_logprobs_and_entropy_equal_log_softmax(temperature, chunk, keep, batch, monkeypatch):
-    """At any chunk size, kept or computed again, to the gradients."""
+    """For any chunk size, with logits kept or recomputed; values and gradients."""
     monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", (chunk, chunk))
     monkeypatch.setattr(MODEL, "HEAD_KEEP_BYTES", keep)
     ids, targets, positions, trained = batch
@@ -763,7 +763,7 @@ def test_logprobs_and_entropy_equal_log_softmax(temperature, chunk, keep, batch,
         assert (ours[name] - theirs[name]).norm() <= 1e-5 * theirs[name].norm() + 1e-7, name
 
 
-def test_untrained_places_are_exactly_zero(batch):
+def test_masked_positions_are_exactly_zero(batch):
     ids, targets, positions, trained = batch
     model = tiny()
     out = model(ids, positions, targets=targets, reduce=lambda logits, rows: {"top": logits.amax(-1)}, want=("entropy",))
@@ -774,7 +774,7 @@ def test_untrained_places_are_exactly_zero(batch):
 
 
 @pytest.mark.parametrize("keep", [0, 2**40])
-def test_reduce_sees_the_models_own_logits(keep, batch, monkeypatch):
+def test_reduce_receives_the_logits(keep, batch, monkeypatch):
     monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", (4 * VOCAB * 4, 4 * VOCAB * 4))
     monkeypatch.setattr(MODEL, "HEAD_KEEP_BYTES", keep)
     ids, targets, positions, trained = batch
@@ -787,10 +787,10 @@ def test_reduce_sees_the_models_own_logits(keep, batch, monkeypatch):
 
     out = model(ids, positions, targets=targets, reduce=reduce, temperature=0.5)
     logits = model(ids, positions).logits.flatten(0, 1)
-    places = trained.flatten().nonzero()[:, 0].tolist()
-    assert sorted(seen) == places
-    close(torch.stack([seen[place] for place in places]), logits[places])
-    assert out.reduced["row"].flatten().tolist() == [float(i) if i in places else 0.0 for i in range(24)]
+    indices = trained.flatten().nonzero()[:, 0].tolist()
+    assert sorted(seen) == indices
+    close(torch.stack([seen[index] for index in indices]), logits[indices])
+    assert out.reduced["row"].flatten().tolist() == [float(i) if i in indices else 0.0 for i in range(24)]
     expected = torch.where(trained, (logits * teacher).sum(-1).view(3, 8), 0)
     close(out.reduced["cross"], expected, 1e-4)
     ours, theirs = (gradients_of(model, loss.sum()) for loss in (out.reduced["cross"], expected))
@@ -801,18 +801,18 @@ def test_reduce_sees_the_models_own_logits(keep, batch, monkeypatch):
 
 
 @some_families
-def test_hidden_states_are_in_transformers_order(family, hub):
+def test_hidden_states_have_the_order_of_transformers(family, hub):
     ids = ids_of(2, 9)
     with torch.no_grad():
         ours = MODEL.load(hub(family))(ids, want=("hidden_states",))
         theirs = reference(family)(ids, output_hidden_states=True).hidden_states
     assert len(ours.hidden_states) == len(theirs)
-    for mine, other in zip(ours.hidden_states, theirs):
-        close(mine, other, 1e-4)
+    for states, expected in zip(ours.hidden_states, theirs):
+        close(states, expected, 1e-4)
     assert ours.logits is not None and ours.values is None and ours.entropy is None
 
 
-def test_value_and_score_heads_stand_at_every_position():
+def test_value_and_score_heads_are_applied_at_every_position():
     model = tiny(head=("lm", "value", "score"), num_labels=3)
     with torch.no_grad():
         model.value_head.weight.normal_(generator=torch.Generator().manual_seed(0))
@@ -824,7 +824,7 @@ def test_value_and_score_heads_stand_at_every_position():
     close(model.head_logits(last[0]), out.logits[0])
 
 
-def test_arguments_that_mean_nothing_are_refused():
+def test_invalid_arguments_are_refused():
     model, ids = tiny(), ids_of(1, 4)
     kv = model.new_cache(1, 8)
     step = MODEL.CacheStep(kv, [(*texts_of(kv, 1, 4), 4)])
@@ -835,7 +835,7 @@ def test_arguments_that_mean_nothing_are_refused():
 
 
 class Largest(TorchDispatchMode):
-    """Records the most numbers that any float32 result of an operation held."""
+    """Records the largest number of elements of any float32 result of an operation."""
 
     def __init__(self):
         super().__init__()
@@ -849,7 +849,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_targets_never_hold_all_logits(monkeypatch):
+def test_targets_do_not_allocate_all_logits(monkeypatch):
     vocab, shape = 1000, (8, 16)
     monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", (4 * vocab * 8, 4 * vocab * 8))
     monkeypatch.setattr(MODEL, "HEAD_KEEP_BYTES", 0)
@@ -859,14 +859,14 @@ def test_targets_never_hold_all_logits(monkeypatch):
         with Largest() as largest:
             out = model(ids, **arguments)
             (out.reduced["top"] if out.reduced else out.logprobs).sum().backward()
-        assert vocab * 8 <= largest.numel <= everything / 3, arguments  # the embedding's own gradient is a quarter
+        assert vocab * 8 <= largest.numel <= everything / 3, arguments  # the embedding's gradient is a quarter
     with Largest() as largest:
         model(ids)
-    assert largest.numel == everything  # the instrument does see it
+    assert largest.numel == everything  # the full logits are detected
 
 
 @pytest.mark.parametrize("keep, chunks", [(4 * VOCAB * 24, 3), (4 * VOCAB * 24 - 1, 6)])
-def test_logits_above_the_limit_are_computed_again_for_backward(keep, chunks, monkeypatch):
+def test_large_logits_are_recomputed_in_backward(keep, chunks, monkeypatch):
     monkeypatch.setattr(MODEL, "HEAD_CHUNK_BYTES", (4 * VOCAB * 8, 4 * VOCAB * 8))
     monkeypatch.setattr(MODEL, "HEAD_KEEP_BYTES", keep)
     model, ids, calls = tiny(), ids_of(3, 8), []
@@ -880,7 +880,7 @@ def test_logits_above_the_limit_are_computed_again_for_backward(keep, chunks, mo
 
 
 @every_kernel
-def test_a_batch_of_padding_alone(kernel):
+def test_a_batch_of_only_padding(kernel):
     model, ids = tiny(kernel=kernel), ids_of(2, 5)
     out = model(ids, torch.full((2, 5), -1), targets=ids, want=("entropy", "hidden_states"))
     assert not out.logprobs.any() and not out.entropy.any()
@@ -892,65 +892,65 @@ def test_a_batch_of_padding_alone(kernel):
 
 # ------------------------------------------------------------------------------------------- packing and padding
 
-DOCUMENTS = [[11, 3], [4, 7, 2]]  # lengths in each row of 14; what is left is padding
+DOCUMENTS = [[11, 3], [4, 7, 2]]  # lengths in each row of 14; the rest is padding
 
 
 def pack() -> tuple:
-    """ids, positions, segment_ids (2, 14) and where each document lies: (row, start, ids)."""
-    ids, positions, segments, places = ids_of(2, 14, seed=5), torch.full((2, 14), -1), torch.full((2, 14), -1), []
+    """ids, positions, segment_ids (2, 14), and the documents: (row, start, ids)."""
+    ids, positions, segments, documents = ids_of(2, 14, seed=5), torch.full((2, 14), -1), torch.full((2, 14), -1), []
     for row, lengths in enumerate(DOCUMENTS):
         start = 0
         for number, length in enumerate(lengths):
-            piece = slice(start, start + length)
-            positions[row, piece], segments[row, piece] = torch.arange(length), number
-            places.append((row, start, ids[row, piece]))
+            span = slice(start, start + length)
+            positions[row, span], segments[row, span] = torch.arange(length), number
+            documents.append((row, start, ids[row, span]))
             start += length
-    return ids, positions, segments, places
+    return ids, positions, segments, documents
 
 
-def assert_documents(model, logits, places):
-    for row, start, document in places:
+def assert_documents(model, logits, documents):
+    for row, start, document in documents:
         close(logits[row, start : start + len(document)], model(document[None]).logits[0], 2e-5)
 
 
 @every_kernel
 @some_families
 @pytest.mark.parametrize("training", [True, False])
-def test_packed_documents_equal_separate_ones(family, kernel, training, hub):
-    ids, positions, segments, places = pack()
+def test_packed_documents_equal_separate_documents(family, kernel, training, hub):
+    ids, positions, segments, documents = pack()
     model = with_kernel(hub(family), kernel)
     with torch.set_grad_enabled(training):
         given = model(ids, positions, segment_ids=segments).logits
         default = model(ids, segment_ids=segments).logits
     assert given.isfinite().all() and default.isfinite().all()
     with torch.no_grad():
-        assert_documents(with_kernel(hub(family), "eager"), given, places)
-        assert_documents(model, default, places)
+        assert_documents(with_kernel(hub(family), "eager"), given, documents)
+        assert_documents(model, default, documents)
 
 
 @every_kernel
 @some_families
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(family, kernel, side, hub):
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_changes_nothing(family, kernel, padding, hub):
     ids, lengths = ids_of(3, 12, seed=6), [12, 9, 1]
     positions = torch.full((3, 12), -1)
-    places = []
+    documents = []
     for row, length in enumerate(lengths):
-        start = 12 - length if side == "left" else 0
+        start = 12 - length if padding == "left" else 0
         positions[row, start : start + length] = torch.arange(length)
-        places.append((row, start, ids[row, start : start + length]))
+        documents.append((row, start, ids[row, start : start + length]))
     model = with_kernel(hub(family), kernel)
     for enabled in (True, False):
         with torch.set_grad_enabled(enabled):
             logits = model(ids, positions).logits
         assert logits.isfinite().all()
         with torch.no_grad():
-            assert_documents(with_kernel(hub(family), "eager"), logits, places)
+            assert_documents(with_kernel(hub(family), "eager"), logits, documents)
 
 
 @every_kernel
-def test_padding_passes_no_gradient(kernel):
-    """What stands in a padded place must not reach the weights through the other tokens."""
+def test_padding_contributes_no_gradient(kernel):
+    """Tokens at padded positions must not affect the gradients through other tokens."""
     model = tiny(kernel=kernel)
     ids, positions = ids_of(2, 6), torch.arange(6).expand(2, 6).clone()
     positions[1, 3:] = -1
@@ -967,30 +967,30 @@ def test_padding_passes_no_gradient(kernel):
 def texts_of(kv, count, length):
     """`count` sequences with room for `length` tokens each."""
     made = [MODEL.Sequence() for _ in range(count)]
-    assert all(kv.extend(one, length) for one in made)
+    assert all(kv.extend(sequence, length) for sequence in made)
     return made
 
 
 @torch.no_grad()
 def feed(model, kv, *parts):
-    """One step: the next ids (T,) of each sequence; the logits (T, V) of each."""
+    """Run one step with the next ids (T,) of each sequence; returns the logits (T, V) of each."""
     step = MODEL.CacheStep(kv, [(sequence, len(ids)) for sequence, ids in parts])
     return model(torch.cat([ids for _, ids in parts])[None], cache=step).logits[0].split([len(ids) for _, ids in parts])
 
 
-PAGES = [1, 4, 16]  # tokens a page: many pages of one text, and each text in one page, read in place
+PAGES = [1, 4, 16]  # tokens per page: several pages per sequence, or each sequence in one page that is read in place
 
 
 @every_kernel
 @some_families
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("steps", [[1] * 12, [7, 1, 4], [12]])
-def test_cached_steps_equal_the_whole(family, kernel, steps, page, hub):
+def test_cached_steps_equal_a_full_forward_pass(family, kernel, steps, page, hub):
     model, ids = with_kernel(hub(family), kernel), ids_of(2, 12)
     kv, done, found = model.new_cache(-(-12 // page) * 2, page), 0, []
     both = texts_of(kv, 2, 12)
     for step in steps:
-        found.append(torch.stack(feed(model, kv, *((one, row[done : done + step]) for one, row in zip(both, ids)))))
+        found.append(torch.stack(feed(model, kv, *((sequence, row[done : done + step]) for sequence, row in zip(both, ids)))))
         done += step
     with torch.no_grad():
         close(torch.cat(found, 1), model(ids).logits, 2e-5)
@@ -999,8 +999,8 @@ def test_cached_steps_equal_the_whole(family, kernel, steps, page, hub):
 @pytest.mark.parametrize("gather", [0, 2**20])
 @pytest.mark.parametrize("page", PAGES)
 @some_families
-def test_steps_of_prompts_and_answers_together(family, page, gather, hub, monkeypatch):
-    """Texts that begin, go on and are answered in one step, in any order, in scattered pages."""
+def test_steps_that_mix_prompts_and_decoding(family, page, gather, hub, monkeypatch):
+    """Prompts, continued prompts and single tokens in one step, in any order, in scattered pages."""
     monkeypatch.setitem(MODEL.GATHER_BYTES, "cpu", gather)
     model, texts, random = MODEL.load(hub(family)), ids_of(6, 14), np.random.default_rng(0)
     kv = model.new_cache(6 * -(-14 // page), page)
@@ -1015,13 +1015,13 @@ def test_steps_of_prompts_and_answers_together(family, page, gather, hub, monkey
         for (row, count), found in zip(parts, logits):
             close(found, expected[row, done[row] : done[row] + count], 2e-5)
             done[row] += count
-    for one in open_:
-        kv.close(one)
+    for sequence in open_:
+        kv.close(sequence)
     assert kv.available() == kv.pages and not any(kv.references)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_forks_share_full_pages_and_go_their_own_ways(page):
+def test_forks_share_full_pages_and_diverge(page):
     model, texts = tiny(), ids_of(2, 8)
     texts[1, :5] = texts[0, :5]
     kv = model.new_cache(3 * -(-8 // page), page)
@@ -1039,21 +1039,21 @@ def test_forks_share_full_pages_and_go_their_own_ways(page):
     assert kv.available() == kv.pages
 
 
-def test_known_pages_are_found_until_they_are_needed():
+def test_cached_pages_are_found_until_they_are_evicted():
     model, texts = tiny(), ids_of(3, 13)
     texts[1, :9] = texts[0, :9]
-    kv, [asked, similar, _] = model.new_cache(5, 4), texts.tolist()
+    kv, [prompt, similar, _] = model.new_cache(5, 4), texts.tolist()
     with torch.no_grad():
         expected = model(texts).logits
     [first] = texts_of(kv, 1, 13)
     feed(model, kv, (first, texts[0]))
-    kv.remember(first, asked)
-    assert [kv.find(ids).length for ids in (asked[:12], asked[:4], [*asked[:3], 99, *asked[4:]])] == [8, 0, 0]  # the last is computed
-    assert kv.find(asked, b"adapter").length == 0
+    kv.remember(first, prompt)
+    assert [kv.find(ids).length for ids in (prompt[:12], prompt[:4], [*prompt[:3], 99, *prompt[4:]])] == [8, 0, 0]  # without the last token
+    assert kv.find(prompt, b"adapter").length == 0
     kv = model.new_cache(5, 4)
     [first] = texts_of(kv, 1, 13)
     feed(model, kv, (first, texts[0]))
-    kv.remember(first, asked)
+    kv.remember(first, prompt)
     kv.close(first)
     assert kv.available() == 5
     second = kv.find(similar)
@@ -1061,29 +1061,29 @@ def test_known_pages_are_found_until_they_are_needed():
     assert kv.extend(second, 13)
     close(feed(model, kv, (second, texts[1, 8:]))[0], expected[1, 8:], 2e-5)
     kv.close(second)
-    [third] = texts_of(kv, 1, 13)  # takes unknown pages first, then those that were used least recently
+    [third] = texts_of(kv, 1, 13)  # takes free pages first, then the least recently used
     close(feed(model, kv, (third, texts[2]))[0], expected[2], 2e-5)
     kv.close(third)
-    assert kv.find(asked).length == 4 and not kv.extend(MODEL.Sequence(), 21)
+    assert kv.find(prompt).length == 4 and not kv.extend(MODEL.Sequence(), 21)
 
 
-def test_sequences_move_into_the_gaps_of_others():
+def test_compact_moves_sequences_into_gaps():
     model, texts = tiny(), ids_of(4, 8)
     kv = model.new_cache(4, 8)
     with torch.no_grad():
         expected = model(texts).logits
     four = texts_of(kv, 4, 8)
-    feed(model, kv, *((one, text[:5]) for one, text in zip(four, texts)))
+    feed(model, kv, *((sequence, text[:5]) for sequence, text in zip(four, texts)))
     for number in (0, 2):
         kv.close(four[number])
     left = [four[1], four[3]]
     kv.compact(left)
-    assert sorted(one.pages[0] for one in left) == [0, 1] and sorted(kv.free) == [2, 3]
+    assert sorted(sequence.pages[0] for sequence in left) == [0, 1] and sorted(kv.free) == [2, 3]
     for found, row in zip(feed(model, kv, *((four[row], texts[row, 5:]) for row in (1, 3))), (1, 3)):
         close(found, expected[row, 5:], 2e-5)
 
 
-def test_logits_at_some_places():
+def test_logits_at_selected_positions():
     model, ids = tiny(), ids_of(2, 6)
     with torch.no_grad():
         close(model(ids, at=torch.tensor([3, 10])).logits, model(ids).logits.flatten(0, 1)[[3, 10]])
@@ -1092,10 +1092,10 @@ def test_logits_at_some_places():
 def test_cache_bounds_and_size():
     model = tiny()
     kv = model.new_cache(6, 4)
-    [one] = texts_of(kv, 1, 8)
-    feed(model, kv, (one, ids_of(8)))
+    [sequence] = texts_of(kv, 1, 8)
+    feed(model, kv, (sequence, ids_of(8)))
     with pytest.raises(IndexError):
-        feed(model, kv, (one, ids_of(1)))
+        feed(model, kv, (sequence, ids_of(1)))
     assert not kv.extend(MODEL.Sequence(), 17) and kv.extend(MODEL.Sequence(), 16)
     states = 2 * 2 * 2 * (6 * 4) * 8  # keys and values, layers, heads, slots, head width
     assert kv.bytes() == 4 * states
@@ -1109,7 +1109,7 @@ def test_cache_bounds_and_size():
 
 
 def slow_attention(query, key, value, window):
-    """One sequence (T, H, D), a query at a time."""
+    """Attention of one sequence (T, H, D), for each query separately."""
     result = torch.zeros_like(query)
     group = query.shape[1] // key.shape[1]
     for t in range(len(query)):
@@ -1122,7 +1122,7 @@ def slow_attention(query, key, value, window):
 
 
 def fake_flash(calls: list):
-    """flash_attn's function as its documentation describes it, in loops."""
+    """flash_attn's function according to its documentation, in loops."""
     dtypes = (torch.float16, torch.bfloat16)
 
     def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
@@ -1133,15 +1133,15 @@ def fake_flash(calls: list):
         assert edges[0] == 0 and edges[-1] == len(q) == len(k)
         assert max_seqlen_q == max_seqlen_k == max(b - a for a, b in zip(edges, edges[1:]))
         calls.append("ragged")
-        pieces = [slow_attention(q[a:b], k[a:b], v[a:b], window_size) for a, b in zip(edges, edges[1:])]
-        return torch.cat(pieces)
+        outputs = [slow_attention(q[a:b], k[a:b], v[a:b], window_size) for a, b in zip(edges, edges[1:])]
+        return torch.cat(outputs)
 
     return types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
 
 
 @pytest.fixture()
 def flash(monkeypatch):
-    """flash() pretends that flash-attn is installed, and returns the list of calls to it."""
+    """flash() installs a fake flash-attn and returns the list of its calls."""
     def install():
         calls = []
         monkeypatch.setitem(sys.modules, "flash_attn", fake_flash(calls))
@@ -1155,7 +1155,7 @@ def flash(monkeypatch):
 
 @some_families
 def test_flash_attention_of_packed_and_padded_batches(family, hub, flash):
-    ids, positions, segments, places = pack()
+    ids, positions, segments, documents = pack()
     left = torch.tensor([[-1] * 5 + list(range(9)), list(range(14))])
     cases = {"dense": dict(), "packed": dict(positions=positions, segment_ids=segments), "left padding": dict(positions=left),
              "segments": dict(segment_ids=segments)}
@@ -1173,7 +1173,7 @@ def test_flash_attention_of_packed_and_padded_batches(family, hub, flash):
         kv = model.new_cache(2, 14)
         found = torch.stack(feed(model, kv, *zip(texts_of(kv, 2, 14), ids)))
         assert apart(found, eager(ids).logits) < 1e-2
-    assert not calls  # cached states are read group by group
+    assert not calls  # cached states are not read by flash-attn
 
 
 def test_flash_attention_passes_gradients(flash):
@@ -1187,8 +1187,8 @@ def test_flash_attention_passes_gradients(flash):
         assert apart(found[1][name], found[0][name]) < 2e-2, name
 
 
-def test_flash_attention_is_left_alone_where_it_cannot_run(flash):
-    """flash-attn has no float32 kernels: auto computes a float32 model with what has."""
+def test_flash_attention_is_not_used_where_it_cannot_run(flash):
+    """flash-attn has no float32 kernels, so auto uses others for a float32 model."""
     with pytest.raises(UserError, match="flash_attention_2 needs"):
         MODEL.choose_attention("flash_attention_2")
     with pytest.raises(UserError, match="nonsense"):
@@ -1207,7 +1207,7 @@ def test_flash_attention_is_left_alone_where_it_cannot_run(flash):
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral"])
 def test_gradient_checkpointing_changes_nothing_but_memory(family, hub, monkeypatch):
-    """With dropout on: the second forward pass has to draw the same numbers."""
+    """With dropout, the second forward pass must draw the same random numbers."""
     ids, positions, segments, _ = pack()
     config = dataclasses.replace(MODEL.read_config(hub(family)), resid_pdrop=0.1, attention_dropout=0.1)
     found, forwards = [], []
@@ -1228,7 +1228,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(family, hub, monkeypa
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 @pytest.mark.parametrize("which", ["attention_dropout", "resid_pdrop", "embd_pdrop"])
-def test_each_dropout_works_in_training_alone(which, kernel):
+def test_each_dropout_works_only_in_training(which, kernel):
     gpt2 = MODEL.config_from_hub(dict(GPT2, model_type="gpt2"))
     assert (gpt2.attention_dropout, gpt2.resid_pdrop, gpt2.embd_pdrop) == (0.1, 0.1, 0.1)
     none = dict(attention_dropout=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
@@ -1255,7 +1255,7 @@ def test_dropout_on_attention_keeps_its_mean(kernel):
     assert float(output.mean()) == pytest.approx(1, abs=0.02) and output.std() > 0.05
 
 
-def test_initial_weights_have_the_stated_spread():
+def test_initial_weights_have_the_documented_standard_deviation():
     config = ModelConfig(**{**SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8,
                             "initializer_range": 0.02, "attention_bias": True, "attention_out_bias": True})
     model = MODEL.build(config, ("lm", "value"), seed=3)
@@ -1284,7 +1284,7 @@ def prompts():
 @pytest.mark.parametrize("family", ["gpt2", "llama-gqa", "llama-biases", "llama-mqa", "qwen3"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 def test_fused_and_packed_weights_compute_the_same(family, stored, hub, capsys, monkeypatch):
-    """Weights that 16 bits can represent are kept so. What they compute equals float32 arithmetic on the same numbers."""
+    """Weights that 16 bits represent exactly stay in 16 bits. The results equal those of the same weights in float32."""
     monkeypatch.setattr(INFER, "PACK_WIDTH", 0)
     ids, greedy = ids_of(2, 16), INFER.Sampling(12, temperature=0, ignore_eos=True)
     plain = MODEL.load(hub(family), stored if stored == "bfloat16" else "float32")
@@ -1296,12 +1296,12 @@ def test_fused_and_packed_weights_compute_the_same(family, stored, hub, capsys, 
     tuned = INFER.configure_for_hardware(plain.bfloat16() if stored == "bfloat16" else plain)
     assert not hasattr(tuned.model.layers[0].self_attn, "q_proj")
     assert tuned.dtype == (torch.bfloat16 if fast else torch.float32)
-    said, half = capsys.readouterr().err, "fbgemm" in torch.backends.quantized.supported_engines
+    log, half = capsys.readouterr().err, "fbgemm" in torch.backends.quantized.supported_engines
     if not fast:
         linears = [module for module in tuned.modules() if isinstance(module, INFER.PackedLinear)]
-        assert len(linears) == 4 * tuned.config.num_hidden_layers + 1  # with the head
+        assert len(linears) == 4 * tuned.config.num_hidden_layers + 1  # including the head
         assert all(linear.half == (half and stored != "float32") for linear in linears)
-        assert ("float16 weights" in said) == (half and stored != "float32")
+        assert ("float16 weights" in log) == (half and stored != "float32")
     with torch.no_grad():
         error = (tuned(ids).logits.float() - expected).norm() / expected.norm()
     assert error < (3e-2 if fast else 1e-5)
@@ -1317,9 +1317,9 @@ def test_weights_that_float16_would_round_stay_float32(monkeypatch):
     monkeypatch.setattr(MODEL, "fast_half", lambda device: None)
     exact = torch.randn(1500, 8, generator=torch.Generator().manual_seed(0)).half()
     assert INFER.fits_float16(exact) and INFER.fits_float16(exact.float())
-    for place, number in ((0, 1 / 3), (1400, 1 / 3), (1400, 1e5), (3, float("nan"))):
+    for index, number in ((0, 1 / 3), (1400, 1 / 3), (1400, 1e5), (3, float("nan"))):
         rounded = exact.float()
-        rounded[place] = number
+        rounded[index] = number
         assert not INFER.fits_float16(rounded)
     assert INFER.fits_float16(torch.tensor([[2.0**-30, -2.0**-24, 60000.0]])) and INFER.fits_float16(torch.zeros(2, 3))
     usual = (exact * 0.02).bfloat16()
@@ -1353,7 +1353,7 @@ print((max(peak, resident()) - before) / weights, weights / 1e6)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-def test_loading_holds_the_weights_once(hub, tmp_path):
+def test_loading_keeps_one_copy_of_the_weights(hub, tmp_path):
     config = ModelConfig(vocab_size=16000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4)
     state = {name: torch.zeros(weight.shape) for name, weight in MODEL.build(config, device="meta").state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
@@ -1366,7 +1366,7 @@ def test_loading_holds_the_weights_once(hub, tmp_path):
 
 
 class Allocated(TorchDispatchMode):
-    """Counts the numbers that were allocated on the CPU to be filled later."""
+    """Counts the elements of uninitialized tensors on the CPU."""
 
     numel = 0
 
@@ -1397,14 +1397,14 @@ def test_list_shows_every_preset(capsys):
     assert rows["gpt2-124m"] == ["gpt2-124m", "gpt2", "124,439,808", "124,439,808", "12", "768", "12", "12", "1024"]
 
 
-def test_summary_states_the_costs(capsys, hub):
+def test_summary_shows_the_costs(capsys, hub):
     MODEL.main(["--model.preset", "llama3-8b"])
     text = capsys.readouterr().out
-    flops = 2 * (8_030_261_248 - 128256 * 4096 - 65 * 4096)  # all weights but the embedding and the norms are products
+    flops = 2 * (8_030_261_248 - 128256 * 4096 - 65 * 4096)  # all weights except embedding and norms are matrix products
     assert "8,030,261,248" in text and f"{flops / 1e9:,.3f} G" in text
-    assert f"{2 * 32 * 8 * 128 * 2:,} bytes in 16 bits" in text and "GQA" in text  # K and V, layers, heads, width, bytes
+    assert f"{2 * 32 * 8 * 128 * 2:,} bytes in 16 bits" in text and "GQA" in text  # keys and values, layers, heads, head dimension, bytes
     assert "model.layers.*.self_attn.q_proj.weight" in text
-    scores = 32 * 8192 * 4 * 4096  # layers, context, two products of a multiplication and an addition, width
+    scores = 32 * 8192 * 4 * 4096  # layers, context, 2 products with 2 operations, width
     assert f"at full context {(flops + scores) / 1e9:,.3f} G" in text
     MODEL.main(["--model.preset", "llama-2m", "--model.num_hidden_layers", "3", "--model.vocab_size", "1000"])
     assert "3 x attention" in (text := capsys.readouterr().out) and "vocabulary 1,000" in text
@@ -1416,29 +1416,29 @@ def test_summary_states_the_costs(capsys, hub):
 
 
 @pytest.mark.parametrize("knobs, named", [
-    (dict(hidden_size=30), "num_attention_heads: 4 .*hidden_size 30"),
-    (dict(num_key_value_heads=3), "num_key_value_heads: 3"),
+    (dict(hidden_size=30), "num_attention_heads: hidden_size 30 is not divisible by 4"),
+    (dict(num_key_value_heads=3), "num_key_value_heads: num_attention_heads 4 is not divisible by 3"),
     (dict(head_dim=7), "head_dim: 7"),
     (dict(vocab_size=0), "vocab_size: 0"),
     (dict(attention_dropout=1.0), "attention_dropout"),
     (dict(hidden_act="tanhh"), "hidden_act: 'tanhh'"),
     (dict(sliding_window=0), "sliding_window: 0"),
-    (dict(layer_types=["full_attention"]), "layer_types: 1 entries for 2 layers"),
+    (dict(layer_types=["full_attention"]), "layer_types: expected 2 values .one per layer., found 1"),
     (dict(layer_types=["full_attention", "chunked"]), "chunked"),
     (dict(layer_types=["full_attention", "sliding_attention"]), "sliding_window"),
     (dict(rope_scaling=dict(rope_type="spiral", factor=2.0)), "spiral"),
     (dict(rope_scaling=dict(factor=2.0)), "rope_type"),
-    (dict(rope_scaling=dict(rope_type="yarn")), "yarn needs factor"),
+    (dict(rope_scaling=dict(rope_type="yarn")), "yarn requires factor"),
     (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "low_freq_factor"),
     (dict(norm_type="batchnorm"), "norm_type"),
     (dict(position_embedding_type="alibi"), "position_embedding_type"),
 ])
-def test_impossible_knobs_are_named(knobs, named):
+def test_invalid_settings_are_refused(knobs, named):
     with pytest.raises(UserError, match=named):
         MODEL.build(ModelConfig(**{**SIZES, **knobs}))
 
 
-def test_learned_positions_need_no_even_heads():
+def test_learned_positions_allow_odd_head_dimensions():
     assert ModelConfig(**{**SIZES, "head_dim": 7, "position_embedding_type": "learned"}).head_dim == 7
 
 
@@ -1447,21 +1447,21 @@ def test_an_unknown_family_is_refused():
         ModelConfig(model_type="lama")
 
 
-def test_yaml_reads_a_bare_on_as_true():
+def test_a_yaml_boolean_becomes_on_or_off():
     for value, text in ((True, "on"), (False, "off"), ("off", "off")):
         assert MODEL.convert(value, str, "inference.chat", ("auto", "on", "off")) == text
 
 
-def test_unknown_presets_name_the_nearest():
+def test_an_unknown_preset_suggests_the_nearest():
     with pytest.raises(UserError, match="'qwen3-0.6b'"):
         MODEL.build("qwen3-0.6")
     with pytest.raises(UserError, match="'gpt2-xl'"):
         MODEL.build(dict(preset="gpt2-xxl"))
-    assert MODEL.preset_config("qwen3-2m", num_attention_heads=4).head_dim == 48  # follows the heads again
+    assert MODEL.preset_config("qwen3-2m", num_attention_heads=4).head_dim == 48  # derived from the number of heads
 
 
 def test_vector_functions_are_first_called_on_one_element():
-    """In a process of its own: whatever was called there on many elements before is not known here."""
+    """In a separate process, in which no function was called before."""
     code = """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1484,7 +1484,7 @@ print({size for size in names.values()}, len(names))
     assert done.stdout.split() == ["{1}", "14"], done.stdout
 
 
-def test_hub_files_are_fetched_once_and_pickles_only_where_nothing_else_is(tmp_path, monkeypatch):
+def test_hub_files_are_fetched_once_and_pickles_only_without_safetensors(tmp_path, monkeypatch):
     import huggingface_hub
 
     MODEL.save(tiny(), tmp_path / "new")
@@ -1504,7 +1504,7 @@ def test_hub_files_are_fetched_once_and_pickles_only_where_nothing_else_is(tmp_p
     MODEL.from_hub.cache_clear()
 
 
-def test_a_classifier_of_another_problem_is_refused(tmp_path):
+def test_classifiers_of_another_problem_type_are_refused(tmp_path):
     MODEL.save(tiny(head="score", num_labels=3), tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     for problem in ("regression", "multi_label_classification"):
@@ -1513,8 +1513,8 @@ def test_a_classifier_of_another_problem_is_refused(tmp_path):
             MODEL.load(tmp_path)
 
 
-def test_heads_for_numbers_compute_outside_of_autocast():
-    """Under bf16 the backbone rounds, the products of score and value heads do not."""
+def test_score_and_value_heads_compute_outside_autocast():
+    """Under bf16 autocast the backbone is rounded, but the products of score and value heads are not."""
     model, ids = tiny(head=("score", "value"), num_labels=2), ids_of(2, 9)
     torch.nn.init.normal_(model.value_head.weight)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -1524,19 +1524,19 @@ def test_heads_for_numbers_compute_outside_of_autocast():
     close(out.values, (hidden @ model.value_head.weight.T)[..., 0], 1e-5)
 
 
-def test_the_list_counts_what_is_trained(capsys):
+def test_list_counts_the_trained_parameters(capsys):
     MODEL.main(["--list"])
     rows = {line.split()[0]: line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]}
     assert rows["llama-225k"] == "225,728" and rows["llama3-8b"] == "8,030,261,248"
 
 
-@pytest.mark.parametrize("pieces", [True, False])
-def test_a_save_that_is_cut_short_never_leaves_old_and_new_files_together(pieces, tmp_path, monkeypatch):
-    """Stopped before each file operation in turn: the folder gives the old weights, the new ones, or is refused."""
+@pytest.mark.parametrize("sharded", [True, False])
+def test_an_interrupted_save_does_not_mix_old_and_new_files(sharded, tmp_path, monkeypatch):
+    """Interrupted before each file operation: the folder loads with the old or the new weights, or is refused."""
     import huggingface_hub
 
     whole = huggingface_hub.save_torch_state_dict
-    if pieces:
+    if sharded:
         monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", lambda state, folder, **_: whole(state, folder, max_shard_size="10KB"))
     old, new = tiny(seed=1), tiny(seed=2, rope_theta=77.0)
     ids, moment, found = ids_of(1, 9), 0, []

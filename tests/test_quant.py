@@ -507,7 +507,7 @@ def test_a_quantized_folder_opens_here_and_in_transformers(method, tmp_path):
     assert type(again.model.layers[1].mlp.down_proj) is torch.nn.Linear
     with pytest.raises(UserError, match="is quantized already"):
         QUANT.quantize(again, "int8")
-    with pytest.raises(UserError, match="are quantized already; leave it out"):
+    with pytest.raises(UserError, match="are already quantized; leave it out"):
         MODEL.load(tmp_path / "out", quantization="int8")
     pytest.importorskip("compressed_tensors")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -571,7 +571,7 @@ def test_a_foreign_model_is_quantized_and_saved(tmp_path):
         assert 0 < (rounded - MODEL.load(tmp_path / "base")(ids).logits).norm() < 0.05 * rounded.norm()
     with pytest.raises(UserError, match="awq is not for a gemma2, which transformers runs; use gptq, int4 or int8"):
         QUANT.quantize(MODEL.load(tmp_path / "base"), "awq", 0, texts)
-    with pytest.raises(UserError, match="are quantized already; leave it out"):
+    with pytest.raises(UserError, match="are already quantized; leave it out"):
         MODEL.load(tmp_path / "out", quantization="int4")
 
 

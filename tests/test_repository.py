@@ -236,11 +236,11 @@ WRONG = {
     "model: {name: gpt2}\ntraining: [1\nb: 2": r"settings.yaml:3: not valid YAML",
     "training: {epochs: null}": "settings.yaml: training.epochs: set one of epochs, max_steps and max_minutes",
     "training: {max_steps: 1:30}": "settings.yaml: training.max_steps: '1:30' is not of type int",
-    "training: {? [a, b] : 4}": "settings.yaml:1: not valid YAML .a key must be text",
+    "training: {? [a, b] : 4}": "settings.yaml:1: not valid YAML .keys must be strings",
     "training: {epochs: 1\0}": "settings.yaml:1: not valid YAML",
     "training: {epochs: 1}\ntraining: {max_length: 8}": "settings.yaml:2: not valid YAML .*duplicate key 'training'",
     "training:\n  epochs: 1\n  epochs: 2": "settings.yaml:3: not valid YAML .*duplicate key 'epochs'",
-    "data: {weights: [1]}": "data.weights: 1 weights for 2 paths",
+    "data: {weights: [1]}": "data.weights: expected one per path in data.train .2., found 1",
 }
 
 
@@ -260,12 +260,12 @@ WRONG_FLAGS = {
     ("--model", "a", "--model.preset", "llama-1m"): "command line: model.name and model.preset are mutually exclusive",
     ("stray",): "'stray': unexpected argument",
     ("--overwrite=no",): "--overwrite: does not take a value",
-    ("--lr=",): "--lr: a value is missing",
-    ("--resume", ""): "--resume: a value is missing",
+    ("--lr=",): "--lr: the value is empty",
+    ("--resume", ""): "--resume: the value is empty",
     ("--config", "/nowhere.yaml"): "--config: file not found: '/nowhere.yaml'",
     ("--rl.beta", "1"): "--rl.beta: 'rl' is a section of another script",
     ("--inference.temperature", "1"): "--inference.temperature: 'inference' is a section of another script",
-    ("--model.preset", "mixtral-tiny", "--model.num_experts", "null"): "command line: model.num_experts: null means the preset's value, 8",
+    ("--model.preset", "mixtral-tiny", "--model.num_experts", "null"): "command line: model.num_experts: null is the preset's value, 8",
     ("--batch-size", "null"): "command line: training.batch_size: a value is required",
 }
 
@@ -359,7 +359,7 @@ def test_a_repeated_flag_adds_to_a_list_and_is_refused_elsewhere():
     assert load(["--data", "a.txt", "--data", "b.txt", "c.txt"]).data.train == ["a.txt", "b.txt", "c.txt"]
     assert load(["--data.weights", "[1]", "--data.weights", "2"]).data.weights == [1.0, 2.0]
     for argv in (["--seed", "1", "--seed", "2"], ["--lr", "1", "--learning-rate", "1"], ["--resume", "a", "--resume", "b"]):
-        with pytest.raises(UserError, match="given more than once, but takes a single value"):
+        with pytest.raises(UserError, match="given more than once; give it once"):
             load(argv)
     with pytest.raises(UserError, match="--prompt: given more than once"):
         load(["--prompt", "a", "--prompt", "b"], script=INFER, own="inference")
@@ -411,7 +411,7 @@ def test_help_shows_what_the_script_will_use(script, own, shown, capsys):
     for key, value in shown.items():
         assert re.search(rf"^  {key} +{re.escape(value)} ", first, re.M), key
     assert "initializer_range" not in first and "initializer_range" in page("--help", "model") and "--seed" not in page("--help", "model")
-    with pytest.raises(UserError, match="no section of that name"):
+    with pytest.raises(UserError, match="unknown section; the sections are"):
         page("--help", "nothing")
     assert page("--version") == f"{MODEL.VERSION}\n" and f'version = "{MODEL.VERSION}"' in (ROOT / "pyproject.toml").read_text()
 
@@ -435,10 +435,10 @@ def test_what_a_newcomer_meets_names_the_next_step(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("a line")
     (tmp_path / "talk.jsonl").write_text('{"messages": []}')
     (tmp_path / "judge.py").write_text("def kind(completions): ...\ndef short(completions): ...")
-    for main, argv, said in ((SFT.main, [], "model.name: ./out holds no finished model; train one first: python TRAIN.py"),
-                             (RL.main, [], "model.name: ./out/sft holds no finished model; train one first: python SFT.py"),
-                             (DISTILL.main, [], "distill.teacher: ./out holds no finished model; train one first: python TRAIN.py"),
-                             (INFER.main, ["--prompt", "x"], "model.name: ./out holds no finished model; train one first: python TRAIN.py"),
+    for main, argv, said in ((SFT.main, [], "model.name: ./out contains no finished model; train it first: python TRAIN.py"),
+                             (RL.main, [], "model.name: ./out/sft contains no finished model; train it first: python SFT.py"),
+                             (DISTILL.main, [], "distill.teacher: ./out contains no finished model; train it first: python TRAIN.py"),
+                             (INFER.main, ["--prompt", "x"], "model.name: ./out contains no finished model; train it first: python TRAIN.py"),
                              (SFT.main, ["--model", "llama-1m"], "'llama-1m' is a preset without trained weights; train it first: python TRAIN.py --preset llama-1m"),
                              (MODEL.main, ["--out", "x"], "--out: 'output' is a section of another script"),
                              (TRAIN.main, ["--data", "talk.jsonl"], "conversations are for SFT.py")):

@@ -325,7 +325,7 @@ BAD_PAIRS = {
     "label": ({"prompt": "a", "completion": "b", "label": "good"}, "label 'good' must be true"),
     "margin": ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}, "margin 'big' must be a number"),
     "a system alone": ({"prompt": "What is red?", "chosen": SYSTEM + FOX, "rejected": SYSTEM + OWL}, "but no question; put the first into the key 'system'"),
-    "a system of numbers": ({"prompt": "a", "system": 3, "chosen": "b", "rejected": "c"}, "system is int, text is expected"),
+    "a system of numbers": ({"prompt": "a", "system": 3, "chosen": "b", "rejected": "c"}, "system must be a string, found int"),
     "two kinds": ({"instruction": ASKED, "input": "red", "chosen": "b", "rejected": "c"}, "instruction and input are joined"),
     "half": ({"prompt": "What is red?", "chosen": ASKED + FOX, "rejected": "The owl."}, "one completion is a whole conversation, the other only an answer"),
     "answered": ({"prompt": ASKED + FOX, "chosen": FOX, "rejected": OWL}, "the prompt ends with the assistant's message"),
@@ -1672,5 +1672,5 @@ def test_a_batch_of_padding_runs_in_models_that_know_no_masks(tmp_path):
     nothing = torch.zeros(1, 3, dtype=torch.long)
     out = model(nothing, positions=torch.full((1, 3), -1), segment_ids=torch.full((1, 3), -1), targets=torch.full((1, 3), -100))
     assert not out.logprobs.any()
-    with pytest.raises(UserError, match="no sequence classifier for mamba"):
+    with pytest.raises(UserError, match="no sequence classification model for mamba"):
         MODEL.load(tmp_path, head="score", changes={"labels": ["reward"]})

@@ -20,25 +20,25 @@ import TOKENIZER
 from bench import templates
 from MODEL import UserError
 
-NASTY = [
+DIFFICULT = [
     "", " ", "  ", "\n", "\r\n", "a", " a", "a ", "a  ", "  a", "a b", "a  b", "a   b c", "a\tb", "a \tb", "a\t b", "\t\t x",
     "one\ntwo", "one\n two", "one \ntwo", "one\n\n two", "one\r\ntwo\r\n", "one \r\n two", "line one.\n  indented\n\n\nend\n",
     "It's 12 plus 30 = 42!", "don't, we'll; I'd (no) \"x\"...", "x_y a-b 3.14 1e-5 $5 50% #1", "caf\u00e9 e\u0301 na\u00efve", "你好 世界。日本 語",
     "\U0001f469\u200d\U0001f680 ok \U0001f600\U0001f600", "\u0438 \u0434\u0440\u0443\u0433\u0438\u0435",
     "UPPER lower MiXed", "a.b.c", "...", " . , !", "trailing \n ", "\n leading", "the red fox " * 5,
 ]
-# A blank beside another kind of white space: patterns take both as one run.
-BLANKS = ["x\u3000 \u3000y", "x\u00a0 \u00a0y", "a\n 5 b", "a\t 8", "a\u00a0 7",
+# A space next to other white space: patterns match both as one run.
+MIXED_SPACES = ["x\u3000 \u3000y", "x\u00a0 \u00a0y", "a\n 5 b", "a\t 8", "a\u00a0 7",
           "a\n \u00a0b", "\x0b \x0b", "x\u2028 \u2028 y", "\t <|endoftext|>"]
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    return make_text(120) + (NASTY + BLANKS) * 6
+    return make_text(120) + (DIFFICULT + MIXED_SPACES) * 6
 
 
 def byte_bpe(texts, pre, vocab_size=420, normalizer=None, added=None):
-    """A byte-level BPE as other people make them."""
+    """A byte-level BPE with other settings than TOKENIZER.train."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre, decoders.ByteLevel()
     if normalizer:
@@ -56,13 +56,13 @@ def byte_level(**options):
 
 
 def plain_ids(tokenizer, texts):
-    """The library itself, one text after the other; special tokens spelled out are plain text."""
+    """Oracle: the library, for each text separately; special tokens that occur in a text are plain text."""
     tokenizer.backend_tokenizer.encode_special_tokens = True
     return [tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
 
 def separate_ends(tokenizer):
-    """A tokenizer whose texts begin and end with different ids."""
+    """A tokenizer with different ids for the beginning and the end of a text."""
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     other.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"})
     return other
@@ -99,14 +99,14 @@ def test_byte_level_kinds_give_back_any_text(kind, corpus):
 def test_byte_kind_is_one_id_per_byte():
     tokenizer = TOKENIZER.train([], 5, "byte")
     assert len(tokenizer) == 261
-    for text in NASTY:
+    for text in DIFFICULT:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
 
 
 def test_char_kind_is_one_id_per_seen_character():
-    tokenizer = TOKENIZER.train(NASTY, 500, "char")
-    for text in NASTY:
+    tokenizer = TOKENIZER.train(DIFFICULT, 500, "char")
+    for text in DIFFICULT:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert len(ids) == len(text) and tokenizer.decode(ids) == text
     unknown = tokenizer.convert_tokens_to_ids(TOKENIZER.UNKNOWN)
@@ -147,24 +147,24 @@ def test_other_kinds_are_not_trained(kind):
 
 
 def test_load_refuses_what_is_no_tokenizer(tmp_path):
-    with pytest.raises(UserError, match="no tokenizer here"):
+    with pytest.raises(UserError, match="contains no tokenizer"):
         TOKENIZER.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{not json")
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         TOKENIZER.load(tmp_path)
 
 
-def test_prompts_begin_like_texts(tokenizer):
+def test_prompts_begin_like_documents(tokenizer):
     assert TOKENIZER.encode_prompt(tokenizer, "the fox") == tokenizer("the fox").input_ids
     assert TOKENIZER.encode_prompt(tokenizer, "") == [tokenizer.bos_token_id]
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=TOKENIZER.END)
     assert TOKENIZER.begin_id(bare) == bare.eos_token_id
-    with pytest.raises(UserError, match="neither a beginning"):
+    with pytest.raises(UserError, match="no beginning-of-text and no end-of-text token"):
         TOKENIZER.begin_id(PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer))
 
 
 def with_ends(tokenizer, single):
-    """A tokenizer that puts <|im_start|> and <|im_end|> around or in front of a text."""
+    """A tokenizer that adds special tokens to a text according to the template `single`."""
     from tokenizers import processors
 
     raw = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -173,29 +173,29 @@ def with_ends(tokenizer, single):
 
 
 @pytest.mark.parametrize("single", ["<|im_start|> $A <|im_end|>", "<|im_start|> $A", "$A <|im_end|>", "$A"])
-@pytest.mark.parametrize("brings", ["", "<|im_start|>"])
-def test_a_prompt_begins_once_and_has_no_end(single, brings, tokenizer):
-    own = with_ends(tokenizer, single)
-    begin, end = own.bos_token_id, own.eos_token_id
-    ids, completion = TOKENIZER.encode_pair(own, brings + "the red", " fox ran")
-    starts = single.startswith("<") or bool(brings)
+@pytest.mark.parametrize("prefix", ["", "<|im_start|>"])
+def test_a_prompt_has_one_beginning_and_no_end(single, prefix, tokenizer):
+    tokenizer = with_ends(tokenizer, single)
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids, completion = TOKENIZER.encode_pair(tokenizer, prefix + "the red", " fox ran")
+    starts = single.startswith("<") or bool(prefix)
     assert ids.count(begin) == starts and ids[0] == begin or not starts
-    assert end not in ids + completion and own.decode([*ids, *completion]).endswith("the red fox ran")
-    assert TOKENIZER.encode_prompt(own, brings + "the red") == ids
-    assert TOKENIZER.encode_prompt(own, "") == [begin]
+    assert end not in ids + completion and tokenizer.decode([*ids, *completion]).endswith("the red fox ran")
+    assert TOKENIZER.encode_prompt(tokenizer, prefix + "the red") == ids
+    assert TOKENIZER.encode_prompt(tokenizer, "") == [begin]
 
 
-def test_a_blank_at_the_end_of_a_prompt_belongs_to_the_completion(tokenizer):
+def test_a_trailing_space_of_a_prompt_belongs_to_the_completion(tokenizer):
     whole = tokenizer("the red fox").input_ids
     for cut in (3, 4, 7, 8):  # "the" " red", "the " "red", ...
         prompt, completion = TOKENIZER.encode_pair(tokenizer, "the red fox"[:cut], "the red fox"[cut:])
         assert prompt + completion == whole and tokenizer.decode(completion) == "the red fox"[cut - (cut in (4, 8)) :]
-    llama = metaspace_bpe(make_text(200))  # puts a blank in front of whatever it is given
+    llama = metaspace_bpe(make_text(200))  # adds a leading space to every text
     prompt, completion = TOKENIZER.encode_pair(llama, "the red", " fox ran")
     assert llama.decode([*prompt, *completion], skip_special_tokens=True) == "the red fox ran"
 
 
-def test_texts_end_before_their_padding():
+def test_trailing_padding_is_removed():
     assert TOKENIZER.without_padding([5, 6, 0, 7, 0, 0], 0) == [5, 6, 0, 7]
     assert TOKENIZER.without_padding([5, 6], None) == [5, 6] and TOKENIZER.without_padding([0, 0], 0) == [0]
 
@@ -213,27 +213,27 @@ WORD_TOKENIZERS = {
 def test_encoder_equals_the_tokenizer(name, corpus):
     tokenizer = WORD_TOKENIZERS[name](corpus)
     encoder = TOKENIZER.Encoder(tokenizer)
-    assert encoder.by_words  # the fast way is on, else nothing is tested
-    for _ in range(2):  # the second time from the dictionary
-        got = encoder(NASTY)
-        assert [ids.tolist() for ids in got] == plain_ids(tokenizer, NASTY)
+    assert encoder.by_words  # otherwise the cache is not tested
+    for _ in range(2):  # the second time from the cache
+        got = encoder(DIFFICULT)
+        assert [ids.tolist() for ids in got] == plain_ids(tokenizer, DIFFICULT)
     assert all(ids.dtype == np.uint16 for ids in got)
-    together = "".join(NASTY)
+    together = "".join(DIFFICULT)
     assert encoder([together])[0].tolist() == plain_ids(tokenizer, [together])[0]
 
 
 @pytest.mark.parametrize("name", WORD_TOKENIZERS)
-def test_encoder_on_runs_of_different_blanks(name, corpus):
-    """Such runs are merged tokens here, because the tokenizer saw them often."""
-    tokenizer = WORD_TOKENIZERS[name](BLANKS * 20 + corpus)
-    got = TOKENIZER.Encoder(tokenizer)(BLANKS)
-    assert {t: ids.tolist() for t, ids in zip(BLANKS, got)} == dict(zip(BLANKS, plain_ids(tokenizer, BLANKS)))
+def test_encoder_on_mixed_white_space(name, corpus):
+    """The runs are frequent in the training text, so they are merged to tokens."""
+    tokenizer = WORD_TOKENIZERS[name](MIXED_SPACES * 20 + corpus)
+    got = TOKENIZER.Encoder(tokenizer)(MIXED_SPACES)
+    assert {t: ids.tolist() for t, ids in zip(MIXED_SPACES, got)} == dict(zip(MIXED_SPACES, plain_ids(tokenizer, MIXED_SPACES)))
 
 
 def test_encoder_on_random_texts():
     rng = np.random.default_rng(0)
-    pieces = ["the", "red", "fox", "5", "42", " ", "  ", "\n", "\t", "\r\n", ",", "'s", "\u4f60", "\u00e9", "(", " a", " b"]
-    texts = ["".join(rng.choice(pieces, rng.integers(0, 14))) for _ in range(600)]
+    parts = ["the", "red", "fox", "5", "42", " ", "  ", "\n", "\t", "\r\n", ",", "'s", "\u4f60", "\u00e9", "(", " a", " b"]
+    texts = ["".join(rng.choice(parts, rng.integers(0, 14))) for _ in range(600)]
     for make in WORD_TOKENIZERS.values():
         tokenizer = make(texts)
         got = [ids.tolist() for ids in TOKENIZER.Encoder(tokenizer)(texts)]
@@ -241,11 +241,11 @@ def test_encoder_on_random_texts():
         assert not wrong, wrong[:3]
 
 
-def test_encoder_forgets_and_stays_right(monkeypatch, corpus):
+def test_encoder_is_exact_after_its_cache_is_cleared(monkeypatch, corpus):
     monkeypatch.setattr(TOKENIZER.Encoder, "LIMIT", 40)
     tokenizer = TOKENIZER.train(corpus, 420)
     encoder = TOKENIZER.Encoder(tokenizer)
-    texts = make_text(60, seed=3) + NASTY
+    texts = make_text(60, seed=3) + DIFFICULT
     sizes = []
     for i in range(0, len(texts), 4):
         batch = texts[i : i + 4] + texts[:2]
@@ -292,7 +292,7 @@ NOT_BY_WORDS = {
 
 
 @pytest.mark.parametrize("name", NOT_BY_WORDS)
-def test_encoder_switches_itself_off(name):
+def test_encoder_disables_its_cache_for_other_tokenizers(name):
     tokenizer = NOT_BY_WORDS[name](make_text(200))
     encoder = TOKENIZER.Encoder(tokenizer)
     assert not encoder.by_words
@@ -307,7 +307,7 @@ DOCUMENTS = ['First, with "quotes" and, commas.', "Two\nlines\n\nand a gap", "ca
 
 
 def write_format(path, texts, field="text"):
-    """The same documents in any format, the other column ignored."""
+    """Write documents in any format, with an additional column."""
     suffix = path.name.removesuffix(".gz").rpartition(".")[2]
     if suffix == "parquet":
         pyarrow = pytest.importorskip("pyarrow")
@@ -353,7 +353,7 @@ def test_text_units(unit, name, ending, mark, tmp_path):
     assert read(tmp_path / name, unit) == expected
 
 
-def test_crlf(tmp_path):
+def test_crlf_line_ends_and_byte_order_marks(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo\r\nthree\r\n")
     assert read(tmp_path / "a.txt", "line") == ["one", "two", "three"]
     assert read(tmp_path / "a.txt", "blank_line") == ["one", "two\r\nthree"]
@@ -372,7 +372,7 @@ LONG = {
 
 
 @pytest.mark.parametrize("unit", LONG)
-def test_long_documents_are_cut_at_line_ends(unit, monkeypatch, tmp_path):
+def test_long_documents_are_split_at_line_ends(unit, monkeypatch, tmp_path):
     (tmp_path / "a.txt").write_text(LONG[unit])
     whole = read(tmp_path / "a.txt", unit)
     assert whole == {"line": LONG[unit].split("\n"), "blank_line": LONG[unit].split("\n\n"), "file": [LONG[unit]]}[unit]
@@ -387,13 +387,13 @@ def test_long_documents_are_cut_at_line_ends(unit, monkeypatch, tmp_path):
         assert "".join(cut) == LONG[unit].replace("\n", "")
 
 
-def test_a_carriage_return_at_a_cut_stays(monkeypatch, tmp_path):
+def test_a_carriage_return_at_a_split_is_kept(monkeypatch, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abcd\refgh\n")
     monkeypatch.setattr(TOKENIZER, "LONGEST", 7)
     assert "".join(read(tmp_path / "a.txt", "file")) == "abcd\refgh\n"
 
 
-def test_long_jsonl_and_csv_lines(monkeypatch, tmp_path):
+def test_long_jsonl_and_csv_lines_are_complete(monkeypatch, tmp_path):
     monkeypatch.setattr(TOKENIZER, "LONGEST", 20)
     for name in ("a.jsonl", "a.csv"):
         assert "".join(read(write_format(tmp_path / name, DOCUMENTS))) == "".join(DOCUMENTS)
@@ -429,7 +429,7 @@ def test_paths_files_folders_and_globs(tmp_path):
 # --------------------------------------------------------------------------------------------------- bad input
 
 
-def gz_cut(text):
+def truncated_gzip(text):
     rng = np.random.default_rng(0)
     noise = "".join(rng.choice(list("abcdefghij"), 40000))
     data = gzip.compress(text.replace("NOISE", noise).encode())
@@ -457,24 +457,24 @@ BAD = {
     "unended.jsonl": (b'{"text": "a"}\n{"text": ', "unended.jsonl:2: not valid JSON"),
     "broken.json": (b'[{"text": "a"},\n{"text" "b"}]', "broken.json:2: not valid JSON"),
     "field.jsonl": (b'{"text": "a"}\n{"body": "b", "id": 1}\n', "field.jsonl:2: no key 'text'.*body, id.*data.text_field"),
-    "number.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "number.jsonl:2: 'text' is int"),
-    "null.jsonl": (b'{"text": null}\n', "null.jsonl:1: 'text' is NoneType"),
-    "list.jsonl": (b'["a"]\n', "list.jsonl: record 1: an object with 'text'.*str"),
-    "list.json": (b'{"text": 3}', "list.json.*'text' is int"),
+    "number.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "number.jsonl:2: 'text' must be a string, found int"),
+    "null.jsonl": (b'{"text": null}\n', "null.jsonl:1: 'text' must be a string, found NoneType"),
+    "list.jsonl": (b'["a"]\n', "list.jsonl: record 1: expected an object with 'text', found str"),
+    "list.json": (b'{"text": 3}', "list.json.*'text' must be a string, found int"),
     "field.csv": (b"title,body\na,b\n", "field.csv:2: no key 'text'.*title, body"),
     "short.csv": (b"id,text\n1,a\n2\n", "short.csv:3: no key 'text'"),
     "notgz.txt.gz": (b"plain text", "notgz.txt.gz: cannot be read .Not a gzip"),
     "notgz.json.gz": (b"plain text", "notgz.json.gz: cannot be read .Not a gzip"),
-    "cut.txt.gz": (gz_cut("NOISE"), "cut.txt.gz"),
-    "cut.jsonl.gz": (gz_cut('{"text": "NOISE"}\n'), "cut.jsonl.gz"),
-    "cut.json.gz": (gz_cut('[{"text": "NOISE"}]'), "cut.json.gz"),
-    "cut.csv.gz": (gz_cut("text\nNOISE\n"), "cut.csv.gz"),
+    "cut.txt.gz": (truncated_gzip("NOISE"), "cut.txt.gz"),
+    "cut.jsonl.gz": (truncated_gzip('{"text": "NOISE"}\n'), "cut.jsonl.gz"),
+    "cut.json.gz": (truncated_gzip('[{"text": "NOISE"}]'), "cut.json.gz"),
+    "cut.csv.gz": (truncated_gzip("text\nNOISE\n"), "cut.csv.gz"),
     "not.parquet": (b"PAR1 but not really", "not.parquet: cannot be read"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_named(name, tmp_path):
+def test_damaged_files_are_reported(name, tmp_path):
     data, message = BAD[name]
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=f"(?s){message}") as caught:
@@ -482,7 +482,7 @@ def test_bad_files_are_named(name, tmp_path):
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_bad_parquet_is_named(tmp_path):
+def test_damaged_parquet_is_reported(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_bytes(tmp_path, ["a"], "body"))
     with pytest.raises(UserError, match="a.parquet: no column 'text'.*body"):
@@ -500,8 +500,8 @@ def test_bad_parquet_is_named(tmp_path):
         read(path)
 
 
-def test_a_broken_gzip_body_is_named(tmp_path):
-    """A flipped byte is a zlib.error, which is neither an OSError nor an EOFError."""
+def test_a_damaged_gzip_body_is_reported(tmp_path):
+    """Damaged data raises zlib.error, which is neither an OSError nor an EOFError."""
     data = bytearray(gzip.compress(b"".join(b"line %d\n" % (i * 7919) for i in range(9000))))
     data[len(data) // 2 : len(data) // 2 + 40] = b"\xff" * 40
     (tmp_path / "a.txt.gz").write_bytes(data)
@@ -509,8 +509,8 @@ def test_a_broken_gzip_body_is_named(tmp_path):
         read(tmp_path / "a.txt.gz")
 
 
-def test_half_a_surrogate_pair_is_no_crash(tmp_path, tokenizer):
-    """JSON may spell a character that no UTF-8 text can hold."""
+def test_an_unpaired_surrogate_is_a_user_error(tmp_path, tokenizer):
+    """JSON can contain an escape that UTF-8 cannot encode."""
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "a\\ud800b"}\n')
     data = section(tmp_path / "a.jsonl", validation="none", dir=str(tmp_path / "bin"))
     try:
@@ -521,14 +521,14 @@ def test_half_a_surrogate_pair_is_no_crash(tmp_path, tokenizer):
         assert tokenizer.decode(ids[1:]).startswith("fine<|endoftext|>a")
 
 
-def test_missing_paths_are_named(tmp_path, tokenizer):
+def test_missing_paths_are_reported(tmp_path, tokenizer):
     with pytest.raises(UserError, match="data.train: .*nothere.txt"):
         TOKENIZER.expand_paths([str(tmp_path / "nothere.txt")])
     (tmp_path / "empty").mkdir()
     for name in ("empty", "*.nothing"):
         with pytest.raises(UserError, match="data.train.*no data file"):
             TOKENIZER.expand_paths([str(tmp_path / name)])
-    with pytest.raises(UserError, match="a folder"):
+    with pytest.raises(UserError, match="found a folder"):
         read(tmp_path)
     (tmp_path / "a.txt").write_text("some text\n")
     data = section(tmp_path / "a.txt", validation=str(tmp_path / "val.txt"), dir=str(tmp_path / "bin"))
@@ -544,11 +544,11 @@ def test_empty_data_is_refused(content, tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"weights": [1, 2]}, "data.weights: 2 weights for 1 paths"),
+    ({"weights": [1, 2]}, "data.weights: expected one per path in data.train .1., found 2"),
     ({"weights": [-1]}, "data.weights"),
     ({"validation_fraction": 1.0}, "data.validation_fraction"),
 ])
-def test_bad_settings(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         section("a.txt", **settings)
     with pytest.raises(UserError, match="data.train"):
@@ -577,11 +577,11 @@ def test_cleaning_counts(tmp_path):
 
 
 def test_duplicates_after_cleaning_and_across_files(tmp_path):
-    """Two spellings of one text are the same document; so is a text that stands in two files."""
-    one = write_format(tmp_path / "a.jsonl", ["caf\u00e9", "cafe\u0301", "b"])
-    two = write_format(tmp_path / "b.csv", ["b", "c"])
+    """A text in two Unicode forms is one document; so is a text in two files."""
+    first = write_format(tmp_path / "a.jsonl", ["caf\u00e9", "cafe\u0301", "b"])
+    second = write_format(tmp_path / "b.csv", ["b", "c"])
     counts = Counter()
-    texts = [t for _, t in TOKENIZER.documents(section("x"), [one, two], counts)]
+    texts = [t for _, t in TOKENIZER.documents(section("x"), [first, second], counts)]
     assert texts == ["caf\u00e9", "b", "c"] and counts["duplicates"] == 2
 
 
@@ -590,10 +590,10 @@ def test_duplicates_across_paths_are_dropped_when_preparing(tmp_path, tokenizer,
     data = section(*paths, validation="none", dir=str(tmp_path / "bin"))
     ids = TOKENIZER.token_files(data, tokenizer)["train"].ids.tolist()
     assert tokenizer.decode(ids).count("shared text") == 1
-    assert "1 duplicates" in capsys.readouterr().err
+    assert "duplicates: 1" in capsys.readouterr().err
 
 
-def test_single_lines_are_never_duplicates(tmp_path):
+def test_single_lines_are_not_deduplicated(tmp_path):
     (tmp_path / "a.txt").write_text("same\nsame\nother\nsame\n")
     texts, counts = clean_documents(tmp_path / "a.txt")
     assert texts == ["same", "same", "other", "same"] and not counts["duplicates"]
@@ -609,7 +609,7 @@ def test_short_lines_are_dropped_also_at_the_end(ending, tmp_path):
     assert [t for t in texts if t] == ["long enough", "also long"] and counts["too short"] == 2
 
 
-def test_seen_finds_exact_repeats():
+def test_seen_finds_exact_duplicates():
     rng = np.random.default_rng(0)
     texts = [str(i) for i in rng.integers(0, 300, 1000)]
     seen, known = TOKENIZER.Seen(), set()
@@ -625,7 +625,7 @@ def split_of(path, **settings):
     return parts
 
 
-def test_hash_split_belongs_to_the_document(tmp_path):
+def test_the_hash_split_depends_only_on_the_document(tmp_path):
     texts = [f"{i}: {text}" for i, text in enumerate(make_text(600))]
     parts = split_of(write_format(tmp_path / "a.jsonl", texts), validation_fraction=0.2)
     held = set(parts["val"])
@@ -646,7 +646,7 @@ def test_tail_split_of_documents(fraction, tmp_path):
 
 @pytest.mark.parametrize("validation", ["hash", "tail"])
 @pytest.mark.parametrize("longest", [None, 40, 333])
-def test_the_tail_of_one_book_is_held_out(longest, validation, monkeypatch, tmp_path):
+def test_the_tail_of_a_single_document_is_held_out(longest, validation, monkeypatch, tmp_path):
     text = "\n".join(make_text(40))
     (tmp_path / "a.txt").write_text(text)
     if longest:
@@ -655,7 +655,7 @@ def test_the_tail_of_one_book_is_held_out(longest, validation, monkeypatch, tmp_
     assert "".join(parts["train"]) + "".join(parts["val"]) == text
     size = len("".join(parts["val"]))
     assert 0.1 * len(text) - 1 <= size <= 0.1 * len(text) + max(map(len, text.split("\n")))
-    assert "".join(parts["train"]).endswith("\n") or longest == 40  # at a line end, where there is one
+    assert "".join(parts["train"]).endswith("\n") or longest == 40  # split at a line end if there is one
 
 
 def test_a_file_is_read_once_and_not_trained_on_if_it_is_held_out(tmp_path):
@@ -666,11 +666,11 @@ def test_a_file_is_read_once_and_not_trained_on_if_it_is_held_out(tmp_path):
     assert [[path.name for path in group] for group in TOKENIZER.data_files(data)[0]] == [["a.txt", "b.txt"]]
     data = section(tmp_path / "part", tmp_path, validation="tail")
     assert [[path.name for path in group] for group in TOKENIZER.data_files(data)[0]] == [["b.txt"], ["a.txt", "val.txt"]]
-    with pytest.raises(UserError, match="data.train: all files of .*val.txt' belong to data.validation"):
+    with pytest.raises(UserError, match="data.train: all files of .*val.txt' are already in data.validation"):
         TOKENIZER.data_files(section(tmp_path / "val.txt", validation=str(tmp_path / "val.txt")))
 
 
-def test_folders_without_hidden_files_outputs_and_loops(tmp_path):
+def test_folders_are_read_without_hidden_files_outputs_and_link_loops(tmp_path):
     for name in ("a.txt", ".git/b.txt", ".hidden.txt", "run/config.json", "run/log.jsonl", "train_ids.json", "sub/c.txt"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_text("{}\n")
@@ -681,12 +681,12 @@ def test_folders_without_hidden_files_outputs_and_loops(tmp_path):
     [files] = TOKENIZER.expand_paths([str(tmp_path / "data")])
     assert [path.name for path in files] == ["a.txt", "c.txt", "d.txt"]
     os.symlink(tmp_path / "nothing", tmp_path / "data/sub/e.txt")
-    with pytest.raises(UserError, match="e.txt is a link to a file that does not exist"):
+    with pytest.raises(UserError, match="e.txt is a broken link"):
         TOKENIZER.expand_paths([str(tmp_path / "data/sub/*.txt")])
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_json_is_read_whatever_its_name_ends_in(name, tmp_path):
+def test_json_is_read_under_any_suffix(name, tmp_path):
     records = [{"text": "one"}, {"text": "two"}]
     for content in ("\n".join(map(json.dumps, records)), json.dumps(records), json.dumps(records, indent=1), json.dumps(records[:1])):
         (tmp_path / name).write_text(content)
@@ -694,10 +694,10 @@ def test_json_is_read_whatever_its_name_ends_in(name, tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ('{"text": "a", "n": %s}' % ("7" * 5000), "a.jsonl:1: JSON that cannot be read"),
-    ('{"text": %s}' % ("[" * 100_000), "a.jsonl:1: JSON that cannot be read"),
+    ('{"text": "a", "n": %s}' % ("7" * 5000), "a.jsonl:1: the JSON cannot be read"),
+    ('{"text": %s}' % ("[" * 100_000), "a.jsonl:1: the JSON cannot be read"),
 ])
-def test_json_that_python_refuses_is_one_line(content, message, tmp_path):
+def test_unreadable_json_is_a_user_error(content, message, tmp_path):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
         read(tmp_path / "a.jsonl")
@@ -707,14 +707,14 @@ def test_json_that_python_refuses_is_one_line(content, message, tmp_path):
     ('text,n\nx,1\n"open,2\nz,3\n', "a.csv:[23]: cannot be read"), ('text,n\nx,1\n"closed" and more,2\n', "a.csv:3: cannot be read"),
     ("text,n,text\na,1,b\n", "a.csv:1: two columns have the name 'text'"),
 ])
-def test_tables_that_would_be_read_wrongly_are_refused(content, message, tmp_path):
+def test_ambiguous_tables_are_refused(content, message, tmp_path):
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(UserError, match=message):
         read(tmp_path / "a.csv")
 
 
 def test_special_tokens_in_texts_are_plain_text(tmp_path, tokenizer):
-    """A line that spells an end is no end: nothing may teach that an end follows a beginning at once."""
+    """A line with an end token is plain text, so no document is empty (its end right after its beginning)."""
     (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo<|im_end|>\n")
     data = section(tmp_path / "a.txt", validation="none", dir=str(tmp_path / "bin"))
     ids = TOKENIZER.token_files(data, tokenizer)["train"].ids.tolist()
@@ -737,13 +737,13 @@ def test_saved_padding_and_truncation_are_ignored_and_not_written(tmp_path, toke
     assert saved["truncation"] is None and saved["padding"] is None
 
 
-def test_words_without_spaces_are_not_kept(tokenizer):
+def test_long_words_are_not_cached(tokenizer):
     encoder = TOKENIZER.Encoder(tokenizer)
     encoder(["\u4f60\u597d" * 400 + str(i) for i in range(20)] + ["the red fox"])
     assert set(encoder.words) == {"the", " red", " fox"}
 
 
-def test_validation_file_of_its_own(tmp_path, tokenizer):
+def test_a_separate_validation_file(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("train one\ntrain two\n")
     write_format(tmp_path / "v.jsonl", ["val one", "val two"])
     data = section(tmp_path / "a.txt", validation=str(tmp_path / "v.jsonl"), dir=str(tmp_path / "bin"))
@@ -759,7 +759,7 @@ def test_validation_file_of_its_own(tmp_path, tokenizer):
 
 
 def expected_ids(texts, tokenizer):
-    """Begin, text, end for each document; written once where both are one id."""
+    """Begin, text, end for each document; a single id between documents if begin equals end."""
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = []
     for text in texts:
@@ -768,7 +768,7 @@ def expected_ids(texts, tokenizer):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_prepare_writes_ids_and_facts(shared, tmp_path, tokenizer):
+def test_prepare_writes_ids_and_descriptions(shared, tmp_path, tokenizer):
     tokenizer = tokenizer if shared else separate_ends(tokenizer)
     texts = [f"{i} {text}" for i, text in enumerate(make_text(80))]
     paths = [write_format(tmp_path / "a.jsonl", texts[:50]), write_format(tmp_path / "b.csv", texts[50:])]
@@ -788,7 +788,7 @@ def test_prepare_writes_ids_and_facts(shared, tmp_path, tokenizer):
     assert (files["train"].begin, files["train"].end) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
-def test_a_failure_midway_leaves_nothing(tmp_path, tokenizer):
+def test_a_failed_preparation_leaves_no_files(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 50 + "{broken\n")
     data = section(tmp_path / "a.jsonl", dir=str(tmp_path / "bin"))
     with pytest.raises(UserError, match="a.jsonl:51"):
@@ -796,7 +796,7 @@ def test_a_failure_midway_leaves_nothing(tmp_path, tokenizer):
     assert list((tmp_path / "bin").iterdir()) == []
 
 
-def test_a_failure_midway_keeps_the_old_files(tmp_path, tokenizer):
+def test_a_failed_preparation_keeps_the_old_files(tmp_path, tokenizer):
     path = write_format(tmp_path / "a.jsonl", make_text(20))
     data = section(path, dir=str(tmp_path / "bin"))
     TOKENIZER.prepare(data, tokenizer)
@@ -807,7 +807,7 @@ def test_a_failure_midway_keeps_the_old_files(tmp_path, tokenizer):
     assert {p.name: p.read_bytes() for p in (tmp_path / "bin").iterdir()} == before
 
 
-def test_token_files_are_rebuilt_when_they_do_not_fit(tmp_path, tokenizer, text_file):
+def test_outdated_token_files_are_rebuilt(tmp_path, tokenizer, text_file):
     folder = tmp_path / "bin"
     settings = {"dir": str(folder), "validation": "tail"}
     built = []
@@ -816,12 +816,12 @@ def test_token_files_are_rebuilt_when_they_do_not_fit(tmp_path, tokenizer, text_
         TOKENIZER.token_files(section(text_file, **{**settings, **changes}), tokenizer)
         stamp = (folder / "train_ids.bin").stat()
         built.append((stamp.st_mtime_ns, stamp.st_ino))
-        return len(set(built)) == len(built)  # the file is a new one
+        return len(set(built)) == len(built)  # whether the file is new
 
     assert build()
     assert not build()
     built.pop()
-    assert not build(weights=[2.0], packing=False)  # neither decides the ids
+    assert not build(weights=[2.0], packing=False)  # do not affect the ids
     built.pop()
     for change in ({"min_chars": 40}, {"text_unit": "file"}, {"validation_fraction": 0.2}, {"validation": "none"},
                    {"normalize": "none"}, {"remove_control": False}, {"tokenizer": TOKENIZER.train(make_text(50), 300)}):
@@ -858,28 +858,28 @@ def test_a_bin_without_json_is_uint16(tmp_path, tokenizer):
     assert len(TOKENIZER.token_files(section(tmp_path / "train.bin", validation=str(other)), tokenizer)["val"].ids) == 7
 
 
-def test_a_bare_bin_of_32_bits_is_read_as_such(tmp_path, tokenizer):
+def test_a_32_bit_bin_without_json_is_detected(tmp_path, tokenizer):
     ids = np.random.default_rng(0).integers(0, len(tokenizer), 99)
     write_bin(tmp_path / "a.bin", ids, "<u4")
     assert TOKENIZER.open_tokens(tmp_path / "a.bin", tokenizer).ids.tolist() == ids.tolist()
 
 
-def test_bad_bins_are_refused(tmp_path, tokenizer, text_file):
+def test_invalid_token_files_are_refused(tmp_path, tokenizer, text_file):
     def refused(path, message):
         with pytest.raises(UserError, match=f"{re.escape(path.name)}: .*{message}"):
             TOKENIZER.token_files(section(path), tokenizer)
 
     refused(write_bin(tmp_path / "beyond.bin", [1, 2, len(tokenizer)]), f"id {len(tokenizer)}.*another tokenizer")
     (tmp_path / "odd.bin").write_bytes(b"\1\0\2")
-    refused(tmp_path / "odd.bin", "3 bytes.*cut short")
+    refused(tmp_path / "odd.bin", "3 bytes.*truncated")
     refused(write_bin(tmp_path / "short.bin", [1, 2, 3], facts={"dtype": "uint16", "tokens": 9}), "3 ids.*9")
     refused(write_bin(tmp_path / "wide.bin", [1, 2, 3], "<u2", {"dtype": "uint32", "tokens": 1}), "6 bytes")
     made = {"dtype": "uint16", "tokens": 3, "recipe": {"tokenizer": "somebody else"}}
     refused(write_bin(tmp_path / "other.bin", [1, 2, 3], facts=made), "another tokenizer")
     (tmp_path / "missing.bin").unlink(missing_ok=True)
-    refused(tmp_path / "missing.bin", "no such file")
+    refused(tmp_path / "missing.bin", "file not found")
     refused(write_bin(tmp_path / "llmc.bin", [20240520, 1, 9, 4], "<i4"), "a header")
-    with pytest.raises(UserError, match="data.train: a .bin file has to be the only path"):
+    with pytest.raises(UserError, match="data.train: a token file .* must be the only path"):
         TOKENIZER.token_files(section(tmp_path / "beyond.bin", text_file), tokenizer)
 
 
@@ -896,10 +896,10 @@ def spans_of(*args, **options):
     return list(zip(spans.starts.tolist(), (spans.starts + spans.lengths).tolist()))
 
 
-def test_spans_where_one_id_is_both_ends():
+def test_spans_with_a_shared_begin_and_end():
     assert spans_of([0, 5, 6, 0, 7, 0]) == [(0, 3), (3, 5)]
-    assert spans_of([0, 5, 6, 0, 7, 8]) == [(0, 3), (3, 5)]  # the last end is missing
-    assert spans_of([5, 6, 0, 7, 0]) == [(0, 2), (2, 4)]  # so is the first beginning
+    assert spans_of([0, 5, 6, 0, 7, 8]) == [(0, 3), (3, 5)]  # without the last end
+    assert spans_of([5, 6, 0, 7, 0]) == [(0, 2), (2, 4)]  # without the first beginning
     assert spans_of([5, 6, 7]) == [(0, 2)]
     assert spans_of([0]) == [] and spans_of([]) == [] and spans_of([5]) == []
 
@@ -910,7 +910,7 @@ def test_spans_with_separate_ends():
 
     assert spans(1, 5, 6, 2, 1, 7, 2) == [(0, 3), (4, 6)]
     assert spans(1, 5, 6, 2, 1, 7, 8) == [(0, 3), (4, 6)]
-    assert spans(1, 5, 6, 2, 1) == [(0, 3)]  # a beginning alone predicts nothing
+    assert spans(1, 5, 6, 2, 1) == [(0, 3)]  # a beginning without a successor has no pair
     assert spans(1, 2, 1, 2) == [(0, 1), (2, 3)]
 
 
@@ -921,7 +921,7 @@ def test_spans_of_a_part(tmp_path):
 
 
 def random_file(documents=40, seed=0, shared=True, longest=30):
-    """Ids 3 and up are text; every text token is unique, so a pair can be recognised."""
+    """Text tokens have ids from 3, all different, so every pair is unique."""
     rng = np.random.default_rng(seed)
     lengths, ids, next_id = rng.integers(1, longest, documents), [], 3
     for length in lengths:
@@ -931,8 +931,8 @@ def random_file(documents=40, seed=0, shared=True, longest=30):
     return token_file(ids, 0 if shared else 1, 0 if shared else 2)
 
 
-def pair_places(tokens):
-    """Oracle: every place whose successor belongs to the same document."""
+def pair_indices(tokens):
+    """Oracle: the indices of all tokens whose successor belongs to the same document."""
     ids = tokens.ids.tolist()
     if tokens.begin == tokens.end:
         return set(range(len(ids) - 1))
@@ -948,17 +948,17 @@ def test_every_pair_is_in_exactly_one_row(shared, packing, length):
     edges = np.flatnonzero(tokens.ids == tokens.end)
     for seed in ([0, 0], [0, 1], None):
         rows = TOKENIZER.Rows(spans, length, packing, seed)
-        places = []
+        indices = []
         for i in range(rows.count):
-            pieces = rows.row(i)
-            assert 0 < sum(stop - start for start, stop in pieces) <= length
-            assert packing or len(pieces) == 1
-            for start, stop in pieces:  # no document's end strictly inside
+            segments = rows.row(i)
+            assert 0 < sum(stop - start for start, stop in segments) <= length
+            assert packing or len(segments) == 1
+            for start, stop in segments:  # no end of a document inside
                 assert stop > start and not ((edges > start) & (edges < stop)).any()
-            places += [i for start, stop in pieces for i in range(start, stop)]
-        assert len(places) == len(set(places)) and set(places) == pair_places(tokens)
+            indices += [i for start, stop in segments for i in range(start, stop)]
+        assert len(indices) == len(set(indices)) and set(indices) == pair_indices(tokens)
         if packing:
-            assert rows.count == -(-len(places) // length)
+            assert rows.count == -(-len(indices) // length)
 
 
 def all_rows(rows):
@@ -972,17 +972,17 @@ def test_order_is_a_function_of_the_seed(packing):
     assert orders[0, 0] == all_rows(TOKENIZER.Rows(TOKENIZER.Spans(random_file()), 16, packing, [0, 0]))
     assert orders[0, 0] != orders[0, 1] != orders[1, 0] != orders[0, 0]
     plain = all_rows(TOKENIZER.Rows(spans, 16, packing, None))
-    assert [piece[0] for row in plain for piece in row] == sorted(piece[0] for row in plain for piece in row)
+    assert [segment[0] for row in plain for segment in row] == sorted(segment[0] for row in plain for segment in row)
 
 
-def test_one_long_document_is_cut_elsewhere_in_each_epoch():
+def test_a_long_document_is_split_differently_in_each_epoch():
     spans = TOKENIZER.Spans(token_file([0, *range(3, 1003)]))
     cuts = [frozenset(start for row in all_rows(TOKENIZER.Rows(spans, 64, True, [0, epoch])) for start, _ in row)
             for epoch in range(6)]
     assert len(set(cuts)) > 2
 
 
-def test_collate_by_hand():
+def test_collate_equals_batches_built_by_hand():
     spans = SimpleNamespace(ids=np.array([0, 5, 6, 7, 0, 8, 9, 0], np.uint16), weights=None)
     batch = TOKENIZER.collate(spans, [[(0, 3), (4, 6)], [(4, 7)], []])
     assert batch["input_ids"].tolist() == [[0, 5, 6, 0, 8], [0, 8, 9, 0, 0], [0] * 5]
@@ -994,7 +994,7 @@ def test_collate_by_hand():
     wide = TOKENIZER.collate(spans, [[(0, 3)]], width=6)
     assert wide["input_ids"].shape == (1, 6) and wide["counts"]["tokens"] == 3
     full = TOKENIZER.collate(spans, [[(0, 3)], [(4, 7)]])
-    assert full["positions"] is full["segment_ids"] is full["weights"] is None  # plain causal rows
+    assert full["positions"] is full["segment_ids"] is full["weights"] is None  # rows of one full segment
     assert set(full) == set(batch) == set(wide)
     spans.weights = np.array([0, 0, 0.5, 0, 0, 2, 1, 0], np.float32)
     weighted = TOKENIZER.collate(spans, [[(0, 3), (4, 6)]])
@@ -1010,8 +1010,8 @@ def run_of(rank=0, world_size=1, grad_accum=1, seed=0, **more):
     return SimpleNamespace(rank=rank, world_size=world_size, grad_accum=grad_accum, seed=seed, **more)
 
 
-def rows_in(batch):
-    """The rows of a batch without their padding: comparable whatever the width."""
+def rows_of(batch):
+    """The rows of a batch without padding, for comparison at any width."""
     rows = []
     for inputs, targets in zip(batch["input_ids"].tolist(), batch["targets"].tolist()):
         rows.append(tuple((a, b) for a, b in zip(inputs, targets) if b != -100))
@@ -1019,7 +1019,7 @@ def rows_in(batch):
 
 
 def take(stream, batches):
-    return [rows_in(next(stream)) for _ in range(batches)]
+    return [rows_of(next(stream)) for _ in range(batches)]
 
 
 def started(stream, **run):
@@ -1055,17 +1055,17 @@ def test_ranks_and_micro_batches_share_one_step(world_size, grad_accum, batch_si
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 500])
-def test_an_epoch_is_every_pair_once_and_its_last_step_is_filled(packing, batch_size):
+def test_an_epoch_has_every_pair_once_and_a_filled_last_step(packing, batch_size):
     stream = started(make_stream(batch_size, packing=packing), grad_accum=2)
     tokens = random_file()
-    pairs = Counter((int(tokens.ids[i]), int(tokens.ids[i + 1])) for i in pair_places(tokens))
+    pairs = Counter((int(tokens.ids[i]), int(tokens.ids[i + 1])) for i in pair_indices(tokens))
     orders = []
     for _ in range(2):
         rows = [row for batch in take(stream, 2 * stream.steps_per_epoch) for row in batch]
         assert Counter(pair for row in rows for pair in row) == pairs
         real = [row for row in rows if row]
         assert rows[: len(real)] == real, "padding only at the end"
-        assert len(rows) - len(real) < 2  # rows that nobody needs are not computed
+        assert len(rows) - len(real) < 2  # at most one row of padding
         orders.append(real)
     assert orders[0] != orders[1]
     assert orders[0] == [row for batch in take(started(make_stream(1, packing=packing)), len(orders[0])) for row in batch]
@@ -1102,7 +1102,7 @@ def test_a_stream_continues_where_it_stopped(kind, steps, text_file, tokenizer):
     assert take(other, 20) != take(resumed, 20)
 
 
-def test_weights_set_the_shares_and_small_sources_repeat():
+def test_weights_set_the_mixing_ratio_and_small_sources_repeat():
     tokens = random_file(documents=120, longest=20)
     small = int(np.flatnonzero(tokens.ids == 0)[6]) + 1
     tokens = tokens._replace(sources=[[0, small], [small, len(tokens.ids)]])
@@ -1112,19 +1112,19 @@ def test_weights_set_the_shares_and_small_sources_repeat():
     origin = [all(a <= border and b <= border for a, b in row) for row in rows]
     share = sum(origin) / len(rows)
     assert abs(share - 0.5) < 4 * math.sqrt(0.25 / len(rows))
-    drawn = Counter(row for row, mine in zip(rows, origin) if mine)
-    assert min(drawn.values()) > 3, "the small source is drawn again and again"
+    drawn = Counter(row for row, is_small in zip(rows, origin) if is_small)
+    assert min(drawn.values()) > 3, "the small source is repeated"
     epoch = [row for batch in take(started(TOKENIZER.file_stream(tokens, section("a", "b", weights=[1, 1], packing=False), 4, 32)),
                                    stream.steps_per_epoch) for row in batch if row]
-    mine = [row for row in epoch if row and all(a <= border and b <= border for a, b in row)]
+    small_rows = [row for row in epoch if row and all(a <= border and b <= border for a, b in row)]
     size = len(drawn)
-    laps = [mine[i : i + size] for i in range(0, len(mine) - size + 1, size)]
-    assert len(laps) > 1 and all(len(set(lap)) == size for lap in laps), "each lap is the whole source"
-    assert laps[0] != laps[1]
+    passes = [small_rows[i : i + size] for i in range(0, len(small_rows) - size + 1, size)]
+    assert len(passes) > 1 and all(len(set(rows)) == size for rows in passes), "each pass contains the whole source"
+    assert passes[0] != passes[1]
 
 
-def test_sources_side_by_side_lose_no_pair(tmp_path, tokenizer):
-    """Also the first token of the second file is predicted, as that of every document is."""
+def test_several_sources_lose_no_pair(tmp_path, tokenizer):
+    """The first token of the second file is also predicted, like that of every document."""
     paths = [write_format(tmp_path / name, make_text(5, seed=i)) for i, name in enumerate(("a.jsonl", "b.jsonl", "c.jsonl"))]
     data = section(*paths, validation="none", dir=str(tmp_path / "bin"))
     tokens = TOKENIZER.token_files(data, tokenizer)["train"]
@@ -1133,13 +1133,13 @@ def test_sources_side_by_side_lose_no_pair(tmp_path, tokenizer):
     assert counted == len(tokens.ids) - 1
 
 
-def test_file_stream_refuses_what_it_cannot_train_on():
+def test_file_stream_refuses_empty_or_mismatched_data():
     tokens = token_file([0, 5, 6, 0, 7, 0], sources=[[0, 4], [4, 6]])
-    with pytest.raises(UserError, match="data.weights: 3 weights.*2 sources"):
+    with pytest.raises(UserError, match="data.weights: expected one per source of the token file .2., found 3"):
         TOKENIZER.file_stream(tokens, section("a", "b", "c", weights=[1, 1, 1]), 1, 8)
     with pytest.raises(UserError, match="data.weights.*no text"):
         TOKENIZER.file_stream(tokens._replace(sources=[[0, 6], [6, 6]]), section("a", "b", weights=[1, 1]), 1, 8)
-    with pytest.raises(UserError, match="data.train.*nothing to predict"):
+    with pytest.raises(UserError, match="data.train: contains no text to train on"):
         TOKENIZER.file_stream(token_file([0]), section("a"), 1, 8)
 
 
@@ -1155,7 +1155,7 @@ def test_text_stream_gives_each_training_document_once(validation, shared, tmp_p
     stream = started(TOKENIZER.text_stream(section(path, packing=False, **settings), tokenizer, 3, 500, buffer_bytes=1200))
     orders = []
     while stream.epoch < 2 or not orders:
-        epoch, rows = stream.epoch, rows_in(next(stream))
+        epoch, rows = stream.epoch, rows_of(next(stream))
         if stream.epoch < 2:
             orders += [(stream.epoch, row) for row in rows if row]
         assert stream.epoch - epoch in (0, 1)
@@ -1167,7 +1167,7 @@ def test_text_stream_gives_each_training_document_once(validation, shared, tmp_p
     assert [row for e, row in orders if e == 0] != [row for e, row in orders if e == 1]
 
 
-def test_text_stream_refuses_weights_and_nothing(tmp_path, tokenizer):
+def test_text_stream_refuses_weights_and_empty_data(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("\n")
     with pytest.raises(UserError, match="data.weights"):
         TOKENIZER.text_stream(section(tmp_path / "a.txt", weights=[1]), tokenizer, 1, 8)
@@ -1179,15 +1179,15 @@ def test_text_stream_refuses_weights_and_nothing(tmp_path, tokenizer):
 def test_fixed_batches_are_the_same_every_time(packing):
     tokens = random_file()
     plan = TOKENIZER.Rows(TOKENIZER.Spans(tokens), 16, packing, None)
-    first, second = ([rows_in(b) for b in TOKENIZER.fixed_batches(plan, 3)] for _ in range(2))
+    first, second = ([rows_of(b) for b in TOKENIZER.fixed_batches(plan, 3)] for _ in range(2))
     assert first == second
-    pairs = Counter((int(tokens.ids[i]), int(tokens.ids[i + 1])) for i in pair_places(tokens))
+    pairs = Counter((int(tokens.ids[i]), int(tokens.ids[i + 1])) for i in pair_indices(tokens))
     assert Counter(pair for batch in first for row in batch for pair in row) == pairs
     every = [row for batch in first for row in batch]
-    few = [row for batch in TOKENIZER.fixed_batches(plan, 3, limit=2) for row in rows_in(batch)]
+    few = [row for batch in TOKENIZER.fixed_batches(plan, 3, limit=2) for row in rows_of(batch)]
     assert len(few) == 6 and few[0] == every[0] and few[-1] == every[-1]
-    places = [every.index(row) for row in few]
-    assert places == sorted(set(places))
+    indices = [every.index(row) for row in few]
+    assert indices == sorted(set(indices))
 
 
 # -------------------------------------------------------------------------------------------------------- chat
@@ -1220,20 +1220,20 @@ def ids_and_mask(tokenizer, messages, tools=None):
 
 
 def chat_by_hand(tokenizer, messages):
-    """ChatML put together from its parts; the assistant's words and end of turn are marked, the newline after it is not."""
+    """Oracle: ChatML built from its parts; the mask selects the assistant's content and end of turn, not the newline."""
     start, end = (tokenizer.convert_tokens_to_ids(token) for token in TOKENIZER.CHAT_TOKENS)
     ids, mask = [], []
     for message in messages:
-        mine = int(message["role"] == "assistant")
+        trained = int(message["role"] == "assistant")
         head, body, newline = plain_ids(tokenizer, [message["role"] + "\n", message["content"], "\n"])
         ids += [start, *head, *body, end, *newline]
-        mask += [0] * (1 + len(head)) + [mine] * (len(body) + 1) + [0] * len(newline)
+        mask += [0] * (1 + len(head)) + [trained] * (len(body) + 1) + [0] * len(newline)
     return ids, mask
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED, TOKENIZER.CHAT_TEMPLATE.replace('bos_token or ""', '""')])
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_render_chat_by_hand(template, count, tokenizer):
+def test_render_chat_equals_chatml_built_by_hand(template, count, tokenizer):
     tokenizer = with_template(tokenizer, template)
     messages = CONVERSATION[:count]
     ids, mask = ids_and_mask(tokenizer, messages)
@@ -1242,7 +1242,7 @@ def test_render_chat_by_hand(template, count, tokenizer):
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
-def test_render_chat_asks_for_an_answer(template, tokenizer):
+def test_render_chat_adds_the_generation_prompt(template, tokenizer):
     tokenizer = with_template(tokenizer, template)
     ids, turns = TOKENIZER.render_chat(tokenizer, CONVERSATION[:4], add_generation_prompt=True)
     assert ids == chat_by_hand(tokenizer, CONVERSATION[:4])[0] + tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
@@ -1250,14 +1250,14 @@ def test_render_chat_asks_for_an_answer(template, tokenizer):
     assert not turns
 
 
-def test_training_and_serving_see_the_same_ids(tokenizer):
+def test_training_and_serving_use_the_same_ids(tokenizer):
     tokenizer = with_template(tokenizer, PLAIN)
     ids, mask = ids_and_mask(tokenizer, CONVERSATION)
     served, _ = TOKENIZER.render_chat(tokenizer, CONVERSATION[:4], add_generation_prompt=True)
     assert ids[: len(served)] == served and mask[len(served)] == 1 and mask[len(served) - 1] == 0
 
 
-def test_templates_that_refuse(tokenizer):
+def test_templates_that_raise_are_user_errors(tokenizer):
     with pytest.raises(UserError, match="no chat template"):
         TOKENIZER.render_chat(with_template(tokenizer, None), CONVERSATION)
     strict = with_template(tokenizer, "{{ raise_exception('roles must alternate') }}")
@@ -1356,7 +1356,7 @@ PAIRS = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + (m['cont
 
 
 @pytest.mark.parametrize("name", [*WRITES_CALLS, "pairs"])
-def test_tool_calls_are_read_as_the_template_writes_them(name):
+def test_tool_calls_are_parsed_as_the_template_renders_them(name):
     text = PAIRS if name == "pairs" else (ROOT / f"tests/templates/{name}.jinja").read_text()
     tokenizer = templates.tokenizer_of(text)
     markup = TOKENIZER.answer_markup(tokenizer)
@@ -1374,7 +1374,7 @@ def test_tool_calls_are_read_as_the_template_writes_them(name):
     assert TOKENIZER.parse_calls(markup, "No call {here}.", tools) == []
 
 
-def test_templates_without_readable_calls():
+def test_templates_without_parsable_calls():
     for name in ("no_calls", "strict", "summary", "end_at_last"):
         markup = TOKENIZER.answer_markup(templates.tokenizer_of((ROOT / f"tests/templates/{name}.jinja").read_text()))
         assert markup.call is None and TOKENIZER.parse_calls(markup, '{"name": "weather", "arguments": {}}') == []
@@ -1384,7 +1384,7 @@ def test_templates_without_readable_calls():
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("kind", templates.conversations())
 def test_exactly_the_assistants_turns_are_trained(path, kind):
-    """Six conversations in templates of every kind: bench/templates.py says what is checked."""
+    """Six conversations in templates of every kind; bench/templates.py describes the checks."""
     wrong, shown = templates.verdict(templates.tokenizer_of(path.read_text()), *templates.conversations()[kind])
     assert not wrong, shown
     assert shown.startswith("refused: ") == ((path.stem, kind) in REFUSED)
@@ -1392,7 +1392,7 @@ def test_exactly_the_assistants_turns_are_trained(path, kind):
 
 @pytest.mark.parametrize("change", [lambda turn: turn._replace(start=turn.start - 2), lambda turn: turn._replace(start=turn.start + 1),
                                     lambda turn: turn._replace(stop=turn.stop - 1), lambda turn: turn._replace(stop=turn.stop + 1)])
-def test_the_property_sees_a_token_too_many_or_too_few(change):
+def test_the_check_detects_a_token_too_many_or_too_few(change):
     tokenizer = templates.tokenizer_of((ROOT / "tests/templates/chatml.jinja").read_text())
     messages, tools = templates.conversations()["two turns"]
     ids, turns = TOKENIZER.render_chat(tokenizer, messages, tools)
@@ -1411,11 +1411,11 @@ def test_generation_stops_where_turns_end(name, capsys):
     config = SimpleNamespace(eos_ids=[0], eos_token_id=0)
     TOKENIZER.end_with_turns(SimpleNamespace(config=config), tokenizer)
     assert config.eos_token_id == ([*map(tokenizer.convert_tokens_to_ids, ENDS[name]), 0] if ENDS[name] else 0)
-    assert ("no token that ends the assistant's turns" in capsys.readouterr().err) == (not ENDS[name])
+    assert ("the chat template has no end-of-turn token" in capsys.readouterr().err) == (not ENDS[name])
 
 
-def test_a_turn_that_the_next_role_would_end_is_ended(tokenizer):
-    """Only the next role's marker ends a turn: a conversation's last one gets it as well."""
+def test_the_last_turn_gets_an_end_if_only_the_next_role_ends_turns(tokenizer):
+    """If only the next role's marker ends a turn, it is added to the last turn of a conversation."""
     tokenizer = templates.tokenizer_of((ROOT / "tests/templates/next_role.jinja").read_text())
     ids, [turn] = TOKENIZER.render_chat(tokenizer, CONVERSATION[1:3])
     assert tokenizer.decode(ids[turn.start : turn.stop]) == "It ran\nover 2 hills.<|user|>" and turn.stop == len(ids)
@@ -1424,7 +1424,7 @@ def test_a_turn_that_the_next_role_would_end_is_ended(tokenizer):
     assert tokenizer.decode(ids[turn.start : turn.stop]) == "<tool_call>f\n{}</tool_call><|observation|>"
 
 
-def test_a_prompt_that_ends_with_a_blank_leaves_it_to_the_answer():
+def test_a_trailing_space_of_the_generation_prompt_belongs_to_the_answer():
     tokenizer = templates.tokenizer_of((ROOT / "tests/templates/blank_prompt.jinja").read_text())
     served = TOKENIZER.render_chat(tokenizer, CONVERSATION[1:2], add_generation_prompt=True).ids
     assert tokenizer.decode(served).endswith("ASSISTANT:")
@@ -1434,12 +1434,12 @@ def test_a_prompt_that_ends_with_a_blank_leaves_it_to_the_answer():
 
 def test_a_template_that_changes_texts_is_refused(tokenizer):
     changing = with_template(tokenizer, "{% for m in messages %}{{ m.role + ': ' + (m.content | replace('e', '3')) + '<|im_end|>' }}{% endfor %}")
-    with pytest.raises(UserError, match="changes the texts of messages"):
+    with pytest.raises(UserError, match="changes the text of messages"):
         TOKENIZER.render_chat(changing, CONVERSATION)
 
 
-def test_hub_datasets_are_read_as_streams(tmp_path, monkeypatch):
-    """A local folder in the hub's layout stands for the hub."""
+def test_hub_datasets_are_streamed(tmp_path, monkeypatch):
+    """With a local folder in the hub's layout instead of the hub."""
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "owner" / "pairs"
@@ -1465,13 +1465,13 @@ def test_hub_datasets_are_read_as_streams(tmp_path, monkeypatch):
     ("reminder", [("system", "Answer in French, whatever is asked."), ("user", "q"), ("assistant", "Oui")], ["Oui<|im_end|>"]),
     ("headers", [("user", " q "), ("assistant", " {a: [1]} \n")], ["{a: [1]}<|eot_id|>"]),
 ])
-def test_texts_that_look_like_markup_or_stand_twice(name, messages, trained):
+def test_texts_that_look_like_markup_or_occur_twice(name, messages, trained):
     tokenizer = templates.tokenizer_of((ROOT / f"tests/templates/{name}.jinja").read_text())
     ids, turns = TOKENIZER.render_chat(tokenizer, [{"role": role, "content": content} for role, content in messages])
     assert [tokenizer.decode(ids[turn.start : turn.stop]) for turn in turns] == trained
 
 
-def test_an_answer_of_markup_alone_beside_reasoning_that_is_dropped():
+def test_an_answer_of_only_markup_with_dropped_reasoning():
     tokenizer = templates.tokenizer_of((ROOT / "tests/templates/reasoning.jinja").read_text())
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "[SAFE]", "reasoning_content": "r"},
                 {"role": "user", "content": "b"}, {"role": "assistant", "content": "<yes>"}]
@@ -1481,15 +1481,15 @@ def test_an_answer_of_markup_alone_beside_reasoning_that_is_dropped():
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_conversations_in_random_templates(seed):
-    """Against the template's own generation markers, which an oracle template has in the right places."""
+    """Compared with the mask of transformers, for a template with generation markers."""
     random = np.random.default_rng(seed)
     template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
                 "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     tokenizer = templates.tokenizer_of(template)
-    pieces = ["user", "assistant", "zq0z", " ", "\n", "<b>", "</think>", "[/X]", "{", "}", '"', "\\", "\u4f60", "\U0001f600", "1", "Yes", "<|", "|>"]
+    parts = ["user", "assistant", "zq0z", " ", "\n", "<b>", "</think>", "[/X]", "{", "}", '"', "\\", "\u4f60", "\U0001f600", "1", "Yes", "<|", "|>"]
     messages = []
     for i in range(int(random.integers(2, 8))):
-        content = "".join(random.choice(pieces, random.integers(1, 6))) + "x" * int(random.integers(0, 2))
+        content = "".join(random.choice(parts, random.integers(1, 6))) + "x" * int(random.integers(0, 2))
         messages.append({"role": ("user", "assistant")[i % 2], "content": content if content.strip() else "x"})
-    own = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    assert ids_and_mask(tokenizer, messages) == (list(own["input_ids"]), list(own["assistant_masks"]))
+    expected = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert ids_and_mask(tokenizer, messages) == (list(expected["input_ids"]), list(expected["assistant_masks"]))

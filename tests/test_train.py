@@ -1118,11 +1118,11 @@ def test_less_than_one_row_trains_with_a_warning(tmp_path, capsys):
 
 def test_nothing_to_train_on_is_one_line(tmp_path, model_folder):
     write(tmp_path / "text.txt", ["", "  "])
-    with pytest.raises(UserError, match="data.train: holds no text"):
+    with pytest.raises(UserError, match="data.train: contains no text"):
         train(tmp_path)
     (tmp_path / "one.bin").write_bytes(b"\x05\x00")
     own = ["--model", str(model_folder), "--max-length", "32"]
-    with pytest.raises(UserError, match="fewer than two tokens"):
+    with pytest.raises(UserError, match="fewer than 2 tokens"):
         train(tmp_path, data=[tmp_path / "one.bin"], model=own)
 
 
@@ -1341,7 +1341,7 @@ def test_changed_data_is_reported_on_resume(more, tmp_path, text_file, capsys):
     with open(tmp_path / "text.txt", "a") as file:
         file.write("".join(f"Line {i} is new.\n" for i in range(20)))
     train(tmp_path, "--resume", first, *more)
-    assert "the training data changed since that checkpoint, so the resumed run will differ" in capsys.readouterr().err
+    assert "the training data changed after the checkpoint was saved, so the resumed run will differ" in capsys.readouterr().err
 
 
 def test_a_resume_that_fails_changes_nothing(tmp_path):
