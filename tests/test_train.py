@@ -290,6 +290,20 @@ def test_impossible_settings_are_refused_by_name():
             settings(**{key: value})
 
 
+@pytest.mark.parametrize("value", ["nan", "-inf", ".inf", "1e999"])
+def test_a_learning_rate_must_be_finite(value):
+    with pytest.raises(UserError, match="command line: training.learning_rate: -?(nan|inf) must be a finite number"):
+        MODEL.load_config([f"--learning-rate={value}"], TRAIN.SECTIONS, "training", TRAIN.ACTIONS)
+
+
+def test_only_similar_names_are_suggested():
+    for flag, suggestion in (("dry-run", ""), ("rank", ""), ("batchsize", "; nearest is --batch_size"),
+                             ("num-layers", "; nearest is --model.num_hidden_layers")):
+        with pytest.raises(UserError) as error:
+            MODEL.load_config([f"--{flag}", "3"], TRAIN.SECTIONS, "training", TRAIN.ACTIONS)
+        assert str(error.value) == f"--{flag.replace('-', '_')}: unknown flag{suggestion}"
+
+
 # --------------------------------------------------------------------------------------------------- resuming
 
 RESUMES = {
