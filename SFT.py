@@ -471,18 +471,18 @@ class Confusion:
         return "\n".join(f"  | {name:>{width}} " + " ".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows)
 
     def plot(self, path: Path) -> None:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(1.5 + 0.8 * len(self.labels), 1.2 + 0.7 * len(self.labels)), layout="constrained")
-        axes = figure.add_subplot(title="held-out texts", xlabel="given label", ylabel="true label")
+        size = min(len(self.labels), 30)
+        figure = TRAIN.new_figure(1.5 + 0.8 * size, 1.2 + 0.7 * size)
+        if not figure:
+            return
+        axes = figure.add_subplot(title="held-out texts", xlabel="predicted label", ylabel="true label")
         axes.imshow(self.counts / self.counts.sum(1, keepdims=True).clip(min=1), cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(self.counts) if len(self.labels) <= 30 else ():
             color = "white" if count > self.counts[row].sum() / 2 else "black"
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
         axes.set_xticks(range(len(self.labels)), self.labels, rotation=30, ha="right", parse_math=False)  # a $ is a letter
         axes.set_yticks(range(len(self.labels)), self.labels, parse_math=False)
-        with MODEL.staged(path.parent) as scratch:
-            figure.savefig(scratch / path.name, dpi=120)
+        TRAIN.save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------- records

@@ -395,12 +395,12 @@ class Trainer:
             self.last_saved = resume
             self.left = [path for path in checkpoints(self.out) if step_of(path) > self.state.step]
             if self.left:
-                self.log.tell(f"continuing from step {self.state.step}; the run's next checkpoint replaces "
+                self.log.say(f"continuing from step {self.state.step}; the run's next checkpoint replaces "
                               f"{', '.join(map(str, self.left))}")
         self.total_steps = self.run.total_steps = self._total_steps()
         self.warmup = self._warmup()
         if self.total_steps is not None and self.state.step > self.total_steps:
-            self.log.tell(f"the checkpoint is at step {self.state.step}, beyond training.max_steps {self.total_steps}: "
+            self.log.say(f"the checkpoint is at step {self.state.step}, beyond training.max_steps {self.total_steps}: "
                           "there is nothing left to train")
         self.flops, self.head_flops = self._flops_per_token()
         self.started = time.perf_counter()
@@ -432,7 +432,7 @@ class Trainer:
         steps, total = self.training.warmup_steps, self.total_steps
         if not total or steps < 1 or 2 * steps <= total:
             return steps
-        self.log.tell(f"training.warmup_steps: {steps:g} is more than half of the run's {total} steps; warming up for "
+        self.log.say(f"training.warmup_steps: {steps:g} is more than half of the run's {total} steps; warming up for "
                       f"{max(1, total // 4)}")
         return float(max(1, total // 4))
 
@@ -555,6 +555,7 @@ class Trainer:
     def _evaluate(self) -> dict:
         if self.evaluate is None:
             return {}
+        self.log.close()  # `evaluate` may print samples
         self.model.eval()
         with torch.no_grad(), self.run.autocast():
             measures = {name: without_noise(name, float(value)) for name, value in self.evaluate(self.model).items()}
@@ -581,12 +582,12 @@ class Trainer:
         self.log_measures(measures)
         if better and self.training.load_best_model_at_end:
             self.checkpoint()
-        self.log.tell(f"step {state.step}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in measures.items()))
         return measures
 
     def log_measures(self, measures: dict) -> None:
         if measures:
             self.log.write({"step": self.state.step, **{f"eval_{k}": v for k, v in measures.items()}})
+            self.log.say(f"step {self.state.step}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in measures.items()))
 
     def checkpoint(self) -> None:
         """ckpt-step-N, whole or not at all: written under another name, flushed to disk, renamed."""
@@ -623,7 +624,7 @@ class Trainer:
 
     def interrupt(self) -> None:
         self.checkpoint()
-        self.log.tell(f"stopped at step {self.state.step}; continue with --resume auto ({self.last_saved})")
+        self.log.say(f"stopped at step {self.state.step}; continue with --resume auto ({self.last_saved})")
         raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
 
     def finish(self) -> Result:
@@ -647,7 +648,7 @@ class Trainer:
             self.log.plot()
         for name in after.keys() & state.before.keys() & set(SHARES):
             if after[name] <= state.before[name] - 0.1:
-                self.log.tell(f"warning: held-out {name} fell from {100 * state.before[name]:.1f}% to {100 * after[name]:.1f}%; "
+                self.log.say(f"warning: held-out {name} fell from {100 * state.before[name]:.1f}% to {100 * after[name]:.1f}%; "
                               "a lower training.learning_rate or fewer training.max_steps lose less")
         barrier()
         check_sound(self, after)
@@ -812,6 +813,8 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    # Log-probabilities are a view of the chunks that they are computed in; losses do not change them in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (world_size(),))
     for layer in MODEL.layers_of(model):
         fully_shard(layer, mesh=mesh)
@@ -912,14 +915,14 @@ def keep_best(trainer: Trainer, last: dict) -> dict:
     _, step, measures = trainer.state.best
     folder = trainer.out / f"ckpt-step-{step:06d}"
     if not folder.exists():
-        trainer.log.tell(f"the best model's checkpoint, {folder}, is missing; the last model is kept")
+        trainer.log.say(f"the best model's checkpoint, {folder}, is missing; the last model is kept")
         return last
     if trainer.main:
         with MODEL.staged(trainer.out, "config.json", MODEL.WEIGHTS) as scratch:
             for path in folder.iterdir():
                 if path.name != STATE_FILE:
                     shutil.copy2(path, scratch)
-    trainer.log.tell(f"the best model, of step {step}, is kept")
+    trainer.log.say(f"the best model, of step {step}, is kept")
     return measures
 
 
@@ -937,7 +940,7 @@ def check_sound(trainer: Trainer, after: dict) -> None:
     what, first, last = losses
     if first is None or last is None or last < first + 1:
         return
-    trainer.log.tell(f"error: the run diverged: {what} {last:.4g}, at first {first:.4g}. The model in {trainer.out} is unusable: "
+    trainer.log.say(f"error: the run diverged: {what} {last:.4g}, at first {first:.4g}. The model in {trainer.out} is unusable: "
                   f"lower training.learning_rate (now {trainer.training.learning_rate:.2g}) and use --overwrite")
     raise SystemExit(1)
 
@@ -1051,22 +1054,34 @@ def rewind(path: Path, keep: Callable[[dict], bool]) -> None:
     MODEL.write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in json_lines(path) if keep(record)))
 
 
+def duration(seconds: float) -> str:
+    """40 -> 40s, 540 -> 9m00s, 7500 -> 2h05m."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
 class StatusLine:
-    """How far long work is, on stderr: on a terminal each line takes the place of the one before."""
+    """The progress of long work on stderr: on a terminal, each line overwrites the previous one."""
 
-    stands = False
+    shown = False
 
-    def show(self, line: str) -> None:
-        if sys.stderr.isatty() and not MODEL.QUIET:
-            print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
-            self.stands = True
+    def show(self, line: str, share: float | None = None) -> None:
+        """Print a line, after a progress bar if `share` is given: 20 columns, or fewer where the terminal is narrow."""
+        terminal = sys.stderr.isatty() and not MODEL.QUIET
+        columns = shutil.get_terminal_size().columns - 1 if terminal else 999
+        width = min(20, columns - len(line) - 3)
+        if share is not None and width >= 5:
+            line = f"[{'#' * int(width * share):<{width}}] {line}"
+        if terminal:
+            print("\r\x1b[K" + line[:columns], end="", file=sys.stderr, flush=True)
+            self.shown = True
         else:
             say(line)
 
     def close(self) -> None:
-        if self.stands:
+        if self.shown:
             print(file=sys.stderr, flush=True)
-            self.stands = False
+            self.shown = False
 
 
 class Log:
@@ -1130,15 +1145,12 @@ class Log:
     def show(self, record: dict, total: int | None, share: float, left: float, memory: int) -> None:
         if not self.main:
             return
-        bar = "#" * int(20 * share)
-        machine = f" | MFU {100 * record['mfu']:.0f}%" if "mfu" in record else ""
         reward = f" | reward {record['reward']:.3f}" if "reward" in record else ""
-        line = (f"[{bar:<20}] step {record['step']}{f'/{total}' if total else ''} | loss "
-                f"{record.get('loss', math.nan):.4f}{reward} | {record['tokens_per_second']:,.0f} tok/s{machine} | "
-                f"{memory / 2**30:.1f} GiB | {left:.0f} s left")
-        self.line.show(line)
+        mfu = f" | MFU {100 * record['mfu']:.0f}%" if "mfu" in record else ""
+        self.line.show(f"step {record['step']}{f'/{total}' if total else ''} | loss {record.get('loss', math.nan):.4f}{reward} | "
+                       f"{record['tokens_per_second']:,.0f} tok/s | {memory / 2**30:.1f} GiB | ETA {duration(left)}{mfu}", share)
 
-    def tell(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if self.main:
             self.close()
             say(text)
@@ -1151,8 +1163,8 @@ class Log:
         records = json_lines(self.out / "log.jsonl") if self.main else []
         # of a sum of losses, the part that validation measures
         key = "nll" if any("nll" in r for r in records) else "loss"
-        panels = {"loss": {"training": curve(records, key), "held out": curve(records, "eval_loss")}}
-        panels["held out, %"] = {name.rpartition("/")[2].replace("_", " "): curve(records, f"eval_{name}", 100)
+        panels = {"loss": {"training": curve(records, key), "held-out set": curve(records, "eval_loss")}}
+        panels["held-out set, %"] = {name.rpartition("/")[2].replace("_", " "): curve(records, f"eval_{name}", 100)
                                  for name in SHARES}
         plot_curves(self.out / "loss.png", panels)
 
@@ -1168,22 +1180,40 @@ def plot_curves(path: Path, panels: dict[str, dict[str, list[tuple]]]) -> None:
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         return
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        return say("no plot: matplotlib is not installed")
-    figure = Figure(figsize=(max(6, 4.4 * len(panels)), 4), layout="constrained")
+    figure = new_figure(max(6, 4.4 * len(panels)), 4)
+    if not figure:
+        return
+    from matplotlib.ticker import MaxNLocator
+
+    last = max(1, *(step for curves in panels.values() for points in curves.values() for step, _ in points))
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for (label, points), color in zip(curves.items(), ("#1f5fa8", "#d1495b", "#2a9d5c", "#e09f3e", "#7b5ea7"), strict=False):
             axes.plot(*zip(*points, strict=True), "-" if len(points) > 20 else "o-", color=color, markersize=4, label=label)
-        if len(curves) > 1:
-            axes.legend(frameon=False)
-        axes.set(xlabel="optimizer step", title=title)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False)
+        axes.set(xlabel="optimizer step", title=title, xlim=(-0.04 * last, 1.04 * last))
+        if "%" in title:
+            top = max(10, axes.get_ylim()[1])
+            axes.set_ylim(-0.04 * top, top)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    with MODEL.staged(path.parent) as scratch:
+    save_figure(figure, path)
+
+
+def new_figure(width: float, height: float):
+    """An empty figure, sizes in inches; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return TOKENIZER.say_once("no plots: matplotlib is not installed")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, path: Path) -> None:
+    with MODEL.staged(path.parent) as scratch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box takes its place
         figure.savefig(scratch / path.name, dpi=120)
 
 
@@ -1364,13 +1394,18 @@ def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callabl
 
 
 def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection, prompts: list[tuple[str, list[int]]],
-                 sampling: INFER.Sampling | None = None) -> Callable | None:
-    """The same validation, followed by completions of a few prompts (text, ids), which are printed to stderr."""
+                 sampling: INFER.Sampling | None = None, skip_first: bool = False) -> Callable | None:
+    """The same validation, followed by completions of a few prompts (text, ids), which are printed to stderr. `skip_first`: not
+    in the first one, in which a model with fresh weights would print noise."""
     if evaluate is None or not training.sample_tokens or not prompts:
         return evaluate
 
     def evaluate_and_show(model) -> dict:
+        nonlocal skip_first
         measures, room = evaluate(model), model.config.max_position_embeddings - 1
+        if skip_first:
+            skip_first = False
+            return measures
         settings = sampling or INFER.Sampling(training.sample_tokens, 0.7, seed=0)
         completions = INFER.generate(model, [ids[-room:] for _, ids in prompts], settings, tokenizer)
         for (prompt, _), [completion] in zip(prompts, completions, strict=True):
@@ -1381,10 +1416,11 @@ def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection
 
 
 def say_sample(prompt: str, completion: str) -> None:
-    """Lines of the prompt marked with >, lines of the completion with |, without empty ones."""
+    """Print the lines of the prompt after > and those of the completion after |, without empty lines. Control characters, which
+    an untrained model generates and a terminal would execute, are escaped."""
     for mark, text in ((">", prompt), ("|", completion)):
         for line in filter(str.strip, text.splitlines()):
-            say(f"  {mark} {line}")
+            say(f"  {mark} " + "".join(char if char.isprintable() else repr(char)[1:-1] for char in line))
 
 
 def openings(spans: TOKENIZER.Spans, tokenizer, count: int = 3) -> list[tuple[str, list[int]]]:
@@ -1458,7 +1494,8 @@ def prepare_data(config, tokenizer, masked: bool = False):
     per_token = held_out.bytes / spans.pairs if held_out.bytes and not masked else None
     prompts = openings(spans, tokenizer) if training.sample_prompts is None else [
         (text, TOKENIZER.encode_prompt(tokenizer, text)) for text in training.sample_prompts]
-    return stream, with_samples(held_out_loss(batches, per_token), tokenizer, training, [] if masked else prompts)
+    fresh = not config.model.name and not config.actions.resume
+    return stream, with_samples(held_out_loss(batches, per_token), tokenizer, training, [] if masked else prompts, skip_first=fresh)
 
 
 # ------------------------------------------------------------------------------------ the frame of every stage
@@ -1562,9 +1599,10 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
                 say(line)
             total, _ = MODEL.count_parameters(stage.model)
             trained = sum(weight.numel() for weight in stage.model.parameters() if weight.requires_grad)
-            share = f", {trained:,} of them trained" if trained != total else ""
+            share = f" ({trained:,} trained)" if trained != total else ""
             kind = mixed if mixed != "no" else "float32"
-            say(f"{total:,} parameters{share}; {device.type}, {kind}, {world_size()} process(es)")
+            processes = f", {world_size()} processes" if world_size() > 1 else ""
+            say(f"{total:,} parameters{share}, device {device.type}, precision {kind}{processes}")
             if checkpoint:
                 say(f"resuming from {checkpoint}")
                 if changes := changed_keys(checkpoint, text):
@@ -1579,7 +1617,8 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
         result_flags = f"--model {config.model.name} --adapter {out}" if adapter else f"--model {out}"
         if config.model.quantization != "none":
             result_flags += f" --model.quantization {config.model.quantization}"
-        say(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {out}: {show.replace('MODEL', result_flags)}")
+        say(f"{result.steps} step{'s' * (result.steps != 1)} in {duration(result.seconds)}; the model is in {out}: "
+            f"{show.replace('MODEL', result_flags)}")
         if qat != "none":
             size = config.training.qat_group_size
             other = f" --group-size {size}" if size else f" or INFER.py --quantization {qat}"

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -1066,6 +1067,18 @@ def test_accuracy_f1_and_confusion_are_counted_right(tokenizer):
     absent = SFT.Confusion([], ["a", "b", "c", "d"], True)
     absent.counts = np.array([[5, 1, 0, 0], [0, 4, 0, 0], [0, 0, 0, 0], [0, 2, 0, 3]])
     assert math.isclose(absent.f1(), np.mean([10 / 11, 8 / 11, 6 / 8]))  # c occurs nowhere
+
+
+def test_the_confusion_plot_warns_about_no_script_and_needs_no_matplotlib(tmp_path, monkeypatch, capsys):
+    confusion = SFT.Confusion([], ["ham", "\u597d"], True)  # the usual font lacks the second
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        confusion.plot(tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    TOKENIZER.say_once.cache_clear()
+    confusion.plot(tmp_path / "second.png")
+    assert "matplotlib is not installed" in capsys.readouterr().err and not (tmp_path / "second.png").exists()
 
 
 @pytest.fixture()

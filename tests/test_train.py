@@ -1,10 +1,12 @@
 """TRAIN.py: the loop against a hand-written one, equal gradients however a step is cut, exact resume, and its manners."""
 
 import fcntl
+import io
 import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -1033,16 +1035,44 @@ def test_the_folder_that_a_run_leaves(trained, real_plot):
         assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**24)) > 20
 
 
-def test_held_out_shares_are_drawn_beside_the_loss(tmp_path, real_plot):
+def test_held_out_percentages_are_drawn_next_to_the_loss(tmp_path, real_plot):
+    rows = [{"step": 0, "eval_loss": 3.0, "eval_exact_match": 0.1}, {"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0, "eval_exact_match": 0.6}]
+    loss, percent = drawn(tmp_path, rows)
+    assert [line.get_label() for line in (*loss.get_lines(), *percent.get_lines())] == ["training", "held-out set", "exact match"]
+    assert [text.get_text() for text in percent.get_legend().get_texts()] == ["exact match"]
+    assert list(percent.get_lines()[0].get_ydata()) == [10, 60]
+
+
+def drawn(folder: Path, rows: list[dict]) -> list:
+    """The axes of the plot of such a log."""
     from matplotlib.figure import Figure
 
-    rows = [{"step": 0, "eval_loss": 3.0, "eval_exact_match": 0.1}, {"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0, "eval_exact_match": 0.6}]
-    write(tmp_path / "log.jsonl", map(json.dumps, rows))
+    write(folder / "log.jsonl", map(json.dumps, rows))
     with mock.patch.object(Figure, "savefig", autospec=True) as saved:
+        TRAIN.Log(folder, True).plot()
+    return saved.call_args[0][0].axes
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 400, 1_000_000])
+def test_plots_have_ticks_at_whole_steps_and_percentages(steps, tmp_path, real_plot):
+    for measure, rows in ((None, [{"step": steps, "loss": 2.0}]),
+                          (0.0, [{"step": 0, "eval_exact_match": 0.0}, {"step": steps, "eval_exact_match": 0.0}])):
+        [axes] = drawn(tmp_path, rows)
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert ticks[0] == 0 and ticks[-1] > 0.7 * steps and all(float(tick).is_integer() for tick in ticks) and len(ticks) <= 8
+        if measure is not None:
+            percentages = [tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
+            assert percentages[0] == 0 and percentages[-1] == 10 and all(float(tick).is_integer() for tick in percentages)
+
+
+def test_without_matplotlib_one_line_says_that_there_are_no_plots(tmp_path, real_plot, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    write(tmp_path / "log.jsonl", [json.dumps({"step": 1, "loss": 2.0})])
+    TOKENIZER.say_once.cache_clear()
+    for _ in range(2):
         TRAIN.Log(tmp_path, True).plot()
-    loss, percent = saved.call_args[0][0].axes
-    assert [line.get_label() for line in (*loss.get_lines(), *percent.get_lines())] == ["training", "held out", "exact match"]
-    assert list(percent.get_lines()[0].get_ydata()) == [10, 60]
+    assert capsys.readouterr().err == "no plots: matplotlib is not installed\n"
 
 
 def test_result_and_log(trained):
@@ -1097,25 +1127,63 @@ def test_settings_are_saved_beside_the_model(trained):
 
 
 def test_samples_are_shown_after_a_validation(tmp_path, text_file, capsys):
-    train(tmp_path, "--training.sample_tokens", 4, "--training.sample_prompts", '["The red"]', "--training.eval_batches", 1)
+    options = ["--training.sample_tokens", 4, "--training.sample_prompts", '["The red"]', "--training.eval_batches", 1]
+    train(tmp_path, *options)
     captured = capsys.readouterr()
-    assert captured.err.count("  > The red\n  | ") == 2 and captured.out == ""  # before and after; stdout stays clean
+    assert captured.err.count("  > The red\n  | ") == 1 and captured.out == ""  # fresh weights have no samples worth reading
+    trained = ["--model", str(tmp_path / "out"), "--max-length", "32", "--batch-size", "4", "--model.device", "cpu"]
+    train(tmp_path, *options, "--out", tmp_path / "more", model=trained)
+    assert capsys.readouterr().err.count("  > The red\n  | ") == 2  # before and after
 
 
 def test_samples_are_held_out_documents_gone_on_with(tmp_path, text_file, capsys):
     train(tmp_path, "--training.sample_tokens", 4)
     shown = [line.removeprefix("  > ") for line in capsys.readouterr().err.splitlines() if line.startswith("  > ")]
     documents = text_file.read_text().splitlines()
-    assert len(shown) == 6 and shown[:3] == shown[3:]
+    assert len(shown) == 3
     assert all(any(document.startswith(line) and document != line for document in documents) for line in shown)
 
 
 def test_samples_have_no_empty_lines(capsys):
-    completion = SimpleNamespace(text="a\n\n \n\nb\n\n")
+    completion = SimpleNamespace(text="a\n\n \n\nb\x1b[2J\n\n")
     with mock.patch.object(INFER, "generate", lambda *_: [[completion]]):
         model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=8))
         assert TRAIN.with_samples(lambda _: {"loss": 1.0}, None, TRAIN.TrainingSection(), [("q\n\nr", [1])])(model) == {"loss": 1.0}
-    assert capsys.readouterr().err == "  > q\n  > r\n  | a\n  | b\n"
+    assert capsys.readouterr().err == "  > q\n  > r\n  | a\n  | b\\x1b[2J\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_and_samples_do_not_share_a_line_on_a_terminal(tmp_path, monkeypatch):
+    def evaluate(model) -> dict:
+        MODEL.say("  | a sample")
+        return {"loss": 1.0}
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "80")
+    run(tmp_path, 16, evaluate=evaluate, max_steps=4, eval_steps=2)
+    lines = [line.rpartition("\r\x1b[K")[2] for line in screen.getvalue().split("\n")]
+    assert lines[:2] == ["  | a sample", "step 0: held-out loss 1"] and lines[3:5] == ["  | a sample", "step 2: held-out loss 1"]
+    for line in (lines[2], lines[5]):
+        assert re.fullmatch(r"\[#+ *\] step \d/4 \| loss [\d.]+ \| [\d,]+ tok/s \| [\d.]+ GiB \| ETA \d+s \| MFU \d+%", line) and len(line) < 80
+
+
+def test_a_narrow_terminal_cuts_the_bar_before_the_numbers(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    for columns, expected in ((80, f"[{'#' * 10}{' ' * 10}] 0123456789"), (23, "[####     ] 0123456789"),
+                              (15, "0123456789"), (8, "0123456")):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        sys.stderr.truncate(0), sys.stderr.seek(0)
+        TRAIN.StatusLine().show("0123456789", 0.5)
+        assert sys.stderr.getvalue() == "\r\x1b[K" + expected
+
+
+def test_durations():
+    assert [TRAIN.duration(seconds) for seconds in (0, 40.4, 59.6, 540, 3599.6, 7500)] == ["0s", "40s", "1m00s", "9m00s", "1h00m", "2h05m"]
 
 
 # --------------------------------------------------------------------------------------------------------- data
@@ -1207,7 +1275,8 @@ def two(tmp_path_factory):
     """tests/two_ranks.py and, beside it, TRAIN.py as a user starts it, on rows that do not divide evenly."""
     folder = tmp_path_factory.mktemp("two")
     write(folder / "text.txt", make_text(31))
-    argv = arguments(folder, "--epochs", 2, "--batch-size", 5, "--grad-accum", 2, "--training.optim", "adamw", "--training.eval_steps", 3)
+    argv = arguments(folder, "--epochs", 2, "--batch-size", 5, "--grad-accum", 2, "--training.optim", "adamw", "--training.eval_steps", 3,
+                     "--training.fsdp", "true")
     as_a_user = torchrun(ROOT / "TRAIN.py", *argv)
     two_ranks(folder)
     talk, _ = as_a_user.communicate(timeout=180)
@@ -1296,7 +1365,8 @@ def test_torchrun_as_a_user_starts_it(two, tmp_path):
     train(tmp_path, "--epochs", 2, "--batch-size", 5, "--grad-accum", 4, "--training.optim", "adamw", "--training.eval_steps", 3)
     out = two.folder / "out"
     assert losses(out) == pytest.approx(losses(tmp_path / "out"), abs=1e-5)
-    assert two.talk.count("parameters;") == 1 and "2 process(es)" in two.talk  # the first process alone talks
+    assert two.talk.count("parameters,") == 1 and "2 processes" in two.talk  # only the first process prints
+    assert "Warning" not in two.talk
     results = [json.loads((folder / "result.json").read_text()) for folder in (out, tmp_path / "out")]
     for when in ("before", "after"):
         assert results[0][when] == pytest.approx(results[1][when], rel=1e-4)
