@@ -1310,7 +1310,7 @@ def test_overwriting_waits_until_the_new_run_is_sound(flags, tmp_path, model_fol
     for wrong in (["--out", str(model_folder)], ["--adapter", str(tmp_path / "out"), "--out", str(tmp_path / "out")],
                   ["--merge", str(tmp_path / "out"), "--out", str(model_folder)], ["--merge", str(tmp_path / "out"), "--out", str(tmp_path / "out")]):
         start = [] if "--merge" in wrong else [*flags, *few]
-        with pytest.raises(UserError, match="holds what the run starts from"):
+        with pytest.raises(UserError, match="is an input of the run"):
             SFT.main([*start, *wrong, "--overwrite"])
     assert contents(model_folder) == base and contents(tmp_path / "out") == before
     SFT.main([*flags, *few, "--overwrite", "--out", str(tmp_path / "out")])
@@ -1363,7 +1363,7 @@ def test_classifiers_keep_to_the_context_and_name_their_padding(label_flags, tmp
     SFT.main([*label_flags, "--model", str(tmp_path / "base"), "--data", str(tmp_path / "long.tsv"), "--lora.r", "2", "--max-steps", "2", "--out", str(tmp_path / "adapter")])
     SFT.main(["--merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")])
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["pad_token_id"] == tokenizer.pad_token_id
-    with pytest.raises(UserError, match="model.name: .*adapter holds an adapter; train it with --model .*base --adapter .*adapter"):
+    with pytest.raises(UserError, match="model.name: .*adapter is an adapter; train it with --model .*base --adapter .*adapter"):
         SFT.main([*label_flags, "--model", str(tmp_path / "adapter"), "--out", str(tmp_path / "more")])
 
 

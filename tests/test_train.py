@@ -373,7 +373,7 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, capsys):
     settings = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert (settings["training"]["batch_size"], settings["training"]["learning_rate"], settings["model"]["hidden_size"]) == (4, 1e-3, 48)
     assert TRAIN.main(["--resume", str(tmp_path / "out" / "ckpt-step-000002"), "--max-steps", "6"]).steps == 6  # in its own folder
-    assert "changed since that checkpoint, so this is no exact continuation: training.max_steps" in capsys.readouterr().err
+    assert "changed since that checkpoint, so the resumed run will differ: training.max_steps" in capsys.readouterr().err
     for flags, message in ((["--model.num_hidden_layers", "1"], "model.num_hidden_layers: 1 differs from 2 in "),
                            (["--preset", "llama-225k"], "model.preset: llama-225k differs from llama-1m in ")):
         with pytest.raises(UserError, match=message):
@@ -424,7 +424,7 @@ def test_changed_settings_are_named(tmp_path, text_file, capsys):
 def test_what_is_no_checkpoint_is_refused(tmp_path, text_file, model_folder):
     with pytest.raises(UserError, match="folder not found"):
         train(tmp_path, "--resume", tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no trainer_state.pt; a checkpoint looks like"):
+    with pytest.raises(UserError, match="has no trainer_state.pt; a checkpoint looks like"):
         train(tmp_path, "--resume", model_folder)
     train(tmp_path, "--training.optim", "adamw")
     with pytest.raises(UserError, match="made with another training.optim"):
@@ -544,7 +544,7 @@ def test_the_commands_of_the_readme_word_for_word(tmp_path, forged_gpt2):
     for folder, process in zip((flags, file), processes, strict=True):
         _, talk = process.communicate(timeout=120)
         assert process.returncode == 0, talk
-        assert "Traceback" not in talk and "rows have 128 tokens" in talk
+        assert "Traceback" not in talk and "exceeds the model's context; using 128" in talk
         assert [p for p in TRAIN.checkpoints(folder / "out") if (p / "trainer_state.pt").exists()]
         assert MODEL.load(str(folder / "out")).config.model_type == "gpt2"
     command = 'echo "Write a short science fiction paragraph" | "$0" INFER.py --model gpt2'
@@ -614,7 +614,7 @@ def full_disk(out: Path, whole: Path, **more) -> None:
     with pytest.raises(UserError) as error:
         run(out, 16, save_steps=1, save_total_limit=99, max_steps=12, **more)
     last = TRAIN.find_checkpoint(out, "auto")
-    assert "the disk is full" in str(error.value) and f"the last whole checkpoint is {last}." in str(error.value)
+    assert "the disk is full" in str(error.value) and f"the last complete checkpoint is {last}." in str(error.value)
     assert TRAIN.load_state(last)["step"] == int(last.name[-6:]) and not list(out.glob(".tmp-*"))
     same(weights(last), weights(whole / last.name))
 
@@ -923,14 +923,14 @@ def test_resume_auto_where_no_checkpoint_stands(tmp_path, text_file, capsys):
     [saved] = TRAIN.checkpoints(tmp_path / "out")
     first = losses(tmp_path / "out")
     shutil.rmtree(saved)
-    with pytest.raises(UserError, match="holds result.json and no checkpoint to resume from; --overwrite replaces it"):
+    with pytest.raises(UserError, match="contains result.json but no checkpoint; use --overwrite"):
         train(tmp_path, "--resume", "auto")
     assert (tmp_path / "out" / "model.safetensors").exists()
     for path in (tmp_path / "out").iterdir():
         if path.name not in ("log.jsonl", "loss.png"):
             path.unlink()
     train(tmp_path, "--resume", "auto")
-    assert "holds no checkpoint yet; starting a new run" in capsys.readouterr().err
+    assert "contains no checkpoint; starting a new run" in capsys.readouterr().err
     assert losses(tmp_path / "out") == first
 
 
@@ -940,12 +940,12 @@ def test_resume_replaces_no_folder_that_is_not_its_own(tmp_path, text_file, trai
     folder.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         shutil.copy(trained.out / name, folder)
-    with pytest.raises(UserError, match="holds config.json, which the run would replace"):
+    with pytest.raises(UserError, match="contains config.json, which was not written by a run"):
         train(tmp_path, "--resume", "auto", "--out", folder)
     assert (folder / "model.safetensors").read_bytes() == (trained.out / "model.safetensors").read_bytes()
     train(tmp_path)
     [other] = TRAIN.checkpoints(trained.out)[-1:]
-    with pytest.raises(UserError, match=f"out holds a run, of which {other} is no checkpoint; choose another --out"):
+    with pytest.raises(UserError, match=f"out contains a run, but {other} belongs to another run; choose another --out"):
         train(tmp_path, "--resume", other, "--out", tmp_path / "out")
 
 
@@ -954,7 +954,7 @@ def test_a_state_of_an_earlier_version_is_one_line(tmp_path, text_file):
     [folder] = TRAIN.checkpoints(tmp_path / "out")
     state = TRAIN.load_state(folder)
     torch.save({key: value for key, value in state.items() if key != "measured"}, folder / TRAIN.STATE_FILE)
-    with pytest.raises(UserError, match="was written by an earlier version; --model"):
+    with pytest.raises(UserError, match="was written by an earlier version; start from its weights with --model"):
         train(tmp_path, "--resume", "auto")
 
 
@@ -979,7 +979,7 @@ def test_a_used_folder_is_refused_or_replaced(tmp_path, text_file):
     other.parent.mkdir()
     other.write_text("another stage's")
     (tmp_path / "out" / "model-00001-of-00002.safetensors").write_text("a shard of an earlier, larger model")
-    with pytest.raises(UserError, match="--resume auto continues.*--overwrite replaces.*--out chooses"):
+    with pytest.raises(UserError, match="continue it with --resume auto, replace it with --overwrite, or choose another --out"):
         train(tmp_path)
     assert losses(tmp_path / "out") == first
     train(tmp_path, "--overwrite", "--seed", 3, "--max-steps", 3)
@@ -990,7 +990,7 @@ def test_a_used_folder_is_refused_or_replaced(tmp_path, text_file):
 
 def test_an_unfinished_run_counts_as_used(tmp_path, text_file):
     (tmp_path / "out" / "ckpt-step-000002").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds a run"):
+    with pytest.raises(UserError, match="contains a run"):
         train(tmp_path)
 
 
@@ -1193,8 +1193,8 @@ def test_less_than_one_row_trains_with_a_warning(tmp_path, capsys):
     write(tmp_path / "text.txt", ["a red fox", "an old owl"])
     train(tmp_path, "--max-length", 1024, "--model.max_position_embeddings", 1024, "--max-steps", 12)
     talk = capsys.readouterr().err
-    assert "less than one row of 1024: training on what there is" in talk
-    assert "too little data to hold some out: training without validation" in talk
+    assert "less than one sequence of 1024 tokens" in talk
+    assert "too little data for a held-out set; training without validation" in talk
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0] - 0.3
 
 
@@ -1377,7 +1377,7 @@ def test_a_damaged_checkpoint_names_another(tmp_path, text_file):
     out = tmp_path / "out"
     (out / "ckpt-step-000002").mkdir(parents=True)
     (out / "ckpt-step-000004").mkdir()
-    with pytest.raises(UserError, match="ckpt-step-000002 is another checkpoint"):
+    with pytest.raises(UserError, match="; try --resume .*ckpt-step-000002"):
         TRAIN.restore_weights(MODEL.build("llama-1m", device="meta"), out / "ckpt-step-000004")
 
 
@@ -1391,11 +1391,11 @@ def test_auto_resumes_from_the_newest_checkpoint_that_is_whole(name, tmp_path, t
         assert TRAIN.find_checkpoint(out, "auto") == checkpoints[1]
         train(tmp_path, "--max-steps", 6, "--training.save_steps", 2, "--training.save_total_limit", 9, "--resume", "auto")
         said = capsys.readouterr().err
-        assert said.count(name) == 1 and f"continuing from {checkpoints[1]}" in said
+        assert said.count(name) == 1 and f"resuming from {checkpoints[1]}" in said
         assert (checkpoints[2] / "model.safetensors").read_bytes() == whole["model.safetensors"]
     for path in checkpoints:
         (path / name).write_bytes(b"{")
-    with pytest.raises(UserError, match=f"--resume: .*{name} is missing or damaged, and .* has no checkpoint that is whole"):
+    with pytest.raises(UserError, match=f"--resume: .*{name} is missing or damaged, and .* has no other checkpoint"):
         train(tmp_path, "--max-steps", 6, "--resume", "auto")
 
 
@@ -1469,7 +1469,7 @@ def test_a_stream_that_fails_leaves_a_checkpoint(tmp_path):
 
     (tmp_path / "whole").mkdir()
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="does not answer; step 3 is saved in .*ckpt-step-000003: --resume auto continues"):
+    with pytest.raises(UserError, match="does not answer; continue with --resume auto .*ckpt-step-000003 is saved"):
         go_on(Failing(16), tmp_path / "out")
     stream = Failing(16)
     stream.broken = False
@@ -1484,9 +1484,9 @@ def test_a_run_that_diverged_ends_with_status_1(tmp_path, capsys):
         return error.value.code, capsys.readouterr().err
 
     code, talk = ends([{"loss": 5.0, "perplexity": 148.0}, {"loss": 6.5, "perplexity": 665.0}])
-    assert code == 1 and "the run diverged: held-out loss 6.5, at first 5" in talk and "training.learning_rate" in talk
+    assert code == 1 and "the run diverged: held-out loss went from 5 to 6.5" in talk and "training.learning_rate" in talk
     code, talk = ends([{"loss": 5.0, "perplexity": 148.0}, {"loss": math.nan, "perplexity": math.nan}])
-    assert code == 1 and "held-out loss nan" in talk
+    assert code == 1 and "held-out loss went from 5 to nan" in talk
     measures = iter([{"exact_match": 0.1, "loss": 1.0, "perplexity": 2.7}, {"exact_match": 0.9, "loss": 2.5, "perplexity": 12.0}])
     run(tmp_path, 16, evaluate=lambda model: next(measures), max_steps=1)  # surer of its mistakes, but better
 
@@ -1511,7 +1511,7 @@ def test_files_that_no_run_wrote_are_not_replaced(name, tmp_path, text_file):
     out.mkdir()
     (out / name).write_text("mine")
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match=f"output.dir: .* holds {name}, which the run would replace and no run wrote"):
+        with pytest.raises(UserError, match=f"output.dir: .* contains {name}, which was not written by a run"):
             train(tmp_path, *more)
     assert (out / name).read_text() == "mine" and [path.name for path in out.iterdir() if path.name != ".lock"] == [name]
 
@@ -1533,7 +1533,7 @@ def test_runs_prepare_one_folder_one_after_another(tmp_path, capsys):
     inside.wait(10)
     threads[1].start()
     threads[1].join(0.3)
-    assert threads[1].is_alive() and f"waiting for another run, which is preparing {tmp_path}" in capsys.readouterr().err
+    assert threads[1].is_alive() and f"waiting for another run that is writing to {tmp_path}" in capsys.readouterr().err
     leave.set()
     for thread in threads:
         thread.join(10)
