@@ -219,11 +219,11 @@ WRONG = {
     "unknown role": ([{"messages": [*ASKED, {"role": "narrator", "content": "x"}]}], ":1: messages: message 3: unknown role 'narrator'"),
     "two systems": ([{"messages": [LONG[0], LONG[0], *ASKED]}], ":1: messages: two system messages"),
     "late system": ([{"messages": [*ASKED, LONG[0]]}], ":1: messages: message 3 is the system's; it has to come first"),
-    "no output": ([{"instruction": "a"}], ":1: keys instruction are none of messages"),
+    "no output": ([{"instruction": "a"}], ":1: keys instruction match no format .messages"),
     "late history": ([{"instruction": "a", "output": "b", "history": [["c"]]}], ":1: history: messages, or .question, answer. pairs"),
     "tools": ([{"messages": ASKED, "tools": "{}"}], ":1: tools is dict, a list is expected"),
     "a call": ([{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [3]}]}], ":1: messages: message 2: a tool call is an object with a name"),
-    "unknown keys": ([{"ask": "a", "say": "b"}], ":1: keys ask, say are none of messages; conversations; prompt"),
+    "unknown keys": ([{"ask": "a", "say": "b"}], ":1: keys ask, say match no format .messages; conversations; prompt"),
     "content": ([{"messages": [{"role": "user", "content": 3}, ASKED[1]]}], ":1: messages: message 1: content is int, text is expected"),
     "arguments": ([{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}],
                   ":1: messages: message 2: a tool call's arguments: not valid JSON"),
@@ -385,7 +385,7 @@ def test_long_conversations_are_cut_or_dropped_and_counted(choice, count, tmp_pa
                               chat_tokenizer(tokenizer))
     assert len(talks) == count and max(len(talk.ids) for talk in talks) <= 61
     said = capsys.readouterr().err
-    assert "left out 1 duplicates" in said and ("2 truncated" in said and "1 whose answer lies beyond training.max_length 60" in said) == (choice == "cut")
+    assert "left out 1 duplicates" in said and ("2 truncated" in said and "1 whose completion is beyond training.max_length 60" in said) == (choice == "cut")
     assert ("left out 2 too long for training.max_length" in said) == (choice == "drop")
 
 
@@ -915,14 +915,14 @@ def sayings(count, seed=0):
         yield " ".join(str(text[i]) for i in generator.permutation(len(text))), label
 
 
-LABELS = TOKENIZER.Form(SFT.labelled, "sft")
+LABELS = TOKENIZER.Form(SFT.labeled, "sft")
 
 
 def texts_in(path):
     return [record["text"] for _, record in LABELS.read(path, TOKENIZER.LeftOut())]
 
 
-LABELLED = {
+LABELED = {
     "the names of a table": ({"text": "Hello", "label": "yes"}, ("Hello", "yes")),
     "capitals": ({"Label": "ham", "SMS": "Hello"}, ("Hello", "ham")),
     "the only other key": ({"utterance": "Hello", "intent": "greet"}, ("Hello", "greet")),
@@ -930,9 +930,9 @@ LABELLED = {
 }
 
 
-@pytest.mark.parametrize("name", LABELLED)
-def test_labelled_texts_are_told_by_their_keys(name, tmp_path):
-    record, expected = LABELLED[name]
+@pytest.mark.parametrize("name", LABELED)
+def test_labeled_texts_are_told_by_their_keys(name, tmp_path):
+    record, expected = LABELED[name]
     [(where, found)] = LABELS.read(write(tmp_path / "a.jsonl", [record]), TOKENIZER.LeftOut())
     assert (found["text"], found["label"]) == expected and where.endswith("a.jsonl:1")
 
@@ -948,34 +948,34 @@ def test_quotes_of_a_tsv(tmp_path):
 
 
 WRONG_LABELS = {
-    "no label": ([{"text": "a", "source": "b"}], ":1: none of the keys text, source is known as the label"),
-    "which text": ([{"label": "a", "first": "b", "second": "c"}], ":1: none of the keys label, first, second is known as the text"),
+    "no label": ([{"text": "a", "source": "b"}], ":1: none of the keys text, source is recognized as the label"),
+    "which text": ([{"label": "a", "first": "b", "second": "c"}], ":1: none of the keys label, first, second is recognized as the text"),
     "empty text": ([{"label": "a", "text": " "}], ":1: 'text' is empty"),
-    "empty label": ([{"label": "a", "text": "x"}, {"label": "", "text": "y"}], ":2: 'label' is '', one label is expected"),
-    "several labels": ([{"label": ["a", "b"], "text": "x"}], ":1: 'label' is .*, one label is expected"),
+    "empty label": ([{"label": "a", "text": "x"}, {"label": "", "text": "y"}], ":2: 'label' is '', expected one label"),
+    "several labels": ([{"label": ["a", "b"], "text": "x"}], ":1: 'label' is .*, expected one label"),
     "one label": ([{"label": "a", "text": f"x{i}"} for i in range(9)], ":1: the training data has 1 different label in 9 texts"),
     "the wrong column": ([{"label": f"a{i}", "text": f"x{i}"} for i in range(9)], ":1: the training data has 9 different labels in 9 texts"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_LABELS)
-def test_bad_labelled_records_are_named(name, tmp_path, tokenizer, model_folder):
+def test_bad_labeled_records_are_named(name, tmp_path, tokenizer, model_folder):
     records, message = WRONG_LABELS[name]
     path = write(tmp_path / "bad.jsonl", records)
     with pytest.raises(UserError, match=f"bad.jsonl{message}"):
-        SFT.read_labelled(settings(model_folder, "--sft.task", "classify", "--data", path, "--data.validation", "none"), tokenizer, None)
+        SFT.read_labeled(settings(model_folder, "--sft.task", "classify", "--data", path, "--data.validation", "none"), tokenizer, None)
 
 
 def test_labels_seen_only_in_validation_or_unknown_to_the_model_are_refused(tmp_path, tokenizer, model_folder):
     known = [{"text": f"x{i}", "label": "ab"[i % 2]} for i in range(8)]
     train, held = write(tmp_path / "train.jsonl", known), write(tmp_path / "held.jsonl", [{"text": "y", "label": "a"}, {"text": "z", "label": "c"}])
     config = settings(model_folder, "--sft.task", "classify", "--data", train, "--data.validation", held)
-    with pytest.raises(UserError, match="held.jsonl:2: label 'c' is none of a, b, the labels of the training data"):
-        SFT.read_labelled(config, tokenizer, None)
-    with pytest.raises(UserError, match="train.jsonl:1: label 'a' is none of x, b, the labels of .*;"):
-        SFT.read_labelled(config, tokenizer, ["x", "b"])
+    with pytest.raises(UserError, match="held.jsonl:2: label 'c' is not one of a, b, the labels of the training data"):
+        SFT.read_labeled(config, tokenizer, None)
+    with pytest.raises(UserError, match="train.jsonl:1: label 'a' is not one of x, b, the labels of .*;"):
+        SFT.read_labeled(config, tokenizer, ["x", "b"])
     with pytest.raises(UserError, match="sft.class_weights: c: 2; expected one of the labels a, b and a weight"):
-        SFT.read_labelled(settings(model_folder, "--sft.task", "classify", "--data", train, "--data.validation", "none", "--sft.class_weights", "{c: 2}"), tokenizer, None)
+        SFT.read_labeled(settings(model_folder, "--sft.task", "classify", "--data", train, "--data.validation", "none", "--sft.class_weights", "{c: 2}"), tokenizer, None)
     with pytest.raises(UserError, match="sft.class_weights: has no effect with sft.task chat"):
         settings(model_folder, "--sft.class_weights", "balanced")
 
@@ -1011,7 +1011,7 @@ def test_labels_are_read_before_an_end_that_is_also_the_padding(tokenizer, tmp_p
     with torch.no_grad():
         expected = theirs(**own(texts, return_tensors="pt", padding=True, return_token_type_ids=False)).logits.softmax(-1)
     torch.testing.assert_close(torch.tensor(INFER.classify(model, own, texts)), expected, atol=1e-5, rtol=1e-4)
-    sample = SFT.Labelled("x", {"text": texts[0], "label": "a"}, own)
+    sample = SFT.Labeled("x", {"text": texts[0], "label": "a"}, own)
     assert sample.text_ids[-1] != own.pad_token_id and own(texts[0]).input_ids == [*sample.text_ids, own.pad_token_id]
 
 
@@ -1020,7 +1020,7 @@ def test_label_loss_in_any_batch_is_the_weighted_cross_entropy(kind, tokenizer):
     """Packed and padded, against texts one by one under torch's own class weights."""
     model, labels = scorer(kind, tokenizer), {"fox": 0, "hill": 1, "owl": 2}
     weights = {"fox": 0.5, "hill": 1.0, "owl": 3.0}
-    texts = [SFT.Labelled("x", {"text": text, "label": label}, tokenizer) for text, label in sayings(13)]
+    texts = [SFT.Labeled("x", {"text": text, "label": label}, tokenizer) for text, label in sayings(13)]
     for text in texts:
         text.number(labels, weights)
     scores = []
@@ -1047,7 +1047,7 @@ def test_label_loss_in_any_batch_is_the_weighted_cross_entropy(kind, tokenizer):
 
 def test_accuracy_f1_and_confusion_are_counted_right(tokenizer):
     model = scorer("llama", tokenizer, ["fox", "hill", "owl"])
-    texts = [SFT.Labelled("x", {"text": text, "label": label}, tokenizer) for text, label in sayings(40)]
+    texts = [SFT.Labeled("x", {"text": text, "label": label}, tokenizer) for text, label in sayings(40)]
     for text in texts:
         text.number({"fox": 0, "hill": 1, "owl": 2}, dict.fromkeys(("fox", "hill", "owl"), 1.0))
     names = np.array(["fox", "hill", "owl"])
@@ -1093,7 +1093,8 @@ def label_flags(tmp_path, model_folder):
 def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, tokenizer, capsys, monkeypatch):
     result = SFT.main([*label_flags, "--max-steps", "40", "--out", str(tmp_path / "whole")])
     assert list(result.after) == ["accuracy", "f1_macro", "loss"] and result.after["accuracy"] > result.before["accuracy"] + 0.3
-    assert "true / given" in capsys.readouterr().err and (tmp_path / "whole" / "confusion.png").exists()
+    table = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  | ")][:4]
+    assert "true / predicted" in table[0] and len(set(map(len, table))) == 1 and (tmp_path / "whole" / "confusion.png").exists()
     assert (tmp_path / "whole" / "ckpt-step-000040" / "confusion.png").exists()
     SFT.main([*label_flags, "--max-steps", "20", "--out", str(tmp_path / "halves")])
     SFT.main([*label_flags, "--max-steps", "40", "--out", str(tmp_path / "halves"), "--resume", "auto"])
@@ -1153,7 +1154,7 @@ def test_only_the_ratio_of_class_weights_counts(tmp_path, tokenizer, model_folde
     found = []
     for weights in ("{a: 0.01, b: 0.03}", "{a: 1, b: 3}"):
         config = settings(model_folder, "--sft.task", "classify", "--data", path, "--data.validation", "none", "--sft.class_weights", weights)
-        train, *_ = SFT.read_labelled(config, tokenizer, None)
+        train, *_ = SFT.read_labeled(config, tokenizer, None)
         found.append([text.weights[-1] for text in train])
     assert found[0] == pytest.approx(found[1]) and math.isclose(sum(found[0]), 30) and math.isclose(max(found[0]) / min(found[0]), 3)
 
@@ -1324,7 +1325,7 @@ REFUSED = {
     "muon": (["--lora.r", "2", "--lora.loraplus_lr_ratio", "4", "--training.optim", "muon"], "lora.loraplus_lr_ratio: has no effect with training.optim muon"),
     "nothing to choose by": (["--data.validation", "none", "--sft.eval_answers", "0", "--training.sample_tokens", "0", "--training.load_best_model_at_end", "true"],
                              "training.load_best_model_at_end: nothing is held out"),
-    "two actions": (["--dry-run", "--merge", "x"], "--merge and --dry-run: train nothing and stand alone"),
+    "two actions": (["--dry-run", "--merge", "x"], "--merge and --dry-run: cannot be combined with other actions"),
     "a lost adapter": (["--adapter", "./nowhere"], "--adapter: folder not found: './nowhere'"),
 }
 
@@ -1343,7 +1344,7 @@ def test_an_adapter_brings_its_settings_and_its_base_may_move(flags, tmp_path, m
     shutil.copytree(model_folder, tmp_path / "base")
     flags = [*flags, "--model", str(tmp_path / "base")]
     SFT.main([*flags, *few, "--lora.r", "2", "--out", str(tmp_path / "adapter")])
-    with pytest.raises(UserError, match="lora.lora_alpha: .* brings its own; leave it out"):
+    with pytest.raises(UserError, match="lora.lora_alpha: .* has its own value; leave this out"):
         SFT.main([*flags, *few, "--adapter", str(tmp_path / "adapter"), "--lora.lora_alpha", "99", "--out", str(tmp_path / "more")])
     with pytest.raises(UserError, match="--resume: .* was made with another model or adapter .*size mismatch"):
         SFT.main([*flags, *few, "--lora.r", "4", "--resume", "auto", "--out", str(tmp_path / "adapter")])
@@ -1386,9 +1387,9 @@ def test_weights_of_messages_and_answers_that_come_first(tokenizer):
 
 def test_convert_keeps_files_and_labels(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"messages": ASKED}])
-    with pytest.raises(UserError, match="a.jsonl exists; --overwrite replaces it"):
+    with pytest.raises(UserError, match="a.jsonl exists; replace it with --overwrite"):
         SFT.main(["--convert", "--data", str(path), "--out", str(path)])
-    with pytest.raises(UserError, match="a labelled text is no conversation"):
+    with pytest.raises(UserError, match="labeled texts are not converted"):
         SFT.main(["--convert", "--data", str(write(tmp_path / "l.tsv", [{"text": "a", "label": "b"}])), "--out", str(tmp_path / "o.jsonl")])
 
 
@@ -1498,5 +1499,5 @@ def test_adapters_on_single_experts_of_transformers_4(rslora, tmp_path):
 
 
 def test_merge_names_a_folder_without_an_adapter(model_folder, tmp_path):
-    with pytest.raises(UserError, match="--merge: .* is no adapter's folder"):
+    with pytest.raises(UserError, match="--merge: .* is not the folder of an adapter"):
         SFT.main(["--merge", str(model_folder), "--out", str(tmp_path / "out")])
