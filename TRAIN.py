@@ -1306,7 +1306,7 @@ def find_checkpoint(out: Path, resume: str | None) -> Path | None:
         found = checkpoints(out)
         complete = [folder for folder in found if not damage(folder)]
         if found and not complete:
-            raise UserError(f"--resume: {damage(found[-1])}, and {out} has no other checkpoint; start again with --overwrite")
+            raise UserError(f"--resume: {damage(found[-1])}, and {out} has no complete checkpoint; start again with --overwrite")
         return complete[-1] if complete else None
     if not Path(resume).is_dir():
         raise UserError(f"--resume: folder not found: '{resume}'; use auto for the newest checkpoint of output.dir")
