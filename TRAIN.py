@@ -187,9 +187,9 @@ def make_optimizers(model: nn.Module, training: TrainingSection) -> list[torch.o
 
 
 def choose_rate(training: TrainingSection, model: nn.Module, fresh: bool, share: float | None = None) -> None:
-    """Resolve a learning rate of null and an optimizer of auto. The rate is high for fresh weights, lower for wide models, and
-    low for the further pretraining of trained weights. `share` is the fraction of the fine-tuning rate that a stage uses (1 in
-    SFT). Muon is faster when the weights change a lot, but amplifies the noise of rollouts as much as their signal."""
+    """Set the learning rate if it is null, and the optimizer if it is auto. The rate is high for fresh weights, lower for wide
+    models, and low for further pretraining. `share` is the fraction of the fine-tuning rate that a stage uses, 1 in SFT. Muon
+    converges faster, but amplifies the noise of rollouts as much as their signal."""
     adapter, width = getattr(model, "adapter", None), getattr(getattr(model, "config", None), "hidden_size", 512)
     if fresh:
         rate, optim = 6e-3 * math.sqrt(128 / width), "muon"
@@ -391,7 +391,7 @@ class Trainer:
         self.total_steps = self.run.total_steps = self._total_steps()
         self.warmup = self._warmup()
         if self.total_steps is not None and self.state.step > self.total_steps:
-            self.log.say(f"training.max_steps: {self.total_steps} steps are done; the checkpoint is at step {self.state.step}")
+            self.log.say(f"nothing to train: training.max_steps is {self.total_steps}, the checkpoint at step {self.state.step}")
         self.flops, self.head_flops = self._flops_per_token()
         self.started = time.perf_counter()
         if not self.state.before:
@@ -747,7 +747,7 @@ def on_device(batch: dict, device) -> dict:
 
 
 def precision(training: TrainingSection, dtype: str, device: torch.device) -> str:
-    """The autocast dtype (bf16, fp16 or no): training.mixed_precision, or if auto model.dtype, or if auto the fastest here."""
+    """The autocast dtype (bf16, fp16 or no): training.mixed_precision, if auto model.dtype, if also auto the fastest."""
     mixed = training.mixed_precision
     if mixed == "auto":
         half = MODEL.fast_half(device.type) if dtype == "auto" else MODEL.DTYPES[dtype]
@@ -795,7 +795,7 @@ def compile_model(model: nn.Module) -> None:
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
-    """Shard with FSDP2: each layer gathers its weights when it runs and frees them afterwards. Others belong to the root."""
+    """Shard with FSDP2: each layer gathers its weights when it runs and frees them afterwards; the root has all others."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -1097,7 +1097,7 @@ class Log:
         self.sums = {name: value if self.main else 0.0 for name, value in state["sums"].items()}  # sums over all processes
 
     def means(self, device) -> dict[str, float]:
-        """The mean of each metric over the steps since the last call that report it; processes are summed."""
+        """Means of the metrics since the last call, over the steps that report them; processes are summed."""
         state = self.state(device)
         means = {name: without_noise(name, value / state["counts"][name]) for name, value in state["sums"].items()}
         self.sums, self.counts = {}, Counter()
@@ -1126,7 +1126,7 @@ class Log:
             self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
     def show(self, record: dict, total: int | None, share: float, memory: int) -> None:
-        """Print the progress bar of a run of which `share` is done."""
+        """Print the progress bar; `share` is the fraction of the run that is done."""
         if not self.main:
             return
         eta = duration(record["seconds"] * (1 - share) / max(share, 1e-9))
@@ -1348,8 +1348,8 @@ EMPTY = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full
 
 def own_share(items: list, fill=EMPTY) -> list:
     """This process's part of a list, padded with `fill` to equal lengths, as a sharded forward pass needs all processes."""
-    own = items[MODEL.process_rank() :: world_size()]
-    return own + [fill] * (-(-len(items) // world_size()) - len(own))
+    part = items[MODEL.process_rank() :: world_size()]
+    return part + [fill] * (-(-len(items) // world_size()) - len(part))
 
 
 def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callable:

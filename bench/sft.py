@@ -195,15 +195,15 @@ def memory(preset: str, forms: list[str], length: int, steps: int) -> None:
                  "--training.sample_tokens", "0", "--training.save_steps", "0", "--training.eval_steps", "0"]
         found = {}
         for form in forms:
-            for side, command in {"ours": [str(ROOT / "SFT.py"), *flags, *FORMS[form], "--out", f"{folder}/{form}"],
+            for program, command in {"ours": [str(ROOT / "SFT.py"), *flags, *FORMS[form], "--out", f"{folder}/{form}"],
                                   "peer": [str(ROOT / "bench" / "sft.py"), "peer", f"{folder}/base", form, str(length), str(steps), f"{folder}/{form}.json"]}.items():
                 start = time.perf_counter()
                 peak = peak_of(command)
                 if DEVICE != "cpu":
-                    report = Path(folder, form, "result.json") if side == "ours" else Path(folder, f"{form}.json")
+                    report = Path(folder, form, "result.json") if program == "ours" else Path(folder, f"{form}.json")
                     peak = json.loads(report.read_text())["peak_memory_bytes"]
-                found[form, side] = peak - imports
-                print(json.dumps({"shape": preset, "form": form, "side": side, "peak_MB": round(peak / 1e6), "without_interpreter_MB": round((peak - imports) / 1e6),
+                found[form, program] = peak - imports
+                print(json.dumps({"shape": preset, "form": form, "program": program, "peak_MB": round(peak / 1e6), "without_interpreter_MB": round((peak - imports) / 1e6),
                                   "share_of_our_full": round((peak - imports) / found["full", "ours"], 3) if ("full", "ours") in found else None,
                                   "process_s": round(time.perf_counter() - start)}), flush=True)
 

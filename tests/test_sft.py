@@ -111,18 +111,18 @@ def test_the_same_prompts_are_held_out_in_every_layout(tmp_path):
     prompts = [f"What is {i}?" for i in range(60)]
     rows = [{"prompt": prompt, "completion": answer} for prompt in prompts for answer in ("One.", "Two.")]
     chats = [{"messages": [LONG[0], {"role": "user", "content": f" {prompt}"}, TURNS[1]]} for prompt in prompts]
-    sides = []
+    splits = []
     for records in (rows, chats):
         data = TOKENIZER.DataSection(train=[str(write(tmp_path / "a.jsonl", records))], validation_fraction=0.3)
-        sides.append([{TOKENIZER.prompt_key(record) for _, record in side} for side in TOKENIZER.read_split(data, CHAT, TOKENIZER.LeftOut())])
-    assert sides[0] == sides[1] and not sides[0][0] & sides[0][1] and len(sides[0][1]) > 5
+        splits.append([{TOKENIZER.prompt_key(record) for _, record in split} for split in TOKENIZER.read_split(data, CHAT, TOKENIZER.LeftOut())])
+    assert splits[0] == splits[1] and not splits[0][0] & splits[0][1] and len(splits[0][1]) > 5
     left = TOKENIZER.LeftOut()
     held = write(tmp_path / "b.jsonl", [*rows[:5:2], {"prompt": "New?", "completion": "Yes."}])
     train, kept = TOKENIZER.read_split(TOKENIZER.DataSection(train=[str(tmp_path / "a.jsonl")], validation=str(held)), CHAT, left)
     assert len(train) == 57 and len(kept) == 4
     assert "left out 3 with a prompt of data.validation (the first: " in left.text()
     data = TOKENIZER.DataSection(train=[str(tmp_path / "a.jsonl")], validation="tail", validation_fraction=0.1)
-    assert [len(side) for side in TOKENIZER.read_split(data, CHAT, left)] == [54, 6]
+    assert [len(split) for split in TOKENIZER.read_split(data, CHAT, left)] == [54, 6]
 
 
 def test_held_out_prompts_do_not_occur_in_earlier_turns(tmp_path):

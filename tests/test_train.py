@@ -1130,7 +1130,7 @@ def test_samples_are_printed_after_validations(tmp_path, text_file, capsys):
     options = ["--training.sample_tokens", 4, "--training.sample_prompts", '["The red"]', "--training.eval_batches", 1]
     train(tmp_path, *options)
     captured = capsys.readouterr()
-    assert captured.err.count("  > The red\n  | ") == 1 and captured.out == ""  # fresh weights have no samples worth reading
+    assert captured.err.count("  > The red\n  | ") == 1 and captured.out == ""  # no samples of fresh weights
     trained = ["--model", str(tmp_path / "out"), "--max-length", "32", "--batch-size", "4", "--model.device", "cpu"]
     train(tmp_path, *options, "--out", tmp_path / "more", model=trained)
     assert capsys.readouterr().err.count("  > The red\n  | ") == 2  # before and after
