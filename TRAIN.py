@@ -101,8 +101,7 @@ class TrainingSection:
 
 
 def learning_rate_factor(kind: str, step: int, progress: float, warmup: float, floor=0.0, decay_share=0.2) -> float:
-    """Learning rate / peak learning rate. `progress` goes from 0 to 1 over the run, in steps or in time. `warmup` is a number of
-    steps, or a fraction of the run if it is below 1."""
+    """Learning rate / peak learning rate after `progress` (0 to 1) of the run. `warmup`: steps, or below 1 a fraction of it."""
     start = 1.0 if not warmup else (step + 1) / warmup if warmup >= 1 else progress / warmup + 1e-3
     if start < 1:
         return start
@@ -713,8 +712,7 @@ def patient_group():
 
 
 def first_alone(function: Callable, *arguments, folder: str | None = None):
-    """Call function(*arguments), which writes files, in the first process, then in the others. `folder` is locked meanwhile, so
-    that all processes read the files that the first one wrote."""
+    """Call function(*arguments), which writes files, in the first process, then in the others. `folder` is locked meanwhile."""
     first = MODEL.process_rank() == 0
     wait = partial(torch.distributed.barrier, patient_group()) if world_size() > 1 else lambda: None
     with locked(Path(folder) / ".lock", "data.dir", wait=True) if first and folder else contextlib.nullcontext():
@@ -912,8 +910,7 @@ def keep_best(trainer: Trainer, last: dict) -> dict:
 
 
 def check_sound(trainer: Trainer, after: dict) -> None:
-    """End a diverged run with an error and exit status 1. The token loss may rise a little while a model learns another task, but
-    one nat per token is a factor of e in perplexity."""
+    """End a diverged run with exit status 1: its loss rose by a nat per token or more, a factor of e in perplexity."""
     state, name = trainer.state, next(iter(after), "")
     losses = "training loss", state.first_loss, trainer.last_loss
     if "perplexity" in after:
@@ -1229,8 +1226,7 @@ def locked(path: Path, key: str, wait: bool = False):
 
 @contextlib.contextmanager
 def run_folder(out: Path, resume: str | None, overwrite: bool):
-    """Lock an output folder, and raise an error if the run would overwrite files without --overwrite. Yields the checkpoint to
-    resume from, or None."""
+    """Lock an output folder, and protect its files unless `overwrite` is set. Yields the checkpoint to resume from, or None."""
     if MODEL.process_rank() != 0:
         barrier()
         yield find_checkpoint(out, resume)
@@ -1373,15 +1369,14 @@ def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callabl
 
 def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection, prompts: list[tuple[str, list[int]]],
                  sampling: INFER.Sampling | None = None, skip_first: bool = False) -> Callable | None:
-    """The same validation, followed by completions of a few prompts (text, ids), which are printed to stderr. `skip_first`: not
-    in the first one, in which a model with fresh weights would print noise."""
+    """The same validation, followed by completions of a few prompts (text, ids), which are printed to stderr."""
     if evaluate is None or not training.sample_tokens or not prompts:
         return evaluate
 
     def evaluate_and_show(model) -> dict:
         nonlocal skip_first
         measures, room = evaluate(model), model.config.max_position_embeddings - 1
-        if skip_first:
+        if skip_first:  # fresh weights would generate noise
             skip_first = False
             return measures
         settings = sampling or INFER.Sampling(training.sample_tokens, 0.7, seed=0)
