@@ -1568,8 +1568,7 @@ def preset_config(name: str, **overrides) -> ModelConfig:
     if name is None:
         raise UserError("model.preset: null; set it, or set model.name to a trained model")
     if name not in PRESETS:
-        raise UserError(f"model.preset: '{name}' is unknown; nearest is '{nearest(name, PRESETS)}' "
-                        "(python MODEL.py --list shows all)")
+        raise UserError(f"model.preset: '{name}' is unknown{suggestion(name, PRESETS)} (python MODEL.py --list shows all)")
     knobs = dict(PRESETS[name])
     if "hidden_size" in overrides or "num_attention_heads" in overrides:
         # Derived from the number of heads, so with another number they are derived again.
@@ -1682,7 +1681,7 @@ def _check_rope_scaling(config: ModelConfig):
         raise UserError(f"model.rope_scaling: rope_type '{kind}' is not one of {', '.join(ROPE_TYPES)}")
     if unknown := set(scaling) - {"rope_type", *ROPE_TYPES[kind]}:
         key = sorted(unknown)[0]
-        raise UserError(f"model.rope_scaling: rope_type {kind} has no '{key}'; nearest is '{nearest(key, ROPE_TYPES[kind])}'")
+        raise UserError(f"model.rope_scaling: rope_type {kind} has no '{key}'{suggestion(key, ROPE_TYPES[kind])}")
     required = ROPE_TYPES[kind] if kind == "llama3" else ROPE_TYPES[kind][:1]
     missing = [key for key in required if scaling.get(key) is None]
     if missing:
@@ -3567,12 +3566,20 @@ class Action(NamedTuple):
     bare: str | None = None
 
 
-def nearest(name: str, names) -> str:
-    """The valid name closest to a misspelled one: num_layers -> num_hidden_layers, which contains all of its parts."""
+def nearest(name: str, names, close: bool = False) -> str:
+    """The valid name closest to a misspelled one: num_layers -> num_hidden_layers, which contains all of its parts. With `close`,
+    an empty string if no name is similar."""
     names = list(names)
     parts = set(re.split(r"[._]", name))
     containing = [known for known in names if parts <= set(re.split(r"[._]", known))]
-    return (difflib.get_close_matches(name, containing or names, 1, 0) or [""])[0]
+    similarity = (0.5 if containing else 0.75) if close else 0
+    return (difflib.get_close_matches(name, containing or names, 1, similarity) or [""])[0]
+
+
+def suggestion(name: str, names, form: str = "; nearest is '{}'") -> str:
+    """The end of an error about an unknown name: a similar name, if there is one."""
+    known = nearest(name, names, close=True)
+    return form.format(known) if known else ""
 
 
 def convert(value, kind, where: str, choices: tuple = ()):
@@ -3598,9 +3605,13 @@ def convert(value, kind, where: str, choices: tuple = ()):
         value = next((choice for choice in (("on", "yes") if value else ("off", "no")) if choice in choices), value)
     if choices and value not in choices:
         raise UserError(f"{where}: '{value}' is not one of {', '.join(map(str, choices))}"
-                        f" (nearest: {nearest(str(value), map(str, choices))})")
+                        f"{suggestion(str(value), map(str, choices), ' (nearest: {})')}")
     if listed and (isinstance(value, list) or set(options) <= {listed, type(None)} and not isinstance(value, (dict, bool))):
         return [convert(item, *typing.get_args(listed), where) for item in (value if isinstance(value, list) else [value])]
+    if float in options and str not in options:
+        with suppress(TypeError, ValueError):
+            if not math.isfinite(float(value)):  # float() reads nan and inf as well, which YAML writes .nan and .inf
+                raise UserError(f"{where}: {value} must be a finite number")
     for option in options:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if option is int and number and math.isfinite(value) and int(value) == value:
@@ -3753,7 +3764,7 @@ def read_settings(path: Path) -> dict:
     found = {}
     for name, values in raw.items():
         if name not in SECTIONS:
-            raise UserError(f"{path}: unknown section '{name}'; nearest is '{nearest(str(name), SECTIONS)}'")
+            raise UserError(f"{path}: unknown section '{name}'{suggestion(str(name), SECTIONS)}")
         if values is not None and not isinstance(values, dict):
             raise UserError(f"{path}: {name}: expected keys and values, found {values!r}")
         for key, value in (values or {}).items():
@@ -3787,8 +3798,8 @@ def resolve(given: list[Setting], kinds: dict, sections: dict[str, type]) -> tup
         for _, _, key, value in source:
             where, name = f"{origin}: {key}", key.partition(".")[2]
             if key not in fields:
-                raise UserError(f"{where}: unknown key; nearest is "
-                                f"'{nearest(name, field_types(sections[key.partition('.')[0]]))}'")
+                known = field_types(sections[key.partition(".")[0]])
+                raise UserError(f"{where}: unknown key{suggestion(name, known)}")
             standard = PRESETS.get(values.get("model.preset"), {}).get(name) if key.startswith("model.") else None
             if value == "null" and standard is not None and "None" in KNOBS[name].type:
                 raise UserError(f"{where}: null is the preset's value, {standard}; to unset it, choose another preset")
@@ -3827,7 +3838,7 @@ def read_flags(argv: list[str], kinds: dict, primary: str, blocks: list[str], ac
             section = shorts.get(name, name).partition(".")[0]
             other = section in SECTIONS and not any(known.startswith(f"{section}.") for known in kinds)
             raise UserError(f"--{name}: '{section}' is a section of another script" if other else
-                            f"--{name}: unknown flag; nearest is --{nearest(name, names)}")
+                            f"--{name}: unknown flag{suggestion(name, names, '; nearest is --{}')}")
         kind = str if action else kinds.get(key) or kinds[key.removeprefix(f"{primary}.")]
         if not equals:
             if i < len(argv) and (not argv[i].startswith("--") or action and action.bare is None):  # such as --prompt "--x"

@@ -1,13 +1,13 @@
-"""SFT.py: supervised fine-tuning: a pretrained model learns to follow instructions, or to classify texts.
+"""SFT.py: supervised fine-tuning of a pretrained model on conversations, or as a text classifier.
 
-Conversations become ids with a weight each: 1 on the assistant's turns, 0 on everything else. Nothing else is new;
-the batches, the loss and the loop are those of pretraining. A labelled text has one target, its label.
+A conversation becomes token ids with loss weights: 1 in the assistant's turns, 0 elsewhere. Batches, loss and training loop are
+those of pretraining. A labeled text has one target, its label.
 
-    python SFT.py --config config.yaml                                # out -> out/sft, on the shipped conversations
+    python SFT.py --config config.yaml                                # out -> out/sft, on the bundled conversations
     python SFT.py --model gpt2 --data alpaca_data.json --out out/alpaca
-    python SFT.py --sft.task classify --data data/notes.tsv --out out/notes   # labels in place of answers
+    python SFT.py --sft.task classify --data data/notes.tsv --out out/notes   # a text classifier
     python SFT.py --data mine.jsonl --dry-run                         # preview which tokens are trained on, and the lengths
-    python SFT.py --convert --data questions.csv --out mine.jsonl     # any known layout -> messages
+    python SFT.py --convert --data questions.csv --out mine.jsonl     # any supported format -> messages
 """
 
 from __future__ import annotations
@@ -72,21 +72,21 @@ class SFTSection:
     training: dict = knob({"epochs": 5, "batch_size": 8, "eval_steps": 300}, "overrides `training` for this stage")
     lora: dict = knob({}, "overrides `lora` for this stage")
     output: dict = knob({"dir": "./out/sft"}, "overrides `output` for this stage")
-    section = "sft"  # whose settings errors name; DISTILL.py reads conversations under its own
+    section = "sft"  # the section that errors name; DISTILL.py sets another one
 
     def __post_init__(self):
         check(self, "sft")
         if self.train_on_prompt and self.last_turn_only:
             raise UserError("sft.train_on_prompt and sft.last_turn_only are mutually exclusive; set one")
         if isinstance(self.class_weights, str) and self.class_weights not in ("none", "balanced"):
-            raise UserError(f"sft.class_weights: '{self.class_weights}' is none of none, balanced, {{label: weight}}")
+            raise UserError(f"sft.class_weights: '{self.class_weights}' is not one of none, balanced, {{label: weight}}")
 
 
 # -------------------------------------------------------------------------- conversations and labels as tokens
 
 
 class Sample:
-    """One conversation as ids, each with its weight as a target, and the record that it was made from."""
+    """A conversation as token ids, each with the weight of its loss, and the record that it was made from."""
 
     def __init__(self, where: str, record: dict, tokenizer, settings: SFTSection):
         self.where, self.record = where, record
@@ -101,23 +101,23 @@ class Sample:
             raise UserError(f"{where}: {error}") from None
         self.weights = [weight * settings.train_on_prompt] * len(self.ids)
         for turn in self.turns[-1:] if settings.last_turn_only else self.turns:
-            counted = record["messages"][turn.message].get("weight", 1)  # 0: context only (the OpenAI API's way)
-            if counted not in (0, 1):
-                raise UserError(f"{where}: message {turn.message + 1}: weight {counted!r} must be 0 or 1")
-            self.weights[turn.start : turn.stop] = [weight * counted] * (turn.stop - turn.start)
+            factor = record["messages"][turn.message].get("weight", 1)  # 0 excludes a message from the loss, as in OpenAI's API
+            if factor not in (0, 1):
+                raise UserError(f"{where}: message {turn.message + 1}: weight {factor!r} must be 0 or 1")
+            self.weights[turn.start : turn.stop] = [weight * factor] * (turn.stop - turn.start)
 
     def cut(self, length: int) -> bool:
-        """Leave `length` (input, target) pairs; whether there were more."""
+        """Truncate to `length` (input, target) pairs; returns whether there were more."""
         longer = len(self.ids) > length + 1
         self.ids, self.weights = self.ids[: length + 1], self.weights[: length + 1]
         return longer
 
-    def teaches(self) -> bool:
+    def has_targets(self) -> bool:
         return any(self.weights[1:])
 
 
-class Labelled:
-    """One text as ids that end with the number of its label, which is the only target."""
+class Labeled:
+    """A text as token ids, followed by the index of its label, which is the only target."""
 
     def __init__(self, where: str, record: dict, tokenizer):
         self.where, self.record, self.tokenizer = where, record, tokenizer
@@ -128,12 +128,12 @@ class Labelled:
 
     def cut(self, length: int) -> bool:
         longer = len(self.text_ids) > length
-        if longer:  # by the tokenizer, which keeps an encoder's closing token
+        if longer:  # by the tokenizer, which keeps the last special token of an encoder
             ids = self.tokenizer(self.record["text"], truncation=True, max_length=length).input_ids
             self.text_ids = TOKENIZER.without_padding(ids, self.tokenizer.pad_token_id)
         return longer
 
-    def teaches(self) -> bool:
+    def has_targets(self) -> bool:
         return bool(self.text_ids)
 
     def number(self, labels: dict[str, int], weights: dict[str, float]) -> None:
@@ -141,30 +141,30 @@ class Labelled:
         self.ids, self.weights = [*self.text_ids, labels[label]], [0.0] * len(self.text_ids) + [weights[label]]
 
 
-# -------------------------------------------------------------------------------------- loss of classification
+# ----------------------------------------------------------------------------------------- classification loss
 
 
 def label_scores(model, batch: dict, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(scores (N, L), labels (N,), weights (N,), balance loss) of the N texts of a batch: read at a decoder's last token, which
-    has seen the whole text, or at an encoder's first."""
+    """(scores (N, L), labels (N,), weights (N,), balance loss) of the N texts in a batch. Scores are read at the last token of a
+    decoder, which attends to the whole text, or at the first token of an encoder."""
     targets = batch["targets"].flatten()
     last = (targets != -100).nonzero()[:, 0]  # (N,)
-    places = last
+    read_at = last
     if not causal:
         position = last % batch["targets"].shape[1] if batch["positions"] is None else batch["positions"].flatten()[last]
-        places = last - position
+        read_at = last - position
     out = model(batch["input_ids"], positions=batch["positions"], segment_ids=batch["segment_ids"], want=("scores",))
-    return out.scores.flatten(0, 1)[places], targets[last], batch["weights"].flatten()[last], out.aux_loss
+    return out.scores.flatten(0, 1)[read_at], targets[last], batch["weights"].flatten()[last], out.aux_loss
 
 
 def label_loss(causal: bool) -> Callable:
-    """loss_fn for `fit`: cross-entropy of the labels, each counting as much as its class weight."""
+    """loss_fn for `fit`: cross-entropy of the labels, multiplied by the class weights."""
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
         scores, labels, weights, balance = label_scores(model, batch, causal)
         loss = (F.cross_entropy(scores, labels, reduction="none") * weights).sum() / totals["tokens"]
-        right = (scores.argmax(-1) == labels).sum() / totals["targets"]  # unweighted: an accuracy
-        return loss + balance / totals["micro_batches"], {"loss": loss.detach(), "accuracy": right.detach()}
+        accuracy = (scores.argmax(-1) == labels).sum() / totals["targets"]  # not weighted
+        return loss + balance / totals["micro_batches"], {"loss": loss.detach(), "accuracy": accuracy.detach()}
 
     return loss_fn
 
@@ -174,8 +174,8 @@ def label_loss(causal: bool) -> Callable:
 
 def attach_lora(model: MODEL.LanguageModel, base: str, target_modules: tuple | list = ("all-linear",), seed: int = 0,
                 **options) -> None:
-    """Freeze a model and add peft's low-rank adapters to it (Hu 2021): W x + (alpha / r) B A x, with A random and B zero, so
-    that the function is unchanged at first. `options` are those of peft's LoraConfig."""
+    """Freeze a model and add peft's low-rank adapters to it (Hu 2021): W x + (alpha / r) B A x. A is random and B is zero, so
+    that the outputs do not change at first. `options` are those of peft.LoraConfig."""
     peft = MODEL.import_peft()
     host = MODEL.host_of(model)
     names, everywhere = linear_names(host), list(target_modules) == ["all-linear"]
@@ -185,10 +185,10 @@ def attach_lora(model: MODEL.LanguageModel, base: str, target_modules: tuple | l
     targets = names if everywhere else list(target_modules)
     if options.get("use_dora") and model.quantization not in ("none", "nf4"):
         raise UserError(f"lora.use_dora: does not work on {model.quantization} weights; use --model.quantization nf4, or leave "
-                        "it out")
+                        "lora.use_dora out")
     if "lm_head" in targets and getattr(model.config, "tie_word_embeddings", False):
         raise UserError("lora.target_modules: lm_head shares its weights with the embedding and cannot have a separate adapter")
-    if "score" in model.heads:  # the new head is trained in full and saved with the adapter
+    if "score" in model.heads:  # all weights of the new head are trained, and saved with the adapter
         options.update(modules_to_save=["score"])
     task = "SEQ_CLS" if model.heads == ("score",) else "CAUSAL_LM" if getattr(model.config, "causal", True) else None
     config = peft.LoraConfig(task_type=task, base_model_name_or_path=str(base), target_modules=targets, **options)
@@ -200,12 +200,12 @@ def attach_lora(model: MODEL.LanguageModel, base: str, target_modules: tuple | l
         raise UserError(f"lora.target_modules: {', '.join(targets)} cannot get adapters in this model "
                         f"({MODEL.first_line(error)}); its layers are {', '.join(names)}") from None
     if packed and config.target_parameters:
-        raise UserError(f"lora.target_modules: {', '.join(targets)} means the experts, and quantized experts cannot have "
+        raise UserError(f"lora.target_modules: {', '.join(targets)} refers to experts, and quantized experts cannot have "
                         "adapters; name attention layers")
     model.adapter = config
     tuned = tuple(name + "." for name, m in host.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer))
     if everywhere:
-        _say_left_out(host, tuned)
+        _print_frozen(host, tuned)
     else:
         # peft has other names for the projections of experts
         _check_targets([target for target in targets if not (mixture and target.endswith("_proj"))],
@@ -230,8 +230,8 @@ def neftune(embedding: nn.Module, alpha: float) -> None:
     def noise(module: nn.Module, _, output: Tensor) -> Tensor:
         if not module.training:
             return output
-        reach = alpha / math.sqrt(output.shape[-2] * output.shape[-1])
-        return output + torch.empty_like(output).uniform_(-reach, reach)
+        limit = alpha / math.sqrt(output.shape[-2] * output.shape[-1])
+        return output + torch.empty_like(output).uniform_(-limit, limit)
 
     embedding.register_forward_hook(noise)
 
@@ -242,7 +242,7 @@ def neftune(embedding: nn.Module, alpha: float) -> None:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """The last parts of the names of all linear layers except heads, which `all-linear` stands for (Dettmers 2023, section 4)."""
+    """The target modules of `all-linear` (Dettmers 2023, section 4): the last name parts of all linear layers except heads."""
     layers = {id(m) for layer in MODEL.layers_of(model) for m in layer.modules()}
     kinds = ("Linear", "Conv1D")
     return sorted({name.rpartition(".")[2] for name, m in model.named_modules()
@@ -256,20 +256,20 @@ def _check_targets(targets: list[str], tuned: tuple, names: list[str]) -> None:
             raise UserError(f"lora.target_modules: '{target}' is not a layer of this model; its layers are {', '.join(names)}")
 
 
-def _say_left_out(host: nn.Module, tuned: tuple) -> None:
-    """Print which linear layers have no adapter: in a mixture of experts, peft's all-linear covers only some."""
+def _print_frozen(host: nn.Module, tuned: tuple) -> None:
+    """Print which linear layers have no adapter: in a mixture of experts, peft's all-linear covers only some layers."""
     inside = {id(m) for layer in MODEL.layers_of(host) for m in layer.modules()}
     left = {".".join(name.split(".")[-2:]) for name, m in host.named_modules()
             if isinstance(m, (MODEL.Experts, nn.Linear)) and id(m) in inside and not f"{name}.".startswith(tuned)}
     if left:
-        say(f"lora: no adapter on {', '.join(sorted(left))}; these layers stay frozen")
+        say(f"lora: no adapter on {', '.join(sorted(left))}; these layers are frozen")
 
 
 # -------------------------------------------------------------------------------------------------------- data
 
 
 def read_samples(config, form: TOKENIZER.Form, make: Callable, kind: str) -> tuple[list, list, str]:
-    """(to train on, held out, a note on the rest): make(file:line, record) of all records; long ones cut or dropped."""
+    """(training samples, held-out samples, a note on the rest): make(file:line, record), with long samples cut or dropped."""
     settings, left = config.sft, TOKENIZER.LeftOut()
 
     def samples(records: list[tuple[str, dict]]) -> list:
@@ -281,11 +281,11 @@ def read_samples(config, form: TOKENIZER.Form, make: Callable, kind: str) -> tup
                     left.add("too long for training.max_length", where)
                     continue
                 left.truncated += 1
-            if sample.teaches():
+            if sample.has_targets():
                 found.append(sample)
             else:
-                beyond = f"whose answer lies beyond training.max_length {config.training.max_length}"
-                left.add(beyond if longer else "without a target", where)
+                beyond = f"whose completion is beyond training.max_length {config.training.max_length}"
+                left.add(beyond if longer else "without tokens to train on", where)
         return found
 
     say_unused(config.data)
@@ -297,20 +297,20 @@ def read_samples(config, form: TOKENIZER.Form, make: Callable, kind: str) -> tup
 
 
 def read_conversations(config, tokenizer) -> tuple[list[Sample], list[Sample]]:
-    """(to train on, held out)."""
+    """(training samples, held-out samples) of the conversations in config.data."""
     settings = config.sft
     form = TOKENIZER.Form(conversation, settings.section, settings.columns, settings.system, KEYS)
     train, held_out, rest = read_samples(config, form, partial(Sample, tokenizer=tokenizer, settings=settings), "conversation")
     tokens, targets = sum(len(sample.ids) for sample in train), sum(sum(w > 0 for w in sample.weights) for sample in train)
-    say(f"{len(train):,} conversations, {tokens:,} tokens, {targets:,} trained on; {rest}")
+    say(f"{len(train):,} conversation{'s' * (len(train) != 1)}, {tokens:,} tokens, {targets:,} trained on; {rest}")
     return train, held_out
 
 
-def read_labelled(config, tokenizer, known: list[str] | None) -> tuple[list[Labelled], list[Labelled], list[str]]:
-    """(to train on, held out, labels): the `known` ones of a model that has some, else those of the training data."""
+def read_labeled(config, tokenizer, known: list[str] | None) -> tuple[list[Labeled], list[Labeled], list[str]]:
+    """(training samples, held-out samples, labels). Labels are the `known` ones of the model, or those in the training data."""
     settings = config.sft
-    form = TOKENIZER.Form(labelled, settings.section, settings.columns)
-    train, held_out, rest = read_samples(config, form, partial(Labelled, tokenizer=tokenizer), "text")
+    form = TOKENIZER.Form(labeled, settings.section, settings.columns)
+    train, held_out, rest = read_samples(config, form, partial(Labeled, tokenizer=tokenizer), "text")
     shares = Counter(item.record["label"] for item in train)
     labels = known or sorted(shares, key=lambda name: (len(name), name) if name.isdigit() else (0, name))
     if len(shares) < 2 or len(shares) > max(2, len(train) // 2):
@@ -319,22 +319,22 @@ def read_labelled(config, tokenizer, known: list[str] | None) -> tuple[list[Labe
                         "{text: my_column, label: another}")
     for item in (*train, *held_out):
         if item.record["label"] not in labels:
-            reason = (f"the labels of {config.model.name}; start from the model that it was made from" if known else
-                      f"the labels of the training data: data.validation {config.data.validation} holds out all its texts"
+            reason = (f"the labels of {config.model.name}; start from its base model" if known else
+                      f"the labels of the training data: data.validation {config.data.validation} holds out all of its texts"
                       if config.data.validation in ("hash", "tail") else
-                      "the labels of the training data; add such texts there, or leave it out")
-            raise UserError(f"{item.where}: label '{item.record['label']}' is none of {', '.join(labels)}, {reason}")
+                      "the labels of the training data; add training texts with this label, or remove it")
+            raise UserError(f"{item.where}: label '{item.record['label']}' is not one of {', '.join(labels)}, {reason}")
     weights = class_weights(settings, labels, shares, len(train))
     numbers = {name: i for i, name in enumerate(labels)}
     for items, factors in ((train, weights), (held_out, dict.fromkeys(labels, 1.0))):
         for item in items:
             item.number(numbers, factors)
-    say(f"{len(train):,} texts to train on ({', '.join(f'{shares[name]:,} {name}' for name in labels)}); {rest}")
+    say(f"{len(train):,} training texts ({', '.join(f'{shares[name]:,} {name}' for name in labels)}); {rest}")
     return train, held_out, labels
 
 
 def class_weights(settings: SFTSection, labels: list[str], shares: Counter, count: int) -> dict[str, float]:
-    """{label: weight}, 1 on average over the training data, so that steps keep their size."""
+    """{label: weight}, scaled to a mean of 1 over the training data, so that they do not change the size of steps."""
     weights = dict.fromkeys(labels, 1.0)
     if settings.class_weights == "balanced":
         weights = {name: count / (len(shares) * shares[name]) if shares[name] else 0.0 for name in labels}
@@ -353,16 +353,16 @@ def class_weights(settings: SFTSection, labels: list[str], shares: Counter, coun
 
 
 def say_unused(data: TOKENIZER.DataSection) -> None:
-    """One line on settings of `data` that only pretraining uses."""
+    """Print the settings of `data` that are set but used by pretraining only."""
     default = TOKENIZER.DataSection()
     keys = ("weights", "streaming", "text_unit", "text_field", "min_chars", "normalize", "remove_control")
     unused = [f"data.{key}" for key in keys if getattr(data, key) != getattr(default, key)]
     if unused:
-        say(f"{', '.join(unused)}: only for pretraining; records are read unchanged")
+        say(f"{', '.join(unused)}: ignored (for pretraining only)")
 
 
 def in_batches(config, train: list, held_out: list) -> tuple[TOKENIZER.TokenStream, list[dict]]:
-    """(the endless stream to train on, the batches of what is held out)."""
+    """(the endless training stream, the held-out batches)."""
     training, packing, examples = config.training, config.data.packing, TOKENIZER.Examples.of(train)
 
     def plan(sources: list, seed: list[int] | None) -> TOKENIZER.WholeRows:
@@ -377,7 +377,7 @@ def in_batches(config, train: list, held_out: list) -> tuple[TOKENIZER.TokenStre
 
 
 def question_of(record: dict) -> tuple[list[dict], str] | None:
-    """(the conversation up to its last answer, that answer), of a record whose answer can be checked."""
+    """(messages before the last answer, last answer) of a record with the key `answer`, else None."""
     messages = record.get("messages") or []
     if "answer" not in record or len(messages) < 2 or messages[-1]["role"] != "assistant":
         return None
@@ -385,12 +385,12 @@ def question_of(record: dict) -> tuple[list[dict], str] | None:
 
 
 def same_answer(answer: str, expected: str) -> bool:
-    """Word for word; spaces and capitals aside."""
+    """Whether two answers are equal, ignoring case and whitespace."""
     return " ".join(answer.split()).lower() == " ".join(expected.split()).lower()
 
 
 def questions_of(records: list[dict], limit: int) -> list[tuple[dict, list[dict], str]]:
-    """(record, messages before the answer, answer) of at most `limit` records whose answers can be checked, spread evenly."""
+    """(record, messages before the answer, answer) of at most `limit` evenly spaced records with the key `answer`."""
     questions = [(record, *question) for record in records if (question := question_of(record))]
     return [questions[i] for i in np.linspace(0, len(questions) - 1, min(len(questions), limit)).astype(int)]
 
@@ -402,26 +402,26 @@ def read_questions(path: str | Path, limit: int, key: str, system: str | None = 
     form = TOKENIZER.Form(conversation, key.partition(".")[0], None, system)
     questions = questions_of([record for _, record in form.read(Path(path), TOKENIZER.LeftOut())], limit)
     if not questions:
-        raise UserError(f"{key}: {path} has no conversation with an 'answer' to compare with")
+        raise UserError(f"{key}: {path} has no conversation with the key 'answer'")
     return questions
 
 
 def exact_match(questions: list, tokenizer, sampling: INFER.Sampling) -> Callable:
-    """measure(model) -> the share of questions that are answered word for word."""
+    """measure(model) -> the fraction of questions whose answer matches exactly, except for case and whitespace."""
 
     def measure(model) -> float:
         part = questions[MODEL.process_rank() :: TRAIN.world_size()]
         room = 1 - model.config.max_position_embeddings
         prompts = [TOKENIZER.prompt_ids(tokenizer, messages, record.get("tools"))[room:] for record, messages, _ in part]
         answers = INFER.generate(model, prompts, sampling, tokenizer, batch_size=64)
-        right = sum(same_answer(answer.text, expected) for [answer], (_, _, expected) in zip(answers, part, strict=True))
-        return TRAIN.all_sum([float(right)], model.device)[0] / len(questions)
+        correct = sum(same_answer(answer.text, expected) for [answer], (_, _, expected) in zip(answers, part, strict=True))
+        return TRAIN.all_sum([float(correct)], model.device)[0] / len(questions)
 
     return measure
 
 
 def with_answers(evaluate: Callable | None, samples: list[Sample], tokenizer, config) -> Callable | None:
-    """The held-out loss, preceded by the share of held-out questions that are answered word for word; a few are shown."""
+    """Validation: exact match on held-out questions, then the held-out loss. A few answers are printed."""
     records = [sample.record for sample in samples]
     questions = questions_of(records, config.sft.eval_answers)
     shown = questions or [(record, record["messages"][:-1], "") for record in records if len(record.get("messages", ())) > 1]
@@ -438,11 +438,11 @@ def with_answers(evaluate: Callable | None, samples: list[Sample], tokenizer, co
 
 
 class Confusion:
-    """evaluate(model) for `fit`: accuracy, F1 and loss over held-out texts; keeps how often which label was taken for which."""
+    """evaluate(model) for `fit`: accuracy, F1 and loss over held-out texts. `counts` is the confusion matrix."""
 
     def __init__(self, batches: list[dict], labels: list[str], causal: bool):
         self.batches, self.labels, self.causal = batches, labels, causal
-        self.counts = np.zeros((len(labels), len(labels)), int)  # (true, given)
+        self.counts = np.zeros((len(labels), len(labels)), int)  # (true, predicted)
 
     def __call__(self, model) -> dict:
         size = len(self.labels)
@@ -459,30 +459,29 @@ class Confusion:
                 f"f1_{'binary' if size == 2 else 'macro'}": self.f1(), "loss": nats / self.counts.sum()}
 
     def f1(self) -> float:
-        """2 TP / (2 TP + FP + FN). Of two labels that of the rarer; else the mean over the labels that occur."""
-        right, total = np.diag(self.counts), self.counts.sum(0) + self.counts.sum(1)
-        each = np.divide(2 * right, total, out=np.zeros(len(right)), where=total > 0)
+        """2 TP / (2 TP + FP + FN). With two labels, that of the rarer one; otherwise the mean over all labels that occur."""
+        correct, total = np.diag(self.counts), self.counts.sum(0) + self.counts.sum(1)
+        each = np.divide(2 * correct, total, out=np.zeros(len(correct)), where=total > 0)
         return float(each[self.counts.sum(1).argmin()] if len(each) == 2 else each[total > 0].mean())
 
     def table(self) -> str:
         names = [label if len(label) <= 14 else label[:13] + "…" for label in self.labels]
         width = max(6, *map(len, names))
-        rows = [("true / given", names), *zip(names, (map("{:,}".format, row) for row in self.counts), strict=True)]
-        return "\n".join(f"  | {name:>{width}} " + " ".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows)
+        rows = [("true / predicted", names), *zip(names, (map("{:,}".format, row) for row in self.counts), strict=True)]
+        return "\n".join(f"  | {name:>16} " + " ".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows)
 
     def plot(self, path: Path) -> None:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(1.5 + 0.8 * len(self.labels), 1.2 + 0.7 * len(self.labels)), layout="constrained")
-        axes = figure.add_subplot(title="held-out texts", xlabel="given label", ylabel="true label")
+        figure = TRAIN.new_figure(1.5 + 0.8 * (size := min(len(self.labels), 30)), 1.2 + 0.7 * size)
+        if not figure:
+            return
+        axes = figure.add_subplot(title="held-out texts", xlabel="predicted label", ylabel="true label")
         axes.imshow(self.counts / self.counts.sum(1, keepdims=True).clip(min=1), cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(self.counts) if len(self.labels) <= 30 else ():
             color = "white" if count > self.counts[row].sum() / 2 else "black"
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
-        axes.set_xticks(range(len(self.labels)), self.labels, rotation=30, ha="right", parse_math=False)  # a $ is a letter
+        axes.set_xticks(range(len(self.labels)), self.labels, rotation=30, ha="right", parse_math=False)  # $ starts no formula
         axes.set_yticks(range(len(self.labels)), self.labels, parse_math=False)
-        with MODEL.staged(path.parent) as scratch:
-            figure.savefig(scratch / path.name, dpi=120)
+        TRAIN.save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------- records
@@ -492,14 +491,14 @@ KEYS = TOKENIZER.USED_KEYS | {"text", "weight", *TOKENIZER.LABEL_KEYS}
 
 
 def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
-    """SFT's form: {"messages": [...]} or, for plain text, {"text"}, with the record's `tools`, `weight` and `answer`."""
+    """A record -> {"messages": [...]}, or {"text": ...} for plain text, with the record's `tools`, `weight` and `answer`."""
     keys = next((keys for keys in TOKENIZER.LAYOUTS if all(TOKENIZER.is_given(record, key) for key in keys)), None)
     extras = TOKENIZER.extras_of(record, where)
     if keys is None:
         if any(all(key in record for key in keys) for keys in TOKENIZER.LAYOUTS):
             raise TOKENIZER.Unusable("with an empty text, prompt or answer")
         known = "; ".join(" + ".join(keys) for keys in TOKENIZER.LAYOUTS)
-        raise UserError(f"{where}: keys {TOKENIZER.keys_of(record)} are none of {known}; set {form.section}.columns, as in "
+        raise UserError(f"{where}: keys {TOKENIZER.keys_of(record)} match no format ({known}); set {form.section}.columns, as in "
                         "{prompt: my_column, completion: another}")
     if keys == ("text",):
         labels = {key: record[key] for key in record if str(key).lower() in TOKENIZER.LABEL_KEYS}
@@ -521,21 +520,21 @@ def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     return {"messages": messages, **extras}
 
 
-def labelled(record: dict, where: str, form: TOKENIZER.Form) -> dict:
-    """A classifier's form: {"text", "label"}. Keys are found by their names in any case; the text may be the only other key."""
+def labeled(record: dict, where: str, form: TOKENIZER.Form) -> dict:
+    """A record -> {"text", "label"}. Keys are detected by their names, ignoring case; the only other key is the text."""
     lower = {str(key).lower(): key for key in record}
     label = next((lower[key] for key in TOKENIZER.LABEL_KEYS if key in lower), None)
     rest = [key for key in record if key != label]
     text = next((lower[key] for key in TOKENIZER.TEXT_KEYS if key in lower), rest[0] if len(rest) == 1 else None)
     if label is None or text is None:
         what = "label" if label is None else "text"
-        raise UserError(f"{where}: none of the keys {TOKENIZER.keys_of(record)} is known as the {what}; "
+        raise UserError(f"{where}: none of the keys {TOKENIZER.keys_of(record)} is recognized as the {what}; "
                         f"set {form.section}.columns, as in {{text: my_column, label: another}}")
     value = record[label]
     if isinstance(value, (list, dict)) or value is None or not str(value).strip():
-        raise UserError(f"{where}: '{label}' is {value!r}, one label is expected")
+        raise UserError(f"{where}: '{label}' is {value!r}, expected one label")
     if not str(value).strip().isprintable():
-        raise UserError(f"{where}: '{label}' is {value!r}, a label is one line of text")
+        raise UserError(f"{where}: '{label}' is {value!r}, expected one line of printable text")
     if not TOKENIZER.text_of(record, text, where).strip():
         raise UserError(f"{where}: '{text}' is empty")
     return {"text": record[text], "label": str(value).strip()}
@@ -545,7 +544,7 @@ def labelled(record: dict, where: str, form: TOKENIZER.Form) -> dict:
 
 
 def pad_id(tokenizer) -> int:
-    """The padding token, by which transformers' classifiers find a row's last; the end of text where there is none."""
+    """The padding token, by which transformers' classifiers find the last token of a text; the end of text if there is none."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     return tokenizer.pad_token_id
@@ -553,19 +552,19 @@ def pad_id(tokenizer) -> int:
 
 def need_model(config) -> None:
     if not config.model.name:
-        raise UserError("model.preset: fine-tuning starts from a trained model; name one with --model, or make one with TRAIN.py")
+        raise UserError("model.preset: fine-tuning starts from a trained model; set --model, or train one with TRAIN.py")
 
 
 def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | None = None,
                   noise: float = 0.0) -> MODEL.LanguageModel:
-    """The trained model to fine-tune, with rows for new tokens and its adapter."""
+    """The trained model to fine-tune, with embeddings of new tokens, and with its adapter."""
     name, adapter = config.model.name, bool(config.actions.adapter or config.lora.r)
     if adapter and config.training.qat != "none":
         raise UserError(f"training.qat: {config.training.qat} is for training all weights; leave out lora.r and --adapter. "
-                        "Adapters learn on quantized weights with model.quantization")
+                        "For adapters on quantized weights, set model.quantization")
     if labels and adapter and MODEL.is_foreign(MODEL.read_json(MODEL.resolve_folder(name) / "config.json")):
-        raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora out, "
-                        f"or use one of {', '.join(MODEL.FAMILIES)}")
+        raise UserError(f"lora.r: {name} is computed by transformers, and its new head cannot join an adapter; leave lora.r out, "
+                        f"or use a model of {', '.join(MODEL.FAMILIES)}")
     model = TRAIN.prepare_model(config, tokenizer, head, labels, adapter, grow=True)
     if labels:
         model.config.pad_token_id = pad_id(tokenizer)
@@ -574,26 +573,26 @@ def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | No
 
 
 def finish_model(config, model, tokenizer, noise: float = 0.0) -> None:
-    """Add what all fine-tuning needs to a loaded model: adapters, the rate of their parts, noise."""
+    """Prepare a loaded model for fine-tuning: adapters, their learning rates, noise."""
     adapter = config.actions.adapter
     for field in fields(LoraSection):
         if getattr(config.lora, field.name) != getattr(LoraSection(), field.name):
             if adapter and field.name not in ("r", "loraplus_lr_ratio"):
-                raise UserError(f"lora.{field.name}: {adapter} brings its own; leave it out")
+                raise UserError(f"lora.{field.name}: {adapter} has its own value; leave this out")
             if not adapter and not config.lora.r:
                 raise UserError(f"lora.{field.name}: needs an adapter; set lora.r")
     if adapter:
         MODEL.load_adapter(model, adapter, train=True)
         if config.lora.r not in (0, model.adapter.r):
-            raise UserError(f"lora.r: {config.lora.r}, but {adapter} has rank {model.adapter.r}; leave it out to go on with that")
+            raise UserError(f"lora.r: {config.lora.r}, but {adapter} has rank {model.adapter.r}; leave it out")
     elif config.lora.r:
         if model.config.model_type == MODEL.CUSTOM:
-            say("lora: no Hugging Face class has this mixture of knobs; only this program will open the adapter")
+            say("lora: this architecture matches no Hugging Face class, so only this program can open the adapter")
         known = TOKENIZER.load(config.tokenizer.name or config.model.name).get_vocab()
-        new = {i for token, i in tokenizer.get_vocab().items() if token not in known}  # some may fill spare rows of the model
+        new = {i for token, i in tokenizer.get_vocab().items() if token not in known}  # some may use spare rows of the model
         config.lora.attach(model, config.model.name, sorted(new.union(model.new_ids)), config.training.seed)
     if config.lora.loraplus_lr_ratio and config.training.optim == "muon":
-        raise UserError("lora.loraplus_lr_ratio: has no effect with training.optim muon; take adamw")
+        raise UserError("lora.loraplus_lr_ratio: has no effect with training.optim muon; use adamw")
     model.rates = {".lora_B.": config.lora.loraplus_lr_ratio} if config.lora.loraplus_lr_ratio else {}
     if noise:
         neftune(model.get_input_embeddings(), noise)
@@ -605,7 +604,7 @@ def prepare_labels(config, checkpoint: Path | None, device: torch.device) -> TRA
     tokenizer = TOKENIZER.of_run(config, checkpoint)
     pad_id(tokenizer)
     known = MODEL.folder_labels(MODEL.resolve_folder(adapter or name))
-    train, kept, labels = read_labelled(config, tokenizer, known)
+    train, kept, labels = read_labeled(config, tokenizer, known)
     model = prepare_model(config, tokenizer, "score", labels, noise=config.sft.neftune_noise_alpha)
     stream, batches = in_batches(config, train, kept)
     causal = model.config.causal
@@ -627,7 +626,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     TOKENIZER.ensure_chat(tokenizer)
     model = prepare_model(config, tokenizer, noise=config.sft.neftune_noise_alpha)
     if not model.config.causal:
-        raise UserError(f"model.name: {config.model.name} is an encoder, which answers nobody; conversations need a causal model")
+        raise UserError(f"model.name: {config.model.name} is an encoder and cannot generate; conversations need a causal model")
     TOKENIZER.end_with_turns(model, tokenizer)
     train, kept = read_conversations(config, tokenizer)
     stream, batches = in_batches(config, train, kept)
@@ -639,26 +638,26 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
 
 
 def dry_run(config) -> None:
-    """The first records as the model reads them, the tokens that are trained on in green, and the distribution of lengths."""
+    """Print the first records as the model reads them, trained tokens in green, and the distribution of lengths."""
     need_model(config)
     TRAIN.fit_length(config, MODEL.context_length(config.model.name, MODEL.overrides(config.model)))
     tokenizer = TOKENIZER.of_run(config)
     if config.sft.task == "classify":
-        samples, _, _ = read_labelled(config, tokenizer, None)
+        samples, _, _ = read_labeled(config, tokenizer, None)
     else:
         TOKENIZER.ensure_chat(tokenizer)
         samples, _ = read_conversations(config, tokenizer)
     shown = [(sample.where, f"{tokenizer.decode(sample.text_ids)} \033[32m{sample.record['label']}\033[0m"
-              if isinstance(sample, Labelled) else in_green(tokenizer, sample.ids, sample.weights)) for sample in samples[:3]]
+              if isinstance(sample, Labeled) else in_green(tokenizer, sample.ids, sample.weights)) for sample in samples[:3]]
     what = "text" if config.sft.task == "classify" else "conversation"
     preview(shown, [len(sample.ids) for sample in samples], what, f"max_length {config.training.max_length}")
 
 
 def in_green(tokenizer, ids: list[int], weights: list[float]) -> str:
-    """Decoded ids; those with a weight, which are trained on, in green."""
+    """Decode ids, with those of a positive weight, which are trained on, in green."""
     groups = itertools.groupby(zip(ids, weights, strict=True), lambda pair: pair[1] > 0)
-    pieces = [(on, [i for i, _ in group]) for on, group in groups]
-    return "".join(f"\033[32m{tokenizer.decode(piece)}\033[0m" if on else tokenizer.decode(piece) for on, piece in pieces)
+    spans = [(trained, tokenizer.decode([i for i, _ in group])) for trained, group in groups]
+    return "".join(f"\033[32m{text}\033[0m" if trained else text for trained, text in spans)
 
 
 def preview(shown: list[tuple[str, str]], lengths: list[int], what: str, limit: str) -> None:
@@ -672,13 +671,13 @@ def preview(shown: list[tuple[str, str]], lengths: list[int], what: str, limit: 
 
 
 def convert(config) -> None:
-    """Records of any known layout -> one JSON object with `messages` per line."""
+    """Write records of any supported format as JSON lines with `messages`."""
     counts, lines, left = Counter(), [], TOKENIZER.LeftOut()
     form = TOKENIZER.Form(conversation, "sft", config.sft.columns, config.sft.system)
     for path in itertools.chain.from_iterable(TOKENIZER.data_files(config.data, TOKENIZER.RECORDS[:-1])[0]):
         for where, record in form.read(path, left):
             if "text" in record and any(key.lower() in TOKENIZER.LABEL_KEYS for key in record):
-                raise UserError(f"{where}: a labelled text is no conversation; --sft.task classify reads the file as it is")
+                raise UserError(f"{where}: labeled texts are not converted; use the file with --sft.task classify")
             lines.append(json.dumps(record, ensure_ascii=False))
             counts[path] += 1
     out = Path(config.output.dir)
@@ -687,24 +686,25 @@ def convert(config) -> None:
     if out.suffix != ".jsonl":
         raise UserError(f"--out: '{out}' must be a file name that ends in .jsonl")
     if out.exists() and not config.actions.overwrite:
-        raise UserError(f"--out: {out} exists; --overwrite replaces it")
+        raise UserError(f"--out: {out} exists; replace it with --overwrite")
     MODEL.write_text(out, "".join(line + "\n" for line in lines))
-    say(f"{out}: {len(lines):,} records (" + ", ".join(f"{n:,} from {path}" for path, n in counts.items()) + ")" + left.text())
+    origins = ", ".join(f"{n:,} from {path}" for path, n in counts.items())
+    say(f"{out}: {len(lines):,} record{'s' * (len(lines) != 1)} ({origins}){left.text()}")
 
 
 def merge(config) -> None:
-    """An adapter added to its base's weights: a folder like any other model's. Both must give the same logits."""
+    """Merge an adapter into the weights of its base and save the model, if the logits do not change."""
     if config.model.quantization != "none":
-        raise UserError("model.quantization: an adapter is merged into its base's full weights; leave it out")
+        raise UserError("model.quantization: adapters are merged into weights that are not quantized; leave it out")
     folder = Path(config.actions.merge)
     if not (folder / "adapter_config.json").exists():
-        raise UserError(f"--merge: {folder} is no adapter's folder (it holds no adapter_config.json)")
+        raise UserError(f"--merge: {folder} is not the folder of an adapter (adapter_config.json is missing)")
     named, usual = MODEL.adapter_config(folder).base_model_name_or_path, SFTSection().model["name"]
-    base = config.model.name if config.model.name not in (None, usual) else named  # --model says where the base stands now
+    base = config.model.name if config.model.name not in (None, usual) else named  # --model takes precedence
     out = Path(config.output.dir)
     TRAIN.check_apart(out, model=base, merge=str(folder))
     if not base:
-        raise UserError(f"{folder}/adapter_config.json: names no base; name it with --model")
+        raise UserError(f"{folder}/adapter_config.json: has no base model; set --model")
     model, tokenizer = TOKENIZER.open_model(MODEL.ModelSection(name=base, dtype="float32", device="cpu"), adapter=str(folder))
     labels = "score" in model.heads
     if labels:
@@ -723,7 +723,7 @@ def merge(config) -> None:
     if not difference <= 1e-3 * max(float(unmerged.std()), 1.0):
         raise UserError(f"{folder}: merged and unmerged logits differ by {difference:.2g}; nothing was written")
     stored = MODEL.stored_dtype(MODEL.read_json(MODEL.resolve_folder(base) / "config.json"))
-    for weight in model.parameters():  # the base's type; a router's bias, a buffer, stays float32
+    for weight in model.parameters():  # the dtype of the base; buffers, such as a router's bias, stay float32
         weight.data = weight.data.to(MODEL.DTYPES.get(stored, torch.float32))
     with TRAIN.run_folder(out, None, config.actions.overwrite):
         TRAIN.clear_run(out)
@@ -731,10 +731,10 @@ def merge(config) -> None:
     say(f"{out}: {folder} merged into {base}, in {stored}; {'scores' if labels else 'logits'} differ by at most {difference:.1g}")
 
 
-ACTIONS = {**TRAIN.ACTIONS, "adapter": Action("go on training this LoRA adapter", str),
-           "merge": Action("add this adapter to its base's weights, write the model to --out, and train nothing", str),
-           "dry_run": Action("show what is trained on, and train nothing"),
-           "convert": Action("write --data as one JSON lines file of `messages` named by --out, and train nothing")}
+ACTIONS = {**TRAIN.ACTIONS, "adapter": Action("continue training this LoRA adapter", str),
+           "merge": Action("merge this adapter into its base and save the model in --out, without training", str),
+           "dry_run": Action("preview which tokens are trained on, and the lengths, without training"),
+           "convert": Action("convert --data to `messages` in the JSON lines file --out, without training")}
 SECTIONS = {**TRAIN.SECTIONS, "lora": LoraSection, "sft": SFTSection}
 
 
@@ -744,11 +744,11 @@ def main(argv: list[str] | None = None) -> TRAIN.Result | None:
     others = config.actions.resume or config.actions.adapter and actions != ["dry_run"]
     if len(actions) > 1 or actions and others:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in actions)
-        raise UserError(f"{names}: train nothing and stand alone; leave out the other actions")
+        raise UserError(f"{names}: cannot be combined with other actions, --resume or --adapter")
     if actions:
         return {"convert": convert, "merge": merge, "dry_run": dry_run}[actions[0]](config)
     show = {"chat": 'echo "..." | python INFER.py MODEL',
-            "classify": "python INFER.py MODEL < lines.txt    # a label and its probability for each line"}
+            "classify": "python INFER.py MODEL < lines.txt    # label and probability of each line"}
     return TRAIN.run_stage("sft", config, prepare, show[config.sft.task])
 
 

@@ -1,8 +1,8 @@
 """TRAIN.py: the training loop, and pretraining.
 
-Read in this order: settings, learning-rate schedule and optimizers, the loss of pretraining, `fit` (the only training loop of the
-project) and the parts of it (`Trainer`). Below the banner `edges`: processes and devices, checkpoints, the log, run folders,
-preparing model and data, and the frame that all stages share (`run_stage`).
+Read in this order: settings, learning-rate schedule and optimizers, the pretraining loss, `fit` (the project's only training
+loop) and its parts (`Trainer`). Below the banner `edges`: processes and devices, checkpoints, the log, run folders, model and
+data preparation, and `run_stage`, which runs every kind of training.
 
     python TRAIN.py --config config.yaml                                     # a small model on the bundled dataset
     python TRAIN.py --data mine.txt --model.preset llama-1m --max-minutes 1 --out /tmp/run
@@ -46,8 +46,7 @@ SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 @dataclass
 class TrainingSection:
-    epochs: float | None = knob(2.5, "number of epochs; replaced by training.max_steps or training.max_minutes", above=0,
-                                often=True)
+    epochs: float | None = knob(2.5, "number of epochs; replaced by max_steps or max_minutes", above=0, often=True)
     max_steps: int | None = knob(None, "number of optimizer steps", low=1, often=True)
     max_minutes: float | None = knob(None, "wall-clock limit in minutes; the schedule adapts to it", above=0, often=True)
     batch_size: int = knob(16, "sequences per device per forward pass", low=1, often=True)
@@ -55,8 +54,8 @@ class TrainingSection:
     max_length: int = knob(256, "maximum tokens per sequence; longer documents continue in the next one", low=1, often=True)
     mlm_probability: float = knob(0.15, "masked language modeling: fraction of tokens to predict", above=0, below=1)
     learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for "
-                                             "trained ones; in SFT 3e-3 * (128 / width)^2, in RL 1/30 of SFT's, for a "
-                                             "reward model a tenth, in DISTILL as in SFT; ten times as much for adapters",
+                                             "trained ones; in SFT and DISTILL 3e-3 * (128 / width)^2, for a reward model "
+                                             "1/10 of this, in RL 1/30; for adapters ten times as much",
                                              above=0, high=100, often=True)
     optim: str = knob("auto", "optimizer: muon, adamw or adamw_8bit; auto is muon for fresh weights, adamw for trained ones; in "
                               "SFT muon up to width 256", ("auto", "muon", "adamw", "adamw_8bit"), often=True)
@@ -65,34 +64,30 @@ class TrainingSection:
     adam_beta2: float = knob(0.95, "AdamW: decay rate of the squared gradient mean", low=0, below=1)
     adam_epsilon: float = knob(1e-8, "AdamW: added to the denominator", above=0, high=1)
     max_grad_norm: float = knob(1.0, "gradient clipping norm; 0 is off", low=0)
-    lr_scheduler_type: str = knob("warmup_stable_decay",
-                                  "learning-rate schedule: cosine, linear, constant or warmup_stable_decay", SCHEDULES,
-                                  often=True)
+    lr_scheduler_type: str = knob("warmup_stable_decay", "learning-rate schedule: cosine, linear, constant or "
+                                                         "warmup_stable_decay", SCHEDULES, often=True)
     warmup_steps: float = knob(20.0, "steps of linear warmup; below 1, a fraction of all steps", low=0, often=True)
     min_lr_rate: float = knob(0.0, "final learning rate / peak learning rate", low=0, high=1)
-    decay_share: float = knob(0.5, "warmup_stable_decay: fraction of the run in which the rate decays linearly", low=0, high=1)
+    decay_share: float = knob(0.5, "warmup_stable_decay: fraction of the run with linear decay", low=0, high=1)
     mixed_precision: str = knob("auto", "autocast dtype (AMP): bf16, fp16 or no; weights stay float32; auto follows model.dtype "
                                         "and the device's speed", ("auto", "no", "fp16", "bf16"), often=True)
-    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, about a third slower",
-                                        often=True)
+    gradient_checkpointing: bool = knob(False, "recompute activations in backward: less memory, a third slower", often=True)
     torch_compile: bool = knob(False, "compile the layers: starts about half a minute later, then runs faster", often=True)
     qat: str = knob("none", "quantization-aware training: compute with weights rounded as in QUANT.py; int8_dynamic rounds "
                             "activations as well", ("none", "int8", "int8_dynamic", "int4"), often=True)
-    qat_group_size: int = knob(0, "weights per scale, as quantization.group_size; default 32", low=0, only=("qat", "int4"))
+    qat_group_size: int = knob(0, "weights per scale, as in quantization.group_size; 0 means 32", low=0, only=("qat", "int4"))
     fsdp: bool = knob(False, "with several processes: shard the model (FSDP2) instead of replicating it (DDP)", often=True)
     logging_steps: int = knob(10, "steps between lines in log.jsonl", low=1, often=True)
     eval_steps: int = knob(100, "steps between validations; 0 validates at the end only", low=0, often=True)
     eval_batches: int = knob(16, "batches per validation, spread over the held-out set", low=1)
     save_steps: int = knob(200, "steps between checkpoints; 0 saves at the end only", low=0, often=True)
     save_total_limit: int = knob(2, "number of checkpoints to keep, besides the best", low=1, often=True)
-    load_best_model_at_end: bool = knob(False, "keep the model with the best validation as the final one")
+    load_best_model_at_end: bool = knob(False, "use the model of the best validation as the final one")
     early_stopping_patience: int | None = knob(None, "stop after this many validations without improvement", low=1)
     max_skipped_steps: int = knob(10, "consecutive steps with a non-finite gradient before the run stops", low=1)
-    sample_prompts: list[str] | str | None = knob(None, "prompts to complete after each validation; null takes the beginnings "
-                                                        "of three held-out documents")
+    sample_prompts: list[str] | str | None = knob(None, "prompts to complete after each validation; null uses held-out documents")
     sample_tokens: int = knob(48, "tokens per sample; 0 is off", low=0)
-    report_to: str = knob("none", "experiment tracker, through accelerate: none, tensorboard or wandb",
-                          ("none", "tensorboard", "wandb"), often=True)
+    report_to: str = knob("none", "experiment tracker: none, tensorboard or wandb", ("none", "tensorboard", "wandb"), often=True)
     seed: int = knob(0, "random seed for initialization, data order and dropout", low=0, high=2**63 - 1, often=True)
 
     def __post_init__(self):
@@ -105,16 +100,14 @@ class TrainingSection:
 # ------------------------------------------------------------------------------------- schedule and optimizers
 
 
-def learning_rate_factor(kind: str, step: int, progress: float, warmup: float, floor: float = 0.0,
-                         decay_share: float = 0.2) -> float:
-    """The learning rate as a share of its peak. `progress` runs from 0 to 1 over the horizon, in steps or in time;
-    `warmup` counts steps, or below 1 a share of the horizon."""
+def learning_rate_factor(kind: str, step: int, progress: float, warmup: float, floor=0.0, decay_share=0.2) -> float:
+    """Learning rate / peak learning rate after `progress` (0 to 1) of the run. `warmup`: steps, or below 1 a fraction of it."""
     start = 1.0 if not warmup else (step + 1) / warmup if warmup >= 1 else progress / warmup + 1e-3
     if start < 1:
         return start
-    if kind in ("cosine", "linear"):  # the fall begins where the warmup ends
-        share = warmup if warmup < 1 else warmup * progress / max(step, 1)
-        progress = max(0.0, (progress - share) / (1 - share)) if share < 1 else 1.0
+    if kind in ("cosine", "linear"):  # the decay starts after the warmup
+        fraction = warmup if warmup < 1 else warmup * progress / max(step, 1)
+        progress = max(0.0, (progress - fraction) / (1 - fraction)) if fraction < 1 else 1.0
     if kind == "cosine":
         return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
     if kind == "linear":
@@ -125,12 +118,11 @@ def learning_rate_factor(kind: str, step: int, progress: float, warmup: float, f
 
 
 def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Approximately U V^T of a matrix (A, B) = U S V^T: a Newton-Schulz iteration whose polynomial moves every singular value to
-    between 0.7 and 1.2 (Jordan 2024). It runs in bfloat16 on CUDA, and in float32 on a CPU, where some processors emulate
-    bfloat16."""
+    """Approximate U V^T of a matrix (A, B) = U S V^T by a Newton-Schulz iteration, whose polynomial moves all singular values to
+    between 0.7 and 1.2 (Jordan 2024). It computes in bfloat16 on CUDA, elsewhere in float32, since some CPUs emulate bfloat16."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.to(torch.bfloat16 if matrix.device.type == "cuda" else torch.float32)
-    x = x.T if x.shape[0] > x.shape[1] else x  # the products are square in the smaller width
+    x = x.T if x.shape[0] > x.shape[1] else x  # for the smaller of the two Gram matrices
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T
@@ -139,8 +131,8 @@ def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then the nearest orthogonal matrix as the update (Jordan 2024), scaled to the usual size of AdamW's updates, so
-    that both use one learning rate (Liu 2025). Sharded updates are gathered first; each process keeps its part of the result."""
+    """Muon: the update is the orthogonalized momentum (Jordan 2024), scaled to the RMS of AdamW's updates, so that both use the
+    same learning rate (Liu 2025). Sharded updates are gathered first; each process keeps its shard of the result."""
 
     def __init__(self, weights: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(weights, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -160,20 +152,20 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: nn.Module, training: TrainingSection) -> list[torch.optim.Optimizer]:
-    """Weight decay on matrices and embeddings, none on norms and biases."""
+    """AdamW, or Muon for the matrices of the layers and AdamW for the rest. Norms and biases have no weight decay."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     if not named:
-        raise UserError("nothing to train: every weight is frozen")
+        raise UserError("nothing to train: all weights are frozen")
     optimizers: list[torch.optim.Optimizer] = []
     if training.optim == "muon":
-        # Stacked experts and routers stay with AdamW: an orthogonal update would move every expert's scores alike.
+        # Stacked experts and routers use AdamW: an orthogonal update would change the scores of all experts equally.
         inside = {id(weight) for layer in MODEL.layers_of(model) for weight in layer.parameters()}
         matrices = [(name, weight) for name, weight in named
                     if weight.dim() == 2 and id(weight) in inside and not name.endswith("mlp.gate.weight")]
         if matrices:
             optimizers.append(Muon([w for _, w in matrices], training.learning_rate, training.weight_decay))
-            chosen = {name for name, _ in matrices}
-            named = [(name, weight) for name, weight in named if name not in chosen]
+            with_muon = {name for name, _ in matrices}
+            named = [(name, weight) for name, weight in named if name not in with_muon]
     rates = getattr(model, "rates", {})
     by_kind: dict[tuple, list] = {}
     for name, weight in named:
@@ -194,9 +186,9 @@ def make_optimizers(model: nn.Module, training: TrainingSection) -> list[torch.o
 
 
 def choose_rate(training: TrainingSection, model: nn.Module, fresh: bool, share: float | None = None) -> None:
-    """Choose learning rate and optimizer where none is set. Fresh weights learn fast, narrow models fastest; pretraining of
-    trained weights continues slowly. Fine-tuning (`share` 1; later stages take a fraction of its rate) makes smaller steps the
-    wider the model. Muon is faster where much is left to learn, but amplifies the noise of rollouts as much as their signal."""
+    """Set the learning rate if it is null, and the optimizer if it is auto. The rate is high for fresh weights, lower for wide
+    models, and low for further pretraining. `share` is the fraction of the fine-tuning rate that a stage uses, 1 in SFT. Muon
+    converges faster, but amplifies the noise of rollouts as much as their signal."""
     adapter, width = getattr(model, "adapter", None), getattr(getattr(model, "config", None), "hidden_size", 512)
     if fresh:
         rate, optim = 6e-3 * math.sqrt(128 / width), "muon"
@@ -205,9 +197,9 @@ def choose_rate(training: TrainingSection, model: nn.Module, fresh: bool, share:
     else:
         rate, optim = share * min(3e-3, max(1e-5, 3e-3 * (128 / width) ** 2)), "muon" if width <= 256 and share == 1 else "adamw"
     if adapter:
-        # A step of Adam changes each entry of B by about the rate, and so W by rate * scaling * r: that is alpha, in rsLoRA
-        # alpha * sqrt(r), and LoRA+ multiplies B's rate once more. The default rate falls with the root of what exceeds the
-        # default adapter.
+        # A step of Adam changes each entry of B by about the rate, and so W by rate * scaling * r. The factor scaling * r is
+        # alpha (in rsLoRA alpha * sqrt(r)), and LoRA+ multiplies the rate of B. If this factor exceeds the 16 of the default
+        # adapter, the rate is divided by the square root of their ratio.
         scaling = adapter.lora_alpha / (math.sqrt(adapter.r) if adapter.use_rslora else adapter.r)
         ratio = max(getattr(model, "rates", {}).values(), default=1.0)
         rate, optim = min(1e-2, 10 * rate) / math.sqrt(max(1.0, scaling * adapter.r / 16) * ratio), "adamw"
@@ -219,7 +211,7 @@ def choose_rate(training: TrainingSection, model: nn.Module, fresh: bool, share:
 
 
 def token_loss(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-    """Cross-entropy of each target token in nats, averaged over the (weighted) targets of the whole step."""
+    """Mean cross-entropy of the (weighted) target tokens of the whole optimizer step, in nats."""
     out = model(batch["input_ids"], positions=batch["positions"], segment_ids=batch["segment_ids"], targets=batch["targets"])
     logprobs = out.logprobs if batch["weights"] is None else out.logprobs * batch["weights"]
     loss = -logprobs.sum() / totals["tokens"]
@@ -227,17 +219,17 @@ def token_loss(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
 
 
 def mask_tokens(batch: dict, tokenizer, keys: list[tuple], probability: float) -> dict:
-    """A batch for masked language modelling (Devlin 2018, section 3.1): of the tokens, `probability` are predicted;
-    80% of those are hidden behind the mask token, 10% replaced by a random one, 10% left as they are, so that every
-    token has to be understood. Row i draws from its own generator keyed by keys[i]."""
+    """Mask a batch for masked language modeling (Devlin 2018, section 3.1). The fraction `probability` of the tokens is
+    predicted: 80% of them are replaced by the mask token, 10% by a random token, and 10% are unchanged, so that any token may
+    have to be predicted. The random numbers of row i are seeded with keys[i]."""
     ids = batch["input_ids"]
     real = torch.ones_like(ids, dtype=torch.bool) if batch["positions"] is None else batch["positions"] >= 0
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
     draws = torch.from_numpy(np.stack([np.random.default_rng(key).random((3, ids.shape[1])) for key in keys], 1))  # (3, B, T)
     chosen = real & ~special & (draws[0] < probability)
-    hidden = torch.where(draws[1] < 0.8, tokenizer.mask_token_id,
+    masked = torch.where(draws[1] < 0.8, tokenizer.mask_token_id,
                          torch.where(draws[1] < 0.9, (draws[2] * len(tokenizer)).long(), ids))
-    return {**batch, "input_ids": torch.where(chosen, hidden, ids), "targets": ids.masked_fill(~chosen, -100),
+    return {**batch, "input_ids": torch.where(chosen, masked, ids), "targets": ids.masked_fill(~chosen, -100),
             "counts": {"tokens": int(chosen.sum()), "read": int(real.sum())}}
 
 
@@ -245,8 +237,8 @@ def mask_tokens(batch: dict, tokenizer, keys: list[tuple], probability: float) -
 
 
 class LossScale:
-    """Keeps float16 gradients above zero: the loss is multiplied by `scale`, which halves on overflow and doubles
-    after 2000 good steps (Micikevicius 2018, section 3.2). 1 for every other type."""
+    """Dynamic loss scaling against underflow of float16 gradients (Micikevicius 2018, section 3.2). The loss is multiplied by
+    `scale`, which is halved on overflow and doubled after 2000 finite steps. With other dtypes it is 1."""
 
     def __init__(self, on: bool):
         self.on, self.scale, self.good = on, 65536.0 if on else 1.0, 0
@@ -271,15 +263,15 @@ class Result(NamedTuple):
 
 @dataclass
 class State:
-    """The progress of a run. A checkpoint holds it, the weights, the optimizers, the stream and the random generators."""
+    """The progress of a run; checkpoints also contain the weights, optimizers, position in the data and random states."""
 
     step: int = 0
-    tokens: int = 0  # read in training
-    seconds: float = 0.0  # of training, up to the checkpoint that this process started from
+    tokens: int = 0  # training tokens processed
+    seconds: float = 0.0  # training time before the checkpoint that this process resumed from
     before: dict = field(default_factory=dict)  # held-out measures before the first step
     measured: tuple | None = None  # (step, held-out measures) of the last validation
     best: tuple | None = None  # (order, step, held-out measures) of the best validation
-    since_best: int = 0  # validations since then
+    since_best: int = 0  # validations since the best one
     first_loss: float | None = None  # training loss of the first log line
     skipped: int = 0  # steps without an update, because of a non-finite loss or gradient
     skipped_in_row: int = 0
@@ -290,15 +282,15 @@ class State:
 def fit(model: nn.Module, stream, loss_fn: Callable, training: TrainingSection, out: str | Path, save: Callable,
         evaluate: Callable | None = None, *, resume: Path | None = None, stage: str = "train", mixed: str | None = None,
         accelerator=None, device: torch.device | None = None, overwrite: bool = False, sources: dict | None = None) -> Result:
-    """Train `model` on `stream` until the horizon: the only training loop of the project.
+    """Train `model` on `stream` for the steps, epochs or minutes in `training`: the project's only training loop.
 
     stream: start(run), next(), state_dict(), load_state_dict(), steps_per_epoch, optionally metrics().
     loss_fn(model, batch, totals) -> (loss, metrics): a sum divided by totals[...], the counts of the whole optimizer step over
     micro-batches and processes. So 16 rows, 4 x 4 accumulated rows and 2 processes x 8 rows give the same gradient; with a mean
     per micro-batch, tokens in short batches would count more.
-    save(model, folder) writes the product; evaluate(model) -> {measure: value}, the first of which decides which model is best.
+    save(model, folder) writes the model. evaluate(model) -> {measure: value}: the first measure decides which model is best.
     `resume` is a checkpoint folder. `overwrite` removes an earlier run from `out` after the first validation of the new one.
-    `sources`: {setting: folder} of the models that the run needs beside its checkpoint; a resume with other weights is refused.
+    `sources`: {setting: folder} of other models that the run needs; a resume fails if their weights have changed.
     """
     trainer = Trainer(model, stream, loss_fn, training, Path(out), save, evaluate, stage, mixed, accelerator, device, sources)
     state, run, log = trainer.state, trainer.run, trainer.log
@@ -318,11 +310,11 @@ def fit(model: nn.Module, stream, loss_fn: Callable, training: TrainingSection, 
                 batch = on_device(batch, trainer.device)
                 with trainer.synced_gradients(last=i == len(batches) - 1):
                     with run.autocast():
-                        loss, shares = loss_fn(trainer.wrapped, batch, totals)
-                    # DDP and FSDP2 average over processes; the loss is already a share of the whole step, so undo it.
+                        loss, values = loss_fn(trainer.wrapped, batch, totals)
+                    # Undo the averaging of DDP and FSDP2: the loss is already divided by the counts of all processes.
                     (loss * (run.world_size * trainer.loss_scale.scale)).backward()
-                for name, share in shares.items():
-                    metrics[name] += share.detach()
+                for name, value in values.items():
+                    metrics[name] += value.detach()
 
             gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
             norm = float(gathered(nn.utils.get_total_norm(gradients))) / trainer.loss_scale.scale
@@ -353,12 +345,11 @@ def fit(model: nn.Module, stream, loss_fn: Callable, training: TrainingSection, 
 
 
 class Trainer:
-    """The parts of one `fit`, in the order in which the loop uses them."""
+    """The parts of `fit`, in the order in which the loop uses them."""
 
     def __init__(self, model, stream, loss_fn, training, out, save, evaluate, stage, mixed, accelerator, device, sources):
         self.model, self.stream, self.loss_fn, self.training = model, stream, loss_fn, training
-        self.out, self.save, self.evaluate, self.stage = out, save, evaluate, stage
-        self.accelerator = accelerator
+        self.out, self.save, self.evaluate, self.stage, self.accelerator = out, save, evaluate, stage, accelerator
         choose_rate(training, model, fresh=True)
         self.device = device or (accelerator.device if accelerator else MODEL.choose_device())
         self.mixed = mixed or precision(training, "auto", self.device)
@@ -367,11 +358,11 @@ class Trainer:
         self.state, self.loss_scale = self.run.state, LossScale(self.mixed == "fp16")
         self.sources = {key: [str(folder), MODEL.weights_fingerprint(folder, key)] for key, folder in (sources or {}).items()}
         self.computed = 0.0  # FLOPs since the start of this process
-        self.routers: dict = {}  # the load of the experts in the last step
+        self.routers: dict = {}  # load of the experts in the last step
         self.last_loss: float | None = None  # training loss of the last log line
         self.stop_signal = 0
         self.last_saved: Path | None = None
-        self.left: list[Path] = []  # checkpoints after the resumed step; the next save removes them
+        self.outdated: list[Path] = []  # checkpoints after the resumed step; the next save removes them
         self.log = Log(out, self.main, accelerator)
 
     # -- before the first step
@@ -380,7 +371,7 @@ class Trainer:
         training = self.training
         torch.manual_seed(training.seed + self.run.rank)
         if training.torch_compile and self.device.type == "cpu":
-            torch.use_deterministic_algorithms(True, warn_only=True)  # a compiled run does not equal itself otherwise
+            torch.use_deterministic_algorithms(True, warn_only=True)  # compiled runs are not reproducible otherwise
         saved = restore_weights(self.model, resume) if resume else None
         self.model.to(self.device)
         MODEL.set_checkpointing(self.model, training.gradient_checkpointing)
@@ -393,15 +384,13 @@ class Trainer:
         if saved:
             restore(self, saved)
             self.last_saved = resume
-            self.left = [path for path in checkpoints(self.out) if step_of(path) > self.state.step]
-            if self.left:
-                self.log.tell(f"continuing from step {self.state.step}; the run's next checkpoint replaces "
-                              f"{', '.join(map(str, self.left))}")
+            self.outdated = [path for path in checkpoints(self.out) if step_of(path) > self.state.step]
+            if self.outdated:
+                self.log.say(f"the next checkpoint replaces {', '.join(map(str, self.outdated))}")
         self.total_steps = self.run.total_steps = self._total_steps()
         self.warmup = self._warmup()
         if self.total_steps is not None and self.state.step > self.total_steps:
-            self.log.tell(f"the checkpoint is at step {self.state.step}, beyond training.max_steps {self.total_steps}: "
-                          "there is nothing left to train")
+            self.log.say(f"nothing to train: training.max_steps is {self.total_steps}, the checkpoint at step {self.state.step}")
         self.flops, self.head_flops = self._flops_per_token()
         self.started = time.perf_counter()
         if not self.state.before:
@@ -428,16 +417,15 @@ class Trainer:
         return max(1, math.ceil(training.epochs * self.stream.steps_per_epoch - 1e-9))
 
     def _warmup(self) -> float:
-        """The warmup in steps or as a fraction: at most half of a short run, which would otherwise hardly use the peak rate."""
+        """The warmup in steps or as a fraction; a quarter of a run that is shorter than twice the warmup."""
         steps, total = self.training.warmup_steps, self.total_steps
         if not total or steps < 1 or 2 * steps <= total:
             return steps
-        self.log.tell(f"training.warmup_steps: {steps:g} is more than half of the run's {total} steps; warming up for "
-                      f"{max(1, total // 4)}")
+        self.log.say(f"training.warmup_steps: {steps:g} is more than half of the run's {total} steps; using {max(1, total // 4)}")
         return float(max(1, total // 4))
 
     def _flops_per_token(self) -> tuple[float, float]:
-        """FLOPs of training on one token, without the vocabulary's head, and of that head, which is computed for targets only."""
+        """Training FLOPs per token: all but the language-model head, and this head alone, which is computed for targets only."""
         config, context = getattr(self.model, "config", None), self.training.max_length // 2
         if not isinstance(config, MODEL.ModelConfig):
             return 0.0, 0.0
@@ -450,7 +438,7 @@ class Trainer:
         return self.state.seconds + time.perf_counter() - self.started
 
     def finished(self) -> bool:
-        """Whether the horizon is reached; the first process's clock and anyone's signal count for all."""
+        """Whether the run is over. All processes use the first one's clock, and a signal to any process stops all."""
         clock = self.elapsed() if self.main else 0.0
         clock, stop = all_sum([clock, float(bool(self.stop_signal))], self.device)
         if stop:
@@ -464,7 +452,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def saved_on_error(self):
-        """A reward function or a reader may fail after hours of training: save the steps so far first, as Ctrl-C does."""
+        """Save a checkpoint if the block raises a UserError: a reward function may fail after hours of training."""
         try:
             yield
         except UserError as error:
@@ -472,12 +460,11 @@ class Trainer:
                 raise
             self.checkpoint()
             if not self.main:
-                raise SystemExit(2) from None  # the first process prints the line
-            raise UserError(f"{error}; step {self.state.step} is saved in {self.last_saved}: --resume auto continues from it"
-                            ) from error.__cause__
+                raise SystemExit(2) from None  # only the first process prints the error
+            raise UserError(f"{error}; continue with --resume auto ({self.last_saved} is saved)") from error.__cause__
 
     def totals_of(self, batches: list[dict]) -> dict[str, float]:
-        """The counts of all micro-batches of all processes."""
+        """The counts of this step's micro-batches, summed over all processes."""
         names = sorted(batches[0]["counts"])
         sums = all_sum([sum(batch["counts"][name] for batch in batches) for name in names], self.device)
         totals = {name: value or 1 for name, value in zip(names, sums, strict=True)}  # a step without targets has a loss of 0
@@ -485,7 +472,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def synced_gradients(self, last: bool):
-        """Gradients are reduced over the processes once a step, with the last micro-batch."""
+        """Reduce gradients across processes only once per step, with the last micro-batch."""
         if self.training.fsdp:
             self.wrapped.set_requires_gradient_sync(last)
             yield
@@ -496,12 +483,12 @@ class Trainer:
             yield
 
     def is_finite(self, norm: float, metrics: dict[str, Tensor]) -> bool:
-        """Whether loss and gradients are finite, on all processes; counts the steps that are skipped because they are not."""
+        """Whether loss and gradients are finite on all processes; otherwise the step is skipped, which is counted here."""
         state, scale = self.state, self.loss_scale
         loss_finite = all(bool(torch.isfinite(value).all()) for value in metrics.values())
         loss_finite = all_sum([float(not loss_finite)], self.device)[0] == 0
         finite = math.isfinite(norm) and loss_finite
-        backing_off = scale.on and loss_finite and scale.scale > 1  # float16 overflows at first, in every run
+        backing_off = scale.on and loss_finite and scale.scale > 1  # the first float16 steps usually overflow
         scale.update(finite)
         if finite:
             state.skipped_in_row = 0
@@ -509,18 +496,18 @@ class Trainer:
             state.skipped += 1
             state.skipped_in_row += 1
             if state.skipped_in_row >= self.training.max_skipped_steps:
-                self._end_unsound(f"{state.skipped_in_row} steps in a row")
+                self._fail_non_finite(f"{state.skipped_in_row} steps in a row")
         return finite
 
-    def _end_unsound(self, which: str) -> None:
+    def _fail_non_finite(self, which: str) -> None:
         good = f"the last good checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written yet"
         raise UserError(f"{which} had a non-finite loss or gradient (up to step {self.state.step + 1}); {good}. "
-                        "Lower training.learning_rate, or look at the data")
+                        "Lower training.learning_rate, or check the data")
 
     def count(self, totals: dict[str, float]) -> None:
         if hasattr(self.model, "after_step"):
             self.routers = self.model.after_step()
-        read = totals.get("read", totals.get("tokens", 0))  # more than the targets where a loss skips some
+        read = totals.get("read", totals.get("tokens", 0))  # more than the targets if the loss skips tokens
         self.state.step += 1
         self.state.tokens += read
         self.computed += self.flops * read + self.head_flops * totals.get("targets", totals.get("tokens", 0))
@@ -544,17 +531,18 @@ class Trainer:
         if self.flops:
             dtype = MODEL.AUTOCAST.get(self.mixed, torch.float32)
             peak = MODEL.matmul_flops(dtype, self.device.type)
-            if flops > peak * self.run.world_size:  # measured while other programs ran
+            if flops > peak * self.run.world_size:  # the peak was measured while other programs were running
                 MODEL.matmul_flops.cache_clear()
                 peak = max(peak, MODEL.matmul_flops(dtype, self.device.type))
             record["mfu"] = round(flops / (peak * self.run.world_size), 4)
         self.log.write(record)
-        share = state.step / self.total_steps if self.total_steps else min(1.0, self.elapsed() / (60 * self.training.max_minutes))
-        self.log.show(record, self.total_steps, share, self.elapsed() * (1 - share) / max(share, 1e-9), peak_memory(self.device))
+        share = state.step / self.total_steps if self.total_steps else record["seconds"] / (60 * self.training.max_minutes)
+        self.log.show(record, self.total_steps, min(share, 1.0), peak_memory(self.device))
 
     def _evaluate(self) -> dict:
         if self.evaluate is None:
             return {}
+        self.log.close()  # `evaluate` may print samples
         self.model.eval()
         with torch.no_grad(), self.run.autocast():
             measures = {name: without_noise(name, float(value)) for name, value in self.evaluate(self.model).items()}
@@ -572,7 +560,7 @@ class Trainer:
         if not measures:
             return measures
         name, value = next(iter(measures.items()))
-        # Among models that are equally good by the first measure (all pairs in order, say), the loss decides.
+        # If the first measure is equal (for example, all pairs are ranked correctly), the loss decides.
         order = (-value if lower_is_better(name) else round(value, 6), -measures.get("loss", 0.0))
         better = state.best is None or order > state.best[0]
         state.since_best = 0 if better else state.since_best + 1
@@ -581,15 +569,15 @@ class Trainer:
         self.log_measures(measures)
         if better and self.training.load_best_model_at_end:
             self.checkpoint()
-        self.log.tell(f"step {state.step}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in measures.items()))
         return measures
 
     def log_measures(self, measures: dict) -> None:
         if measures:
             self.log.write({"step": self.state.step, **{f"eval_{k}": v for k, v in measures.items()}})
+            self.log.say(f"step {self.state.step}: held-out " + ", ".join(f"{k} {v:.4g}" for k, v in measures.items()))
 
     def checkpoint(self) -> None:
-        """ckpt-step-N, whole or not at all: written under another name, flushed to disk, renamed."""
+        """Write ckpt-step-N atomically: to a folder with a temporary name, flushed to disk, then renamed."""
         final = self.out / f"ckpt-step-{self.state.step:06d}"
         if self.last_saved == final:
             return
@@ -603,9 +591,9 @@ class Trainer:
             torch.save(content, scratch / STATE_FILE)
             for path in scratch.iterdir():
                 MODEL.sync(path)
-            for path in (*self.left, final):
+            for path in (*self.outdated, final):
                 remove(path)
-            self.left = []
+            self.outdated = []
             os.replace(scratch, final)
             MODEL.sync(self.out)
             self.log.plot()
@@ -623,15 +611,15 @@ class Trainer:
 
     def interrupt(self) -> None:
         self.checkpoint()
-        self.log.tell(f"stopped at step {self.state.step}; continue with --resume auto ({self.last_saved})")
+        self.log.say(f"stopped at step {self.state.step}; continue with --resume auto ({self.last_saved})")
         raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
 
     def finish(self) -> Result:
-        """The last validation, the last checkpoint, and the product in `out` itself."""
+        """Validate, write the last checkpoint, and save the model in `out`."""
         state = self.state
         if state.skipped and state.skipped == state.step:
-            self._end_unsound("all steps")
-        if self.log.counts:  # an early end
+            self._fail_non_finite("all steps")
+        if self.log.counts:  # the run ended early
             self.write_log()
         after = self.validate()
         self.checkpoint()
@@ -640,32 +628,31 @@ class Trainer:
             after = keep_best(self, after)
         result = Result(state.before, after, state.step, round(self.elapsed(), 2), peak_memory(self.device))
         if self.main:
-            measure = next(iter(after), None)
             MODEL.write_text(self.out / "result.json", json.dumps({
-                "stage": self.stage, "measure": measure, "before": state.before, "after": after, "steps": state.step,
-                "seconds": result.seconds, "peak_memory_bytes": result.peak_memory_bytes}, indent=1) + "\n")
+                "stage": self.stage, "measure": next(iter(after), None), "before": state.before, "after": after,
+                "steps": state.step, "seconds": result.seconds, "peak_memory_bytes": result.peak_memory_bytes}, indent=1) + "\n")
             self.log.plot()
         for name in after.keys() & state.before.keys() & set(SHARES):
             if after[name] <= state.before[name] - 0.1:
-                self.log.tell(f"warning: held-out {name} fell from {100 * state.before[name]:.1f}% to {100 * after[name]:.1f}%; "
-                              "a lower training.learning_rate or fewer training.max_steps lose less")
+                self.log.say(f"warning: held-out {name} fell from {100 * state.before[name]:.1f}% to {100 * after[name]:.1f}%; "
+                             "use a lower training.learning_rate or training.max_steps")
         barrier()
         check_sound(self, after)
         return result
 
     @contextlib.contextmanager
     def guarded(self):
-        """Ctrl-C and SIGTERM ask for a stop at the next step boundary (a second Ctrl-C does not wait); a full disk and
-        too little memory become one line. A full disk costs the file being written, nothing else."""
+        """Ctrl-C and SIGTERM end the run after the current step (a second Ctrl-C immediately). A full disk and a lack of memory
+        are reported in one line; a full disk damages no file but the one being written."""
 
-        def ask(number, frame):
+        def request_stop(number, frame):
             if self.stop_signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop_signal = number
 
         previous = {}
-        with contextlib.suppress(ValueError):  # only the main thread may listen
-            previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        with contextlib.suppress(ValueError):  # only the main thread can handle signals
+            previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
@@ -687,7 +674,7 @@ def world_size() -> int:
 
 
 def all_sum(values: list[float], device) -> list[float]:
-    """Sums over all processes, in float64 where the device has it."""
+    """Sums over all processes, in float64 if the device supports it."""
     if world_size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float32 if str(device).startswith("mps") else torch.float64, device=device)
@@ -696,7 +683,7 @@ def all_sum(values: list[float], device) -> list[float]:
 
 
 def from_all(value) -> list:
-    """Each process's value, on all of them."""
+    """The values of all processes, in the order of their ranks."""
     if world_size() == 1:
         return [value]
     values: list = [None] * world_size()
@@ -705,7 +692,7 @@ def from_all(value) -> list:
 
 
 def from_first(value):
-    """The first process's value, on all of them."""
+    """The value of the first process, on all processes."""
     if world_size() > 1:
         box = [value]
         torch.distributed.broadcast_object_list(box)
@@ -720,13 +707,12 @@ def barrier() -> None:
 
 @functools.cache
 def patient_group():
-    """A process group for waiting on the first process, which may tokenize for hours: a usual barrier gives up after minutes."""
+    """A process group with a long timeout: the first process may tokenize for hours, but default barriers time out in minutes."""
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
 def first_alone(function: Callable, *arguments, folder: str | None = None):
-    """function(*arguments), which writes files: by the first process while the others wait, then by them. Meanwhile no other run
-    writes to `folder`, so that every process reads what the first one wrote."""
+    """Call function(*arguments), which writes files, in the first process, then in the others. `folder` is locked meanwhile."""
     first = MODEL.process_rank() == 0
     wait = partial(torch.distributed.barrier, patient_group()) if world_size() > 1 else lambda: None
     with locked(Path(folder) / ".lock", "data.dir", wait=True) if first and folder else contextlib.nullcontext():
@@ -740,15 +726,14 @@ def first_alone(function: Callable, *arguments, folder: str | None = None):
 
 
 class Run:
-    """What a stream and a loss may know of the machine and of the run's progress."""
+    """Information for streams and losses: the model, the process and the progress of the run."""
 
     def __init__(self, model: nn.Module, training: TrainingSection, device: torch.device, mixed: str):
-        self.model, self.device = model, device
+        self.model, self.device, self.mixed = model, device, mixed
         self.rank, self.world_size = MODEL.process_rank(), world_size()
         self.seed, self.grad_accum = training.seed, training.grad_accum
         self.static_shapes = training.torch_compile
-        self.state, self.total_steps = State(), None  # set by `fit`; None: a time limit ends the run
-        self.mixed = mixed
+        self.state, self.total_steps = State(), None  # set by `fit`; None: the run has a time limit
 
     def autocast(self):
         dtype = MODEL.AUTOCAST.get(self.mixed)
@@ -760,22 +745,22 @@ def on_device(batch: dict, device) -> dict:
 
 
 def precision(training: TrainingSection, dtype: str, device: torch.device) -> str:
-    """The autocast type: as set, else as model.dtype says, else what this machine computes fastest."""
-    asked = training.mixed_precision
-    if asked == "auto":
+    """The autocast dtype (bf16, fp16 or no): training.mixed_precision, if auto model.dtype, if also auto the fastest."""
+    mixed = training.mixed_precision
+    if mixed == "auto":
         half = MODEL.fast_half(device.type) if dtype == "auto" else MODEL.DTYPES[dtype]
-        asked = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(half, "no")
-    if asked == "fp16" and device.type == "cpu":
-        asked = "bf16" if MODEL.fast_half("cpu") else "no"
-        say(f"float16 on a CPU is slow and overflows: training in {'bfloat16' if asked == 'bf16' else 'float32'}")
-    return asked
+        mixed = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(half, "no")
+    if mixed == "fp16" and device.type == "cpu":
+        mixed = "bf16" if MODEL.fast_half("cpu") else "no"
+        say(f"training.mixed_precision: float16 on a CPU is slow and overflows; using {mixed.replace('no', 'float32')}")
+    return mixed
 
 
 def start_processes(training: TrainingSection, device_name: str, out: Path):
-    """(accelerator or None, device). Several processes and trackers need accelerate; one device does without."""
+    """(accelerator or None, device). Only several processes and trackers need accelerate."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if not several and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ:
-        say("accelerate launch starts a single process on CPUs; for several: torchrun --nproc_per_node 2 TRAIN.py ...")
+        say("accelerate launch starts a single process on CPUs; for several use torchrun --nproc_per_node 2 TRAIN.py ...")
     if training.fsdp and not several:
         raise UserError("training.fsdp: needs several processes (torchrun --nproc_per_node 2 TRAIN.py ...)")
     if not several and training.report_to == "none":
@@ -787,10 +772,10 @@ def start_processes(training: TrainingSection, device_name: str, out: Path):
         raise UserError(f"{what} `pip install accelerate`") from None
     try:
         log_with = None if training.report_to == "none" else training.report_to
-        # Left to itself, accelerate joins CPU processes without wrapping the model: each would learn alone.
+        # Without cpu=True, accelerate does not wrap the model of CPU processes, and each process would train alone.
         cpu = MODEL.choose_device(device_name).type == "cpu" or None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a tracker that is missing, which is said below
+            warnings.simplefilter("ignore")  # about a missing tracker, which is an error below
             accelerator = Accelerator(mixed_precision="no", cpu=cpu, log_with=log_with, project_dir=out)
     except (ImportError, ValueError) as error:
         raise UserError(f"training.report_to: {training.report_to} cannot be used ({error})") from None
@@ -802,16 +787,18 @@ def start_processes(training: TrainingSection, device_name: str, out: Path):
 
 
 def compile_model(model: nn.Module) -> None:
-    """Compile each layer; they share one compiled code, so a deep model compiles as fast as a shallow one."""
+    """Compile each layer. Layers share the compiled code, so a deep model compiles as fast as a shallow one."""
     for layer in MODEL.layers_of(model):
         layer.compile()
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
-    """FSDP2: each layer gathers its weights when it runs and drops them after; the rest belongs to the root."""
+    """Shard with FSDP2: each layer gathers its weights when it runs and frees them afterwards; the root has all others."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    # Log-probabilities are a view of the chunks that they are computed in; losses do not change them in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (world_size(),))
     for layer in MODEL.layers_of(model):
         fully_shard(layer, mesh=mesh)
@@ -828,7 +815,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def shard_like(tensor: Tensor, weight: Tensor) -> Tensor:
-    """Cut a whole tensor as `weight` is cut over the processes; scalars and unsharded weights stay as they are."""
+    """Shard a full tensor like `weight`. Scalars, and the tensors of unsharded weights, are returned unchanged."""
     if not hasattr(weight, "full_tensor") or tensor.shape != weight.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -844,7 +831,7 @@ SHARES = ("accuracy", "exact_match", "kept", "f1_binary", "f1_macro", "rewards/a
 
 
 def is_whole(model: nn.Module) -> bool:
-    """Whether a product folder holds the model itself, not what was put on another."""
+    """Whether the saved model contains all of its weights, unlike adapters and models of transformers."""
     return isinstance(model, MODEL.Transformer) and not model.adapter
 
 
@@ -853,7 +840,7 @@ def lower_is_better(measure: str) -> bool:
 
 
 def content_of(trainer: Trainer) -> dict:
-    """Everything beside the product that an exact continuation needs; the first process alone keeps whole tensors."""
+    """What an exact resume needs in addition to the saved model. Only the first process keeps full tensors."""
     random = {"cpu": torch.get_rng_state()}
     if trainer.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(trainer.device)
@@ -862,7 +849,7 @@ def content_of(trainer: Trainer) -> dict:
                     loss_scale=(trainer.loss_scale.scale, trainer.loss_scale.good))
     content = {**vars(state), "random": from_all(random), "stream": trainer.stream.state_dict(), "sources": trainer.sources,
                "optimizers": [map_tensors(MODEL.gathered_on_first, optimizer.state_dict()) for optimizer in trainer.optimizers]}
-    # Trained weights that the product folder lacks or holds in another form: adapters, a foreign model's heads, a critic.
+    # Trained weights that the saved model lacks or has in another form: adapters, heads of a transformers model, a critic.
     trained = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     if is_whole(trainer.model):
         trained = {name for name in trained if MODEL.is_tool(name)}
@@ -872,16 +859,15 @@ def content_of(trainer: Trainer) -> dict:
 
 
 def restore(trainer: Trainer, saved: dict) -> None:
-    """Continue from a checkpoint's content. Nothing on the disk changes: a resume that fails must leave it as it was."""
-    for key, (folder, mark) in trainer.sources.items():
-        if mark != saved["sources"].get(key, [folder, mark])[1]:
-            raise UserError(f"{key}: {folder} changed since the checkpoint was written (other weights); restore it, or start "
-                            "a new run with --out")
+    """Restore the state in a checkpoint. Nothing on disk changes, so that a failed resume has no effect."""
+    for key, (folder, fingerprint) in trainer.sources.items():
+        if fingerprint != saved["sources"].get(key, [folder, fingerprint])[1]:
+            raise UserError(f"{key}: {folder} changed since the checkpoint was written; restore its weights or use another --out")
     for name in vars(trainer.state):
         setattr(trainer.state, name, saved[name])
     trainer.loss_scale.scale, trainer.loss_scale.good = trainer.state.loss_scale
     trainer.log.load(trainer.state.log, trainer.state.step)
-    trainer.log.rates(trainer.state.tokens, trainer.computed)  # speeds are those of this process
+    trainer.log.rates(trainer.state.tokens, trainer.computed)  # speeds are measured from here
     if len(saved["optimizers"]) != len(trainer.optimizers):
         raise UserError("--resume: the checkpoint was made with another training.optim")
     for optimizer, content in zip(trainer.optimizers, saved["optimizers"], strict=True):
@@ -891,41 +877,40 @@ def restore(trainer: Trainer, saved: dict) -> None:
         try:
             optimizer.load_state_dict(content)
         except ValueError as error:
-            raise UserError(f"--resume: the checkpoint's optimizer does not fit ({error})") from None
+            raise UserError(f"--resume: the checkpoint's optimizer state does not match ({error})") from None
         for group in optimizer.param_groups:
             group["peak_lr"] = trainer.training.learning_rate * group.get("rate", 1.0)
     try:
         trainer.stream.load_state_dict(saved["stream"])
     except KeyError:
-        raise UserError("--resume: the checkpoint was made by another method; its position in the data does not fit") from None
+        raise UserError("--resume: the checkpoint was made by another method; its position in the data does not match") from None
     if len(saved["random"]) == world_size():
         random = saved["random"][trainer.run.rank]
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and trainer.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"], trainer.device)
     else:
-        say(f"resumed on {world_size()} processes, saved by {len(saved['random'])}: dropout continues with new random numbers")
+        say(f"the number of processes changed from {len(saved['random'])} to {world_size()}: dropout uses new random numbers")
 
 
 def keep_best(trainer: Trainer, last: dict) -> dict:
-    """Put the files of the best checkpoint in the place of the last model's -> its measures."""
+    """Replace the saved model by that of the best checkpoint -> its held-out measures."""
     _, step, measures = trainer.state.best
     folder = trainer.out / f"ckpt-step-{step:06d}"
     if not folder.exists():
-        trainer.log.tell(f"the best model's checkpoint, {folder}, is missing; the last model is kept")
+        trainer.log.say(f"{folder}, the checkpoint of the best model, is missing; keeping the last model")
         return last
     if trainer.main:
         with MODEL.staged(trainer.out, "config.json", MODEL.WEIGHTS) as scratch:
             for path in folder.iterdir():
                 if path.name != STATE_FILE:
                     shutil.copy2(path, scratch)
-    trainer.log.tell(f"the best model, of step {step}, is kept")
+    trainer.log.say(f"saved the best model, from step {step}")
     return measures
 
 
 def check_sound(trainer: Trainer, after: dict) -> None:
-    """A run that ruined its model ends with a line and exit status 1. A token loss may rise a little while a model learns
-    something else; a whole nat per token is e times the perplexity."""
+    """End a diverged run with exit status 1: its loss rose by a nat per token or more, a factor of e in perplexity."""
     state, name = trainer.state, next(iter(after), "")
     losses = "training loss", state.first_loss, trainer.last_loss
     if "perplexity" in after:
@@ -937,23 +922,22 @@ def check_sound(trainer: Trainer, after: dict) -> None:
     what, first, last = losses
     if first is None or last is None or last < first + 1:
         return
-    trainer.log.tell(f"error: the run diverged: {what} {last:.4g}, at first {first:.4g}. The model in {trainer.out} is unusable: "
-                  f"lower training.learning_rate (now {trainer.training.learning_rate:.2g}) and use --overwrite")
+    trainer.log.say(f"error: the run diverged: {what} went from {first:.4g} to {last:.4g}. The model in {trainer.out} is "
+                    f"unusable; lower training.learning_rate (now {trainer.training.learning_rate:.2g}) and use --overwrite")
     raise SystemExit(1)
 
 
 def explain(trainer: Trainer, error: Exception) -> None:
-    """One line for the two errors of the machine that a user can fix."""
+    """Raise a UserError if memory or disk space ran out."""
     t = trainer.training
     if is_out_of_memory(error):
-        raise UserError(f"out of memory with training.batch_size {t.batch_size} x max_length {t.max_length}: lower "
-                        "training.batch_size (raise grad_accum to keep the step), lower training.max_length, or set "
-                        "training.gradient_checkpointing true") from None
+        raise UserError(f"out of memory with training.batch_size {t.batch_size} x max_length {t.max_length}: lower one of them "
+                        "(and raise grad_accum), or set training.gradient_checkpointing true") from None
     if is_disk_full(error, trainer.out):
         for scratch in trainer.out.glob(".tmp-*"):
             shutil.rmtree(scratch, ignore_errors=True)
-        whole = f"the last whole checkpoint is {trainer.last_saved}" if trainer.last_saved else "no checkpoint was written yet"
-        raise UserError(f"{trainer.out}: the disk is full at step {trainer.state.step}; {whole}. Free some space and use "
+        last = f"the last complete checkpoint is {trainer.last_saved}" if trainer.last_saved else "no checkpoint was written yet"
+        raise UserError(f"{trainer.out}: the disk is full at step {trainer.state.step}; {last}. Free some space and use "
                         "--resume auto") from None
 
 
@@ -964,7 +948,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def is_disk_full(error: Exception, out: Path) -> bool:
     known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    # torch.save says only "iostream error", and NumPy how many bytes it wrote
+    # torch.save reports only an iostream error, and NumPy the number of bytes written
     return known or (isinstance(error, (RuntimeError, OSError)) and shutil.disk_usage(out).free < 2**20)
 
 
@@ -981,42 +965,41 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Whole checkpoints, oldest first; a half-written one has another name."""
+    """Complete checkpoints, oldest first; incomplete ones have temporary names."""
     return sorted((p for p in out.glob("ckpt-step-*") if p.is_dir()), key=step_of)
 
 
 def remove(checkpoint: Path) -> None:
-    """Out of its name at once: a kill half-way leaves nothing that looks like a checkpoint."""
+    """Rename a checkpoint, then delete it: if a kill interrupts this, what remains does not look like a checkpoint."""
     if checkpoint.exists():
         shutil.rmtree(checkpoint.replace(checkpoint.with_name(f".tmp-old-{checkpoint.name}")), ignore_errors=True)
 
 
 def load_state(folder: Path) -> dict:
-    """A checkpoint's content. Of several processes each maps the file and reads what it needs of it."""
+    """The state in a checkpoint. With several processes, each one maps the file and reads only the parts it needs."""
     import pickle
 
     try:
         saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=world_size() > 1)
     except FileNotFoundError:
-        raise damaged(folder, f"--resume: {folder} holds no {STATE_FILE}; a checkpoint looks like out/ckpt-step-000500") from None
+        raise damaged(folder, f"--resume: {folder} has no {STATE_FILE}; a checkpoint looks like out/ckpt-step-000500") from None
     except pickle.UnpicklingError:
         raise UserError(f"{folder / STATE_FILE}: refused: it contains more than tensors and could execute code") from None
     except (RuntimeError, EOFError, OSError) as error:
         raise damaged(folder, f"{folder / STATE_FILE}: cannot be read; it may be truncated ({error})") from None
     if not {"sources", *vars(State())} <= saved.keys():
-        raise UserError(f"--resume: {folder} was written by an earlier version; --model {folder} starts a new run from its "
-                        "weights")
+        raise UserError(f"--resume: {folder} was written by an earlier version; start from its weights with --model {folder}")
     return saved
 
 
 def damaged(folder: Path, what: str) -> UserError:
-    """The error of a checkpoint that cannot be read; it names another one of the run."""
+    """The error for an unreadable checkpoint, which suggests another checkpoint of the run."""
     others = [path for path in checkpoints(folder.parent) if path != folder]
-    return UserError(what + (f"; --resume {others[-1]} is another checkpoint" if others else ""))
+    return UserError(what + (f"; try --resume {others[-1]}" if others else ""))
 
 
 def restore_weights(model: nn.Module, folder: Path) -> dict:
-    """Load a checkpoint's weights into the model and return the rest of its content."""
+    """Load the weights of a checkpoint into the model and return the rest of its state."""
     saved = load_state(folder)
     if is_whole(model) or "module" not in saved:
         try:
@@ -1034,16 +1017,16 @@ def restore_weights(model: nn.Module, folder: Path) -> dict:
 
 
 def json_lines(path: Path) -> list[dict]:
-    """The records of a log; a line cut short by a kill is none."""
+    """The records of a log, without lines that were truncated by a kill."""
     records = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # splitlines() would split texts as well
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # splitlines() also splits inside of texts
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records
 
 
 def without_noise(measure: str, value: float) -> float:
-    """Accuracies without the noise of float32, in which shares may add up to 0.99999997 instead of 1."""
+    """Round accuracies: their float32 parts may add up to 0.99999997 instead of 1."""
     return round(value, 6) if measure in SHARES else value
 
 
@@ -1051,26 +1034,38 @@ def rewind(path: Path, keep: Callable[[dict], bool]) -> None:
     MODEL.write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in json_lines(path) if keep(record)))
 
 
+def duration(seconds: float) -> str:
+    """40 -> 40s, 540 -> 9m00s, 7500 -> 2h05m."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
 class StatusLine:
-    """How far long work is, on stderr: on a terminal each line takes the place of the one before."""
+    """The progress of long work on stderr: on a terminal, each line overwrites the previous one."""
 
-    stands = False
+    shown = False
 
-    def show(self, line: str) -> None:
-        if sys.stderr.isatty() and not MODEL.QUIET:
-            print("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
-            self.stands = True
+    def show(self, line: str, share: float | None = None) -> None:
+        """Print a line, after a progress bar if `share` is given: 20 columns, or fewer where the terminal is narrow."""
+        terminal = sys.stderr.isatty() and not MODEL.QUIET
+        columns = shutil.get_terminal_size().columns - 1 if terminal else 999
+        width = min(20, columns - len(line) - 3)
+        if share is not None and width >= 5:
+            line = f"[{'#' * int(width * share):<{width}}] {line}"
+        if terminal:
+            print("\r\x1b[K" + line[:columns], end="", file=sys.stderr, flush=True)
+            self.shown = True
         else:
             say(line)
 
     def close(self) -> None:
-        if self.stands:
+        if self.shown:
             print(file=sys.stderr, flush=True)
-            self.stands = False
+            self.shown = False
 
 
 class Log:
-    """log.jsonl, the progress line, the plot and the trackers of one run. Only the first process writes."""
+    """log.jsonl, the progress bar, the plot and the trackers of one run. Only the first process writes."""
 
     def __init__(self, out: Path, main: bool, accelerator=None):
         self.out, self.main, self.accelerator = out, main, accelerator
@@ -1088,32 +1083,32 @@ class Log:
         self.norm, self.rate = norm, rate
 
     def state(self, device) -> dict:
-        """What no line of the log has told yet."""
+        """The metrics since the last line of the log."""
         names = sorted(self.sums)
         return {"sums": dict(zip(names, all_sum([float(self.sums[name]) for name in names], device), strict=True)),
                 "counts": dict(self.counts)}
 
     def load(self, state: dict, step: int) -> None:
-        """After a resume. Lines beyond the checkpoint's step are removed when the first new one is written."""
+        """Restore after a resume. The first new line of the log replaces the lines after the checkpoint's step."""
         self.counts, self.rewind_to = Counter(state["counts"]), step
-        self.sums = {name: value if self.main else 0.0 for name, value in state["sums"].items()}  # they are of all processes
+        self.sums = {name: value if self.main else 0.0 for name, value in state["sums"].items()}  # sums over all processes
 
     def means(self, device) -> dict[str, float]:
-        """Means over the steps since the last call that have such a metric, summed over processes."""
+        """Means of the metrics since the last call, over the steps that report them; processes are summed."""
         state = self.state(device)
         means = {name: without_noise(name, value / state["counts"][name]) for name, value in state["sums"].items()}
         self.sums, self.counts = {}, Counter()
         return {**means, "grad_norm": self.norm, "learning_rate": self.rate}
 
     def rates(self, *counts: float) -> list[float]:
-        """How much these counters grew per second since the last call."""
+        """The growth of these counters per second since the last call."""
         now = time.perf_counter()
         rates = [(count - before) / max(now - self.clock, 1e-9) for count, before in zip(counts, self.clock_counts, strict=True)]
         self.clock, self.clock_counts = now, counts
         return rates
 
     def pause(self) -> None:
-        """Time spent on validation is not training time."""
+        """Exclude the time of a validation from the speed."""
         self.clock = time.perf_counter()
 
     def write(self, record: dict) -> None:
@@ -1127,18 +1122,17 @@ class Log:
         if self.accelerator and self.accelerator.trackers:
             self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
-    def show(self, record: dict, total: int | None, share: float, left: float, memory: int) -> None:
+    def show(self, record: dict, total: int | None, share: float, memory: int) -> None:
+        """Print the progress bar; `share` is the fraction of the run that is done."""
         if not self.main:
             return
-        bar = "#" * int(20 * share)
-        machine = f" | MFU {100 * record['mfu']:.0f}%" if "mfu" in record else ""
+        eta = duration(record["seconds"] * (1 - share) / max(share, 1e-9))
         reward = f" | reward {record['reward']:.3f}" if "reward" in record else ""
-        line = (f"[{bar:<20}] step {record['step']}{f'/{total}' if total else ''} | loss "
-                f"{record.get('loss', math.nan):.4f}{reward} | {record['tokens_per_second']:,.0f} tok/s{machine} | "
-                f"{memory / 2**30:.1f} GiB | {left:.0f} s left")
-        self.line.show(line)
+        mfu = f" | MFU {100 * record['mfu']:.0f}%" if "mfu" in record else ""
+        self.line.show(f"step {record['step']}{f'/{total}' if total else ''} | loss {record.get('loss', math.nan):.4f}{reward} | "
+                       f"{record['tokens_per_second']:,.0f} tok/s | {memory / 2**30:.1f} GiB | ETA {eta}{mfu}", share)
 
-    def tell(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if self.main:
             self.close()
             say(text)
@@ -1149,41 +1143,56 @@ class Log:
     def plot(self) -> None:
         """loss.png: training and held-out loss over the steps, and held-out measures such as exact match."""
         records = json_lines(self.out / "log.jsonl") if self.main else []
-        # of a sum of losses, the part that validation measures
-        key = "nll" if any("nll" in r for r in records) else "loss"
-        panels = {"loss": {"training": curve(records, key), "held out": curve(records, "eval_loss")}}
-        panels["held out, %"] = {name.rpartition("/")[2].replace("_", " "): curve(records, f"eval_{name}", 100)
+        key = "nll" if any("nll" in r for r in records) else "loss"  # if the loss is a sum, the term that is validated
+        panels = {"loss": {"training": curve(records, key), "held-out set": curve(records, "eval_loss")}}
+        panels["held-out set, %"] = {name.rpartition("/")[2].replace("_", " "): curve(records, f"eval_{name}", 100)
                                  for name in SHARES}
         plot_curves(self.out / "loss.png", panels)
 
 
 def curve(records: list[dict], key: str, scale: float = 1.0) -> list[tuple]:
-    """[(step, value), ...] of the records of a log that have such a key."""
+    """[(step, value), ...] of the log records that contain `key`."""
     return [(record["step"], scale * record[key]) for record in records if key in record]
 
 
 def plot_curves(path: Path, panels: dict[str, dict[str, list[tuple]]]) -> None:
-    """{title: {label: [(step, value), ...]}} side by side; panels without a curve are left out."""
+    """Plot {title: {label: [(step, value), ...]}} in panels side by side, without empty ones."""
     panels = {title: {label: points for label, points in curves.items() if points} for title, curves in panels.items()}
     panels = {title: curves for title, curves in panels.items() if curves}
-    if not panels:
+    figure = new_figure(max(6, 4.4 * len(panels)), 4) if panels else None
+    if not figure:
         return
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        return say("no plot: matplotlib is not installed")
-    figure = Figure(figsize=(max(6, 4.4 * len(panels)), 4), layout="constrained")
+    from matplotlib.ticker import MaxNLocator
+
+    last = max(1, *(step for curves in panels.values() for points in curves.values() for step, _ in points))
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for (label, points), color in zip(curves.items(), ("#1f5fa8", "#d1495b", "#2a9d5c", "#e09f3e", "#7b5ea7"), strict=False):
             axes.plot(*zip(*points, strict=True), "-" if len(points) > 20 else "o-", color=color, markersize=4, label=label)
-        if len(curves) > 1:
-            axes.legend(frameon=False)
-        axes.set(xlabel="optimizer step", title=title)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False)
+        axes.set(xlabel="optimizer step", title=title, xlim=(-0.04 * last, 1.04 * last))
+        if "%" in title:
+            top = max(10, axes.get_ylim()[1])
+            axes.set_ylim(-0.04 * top, top)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    with MODEL.staged(path.parent) as scratch:
+    save_figure(figure, path)
+
+
+def new_figure(width: float, height: float):
+    """An empty figure, sizes in inches; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return TOKENIZER.say_once("no plots: matplotlib is not installed")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, path: Path) -> None:
+    with MODEL.staged(path.parent) as scratch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box takes its place
         figure.savefig(scratch / path.name, dpi=120)
 
 
@@ -1192,7 +1201,7 @@ def plot_curves(path: Path, panels: dict[str, dict[str, list[tuple]]]) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, key: str, wait: bool = False):
-    """Keep other runs out of the file's folder, which the setting `key` names: an error if one is there, or `wait` for it."""
+    """Lock the folder of `path` against other runs. If it is locked, raise an error that names the setting `key`, or wait."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "w")
@@ -1210,15 +1219,14 @@ def locked(path: Path, key: str, wait: bool = False):
             except BlockingIOError:
                 if not wait:
                     raise UserError(f"{key}: another run is writing to {path.parent}; choose another folder") from None
-                say(f"waiting for another run, which is preparing {path.parent}")
+                say(f"waiting for another run that is writing to {path.parent}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 @contextlib.contextmanager
 def run_folder(out: Path, resume: str | None, overwrite: bool):
-    """Claim an output folder: nothing in it is overwritten unasked, and two runs never share it. Yields the
-    checkpoint to resume from, or None."""
+    """Lock an output folder, and protect its files unless `overwrite` is set. Yields the checkpoint to resume from, or None."""
     if MODEL.process_rank() != 0:
         barrier()
         yield find_checkpoint(out, resume)
@@ -1228,26 +1236,24 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
             shutil.rmtree(scratch, ignore_errors=True)
         found = find_checkpoint(out, resume)
         if resume == "auto" and found and found != checkpoints(out)[-1]:
-            say(f"{damage(checkpoints(out)[-1])}: continuing from {found}")
+            say(f"{damage(checkpoints(out)[-1])}; resuming from {found}")
         used = [name for name in RUN_FILES if (out / name).exists()] + checkpoints(out)
         if found and found.resolve().parent != out.resolve() and used:
-            raise UserError(f"output.dir: {out} holds a run, of which {found} is no checkpoint; choose another --out")
+            raise UserError(f"output.dir: {out} contains a run, but {found} belongs to another run; choose another --out")
         if used and not (checkpoints(out) or {"config.yaml", "config.json"} <= set(used) or {*TRACES, *ADAPTER} & set(used)):
-            raise UserError(f"output.dir: {out} holds {used[0]}, which the run would replace and no run wrote; choose another "
-                            "--out")
+            raise UserError(f"output.dir: {out} contains {used[0]}, which was not written by a run; choose another --out")
         if resume and found is None and used:
             if kept := [name for name in used if name not in TRACES]:
-                raise UserError(f"--resume: {out} holds {kept[0]} and no checkpoint to resume from; --overwrite replaces it, "
-                                "--out chooses another folder")
-            say(f"{out} holds no checkpoint yet; starting a new run")
+                raise UserError(f"--resume: {out} contains {kept[0]} but no checkpoint; use --overwrite or another --out")
+            say(f"{out} contains no checkpoint; starting a new run")
         if used and resume is None and not overwrite:
-            proceed = "--resume auto continues it, " if checkpoints(out) else ""
-            raise UserError(f"output.dir: {out} holds a run; {proceed}--overwrite replaces it, --out chooses another folder")
+            proceed = "continue it with --resume auto, " if checkpoints(out) else ""
+            raise UserError(f"output.dir: {out} contains a run; {proceed}replace it with --overwrite, or choose another --out")
         barrier()
         yield found
 
 
-# all that a run leaves before its first checkpoint
+# files that a run may write before its first checkpoint
 TRACES = ("log.jsonl", "loss.png", "confusion.png", "rollouts.jsonl", "rollouts.png")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 RUN_FILES = (*TRACES, *ADAPTER, "result.json", "config.yaml", "config.json", "generation_config.json", "model.safetensors",
@@ -1255,7 +1261,7 @@ RUN_FILES = (*TRACES, *ADAPTER, "result.json", "config.yaml", "config.json", "ge
 
 
 def clear_run(out: Path) -> None:
-    """Remove what an earlier run left: called when model, data and settings of the new one are known to be sound."""
+    """Remove the files of an earlier run. This is called after model, data and settings of the new run have been checked."""
     if MODEL.process_rank() == 0:
         for name in [*RUN_FILES, *(path.name for path in out.glob("model*.safetensors*"))]:
             (out / name).unlink(missing_ok=True)
@@ -1265,16 +1271,15 @@ def clear_run(out: Path) -> None:
 
 
 def check_apart(out: Path, **sources: str | None) -> None:
-    """What a run starts from may not stand where it writes."""
+    """Check that a run does not overwrite its input folders, given as {setting: folder}."""
     for key, name in sources.items():
         folder = Path(name or "").resolve()
         if name and (folder == out.resolve() or (folder.parent == out.resolve() and folder.name.startswith("ckpt-step-"))):
-            raise UserError(f"output.dir: {out} holds what the run starts from (--{key.replace('_', '-')} {name}); choose "
-                            "another --out")
+            raise UserError(f"output.dir: {out} is an input of the run (--{key.replace('_', '-')} {name}); choose another --out")
 
 
 def damage(folder: Path) -> str | None:
-    """What is missing or truncated in a checkpoint, if anything is; tensors are not read."""
+    """A message about the first missing or truncated file of a checkpoint, or None. Tensors are not read."""
     config, weights = ADAPTER if any(folder.glob("adapter_*")) else ("config.json", "model.safetensors")
     tensors = list(folder.glob("*.safetensors")) or [folder / weights]
     for path in (folder / STATE_FILE, folder / config, *folder.glob("*_config.json"), *tensors):
@@ -1295,10 +1300,10 @@ def find_checkpoint(out: Path, resume: str | None) -> Path | None:
         return None
     if resume == "auto":
         found = checkpoints(out)
-        whole = [folder for folder in found if not damage(folder)]
-        if found and not whole:
-            raise UserError(f"--resume: {damage(found[-1])}, and {out} has no checkpoint that is whole; --overwrite starts again")
-        return whole[-1] if whole else None
+        complete = [folder for folder in found if not damage(folder)]
+        if found and not complete:
+            raise UserError(f"--resume: {damage(found[-1])}, and {out} has no complete checkpoint; start again with --overwrite")
+        return complete[-1] if complete else None
     if not Path(resume).is_dir():
         raise UserError(f"--resume: folder not found: '{resume}'; use auto for the newest checkpoint of output.dir")
     return Path(resume)
@@ -1308,7 +1313,7 @@ def find_checkpoint(out: Path, resume: str | None) -> Path | None:
 
 
 class MaskedStream:
-    """A stream of token rows with some of their tokens hidden, the same whichever process draws them."""
+    """A stream of batches with masked tokens. The mask of a row does not depend on the process."""
 
     def __init__(self, rows, tokenizer, probability: float):
         self.rows, self.tokenizer, self.probability = rows, tokenizer, probability
@@ -1328,8 +1333,7 @@ class MaskedStream:
 def is_masked(model, tokenizer) -> bool:
     """Whether the model is trained with masked language modeling (encoders) instead of next-token prediction."""
     if not model.config.causal and tokenizer.mask_token_id is None:
-        raise UserError("tokenizer.name: masked language modeling needs a mask token, which this tokenizer lacks; tokenizers "
-                        "trained here have one")
+        raise UserError("tokenizer.name: masked language modeling needs a mask token; tokenizers trained here have one")
     return not model.config.causal
 
 
@@ -1339,13 +1343,13 @@ EMPTY = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full
 
 
 def own_share(items: list, fill=EMPTY) -> list:
-    """This process's part of items such as validation batches: as many as every other's, as each forward may need all."""
-    own = items[MODEL.process_rank() :: world_size()]
-    return own + [fill] * (-(-len(items) // world_size()) - len(own))
+    """This process's part of a list, padded with `fill` to equal lengths, as a sharded forward pass needs all processes."""
+    part = items[MODEL.process_rank() :: world_size()]
+    return part + [fill] * (-(-len(items) // world_size()) - len(part))
 
 
 def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callable:
-    """evaluate(model) for `fit`: loss, perplexity and bits per byte over fixed batches, shared among the processes."""
+    """evaluate(model) for `fit`: loss, perplexity and bits per byte of fixed batches, distributed over the processes."""
     def evaluate(model) -> dict:
         nats = tokens = 0.0
         for batch in own_share(batches):
@@ -1364,13 +1368,17 @@ def held_out_loss(batches: list[dict], bytes_per_token: float | None) -> Callabl
 
 
 def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection, prompts: list[tuple[str, list[int]]],
-                 sampling: INFER.Sampling | None = None) -> Callable | None:
+                 sampling: INFER.Sampling | None = None, skip_first: bool = False) -> Callable | None:
     """The same validation, followed by completions of a few prompts (text, ids), which are printed to stderr."""
     if evaluate is None or not training.sample_tokens or not prompts:
         return evaluate
 
     def evaluate_and_show(model) -> dict:
+        nonlocal skip_first
         measures, room = evaluate(model), model.config.max_position_embeddings - 1
+        if skip_first:  # fresh weights would generate noise
+            skip_first = False
+            return measures
         settings = sampling or INFER.Sampling(training.sample_tokens, 0.7, seed=0)
         completions = INFER.generate(model, [ids[-room:] for _, ids in prompts], settings, tokenizer)
         for (prompt, _), [completion] in zip(prompts, completions, strict=True):
@@ -1381,14 +1389,14 @@ def with_samples(evaluate: Callable | None, tokenizer, training: TrainingSection
 
 
 def say_sample(prompt: str, completion: str) -> None:
-    """Lines of the prompt marked with >, lines of the completion with |, without empty ones."""
+    """Print the lines of a prompt after > and those of its completion after |, with escaped control characters."""
     for mark, text in ((">", prompt), ("|", completion)):
         for line in filter(str.strip, text.splitlines()):
-            say(f"  {mark} {line}")
+            say(f"  {mark} " + "".join(char if char.isprintable() else repr(char)[1:-1] for char in line))
 
 
 def openings(spans: TOKENIZER.Spans, tokenizer, count: int = 3) -> list[tuple[str, list[int]]]:
-    """The beginnings (text, ids) of a few evenly spaced documents: at most half of each, and whole words."""
+    """The beginnings (text, ids) of a few evenly spaced documents: at most half of each, cut after a word."""
     chosen = (2 * np.arange(count) + 1) * len(spans.starts) // (2 * count)
     decoded = [tokenizer.decode(spans.ids[start : start + 1 + min(length // 2, 12)].tolist(), skip_special_tokens=True)
                for start, length in zip(spans.starts[chosen], spans.lengths[chosen], strict=True)]
@@ -1402,70 +1410,68 @@ def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | No
     `grow` are those of `TOKENIZER.open_model`."""
     section, packed = config.model, config.model.quantization != "none"
     if packed and not (adapter and section.name):
-        raise UserError(f"model.quantization: {section.quantization} weights cannot learn; adapters on a trained model's can: "
-                        "--lora.r 16 (SFT.py, RL.py)")
+        raise UserError(f"model.quantization: {section.quantization} weights cannot be trained; train an adapter on a trained "
+                        "model: --lora.r 16 (SFT.py, RL.py)")
     if packed and config.training.fsdp:
-        raise UserError("training.fsdp: packed weights are not sharded; leave out model.quantization, or run one process a "
-                        "device without fsdp")
+        raise UserError("training.fsdp: quantized weights cannot be sharded; leave out model.quantization or training.fsdp")
     device = section.device if packed else "cpu"  # weights are quantized on the device that uses them
     model, _ = TOKENIZER.open_model(replace(section, dtype="float32", device=device), tokenizer, head=head, labels=labels,
                                     seed=config.training.seed, grow=grow)
     if model.quantization != "none" and not adapter:
-        raise UserError(f"model.name: the weights in {section.name} are quantized ({model.quantization}) and cannot learn; train "
-                        "the original model, or an adapter: --lora.r 16 (SFT.py, RL.py)")
+        raise UserError(f"model.name: the weights in {section.name} are quantized ({model.quantization}) and cannot be trained; "
+                        "train the original model, or an adapter: --lora.r 16 (SFT.py, RL.py)")
     fit_length(config, model.config.max_position_embeddings)
     return model
 
 
 def fit_length(config, context: int, whose: str = "the model's") -> None:
     if config.training.max_length > context:
-        say(f"training.max_length {config.training.max_length} exceeds {whose} context: rows have {context} tokens")
+        say(f"training.max_length: {config.training.max_length} exceeds {whose} context; using {context}")
         config.training.max_length = context
 
 
 def prepare_data(config, tokenizer, masked: bool = False):
-    """(stream, evaluate or None) from config.data, with samples after each validation; warns where there is little of it."""
+    """(stream, evaluate or None) from config.data, with samples after each validation. Warns if there is little data."""
     data, training = config.data, config.training
 
-    def hide(stream):
+    def mask(stream):
         return MaskedStream(stream, tokenizer, training.mlm_probability) if masked else stream
 
     if data.streaming:
-        stream = hide(TOKENIZER.text_stream(data, tokenizer, training.batch_size, training.max_length))
+        stream = mask(TOKENIZER.text_stream(data, tokenizer, training.batch_size, training.max_length))
         size = training.eval_batches * training.batch_size * training.max_length * 4  # characters
         held_out = None if data.validation == "none" else TOKENIZER.held_out_tokens(data, tokenizer, size)
     else:
         files = first_alone(TOKENIZER.token_files, data, tokenizer, folder=data.dir)
         if "train" not in files:
             raise UserError("data.train: no text is left to train on (empty files, or everything was dropped or held out)")
-        stream, held_out = hide(TOKENIZER.file_stream(files["train"], data, training.batch_size,
+        stream, held_out = mask(TOKENIZER.file_stream(files["train"], data, training.batch_size,
                                                       training.max_length)), files.get("val")
         TOKENIZER.warn_short_lines(data, files["train"], training.max_length)
         if len(files["train"].ids) <= training.max_length:
-            say(f"the data has {len(files['train'].ids)} tokens, less than one row of {training.max_length}: training on what "
-                "there is")
+            say(f"data.train: only {len(files['train'].ids):,} tokens, less than one sequence of {training.max_length} tokens")
     spans = TOKENIZER.Spans(held_out) if held_out else None
     rows = TOKENIZER.Rows(spans, training.max_length, data.packing, None) if spans else None
     batches = TOKENIZER.fixed_batches(rows, training.batch_size, training.eval_batches) if rows else []
     if masked:
         batches = [mask_tokens(batch, tokenizer, [(training.seed, 3, b, i) for i in range(len(batch["input_ids"]))],
-                               training.mlm_probability)
-                   for b, batch in enumerate(batches)]
+                               training.mlm_probability) for b, batch in enumerate(batches)]
     if not any(batch["counts"]["tokens"] for batch in batches):
         if data.validation != "none":
-            say("too little data to hold some out: training without validation")
+            say("data.validation: too little data for a held-out set; training without validation")
         return stream, None
     per_token = held_out.bytes / spans.pairs if held_out.bytes and not masked else None
     prompts = openings(spans, tokenizer) if training.sample_prompts is None else [
         (text, TOKENIZER.encode_prompt(tokenizer, text)) for text in training.sample_prompts]
-    return stream, with_samples(held_out_loss(batches, per_token), tokenizer, training, [] if masked else prompts)
+    return stream, with_samples(held_out_loss(batches, per_token), tokenizer, training, [] if masked else prompts,
+                                skip_first=not (config.model.name or config.actions.resume))
 
 
-# ------------------------------------------------------------------------------------ the frame of every stage
+# -------------------------------------------------------------------------------------------- running a stage
 
 
 def save_product(config_text: str, tokenizer, model, folder: Path) -> None:
-    """What every stage leaves: model, tokenizer and the settings that made it."""
+    """Save a model, its tokenizer and the settings of the run."""
     MODEL.save(model, folder)
     if MODEL.process_rank() == 0:
         TOKENIZER.save(tokenizer, folder)
@@ -1480,7 +1486,7 @@ def saved_settings(folder: Path) -> dict:
 
 
 def changed_keys(folder: Path, text: str) -> list[str]:
-    """Settings that differ from those a checkpoint was made with."""
+    """Settings that differ from those of a checkpoint."""
     import yaml
 
     old, new = saved_settings(folder), yaml.safe_load(text)
@@ -1488,15 +1494,14 @@ def changed_keys(folder: Path, text: str) -> list[str]:
 
 
 ACTIONS = {
-    "resume": Action("continue a run: auto (the newest checkpoint that is whole; without one, a new run) or a folder", str,
-                     "auto"),
-    "overwrite": Action("replace the run in output.dir, once the new one is prepared and its first validation is done"),
+    "resume": Action("continue a run: auto (from the newest complete checkpoint) or a checkpoint's folder", str, "auto"),
+    "overwrite": Action("replace the run in output.dir after the first validation of the new run"),
 }
 SECTIONS = {**TOKENIZER.SECTIONS, "training": TrainingSection, "output": OutputSection}
 
 
 class Stage(NamedTuple):
-    """What one stage trains, on what, and what it leaves."""
+    """The parts of a training stage."""
 
     model: nn.Module
     tokenizer: object
@@ -1504,8 +1509,8 @@ class Stage(NamedTuple):
     loss: Callable
     evaluate: Callable | None
     save: Callable  # save(config_text, tokenizer, model, folder)
-    share: float | None = None  # of the learning rate of fine-tuning; None is pretraining's rate
-    sources: dict = {}  # {setting: folder} of further models that the run needs
+    share: float | None = None  # fraction of the fine-tuning learning rate; None: the rate of pretraining
+    sources: dict = {}  # {setting: folder} of other models that the run needs
 
 
 def resumed(config, resume: str):
@@ -1521,15 +1526,15 @@ def resumed(config, resume: str):
         if value != was:
             raise UserError(f"{section}.{key}: {value} differs from {was} in {found}; architecture and tokenizer cannot change "
                             "on resume; start a new run with --out")
-    given_again = again.origins.get("output.dir") == "command line"
-    again.output.dir = config.output.dir if given_again or resume == "auto" else str(found.parent)
+    has_flag = again.origins.get("output.dir") == "command line"
+    again.output.dir = config.output.dir if has_flag or resume == "auto" else str(found.parent)
     return again
 
 
 def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | python INFER.py MODEL') -> Result:
-    """The frame of every training program: processes, the run's folder, settings, trackers, `fit`.
+    """Run one stage: start the processes, lock the output folder, prepare model and data, print the settings, call `fit`.
 
-    prepare(config, checkpoint, device) -> Stage. `show` is what to try afterwards; MODEL in it stands for the result's flags."""
+    prepare(config, checkpoint, device) -> Stage. `show` is the command suggested at the end; MODEL in it is replaced by flags."""
     if config.actions.overwrite and config.actions.resume:
         raise UserError("--overwrite and --resume are mutually exclusive; set one")
     config = resumed(config, config.actions.resume) if config.actions.resume else config
@@ -1537,11 +1542,11 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
     check_apart(out, model=config.model.name, adapter=getattr(config.actions, "adapter", None))
     accelerator, device = start_processes(config.training, config.model.device, out)
     if config.model.name and (base := MODEL.base_and_adapter(config.model.name)[0]) != config.model.name:
-        raise UserError(f"model.name: {config.model.name} holds an adapter; train it with --model {base} --adapter "
+        raise UserError(f"model.name: {config.model.name} is an adapter; train it with --model {base} --adapter "
                         f"{config.model.name} (SFT.py, RL.py, DISTILL.py)")
-    MODEL.choose_attention(config.model.attn_implementation)  # what cannot work is said before any work
+    MODEL.choose_attention(config.model.attn_implementation)  # to report unavailable kernels early
     with run_folder(out, config.actions.resume, config.actions.overwrite) as checkpoint:
-        # a measurement
+        # it may be measured, with different results in different processes
         mixed = config.training.mixed_precision = from_first(precision(config.training, config.model.dtype, device))
         stage, qat = prepare(config, checkpoint, device), config.training.qat
         if qat != "none":
@@ -1551,7 +1556,7 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
         choose_rate(config.training, stage.model, not config.model.name and stage.share is None, stage.share)
         for key in ("load_best_model_at_end", "early_stopping_patience"):
             if stage.evaluate is None and getattr(config.training, key):
-                raise UserError(f"training.{key}: nothing is held out to judge by; set data.validation")
+                raise UserError(f"training.{key}: needs held-out data; set data.validation")
         adapter = getattr(stage.model, "adapter", None)
         if adapter and mixed != "no":
             MODEL.narrow_frozen(stage.model, MODEL.AUTOCAST[mixed])
@@ -1562,13 +1567,13 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
                 say(line)
             total, _ = MODEL.count_parameters(stage.model)
             trained = sum(weight.numel() for weight in stage.model.parameters() if weight.requires_grad)
-            share = f", {trained:,} of them trained" if trained != total else ""
-            kind = mixed if mixed != "no" else "float32"
-            say(f"{total:,} parameters{share}; {device.type}, {kind}, {world_size()} process(es)")
+            share = f" ({trained:,} trained)" if trained != total else ""
+            processes = f", {world_size()} processes" if world_size() > 1 else ""
+            say(f"{total:,} parameters{share}, device {device.type}, precision {mixed.replace('no', 'float32')}{processes}")
             if checkpoint:
                 say(f"resuming from {checkpoint}")
                 if changes := changed_keys(checkpoint, text):
-                    say(f"changed since that checkpoint, so this is no exact continuation: {', '.join(changes)}")
+                    say(f"changed since that checkpoint, so the resumed run will differ: {', '.join(changes)}")
         if accelerator and accelerator.log_with:
             accelerator.init_trackers(name, config={k: str(v) for k, v in vars(config.training).items()})
         result = fit(stage.model, stage.stream, stage.loss, config.training, out, partial(stage.save, text, stage.tokenizer),
@@ -1579,11 +1584,12 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
         result_flags = f"--model {config.model.name} --adapter {out}" if adapter else f"--model {out}"
         if config.model.quantization != "none":
             result_flags += f" --model.quantization {config.model.quantization}"
-        say(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {out}: {show.replace('MODEL', result_flags)}")
+        steps = f"{result.steps} step{'s' * (result.steps != 1)} in {duration(result.seconds)}"
+        say(f"{steps}; the {'adapter' if adapter else 'model'} is in {out}; try: {show.replace('MODEL', result_flags)}")
         if qat != "none":
             size = config.training.qat_group_size
             other = f" --group-size {size}" if size else f" or INFER.py --quantization {qat}"
-            say(f"{out} holds float32 weights; QUANT.py --method {qat}{other} rounds them as in training")
+            say(f"{out} has float32 weights; QUANT.py --method {qat}{other} rounds them as in training")
     return result
 
 

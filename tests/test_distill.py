@@ -645,9 +645,9 @@ def test_what_a_run_starts_from_is_never_where_it_writes(world, tmp_path):
     need_cache(world, "cache", tmp_path)
     text = [*flags_of(world, "text", tmp_path), "--max-steps", "1", "--overwrite"]
     before = (world / "teacher" / "config.json").read_bytes()
-    for more, words in ((["--out", world / "teacher"], "holds what the run starts from .--teacher"),
-                        (["--cache-dir", world / "told", "--out", world / "told"], "holds what the run starts from .--cache-dir"),
-                        (["--cache", "--cache-dir", world / "teacher"], "holds what the run starts from .--teacher"), (["--cache", "--cache-dir", world / "other"], "holds a model")):
+    for more, words in ((["--out", world / "teacher"], "is an input of the run .--teacher"),
+                        (["--cache-dir", world / "told", "--out", world / "told"], "is an input of the run .--cache-dir"),
+                        (["--cache", "--cache-dir", world / "teacher"], "is an input of the run .--teacher"), (["--cache", "--cache-dir", world / "other"], "holds a model")):
         with pytest.raises(UserError, match=words):
             DISTILL.main([*text, *map(str, more)])
     assert (world / "teacher" / "config.json").read_bytes() == before and DISTILL.Cache.open(world / "told")
@@ -917,4 +917,4 @@ def test_a_small_teacher_is_warned_of(world, tmp_path, capsys):
 def test_rows_are_as_long_as_the_teacher_reads(world, tmp_path, capsys, tokenizer):
     make_model(tmp_path / "short", tokenizer, 4, max_position_embeddings=24)
     DISTILL.main([*flags_of(world, "text", tmp_path), "--teacher", str(tmp_path / "short"), "--max-steps", "1", "--out", str(tmp_path / "run")])
-    assert "training.max_length 48 exceeds the teacher's context: rows have 24 tokens" in capsys.readouterr().err
+    assert "training.max_length: 48 exceeds the teacher's context; using 24" in capsys.readouterr().err

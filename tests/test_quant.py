@@ -158,7 +158,7 @@ def test_a_foreign_model_is_packed_by_transformers(tmp_path):
 def test_wrong_uses_are_one_line(tmp_path, model_folder, monkeypatch):
     with pytest.raises(UserError, match="quantization: 'nf5' is not one of none, int8"):
         MODEL.load(model_folder, quantization="nf5")
-    with pytest.raises(UserError, match="model.quantization: nf4 weights cannot learn; adapters on a trained model's can"):
+    with pytest.raises(UserError, match="model.quantization: nf4 weights cannot be trained; train an adapter on a trained model"):
         SFT.main(["--model", str(model_folder), "--model.quantization", "nf4", "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match="is not one of none, int8"):
         SFT.main(["--model", str(model_folder), "--model.quantization", "nf5", "--out", str(tmp_path / "out")])
@@ -467,7 +467,7 @@ def test_a_run_measures_the_converted_model(tmp_path, text_file, capsys, monkeyp
              "--training.mixed_precision", "no", "--training.sample_tokens", "0", "--data", str(text_file), "--data.dir", str(tmp_path / "ids"),
              "--max-steps", "3", "--training.qat", "int4", "--training.qat_group_size", "16", "--out", str(tmp_path / "out")]
     result = TRAIN.main(flags)
-    assert "out holds float32 weights; QUANT.py --method int4 --group-size 16 rounds them as in training" in capsys.readouterr().err
+    assert "out has float32 weights; QUANT.py --method int4 --group-size 16 rounds them as in training" in capsys.readouterr().err
     converted = QUANT.quantize(MODEL.load(tmp_path / "out"), "int4", 16)
     _, evaluate = TRAIN.prepare_data(MODEL.load_config(flags, TRAIN.SECTIONS, "training", TRAIN.ACTIONS), TOKENIZER.load(tmp_path / "out"))
     assert evaluate(converted) == result.after
@@ -485,7 +485,7 @@ def test_where_it_cannot_train_for_a_form_is_one_line(tmp_path, model_folder, ca
     flags = ["--model", str(model_folder), "--training.qat", "int4", "--out", str(tmp_path / "out")]
     for main, more, message in ((SFT.main, ["--lora.r", "4"], "training.qat: int4 is for training all weights"),
                                 (RL.main, [], "training.qat: not available in RL.py"),
-                                (TRAIN.main, ["--model.quantization", "nf4"], "nf4 weights cannot learn"),
+                                (TRAIN.main, ["--model.quantization", "nf4"], "nf4 weights cannot be trained"),
                                 (TRAIN.main, ["--training.qat_group_size", "-1"], "training.qat_group_size: -1 must be at least 0")):
         with pytest.raises(UserError, match=message):
             main([*flags, *more])

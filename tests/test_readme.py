@@ -179,7 +179,7 @@ def test_the_records_of_the_readme_are_read(workshop):
             run(f"python SFT.py --model out --sft.task classify --out out/record {none_held_out}", workshop)
             assert set(MODEL.read_json(workshop / "out/record/config.json")["label2id"]) == {record["label"], "other"}
         else:
-            run(f"python SFT.py --convert --data record.jsonl --out converted.jsonl --overwrite", workshop)
+            run("python SFT.py --convert --data record.jsonl --out converted.jsonl --overwrite", workshop)
             messages = json.loads((workshop / "converted.jsonl").read_text())["messages"]
             assert [message["role"] for message in messages] == ["user", "assistant"]
             assert messages[-1]["content"] in line

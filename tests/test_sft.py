@@ -1,4 +1,4 @@
-"""Conversations: every layout, what is learnt of them, and fine-tuning on them."""
+"""Fine-tuning: formats of conversations, trained tokens, adapters and classifiers."""
 
 import csv
 import dataclasses
@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -25,10 +26,10 @@ from MODEL import UserError
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
              initializer_range=0.2)
-ASKED = [{"role": "user", "content": "What is red?"}, {"role": "assistant", "content": "The fox."}]
+TURNS = [{"role": "user", "content": "What is red?"}, {"role": "assistant", "content": "The fox."}]
 TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object", "properties": {"day": {"type": "integer"}}}}}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "rain", "arguments": {"day": 2}}}]}
-LONG = [{"role": "system", "content": "Be brief."}, *ASKED, {"role": "user", "content": "Will it rain?"}, CALL, {"role": "tool", "content": "yes"},
+LONG = [{"role": "system", "content": "Be brief."}, *TURNS, {"role": "user", "content": "Will it rain?"}, CALL, {"role": "tool", "content": "yes"},
         {"role": "assistant", "content": "It rains."}]
 
 
@@ -44,22 +45,22 @@ def conversations(path, *options):
 
 
 LAYOUTS = {
-    "messages": ({"messages": ASKED}, ASKED),
-    "prompt and completion": ({"prompt": "What is red?", "completion": "The fox."}, ASKED),
-    "lists of messages": ({"prompt": ASKED[:1], "completion": ASKED[1:]}, ASKED),
-    "alpaca": ({"instruction": "What is red?", "input": "", "output": "The fox."}, ASKED),
+    "messages": ({"messages": TURNS}, TURNS),
+    "prompt and completion": ({"prompt": "What is red?", "completion": "The fox."}, TURNS),
+    "lists of messages": ({"prompt": TURNS[:1], "completion": TURNS[1:]}, TURNS),
+    "alpaca": ({"instruction": "What is red?", "input": "", "output": "The fox."}, TURNS),
     "alpaca with everything": ({"instruction": "And blue?", "input": "Look up.", "output": "The sky.", "system": "Be brief.",
                                 "history": [["What is red?", "The fox."]]},
-                               [LONG[0], *ASKED, {"role": "user", "content": "And blue?\n\nLook up."}, {"role": "assistant", "content": "The sky."}]),
-    "sharegpt": ({"conversations": [{"from": "human", "value": "What is red?"}, {"from": "gpt", "value": "The fox."}]}, ASKED),
+                               [LONG[0], *TURNS, {"role": "user", "content": "And blue?\n\nLook up."}, {"role": "assistant", "content": "The sky."}]),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "What is red?"}, {"from": "gpt", "value": "The fox."}]}, TURNS),
     "sharegpt with a system and a call": ({"system": "Be brief.", "conversations": [
         {"from": "human", "value": "What is red?"}, {"from": "gpt", "value": "The fox."}, {"from": "human", "value": "Will it rain?"},
         {"from": "function_call", "value": '{"name": "rain", "arguments": {"day": 2}}'}, {"from": "observation", "value": "yes"},
         {"from": "gpt", "value": "It rains."}]}, LONG),
-    "question and answer": ({"question": "What is red?", "answer": "The fox."}, ASKED),
+    "question and answer": ({"question": "What is red?", "answer": "The fox."}, TURNS),
     "parts and arguments as text": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "red?"}]},
                                                   {"role": "assistant", "content": None, "tool_calls": [
-                                                      {"type": "function", "function": {"name": "rain", "arguments": '{"day": 2}'}}]}]}, [ASKED[0], CALL]),
+                                                      {"type": "function", "function": {"name": "rain", "arguments": '{"day": 2}'}}]}]}, [TURNS[0], CALL]),
 }
 
 
@@ -69,14 +70,14 @@ def test_every_layout_becomes_messages(name):
     assert SFT.conversation(record, "here", CHAT)["messages"] == expected
 
 
-def test_history_as_messages_and_cells_of_tables():
+def test_history_and_table_cells_become_messages():
     pairs = {"instruction": "And blue?", "output": "The sky.", "history": [["What is red?", "The fox."]]}
     expected = SFT.conversation(pairs, "here", CHAT)
-    for history in (ASKED, json.dumps(ASKED), json.dumps(pairs["history"])):
+    for history in (TURNS, json.dumps(TURNS), json.dumps(pairs["history"])):
         assert SFT.conversation({**pairs, "history": history}, "here", CHAT) == expected
     assert SFT.conversation({**pairs, "history": "", "weight": "", "tools": None}, "here", CHAT) == {"messages": expected["messages"][2:]}
-    cells = {"prompt": json.dumps(ASKED[:1]), "completion": json.dumps(ASKED[1:]), "weight": "0.5", "tools": json.dumps([TOOL])}
-    assert SFT.conversation(cells, "here", CHAT) == {"messages": ASKED, "weight": 0.5, "tools": [TOOL]}
+    cells = {"prompt": json.dumps(TURNS[:1]), "completion": json.dumps(TURNS[1:]), "weight": "0.5", "tools": json.dumps([TOOL])}
+    assert SFT.conversation(cells, "here", CHAT) == {"messages": TURNS, "weight": 0.5, "tools": [TOOL]}
     with pytest.raises(UserError, match="here: history: expected messages or .question, answer. pairs"):
         SFT.conversation({**pairs, "history": ["Hi", "Yo"]}, "here", CHAT)
 
@@ -85,78 +86,78 @@ def test_history_as_messages_and_cells_of_tables():
     '[{"name": "rain", "arguments": {"day": 2}}]', {"name": "rain", "arguments": '{"day": 2}'},
     [{"id": "1", "type": "function", "function": {"name": "rain", "arguments": {"day": 2}}}],
 ])
-def test_tool_calls_in_any_spelling(calls):
-    [_, call] = SFT.conversation({"messages": [ASKED[0], {"role": "assistant", "tool_calls": calls}]}, "here", CHAT)["messages"]
+def test_all_formats_of_tool_calls_are_read(calls):
+    [_, call] = SFT.conversation({"messages": [TURNS[0], {"role": "assistant", "tool_calls": calls}]}, "here", CHAT)["messages"]
     assert call["tool_calls"][0]["function"] == CALL["tool_calls"][0]["function"]
 
 
 @pytest.mark.parametrize("arguments", ["", None, {}, "{}", ...])
 def test_calls_without_arguments(arguments):
     function = {"name": "rain"} if arguments is ... else {"name": "rain", "arguments": arguments}
-    [_, call] = SFT.conversation({"messages": [ASKED[0], {"role": "assistant", "tool_calls": [{"function": function}]}]}, "here", CHAT)["messages"]
+    [_, call] = SFT.conversation({"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{"function": function}]}]}, "here", CHAT)["messages"]
     assert call["tool_calls"] == [{"type": "function", "function": {"name": "rain", "arguments": {}}}]
 
 
-def test_nulls_of_parquet_are_no_arguments(tmp_path):
-    """A table gives each call the arguments of all calls of the column, most of them null."""
+def test_parquet_nulls_are_not_tool_arguments(tmp_path):
+    """A Parquet column gives each call the arguments of all calls, most of them null."""
     other = {"type": "function", "function": {"name": "wind", "arguments": {"place": "here"}}}
-    rows = [{"messages": [ASKED[0], {**CALL, "tool_calls": [call]}]} for call in (CALL["tool_calls"][0], other)]
+    rows = [{"messages": [TURNS[0], {**CALL, "tool_calls": [call]}]} for call in (CALL["tool_calls"][0], other)]
     path = write(tmp_path / "a.parquet", rows)
     assert [record["messages"][1]["tool_calls"] for record in conversations(path)] == [CALL["tool_calls"], [other]]
 
 
-def test_one_prompt_is_held_out_in_every_layout(tmp_path):
-    """Whatever a record's layout, its prompt decides on which side it falls, and a file of its own is cleared of known prompts."""
+def test_the_same_prompts_are_held_out_in_every_layout(tmp_path):
+    """The prompt decides whether a record is held out, whatever its layout. Prompts of a validation file are not trained on."""
     prompts = [f"What is {i}?" for i in range(60)]
     rows = [{"prompt": prompt, "completion": answer} for prompt in prompts for answer in ("One.", "Two.")]
-    chats = [{"messages": [LONG[0], {"role": "user", "content": f" {prompt}"}, ASKED[1]]} for prompt in prompts]
-    sides = []
+    chats = [{"messages": [LONG[0], {"role": "user", "content": f" {prompt}"}, TURNS[1]]} for prompt in prompts]
+    splits = []
     for records in (rows, chats):
         data = TOKENIZER.DataSection(train=[str(write(tmp_path / "a.jsonl", records))], validation_fraction=0.3)
-        sides.append([{TOKENIZER.prompt_key(record) for _, record in side} for side in TOKENIZER.read_split(data, CHAT, TOKENIZER.LeftOut())])
-    assert sides[0] == sides[1] and not sides[0][0] & sides[0][1] and len(sides[0][1]) > 5
+        splits.append([{TOKENIZER.prompt_key(record) for _, record in split} for split in TOKENIZER.read_split(data, CHAT, TOKENIZER.LeftOut())])
+    assert splits[0] == splits[1] and not splits[0][0] & splits[0][1] and len(splits[0][1]) > 5
     left = TOKENIZER.LeftOut()
     held = write(tmp_path / "b.jsonl", [*rows[:5:2], {"prompt": "New?", "completion": "Yes."}])
     train, kept = TOKENIZER.read_split(TOKENIZER.DataSection(train=[str(tmp_path / "a.jsonl")], validation=str(held)), CHAT, left)
     assert len(train) == 57 and len(kept) == 4
     assert "left out 3 with a prompt of data.validation (the first: " in left.text()
     data = TOKENIZER.DataSection(train=[str(tmp_path / "a.jsonl")], validation="tail", validation_fraction=0.1)
-    assert [len(side) for side in TOKENIZER.read_split(data, CHAT, left)] == [54, 6]
+    assert [len(split) for split in TOKENIZER.read_split(data, CHAT, left)] == [54, 6]
 
 
-def test_a_prompt_is_held_out_of_earlier_turns_too(tmp_path):
+def test_held_out_prompts_do_not_occur_in_earlier_turns(tmp_path):
     secret = [{"role": "user", "content": "What is secret?"}, {"role": "assistant", "content": "This."}]
     held = write(tmp_path / "held.jsonl", [{"messages": secret}])
-    train = write(tmp_path / "train.jsonl", [{"messages": secret + ASKED}, {"messages": ASKED}])
+    train = write(tmp_path / "train.jsonl", [{"messages": secret + TURNS}, {"messages": TURNS}])
     data = TOKENIZER.DataSection(train=[str(train)], validation=str(held))
-    assert [record["messages"] for _, record in TOKENIZER.read_split(data, CHAT, TOKENIZER.LeftOut())[0]] == [ASKED]
+    assert [record["messages"] for _, record in TOKENIZER.read_split(data, CHAT, TOKENIZER.LeftOut())[0]] == [TURNS]
     calls = [{**CALL, "tool_calls": [{**CALL["tool_calls"][0], "id": name}]} for name in ("a", "b")]
-    keys = {TOKENIZER.prompt_key({"messages": [ASKED[0], call, {"role": "tool", "content": "yes"}, ASKED[1]]}) for call in calls}
-    assert len(keys) == 1  # ids of calls are random
+    keys = {TOKENIZER.prompt_key({"messages": [TURNS[0], call, {"role": "tool", "content": "yes"}, TURNS[1]]}) for call in calls}
+    assert len(keys) == 1  # random ids of calls do not matter
 
 
 @pytest.mark.parametrize(("record", "expected"), [
     ({"prompt": "a", "completion": '[{"value": "red", "id": 1}]'}, '[{"value": "red", "id": 1}]'),
     ({"prompt": "a", "completion": '[{"role": "admin", "name": "x"}]'}, '[{"role": "admin", "name": "x"}]'),
     ({"prompt": "a", "completion": "\n\nHuman: is a label\n\nAssistant: is another"}, "\n\nHuman: is a label\n\nAssistant: is another"),
-    ({"prompt": ASKED[:1], "completion": ASKED}, "The fox."),
-    ({"prompt": ASKED[:1], "system": "Be brief.", "completion": LONG[:3]}, "The fox."),
+    ({"prompt": TURNS[:1], "completion": TURNS}, "The fox."),
+    ({"prompt": TURNS[:1], "system": "Be brief.", "completion": LONG[:3]}, "The fox."),
 ])
-def test_answers_that_look_like_conversations_and_those_that_are(record, expected):
+def test_completions_are_parsed_as_messages_only_if_they_are_messages(record, expected):
     messages = SFT.conversation(record, "here", CHAT)["messages"]
     assert messages[-1]["content"] == expected and [turn["role"] for turn in messages if turn["role"] != "system"] == ["user", "assistant"]
 
 
-def test_old_calls_empty_results_and_a_system_given_twice():
+def test_function_calls_empty_tool_results_and_duplicate_system_messages():
     call = {"role": "assistant", "content": None, "function_call": {"name": "rain", "arguments": '{"day": 2}'}}
-    record = {"system": "Be brief.", "messages": [*LONG[:1], ASKED[0], call, {"role": "tool", "content": None}, ASKED[1]]}
+    record = {"system": "Be brief.", "messages": [*LONG[:1], TURNS[0], call, {"role": "tool", "content": None}, TURNS[1]]}
     messages = SFT.conversation(record, "here", CHAT)["messages"]
-    assert messages == [LONG[0], ASKED[0], CALL, {"role": "tool", "content": ""}, ASKED[1]]
-    pairs = {"messages": ASKED, "history": [["Hi", "Yo"]]}
+    assert messages == [LONG[0], TURNS[0], CALL, {"role": "tool", "content": ""}, TURNS[1]]
+    pairs = {"messages": TURNS, "history": [["Hi", "Yo"]]}
     assert [turn["content"] for turn in SFT.conversation(pairs, "here", CHAT)["messages"]] == ["Hi", "Yo", "What is red?", "The fox."]
 
 
-def test_all_held_out_is_said(tmp_path):
+def test_an_error_names_a_held_out_set_of_all_records(tmp_path):
     prompt = next(p for i in range(999) if TOKENIZER.is_held_out(TOKENIZER.prompt_key({"prompt": (p := f"What is {i}?")}), 0.05))
     path = write(tmp_path / "a.jsonl", [{"prompt": prompt, "completion": f"{i}."} for i in range(9)])
     with pytest.raises(UserError, match="data.validation: hash holds out all prompts of data.train .9 records"):
@@ -164,7 +165,7 @@ def test_all_held_out_is_said(tmp_path):
 
 
 def write(path, records):
-    """Records as the file's name says."""
+    """Write records in the format of the file's suffix."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(r) + "\n" for r in records))
     elif path.suffix == ".json":
@@ -181,7 +182,7 @@ def write(path, records):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
-def test_every_file_holds_conversations(suffix, tmp_path):
+def test_conversations_are_read_from_every_file_type(suffix, tmp_path):
     rows = [{"question": f"What is {i}?", "answer": f'It is "{i}",\nsaid the owl.', "source": "book"} for i in range(3)]
     path = write(tmp_path / f"data{suffix}", rows)
     found = list(CHAT.read(path, TOKENIZER.LeftOut()))
@@ -189,10 +190,10 @@ def test_every_file_holds_conversations(suffix, tmp_path):
     assert all(where.startswith(str(path)) for where, _ in found)
 
 
-def test_foreign_names_are_mapped(tmp_path):
+def test_columns_maps_other_names(tmp_path):
     path = write(tmp_path / "a.csv", [{"q": "What is red?", "reply": "The fox."}])
     [record] = conversations(path, {"prompt": "q", "completion": "reply"})
-    assert record["messages"] == ASKED
+    assert record["messages"] == TURNS
     with pytest.raises(UserError, match="no key 'nope', which sft.columns names .keys: q, reply"):
         conversations(path, {"prompt": "nope"})
 
@@ -202,31 +203,31 @@ def test_convert_writes_messages(tmp_path, capsys):
     write(tmp_path / "b.json", [LAYOUTS["alpaca with everything"][0]])
     SFT.main(["--convert", "--data", str(tmp_path / "a.csv"), str(tmp_path / "b.json"), "--out", str(tmp_path / "out.jsonl")])
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [line["messages"] for line in lines] == [ASKED, ASKED, LAYOUTS["alpaca with everything"][1]]
+    assert [line["messages"] for line in lines] == [TURNS, TURNS, LAYOUTS["alpaca with everything"][1]]
     assert "3 records (2 from" in capsys.readouterr().err
     assert conversations(tmp_path / "out.jsonl") == lines
     with pytest.raises(UserError, match="must be a file name that ends in .jsonl"):
         SFT.main(["--convert", "--data", str(tmp_path / "a.csv"), "--out", str(tmp_path / "folder")])
 
 
-WRONG = {
-    "no assistant": ([{"messages": ASKED[:1]}], "; left out 1 without an assistant message .the first: .*bad.jsonl:1"),
-    "empty answer": ([{"messages": [ASKED[0], {"role": "assistant", "content": " "}]}], "; left out 1 with an empty answer"),
-    "a list's repr": ([{"messages": str(ASKED)}], ":1: messages: not valid JSON"),
-    "text as the key": ([{"messages": [{"role": "user", "text": "a"}, ASKED[1]]}], ":1: messages: message 1: content must be a string, found NoneType"),
+INVALID = {
+    "no assistant": ([{"messages": TURNS[:1]}], "; left out 1 without an assistant message .the first: .*bad.jsonl:1"),
+    "empty answer": ([{"messages": [TURNS[0], {"role": "assistant", "content": " "}]}], "; left out 1 with an empty answer"),
+    "a list's repr": ([{"messages": str(TURNS)}], ":1: messages: not valid JSON"),
+    "text as the key": ([{"messages": [{"role": "user", "text": "a"}, TURNS[1]]}], ":1: messages: message 1: content must be a string, found NoneType"),
     "a NUL": ([{"prompt": "a\0b", "completion": "c"}], ":1: prompt contains a NUL character"),
-    "unknown role": ([{"messages": [*ASKED, {"role": "narrator", "content": "x"}]}], ":1: messages: message 3: unknown role 'narrator'"),
-    "two systems": ([{"messages": [LONG[0], LONG[0], *ASKED]}], ":1: messages: 2 system messages"),
-    "late system": ([{"messages": [*ASKED, LONG[0]]}], ":1: messages: message 3 is the system message, which must be the first"),
+    "unknown role": ([{"messages": [*TURNS, {"role": "narrator", "content": "x"}]}], ":1: messages: message 3: unknown role 'narrator'"),
+    "two systems": ([{"messages": [LONG[0], LONG[0], *TURNS]}], ":1: messages: 2 system messages"),
+    "late system": ([{"messages": [*TURNS, LONG[0]]}], ":1: messages: message 3 is the system message, which must be the first"),
     "no output": ([{"instruction": "a"}], ":1: keys instruction are none of messages"),
     "late history": ([{"instruction": "a", "output": "b", "history": [["c"]]}], ":1: history: expected messages or .question, answer. pairs"),
-    "tools": ([{"messages": ASKED, "tools": "{}"}], ":1: tools must be a list, found dict"),
-    "a call": ([{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [3]}]}], ":1: messages: message 2: a tool call must be an object with name"),
+    "tools": ([{"messages": TURNS, "tools": "{}"}], ":1: tools must be a list, found dict"),
+    "a call": ([{"messages": [TURNS[0], {"role": "assistant", "tool_calls": [3]}]}], ":1: messages: message 2: a tool call must be an object with name"),
     "unknown keys": ([{"ask": "a", "say": "b"}], ":1: keys ask, say are none of messages; conversations; prompt"),
-    "content": ([{"messages": [{"role": "user", "content": 3}, ASKED[1]]}], ":1: messages: message 1: content must be a string, found int"),
-    "arguments": ([{"messages": [ASKED[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}],
+    "content": ([{"messages": [{"role": "user", "content": 3}, TURNS[1]]}], ":1: messages: message 1: content must be a string, found int"),
+    "arguments": ([{"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}],
                   ":1: messages: message 2: a tool call's arguments: not valid JSON"),
-    "weight": ([{"messages": ASKED, "weight": -1}], ":1: weight -1 must be at least 0"),
+    "weight": ([{"messages": TURNS, "weight": -1}], ":1: weight -1 must be at least 0"),
 }
 
 
@@ -234,66 +235,66 @@ def settings(model_folder, *more):
     return MODEL.load_config(["--model", str(model_folder), *map(str, more)], SFT.SECTIONS, "sft", SFT.ACTIONS)
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_bad_records_are_named(name, tmp_path, tokenizer, model_folder):
-    records, message = WRONG[name]
+@pytest.mark.parametrize("name", INVALID)
+def test_errors_name_the_bad_record(name, tmp_path, tokenizer, model_folder):
+    records, message = INVALID[name]
     path = write(tmp_path / "bad.jsonl", records)
     chat = chat_tokenizer(tokenizer)
     with pytest.raises(UserError, match=f"bad.jsonl{message}"):
         SFT.read_conversations(settings(model_folder, "--data", path, "--data.validation", "none"), chat)
 
 
-def test_what_teaches_nothing_is_left_out_and_counted(tmp_path, tokenizer, model_folder, capsys):
-    nothing = [{"instruction": "a", "output": None}, {"instruction": "a", "output": ""}, {"messages": ASKED[:1]}, {"messages": []},
-               {"messages": [ASKED[0], {"role": "assistant", "content": ""}]}, {"messages": [LONG[0]]}]
-    path = write(tmp_path / "a.jsonl", [*nothing, {"messages": ASKED, "source": "x", "id": 3}, {"instruction": "", "input": "red?", "output": "fox"}])
+def test_records_without_completions_are_skipped_and_counted(tmp_path, tokenizer, model_folder, capsys):
+    nothing = [{"instruction": "a", "output": None}, {"instruction": "a", "output": ""}, {"messages": TURNS[:1]}, {"messages": []},
+               {"messages": [TURNS[0], {"role": "assistant", "content": ""}]}, {"messages": [LONG[0]]}]
+    path = write(tmp_path / "a.jsonl", [*nothing, {"messages": TURNS, "source": "x", "id": 3}, {"instruction": "", "input": "red?", "output": "fox"}])
     train, _ = SFT.read_conversations(settings(model_folder, "--data", path, "--data.validation", "none"), chat_tokenizer(tokenizer))
-    assert [sample.record["messages"][0]["content"] for sample in train] == [ASKED[0]["content"], "red?"]
-    said = capsys.readouterr().err
+    assert [sample.record["messages"][0]["content"] for sample in train] == [TURNS[0]["content"], "red?"]
+    shown = capsys.readouterr().err
     for words in ("left out 2 with an empty text, prompt or answer", "left out 3 without an assistant message", "left out 1 with an empty answer",
                   "unused keys: id, source"):
-        assert words in said
+        assert words in shown
 
 
-def test_a_folder_of_records_may_hold_a_readme(tmp_path):
-    write(tmp_path / "data.jsonl", [{"messages": ASKED}])
+def test_a_readme_in_a_data_folder_is_ignored(tmp_path):
+    write(tmp_path / "data.jsonl", [{"messages": TURNS}])
     (tmp_path / "README.md").write_text("# The data")
     data = TOKENIZER.DataSection(train=[str(tmp_path)], validation="none")
     assert len(TOKENIZER.read_split(data, CHAT, TOKENIZER.LeftOut())[0]) == 1
 
 
 def test_every_prompt_of_a_validation_file_is_held_out(tmp_path):
-    """Also those of its earlier answers, and in another Unicode form."""
-    first = [{"role": "user", "content": "What is a caf\u00e9?"}, ASKED[1]]
-    held = write(tmp_path / "held.jsonl", [{"messages": first + ASKED}])
-    other = [{"role": "user", "content": "What is a cafe\u0301?"}, ASKED[1]]
+    """Prompts of earlier turns and of another Unicode normalization as well."""
+    first = [{"role": "user", "content": "What is a caf\u00e9?"}, TURNS[1]]
+    held = write(tmp_path / "held.jsonl", [{"messages": first + TURNS}])
+    other = [{"role": "user", "content": "What is a cafe\u0301?"}, TURNS[1]]
     train = write(tmp_path / "train.jsonl", [{"messages": other}, {"messages": [LONG[0], *first]}, {"messages": LONG}])
     data = TOKENIZER.DataSection(train=[str(train)], validation=str(held))
     assert [record["messages"] for _, record in TOKENIZER.read_split(data, CHAT, TOKENIZER.LeftOut())[0]] == [LONG]
 
 
-def test_axolotls_train_is_a_weight(tokenizer):
-    turns = [*ASKED, ASKED[0], {**ASKED[1], "train": False}]
+def test_the_train_key_of_axolotl_sets_the_weight(tokenizer):
+    turns = [*TURNS, TURNS[0], {**TURNS[1], "train": False}]
     sample = SFT.Sample("x", SFT.conversation({"messages": turns}, "x", CHAT), chat_tokenizer(tokenizer), SFT.SFTSection())
     [first, last] = sample.turns
     assert all(sample.weights[first.start : first.stop]) and not any(sample.weights[last.start :])
 
 
-def test_what_a_template_leaves_out_is_said_once(tokenizer, capsys):
-    """The default template shows reasoning; others may show neither that nor the system's words."""
-    thought = [LONG[0], ASKED[0], {**ASKED[1], "reasoning_content": "Think of foxes."}]
-    ids, [turn] = TOKENIZER.render_chat(chat := chat_tokenizer(tokenizer), thought)
-    assert chat.decode(ids[turn.start : turn.stop]) == "<think>\nThink of foxes.\n</think>\n\n" + ASKED[1]["content"] + "<|im_end|>"
+def test_template_omissions_are_reported_once(tokenizer, capsys):
+    """The default template renders reasoning; others may omit it, and system messages too."""
+    with_reasoning = [LONG[0], TURNS[0], {**TURNS[1], "reasoning_content": "Think of foxes."}]
+    ids, [turn] = TOKENIZER.render_chat(chat := chat_tokenizer(tokenizer), with_reasoning)
+    assert chat.decode(ids[turn.start : turn.stop]) == "<think>\nThink of foxes.\n</think>\n\n" + TURNS[1]["content"] + "<|im_end|>"
     assert not capsys.readouterr().err
     TOKENIZER.say_once.cache_clear()
     bare = chat_tokenizer(tokenizer, "{% for m in messages if m.role != 'system' %}" + BARE.removeprefix("{% for m in messages %}"))
     for _ in range(2):
-        TOKENIZER.render_chat(bare, thought)
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "does not render system messages" in said[0] and "does not render reasoning" in said[1]
+        TOKENIZER.render_chat(bare, with_reasoning)
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 2 and "does not render system messages" in shown[0] and "does not render reasoning" in shown[1]
 
 
-# ------------------------------------------------------------------------------------------- what is learnt
+# ------------------------------------------------------------------------------------------ trained tokens
 
 BARE = ("{% for m in messages %}{{ '[' + m.role + ']' + (m.content or '') + (m.tool_calls | tojson if m.tool_calls else '') + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}")
@@ -313,16 +314,16 @@ def chat_tokenizer(tokenizer, template=None):
 
 @pytest.mark.parametrize("template", [None, BARE, MARKED])
 @pytest.mark.parametrize("tools", [None, [TOOL]])
-def test_the_ids_learnt_are_the_ids_served(template, tools, tokenizer, model_folder, tmp_path):
-    """Each answer of a conversation, its end included, follows in training exactly what serving puts before it."""
+def test_trained_tokens_follow_the_prompt_of_the_server(template, tools, tokenizer, model_folder, tmp_path):
+    """In training, each assistant turn with its end token follows exactly the tokens that serving renders as the prompt."""
     chat = chat_tokenizer(tokenizer, template)
     ids, turns = TOKENIZER.render_chat(chat, LONG, tools)
     session = object.__new__(INFER.Session)
     session.tokenizer, session.chat, session.model = chat, True, MODEL.load(model_folder)
     session.model.config.max_position_embeddings = 4096
     session.settings = INFER.InferenceSection()
-    said = [i for i, message in enumerate(LONG) if message["role"] == "assistant"]
-    assert [turn.message for turn in turns] == said
+    expected = [i for i, message in enumerate(LONG) if message["role"] == "assistant"]
+    assert [turn.message for turn in turns] == expected
     for place, start, stop in turns:
         assert ids[:start] == session.prompt_ids({"messages": LONG[:place], "tools": tools}, INFER.Sampling(1))
         words = chat.decode(ids[start:stop])
@@ -332,22 +333,22 @@ def test_the_ids_learnt_are_the_ids_served(template, tools, tokenizer, model_fol
     assert TOKENIZER.chat_ends(chat).stop == [chat.convert_tokens_to_ids("<|im_end|>")]
 
 
-def test_a_template_that_shows_no_answer_is_refused(tokenizer):
+def test_a_template_that_omits_completions_is_an_error(tokenizer):
     chat = chat_tokenizer(tokenizer, "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
     with pytest.raises(UserError, match="here:3: message 2: the chat template does not render the text of the assistant"):
-        SFT.Sample("here:3", {"messages": ASKED}, chat, SFT.SFTSection())
+        SFT.Sample("here:3", {"messages": TURNS}, chat, SFT.SFTSection())
     refusing = chat_tokenizer(tokenizer, "{{ raise_exception('no tools here') }}")
     with pytest.raises(UserError, match="here:4: the chat template refuses this conversation .no tools here"):
-        SFT.Sample("here:4", {"messages": ASKED}, refusing, SFT.SFTSection())
+        SFT.Sample("here:4", {"messages": TURNS}, refusing, SFT.SFTSection())
 
 
-def test_tokens_that_are_missing_are_added(tokenizer):
-    """GPT-2's kind of tokenizer: one special token and no chat."""
+def test_missing_chat_tokens_are_added(tokenizer):
+    """As for GPT-2, whose tokenizer has one special token and no chat template."""
     plain = transformers.PreTrainedTokenizerFast(tokenizer_object=bare_backend(), eos_token="<|endoftext|>")
     before = len(plain)
     TOKENIZER.ensure_chat(plain)
     assert len(plain) == before + 2 and TOKENIZER.chat_ends(plain).stop == [before + 1]
-    ids, [turn] = TOKENIZER.render_chat(plain, ASKED)
+    ids, [turn] = TOKENIZER.render_chat(plain, TURNS)
     assert plain.decode(ids[turn.start : turn.stop]) == "The fox.<|im_end|>"
 
 
@@ -361,13 +362,13 @@ def bare_backend():
     return raw
 
 
-def test_what_counts(tokenizer):
+def test_loss_weights_of_turns_prompts_and_texts(tokenizer):
     chat = chat_tokenizer(tokenizer)
-    talk = SFT.Sample("x", {"messages": LONG}, chat, SFT.SFTSection())
+    sample = SFT.Sample("x", {"messages": LONG}, chat, SFT.SFTSection())
     last = SFT.Sample("x", {"messages": LONG}, chat, SFT.SFTSection(last_turn_only=True))
     whole = SFT.Sample("x", {"messages": LONG, "weight": 0.5}, chat, SFT.SFTSection(train_on_prompt=True))
     assert chat.decode([i for i, w in zip(last.ids, last.weights) if w]) == "It rains.<|im_end|>"
-    assert "The fox.<|im_end|>" in chat.decode([i for i, w in zip(talk.ids, talk.weights) if w]) and set(talk.weights) == {0.0, 1.0}
+    assert "The fox.<|im_end|>" in chat.decode([i for i, w in zip(sample.ids, sample.weights) if w]) and set(sample.weights) == {0.0, 1.0}
     assert set(whole.weights) == {0.5}
     text = SFT.Sample("x", {"text": "The owl."}, chat, SFT.SFTSection())
     assert chat.decode(text.ids) == "<|endoftext|>The owl.<|endoftext|>" and all(text.weights)
@@ -376,22 +377,22 @@ def test_what_counts(tokenizer):
 
 
 @pytest.mark.parametrize("choice, count", [("cut", 3), ("drop", 2)])
-def test_long_conversations_are_cut_or_dropped_and_counted(choice, count, tmp_path, tokenizer, model_folder, capsys):
+def test_long_conversations_are_truncated_or_dropped_and_counted(choice, count, tmp_path, tokenizer, model_folder, capsys):
     long = {"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "fox " * 90}]}
-    hopeless = {"messages": [{"role": "user", "content": "fox " * 90}, {"role": "assistant", "content": "Yes."}]}
-    path = write(tmp_path / "a.jsonl", [{"messages": ASKED}, long, {"messages": LONG[:3]}, {"messages": ASKED}, hopeless])
-    talks, _ = SFT.read_conversations(settings(model_folder, "--data", path, "--data.validation", "none", "--max-length", 60, "--sft.too_long", choice),
+    unusable = {"messages": [{"role": "user", "content": "fox " * 90}, {"role": "assistant", "content": "Yes."}]}
+    path = write(tmp_path / "a.jsonl", [{"messages": TURNS}, long, {"messages": LONG[:3]}, {"messages": TURNS}, unusable])
+    samples, _ = SFT.read_conversations(settings(model_folder, "--data", path, "--data.validation", "none", "--max-length", 60, "--sft.too_long", choice),
                               chat_tokenizer(tokenizer))
-    assert len(talks) == count and max(len(talk.ids) for talk in talks) <= 61
-    said = capsys.readouterr().err
-    assert "left out 1 duplicate" in said and ("2 truncated" in said and "1 whose answer lies beyond training.max_length 60" in said) == (choice == "cut")
-    assert ("left out 2 too long for training.max_length" in said) == (choice == "drop")
+    assert len(samples) == count and max(len(sample.ids) for sample in samples) <= 61
+    shown = capsys.readouterr().err
+    assert "left out 1 duplicate" in shown and ("2 truncated" in shown and "1 whose completion is beyond training.max_length 60" in shown) == (choice == "cut")
+    assert ("left out 2 too long for training.max_length" in shown) == (choice == "drop")
 
 
 # -------------------------------------------------------------------------------------------------- batches
 
 
-def some_talks(chat, count=23):
+def some_conversations(chat, count=23):
     generator = np.random.default_rng(3)
     words = "the red fox ran over a small hill and saw one old owl".split()
     return [SFT.Sample("x", {"messages": [{"role": "user", "content": " ".join(generator.choice(words, generator.integers(1, 12)))},
@@ -399,17 +400,17 @@ def some_talks(chat, count=23):
                            "weight": float(generator.choice([0.5, 1.0, 2.0]))}, chat, SFT.SFTSection()) for _ in range(count)]
 
 
-def epoch_of(talks, packing, batch_size=4):
-    spans = TOKENIZER.Examples.of(talks)
+def epoch_of(samples, packing, batch_size=4):
+    spans = TOKENIZER.Examples.of(samples)
     stream = TOKENIZER.TokenStream(lambda epoch: [[spans]], lambda sources, seed: TOKENIZER.WholeRows(*sources, 80, packing, seed), batch_size, 80)
     stream.start(type("Run", (), dict(rank=0, world_size=1, seed=1, grad_accum=1))())
     return [next(stream) for _ in range(stream.steps_per_epoch)]
 
 
-def test_packed_and_padded_batches_give_the_same_loss_and_gradients(tokenizer, model_folder):
-    """And both equal the sum over conversations taken one by one."""
+def test_packed_and_padded_batches_have_the_same_loss_and_gradients(tokenizer, model_folder):
+    """Both equal the sum over single conversations."""
     chat, results = chat_tokenizer(tokenizer), []
-    talks = some_talks(chat)
+    samples = some_conversations(chat)
     model = MODEL.load(model_folder).train()
 
     def collect(loss):
@@ -418,15 +419,15 @@ def test_packed_and_padded_batches_give_the_same_loss_and_gradients(tokenizer, m
         return float(loss), torch.cat([w.grad.flatten() for w in model.parameters()])
 
     for packing in (True, False):
-        batches = epoch_of(talks, packing)
+        batches = epoch_of(samples, packing)
         total = sum(batch["counts"]["tokens"] for batch in batches)
         results.append(collect(sum(TRAIN.token_loss(model, batch, {"tokens": total, "micro_batches": 1})[0] for batch in batches)))
         assert (len(batches) < 6) == packing
     one_by_one, weight = 0.0, 0.0
-    for talk in talks:
-        ids = torch.tensor([talk.ids])
+    for sample in samples:
+        ids = torch.tensor([sample.ids])
         logprobs = model(ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None])[0, :, 0]
-        weights = torch.tensor(talk.weights[1:])
+        weights = torch.tensor(sample.weights[1:])
         one_by_one, weight = one_by_one - (logprobs * weights).sum(), weight + weights.sum()
     results.append(collect(one_by_one / weight))
     for loss, gradient in results[:-1]:
@@ -434,17 +435,17 @@ def test_packed_and_padded_batches_give_the_same_loss_and_gradients(tokenizer, m
         assert (gradient - results[-1][1]).norm() <= 1e-4 * results[-1][1].norm()
 
 
-def test_rows_are_full_and_hold_every_conversation_once(tokenizer):
-    talks = some_talks(chat_tokenizer(tokenizer), 400)
-    rows = TOKENIZER.WholeRows(TOKENIZER.Examples.of(talks), 256, True, [0])
+def test_packed_rows_are_full_and_contain_each_conversation_once(tokenizer):
+    samples = some_conversations(chat_tokenizer(tokenizer), 400)
+    rows = TOKENIZER.WholeRows(TOKENIZER.Examples.of(samples), 256, True, [0])
     pieces = [piece for i in range(rows.count) for piece in rows.row(i)]
-    spans = TOKENIZER.Examples.of(talks)
+    spans = TOKENIZER.Examples.of(samples)
     assert sorted(pieces) == [(int(s), int(s + n)) for s, n in zip(spans.starts, spans.lengths)]
     filled = [sum(stop - start for start, stop in rows.row(i)) for i in range(rows.count)]
     assert max(filled) <= 256 and np.mean(filled) > 0.95 * 256
 
 
-def test_neftune_is_noise_in_training_alone(model_folder):
+def test_neftune_adds_noise_only_in_training(model_folder):
     model, ids = MODEL.load(model_folder), torch.arange(12).view(2, 6)
     plain = model.get_input_embeddings()(ids)
     SFT.neftune(model.get_input_embeddings(), 5.0)
@@ -459,7 +460,7 @@ def test_neftune_is_noise_in_training_alone(model_folder):
 
 @pytest.mark.parametrize("preset", ["llama-1m", "gpt2-2m", "bert-2m"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_grown_vocabulary_keeps_what_was_there(preset, tied, tmp_path):
+def test_growing_the_vocabulary_keeps_the_old_logits(preset, tied, tmp_path):
     model = MODEL.build(MODEL.preset_config(preset, vocab_size=50, num_hidden_layers=1, tie_word_embeddings=tied)).eval()
     ids = torch.arange(12).view(2, 6)
     before = model(ids).logits
@@ -476,7 +477,7 @@ def test_a_grown_vocabulary_keeps_what_was_there(preset, tied, tmp_path):
 
 
 def questions(count, answers=True, verb="Say"):
-    """Which of two words comes first: learnt in a few steps."""
+    """Questions for the first of two words, which are learned in a few steps."""
     generator = np.random.default_rng(0)
     words = "red fox hill owl lake rain tree two".split()
     records = []
@@ -498,7 +499,7 @@ def flags(tmp_path, model_folder):
     return in_file(tmp_path / "usual.yaml", usual, SFT, "sft")
 
 
-def test_fine_tuning_learns_resumes_and_opens_elsewhere(flags, tmp_path, tokenizer, capsys):
+def test_fine_tuning_reduces_the_loss_resumes_and_opens_in_transformers(flags, tmp_path, tokenizer, capsys):
     result = SFT.main([*flags, "--max-steps", "10", "--out", str(tmp_path / "whole")])
     assert list(result.after) == ["exact_match", "loss", "perplexity"] and result.after["loss"] < result.before["loss"] - 0.5
     report = json.loads((tmp_path / "whole" / "result.json").read_text())
@@ -510,25 +511,25 @@ def test_fine_tuning_learns_resumes_and_opens_elsewhere(flags, tmp_path, tokeniz
     folder = tmp_path / "whole"
     assert (folder / "chat_template.jinja").read_text() == TOKENIZER.CHAT_TEMPLATE
     hf, theirs = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    asked = questions(20)[7]["messages"][:1]
-    prompt = theirs.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    question = questions(20)[7]["messages"][:1]
+    prompt = theirs.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
     answer = hf.generate(prompt, do_sample=False, max_new_tokens=6)[0, prompt.shape[1] :]
     capsys.readouterr()
-    INFER.main(["--model", str(folder), "--prompt", asked[0]["content"], "--temperature", "0", "--max-new-tokens", "6"])
+    INFER.main(["--model", str(folder), "--prompt", question[0]["content"], "--temperature", "0", "--max-new-tokens", "6"])
     assert capsys.readouterr().out == theirs.decode(answer, skip_special_tokens=True) + "\n"
 
 
-def test_exact_match_counts_whole_answers(tmp_path, tokenizer, model_folder, flags):
+def test_exact_match_compares_complete_answers(tmp_path, tokenizer, model_folder, flags):
     chat = chat_tokenizer(tokenizer)
     config = settings(model_folder, *flags)
-    talks, kept = SFT.read_conversations(config, chat)
+    samples, kept = SFT.read_conversations(config, chat)
     assert len(kept) == 15
     model = MODEL.load(model_folder)
-    heard = []
+    prompts_seen = []
 
     def generate(_, prompts, sampling, *args, **kwargs):
-        heard.extend(prompts)
-        answers = [" " + talk.record["messages"][-1]["content"].upper() + "\n" if i % 2 else "no" for i, talk in enumerate(kept)]
+        prompts_seen.extend(prompts)
+        answers = [" " + sample.record["messages"][-1]["content"].upper() + "\n" if i % 2 else "no" for i, sample in enumerate(kept)]
         return [[type("C", (), {"text": answers[i % len(kept)]})] for i in range(len(prompts))]
 
     original, INFER.generate = INFER.generate, generate
@@ -537,11 +538,11 @@ def test_exact_match_counts_whole_answers(tmp_path, tokenizer, model_folder, fla
     finally:
         INFER.generate = original
     assert measures == {"exact_match": 7 / 15}
-    assert heard[0] == TOKENIZER.render_chat(chat, kept[0].record["messages"][:1], add_generation_prompt=True).ids
+    assert prompts_seen[0] == TOKENIZER.render_chat(chat, kept[0].record["messages"][:1], add_generation_prompt=True).ids
 
 
-def test_held_out_files_belong_to_their_data():
-    """Other data displaces the shipped held-out questions; what says how to hold out stays."""
+def test_new_training_data_resets_the_validation_file():
+    """With other training data, the bundled validation file is not used; an explicit data.validation is."""
     assert settings("x").data.validation == "data/chat_test.jsonl"
     assert settings("x", "--data", "mine.jsonl").data.validation == "hash"
     assert settings("x", "--data", "mine.jsonl", "--data.validation", "b.jsonl").data.validation == "b.jsonl"
@@ -551,27 +552,27 @@ def test_held_out_files_belong_to_their_data():
     (["--lora.loraplus_lr_ratio", "4"], "lora.loraplus_lr_ratio: needs an adapter"),
     (["--lora.r", "2", "--lora.target_modules", "[nope]"], "lora.target_modules: nope cannot get adapters"),
 ])
-def test_settings_that_would_do_nothing_are_one_line(wrong, message, flags, tmp_path):
+def test_settings_without_effect_are_errors(wrong, message, flags, tmp_path):
     with pytest.raises(UserError, match=message):
         SFT.main([*flags, *wrong, "--max-steps", "1", "--out", str(tmp_path / "out")])
 
 
-def test_an_encoder_is_not_taught_to_talk(flags, tmp_path, tokenizer):
+def test_an_encoder_cannot_be_trained_on_conversations(flags, tmp_path, tokenizer):
     MODEL.save(MODEL.build(MODEL.preset_config("bert-2m", vocab_size=len(tokenizer), num_hidden_layers=1)), tmp_path / "bert")
     TOKENIZER.save(tokenizer, tmp_path / "bert")
     with pytest.raises(UserError, match="is an encoder"):
         SFT.main([*flags, "--model", str(tmp_path / "bert"), "--max-steps", "1", "--out", str(tmp_path / "out")])
 
 
-def test_dry_run_shows_what_is_learnt(flags, capsys):
+def test_dry_run_highlights_trained_tokens(flags, capsys):
     SFT.main([*flags, "--dry-run"])
     shown = capsys.readouterr().out
     assert shown.count("\033[32m") == 3 and "<|im_start|>assistant\n\033[32m" in shown and "tokens per conversation: median" in shown
     assert shown.split("\033[32m")[1].startswith(questions(1)[0]["messages"][1]["content"] + "<|im_end|>\033[0m")
 
 
-def test_a_model_of_another_vocabulary_grows(tmp_path, flags, capsys):
-    """GPT-2's case: its tokenizer has no chat tokens, so embedding and head get two rows more."""
+def test_a_model_without_chat_tokens_gets_them(tmp_path, flags, capsys):
+    """As for GPT-2: its tokenizer has no chat tokens, so that the embedding and the head get two more rows."""
     from peft import AutoPeftModelForCausalLM
 
     plain = transformers.PreTrainedTokenizerFast(tokenizer_object=bare_backend(), eos_token="<|endoftext|>")
@@ -598,7 +599,7 @@ def test_a_model_of_another_vocabulary_grows(tmp_path, flags, capsys):
 
 # ------------------------------------------------------------------------------------------------- adapters
 
-SPICES = {"lora": {}, "dora": dict(use_dora=True), "rslora": dict(use_rslora=True), "some": dict(target_modules=["q_proj", "down_proj"])}
+ADAPTER_OPTIONS = {"lora": {}, "dora": dict(use_dora=True), "rslora": dict(use_rslora=True), "some": dict(target_modules=["q_proj", "down_proj"])}
 
 
 def steps_of(model, forward, count=4):
@@ -615,15 +616,15 @@ def steps_of(model, forward, count=4):
     return losses
 
 
-@pytest.mark.parametrize("name", SPICES)
-def test_adapters_learn_as_peft_does_and_open_there(name, model_folder, tmp_path):
+@pytest.mark.parametrize("name", ADAPTER_OPTIONS)
+def test_adapters_train_like_peft_and_load_there(name, model_folder, tmp_path):
     from peft import PeftModel
 
     ids = torch.arange(20).view(2, 10)
     ours = MODEL.load(model_folder)
     plain = ours(ids).logits
     torch.manual_seed(0)
-    SFT.attach_lora(ours, model_folder, r=4, lora_alpha=8, **SPICES[name])
+    SFT.attach_lora(ours, model_folder, r=4, lora_alpha=8, **ADAPTER_OPTIONS[name])
     assert torch.allclose(ours(ids).logits, plain, atol=1e-5)
     assert all(MODEL.tensor_is_trained(n) == w.requires_grad for n, w in ours.named_parameters())
     MODEL.save(ours, tmp_path / "start")
@@ -649,7 +650,7 @@ def test_adapters_learn_as_peft_does_and_open_there(name, model_folder, tmp_path
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_new_tokens_train_beside_adapters(tied, kind, tmp_path):
+def test_new_tokens_are_trained_with_adapters(tied, kind, tmp_path):
     from peft import AutoPeftModelForCausalLM
 
     plain = transformers.PreTrainedTokenizerFast(tokenizer_object=bare_backend(), eos_token="<|endoftext|>")
@@ -690,8 +691,8 @@ FORMS = {"plain": {}, "rslora": dict(use_rslora=True), "dora": dict(use_dora=Tru
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_of_renamed_families_work_in_peft_and_back(kind, form, tmp_path, tokenizer):
-    """GPT-2 and BERT have other names in transformers. Ours there, theirs here, theirs saved again by us, at the same rank."""
+def test_gpt2_and_bert_adapters_are_exchanged_with_peft(kind, form, tmp_path, tokenizer):
+    """GPT-2 and BERT have other weight names in transformers. Adapters from here load there and back, with the same rank."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     knobs, names = KINDS[kind]
@@ -735,8 +736,8 @@ def test_adapters_of_renamed_families_work_in_peft_and_back(kind, form, tmp_path
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_frozen_matrices_in_sixteen_bits_change_no_bit(tied, tmp_path):
-    """Under autocast, which would convert them at each use."""
+def test_frozen_16_bit_matrices_give_identical_results(tied, tmp_path):
+    """Under autocast, which would otherwise convert them at each use."""
     config = MODEL.ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, attention_bias=True,
                                max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.2)
     MODEL.save(MODEL.build(config, seed=1), tmp_path)
@@ -757,13 +758,13 @@ def test_frozen_matrices_in_sixteen_bits_change_no_bit(tied, tmp_path):
         loss.backward()
         return loss.detach(), torch.cat([w.grad.flatten() for w in model.parameters() if w.requires_grad])
 
-    for one, other in zip(gradients(False), gradients(True), strict=True):
-        assert torch.equal(one, other)
+    for plain, narrow in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, narrow)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_the_lean_product_is_pefts(dropout, tmp_path):
-    """Outputs and gradients of our forward against peft's own, with a bias, dropout, and 3-D and 2-D inputs."""
+def test_the_lora_forward_equals_pefts(dropout, tmp_path):
+    """Outputs and gradients compared with peft's forward, with a bias, dropout, and 3-D and 2-D inputs."""
     config = MODEL.ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, attention_bias=True)
     model = MODEL.build(config)
     SFT.attach_lora(model, "x", r=4, lora_alpha=6, lora_dropout=dropout)
@@ -786,7 +787,7 @@ def test_the_lean_product_is_pefts(dropout, tmp_path):
 @pytest.mark.parametrize("extra", [dict(lora_bias=True), dict(bias="lora_only"), dict(init_lora_weights="pissa"), dict(rank_pattern={"c_fc": 2}, alpha_pattern={"h.0.attn": 40}),
                                    dict(trainable_token_indices={"wte": [3, 5]})], ids=str)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_pefts_extras_of_an_adapter_are_computed(kind, extra, tmp_path):
+def test_optional_features_of_peft_adapters_are_computed(kind, extra, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     knobs = MODEL._GPT2 if kind == "gpt2" else dict(attention_bias=True, attention_out_bias=True, mlp_bias=True)
@@ -804,7 +805,7 @@ def test_pefts_extras_of_an_adapter_are_computed(kind, extra, tmp_path):
         torch.testing.assert_close(MODEL.load(tmp_path / "base", adapter=tmp_path / "adapter")(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_adapters_that_cannot_be_computed_are_refused_in_one_line(tmp_path):
+def test_unsupported_adapters_are_one_line_errors(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     MODEL.save(MODEL.build(MODEL.ModelConfig(**SMALL)), tmp_path / "llama")
@@ -822,8 +823,8 @@ def test_adapters_that_cannot_be_computed_are_refused_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize("targets", [["all-linear"], ["gate_proj", "up_proj", "down_proj"]])
-def test_adapters_of_mixtures_agree_with_peft_and_merge(kind, targets, tmp_path, capsys):
-    """peft decides by the family whether gate_proj means the experts; what gets no adapter is said."""
+def test_adapters_on_mixtures_of_experts_agree_with_peft_and_merge(kind, targets, tmp_path, capsys):
+    """In peft, whether gate_proj means the experts depends on the family. Layers without an adapter are printed."""
     from peft import AutoPeftModelForCausalLM
 
     latent = dict(kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_shared_experts=1, scoring_func="sigmoid", rope_interleave=True)
@@ -855,7 +856,7 @@ def test_adapters_of_mixtures_agree_with_peft_and_merge(kind, targets, tmp_path,
             MODEL.load(tmp_path / "base", adapter=tmp_path / "adapter", quantization="nf4")
 
 
-def test_adapters_for_another_base_and_targets_that_fit_nothing_are_one_line(model_folder, tmp_path):
+def test_other_bases_and_unknown_targets_are_one_line_errors(model_folder, tmp_path):
     model = MODEL.load(model_folder)
     with pytest.raises(UserError, match="lora.target_modules: nope cannot get adapters in this model .*; its layers are down_proj, gate_proj"):
         SFT.attach_lora(model, model_folder, ["nope"], r=2)
@@ -878,13 +879,13 @@ def test_an_adapter_trains_resumes_and_is_served(flags, tmp_path, model_folder, 
     whole, halves = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "halves"))
     assert set(whole) == set(halves) and all(torch.equal(whole[name], halves[name]) for name in whole)
     assert not (tmp_path / "whole" / "model.safetensors").exists()
-    asked, ask = questions(20)[7]["messages"][0]["content"], ["--temperature", "0", "--max-new-tokens", "6"]
+    question, options = questions(20)[7]["messages"][0]["content"], ["--temperature", "0", "--max-new-tokens", "6"]
     capsys.readouterr()
-    INFER.main(["--model", str(model_folder), "--adapter", str(tmp_path / "whole"), "--prompt", asked, *ask])
+    INFER.main(["--model", str(model_folder), "--adapter", str(tmp_path / "whole"), "--prompt", question, *options])
     served = capsys.readouterr().out
     SFT.main(["--merge", str(tmp_path / "whole"), "--out", str(tmp_path / "merged")])
     assert "differ by at most" in capsys.readouterr().err
-    INFER.main(["--model", str(tmp_path / "merged"), "--prompt", asked, *ask])
+    INFER.main(["--model", str(tmp_path / "merged"), "--prompt", question, *options])
     assert capsys.readouterr().out == served
     with pytest.raises(UserError, match="lora.r: 8, but .* has rank 4"):
         SFT.main([*flags, "--lora.r", "8", "--adapter", str(tmp_path / "whole"), "--max-steps", "3", "--out", str(tmp_path / "no")])
@@ -904,8 +905,8 @@ def scorer(kind, tokenizer, labels=("a", "b", "c")):
     return MODEL.build(MODEL.ModelConfig(**{**{k: v for k, v in FAMILY_KNOBS[kind].items() if k in MODEL.KNOBS}, **knobs}), head="score", seed=1).eval()
 
 
-def sayings(count, seed=0):
-    """(text, label): the label stands in the text, among words that say nothing."""
+def labeled_texts(count, seed=0):
+    """(text, label): the text contains the label among unrelated words."""
     generator = np.random.default_rng(seed)
     words = "the red ran over a small and saw one old near".split()
     for _ in range(count):
@@ -914,14 +915,14 @@ def sayings(count, seed=0):
         yield " ".join(str(text[i]) for i in generator.permutation(len(text))), label
 
 
-LABELS = TOKENIZER.Form(SFT.labelled, "sft")
+LABELS = TOKENIZER.Form(SFT.labeled, "sft")
 
 
 def texts_in(path):
     return [record["text"] for _, record in LABELS.read(path, TOKENIZER.LeftOut())]
 
 
-LABELLED = {
+LABELED = {
     "the names of a table": ({"text": "Hello", "label": "yes"}, ("Hello", "yes")),
     "capitals": ({"Label": "ham", "SMS": "Hello"}, ("Hello", "ham")),
     "the only other key": ({"utterance": "Hello", "intent": "greet"}, ("Hello", "greet")),
@@ -929,15 +930,15 @@ LABELLED = {
 }
 
 
-@pytest.mark.parametrize("name", LABELLED)
-def test_labelled_texts_are_told_by_their_keys(name, tmp_path):
-    record, expected = LABELLED[name]
+@pytest.mark.parametrize("name", LABELED)
+def test_labeled_texts_are_detected_by_their_keys(name, tmp_path):
+    record, expected = LABELED[name]
     [(where, found)] = LABELS.read(write(tmp_path / "a.jsonl", [record]), TOKENIZER.LeftOut())
     assert (found["text"], found["label"]) == expected and where.endswith("a.jsonl:1")
 
 
-def test_quotes_of_a_tsv(tmp_path):
-    """A file whose quotes do not enclose whole cells has none that mean anything."""
+def test_quotes_in_tsv_files(tmp_path):
+    """Quotes are characters like others in a file in which they do not enclose whole cells."""
     (tmp_path / "a.tsv").write_text('label\ttext\nham\t"Happy day" I know\nspam\tcall "now\nham\tlast"\n')
     assert texts_in(tmp_path / "a.tsv") == ['"Happy day" I know', 'call "now', 'last"']
     (tmp_path / "c.tsv").write_text('label\ttext\nham\t"Hello\nspam\tbye"\n')
@@ -946,35 +947,35 @@ def test_quotes_of_a_tsv(tmp_path):
     assert texts_in(tmp_path / "b.tsv") == ["two\nlines", 'a "b"']
 
 
-WRONG_LABELS = {
-    "no label": ([{"text": "a", "source": "b"}], ":1: none of the keys text, source is known as the label"),
-    "which text": ([{"label": "a", "first": "b", "second": "c"}], ":1: none of the keys label, first, second is known as the text"),
+INVALID_LABELS = {
+    "no label": ([{"text": "a", "source": "b"}], ":1: none of the keys text, source is recognized as the label"),
+    "which text": ([{"label": "a", "first": "b", "second": "c"}], ":1: none of the keys label, first, second is recognized as the text"),
     "empty text": ([{"label": "a", "text": " "}], ":1: 'text' is empty"),
-    "empty label": ([{"label": "a", "text": "x"}, {"label": "", "text": "y"}], ":2: 'label' is '', one label is expected"),
-    "several labels": ([{"label": ["a", "b"], "text": "x"}], ":1: 'label' is .*, one label is expected"),
+    "empty label": ([{"label": "a", "text": "x"}, {"label": "", "text": "y"}], ":2: 'label' is '', expected one label"),
+    "several labels": ([{"label": ["a", "b"], "text": "x"}], ":1: 'label' is .*, expected one label"),
     "one label": ([{"label": "a", "text": f"x{i}"} for i in range(9)], ":1: the training data has 1 different label in 9 texts"),
     "the wrong column": ([{"label": f"a{i}", "text": f"x{i}"} for i in range(9)], ":1: the training data has 9 different labels in 9 texts"),
 }
 
 
-@pytest.mark.parametrize("name", WRONG_LABELS)
-def test_bad_labelled_records_are_named(name, tmp_path, tokenizer, model_folder):
-    records, message = WRONG_LABELS[name]
+@pytest.mark.parametrize("name", INVALID_LABELS)
+def test_errors_name_the_bad_labeled_record(name, tmp_path, tokenizer, model_folder):
+    records, message = INVALID_LABELS[name]
     path = write(tmp_path / "bad.jsonl", records)
     with pytest.raises(UserError, match=f"bad.jsonl{message}"):
-        SFT.read_labelled(settings(model_folder, "--sft.task", "classify", "--data", path, "--data.validation", "none"), tokenizer, None)
+        SFT.read_labeled(settings(model_folder, "--sft.task", "classify", "--data", path, "--data.validation", "none"), tokenizer, None)
 
 
 def test_labels_seen_only_in_validation_or_unknown_to_the_model_are_refused(tmp_path, tokenizer, model_folder):
     known = [{"text": f"x{i}", "label": "ab"[i % 2]} for i in range(8)]
     train, held = write(tmp_path / "train.jsonl", known), write(tmp_path / "held.jsonl", [{"text": "y", "label": "a"}, {"text": "z", "label": "c"}])
     config = settings(model_folder, "--sft.task", "classify", "--data", train, "--data.validation", held)
-    with pytest.raises(UserError, match="held.jsonl:2: label 'c' is none of a, b, the labels of the training data"):
-        SFT.read_labelled(config, tokenizer, None)
-    with pytest.raises(UserError, match="train.jsonl:1: label 'a' is none of x, b, the labels of .*;"):
-        SFT.read_labelled(config, tokenizer, ["x", "b"])
+    with pytest.raises(UserError, match="held.jsonl:2: label 'c' is not one of a, b, the labels of the training data"):
+        SFT.read_labeled(config, tokenizer, None)
+    with pytest.raises(UserError, match="train.jsonl:1: label 'a' is not one of x, b, the labels of .*;"):
+        SFT.read_labeled(config, tokenizer, ["x", "b"])
     with pytest.raises(UserError, match="sft.class_weights: c: 2; expected one of the labels a, b and a weight"):
-        SFT.read_labelled(settings(model_folder, "--sft.task", "classify", "--data", train, "--data.validation", "none", "--sft.class_weights", "{c: 2}"), tokenizer, None)
+        SFT.read_labeled(settings(model_folder, "--sft.task", "classify", "--data", train, "--data.validation", "none", "--sft.class_weights", "{c: 2}"), tokenizer, None)
     with pytest.raises(UserError, match="sft.class_weights: has no effect with sft.task chat"):
         settings(model_folder, "--sft.class_weights", "balanced")
 
@@ -984,7 +985,7 @@ def test_label_probabilities_are_those_of_transformers(kind, tokenizer, tmp_path
     model = scorer(kind, tokenizer)
     MODEL.save(model, tmp_path)
     TOKENIZER.save(tokenizer, tmp_path)
-    texts = [text for text, _ in sayings(7)]
+    texts = [text for text, _ in labeled_texts(7)]
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"} and json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(theirs).__name__]
     batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
@@ -995,8 +996,8 @@ def test_label_probabilities_are_those_of_transformers(kind, tokenizer, tmp_path
     torch.testing.assert_close(torch.tensor(INFER.classify(loaded, tokenizer, texts)), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_labels_are_read_before_an_end_that_is_also_the_padding(tokenizer, tmp_path):
-    """Llama's kind: each text ends with </s>, which pads as well; transformers reads the token before it."""
+def test_scores_are_read_before_an_eos_token_that_is_also_the_padding(tokenizer, tmp_path):
+    """As for Llama: each text ends with </s>, which is also the padding; transformers reads the token before it."""
     from tokenizers import Tokenizer, processors
 
     raw, end = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), tokenizer.eos_token
@@ -1005,21 +1006,21 @@ def test_labels_are_read_before_an_end_that_is_also_the_padding(tokenizer, tmp_p
     model = scorer("llama", own)
     model.config.pad_token_id = own.pad_token_id
     MODEL.save(model, tmp_path)
-    texts = [text for text, _ in sayings(6)]
+    texts = [text for text, _ in labeled_texts(6)]
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         expected = theirs(**own(texts, return_tensors="pt", padding=True, return_token_type_ids=False)).logits.softmax(-1)
     torch.testing.assert_close(torch.tensor(INFER.classify(model, own, texts)), expected, atol=1e-5, rtol=1e-4)
-    sample = SFT.Labelled("x", {"text": texts[0], "label": "a"}, own)
+    sample = SFT.Labeled("x", {"text": texts[0], "label": "a"}, own)
     assert sample.text_ids[-1] != own.pad_token_id and own(texts[0]).input_ids == [*sample.text_ids, own.pad_token_id]
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_label_loss_in_any_batch_is_the_weighted_cross_entropy(kind, tokenizer):
-    """Packed and padded, against texts one by one under torch's own class weights."""
+def test_label_loss_is_the_weighted_cross_entropy_packed_or_padded(kind, tokenizer):
+    """Compared with single texts and the class weights of torch's cross_entropy."""
     model, labels = scorer(kind, tokenizer), {"fox": 0, "hill": 1, "owl": 2}
     weights = {"fox": 0.5, "hill": 1.0, "owl": 3.0}
-    texts = [SFT.Labelled("x", {"text": text, "label": label}, tokenizer) for text, label in sayings(13)]
+    texts = [SFT.Labeled("x", {"text": text, "label": label}, tokenizer) for text, label in labeled_texts(13)]
     for text in texts:
         text.number(labels, weights)
     scores = []
@@ -1038,15 +1039,15 @@ def test_label_loss_in_any_batch_is_the_weighted_cross_entropy(kind, tokenizer):
         pieces = [SFT.label_loss(kind == "llama")(model, batch, total) for batch in batches]
         loss = sum(piece for piece, _ in pieces)
         right = sum(float(scores[i].argmax() == target[i]) if not scores[i].isnan().any() else 0 for i in range(len(scores)))
-        assert math.isclose(sum(float(metrics["accuracy"]) for _, metrics in pieces), right / len(scores), rel_tol=1e-6)  # unweighted
+        assert math.isclose(sum(float(metrics["accuracy"]) for _, metrics in pieces), right / len(scores), rel_tol=1e-6)  # not weighted
         loss.backward()
         torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None]), gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_accuracy_f1_and_confusion_are_counted_right(tokenizer):
+def test_accuracy_f1_and_confusion_matrix(tokenizer):
     model = scorer("llama", tokenizer, ["fox", "hill", "owl"])
-    texts = [SFT.Labelled("x", {"text": text, "label": label}, tokenizer) for text, label in sayings(40)]
+    texts = [SFT.Labeled("x", {"text": text, "label": label}, tokenizer) for text, label in labeled_texts(40)]
     for text in texts:
         text.number({"fox": 0, "hill": 1, "owl": 2}, dict.fromkeys(("fox", "hill", "owl"), 1.0))
     names = np.array(["fox", "hill", "owl"])
@@ -1068,25 +1069,38 @@ def test_accuracy_f1_and_confusion_are_counted_right(tokenizer):
     assert math.isclose(absent.f1(), np.mean([10 / 11, 8 / 11, 6 / 8]))  # c occurs nowhere
 
 
+def test_the_confusion_plot_does_not_warn_or_need_matplotlib(tmp_path, monkeypatch, capsys):
+    confusion = SFT.Confusion([], ["ham", "\u597d"], True)  # the default font lacks the second label
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        confusion.plot(tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    TOKENIZER.say_once.cache_clear()
+    confusion.plot(tmp_path / "second.png")
+    assert "matplotlib is not installed" in capsys.readouterr().err and not (tmp_path / "second.png").exists()
+
+
 @pytest.fixture()
 def label_flags(tmp_path, model_folder):
-    write(tmp_path / "notes.tsv", [{"label": label, "text": text} for text, label in sayings(120)])
+    write(tmp_path / "notes.tsv", [{"label": label, "text": text} for text, label in labeled_texts(120)])
     usual = ["--model", str(model_folder), "--model.device", "cpu", "--sft.task", "classify", "--data", str(tmp_path / "notes.tsv"), "--data.validation_fraction", "0.3",
             "--max-length", "40", "--batch-size", "8", "--learning-rate", "5e-3", "--training.optim", "adamw", "--training.warmup_steps", "2", "--training.eval_steps", "0",
             "--training.save_steps", "10", "--training.mixed_precision", "no", "--training.lr_scheduler_type", "constant"]
     return in_file(tmp_path / "labels.yaml", usual, SFT, "sft")
 
 
-def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, tokenizer, capsys, monkeypatch):
+def test_classification_improves_resumes_and_is_served(label_flags, tmp_path, tokenizer, capsys, monkeypatch):
     result = SFT.main([*label_flags, "--max-steps", "40", "--out", str(tmp_path / "whole")])
     assert list(result.after) == ["accuracy", "f1_macro", "loss"] and result.after["accuracy"] > result.before["accuracy"] + 0.3
-    assert "true / given" in capsys.readouterr().err and (tmp_path / "whole" / "confusion.png").exists()
+    table = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  | ")][:4]
+    assert "true / predicted" in table[0] and len(set(map(len, table))) == 1 and (tmp_path / "whole" / "confusion.png").exists()
     assert (tmp_path / "whole" / "ckpt-step-000040" / "confusion.png").exists()
     SFT.main([*label_flags, "--max-steps", "20", "--out", str(tmp_path / "halves")])
     SFT.main([*label_flags, "--max-steps", "40", "--out", str(tmp_path / "halves"), "--resume", "auto"])
     whole, halves = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
     assert set(whole) == set(halves) and all(torch.equal(whole[name], halves[name]) for name in whole)
-    texts = [text for text, _ in sayings(5, seed=9)]
+    texts = [text for text, _ in labeled_texts(5, seed=9)]
     theirs = transformers.pipeline("text-classification", model=str(tmp_path / "whole"))(texts)
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join([*texts[:2], "", *texts[2:]]).encode() + b"\n")))
@@ -1103,17 +1117,17 @@ def test_classification_learns_resumes_and_is_served(label_flags, tmp_path, toke
     assert answer["label"] == theirs[0]["label"] and math.isclose(sum(answer["probabilities"].values()), 1.0, abs_tol=1e-5)
     with pytest.raises(UserError, match="inference.top_k: this model is a classifier"):
         INFER.main(["--model", str(tmp_path / "whole"), "--prompt", "x", "--top-k", "3"])
-    SFT.main(["--config", str(tmp_path / "whole" / "config.yaml"), "--out", str(tmp_path / "same")])  # a run repeats from its own settings
+    SFT.main(["--config", str(tmp_path / "whole" / "config.yaml"), "--out", str(tmp_path / "same")])  # the saved settings reproduce the run
     same = load_file(tmp_path / "same" / "model.safetensors")
     assert all(torch.equal(whole[name], same[name]) for name in whole)
     with pytest.raises(UserError, match="has no language-model head, only a classification or reward head"):
-        SFT.main(["--model", str(tmp_path / "whole"), "--data", str(write(tmp_path / "a.jsonl", [{"messages": ASKED}])), "--out", str(tmp_path / "no")])
+        SFT.main(["--model", str(tmp_path / "whole"), "--data", str(write(tmp_path / "a.jsonl", [{"messages": TURNS}])), "--out", str(tmp_path / "no")])
     more = SFT.main([*label_flags, "--model", str(tmp_path / "whole"), "--max-steps", "2", "--out", str(tmp_path / "more")])
     assert math.isclose(more.before["loss"], result.after["loss"], rel_tol=1e-4)
 
 
-def test_classifiers_of_every_kind_open_again(label_flags, tmp_path, tokenizer, model_folder):
-    """A mixture of knobs that no class has, with its routers balanced, and transformers' unwritten two labels."""
+def test_classifiers_of_every_kind_load_again(label_flags, tmp_path, tokenizer, model_folder):
+    """An architecture without a Hugging Face class, whose routers are balanced, and the two default labels of transformers."""
     knobs = dict(qk_norm=True, attention_bias=True, num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=5.0)
     model = scorer("llama", tokenizer)
     MODEL.save(MODEL.build(dataclasses.replace(model.config, labels=None, num_labels=1, **knobs)), tmp_path / "custom")
@@ -1123,8 +1137,8 @@ def test_classifiers_of_every_kind_open_again(label_flags, tmp_path, tokenizer, 
     again = SFT.main([*flags, "--model", str(tmp_path / "out"), "--out", str(tmp_path / "more")])
     assert math.isclose(again.before["loss"], result.after["loss"], rel_tol=1e-5)
     SFT.main([*flags, "--model.router_aux_loss_coef", "0", "--out", str(tmp_path / "unbalanced")])
-    one, other = (load_file(tmp_path / name / "model.safetensors")["model.layers.0.mlp.gate.weight"] for name in ("out", "unbalanced"))
-    assert (one - other).abs().max() > 1e-4
+    balanced, unbalanced = (load_file(tmp_path / name / "model.safetensors")["model.layers.0.mlp.gate.weight"] for name in ("out", "unbalanced"))
+    assert (balanced - unbalanced).abs().max() > 1e-4
     config = transformers.BertConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     assert MODEL.load(tmp_path / "bert").config.num_labels == 2
@@ -1140,7 +1154,7 @@ def test_only_the_ratio_of_class_weights_counts(tmp_path, tokenizer, model_folde
     found = []
     for weights in ("{a: 0.01, b: 0.03}", "{a: 1, b: 3}"):
         config = settings(model_folder, "--sft.task", "classify", "--data", path, "--data.validation", "none", "--sft.class_weights", weights)
-        train, *_ = SFT.read_labelled(config, tokenizer, None)
+        train, *_ = SFT.read_labeled(config, tokenizer, None)
         found.append([text.weights[-1] for text in train])
     assert found[0] == pytest.approx(found[1]) and math.isclose(sum(found[0]), 30) and math.isclose(max(found[0]) / min(found[0]), 3)
 
@@ -1148,17 +1162,17 @@ def test_only_the_ratio_of_class_weights_counts(tmp_path, tokenizer, model_folde
 def test_dry_run_shows_texts_and_labels(label_flags, capsys):
     SFT.main([*label_flags, "--dry-run"])
     shown = capsys.readouterr().out
-    assert sum(f"{text} \033[32m{label}\033[0m" in shown for text, label in sayings(8)) == 3 and "tokens per text: median" in shown
+    assert sum(f"{text} \033[32m{label}\033[0m" in shown for text, label in labeled_texts(8)) == 3 and "tokens per text: median" in shown
 
 
-def test_a_foreign_model_tells_labels_apart(label_flags, tmp_path, tokenizer):
+def test_a_transformers_model_learns_labels(label_flags, tmp_path, tokenizer):
     config = transformers.GPTNeoXConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
     transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
     TOKENIZER.save(tokenizer, tmp_path / "neox")
     flags = in_file(tmp_path / "own.yaml", [*label_flags, "--model", tmp_path / "neox"], SFT, "sft")
     result = SFT.main([*flags, "--max-steps", "30", "--out", str(tmp_path / "out")])
     assert result.after["loss"] < result.before["loss"] - 0.2
-    texts = [text for text, _ in sayings(5, seed=9)]
+    texts = [text for text, _ in labeled_texts(5, seed=9)]
     theirs = transformers.pipeline("text-classification", model=str(tmp_path / "out"), top_k=None)(texts)
     ours = INFER.classify(MODEL.load(tmp_path / "out"), tokenizer, texts)
     for shares, expected in zip(ours, theirs, strict=True):
@@ -1180,7 +1194,7 @@ def test_a_label_adapter_works_here_and_in_peft(kind, label_flags, tmp_path, tok
     flags = [*label_flags, "--model", str(tmp_path / "base")]
     result = SFT.main([*flags, "--lora.r", "4", "--max-steps", "40", "--out", str(tmp_path / "adapter")])
     assert result.after["loss"] < result.before["loss"] - 0.1
-    texts = [text for text, _ in sayings(5, seed=9)]
+    texts = [text for text, _ in labeled_texts(5, seed=9)]
     ours = MODEL.load(tmp_path / "base", adapter=tmp_path / "adapter")
     assert ours.config.labels == ["fox", "hill", "owl"]
     expected = torch.tensor(INFER.classify(ours, tokenizer, texts))
@@ -1198,12 +1212,12 @@ def test_a_label_adapter_works_here_and_in_peft(kind, label_flags, tmp_path, tok
 
 
 def gpt2_folder(folder):
-    """A tiny folder as the hub's gpt2: transformers' own files, vocab.json and merges.txt."""
+    """A tiny folder like gpt2 on the hub: the files of transformers, vocab.json and merges.txt."""
     from tokenizers import ByteLevelBPETokenizer
 
     folder.mkdir()
     raw = ByteLevelBPETokenizer()
-    raw.train_from_iterator([text for text, _ in sayings(50)], vocab_size=300, special_tokens=["<|endoftext|>"])
+    raw.train_from_iterator([text for text, _ in labeled_texts(50)], vocab_size=300, special_tokens=["<|endoftext|>"])
     raw.save_model(str(folder))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "model_max_length": 64}')
     end = raw.token_to_id("<|endoftext|>")
@@ -1213,14 +1227,14 @@ def gpt2_folder(folder):
 
 def command(folder, script, *words):
     process = launch(folder, ROOT / script, *words)
-    out, talk = process.communicate(timeout=180)
-    assert process.returncode == 0, talk
+    out, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
     return out
 
 
-def test_the_recipe_for_labels(tmp_path):
+def test_the_commands_for_classification(tmp_path):
     gpt2_folder(tmp_path / "gpt2")
-    write(tmp_path / "sms_spam.tsv", [{"Label": label, "SMS": text} for text, label in sayings(300)])
+    write(tmp_path / "sms_spam.tsv", [{"Label": label, "SMS": text} for text, label in labeled_texts(300)])
     command(tmp_path, *"SFT.py --model gpt2 --data sms_spam.tsv --sft.task classify".split())
     report = json.loads((tmp_path / "out" / "sft" / "result.json").read_text())
     assert report["measure"] == "accuracy" and report["after"]["loss"] < report["before"]["loss"] - 0.1
@@ -1228,9 +1242,9 @@ def test_the_recipe_for_labels(tmp_path):
     assert {answer["label"] for answer in pipe(["the fox", "a hill"])} <= {"fox", "hill", "owl"}
 
 
-def test_the_recipe_for_alpaca_with_adapters(tmp_path):
+def test_the_commands_for_alpaca_with_adapters(tmp_path):
     gpt2_folder(tmp_path / "gpt2-xl")
-    write(tmp_path / "alpaca_data.json", [{"instruction": f"Say {label} {number}.", "input": "", "output": text} for number, (text, label) in enumerate(sayings(40))])
+    write(tmp_path / "alpaca_data.json", [{"instruction": f"Say {label} {number}.", "input": "", "output": text} for number, (text, label) in enumerate(labeled_texts(40))])
     command(tmp_path, *"SFT.py --model gpt2-xl --data alpaca_data.json --lora.r 16".split())
     report = json.loads((tmp_path / "out" / "sft" / "result.json").read_text())
     assert report["after"]["loss"] < report["before"]["loss"]
@@ -1238,8 +1252,8 @@ def test_the_recipe_for_alpaca_with_adapters(tmp_path):
     assert command(tmp_path, *"INFER.py --model gpt2-xl --adapter out/sft --prompt hello --temperature 0 --max-new-tokens 3".split())
 
 
-def test_killed_at_any_moment_fine_tuning_goes_on(flags, tmp_path):
-    """kill -9 at random moments of a run that saves every second step; the adapter ends as an undisturbed run's."""
+def test_fine_tuning_killed_at_any_moment_resumes_exactly(flags, tmp_path):
+    """kill -9 at random moments of a run that saves every second step; the final adapter is that of an undisturbed run."""
     times = int(os.environ.get("KILLS", 2))
     steps = 20 * times
     flags = [*flags, "--lora.r", "4", "--lora.lora_dropout", "0.2", "--training.logging_steps", "1", "--training.save_steps", "2", "--sft.eval_answers", "0", "--training.sample_tokens", "0",
@@ -1253,42 +1267,42 @@ def test_killed_at_any_moment_fine_tuning_goes_on(flags, tmp_path):
     assert set(whole) == set(killed) and all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
-def test_two_processes_fine_tune_as_one(flags, label_flags, tmp_path):
-    """Answers asked, sharded weights, adapters and labels; two processes of 4 rows are one that adds up twice 4."""
+def test_two_processes_fine_tune_like_one(flags, label_flags, tmp_path):
+    """Full, LoRA, sharded and label training: two processes with 4 rows equal one that accumulates twice 4."""
     some = ["--max-steps", "4", "--training.logging_steps", "1", "--sft.eval_answers", "5", "--training.sample_tokens", "2"]
     kinds = {"full": flags, "lora": [*flags, "--lora.r", "4"], "sharded": [*flags, "--lora.r", "4", "--training.fsdp", "true"],
              "labels": [*label_flags, "--batch-size", "4"], "label-lora": [*label_flags, "--batch-size", "4", "--lora.r", "4"]}
     runs = {name: in_file(tmp_path / f"run-{name}.yaml", [*kind, *some, "--out", tmp_path / name], SFT, "sft") for name, kind in kinds.items()}
     two_processes(tmp_path, {"SFT": list(runs.values())})
     for name, argv in runs.items():
-        one = tmp_path / f"{name}-one"
-        SFT.main([*argv, "--training.fsdp", "false", "--grad-accum", "2", "--out", str(one)])
-        logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (tmp_path / name, one)]
+        single = tmp_path / f"{name}-single"
+        SFT.main([*argv, "--training.fsdp", "false", "--grad-accum", "2", "--out", str(single)])
+        logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (tmp_path / name, single)]
         for key in ("loss", "grad_norm"):
             values = [[record[key] for record in log if key in record] for log in logs]
             assert len(values[0]) == 4 and values[0] == pytest.approx(values[1], abs=2e-5), (name, key)
-        results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path / name, one)]
+        results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path / name, single)]
         for when in ("before", "after"):
             assert results[0][when] == pytest.approx(results[1][when], rel=1e-4), name
         file = "adapter_model.safetensors" if "lora" in name or name == "sharded" else "model.safetensors"
-        two, alone = load_file(tmp_path / name / file), load_file(one / file)
+        two, alone = load_file(tmp_path / name / file), load_file(single / file)
         assert set(two) == set(alone)
         for key in two:
             torch.testing.assert_close(two[key], alone[key], atol=5e-5, rtol=0, msg=f"{name} {key}")
 
 
-# ---------------------------------------------------------------------------------------- mistakes lose nothing
+# ------------------------------------------------------------------------------------- errors overwrite nothing
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
 
 
-def test_overwriting_waits_until_the_new_run_is_sound(flags, tmp_path, model_folder):
+def test_a_failing_run_overwrites_nothing(flags, tmp_path, model_folder):
     few = ["--max-steps", "1", "--sft.eval_answers", "0", "--training.sample_tokens", "0"]
     SFT.main([*flags, *few, "--lora.r", "2", "--out", str(tmp_path / "out")])
     before = contents(tmp_path / "out")
-    bad = write(tmp_path / "bad.jsonl", [{"messages": ASKED[:1]}])
+    bad = write(tmp_path / "bad.jsonl", [{"messages": TURNS[:1]}])
     for wrong in (["--data", str(tmp_path / "nope.jsonl")], ["--data", str(bad)], ["--lora.r", "2", "--lora.target_modules", "zz"], ["--model", str(tmp_path / "no")]):
         with pytest.raises(UserError):
             SFT.main([*flags, *few, *wrong, "--overwrite", "--out", str(tmp_path / "out")])
@@ -1297,7 +1311,7 @@ def test_overwriting_waits_until_the_new_run_is_sound(flags, tmp_path, model_fol
     for wrong in (["--out", str(model_folder)], ["--adapter", str(tmp_path / "out"), "--out", str(tmp_path / "out")],
                   ["--merge", str(tmp_path / "out"), "--out", str(model_folder)], ["--merge", str(tmp_path / "out"), "--out", str(tmp_path / "out")]):
         start = [] if "--merge" in wrong else [*flags, *few]
-        with pytest.raises(UserError, match="holds what the run starts from"):
+        with pytest.raises(UserError, match="is an input of the run"):
             SFT.main([*start, *wrong, "--overwrite"])
     assert contents(model_folder) == base and contents(tmp_path / "out") == before
     SFT.main([*flags, *few, "--overwrite", "--out", str(tmp_path / "out")])
@@ -1310,27 +1324,27 @@ REFUSED = {
     "unknown layer": (["--lora.r", "2", "--lora.target_modules", "[q_proj, nonsense]"], "lora.target_modules: 'nonsense' is not a layer"),
     "muon": (["--lora.r", "2", "--lora.loraplus_lr_ratio", "4", "--training.optim", "muon"], "lora.loraplus_lr_ratio: has no effect with training.optim muon"),
     "nothing to choose by": (["--data.validation", "none", "--sft.eval_answers", "0", "--training.sample_tokens", "0", "--training.load_best_model_at_end", "true"],
-                             "training.load_best_model_at_end: nothing is held out"),
-    "two actions": (["--dry-run", "--merge", "x"], "--merge and --dry-run: train nothing and stand alone"),
+                             "training.load_best_model_at_end: needs held-out data"),
+    "two actions": (["--dry-run", "--merge", "x"], "--merge and --dry-run: cannot be combined with other actions"),
     "a lost adapter": (["--adapter", "./nowhere"], "--adapter: folder not found: './nowhere'"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_do_nothing_is_refused(name, flags, tmp_path):
+def test_invalid_combinations_are_errors(name, flags, tmp_path):
     more, message = REFUSED[name]
     with pytest.raises(UserError, match=message):
         SFT.main([*(flags[2:] if "--model.preset" in more else flags), *more, "--max-steps", "1", "--out", str(tmp_path / "out")])
 
 
-def test_an_adapter_brings_its_settings_and_its_base_may_move(flags, tmp_path, model_folder, capsys):
+def test_an_adapter_keeps_its_settings_and_its_base_may_move(flags, tmp_path, model_folder, capsys):
     import shutil
 
     few = ["--max-steps", "2", "--sft.eval_answers", "0", "--training.sample_tokens", "0"]
     shutil.copytree(model_folder, tmp_path / "base")
     flags = [*flags, "--model", str(tmp_path / "base")]
     SFT.main([*flags, *few, "--lora.r", "2", "--out", str(tmp_path / "adapter")])
-    with pytest.raises(UserError, match="lora.lora_alpha: .* brings its own; leave it out"):
+    with pytest.raises(UserError, match="lora.lora_alpha: .* has its own value; leave this out"):
         SFT.main([*flags, *few, "--adapter", str(tmp_path / "adapter"), "--lora.lora_alpha", "99", "--out", str(tmp_path / "more")])
     with pytest.raises(UserError, match="--resume: .* was made with another model or adapter .*size mismatch"):
         SFT.main([*flags, *few, "--lora.r", "4", "--resume", "auto", "--out", str(tmp_path / "adapter")])
@@ -1343,44 +1357,44 @@ def test_an_adapter_brings_its_settings_and_its_base_may_move(flags, tmp_path, m
         torch.testing.assert_close(MODEL.load(tmp_path / "merged")(ids).logits, MODEL.load(tmp_path / "moved", adapter=tmp_path / "adapter")(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_classifiers_keep_to_the_context_and_name_their_padding(label_flags, tmp_path, tokenizer):
+def test_classifiers_truncate_to_the_context_and_save_their_padding(label_flags, tmp_path, tokenizer):
     MODEL.save(MODEL.build(dataclasses.replace(scorer("gpt2", tokenizer).config, labels=None, num_labels=1, max_position_embeddings=16)), tmp_path / "base")
     TOKENIZER.save(tokenizer, tmp_path / "base")
-    write(tmp_path / "long.tsv", [{"label": label, "text": f"{text} {text} {text}"} for text, label in sayings(60)])
+    write(tmp_path / "long.tsv", [{"label": label, "text": f"{text} {text} {text}"} for text, label in labeled_texts(60)])
     SFT.main([*label_flags, "--model", str(tmp_path / "base"), "--data", str(tmp_path / "long.tsv"), "--lora.r", "2", "--max-steps", "2", "--out", str(tmp_path / "adapter")])
     SFT.main(["--merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")])
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["pad_token_id"] == tokenizer.pad_token_id
-    with pytest.raises(UserError, match="model.name: .*adapter holds an adapter; train it with --model .*base --adapter .*adapter"):
+    with pytest.raises(UserError, match="model.name: .*adapter is an adapter; train it with --model .*base --adapter .*adapter"):
         SFT.main([*label_flags, "--model", str(tmp_path / "adapter"), "--out", str(tmp_path / "more")])
 
 
-def test_weights_of_messages_and_answers_that_come_first(tokenizer):
+def test_message_weights_and_conversations_that_start_with_the_assistant(tokenizer):
     chat = chat_tokenizer(tokenizer)
 
-    def learnt(messages):
-        talk = SFT.Sample("x", {"messages": messages}, chat, SFT.SFTSection())
-        return chat.decode([i for i, w in zip(talk.ids, talk.weights, strict=True) if w])
+    def trained_text(messages):
+        sample = SFT.Sample("x", {"messages": messages}, chat, SFT.SFTSection())
+        return chat.decode([i for i, w in zip(sample.ids, sample.weights, strict=True) if w])
 
-    assert learnt([ASKED[0], {**ASKED[1], "weight": 0}, ASKED[0], {"role": "assistant", "content": "It rains."}]) == "It rains.<|im_end|>"
-    assert learnt([{"role": "assistant", "content": "Hello."}, *ASKED]) == "Hello.<|im_end|>The fox.<|im_end|>"
-    last = SFT.Sample("x", {"messages": [*ASKED, ASKED[0], {**ASKED[1], "weight": 0}]}, chat, SFT.SFTSection(last_turn_only=True))
-    assert not last.teaches()
-    both = SFT.Sample("x", {"messages": [ASKED[0], {**ASKED[1], "weight": 0}, *ASKED]}, chat, SFT.SFTSection(train_on_prompt=True))
+    assert trained_text([TURNS[0], {**TURNS[1], "weight": 0}, TURNS[0], {"role": "assistant", "content": "It rains."}]) == "It rains.<|im_end|>"
+    assert trained_text([{"role": "assistant", "content": "Hello."}, *TURNS]) == "Hello.<|im_end|>The fox.<|im_end|>"
+    last = SFT.Sample("x", {"messages": [*TURNS, TURNS[0], {**TURNS[1], "weight": 0}]}, chat, SFT.SFTSection(last_turn_only=True))
+    assert not last.has_targets()
+    both = SFT.Sample("x", {"messages": [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS]}, chat, SFT.SFTSection(train_on_prompt=True))
     assert "The fox." not in chat.decode([i for i, w in zip(both.ids, both.weights, strict=True) if w][: -len(both.turns[1]) - 3])
     with pytest.raises(UserError, match="message 2: weight 0.5 must be 0 or 1"):
-        learnt([ASKED[0], {**ASKED[1], "weight": 0.5}])
+        trained_text([TURNS[0], {**TURNS[1], "weight": 0.5}])
 
 
-def test_convert_keeps_files_and_labels(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"messages": ASKED}])
-    with pytest.raises(UserError, match="a.jsonl exists; --overwrite replaces it"):
+def test_convert_does_not_overwrite_files_or_drop_labels(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"messages": TURNS}])
+    with pytest.raises(UserError, match="a.jsonl exists; replace it with --overwrite"):
         SFT.main(["--convert", "--data", str(path), "--out", str(path)])
-    with pytest.raises(UserError, match="a labelled text is no conversation"):
+    with pytest.raises(UserError, match="labeled texts are not converted"):
         SFT.main(["--convert", "--data", str(write(tmp_path / "l.tsv", [{"text": "a", "label": "b"}])), "--out", str(tmp_path / "o.jsonl")])
 
 
 def peft_folder(base, folder, **options):
-    """An adapter that peft wrote over transformers' model, with random weights, and that model."""
+    """Save a random adapter with peft; returns its model."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(3)
@@ -1393,14 +1407,14 @@ def peft_folder(base, folder, **options):
 
 
 def served(base, adapter):
-    """As INFER.py prepares it."""
+    """The model as INFER.py loads it."""
     return INFER.configure_for_hardware(MODEL.load(base, adapter=adapter), "cpu", quiet=True)
 
 
 @pytest.mark.parametrize("options", [dict(target_modules=["embed_tokens", "q_proj"]), dict(target_modules=["lm_head", "q_proj"]),
                                      dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), dict(target_modules=["q_proj"], lora_bias=True), dict(target_modules=["q_proj", "up_proj"])])
-def test_adapters_on_shared_tensors_are_served_as_peft_computes_them(options, tmp_path):
-    """Merged into a tied embedding, an adapter would change the head too."""
+def test_adapters_on_tied_embeddings_compute_as_in_peft(options, tmp_path):
+    """An adapter merged into a tied embedding would change the head as well."""
     config = MODEL.ModelConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, tie_word_embeddings=True,
                                initializer_range=0.2)
     MODEL.save(MODEL.build(config), tmp_path / "base")
@@ -1413,10 +1427,10 @@ def test_adapters_on_shared_tensors_are_served_as_peft_computes_them(options, tm
         return
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
-    assert (model.adapter is None) == ("up_proj" in options["target_modules"])  # the usual ones are merged
+    assert (model.adapter is None) == ("up_proj" in options["target_modules"])  # ordinary adapters are merged
 
 
-def test_pickles_of_old_peft_and_kinds_that_are_not_computed(model_folder, tmp_path):
+def test_pickled_and_unsupported_adapters(model_folder, tmp_path):
     from safetensors.torch import load_file
 
     theirs = peft_folder(model_folder, tmp_path / "adapter", target_modules=["q_proj"])
@@ -1433,7 +1447,7 @@ def test_pickles_of_old_peft_and_kinds_that_are_not_computed(model_folder, tmp_p
             MODEL.load(model_folder, adapter=tmp_path / "other")
 
 
-def test_a_merged_folder_is_stored_as_its_base(model_folder, tokenizer, tmp_path):
+def test_a_merged_model_has_the_dtype_of_its_base(model_folder, tokenizer, tmp_path):
     from safetensors.torch import load_file
 
     MODEL.save(MODEL.load(model_folder).to(torch.bfloat16), tmp_path / "base")
@@ -1447,8 +1461,8 @@ def test_a_merged_folder_is_stored_as_its_base(model_folder, tokenizer, tmp_path
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_adapters_on_single_experts_of_transformers_4(rslora, tmp_path):
-    """Each expert's own pairs, B A times alpha / r; what peft converts into another function is refused."""
+def test_adapters_on_separate_experts_of_transformers_4(rslora, tmp_path):
+    """Each expert has a separate pair A, B. Adapters that peft converts to another function are refused."""
     from safetensors.torch import save_file
 
     knobs = dict(vocab_size=60, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=3,
@@ -1484,6 +1498,6 @@ def test_adapters_on_single_experts_of_transformers_4(rslora, tmp_path):
         torch.testing.assert_close(served(tmp_path / "base", tmp_path / "adapter")(ids).logits, whole(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_merge_names_a_folder_without_an_adapter(model_folder, tmp_path):
-    with pytest.raises(UserError, match="--merge: .* is no adapter's folder"):
+def test_merging_a_folder_without_an_adapter_is_an_error(model_folder, tmp_path):
+    with pytest.raises(UserError, match="--merge: .* is not the folder of an adapter"):
         SFT.main(["--merge", str(model_folder), "--out", str(tmp_path / "out")])

@@ -33,21 +33,21 @@ def build(**knobs) -> MODEL.Transformer:
 
 
 def settings(**more) -> TRAIN.TrainingSection:
-    """Few quick float32 steps that log each step."""
+    """The settings of a few float32 steps that log each step."""
     quiet = dict(eval_steps=0, save_steps=0, sample_tokens=0, logging_steps=1, mixed_precision="no")
     usual = dict(epochs=None, max_steps=6, batch_size=16, max_length=32, learning_rate=3e-3, optim="adamw", warmup_steps=2)
     return TRAIN.TrainingSection(**{**quiet, **usual, **more})
 
 
 def rows_of_step(step: int, count: int = 16) -> list[list[int]]:
-    """Rows of 2 to 30 ids; the first half is short, so that micro-batches hold very different numbers of tokens."""
+    """Rows of 2 to 30 ids; the first half is short, so that micro-batches have very different numbers of tokens."""
     generator = torch.Generator().manual_seed(1000 + step)
     lengths = [2 + int(torch.randint(3 if i < count // 2 else 29, (1,), generator=generator)) for i in range(count)]
     return [torch.randint(1, CONFIG["vocab_size"], (length,), generator=generator).tolist() for length in lengths]
 
 
 def batch_of(rows: list[list[int]]) -> dict:
-    """Right-padded rows; a row of more than 8 ids counts as a pair too."""
+    """Right-padded rows; a row of more than 8 ids also counts as a pair."""
     width = max(map(len, rows)) - 1
     ids, targets, positions = (torch.full((len(rows), width), fill) for fill in (0, -100, -1))
     for i, row in enumerate(rows):
@@ -59,7 +59,7 @@ def batch_of(rows: list[list[int]]) -> dict:
 
 
 class Ragged:
-    """The same 16 rows for each step, however they are cut into micro-batches and given to processes."""
+    """The same 16 rows per step, for any division into micro-batches and processes."""
 
     steps_per_epoch = None
 
@@ -93,7 +93,7 @@ def token_loss(model, batch: dict, totals: dict):
 
 
 def two_counts_loss(model, batch: dict, totals: dict):
-    """Tokens under one denominator, pairs under another (as ORPO has them)."""
+    """A loss with two denominators, the numbers of tokens and of pairs, as in ORPO."""
     out = model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"])
     nll = -out.logprobs.sum() / totals["tokens"]
     odds = (F.softplus(-out.logprobs.sum(1) / 8) * batch["pairs"]).sum() / totals["pairs"]
@@ -114,7 +114,7 @@ def read_log(out: Path) -> list[dict]:
 
 
 def held_out_batches() -> list[dict]:
-    """Three: one process has a batch more than the other."""
+    """Three batches, so that one process has one batch more than the other."""
     keys = ("input_ids", "targets", "positions", "counts")
     return [{**{key: batch_of(rows_of_step(100 + i, 4))[key] for key in keys}, "segment_ids": None, "weights": None} for i in range(3)]
 
@@ -136,28 +136,28 @@ def gradient_difference(accelerator) -> float:
     return max(float((ours[name] - weight.grad).abs().max()) for name, weight in wrapped.named_parameters())
 
 
-def answers_of(rank: int) -> list[tuple[list[int], int]]:
-    """(prompt, answer's length): the first process has none."""
+def requests_of(rank: int) -> list[tuple[list[int], int]]:
+    """(prompt, length of the completion): the first process has none."""
     return [([3, 5 + i, 7], 4 + 3 * i) for i in range(3 * rank)]
 
 
-def sharded_answers() -> dict:
-    """What each process generates for prompts of its own with one sharded model, and the model's loss before and after."""
+def sharded_completions() -> dict:
+    """The completions of this process's prompts by a sharded model, and the loss of the model before and after."""
     model = TRAIN.shard(build().eval(), torch.device("cpu"))
     batch = batch_of(rows_of_step(0)[:4])
     with torch.no_grad():
         losses = [float(model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"]).logprobs.sum())]
-        asked = answers_of(TRAIN.MODEL.process_rank())
-        samplings = [INFER.Sampling(length, temperature=0, ignore_eos=True) for _, length in asked]
-        answers = INFER.generate(model, [prompt for prompt, _ in asked], samplings)
+        requests = requests_of(TRAIN.MODEL.process_rank())
+        samplings = [INFER.Sampling(length, temperature=0, ignore_eos=True) for _, length in requests]
+        completions = INFER.generate(model, [prompt for prompt, _ in requests], samplings)
         whole = any(weight.to_local().numel() == weight.numel() for weight in model.parameters() if weight.dim() > 1)
         losses.append(float(model(batch["input_ids"], positions=batch["positions"], targets=batch["targets"]).logprobs.sum()))
-    return {"answers": [one.ids for [one] in answers], "losses": losses, "whole": whole}
+    return {"completions": [completion.ids for [completion] in completions], "losses": losses, "whole": whole}
 
 
 def gathered_on_first() -> tuple[list, int]:
-    """Rows of 1 to 5, cut unevenly over the processes, as the first process gets them, and how many times `full_tensor` was called:
-    it would give each process the whole."""
+    """Tensors of 1 to 5 rows, unevenly sharded, gathered on the first process; and the number of calls of `full_tensor`, which
+    would gather them on every process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -185,25 +185,25 @@ def stopped_by(number: int, out: Path, accelerator):
 
 def main(folder: Path) -> None:
     TRAIN.Log.plot = lambda self: None  # drawing takes longer than these runs
-    name = "cpu" if torch.cuda.is_available() else "auto"  # as a user leaves it on a machine without a GPU
+    name = "cpu" if torch.cuda.is_available() else "auto"  # the default on a machine without a GPU
     accelerator, _ = TRAIN.start_processes(settings(), name, Path("."))
     results: dict = {"world_size": TRAIN.world_size()}
-    again = dict(accelerator=accelerator)
-    run(folder / "ddp", 8, **again)
-    run(folder / "ddp-accumulated", 4, grad_accum=2, **again)
+    options = dict(accelerator=accelerator)
+    run(folder / "ddp", 8, **options)
+    run(folder / "ddp-accumulated", 4, grad_accum=2, **options)
     for optim in ("adamw", "muon"):
-        sharded = dict(fsdp=True, optim=optim, save_steps=3, **again)
+        sharded = dict(fsdp=True, optim=optim, save_steps=3, **options)
         run(folder / f"fsdp-{optim}", 8, **sharded)
         resume = folder / f"fsdp-{optim}" / "ckpt-step-000003"
         run(folder / f"fsdp-{optim}-resumed", 8, resume=resume, model=MODEL.build(MODEL.ModelConfig(**CONFIG), seed=9), **sharded)
-    run(folder / "fsdp-accumulated", 4, grad_accum=2, fsdp=True, **again)
+    run(folder / "fsdp-accumulated", 4, grad_accum=2, fsdp=True, **options)
     for name, more in (("experts-ddp", {}), ("experts-accumulated", dict(grad_accum=2)), ("experts-fsdp", dict(fsdp=True))):
-        run(folder / name, 8 // more.get("grad_accum", 1), model=build(**EXPERTS), **more, **again)
+        run(folder / name, 8 // more.get("grad_accum", 1), model=build(**EXPERTS), **more, **options)
     results["gradient_difference"] = gradient_difference(accelerator)
     evaluate = TRAIN.held_out_loss(held_out_batches(), 2.0)
     with torch.no_grad():
         results["held_out"] = evaluate(build().eval())
-    results["sharded"], results["gathered"] = sharded_answers(), gathered_on_first()
+    results["sharded"], results["gathered"] = sharded_completions(), gathered_on_first()
     results["exit_status"] = stopped_by(signal.SIGINT, folder / "stopped", accelerator)
     (folder / f"rank{TRAIN.MODEL.process_rank()}.json").write_text(json.dumps(results))
     TRAIN.barrier()
