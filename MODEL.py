@@ -31,9 +31,10 @@ import types
 import typing
 import warnings
 import zipfile
+import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache as memoize
@@ -2445,6 +2446,42 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a small file atomically."""
     with staged(Path(path).parent) as scratch:
         (scratch / Path(path).name).write_text(text, encoding="utf-8")
+
+
+CHECKSUMS = "checksums.json"
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file, computed once for each version of it."""
+    status = path.stat()
+    return _checksum(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@memoize
+def _checksum(path: Path, size: int, modified: int) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            value = zlib.crc32(part, value)
+    return value
+
+
+def write_checksums(folder: Path, paths: Iterable[Path]) -> None:
+    """Write the checksums of files to CHECKSUMS in a folder, for `damage`."""
+    sums = {path.name: checksum(path) for path in sorted(paths)}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def damage(folder: Path, names: Iterable[str] = ()) -> str | None:
+    """"FILE is missing or damaged", of the files in CHECKSUMS, or of those of them with these names; None if all are whole."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_bytes())
+        for name in names or sums:
+            if name in sums and not ((folder / name).is_file() and checksum(folder / name) == sums[name]):
+                return f"{folder / name} is missing or damaged"
+    except (OSError, ValueError, TypeError):
+        return f"{folder / CHECKSUMS} is missing or damaged"
+    return None
 
 
 def read_json(path: Path) -> dict:

@@ -22,7 +22,6 @@ import signal
 import sys
 import time
 import warnings
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import INFER
@@ -601,6 +600,7 @@ class Trainer:
         self.save(self.model, scratch)
         if self.main:
             torch.save(content, scratch / STATE_FILE)
+            MODEL.write_checksums(scratch, scratch.iterdir())
             for path in scratch.iterdir():
                 MODEL.sync(path)
             for path in (*self.left, final):
@@ -917,7 +917,7 @@ def keep_best(trainer: Trainer, last: dict) -> dict:
     if trainer.main:
         with MODEL.staged(trainer.out, "config.json", MODEL.WEIGHTS) as scratch:
             for path in folder.iterdir():
-                if path.name != STATE_FILE:
+                if path.name not in (STATE_FILE, MODEL.CHECKSUMS):
                     shutil.copy2(path, scratch)
     trainer.log.tell(f"the best model, of step {step}, is kept")
     return measures
@@ -997,8 +997,6 @@ def load_state(folder: Path) -> dict:
 
     try:
         saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=world_size() > 1)
-    except FileNotFoundError:
-        raise damaged(folder, f"--resume: {folder} holds no {STATE_FILE}; a checkpoint looks like out/ckpt-step-000500") from None
     except pickle.UnpicklingError:
         raise UserError(f"{folder / STATE_FILE}: refused: it contains more than tensors and could execute code") from None
     except (RuntimeError, EOFError, OSError) as error:
@@ -1228,7 +1226,7 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
             shutil.rmtree(scratch, ignore_errors=True)
         found = find_checkpoint(out, resume)
         if resume == "auto" and found and found != checkpoints(out)[-1]:
-            say(f"{damage(checkpoints(out)[-1])}: continuing from {found}")
+            say(f"{MODEL.damage(checkpoints(out)[-1])}: continuing from {found}")
         used = [name for name in RUN_FILES if (out / name).exists()] + checkpoints(out)
         if found and found.resolve().parent != out.resolve() and used:
             raise UserError(f"output.dir: {out} holds a run, of which {found} is no checkpoint; choose another --out")
@@ -1273,35 +1271,24 @@ def check_apart(out: Path, **sources: str | None) -> None:
                             "another --out")
 
 
-def damage(folder: Path) -> str | None:
-    """What is missing or truncated in a checkpoint, if anything is; tensors are not read."""
-    config, weights = ADAPTER if any(folder.glob("adapter_*")) else ("config.json", "model.safetensors")
-    tensors = list(folder.glob("*.safetensors")) or [folder / weights]
-    for path in (folder / STATE_FILE, folder / config, *folder.glob("*_config.json"), *tensors):
-        try:
-            if path.suffix == ".json":
-                json.loads(path.read_bytes())
-            elif path in tensors:
-                safe_open(path, framework="pt")  # compares the size with the header
-            elif not zipfile.is_zipfile(path):
-                raise ValueError
-        except (ValueError, OSError, SafetensorError):
-            return f"{path} is missing or damaged"
-    return None
-
-
 def find_checkpoint(out: Path, resume: str | None) -> Path | None:
     if resume is None:
         return None
     if resume == "auto":
         found = checkpoints(out)
-        whole = [folder for folder in found if not damage(folder)]
+        whole = next((folder for folder in reversed(found) if not MODEL.damage(folder)), None)
         if found and not whole:
-            raise UserError(f"--resume: {damage(found[-1])}, and {out} has no checkpoint that is whole; --overwrite starts again")
-        return whole[-1] if whole else None
-    if not Path(resume).is_dir():
+            raise UserError(f"--resume: {MODEL.damage(found[-1])}, and {out} has no checkpoint that is whole; --overwrite starts "
+                            "again")
+        return whole
+    folder = Path(resume)
+    if not folder.is_dir():
         raise UserError(f"--resume: folder not found: '{resume}'; use auto for the newest checkpoint of output.dir")
-    return Path(resume)
+    if not (folder / STATE_FILE).exists():
+        raise damaged(folder, f"--resume: {folder} holds no {STATE_FILE}; a checkpoint looks like out/ckpt-step-000500")
+    if problem := MODEL.damage(folder):
+        raise damaged(folder, f"--resume: {problem}")
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------- model and data
