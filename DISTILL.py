@@ -412,7 +412,7 @@ def unfinished(note: Path, facts: dict, key: str, overwrite: bool) -> Iterator[U
             say(f"stopped; the same command continues from {note}")
             raise
         except OSError as error:
-            if not TRAIN.is_disk_full(error, note.parent):
+            if not MODEL.is_disk_full(error, note.parent):
                 raise
             raise UserError(f"{note}: the disk is full; free some space and run the same command again to continue") from None
         for path in (note, lock) if main else ():

@@ -2422,8 +2422,18 @@ def staged(folder: str | Path, key: str = "", parts: str = ""):
                 for old in stale:
                     old.unlink()
             os.replace(path, folder / name)
+    except Exception as error:
+        if is_disk_full(error, folder):  # some libraries raise exceptions without an errno
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def is_disk_full(error: Exception, folder: Path) -> bool:
+    known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    # torch.save says only "iostream error", and NumPy how many bytes it wrote
+    return known or (isinstance(error, (RuntimeError, OSError)) and shutil.disk_usage(folder).free < 2**20)
 
 
 @memoize
@@ -3964,8 +3974,13 @@ def overrides(section) -> dict:
     return {k: v for k, v in dataclasses.asdict(section).items() if k in KNOBS and v is not None}
 
 
+# a full, read-only or failing disk, or no permission
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
+
+
 def run_main(main: Callable, argv: list[str] | None = None) -> None:
-    """Exit status of every script: 0, 2 for a user error (one line), 130 for Ctrl-C; a bug keeps its traceback."""
+    """Exit status of every script: 0, 2 for an error of the user or the disk (one line), 130 for Ctrl-C; a bug keeps its
+    traceback."""
     if sys.stdout is None:  # closed, as in a service
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
@@ -3980,6 +3995,12 @@ def run_main(main: Callable, argv: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     except BrokenPipeError:  # the reader went away (| head): nobody is left to write to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        what = f"{error.filename or 'a file'}: {error.strerror}; check the disk's space and permissions"
+        print(f"error: {what}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

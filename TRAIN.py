@@ -12,7 +12,6 @@ preparing model and data, and the frame that all stages share (`run_stage`).
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import math
@@ -949,7 +948,7 @@ def explain(trainer: Trainer, error: Exception) -> None:
         raise UserError(f"out of memory with training.batch_size {t.batch_size} x max_length {t.max_length}: lower "
                         "training.batch_size (raise grad_accum to keep the step), lower training.max_length, or set "
                         "training.gradient_checkpointing true") from None
-    if is_disk_full(error, trainer.out):
+    if MODEL.is_disk_full(error, trainer.out):
         for scratch in trainer.out.glob(".tmp-*"):
             shutil.rmtree(scratch, ignore_errors=True)
         whole = f"the last whole checkpoint is {trainer.last_saved}" if trainer.last_saved else "no checkpoint was written yet"
@@ -960,12 +959,6 @@ def explain(trainer: Trainer, error: Exception) -> None:
 def is_out_of_memory(error: Exception) -> bool:
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
-
-
-def is_disk_full(error: Exception, out: Path) -> bool:
-    known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    # torch.save says only "iostream error", and NumPy how many bytes it wrote
-    return known or (isinstance(error, (RuntimeError, OSError)) and shutil.disk_usage(out).free < 2**20)
 
 
 def map_tensors(function: Callable, tree):
@@ -1032,12 +1025,13 @@ def restore_weights(model: nn.Module, folder: Path) -> dict:
 
 
 def json_lines(path: Path) -> list[dict]:
-    """The records of a log; a line cut short by a kill is none."""
+    """The records of a log, without lines that were cut short by a kill or are damaged."""
     records = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # splitlines() would split texts as well
-        with contextlib.suppress(json.JSONDecodeError):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):  # splitlines() would split texts as well
+        with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
 def without_noise(measure: str, value: float) -> float:
@@ -1157,7 +1151,7 @@ class Log:
 
 def curve(records: list[dict], key: str, scale: float = 1.0) -> list[tuple]:
     """[(step, value), ...] of the records of a log that have such a key."""
-    return [(record["step"], scale * record[key]) for record in records if key in record]
+    return [(record["step"], scale * record[key]) for record in records if {"step", key} <= record.keys()]
 
 
 def plot_curves(path: Path, panels: dict[str, dict[str, list[tuple]]]) -> None:
