@@ -412,7 +412,7 @@ def unfinished(note: Path, facts: dict, key: str, overwrite: bool) -> Iterator[U
             say(f"stopped; the same command continues from {note}")
             raise
         except OSError as error:
-            if not TRAIN.is_disk_full(error, note.parent):
+            if not MODEL.is_disk_full(error, note.parent):
                 raise
             raise UserError(f"{note}: the disk is full; free some space and run the same command again to continue") from None
         for path in (note, lock) if main else ():
@@ -434,7 +434,7 @@ def say_once(line: str) -> None:
 
 # ------------------------------------------------------------------------------------------------- cached teacher
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 CACHE_BLOCK = 16  # batches per block
 
 
@@ -489,6 +489,8 @@ class Cache:
         if facts.get("version") != CACHE_VERSION:
             what = "a cache of another version" if facts else f"no{' finished' * (folder / 'cache.part.json').exists()} cache"
             raise UserError(f"distill.cache_dir: {folder} has {what}; write it with DISTILL.py --cache --cache-dir {folder}")
+        if problem := MODEL.damage(folder):
+            raise UserError(f"distill.cache_dir: {problem}; write the cache again with --cache --overwrite")
         return cls(folder, facts)
 
     def check(self, plan, settings: DistillSection, length: int) -> None:
@@ -559,7 +561,10 @@ def write_cache(config) -> None:
                     cache.write(int(starts[first]), *top_k_outputs(teacher.model, TRAIN.on_device(batch, device), facts))
             cache.entries.flush()
         if main:
-            MODEL.write_text(folder / "cache.json", json.dumps(facts, indent=1) + "\n")
+            names = ("entries.bin", "tokenizer*", "*.jinja")
+            with MODEL.staged(folder, "cache.json", MODEL.CHECKSUMS) as scratch:
+                (scratch / "cache.json").write_text(json.dumps(facts, indent=1) + "\n")
+                MODEL.write_checksums(scratch, [*scratch.iterdir(), *(path for name in names for path in folder.glob(name))])
             say(f"{folder}: {facts['tokens']:,} tokens in {plan.count:,} rows, {cache.entries.itemsize} bytes per token (top "
                 f"{facts['top_k']} of {teacher.vocab_size:,}); train with --cache-dir {folder}")
 

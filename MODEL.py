@@ -31,9 +31,10 @@ import types
 import typing
 import warnings
 import zipfile
+import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache as memoize
@@ -2418,8 +2419,18 @@ def staged(folder: str | Path, key: str = "", parts: str = ""):
                 for old in stale:
                     old.unlink()
             os.replace(path, folder / name)
+    except Exception as error:
+        if is_disk_full(error, folder):  # some libraries raise exceptions without an errno
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def is_disk_full(error: Exception, folder: Path) -> bool:
+    known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    # torch.save says only "iostream error", and NumPy how many bytes it wrote
+    return known or (isinstance(error, (RuntimeError, OSError)) and shutil.disk_usage(folder).free < 2**20)
 
 
 @memoize
@@ -2442,6 +2453,42 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a small file atomically."""
     with staged(Path(path).parent) as scratch:
         (scratch / Path(path).name).write_text(text, encoding="utf-8")
+
+
+CHECKSUMS = "checksums.json"
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file, computed once for each version of it."""
+    status = path.stat()
+    return _checksum(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@memoize
+def _checksum(path: Path, size: int, modified: int) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            value = zlib.crc32(part, value)
+    return value
+
+
+def write_checksums(folder: Path, paths: Iterable[Path]) -> None:
+    """Write the checksums of files to CHECKSUMS in a folder, for `damage`."""
+    sums = {path.name: checksum(path) for path in sorted(paths)}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def damage(folder: Path, names: Iterable[str] = ()) -> str | None:
+    """"FILE is missing or damaged", of the files in CHECKSUMS, or of those of them with these names; None if all are whole."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_bytes())
+        for name in names or sums:
+            if name in sums and not ((folder / name).is_file() and checksum(folder / name) == sums[name]):
+                return f"{folder / name} is missing or damaged"
+    except (OSError, ValueError, TypeError):
+        return f"{folder / CHECKSUMS} is missing or damaged"
+    return None
 
 
 def read_json(path: Path) -> dict:
@@ -3936,8 +3983,13 @@ def overrides(section) -> dict:
     return {k: v for k, v in dataclasses.asdict(section).items() if k in KNOBS and v is not None}
 
 
+# a full, read-only or failing disk, or no permission
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
+
+
 def run_main(main: Callable, argv: list[str] | None = None) -> None:
-    """Run `main`. Exit status: 0; 2 for a user error, shown as one line; 130 for Ctrl-C; other exceptions keep a traceback."""
+    """Run `main`. Exit status: 0; 2 for an error of the user or the disk, shown as one line; 130 for Ctrl-C; other exceptions keep a
+    traceback."""
     if sys.stdout is None:  # closed, as in a service
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
@@ -3952,6 +4004,12 @@ def run_main(main: Callable, argv: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     except BrokenPipeError:  # the reader has closed the pipe (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        what = f"{error.filename or 'a file'}: {error.strerror}; check the disk's space and permissions"
+        print(f"error: {what}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

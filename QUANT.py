@@ -1779,9 +1779,7 @@ def room_for(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        import TRAIN
-
-        if not TRAIN.is_disk_full(error, next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())):
+        if not MODEL.is_disk_full(error, next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())):
             raise
         raise UserError(f"--out: {out}: the disk is full; free some space") from None
 

@@ -682,7 +682,7 @@ class SampledTexts:
         """Remove the rollouts that another run left, or this run after its checkpoint. A run that fails before its first batch
         changes nothing."""
         if self.run.rank == 0 and not self.rewound:
-            TRAIN.rewind(self.out / "rollouts.jsonl", lambda record: record["rollout"] <= self.rollout)
+            TRAIN.rewind(self.out / "rollouts.jsonl", lambda record: record.get("rollout", 0) <= self.rollout)
         self.rewound = True
 
     def write_transcripts(self) -> None:

@@ -519,6 +519,7 @@ def prepare(data: DataSection, tokenizer) -> None:
                      "bytes": writer.bytes, "begin": begin, "end": end, "vocab_size": len(tokenizer), "sources": spans[part],
                      "recipe": recipe}
             (scratch / f"{part}_ids.json").write_text(json.dumps(facts, indent=1))
+        MODEL.write_checksums(scratch, scratch.iterdir())
         if not writers["train"].documents:
             refuse_empty(data, writers["val"].documents)
     notes = ("too short", "duplicates", "normalized", "with control characters")
@@ -1296,8 +1297,8 @@ def load(name: str | Path):
         from transformers import AutoTokenizer as Loader
     try:
         tokenizer = Loader.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"{folder}: the tokenizer cannot be read ({str(error).strip().splitlines()[0][:160]})") from None
+    except Exception as error:  # a damaged tokenizer.json raises Exception itself
+        raise UserError(f"{folder}: the tokenizer cannot be read ({MODEL.first_line(error)})") from None
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: {type(tokenizer).__name__} is a slow tokenizer (Python only); convert it to tokenizer.json")
     plain_settings(tokenizer)
@@ -1395,7 +1396,7 @@ def choose(section: TokenizerSection, data: DataSection, model: str | None = Non
         return load(path)
     recipe = {"kind": section.kind, "vocab_size": section.vocab_size, "data": data_recipe(data)}
     stamp = folder / "trained_on.json"
-    if stamp.exists() and (folder / "tokenizer.json").exists() and read_json(stamp) == recipe:
+    if not MODEL.damage(folder) and read_json(stamp) == recipe:
         return load(folder)
     say(f"training a {section.kind} tokenizer of {section.vocab_size} tokens")
     tokenizer = train(sample_texts(data), section.vocab_size, section.kind)
@@ -1404,6 +1405,7 @@ def choose(section: TokenizerSection, data: DataSection, model: str | None = Non
     with MODEL.staged(folder) as scratch:
         tokenizer.save_pretrained(scratch)
         (scratch / stamp.name).write_text(json.dumps(recipe, indent=1))
+        MODEL.write_checksums(scratch, scratch.iterdir())
     return tokenizer
 
 
@@ -1455,24 +1457,20 @@ def token_recipe(data: DataSection, tokenizer) -> dict:
 
 
 def fits(folder: Path, data: DataSection, tokenizer) -> bool:
-    """Whether the .bin files in `folder` are complete and were written for this data and tokenizer."""
-    recipe = token_recipe(data, tokenizer)
-    for path in (folder / "train_ids.bin", folder / "val_ids.bin"):
-        try:
-            facts = json.loads(path.with_suffix(".json").read_text())
-            size = path.stat().st_size // np.dtype(facts["dtype"]).itemsize
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        if facts.get("recipe") != recipe or facts.get("tokens") != size:
-            return False
-    return True
+    """Whether the token files in `folder` are complete and were written for this data and tokenizer."""
+    facts = [folder / f"{part}_ids.json" for part in ("train", "val")]
+    return not MODEL.damage(folder) and all(path.exists() and read_json(path)["recipe"] == token_recipe(data, tokenizer)
+                                            for path in facts)
 
 
 def open_tokens(path: Path, tokenizer) -> TokenFile:
     """Map a token file. Without its JSON file (as from nanoGPT), ids are uint16, or uint32 for a large vocabulary."""
     if not path.exists():
         raise UserError(f"{path}: file not found")
-    facts = read_json(path.with_suffix(".json")) if path.with_suffix(".json").exists() else {}
+    facts_file = path.with_suffix(".json")
+    if (path.parent / MODEL.CHECKSUMS).exists() and (problem := MODEL.damage(path.parent, (path.name, facts_file.name))):
+        raise UserError(f"{problem}; prepare the text again (TOKENIZER.py --data)")
+    facts = read_json(facts_file) if facts_file.exists() else {}
     written_with = facts.get("recipe", {}).get("tokenizer")
     if written_with and written_with != fingerprint(tokenizer):
         raise UserError(f"{path}: written with another tokenizer; delete the file, or set --tokenizer.name to that tokenizer")
@@ -1549,7 +1547,8 @@ def files_in(folder: Path, formats: tuple) -> list[Path]:
             continue
         known.add(os.path.realpath(parent))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(parent) / name for name in names if not name.startswith(".") and not name.endswith("_ids.json")
+        ours = ("_ids.json", MODEL.CHECKSUMS)
+        files += [Path(parent) / name for name in names if not name.startswith(".") and not name.endswith(ours)
                   and suffix_of(Path(name)) in formats]
     return sorted(files)
 

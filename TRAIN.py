@@ -12,7 +12,6 @@ data preparation, and `run_stage`, which runs every kind of training.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import math
@@ -22,7 +21,6 @@ import signal
 import sys
 import time
 import warnings
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -33,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import INFER
@@ -589,6 +587,7 @@ class Trainer:
         self.save(self.model, scratch)
         if self.main:
             torch.save(content, scratch / STATE_FILE)
+            MODEL.write_checksums(scratch, scratch.iterdir())
             for path in scratch.iterdir():
                 MODEL.sync(path)
             for path in (*self.outdated, final):
@@ -903,7 +902,7 @@ def keep_best(trainer: Trainer, last: dict) -> dict:
     if trainer.main:
         with MODEL.staged(trainer.out, "config.json", MODEL.WEIGHTS) as scratch:
             for path in folder.iterdir():
-                if path.name != STATE_FILE:
+                if path.name not in (STATE_FILE, MODEL.CHECKSUMS):
                     shutil.copy2(path, scratch)
     trainer.log.say(f"saved the best model, from step {step}")
     return measures
@@ -933,7 +932,7 @@ def explain(trainer: Trainer, error: Exception) -> None:
     if is_out_of_memory(error):
         raise UserError(f"out of memory with training.batch_size {t.batch_size} x max_length {t.max_length}: lower one of them "
                         "(and raise grad_accum), or set training.gradient_checkpointing true") from None
-    if is_disk_full(error, trainer.out):
+    if MODEL.is_disk_full(error, trainer.out):
         for scratch in trainer.out.glob(".tmp-*"):
             shutil.rmtree(scratch, ignore_errors=True)
         last = f"the last complete checkpoint is {trainer.last_saved}" if trainer.last_saved else "no checkpoint was written yet"
@@ -944,12 +943,6 @@ def explain(trainer: Trainer, error: Exception) -> None:
 def is_out_of_memory(error: Exception) -> bool:
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
-
-
-def is_disk_full(error: Exception, out: Path) -> bool:
-    known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    # torch.save reports only an iostream error, and NumPy the number of bytes written
-    return known or (isinstance(error, (RuntimeError, OSError)) and shutil.disk_usage(out).free < 2**20)
 
 
 def map_tensors(function: Callable, tree):
@@ -981,8 +974,6 @@ def load_state(folder: Path) -> dict:
 
     try:
         saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=world_size() > 1)
-    except FileNotFoundError:
-        raise damaged(folder, f"--resume: {folder} has no {STATE_FILE}; a checkpoint looks like out/ckpt-step-000500") from None
     except pickle.UnpicklingError:
         raise UserError(f"{folder / STATE_FILE}: refused: it contains more than tensors and could execute code") from None
     except (RuntimeError, EOFError, OSError) as error:
@@ -1017,12 +1008,13 @@ def restore_weights(model: nn.Module, folder: Path) -> dict:
 
 
 def json_lines(path: Path) -> list[dict]:
-    """The records of a log, without lines that were truncated by a kill."""
+    """The records of a log, without lines that were truncated by a kill or are damaged."""
     records = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # splitlines() also splits inside of texts
-        with contextlib.suppress(json.JSONDecodeError):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):  # splitlines() also splits inside of texts
+        with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
 def without_noise(measure: str, value: float) -> float:
@@ -1152,7 +1144,7 @@ class Log:
 
 def curve(records: list[dict], key: str, scale: float = 1.0) -> list[tuple]:
     """[(step, value), ...] of the log records that contain `key`."""
-    return [(record["step"], scale * record[key]) for record in records if key in record]
+    return [(record["step"], scale * record[key]) for record in records if {"step", key} <= record.keys()]
 
 
 def plot_curves(path: Path, panels: dict[str, dict[str, list[tuple]]]) -> None:
@@ -1236,7 +1228,7 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
             shutil.rmtree(scratch, ignore_errors=True)
         found = find_checkpoint(out, resume)
         if resume == "auto" and found and found != checkpoints(out)[-1]:
-            say(f"{damage(checkpoints(out)[-1])}; resuming from {found}")
+            say(f"{MODEL.damage(checkpoints(out)[-1])}; resuming from {found}")
         used = [name for name in RUN_FILES if (out / name).exists()] + checkpoints(out)
         if found and found.resolve().parent != out.resolve() and used:
             raise UserError(f"output.dir: {out} contains a run, but {found} belongs to another run; choose another --out")
@@ -1278,35 +1270,24 @@ def check_apart(out: Path, **sources: str | None) -> None:
             raise UserError(f"output.dir: {out} is an input of the run (--{key.replace('_', '-')} {name}); choose another --out")
 
 
-def damage(folder: Path) -> str | None:
-    """A message about the first missing or truncated file of a checkpoint, or None. Tensors are not read."""
-    config, weights = ADAPTER if any(folder.glob("adapter_*")) else ("config.json", "model.safetensors")
-    tensors = list(folder.glob("*.safetensors")) or [folder / weights]
-    for path in (folder / STATE_FILE, folder / config, *folder.glob("*_config.json"), *tensors):
-        try:
-            if path.suffix == ".json":
-                json.loads(path.read_bytes())
-            elif path in tensors:
-                safe_open(path, framework="pt")  # compares the size with the header
-            elif not zipfile.is_zipfile(path):
-                raise ValueError
-        except (ValueError, OSError, SafetensorError):
-            return f"{path} is missing or damaged"
-    return None
-
-
 def find_checkpoint(out: Path, resume: str | None) -> Path | None:
     if resume is None:
         return None
     if resume == "auto":
         found = checkpoints(out)
-        complete = [folder for folder in found if not damage(folder)]
+        complete = next((folder for folder in reversed(found) if not MODEL.damage(folder)), None)
         if found and not complete:
-            raise UserError(f"--resume: {damage(found[-1])}, and {out} has no complete checkpoint; start again with --overwrite")
-        return complete[-1] if complete else None
-    if not Path(resume).is_dir():
+            raise UserError(f"--resume: {MODEL.damage(found[-1])}, and {out} has no complete checkpoint; start again with "
+                            "--overwrite")
+        return complete
+    folder = Path(resume)
+    if not folder.is_dir():
         raise UserError(f"--resume: folder not found: '{resume}'; use auto for the newest checkpoint of output.dir")
-    return Path(resume)
+    if not (folder / STATE_FILE).exists():
+        raise damaged(folder, f"--resume: {folder} holds no {STATE_FILE}; a checkpoint looks like out/ckpt-step-000500")
+    if problem := MODEL.damage(folder):
+        raise damaged(folder, f"--resume: {problem}")
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------- model and data

@@ -2,16 +2,13 @@
 
 import json
 import os
-import random
 import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 import traceback
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -139,19 +136,6 @@ def wait_for_steps(process: subprocess.Popen, count: int = 1) -> str:
         if seen.count("| loss") == count:
             return seen
     raise AssertionError(f"exit status {process.wait()} before step {count}:\n{seen}")
-
-
-def kills(times: int, *words) -> Iterator[subprocess.Popen]:
-    """Start python with these arguments in the repository and kill it (-9) at a random moment, several times."""
-    draw = random.Random(5)
-    for _ in range(times):
-        process = launch(ROOT, *words)
-        wait_for_steps(process, draw.randint(2, 9))
-        time.sleep(draw.uniform(0, 0.1))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        yield process
 
 
 def emulate_bfloat16() -> None:

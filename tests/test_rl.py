@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, in_file, kills, launch, make_text, saved_adapter, two_processes
+from conftest import ROOT, in_file, launch, make_text, saved_adapter, two_processes
 from safetensors.torch import load_file
 from torch import tensor
 
@@ -1508,22 +1507,6 @@ def test_the_recipes_for_gpt2(method, tmp_path):
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert set(result) == {"stage", "measure", "before", "after", "steps", "seconds", "peak_memory_bytes"} and result["measure"] in result["after"]
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "gpt2"
-
-
-def test_killed_at_any_moment_a_run_goes_on(world, tmp_path):
-    """kill -9 at random moments, in rollouts as in steps; the policy ends as an undisturbed run's."""
-    times = int(os.environ.get("KILLS", 1))
-    steps = 12 * times
-    flags = [*flags_of(world, "ppo"), "--rl.num_iterations", "2", "--training.save_steps", "2", "--training.sample_tokens", "0", "--max-steps", str(steps)]
-    RL.main([*flags, "--out", str(tmp_path / "whole")])
-    again = [*flags, "--out", str(tmp_path / "killed"), "--resume", "auto"]
-    assert len(list(kills(times, ROOT / "RL.py", *again))) == times
-    assert TRAIN.checkpoints(tmp_path / "killed")
-    assert RL.main(again).steps == steps
-    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
-    assert set(whole) == set(killed) and all(torch.equal(whole[name], killed[name]) for name in whole)
-    texts = [(tmp_path / name / "rollouts.jsonl").read_text() for name in ("whole", "killed")]
-    assert texts[0] == texts[1]
 
 
 def test_two_processes_learn_as_one(world, tmp_path):

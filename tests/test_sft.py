@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import sys
 import warnings
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, in_file, kills, launch, two_processes
+from conftest import ROOT, in_file, launch, two_processes
 from safetensors.torch import load_file
 
 import INFER
@@ -1250,21 +1249,6 @@ def test_the_commands_for_alpaca_with_adapters(tmp_path):
     assert report["after"]["loss"] < report["before"]["loss"]
     assert json.loads((tmp_path / "out" / "sft" / "adapter_config.json").read_text())["r"] == 16
     assert command(tmp_path, *"INFER.py --model gpt2-xl --adapter out/sft --prompt hello --temperature 0 --max-new-tokens 3".split())
-
-
-def test_fine_tuning_killed_at_any_moment_resumes_exactly(flags, tmp_path):
-    """kill -9 at random moments of a run that saves every second step; the final adapter is that of an undisturbed run."""
-    times = int(os.environ.get("KILLS", 2))
-    steps = 20 * times
-    flags = [*flags, "--lora.r", "4", "--lora.lora_dropout", "0.2", "--training.logging_steps", "1", "--training.save_steps", "2", "--sft.eval_answers", "0", "--training.sample_tokens", "0",
-             "--max-steps", str(steps)]
-    SFT.main([*flags, "--out", str(tmp_path / "whole")])
-    again = [*flags, "--out", str(tmp_path / "killed"), "--resume", "auto"]
-    assert len(list(kills(times, ROOT / "SFT.py", *again))) == times
-    assert TRAIN.checkpoints(tmp_path / "killed")
-    assert SFT.main(again).steps == steps
-    whole, killed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
-    assert set(whole) == set(killed) and all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
 def test_two_processes_fine_tune_like_one(flags, label_flags, tmp_path):
