@@ -1485,7 +1485,7 @@ def export_onnx(model, tokenizer, target: Path, section: QuantizationSection) ->
     with quiet():
         large = write_onnx(onnx_graph(model, section.method != "none"), path, section)
     check_onnx(path, model, section.method == "none")
-    TOKENIZER.save(tokenizer, target)
+    TOKENIZER.save(tokenizer, target, model.config.max_position_embeddings)
     raw = MODEL.config_to_hub(config)
     special = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
     browser = {"dtype": dtype, "use_external_data_format": {name: int(large)}}
@@ -1544,7 +1544,7 @@ def export_openvino(model, tokenizer, target: Path, section: QuantizationSection
         raise UserError("--to openvino: optimum-cli is not on PATH; pip install optimum-intel openvino openvino-tokenizers nncf")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         MODEL.save(model, folder)
-        TOKENIZER.save(tokenizer, folder)
+        TOKENIZER.save(tokenizer, folder, model.config.max_position_embeddings)
         run_program([command, "export", "openvino", "--model", folder, "--task", "text-generation-with-past", "--weight-format",
                      OPENVINO_FORMATS[section.method], *(groups if section.method == "int4" else ()), target], "--to openvino")
 
@@ -1884,12 +1884,12 @@ def shrink(config, out: Path) -> Comparison:
     with room_for(out):
         if foreign:
             quantize(model, *settings)
-            TOKENIZER.save(tokenizer, out)
+            TOKENIZER.save(tokenizer, out, model.config.max_position_embeddings)
             MODEL.save(model, out)
         else:
             with MODEL.saving(model, out) as write:
                 quantize(model, *settings, dtype, write)
-                TOKENIZER.save(tokenizer, out)
+                TOKENIZER.save(tokenizer, out, model.config.max_position_embeddings)
     say(f"saved to {out}")
     comparison.add("none", opened(config, dtype=stored if flat else None)[0])
     comparison.add(section.method, model if foreign else MODEL.load(out, dtype, device))
