@@ -33,7 +33,7 @@ import warnings
 import zipfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache as memoize
@@ -70,7 +70,7 @@ def say(line: str) -> None:
 # --------------------------------------------------------------------------------------------------------- knobs
 
 
-def knob(default, comment: str, choices: tuple | dict = (), *, low: float | None = None, high: float | None = None,
+def knob(default, comment: str, choices: Collection[str] = (), *, low: float | None = None, high: float | None = None,
          above: float | None = None, below: float | None = None, only: tuple | str = (), often: bool = False):
     """A dataclass field that declares a setting. `comment` describes it in --help and config.yaml.
 
@@ -1825,14 +1825,14 @@ class Kernel(NamedTuple):
         return self.float32 or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-KERNELS = {
+KERNELS = {  # model.attn_implementation
+    "auto": Kernel(attend_auto),
     "eager": Kernel(attend_eager),
     "sdpa": Kernel(attend_sdpa),
     "flash_attention_2": Kernel(_flash, True, float32=False, device="cuda", needs="flash_attn"),
     "varlen": Kernel(_varlen, True, float32=False, dropout=False, device="cuda"),
     "xformers": Kernel(_xformers, True, device="cuda", needs="xformers"),
 }
-ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "xformers")
 
 
 def why_not(name: str) -> str | None:
@@ -1851,7 +1851,7 @@ def choose_attention(name: str) -> tuple[Callable, list[Kernel]]:
     if name == "auto":
         return attend_auto, [KERNELS[ragged] for ragged in ("flash_attention_2", "varlen") if why_not(ragged) is None]
     if name not in KERNELS:
-        raise UserError(f"model.attn_implementation: '{name}' is not one of {', '.join(ATTENTION)}")
+        raise UserError(f"model.attn_implementation: '{name}' is not one of {', '.join(KERNELS)}")
     if reason := why_not(name):
         raise UserError(f"model.attn_implementation: {name} {reason}; sdpa uses torch's own fused kernels")
     return (attend_sdpa, [KERNELS[name]]) if KERNELS[name].ragged else (KERNELS[name].attend, [])
@@ -3580,8 +3580,8 @@ ModelSection = dataclasses.make_dataclass("ModelSection", [
     ("dtype", str, knob("auto", "compute dtype: float32, bfloat16 or float16; auto picks what the device supports well; "
                                 "training keeps float32 master weights", ("auto", *DTYPES), often=True)),
     ("attn_implementation", str,
-     knob("auto", "attention kernel: eager, sdpa, flash_attention_2 or xformers; auto picks the fastest available",
-          tuple(ATTENTION), often=True)),
+     knob("auto", "attention kernel: eager, sdpa, flash_attention_2, varlen or xformers; auto picks the fastest available",
+          KERNELS, often=True)),
     ("device", str, knob("auto", "cpu, cuda, cuda:1 or mps; auto picks the best available", often=True)),
     ("quantization", str,
      knob("none", "quantize frozen weights, for QLoRA (nf4 with lora.r) and inference (int8, int4)", QUANTIZATIONS,

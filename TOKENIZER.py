@@ -1883,6 +1883,16 @@ HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 Record = tuple[str, dict]  # file:line, record
 
 
+def from_dolly(record: dict) -> dict:
+    """instruction, context, response -> instruction, input, output"""
+    names = {"context": "input", "response": "output"}
+    return {key if names.get(key, key) in record else names[key]: value for key, value in record.items()}
+
+
+# Layouts with other keys: the keys that a record needs -> a function that returns the record in one of LAYOUTS.
+CONVERTERS: dict[tuple, Callable[[dict], dict]] = {("instruction", "response"): from_dolly}
+
+
 class Unusable(Exception):
     """Why a record teaches nothing: it is left out and counted."""
 
@@ -1917,6 +1927,8 @@ class Form(NamedTuple):
     def read(self, path: Path, left: LeftOut) -> Iterator[tuple[str, dict]]:
         for where, record in read_records(path):
             record = self.renamed(record, where)
+            for keys, convert in CONVERTERS.items():
+                record = convert(record) if all(is_given(record, key) for key in keys) else record
             if self.keys:
                 left.unused |= {str(key) for key in record if key not in self.keys}
             try:
