@@ -34,7 +34,7 @@ import zipfile
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache as memoize
@@ -71,13 +71,13 @@ def say(line: str) -> None:
 # --------------------------------------------------------------------------------------------------------- knobs
 
 
-def knob(default, comment: str, choices: tuple = (), *, low: float | None = None, high: float | None = None,
+def knob(default, comment: str, choices: Collection[str] = (), *, low: float | None = None, high: float | None = None,
          above: float | None = None, below: float | None = None, only: tuple | str = (), often: bool = False):
     """A dataclass field that declares a setting. `comment` describes it in --help and config.yaml.
 
-    `check` enforces `choices`, low <= number <= high and above < number < below. only = (key, *values) restricts a setting to
-    certain values of another one: it has an effect only if the section's `key` has one of `values` (without values: is set).
-    Settings that people change `often` are listed in --help.
+    `check` enforces `choices` (a table: its names at that time), low <= number <= high and above < number < below. only = (key,
+    *values) restricts a setting to certain values of another one: it has an effect only if the section's `key` has one of
+    `values` (without values: is set). Settings that people change `often` are listed in --help.
     """
     only = (only,) if isinstance(only, str) else only
     metadata = dict(comment=comment, choices=choices, low=low, high=high, above=above, below=below, only=only, often=often)
@@ -157,7 +157,7 @@ class ModelConfig:
     num_key_value_heads: int | None = knob(None, "number of key/value heads: H is MHA, 1 is MQA, in between is GQA", low=1)
     head_dim: int | None = knob(None, "dimension of one head; null is hidden_size / heads", low=1)
     max_position_embeddings: int = knob(2048, "context length in tokens", low=1)
-    hidden_act: str = knob("silu", "activation function of the MLP", tuple(ACTIVATIONS))
+    hidden_act: str = knob("silu", "activation function of the MLP", ACTIVATIONS)
     mlp_gated: bool = knob(True, "gated MLP (SwiGLU, Shazeer 2020); false is GPT-2's plain MLP")
     norm_type: str = knob("rmsnorm", "normalization layer", ("rmsnorm", "layernorm"))
     rms_norm_eps: float = knob(1e-5, "epsilon of the normalization layers", above=0)
@@ -1823,14 +1823,14 @@ class Kernel(NamedTuple):
         return self.float32 or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-KERNELS = {
+KERNELS = {  # model.attn_implementation
+    "auto": Kernel(attend_auto),
     "eager": Kernel(attend_eager),
     "sdpa": Kernel(attend_sdpa),
     "flash_attention_2": Kernel(_flash, True, float32=False, device="cuda", needs="flash_attn"),
     "varlen": Kernel(_varlen, True, float32=False, dropout=False, device="cuda"),
     "xformers": Kernel(_xformers, True, device="cuda", needs="xformers"),
 }
-ATTENTION = ("auto", "eager", "sdpa", "flash_attention_2", "xformers")
 
 
 def why_not(name: str) -> str | None:
@@ -1849,7 +1849,7 @@ def choose_attention(name: str) -> tuple[Callable, list[Kernel]]:
     if name == "auto":
         return attend_auto, [KERNELS[ragged] for ragged in ("flash_attention_2", "varlen") if why_not(ragged) is None]
     if name not in KERNELS:
-        raise UserError(f"model.attn_implementation: '{name}' is not one of {', '.join(ATTENTION)}")
+        raise UserError(f"model.attn_implementation: '{name}' is not one of {', '.join(KERNELS)}")
     if reason := why_not(name):
         raise UserError(f"model.attn_implementation: {name} {reason}; sdpa uses torch's fused kernels")
     return (attend_sdpa, [KERNELS[name]]) if KERNELS[name].ragged else (KERNELS[name].attend, [])
@@ -2273,9 +2273,43 @@ def _family_quirks(kind: str, raw: dict, knobs: dict) -> None:
         knobs["mlp_only_layers"] = list(range(min(raw.get("first_k_dense_replace", 3), layers)))
 
 
+def tanh_gelu(x: float) -> float:
+    return x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+# What Hugging Face's classes compute under these names of hidden_act and in their norms (with weights of 1).
+HUB_ACTIVATIONS = {
+    "silu": lambda x: x / (1 + math.exp(-x)),
+    "gelu": lambda x: x / 2 * (1 + math.erf(x / math.sqrt(2))),
+    "gelu_new": tanh_gelu,
+    "gelu_pytorch_tanh": tanh_gelu,
+    "relu": lambda x: max(x, 0.0),
+    "relu2": lambda x: max(x, 0.0) ** 2,
+}
+HUB_NORMS = {
+    "rmsnorm": lambda x, eps: x * (x.square().mean() + eps).rsqrt(),
+    "layernorm": lambda x, eps: (x - x.mean()) * (x.var(correction=0) + eps).rsqrt(),
+}
+
+
+@torch.no_grad()
+def computes_as_hub(config: ModelConfig) -> bool:
+    """Whether the functions behind hidden_act and norm_type are Hugging Face's. A fork may have added or replaced some, so the
+    values are compared, not the names."""
+    if config.hidden_act not in HUB_ACTIVATIONS or config.norm_type not in HUB_NORMS:
+        return False
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        numbers = torch.arange(-5.0, 5.0, 0.37)
+        activated = torch.tensor([HUB_ACTIVATIONS[config.hidden_act](x) for x in numbers.tolist()])
+        normalized, norm = HUB_NORMS[config.norm_type](numbers, 0.5), NORMS[config.norm_type](len(numbers), 0.5)
+        return (torch.allclose(ACTIVATIONS[config.hidden_act](numbers), activated, atol=1e-5)
+                and torch.allclose(norm(numbers), normalized, atol=1e-5))
+
+
 def config_to_hub(config: ModelConfig, heads: tuple = ("lm",), custom: bool = False) -> dict:
-    """ModelConfig -> config.json, under the first family that computes exactly these knobs."""
+    """ModelConfig -> config.json, under the first family that computes exactly these knobs; model_type custom is kept."""
     own = dataclasses.asdict(config)
+    custom = custom or config.model_type == CUSTOM or not computes_as_hub(config)
     for kind in () if custom else sorted(FAMILIES, key=lambda k: k != config.model_type):
         family = FAMILIES[kind]
         raw = {family.names.get(name, name): own[name] for name in _hub_knobs(kind)}
@@ -2299,6 +2333,8 @@ def config_to_hub(config: ModelConfig, heads: tuple = ("lm",), custom: bool = Fa
         except UserError:
             same = False
         if same and all(own[name] for name in family.needs):
+            if heads != ("score",) and config.num_labels == 1:
+                del raw["num_labels"]
             head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM" if config.causal else "ForMaskedLM"
             return {"architectures": [family.prefix + ("ForSequenceClassification" if heads == ("score",) else head)], **raw}
     return {"architectures": ["CustomForSequenceClassification" if heads == ("score",) else "Custom"], **own,
@@ -3588,8 +3624,8 @@ ModelSection = dataclasses.make_dataclass("ModelSection", [
     ("dtype", str, knob("auto", "compute dtype: float32, bfloat16 or float16; auto picks a dtype that is fast on the device; "
                                 "training keeps float32 master weights", ("auto", *DTYPES), often=True)),
     ("attn_implementation", str,
-     knob("auto", "attention kernel: eager, sdpa, flash_attention_2 or xformers; auto picks the fastest available",
-          tuple(ATTENTION), often=True)),
+     knob("auto", "attention kernel: eager, sdpa, flash_attention_2, varlen or xformers; auto picks the fastest available",
+          KERNELS, often=True)),
     ("device", str, knob("auto", "cpu, cuda, cuda:1 or mps; auto picks the best available", often=True)),
     ("quantization", str,
      knob("none", "quantize frozen weights, for QLoRA (nf4 with lora.r) and inference (int8, int4)", QUANTIZATIONS,

@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -67,16 +68,14 @@ class Form(NamedTuple):
 
 FORMS = {"int8": Form(8), "int8_dynamic": Form(8, dynamic=True), "smoothquant": Form(8, dynamic=True), "int4": Form(4, 32),
          "gptq": Form(4, 32), "awq": Form(4, 32), "fp8": Form(FP8, dynamic=True)}
-CALIBRATED = ("gptq", "awq", "smoothquant")
-NEAREST = tuple(method for method in FORMS if method not in CALIBRATED)  # each weight is rounded to the nearest level
 BITSANDBYTES = ("nf4", "llm_int8")
-METHODS = (*MODEL.AUTOCAST, *FORMS, *BITSANDBYTES)
+METHODS = ChainMap(dict.fromkeys(BITSANDBYTES), FORMS, dict.fromkeys(("none", *MODEL.AUTOCAST)))  # with what forks add to FORMS
 
 
 @dataclass
 class QuantizationSection:
     method: str = knob("int8", "quantization method, such as int8, int8_dynamic (activations as well), int4, gptq, awq or fp8",
-                       ("none", *METHODS), often=True)
+                       METHODS, often=True)
     group_size: int = knob(0, "weights per scale for int4, gptq, awq and nf4; smaller groups are more accurate but use more "
                            "memory; default 32, for nf4 64", low=0)
     exclude: list[str] = knob([], "regular expressions of layers to keep as they are")
@@ -328,6 +327,12 @@ def scaled_pairs(layer: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Linear]]
             yield mlp.up_proj, [mlp.down_proj]
 
 
+# Methods that use the inputs of each layer over the calibration text; all others round each weight to the nearest level.
+ROUNDINGS = {"gptq": gptq, "awq": round_weighted}  # method -> rounding(weight, products, form) -> levels, scale
+FACTORS = {"awq": awq_factors, "smoothquant": smooth_factors}  # method -> factors(weights, inputs, form), which are folded
+CALIBRATED = ChainMap(FACTORS, ROUNDINGS)
+
+
 class Stop(Exception):
     pass
 
@@ -480,15 +485,14 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
             convert(layer.parameters(), dtype)
         modules = set(layer.modules())
         names = {module: name for name, (module, part) in places.items() if module in modules and part == "weight"}
-        if method in ("awq", "smoothquant"):
-            inputs, factors_of = observe(names), awq_factors if method == "awq" else smooth_factors
+        if method in FACTORS:
+            inputs = observe(names)
             for before, after in scaled_pairs(layer):
                 if all(linear in names for linear in after):
-                    fold(before, after, factors_of([linear.weight for linear in after], inputs[after[0]], form))
-        inputs = observe(names) if method in ("gptq", "awq") else {}
+                    fold(before, after, FACTORS[method]([linear.weight for linear in after], inputs[after[0]], form))
+        inputs = observe(names) if method in ROUNDINGS else {}
         for linear in [*inputs]:
-            rounding = gptq if method == "gptq" else round_weighted
-            round_one(names[linear], partial(rounding, products=inputs.pop(linear).products))
+            round_one(names[linear], partial(ROUNDINGS[method], products=inputs.pop(linear).products))
         for name in [name for name, (module, _) in places.items() if module in modules]:
             round_one(name)
         convert(layer.parameters(), dtype)
@@ -707,11 +711,11 @@ class Restored(nn.Module):
 
 
 def check_method(model: MODEL.LanguageModel, method: str) -> None:
-    if method not in ("none", *METHODS):
+    if method not in METHODS:
         raise UserError(f"quantization.method: '{method}' is not one of {', '.join(METHODS)}")
     if model.quantization != "none":
         raise UserError(f"quantization.method: the model is quantized already ({model.quantization}); name the original")
-    if method in ("awq", "smoothquant") and isinstance(model, MODEL.ForeignModel):
+    if method in FACTORS and isinstance(model, MODEL.ForeignModel):
         raise UserError(f"quantization.method: {method} is not for a {model.config.model_type}, which transformers runs; use "
                         "gptq, int4 or int8")
 
@@ -1485,7 +1489,7 @@ def export_onnx(model, tokenizer, target: Path, section: QuantizationSection) ->
     with quiet():
         large = write_onnx(onnx_graph(model, section.method != "none"), path, section)
     check_onnx(path, model, section.method == "none")
-    TOKENIZER.save(tokenizer, target)
+    TOKENIZER.save(tokenizer, target, model.config.max_position_embeddings)
     raw = MODEL.config_to_hub(config)
     special = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
     browser = {"dtype": dtype, "use_external_data_format": {name: int(large)}}
@@ -1544,7 +1548,7 @@ def export_openvino(model, tokenizer, target: Path, section: QuantizationSection
         raise UserError("--to openvino: optimum-cli is not on PATH; pip install optimum-intel openvino openvino-tokenizers nncf")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         MODEL.save(model, folder)
-        TOKENIZER.save(tokenizer, folder)
+        TOKENIZER.save(tokenizer, folder, model.config.max_position_embeddings)
         run_program([command, "export", "openvino", "--model", folder, "--task", "text-generation-with-past", "--weight-format",
                      OPENVINO_FORMATS[section.method], *(groups if section.method == "int4" else ()), target], "--to openvino")
 
@@ -1836,7 +1840,8 @@ def quantized(config, method: str, dtype: torch.dtype) -> tuple[MODEL.LanguageMo
     """The model after a method, in `dtype` where it is not quantized, and its tokenizer."""
     section, folder = config.quantization, MODEL.resolve_folder(MODEL.base_and_adapter(config.model.name)[0])
     # The nearest levels of weights that were narrowed to 16 bits may be others.
-    precise = method in NEAREST and MODEL.stored_dtype(MODEL.read_json(folder / "config.json")) == "float32"
+    nearest_levels = method in FORMS and method not in CALIBRATED
+    precise = nearest_levels and MODEL.stored_dtype(MODEL.read_json(folder / "config.json")) == "float32"
     model, tokenizer = opened(config, dtype="float32" if precise else None)
     calibration = calibration_of(config, tokenizer, method, model.config.max_position_embeddings)
     quantize(model, method, section.group_size, calibration, section.exclude, section.lm_head, dtype if precise else None)
@@ -1882,12 +1887,12 @@ def shrink(config, out: Path) -> Comparison:
     with room_for(out):
         if foreign:
             quantize(model, *settings)
-            TOKENIZER.save(tokenizer, out)
+            TOKENIZER.save(tokenizer, out, model.config.max_position_embeddings)
             MODEL.save(model, out)
         else:
             with MODEL.saving(model, out) as write:
                 quantize(model, *settings, dtype, write)
-                TOKENIZER.save(tokenizer, out)
+                TOKENIZER.save(tokenizer, out, model.config.max_position_embeddings)
     say(f"saved to {out}")
     comparison.add("none", opened(config, dtype=stored if flat else None)[0])
     comparison.add(section.method, model if foreign else MODEL.load(out, dtype, device))

@@ -58,7 +58,7 @@ ON_POLICY = ("ppo", "grpo", "rloo")
 CHOSEN_TOO = ("dpo", "orpo", "simpo")  # losses of pairs to which the likelihood of the chosen completion is added
 BETA = {"dpo": 0.1, "ipo": 0.5, "sigmoid_norm": 5.0, "kto": 0.1, "orpo": 0.1, "simpo": 2.0,
         "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}  # of a loss_type, or of a method
-LOSS_TYPES = {"dpo": ("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"), "grpo": ("dapo", "grpo", "dr_grpo", "cispo")}
+LOSS_TYPES: dict[str, tuple | dict] = {"grpo": ("dapo", "grpo", "dr_grpo", "cispo")}  # dpo's: DPO_LOSSES
 SHIPPED_QUESTIONS = "data/chat_test.jsonl"
 
 
@@ -144,7 +144,7 @@ class RLSection:
         """Replace null and auto by the defaults of the method."""
         sequences = self.importance_sampling_level == "sequence"
         if self.loss_type == "auto":
-            self.loss_type = "grpo" if sequences else LOSS_TYPES.get(self.method, ("auto",))[0]
+            self.loss_type = "grpo" if sequences else next(iter(LOSS_TYPES.get(self.method, ("auto",))))
         defaults = {"beta": BETA.get(self.loss_type, BETA.get(self.method)),
                     "rpo_alpha": 1.0 if self.method in CHOSEN_TOO else None,
                     "num_generations": {"ppo": 1, "grpo": 8, "rloo": 8}.get(self.method),
@@ -203,15 +203,29 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, referen
 
     logp -1 and -3, reference -2 and -2, beta 0.1: -log sigmoid(0.1 * (1 - -1)) = 0.598
     """
-    ahead = (chosen - reference_chosen) - (rejected - reference_rejected)  # (B,)
-    right, wrong = -F.logsigmoid(beta * ahead), -F.logsigmoid(-beta * ahead)
-    if loss_type == "hinge":
-        return torch.relu(1 - beta * ahead)
-    if loss_type == "ipo":
-        return (ahead - 1 / (2 * beta)) ** 2
-    if loss_type == "robust":
-        return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
-    return (1 - label_smoothing) * right + label_smoothing * wrong
+    return DPO_LOSSES[loss_type](chosen - reference_chosen, rejected - reference_rejected, beta, label_smoothing)
+
+
+def sigmoid_loss(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
+    ahead = beta * (chosen - rejected)
+    return -(1 - smoothing) * F.logsigmoid(ahead) - smoothing * F.logsigmoid(-ahead)
+
+
+def robust_loss(chosen: Tensor, rejected: Tensor, beta: float, smoothing: float) -> Tensor:
+    ahead = beta * (chosen - rejected)
+    return (smoothing * F.logsigmoid(-ahead) - (1 - smoothing) * F.logsigmoid(ahead)) / (1 - 2 * smoothing)
+
+
+# loss_type -> function of log(policy / reference) (B,) of the chosen and the rejected completion, beta and label_smoothing.
+DPO_LOSSES: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
+    "sigmoid": sigmoid_loss,
+    "hinge": lambda chosen, rejected, beta, _: torch.relu(1 - beta * (chosen - rejected)),
+    "ipo": lambda chosen, rejected, beta, _: (chosen - rejected - 1 / (2 * beta)) ** 2,
+    "robust": robust_loss,
+    "sigmoid_norm": sigmoid_loss,
+}
+PER_TOKEN = {"ipo", "sigmoid_norm"}  # loss types that are computed from log-probabilities per token
+LOSS_TYPES["dpo"] = DPO_LOSSES
 
 
 def kto_loss(gains: Tensor, desirable: Tensor, baseline: Tensor, beta: float = 0.1, desirable_weight: float = 1.0,
@@ -289,7 +303,7 @@ def preference_loss(settings: RLSection) -> Callable:
         if method == "orpo":
             return beta * orpo_loss(*means.unbind(1)), beta * means
         policy, reference = sums, batch["reference"]
-        if settings.loss_type in ("ipo", "sigmoid_norm"):
+        if settings.loss_type in PER_TOKEN:
             policy, reference = means, reference / tokens.clamp(min=1)
         losses = dpo_loss(*policy.unbind(1), *reference.unbind(1), beta, settings.loss_type, settings.label_smoothing)
         return losses, beta * (policy - reference)

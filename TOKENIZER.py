@@ -18,6 +18,7 @@ import glob
 import gzip
 import hashlib
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -44,7 +45,7 @@ from MODEL import ModelSection, UserError, check, first_line, knob, load_config,
 
 # ---------------------------------------------------------------------------------------------------- settings
 
-KINDS = ("bpe", "char", "byte")
+KINDS: dict[str, Callable] = {}  # tokenizer.kind -> the function that trains it, filled below
 
 
 @dataclass
@@ -97,45 +98,90 @@ WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
          r"|\s+(?!\S)|\s+")
 
 
-def train(texts: Iterable[str], vocab_size: int = 1024, kind: str = "bpe"):
-    """Train a tokenizer. Encoding with special tokens puts <|endoftext|> in front of a text.
+SPECIAL = [END, PAD, *CHAT_TOKENS, MASK]
 
-    bpe: byte-level byte-pair encoding, which represents any text without unknown tokens (Radford 2019, section 2.2).
-    byte: one token per byte. char: one token per character of the training text. Returns a transformers tokenizer.
+
+def train_bpe(texts: Iterable[str], vocab_size: int):
+    """Byte-level byte-pair encoding, which represents any text without unknown tokens (Radford 2019, section 2.2)."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    check_vocabulary("bpe", vocab_size, len(SPECIAL) + len(alphabet) + 1)
+    raw = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), byte_level])
+    raw.decoder = decoders.ByteLevel()
+    options = dict(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False)
+    raw.train_from_iterator(texts, trainers.BpeTrainer(initial_alphabet=alphabet, **options))
+    return raw
+
+
+def train_char(texts: Iterable[str], vocab_size: int):
+    """One token per character of the training text, the most frequent ones first if there are too many."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    special = [*SPECIAL, UNKNOWN]
+    check_vocabulary("char", vocab_size, len(special) + 1)
+    counts = Counter(itertools.chain.from_iterable(texts))
+    pieces = [*special, *sorted(c for c, _ in counts.most_common(vocab_size - len(special)))]
+    raw = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=UNKNOWN))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    raw.decoder = decoders.Fuse()
+    return raw
+
+
+def train_byte(texts: Iterable[str], vocab_size: int):
+    """One token per byte. Neither the texts nor `vocab_size` have an effect."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate([*SPECIAL, *alphabet])}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    return raw
+
+
+def check_vocabulary(kind: str, vocab_size: int, smallest: int) -> None:
+    if vocab_size < smallest:
+        raise UserError(f"tokenizer.vocab_size: {vocab_size} is too small; {kind} needs at least {smallest}")
+
+
+KINDS.update(bpe=train_bpe, char=train_char, byte=train_byte)
+
+
+def train(texts: Iterable[str], vocab_size: int = 1024, kind: str = "bpe"):
+    """Train a tokenizer with a function of KINDS; returns a transformers tokenizer.
+
+    Such a function returns a tokenizers.Tokenizer with its pre-tokenizer and its decoder. The special tokens, and the
+    <|endoftext|> in front of a text that is encoded with special tokens, are added here.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
     if kind not in KINDS:
         raise UserError(f"tokenizer.kind: '{kind}' is not one of {', '.join(KINDS)}; load others with --tokenizer.name")
-    special = [END, PAD, *CHAT_TOKENS, MASK] + ([UNKNOWN] if kind == "char" else [])
-    smallest = len(special) + {"bpe": 257, "byte": 256, "char": 1}[kind]
-    if kind == "byte":
-        vocab_size = smallest
-    elif vocab_size < smallest:
-        raise UserError(f"tokenizer.vocab_size: {vocab_size} is too small; {kind} needs at least {smallest}")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    if kind == "bpe":
-        raw = Tokenizer(models.BPE())
-        raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), byte_level])
-        options = dict(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-        raw.train_from_iterator(texts, trainers.BpeTrainer(initial_alphabet=alphabet, **options))
-    elif kind == "byte":
-        raw = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate([*special, *alphabet])}, merges=[]))
-        raw.pre_tokenizer = byte_level
-    else:
-        counts = Counter(itertools.chain.from_iterable(texts))
-        pieces = [*special, *sorted(c for c, _ in counts.most_common(vocab_size - len(special)))]
-        raw = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=UNKNOWN))
-        raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    raw.add_special_tokens(special)
-    raw.decoder = decoders.Fuse() if kind == "char" else decoders.ByteLevel()
+    raw = KINDS[kind](texts, vocab_size)
+    unknown = getattr(raw.model, "unk_token", None)
+    raw.add_special_tokens([*SPECIAL, unknown] if unknown else SPECIAL)
     raw.post_processor = processors.TemplateProcessing(single=f"{END} $A", pair=f"{END} $A $B",
                                                        special_tokens=[(END, raw.token_to_id(END))])
-    unknown = {"unk_token": UNKNOWN} if kind == "char" else {}
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=END, eos_token=END, pad_token=PAD, mask_token=MASK, **unknown,
-                                   additional_special_tokens=CHAT_TOKENS, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=END, eos_token=END, pad_token=PAD, mask_token=MASK,
+                                   **({"unk_token": unknown} if unknown else {}), additional_special_tokens=CHAT_TOKENS,
+                                   clean_up_tokenization_spaces=False)
+
+
+def code_of(function: Callable, seen: tuple = ()) -> str:
+    """The source of a function, followed by the constants that it names and by the functions of its file that it calls."""
+    try:
+        parts = [inspect.getsource(function)]
+    except OSError:  # typed into an interpreter
+        parts = [function.__code__.co_code.hex(), repr(function.__code__.co_consts)]
+    for name, value in sorted(inspect.getclosurevars(function).globals.items()):
+        if isinstance(value, (str, int, float, list, tuple)):
+            parts.append(f"{name} = {value!r}")
+        elif inspect.isfunction(value) and value.__module__ == function.__module__ and value not in seen:
+            parts.append(code_of(value, (*seen, function)))
+    return "\n".join(parts)
 
 
 # ---------------------------------------------------------------------------------------------------- encoding
@@ -1306,16 +1352,24 @@ def load(name: str | Path):
 
 
 def plain_settings(tokenizer) -> None:
-    """Disable padding and truncation, which tokenizer.json contains if they were enabled when it was saved."""
+    """Disable padding and truncation, which tokenizer.json contains if they were enabled when it was saved. Disable the warning about
+    long texts as well: the programs report texts that exceed a model's context."""
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # no warning
 
 
-def save(tokenizer, folder: str | Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and, if there is a chat template, chat_template.jinja."""
+def save(tokenizer, folder: str | Path, context: int | None = None) -> None:
+    """Write tokenizer.json, tokenizer_config.json and, if there is a chat template, chat_template.jinja. `context`: context
+    length of the model in tokens."""
     plain_settings(tokenizer)
     with MODEL.staged(folder) as scratch:
         tokenizer.save_pretrained(scratch)
+        path = scratch / "tokenizer_config.json"
+        facts = {key: value for key, value in read_json(path).items() if key not in ("is_local", "local_files_only")}
+        length = context or facts.pop("model_max_length", None) or math.inf
+        facts |= {"model_max_length": length} if length < 1e29 else {}  # transformers writes 1e30 for an unknown length
+        path.write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def of_model(name: str, adapter: str | None = None, named: str | None = None):
@@ -1394,7 +1448,8 @@ def choose(section: TokenizerSection, data: DataSection, model: str | None = Non
         if not path.exists():
             raise UserError(f"{data.train[0]}: token ids without their tokenizer; name it with --tokenizer.name")
         return load(path)
-    recipe = {"kind": section.kind, "vocab_size": section.vocab_size, "data": data_recipe(data)}
+    code = hashlib.blake2b((code_of(KINDS[section.kind]) + code_of(train)).encode(), digest_size=16).hexdigest()
+    recipe = {"kind": section.kind, "code": code, "vocab_size": section.vocab_size, "data": data_recipe(data)}
     stamp = folder / "trained_on.json"
     if not MODEL.damage(folder) and read_json(stamp) == recipe:
         return load(folder)
@@ -1403,7 +1458,7 @@ def choose(section: TokenizerSection, data: DataSection, model: str | None = Non
     if len(tokenizer) < 2 or tokenizer.backend_tokenizer.get_vocab_size() < 2:
         raise UserError("data.train: no text to train a tokenizer on")
     with MODEL.staged(folder) as scratch:
-        tokenizer.save_pretrained(scratch)
+        save(tokenizer, scratch)
         (scratch / stamp.name).write_text(json.dumps(recipe, indent=1))
         MODEL.write_checksums(scratch, scratch.iterdir())
     return tokenizer
@@ -1824,6 +1879,16 @@ HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 Record = tuple[str, dict]  # file:line, record
 
 
+def from_dolly(record: dict) -> dict:
+    """instruction, context, response -> instruction, input, output"""
+    names = {"context": "input", "response": "output"}
+    return {key if names.get(key, key) in record else names[key]: value for key, value in record.items()}
+
+
+# Layouts with other keys: the keys that a record needs -> a function that returns the record in one of LAYOUTS.
+CONVERTERS: dict[tuple, Callable[[dict], dict]] = {("instruction", "response"): from_dolly}
+
+
 class Unusable(Exception):
     """The reason why a record cannot be trained on; the record is left out and counted."""
 
@@ -1859,6 +1924,8 @@ class Form(NamedTuple):
     def read(self, path: Path, left: LeftOut) -> Iterator[tuple[str, dict]]:
         for where, record in read_records(path):
             record = self.renamed(record, where)
+            for keys, convert in CONVERTERS.items():
+                record = convert(record) if all(is_given(record, key) for key in keys) else record
             if self.keys:
                 left.unused |= {str(key) for key in record if key not in self.keys}
             try:

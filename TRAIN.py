@@ -1398,6 +1398,8 @@ def prepare_model(config, tokenizer, head: str | tuple = "lm", labels: list | No
     device = section.device if packed else "cpu"  # weights are quantized on the device that uses them
     model, _ = TOKENIZER.open_model(replace(section, dtype="float32", device=device), tokenizer, head=head, labels=labels,
                                     seed=config.training.seed, grow=grow)
+    if section.name and not adapter and isinstance(model, MODEL.Transformer):
+        MODEL.say_portability(model.config)
     if model.quantization != "none" and not adapter:
         raise UserError(f"model.name: the weights in {section.name} are quantized ({model.quantization}) and cannot be trained; "
                         "train the original model, or an adapter: --lora.r 16 (SFT.py, RL.py)")
@@ -1455,7 +1457,7 @@ def save_product(config_text: str, tokenizer, model, folder: Path) -> None:
     """Save a model, its tokenizer and the settings of the run."""
     MODEL.save(model, folder)
     if MODEL.process_rank() == 0:
-        TOKENIZER.save(tokenizer, folder)
+        TOKENIZER.save(tokenizer, folder, model.config.max_position_embeddings)
         MODEL.write_text(Path(folder) / "config.yaml", config_text)
 
 

@@ -83,7 +83,7 @@ def table(lengths: list[int], dtype: str, out: Path) -> None:
 
     print(machine("cuda" if torch.cuda.is_available() else "cpu"))
     rows = []
-    for name in MODEL.KERNELS:
+    for name in (name for name in MODEL.KERNELS if name != "auto"):
         if reason := MODEL.why_not(name):
             print(f"{name}: not measured, {reason}")
             continue

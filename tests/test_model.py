@@ -22,10 +22,12 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_rope_utils
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 import INFER
 import MODEL
+import TOKENIZER
 from MODEL import ModelConfig, UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -254,6 +256,70 @@ def test_a_mixed_architecture_is_saved_as_a_family_that_computes_it(mixture, tmp
         hf, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
         close(hf.eval()(ids).logits, expected, 1e-4)
+
+
+def test_formulas_of_activations_and_norms_are_those_of_transformers():
+    numbers = torch.linspace(-6, 6, 97)
+    for name, formula in MODEL.HUB_ACTIVATIONS.items():
+        close(torch.tensor([formula(x) for x in numbers.tolist()]), ACT2FN[name](numbers), 1e-6)
+    norms = {"rmsnorm": LlamaRMSNorm(97, 0.3), "layernorm": torch.nn.LayerNorm(97, 0.3)}
+    for name, formula in MODEL.HUB_NORMS.items():
+        close(formula(numbers, 0.3), norms[name](numbers), 1e-6)
+
+
+def snake(hidden):
+    return hidden + hidden.sin() ** 2
+
+
+@pytest.mark.parametrize(("table", "name", "function", "kind"), [
+    ("ACTIVATIONS", "silu", torch.nn.functional.silu, "llama"), ("ACTIVATIONS", "silu", snake, "custom"), ("ACTIVATIONS", "snake", snake, "custom"),
+    ("ACTIVATIONS", "relu2", lambda hidden: hidden.relu() ** 2, "llama"), ("NORMS", "rmsnorm", MODEL.LayerNorm, "custom")])
+def test_a_replaced_function_is_not_written_as_a_family_that_computes_another(table, name, function, kind, tmp_path, monkeypatch, capsys):
+    """A fork replaces a function or adds one: either transformers computes the same, or the folder says that it does not."""
+    monkeypatch.setitem(getattr(MODEL, table), name, function)
+    model = tiny(**({"hidden_act": name} if table == "ACTIVATIONS" else {}))
+    MODEL.say_portability(model.config)
+    assert ("matches no Hugging Face class" in capsys.readouterr().err) == (kind == "custom")
+    MODEL.save(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == kind
+    ids = ids_of(1, 16)
+    again = MODEL.load(tmp_path)
+    with torch.no_grad():
+        close(again(ids).logits, model(ids).logits, 1e-6)
+        if kind != "custom":
+            close(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits, 1e-4)
+    MODEL.save(again, tmp_path)  # which also keeps model_type custom
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == kind
+
+
+def test_model_type_custom_is_kept(tmp_path):
+    """The way for a fork to say that it has changed the network itself."""
+    MODEL.save(tiny(model_type="custom"), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "custom"
+    assert MODEL.load(tmp_path).config.model_type == "custom"
+
+
+@pytest.mark.parametrize("head", ["lm", "score"])
+def test_a_folder_has_only_the_keys_that_its_class_uses(head, tmp_path):
+    tokenizer = TOKENIZER.train(["one two three"] * 9, 300)
+    model = MODEL.build(ModelConfig(**dict(SIZES, vocab_size=300), labels=["a", "b", "c"] if head == "score" else None), head, seed=1).eval()
+    MODEL.save(model, tmp_path)
+    for _ in range(2):  # as trained, and as loaded
+        TOKENIZER.save(tokenizer, tmp_path, model.config.max_position_embeddings)
+        facts = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        assert facts["model_max_length"] == 64 and not {"is_local", "local_files_only"} & set(facts)
+        tokenizer = TOKENIZER.load(tmp_path)
+    assert ("num_labels" in json.loads((tmp_path / "config.json").read_text())) == (head == "score")
+    auto = transformers.AutoModelForSequenceClassification if head == "score" else transformers.AutoModelForCausalLM
+    theirs, reader = auto.from_pretrained(tmp_path).eval(), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert reader.model_max_length == 64 and (head == "lm" or theirs.config.num_labels == 3)
+    ids = torch.tensor([reader("one two").input_ids])
+    assert ids.tolist() == [tokenizer("one two").input_ids]
+    with torch.no_grad():
+        out = model(ids, want=("scores",) if head == "score" else ())
+        close(theirs(ids).logits, out.logits if head == "lm" else out.scores[:, -1], 1e-4)
+    TOKENIZER.save(TOKENIZER.train(["one"], 300), tmp_path / "alone")
+    assert "model_max_length" not in json.loads((tmp_path / "alone" / "tokenizer_config.json").read_text())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama-gqa"])

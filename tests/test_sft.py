@@ -69,6 +69,19 @@ def test_every_layout_becomes_messages(name):
     assert SFT.conversation(record, "here", CHAT)["messages"] == expected
 
 
+def test_other_layouts_are_converted_and_are_no_unused_keys(tmp_path, monkeypatch):
+    """Dolly's records, and a layout that a fork adds as one entry."""
+    monkeypatch.setitem(TOKENIZER.CONVERTERS, ("ask", "reply"), lambda record: {"prompt": record["ask"]["text"], "completion": record["reply"]})
+    records = [{"instruction": "What is red?", "context": "", "response": "The fox.", "weight": 2},
+               {"instruction": "What is red?", "context": "Look.", "response": "The fox."}, {"ask": {"text": "What is red?"}, "reply": "The fox."},
+               {"instruction": "What is red?", "output": "The fox.", "response": "Nothing."}]
+    left = TOKENIZER.LeftOut()
+    found = [record for _, record in CHAT._replace(keys=SFT.KEYS).read(write(tmp_path / "a.jsonl", records), left)]
+    assert [record["messages"][1:] for record in found] == [TURNS[1:]] * 4 and found[0]["weight"] == 2
+    assert [record["messages"][0]["content"] for record in found] == ["What is red?", "What is red?\n\nLook.", "What is red?", "What is red?"]
+    assert left.unused == {"response"}  # of the last record
+
+
 def test_history_and_table_cells_become_messages():
     pairs = {"instruction": "And blue?", "output": "The sky.", "history": [["What is red?", "The fox."]]}
     expected = SFT.conversation(pairs, "here", CHAT)

@@ -16,6 +16,7 @@ from conftest import ROOT, make_text
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import MODEL
 import TOKENIZER
 from bench import templates
 from MODEL import UserError
@@ -1294,6 +1295,47 @@ def test_choose_trains_once_and_again_when_asked_for_something_else(trainings, t
     os.utime(text_file, ns=(1, 1))
     TOKENIZER.choose(TOKENIZER.TokenizerSection(kind="char"), data)
     assert len(trainings) == 4
+
+
+def train_letters(texts, vocab_size):
+    """A kind that a fork adds: the first letters of the alphabet, as many as LETTERS."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    raw = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate("abcdefghij"[:letters()])}, unk_token="a"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return raw
+
+
+LETTERS = 4
+
+
+def letters():
+    return LETTERS
+
+
+def test_a_kind_is_one_entry_of_the_table_and_is_trained_again_when_its_code_changes(trainings, text_file, tmp_path, monkeypatch):
+    data = section(text_file, dir=str(tmp_path / "d"))
+    with pytest.raises(UserError, match="tokenizer.kind: 'letters' is not one of bpe, char, byte"):
+        MODEL.check(TOKENIZER.TokenizerSection(kind="letters"), "tokenizer")
+    monkeypatch.setitem(TOKENIZER.KINDS, "letters", train_letters)
+    wanted = TOKENIZER.TokenizerSection(kind="letters")
+    MODEL.check(wanted, "tokenizer")
+    for _ in range(2):
+        tokenizer = TOKENIZER.choose(wanted, data)
+    assert trainings == [(1024, "letters")] and len(tokenizer) == 4 + 5
+    assert tokenizer("dad", add_special_tokens=False).input_ids == [3, 0, 3] and tokenizer.unk_token == "a"
+    for name, value in (("LETTERS", 5), ("letters", lambda: 6)):  # a constant, and a function, that the training names
+        monkeypatch.setitem(globals(), name, value)
+        size = len(TOKENIZER.choose(wanted, data))
+        assert size == len(TOKENIZER.choose(wanted, data)) == {"LETTERS": 5, "letters": 6}[name] + 5
+    monkeypatch.setitem(TOKENIZER.KINDS, "letters", lambda texts, vocab_size: train_letters(texts, vocab_size))
+    TOKENIZER.choose(wanted, data)
+    monkeypatch.setattr(TOKENIZER, "WORDS", r"\p{L}+|\P{L}+")
+    TOKENIZER.choose(TOKENIZER.TokenizerSection(vocab_size=300), data)
+    assert len(trainings) == 5
+    monkeypatch.setattr(TOKENIZER, "WORDS", r"\p{L}+|\P{L}")
+    TOKENIZER.choose(TOKENIZER.TokenizerSection(vocab_size=300), data)
+    assert len(trainings) == 6
 
 
 def test_choose_takes_a_named_tokenizer(trainings, text_file, tmp_path, tokenizer):
