@@ -61,20 +61,20 @@ class Sampling:
     min_p: float = knob(0.0, "minimum probability of a token relative to the most probable one", low=0, high=1, often=True)
     repetition_penalty: float = knob(1.0, "above 1, tokens of the prompt and completion become less likely (Keskar 2019)",
                                      low=0.01, high=100, often=True)
-    presence_penalty: float = knob(0.0, "subtracted once from the logits of generated tokens", often=True)
-    frequency_penalty: float = knob(0.0, "subtracted from a token's logit for each time it was generated", often=True)
+    presence_penalty: float = knob(0.0, "penalty subtracted from the logits of tokens that were generated before", often=True)
+    frequency_penalty: float = knob(0.0, "penalty subtracted from a token's logit for each time it was generated", often=True)
     stop: list[str] | str | None = knob(None, "stop strings; not included in the completion", often=True)
     seed: int | None = knob(None, "random seed; the completion does not depend on the rest of the batch", low=-(10**30),
                             high=10**30, often=True)
     logit_bias: dict | None = knob(None, "biases added to the logits: {token id: bias}")
     min_tokens: int = knob(0, "minimum number of generated tokens before an end-of-text token", low=0)
     structured_outputs: dict | None = knob(
-        None, "restrict the completion: {json: SCHEMA}, {json_object: true}, {regex: TEXT}, {choice: [TEXT]} or {grammar: LARK}")
+        None, "constrain the completion; {json: SCHEMA}, {json_object: true}, {regex: TEXT}, {choice: [TEXT]} or {grammar: LARK}")
     logprobs: bool = knob(False, "return the log-probability of each token", often=True)
     top_logprobs: int = knob(0, "return the log-probabilities of the k most probable tokens at each position",
                             low=0, only="logprobs")
     n: int = knob(1, "completions per prompt", low=1, often=True)
-    num_beams: int = knob(1, "beam search with this many beams; the completion with the highest mean log-probability", low=1)
+    num_beams: int = knob(1, "number of beams; above 1, beam search for the highest mean log-probability per token", low=1)
     ignore_eos: bool = knob(False, "continue after the end-of-text token")
 
     def __post_init__(self):
@@ -85,22 +85,22 @@ class Sampling:
             given = {kind: value for kind, value in self.structured_outputs.items() if value not in (None, False)}
             if len(given) != 1 or not all(isinstance(value, kinds.get(kind, ())) for kind, value in given.items()) \
                     or not all(isinstance(text, str) for text in given.get("choice", [""]) or [None]):
-                raise UserError("inference.structured_outputs: {json: SCHEMA}, {json_object: true}, {regex: TEXT}, "
-                                f"{{choice: [TEXT, ...]}} or {{grammar: LARK}} is expected, not {self.structured_outputs}")
+                raise UserError("inference.structured_outputs: expected {json: SCHEMA}, {json_object: true}, {regex: TEXT}, "
+                                f"{{choice: [TEXT, ...]}} or {{grammar: LARK}}, got {self.structured_outputs}")
             self.structured_outputs = given
         if self.num_beams > 1 and (self.penalizes or self.logit_bias or self.min_tokens or self.logprobs or
                                    self.structured_outputs):
-            raise UserError("inference.num_beams: beam search takes no penalties, biases, min_tokens, structured_outputs or "
-                            "logprobs")
+            raise UserError("inference.num_beams: beam search does not support penalties, logit_bias, min_tokens, "
+                            "structured_outputs and logprobs; leave them out")
         if self.n > self.num_beams > 1:
-            raise UserError(f"inference.n: {self.n} completions of {self.num_beams} beams; raise num_beams")
+            raise UserError(f"inference.n: {self.n} completions need at least {self.n} beams; num_beams is {self.num_beams}")
         if self.logit_bias is not None:
             try:
                 if not all(re.fullmatch("[0-9]+", str(token)) for token in self.logit_bias):
                     raise ValueError
                 self.logit_bias = {int(token): float(bias) for token, bias in self.logit_bias.items()}
             except (AttributeError, TypeError, ValueError):
-                raise UserError("inference.logit_bias: token ids with a number each are expected") from None
+                raise UserError(f"inference.logit_bias: expected {{token id: number}}, got {self.logit_bias}") from None
             for bias in self.logit_bias.values():
                 if not -100 <= bias <= 100:
                     raise UserError(f"inference.logit_bias: {bias} is not between -100 and 100")
@@ -112,33 +112,33 @@ class Sampling:
 
 @dataclass
 class InferenceSection(Sampling):
-    use_cache: bool = knob(True, "KV cache; false recomputes past tokens at each step, which is much slower", often=True)
+    use_cache: bool = knob(True, "use a KV cache; false recomputes past tokens at each step, which is much slower", often=True)
     batch_size: int = knob(32, "maximum number of sequences per batch", low=1, often=True)
     chat: str = knob("auto", "apply the chat template: on, off, or auto (if the tokenizer has one)", ("auto", "on", "off"),
                      often=True)
     system: str | None = knob(None, "system message", often=True)
-    host: str = knob("127.0.0.1", "--serve: address to bind; 0.0.0.0 accepts other machines", often=True)
+    host: str = knob("127.0.0.1", "--serve: address to bind; 0.0.0.0 accepts connections from other machines", often=True)
     port: int = knob(8000, "--serve: port", low=0, high=65535, often=True)
     api_key: str | None = knob(None, "--serve: API key that requests must send")
-    max_queue: int = knob(256, "--serve: maximum running and waiting completions; more get status 429", low=1)
+    max_queue: int = knob(256, "--serve: maximum running and waiting completions; further requests get status 429", low=1)
     max_num_batched_tokens: int | None = knob(
-        None, "--serve: maximum tokens per forward pass; longer prompts are chunked; default 512, on a GPU 4096", low=1)
+        None, "--serve: maximum tokens per forward pass; longer prompts are chunked; null: 512, on a GPU 4096", low=1)
     enable_prefix_caching: bool = knob(True, "--serve: reuse the KV cache of shared prompt prefixes")
     timeout: float = knob(600.0, "--serve: maximum seconds per request", above=0)
     control_tokens: bool = knob(False, "parse control tokens in chat messages; false treats them as text")
     max_body: int = knob(2**22, "--serve: maximum request size in bytes", low=1)
-    response_cache: int = knob(0, "--serve: keep the last N responses to deterministic requests (temperature 0 or a seed)", low=0)
+    response_cache: int = knob(0, "--serve: number of cached responses to deterministic requests; temperature 0 or a seed", low=0)
     lora_modules: list[str] = knob([], "--serve: LoRA adapters as NAME=FOLDER; requests choose one by `model`")
-    prompt_lookup: bool = knob(False, "speculative decoding: guess tokens by looking up repetitions; same completions")
-    draft_model: str | None = knob(None, "speculative decoding: guess tokens with this smaller model; same completions")
-    num_speculative_tokens: int = knob(4, "speculative decoding: maximum number of guessed tokens per step", low=1)
+    prompt_lookup: bool = knob(False, "speculative decoding by n-gram lookup in the preceding tokens; completions do not change")
+    draft_model: str | None = knob(None, "speculative decoding with this smaller model; completions do not change")
+    num_speculative_tokens: int = knob(4, "speculative decoding: maximum number of draft tokens per step", low=1)
     model: dict = knob({"name": "./out"}, "overrides `model` for this stage")
 
     def __post_init__(self):
         super().__post_init__()
         drafts = [key for key in ("prompt_lookup", "draft_model") if getattr(self, key)]
         if len(drafts) == 2:
-            raise UserError("inference.prompt_lookup and inference.draft_model exclude each other; set one")
+            raise UserError("inference.prompt_lookup and inference.draft_model are mutually exclusive; set one")
         if drafts and (not self.use_cache or self.num_beams > 1):
             raise UserError(f"inference.{drafts[0]}: has no effect " +
                             ("with num_beams" if self.use_cache else "with use_cache false") + "; leave it out")
@@ -151,8 +151,8 @@ REQUEST_KEYS = (*SAMPLING_KEYS, "max_tokens", "max_completion_tokens", "prompt",
 
 
 class Completion(NamedTuple):
-    """One answer: its ids (the end-of-text id included), log-probabilities of logits / temperature before penalties and
-    truncation (None unless asked for), "stop" or "length", its text where a tokenizer was given, and the `top_logprobs`."""
+    """One completion: its token ids (including the end-of-text token), their log-probabilities under logits / temperature before
+    penalties and truncation (None unless requested), "stop" or "length", its text (with a tokenizer), and the `top_logprobs`."""
 
     ids: list[int]
     logprobs: list[float] | None
@@ -165,7 +165,7 @@ class Completion(NamedTuple):
 
 
 class Sampler:
-    """Sampling for one batch. The settings of its rows become tensors once, as long as the batch stays the same."""
+    """Sampling for one batch of rows. Their settings become tensors once, and are reused while the batch stays the same."""
 
     def __init__(self, rows: list[Row], vocabulary: int, device):
         self.rows, self.device, settings = rows, device, [row.sampling for row in rows]
@@ -194,9 +194,9 @@ class Sampler:
     def __call__(self, logits: Tensor, ahead: int = 0) -> tuple[list[int], list[float] | None, list[dict[int, float]] | None]:
         """Draw one token id per row from logits (B, V) float32 by inverting the cumulative distribution at the row's random
         number for this position, so a completion does not depend on the rest of the batch. Also returns the log-probabilities of
-        the ids and of the most probable ids if any row wants them. `ahead`: the position after the row's next token."""
+        the ids and of the most probable ids if a row requests them. `ahead`: number of draft tokens after the row's last one."""
         if not torch.isfinite(logits.amax(-1)).all():
-            raise UserError("the model's logits are not finite: its weights or its config.json are broken")
+            raise UserError("the model's logits are not finite; its weights or its config.json are damaged")
         plain = logits / self.temperatures
         if self.adjusts:
             logits = self._adjust(logits.clone())
@@ -213,16 +213,16 @@ class Sampler:
         logprobs = best = None
         settings = [row.sampling for row in self.rows]
         if any(s.logprobs for s in settings):
-            every = plain.log_softmax(-1)
-            logprobs = every.gather(1, chosen[:, None]).squeeze(1).tolist()
-            if most := max(s.top_logprobs for s in settings):
-                values, ids = every.topk(min(most, every.shape[1]))
+            all_logprobs = plain.log_softmax(-1)  # (B, V)
+            logprobs = all_logprobs.gather(1, chosen[:, None]).squeeze(1).tolist()
+            if count := max(s.top_logprobs for s in settings):
+                values, ids = all_logprobs.topk(min(count, all_logprobs.shape[1]))
                 best = [dict(zip(row_ids[: s.top_logprobs], row_values, strict=False))
                         for row_ids, row_values, s in zip(ids.tolist(), values.tolist(), settings, strict=True)]
         return chosen.tolist(), logprobs, best
 
     def _adjust(self, logits: Tensor) -> Tensor:
-        """Repetition, presence and frequency penalties, biases, no end before `min_tokens`, and the grammar's mask."""
+        """Apply penalties, biases, `min_tokens` (by masking the end-of-text tokens) and the grammar's mask."""
         for number, i in enumerate(self.penalized):
             new = torch.tensor(self.rows[i].ids[self.counted[number] :], device=self.device, dtype=torch.long)
             self.counts[number] += torch.bincount(new, minlength=logits.shape[1])
@@ -251,7 +251,7 @@ def truncate(probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor)
     ranks = torch.arange(ordered.shape[1], device=probabilities.device)
     kept = ordered * (ranks < top_k)
     kept = kept / kept.sum(-1, keepdim=True)
-    before = kept.cumsum(-1) - kept  # the token that crosses top_p is still in
+    before = kept.cumsum(-1) - kept  # the token that crosses top_p is kept
     inside = (kept > 0) & ((before < top_p) | (top_p == 1) | (ranks == 0)) & (kept >= min_p * kept[:, :1])
     least = ordered.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
     return probabilities * (probabilities >= least)
@@ -270,8 +270,8 @@ def choose_tokens(logits: Tensor, rows: list[Row], last: Sampler | None = None) 
 
 
 class Detokenizer:
-    """Ids -> text, piece by piece. Text is held back while its last character is incomplete, as one character may be
-    several tokens; each piece is decoded with those before it, as some tokenizers drop a first word's space."""
+    """Convert token ids to text incrementally. Text is withheld while its last character is incomplete, as a character may span
+    several tokens. New tokens are decoded with the tokens before them, as some tokenizers drop the space of a first word."""
 
     def __init__(self, tokenizer, prompt: list[int] = ()):
         self.tokenizer = tokenizer
@@ -296,17 +296,17 @@ class Detokenizer:
         return now[len(before) :]
 
 
-def held(text: str, marks: Iterable[str]) -> int:
-    """How many characters at the end of a text may be the beginning of a mark: "Yes. <tool" and ["<tool_call>"] -> 5"""
+def partial_match(text: str, marks: Iterable[str]) -> int:
+    """Number of characters at the end of a text that may be the start of a mark: "Yes. <tool" and ["<tool_call>"] -> 5"""
     return max((k for mark in marks for k in range(1, len(mark)) if text.endswith(mark[:k])), default=0)
 
 
 class Row:
-    """One answer in the making."""
+    """One completion in progress: its prompt, generated tokens and state in the engine."""
 
     def __init__(self, prompt: list[int], sampling: Sampling, key: tuple, tokenizer, eos: list[int], context: int):
         self.prompt, self.sampling, self.eos = prompt, sampling, () if sampling.ignore_eos else tuple(eos)
-        if sampling.stop:  # special tokens, which texts do not show
+        if sampling.stop:  # decoded text omits special tokens, so such a stop string is compared by its id
             special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
             self.eos += tuple(special[stop] for stop in sampling.stop if stop in special)
         self.ids: list[int] = []
@@ -318,8 +318,8 @@ class Row:
         self.grammar = self.adapter = None
         self.detokenizer = Detokenizer(tokenizer, prompt) if tokenizer else None
         self.text = ""
-        self.settled = 0  # characters of the text that are final: no stop text can begin in them
-        self.sequence, self.running, self.draft = MODEL.Sequence(), False, []  # the engine's; `draft`: guesses of the next tokens
+        self.settled = 0  # number of characters of the text that are final: no stop string can start in them
+        self.sequence, self.running, self.draft = MODEL.Sequence(), False, []  # set by the engine; `draft`: guessed next tokens
 
     @property
     def length(self) -> int:
@@ -336,15 +336,15 @@ class Row:
         return self.length + len(self.draft) - self.sequence.length
 
     def text_ids(self, start: int, stop: int) -> list[int]:
-        """Ids of the prompt, the completion and the draft, from position `start` to `stop`."""
+        """Token ids of the prompt, the completion and the draft from position `start` to `stop`."""
         first = len(self.prompt)
         return self.prompt[start:stop] + (self.ids + self.draft)[max(start - first, 0) : max(stop - first, 0)]
 
-    def uniform(self, place: int) -> float:
-        """The random number for token `place` of the completion. It depends on (seed, step, prompt, sample, place) only."""
-        while len(self.uniforms) <= place:
+    def uniform(self, index: int) -> float:
+        """The random number for token `index` of the completion. It depends only on (seed, step, prompt, sample, index)."""
+        while len(self.uniforms) <= index:
             self.uniforms.append(self.random.random())
-        return self.uniforms[place]
+        return self.uniforms[index]
 
     def accept(self, token: int, logprob: float | None, best: dict | None = None) -> None:
         self.ids.append(token)
@@ -363,15 +363,15 @@ class Row:
                 self._extend(self.detokenizer.flush())
             self.settled = len(self.text)
 
-    def _extend(self, piece: str) -> None:
+    def _extend(self, text: str) -> None:
         stops = self.sampling.stop or ()
         searched = max(0, len(self.text) - max(map(len, stops), default=0))
-        self.text += piece
-        places = [place for stop in stops if stop and (place := self.text.find(stop, searched)) >= 0]
-        if places:
-            self.text, self.finish = self.text[: min(places)], "stop"
-        # Hold back an ending that may be the beginning of a stop text.
-        self.settled = max(self.settled, len(self.text) - held(self.text, stops))
+        self.text += text
+        starts = [start for stop in stops if stop and (start := self.text.find(stop, searched)) >= 0]
+        if starts:
+            self.text, self.finish = self.text[: min(starts)], "stop"
+        # Withhold an ending that may be the start of a stop string.
+        self.settled = max(self.settled, len(self.text) - partial_match(self.text, stops))
 
     def completion(self) -> Completion:
         return Completion(self.ids, self.logprobs if self.sampling.logprobs else None, self.finish or "length",
@@ -380,22 +380,22 @@ class Row:
 
 @torch.no_grad()
 def next_logits(model, cache: MODEL.KVCache, parts: list[tuple[MODEL.Sequence, list[int], int]]) -> Tensor:
-    """One forward pass over new tokens: (sequence, its new ids, for how many of the last ones logits are wanted) -> (R, V)."""
+    """Run one forward pass over parts (sequence, new token ids, number of last tokens to return logits for) -> (R, V)."""
     ids, at = [], []
-    for _, new, wanted in parts:
+    for _, new, count in parts:
         ids += new
-        at += range(len(ids) - wanted, len(ids))
+        at += range(len(ids) - count, len(ids))
     step = MODEL.CacheStep(cache, [(sequence, len(new)) for sequence, new, _ in parts], can_record(model))
     tokens = torch.tensor([ids + ids[-1:] * (step.count - len(ids))], device=model.device)
-    places = torch.tensor(at or [0], device=model.device)
+    positions = torch.tensor(at or [0], device=model.device)
     if step.repeatable:
-        return RecordedStep.logits(model, step, tokens)[places]
-    return model(tokens, cache=step, at=places).logits.float()
+        return RecordedStep.logits(model, step, tokens)[positions]
+    return model(tokens, cache=step, at=positions).logits.float()
 
 
-PAGE = 64  # tokens; less memory is wasted by smaller pages, more time by copying them together
-STEP_TOKENS = 2048  # of one forward pass, at most
-STEP_SCORES = 2**22  # queries x keys of a piece of a prompt: beside the cache, memory stays flat however long the prompt
+PAGE = 64  # tokens; smaller pages waste less memory but take longer to gather
+STEP_TOKENS = 2048  # maximum tokens per forward pass on a CPU; four times as many on a GPU
+STEP_SCORES = 2**22  # maximum queries x keys of a prompt chunk, so memory besides the cache does not grow with the prompt
 
 
 class Engine:
@@ -406,8 +406,8 @@ class Engine:
     pages and later prefills its prompt and the tokens generated so far. Rows with the same prompt list prefill it once.
 
     Speculative decoding (Leviathan 2023): `drafter` guesses the next tokens of each completion, and one pass computes the logits
-    after all of them. A guess is accepted if it is the token that sampling chooses at its position anyway, so the completions
-    are the same as without a drafter.
+    after all of them. A draft token is accepted if sampling from these logits chooses the same token, so the completions are the
+    same as without a drafter.
     """
 
     def __init__(self, model, rows: int, pages: int, page: int, tokens: int = 0, reuse: bool = False, drafter=None):
@@ -415,14 +415,14 @@ class Engine:
         self.model, self.rows, self.tokens, self.reuse = model, rows, max(tokens or usual, rows), reuse
         self.cache, self.drafter, self.sampler = model.new_cache(pages, page), drafter, None
         self.waiting: deque[Row] = deque()
-        self.running: list[Row] = []  # in the order of their admission
-        self.computed = 0  # tokens that went through the model
+        self.running: list[Row] = []  # in order of admission
+        self.computed = 0  # number of tokens that the model computed
 
     def add(self, rows: list[Row]) -> None:
         room = self.cache.pages * self.cache.page
         for row in rows:
             if len(row.prompt) >= room:
-                raise UserError(f"a prompt of {len(row.prompt)} tokens leaves no room in a cache of {room}")
+                raise UserError(f"a prompt of {len(row.prompt)} tokens does not fit a KV cache of {room}")
             row.budget = min(row.budget, room - len(row.prompt))
         self.waiting.extend(rows)
 
@@ -434,16 +434,16 @@ class Engine:
         return ready
 
     def schedule(self) -> dict[Row, int]:
-        """How many tokens of each row are computed next."""
+        """Number of tokens of each row that the next forward pass computes."""
         parts: dict[Row, int] = {}
         left = self.tokens
         decoding = [row for row in self.running if row.missing == 1]
         if self.drafter and decoding:
-            most = max(0, min(self.drafter.count, left // len(decoding) - 1))
-            self.drafter({row: min(most, row.budget - len(row.ids) - 1) for row in decoding})
+            limit = max(0, min(self.drafter.count, left // len(decoding) - 1))
+            self.drafter({row: min(limit, row.budget - len(row.ids) - 1) for row in decoding})
         for row in [*decoding, *(row for row in self.running if row.missing > 1 and row not in decoding)]:
-            count = self._piece(row, left)
-            row.draft = row.draft[: max(count - 1, 0)]  # a draft is never split
+            count = self._chunk(row, left)
+            row.draft = row.draft[: max(count - 1, 0)]  # a draft is not split between passes
             while row.running and count and not self.cache.extend(row.sequence, row.sequence.length + count):
                 if row.draft:
                     row.draft, count = [], 1
@@ -458,23 +458,23 @@ class Engine:
             for row in list(self.waiting):
                 if not left or len(self.running) == self.rows:
                     break
-                if (like := first.get((id(row.prompt), row.adapter))) and like.sequence.length < len(row.prompt) - 1:
+                if (source := first.get((id(row.prompt), row.adapter))) and source.sequence.length < len(row.prompt) - 1:
                     continue  # its prompt is being computed
-                if not self._admit(row, like):
+                if not self._admit(row, source):
                     break
                 first.setdefault((id(row.prompt), row.adapter), row)
-                parts[row] = self._piece(row, left)
+                parts[row] = self._chunk(row, left)
                 left -= parts[row]
         return parts
 
-    def _piece(self, row: Row, left: int) -> int:
+    def _chunk(self, row: Row, left: int) -> int:
         start = row.sequence.length
         return min(row.missing, left, max(1, STEP_SCORES // (start + row.missing)) if start else left)
 
-    def _admit(self, row: Row, like: Row | None) -> bool:
-        """Allocate pages for the tokens of a waiting row; cached prefixes are shared."""
-        if like is not None:
-            sequence = self.cache.fork(like.sequence, len(row.prompt) - 1)
+    def _admit(self, row: Row, source: Row | None) -> bool:
+        """Allocate pages for a waiting row, sharing the prompt of `source` or a cached prefix; False if too few are free."""
+        if source is not None:
+            sequence = self.cache.fork(source.sequence, len(row.prompt) - 1)
         else:
             sequence = self.cache.find(row.prompt + row.ids, row.salt) if self.reuse else MODEL.Sequence()
         if sequence is None or not self.cache.extend(sequence, row.length, len(row.prompt) + row.budget):
@@ -504,13 +504,13 @@ class Engine:
     def run(self, parts: dict[Row, int]) -> tuple[list[Row], Tensor]:
         """One forward pass. Returns the rows whose tokens are all computed and the logits (R, V) after the last token of each and
         after each token of its draft."""
-        rows = sorted(parts, key=lambda row: (parts[row], row.sequence.pages[0]))  # equal and adjacent ones are read together
+        rows = sorted(parts, key=lambda row: (parts[row], row.sequence.pages[0]))  # adjacent pages share an attention call
         ready = [row for row in rows if parts[row] == row.missing]
-        wanted = {row: 1 + len(row.draft) for row in ready}
+        counts = {row: 1 + len(row.draft) for row in ready}
         self.computed += sum(parts.values())
         with MODEL.adapters_for(self.model, [(row.adapter, parts[row]) for row in rows]):
             return ready, next_logits(self.model, self.cache, [
-                (row.sequence, row.text_ids(row.sequence.length, row.sequence.length + parts[row]), wanted.get(row, 0))
+                (row.sequence, row.text_ids(row.sequence.length, row.sequence.length + parts[row]), counts.get(row, 0))
                 for row in rows])
 
     def accept(self, rows: list[Row], logits: Tensor) -> None:
@@ -527,20 +527,20 @@ class Engine:
             self.cache.compact([row.sequence for row in self.running])
 
     def _choose(self, rows: list[Row], logits: Tensor) -> None:
-        """Sample the next token of each row, then the token after it while the draft was right."""
+        """Sample the next token of each row, then further tokens as long as they match its draft."""
         drafts = [row for row in rows if row.draft]
-        places = dict(zip(rows, itertools.accumulate((1 + len(row.draft) for row in rows), initial=0), strict=False))
-        self.sampler = choose_tokens(logits[list(places.values())] if drafts else logits, rows, self.sampler)
+        starts = dict(zip(rows, itertools.accumulate((1 + len(row.draft) for row in rows), initial=0), strict=False))
+        self.sampler = choose_tokens(logits[list(starts.values())] if drafts else logits, rows, self.sampler)
         for number in itertools.count():
             drafts = [row for row in drafts if not row.finish and row.draft[number : number + 1] == row.ids[-1:]]
             if not drafts:
                 break
             self.drafter.accepted += len(drafts)
-            choose_tokens(logits[[places[row] + number + 1 for row in drafts]], drafts)
+            choose_tokens(logits[[starts[row] + number + 1 for row in drafts]], drafts)
         for row in rows:
             if row.draft:
                 self.drafter.drafted += len(row.draft)
-            row.sequence.length, row.draft = min(row.sequence.length, row.length - 1), []  # forget what was guessed wrong
+            row.sequence.length, row.draft = min(row.sequence.length, row.length - 1), []  # drops rejected draft tokens
 
     @property
     def busy(self) -> bool:
@@ -550,11 +550,11 @@ class Engine:
 class PromptLookup:
     """Drafts without a model (Saxena 2023): the tokens that followed the last occurrence of the current `size` tokens."""
 
-    drafted = accepted = 0  # tokens
+    drafted = accepted = 0  # number of tokens
 
     def __init__(self, count: int, size: int = 3):
         self.count, self.size = count, size
-        self.ends: dict[Row, dict[tuple, int]] = {}  # of each row: n-gram -> its end
+        self.ends: dict[Row, dict[tuple, int]] = {}  # for each row: n-gram -> its end position
 
     def __call__(self, counts: dict[Row, int]) -> None:
         """Set `row.draft` to at most counts[row] tokens."""
@@ -562,7 +562,7 @@ class PromptLookup:
             text, ends = row.prompt + row.ids, self.ends.setdefault(row, {(): self.size})
             for end in range(ends[()], len(text)):
                 ends[tuple(text[end - self.size : end])] = end
-            ends[()] = max(len(text), self.size)  # where to go on reading
+            ends[()] = max(len(text), self.size)  # where the next call continues
             start = ends.get(tuple(text[-self.size :]), len(text))
             row.draft = text[start : start + count]
 
@@ -571,10 +571,10 @@ class PromptLookup:
 
 
 class DraftModel:
-    """Drafts of a smaller model with the same vocabulary. It samples with the random numbers that the large model will use: the
+    """Drafts from a smaller model with the same vocabulary. It samples with the same random numbers as the large model: the
     closer the two distributions, the more often both choose the same token."""
 
-    drafted = accepted = 0  # tokens
+    drafted = accepted = 0  # number of tokens
 
     def __init__(self, model, count: int, pages: int, page: int):
         self.model, self.count, self.cache = model, count, model.new_cache(pages, page)
@@ -584,7 +584,7 @@ class DraftModel:
         """Set `row.draft` to at most counts[row] tokens, fewer if pages run out."""
         for row in counts:
             sequence = self.sequences.setdefault(row, MODEL.Sequence())
-            sequence.length = min(sequence.length, row.length - 1)  # the rest was guessed wrong
+            sequence.length = min(sequence.length, row.length - 1)  # drops rejected draft tokens
         for number in range(max(counts.values())):
             rows = [row for row, count in counts.items() if len(row.draft) == number < count
                     and self.cache.extend(self.sequences[row], row.length + number)]
@@ -610,16 +610,16 @@ def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | lis
     numbers = first if isinstance(first, list) else range(first, first + len(prompts))
     for p, prompt, sampling in zip(numbers, prompts, samplings, strict=True):
         if isinstance(prompt, str):
-            raise UserError("prompts are lists of token ids here; INFER.load(folder).generate(text) takes a text")
+            raise UserError("generate expects prompts as lists of token ids; for text, use INFER.load(folder).generate(text)")
         if not prompt:
-            raise UserError("a prompt needs at least one token; an empty text is the beginning-of-text token")
+            raise UserError("empty prompt: at least one token is required; for an empty text, use the beginning-of-text token")
         if len(prompt) >= config.max_position_embeddings:
-            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in a context of {config.max_position_embeddings}")
+            raise UserError(f"a prompt of {len(prompt)} tokens does not fit a context of {config.max_position_embeddings}")
         if outside := [i for i in sampling.logit_bias or () if not 0 <= i < config.vocab_size]:
-            raise UserError(f"inference.logit_bias: {outside[0]} is no id of a vocabulary of {config.vocab_size:,}")
+            raise UserError(f"inference.logit_bias: token id {outside[0]} is outside the vocabulary of {config.vocab_size:,}")
         if (sampling.stop or sampling.structured_outputs) and tokenizer is None:
-            raise ValueError("stop texts and structured outputs need the tokenizer")
-        # numpy takes no sign
+            raise ValueError("stop strings and structured outputs need the tokenizer")
+        # numpy accepts no negative seeds.
         seed = (sampling.seed if sampling.seed is not None else int(np.random.SeedSequence().entropy)) % 2**64
         groups.append([Row(prompt, sampling, (seed, step, p, s), tokenizer, config.eos_ids, config.max_position_embeddings)
                        for s in range(sampling.n)])
@@ -632,12 +632,12 @@ def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | lis
 
 def generate(model, prompts: list[list[int]], sampling: Sampling | list[Sampling], tokenizer=None, use_cache: bool = True,
              batch_size: int = 64, step: int = 0, first: int | list[int] = 0, drafter=None) -> list[list[Completion]]:
-    """Answers to ragged prompts, computed together: [prompt][sample] -> Completion.
+    """Complete prompts of any lengths in batches: [prompt][sample] -> Completion.
 
-    Each answer draws from its own generator keyed by (seed, step, prompt, sample): the same text alone or in any
-    batch. `step` sets calls of one seed apart (rollouts), `first` is the number of the first prompt, or a list of all
-    numbers. The tokenizer is needed for stop texts and `.text` only. Where weights are sharded over processes, all have to
-    call, each with prompts of its own (or none).
+    Each completion draws from its own generator, keyed by (seed, step, prompt, sample), so it is the same alone and in any batch.
+    `step` distinguishes calls with one seed (rollouts). `first` is the number of the first prompt, or a list of all numbers. The
+    tokenizer is needed only for stop strings and `.text`. If weights are sharded, all processes must call this function, each
+    with its own prompts (or none).
     """
     samplings = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
     groups = _make_rows(model, prompts, samplings, tokenizer, step, first)
@@ -659,21 +659,21 @@ def _steps(model, rows: list[Row], use_cache: bool, batch_size: int, drafter=Non
     if isinstance(model, MODEL.ForeignModel) or not use_cache:
         engine = StaticEngine(model, batch_size, use_cache)
     else:
-        seats = min(batch_size, len(rows)) or 1
-        page = max((len(row.prompt) + row.budget for row in rows), default=1)  # which holds any row
-        engine = Engine(model, seats, seats, page, drafter=drafter)
+        size = min(batch_size, len(rows)) or 1
+        page = max((len(row.prompt) + row.budget for row in rows), default=1)  # large enough for any row
+        engine = Engine(model, size, size, page, drafter=drafter)
     engine.add(rows)
     try:
         while engine.busy:
             engine.step()
             yield
-    finally:  # if the consumer stops early, so does a thread of the engine
+    finally:  # if the caller stops early, this also ends the thread of a `StaticEngine`
         for row in rows:
             engine.remove(row)
 
 
 def stream(model, tokenizer, prompt_ids: list[int], sampling: Sampling, use_cache: bool = True, drafter=None) -> Iterator[str]:
-    """The text of one answer, in pieces as it is generated; a piece never holds part of a character or a stop text."""
+    """Yield the text of one completion as it is generated, without incomplete characters and stop strings."""
     [[row]] = _make_rows(model, [prompt_ids], [replace(sampling, n=1)], tokenizer, 0)
     sent = 0
     for _ in _steps(model, [row], use_cache, 1, drafter):
@@ -689,14 +689,14 @@ def beam_search(model, rows: list[Row]) -> None:
     cache = model.new_cache(2 * width * (1 + (len(prompt) + budget) // PAGE), PAGE)
     root = MODEL.Sequence()
     cache.extend(root, len(prompt))
-    beams, new, finished = [(0.0, [], root)], [prompt], []  # (log-probability, ids, their states in the cache)
+    beams, new, finished = [(0.0, [], root)], [prompt], []  # (log-probability, token ids, sequence in the cache)
     for length in range(1, budget + 1):
         logits = next_logits(model, cache, [(sequence, ids, 1) for (_, _, sequence), ids in zip(beams, new, strict=True)])
         sums = torch.tensor([beam[0] for beam in beams], device=logits.device)[:, None] + logits.double().log_softmax(-1)
-        values, places = sums.flatten().topk(min((1 + len(eos)) * width, sums.numel()))
+        values, indices = sums.flatten().topk(min((1 + len(eos)) * width, sums.numel()))
         grown = []
-        for rank, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
-            beam, token = divmod(place, sums.shape[1])
+        for rank, (value, index) in enumerate(zip(values.tolist(), indices.tolist(), strict=True)):
+            beam, token = divmod(index, sums.shape[1])
             ids = [*beams[beam][1], token]
             if token in eos or length == budget:
                 finished += [(value / length, ids)] if rank < width else []
@@ -720,7 +720,7 @@ def beam_search(model, rows: list[Row]) -> None:
 
 
 class Scored(NamedTuple):
-    """One text: its ids (the first is the beginning of text), log-probabilities of ids[1:], and the K best."""
+    """One text: its token ids, the log-probabilities of ids[1:], and the `top` most probable tokens at these positions."""
 
     ids: list[int]
     logprobs: list[float]
@@ -729,21 +729,21 @@ class Scored(NamedTuple):
 
 @torch.no_grad()
 def score_ids(model, ids: list[int], top: int = 0) -> Scored:
-    """Log-probability of each token given those before it. Texts beyond the context are read through windows that
-    overlap by half, so that every token but the first ones has at least half a context before it."""
+    """Log-probability of each token given the tokens before it. Texts longer than the context are scored in windows that overlap
+    by half, so every token after the first window has at least half a context before it."""
     context = model.config.max_position_embeddings
     logprobs: list[float] = []
     best: list[dict[int, float]] = []
     start = 0
     while len(logprobs) < len(ids) - 1:
-        piece = torch.tensor([ids[start : start + context + 1]], device=model.device)
-        new = piece.shape[1] - 1 - (len(logprobs) - start)
+        window = torch.tensor([ids[start : start + context + 1]], device=model.device)
+        new = window.shape[1] - 1 - (len(logprobs) - start)
 
-        def leaders(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
-            values, places = logits.float().log_softmax(-1).topk(top)
-            return {f"{k}{name}": part[:, k].double() for k in range(top) for name, part in (("v", values), ("i", places))}
+        def most_probable(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
+            values, indices = logits.float().log_softmax(-1).topk(top)
+            return {f"{k}{name}": part[:, k].double() for k in range(top) for name, part in (("v", values), ("i", indices))}
 
-        out = model(piece[:, :-1], targets=piece[:, 1:], reduce=leaders if top else None)
+        out = model(window[:, :-1], targets=window[:, 1:], reduce=most_probable if top else None)
         logprobs += out.logprobs[0, -new:].tolist()
         if top:
             columns = {name: column[0, -new:].tolist() for name, column in out.reduced.items()}
@@ -753,20 +753,20 @@ def score_ids(model, ids: list[int], top: int = 0) -> Scored:
 
 
 def score_prompt(tokenizer, text: str) -> list[int]:
-    """Ids of a text to be scored whole, as training reads it: a beginning goes in front, so that its first token counts too."""
+    """Token ids of a text to score, encoded as in training: after a beginning-of-text token, so its first token is scored too."""
     return TOKENIZER.encode_text(tokenizer, text)[:-1]
 
 
 def score(model, tokenizer, texts: Iterable[str], top: int = 0, each: Callable | None = None) -> dict:
-    """tokens, bytes, nats, nats per token, perplexity and bits per byte of texts, each read by itself.
+    """Score texts independently. Returns totals: tokens, bytes, nats, loss (nats per token), perplexity and bits per byte.
 
-    `each(text, scored, its measures)` sees every text; `top` asks for the likeliest tokens of each position."""
+    `each(text, scored, measures)` is called for every text. `top`: number of most probable tokens to return per position."""
     sums = [0, 0, 0.0]
     for text in texts:
         scored = score_ids(model, score_prompt(tokenizer, text), top)
         counts = len(scored.logprobs), len(text.encode("utf-8")), -math.fsum(scored.logprobs)
         if not math.isfinite(counts[2]):
-            raise UserError("the model's logits are not finite: its weights or its config.json are broken")
+            raise UserError("the model's logits are not finite; its weights or its config.json are damaged")
         sums = [total + part for total, part in zip(sums, counts, strict=True)]
         if each is not None:
             each(text, scored, measures(*counts))
@@ -784,15 +784,15 @@ def measures(tokens: int, size: int, nats: float) -> dict:
 # ---------------------------------------------------------------------------------------------------- hardware
 
 
-PACK_WIDTH = 256  # a call of these kernels costs narrower models more than it saves
+PACK_WIDTH = 256  # in narrower models, the overhead of calling these kernels exceeds their gain
 
 
 class PackedLinear(nn.Module):
-    """A frozen Linear on a CPU, its weight laid out once in the order in which the fastest kernel reads it.
+    """A frozen Linear on a CPU, with its weight packed once into the layout of the fastest kernel.
 
-    Few rows wait for memory, so half the bytes are almost twice the speed. FBGEMM keeps weights in float16 and multiplies them in
-    float32: without loss for weights that were stored in 16 bits. oneDNN keeps bfloat16 for processors that multiply it, and
-    float32 weights that float16 cannot represent.
+    Small batches are limited by memory bandwidth, so half the bytes give almost twice the speed. FBGEMM stores weights in float16
+    and multiplies in float32, which is lossless for weights that were stored in 16 bits. oneDNN is used for bfloat16 on
+    processors that multiply it, and for float32 weights that float16 cannot represent.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, half: bool):
@@ -812,7 +812,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedNorm(nn.Module):
-    """RMSNorm on a CPU. A single token is divided by one number, so two kernels do the work of eight."""
+    """RMSNorm on a CPU. A single token is divided by one Python number, which takes two kernels instead of eight."""
 
     def __init__(self, norm: MODEL.RMSNorm):
         super().__init__()
@@ -830,16 +830,15 @@ def fits_float16(weight: Tensor) -> bool:
     """Whether FBGEMM is available, this processor computes fastest in float32, and float16 represents the weight without loss."""
     if "fbgemm" not in torch.backends.quantized.supported_engines or weight.dtype == MODEL.fast_half("cpu"):
         return False
-    pieces = (piece.float() for piece in weight.split(1024))  # most weights that do not fit are known by the first
-    return all(bool((piece - piece.half().float()).norm() <= 2.0**-20 * piece.norm()) for piece in pieces)
+    chunks = (chunk.float() for chunk in weight.split(1024))  # most weights that do not fit fail at the first chunk
+    return all(bool((chunk - chunk.half().float()).norm() <= 2.0**-20 * chunk.norm()) for chunk in chunks)
 
 
 def configure_for_hardware(model: MODEL.LanguageModel, device=None, quiet: bool = False) -> MODEL.Transformer:
-    """Make a loaded model fast for inference on `device`; it can no longer be trained or saved.
+    """Optimize a loaded model for inference on `device`; afterwards it cannot be trained or saved.
 
-    Query, key and value become one product, as do gate and up: fewer, larger reads. On a CPU weights are packed, and what
-    is left of a bfloat16 model computes in float32 if that is faster. On CUDA float32 products may use TF32. Says in one line
-    what it chose.
+    The query, key and value projections are fused, as are gate and up. On a CPU weights are packed, and the other layers of a
+    bfloat16 model compute in float32 if that is faster. On CUDA float32 products may use TF32. Logs the choices in one line.
     """
     device = torch.device(device or model.device)
     if model.adapter and model.quantization == "none" and MODEL.merges_exactly(model):
@@ -855,21 +854,20 @@ def configure_for_hardware(model: MODEL.LanguageModel, device=None, quiet: bool 
         torch.set_float32_matmul_precision("high")
         chosen += ["TF32", *_pack(model)]
     if device.type == "cpu":
-        chosen.append(f"{torch.get_num_threads()} threads")
+        chosen.append(f"{(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}")
         if isinstance(model, MODEL.Transformer):
             chosen += _pack(model) if model.config.hidden_size >= PACK_WIDTH else _restore(model)
         emulated = model.dtype not in (torch.float32, MODEL.fast_half("cpu"))
         if emulated and model.quantization == "none" and isinstance(model, MODEL.Transformer) and not model.config.num_experts:
             model.float()
     kind = [f"{model.quantization} weights"] if model.quantization != "none" else []
-    chosen = [device.type, str(model.dtype).removeprefix("torch."), *kind, *chosen]
     if not quiet:
-        say("computing with " + ", ".join(chosen))
+        say(f"running on {device.type} ({', '.join([str(model.dtype).removeprefix('torch.'), *kind, *chosen])})")
     return model
 
 
 def _fuse(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
-    """Join linear layers that read the same input into one, which the module's forward prefers."""
+    """Fuse linear layers with the same input into one. The module's forward uses the fused layer if it exists."""
     linears = [getattr(module, part) for part in parts]
     if len({(type(linear), getattr(linear, "form", None)) for linear in linears}) > 1:
         return
@@ -889,7 +887,7 @@ def _fuse(module: nn.Module, name: str, parts: tuple[str, ...]) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights, shared ones once, packed ones and the scales of quantized ones included."""
+    """Bytes of all weights, including packed weights and quantization scales. Shared weights count once."""
     tensors, packed = [*model.parameters(), *model.buffers()], 0
     for module in model.modules():
         weight = module._parameters.get("weight")  # a quantized layer's attribute would be restored
@@ -901,41 +899,41 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def _pack(model: MODEL.Transformer) -> list[str]:
-    """Pack the linear layers, on CUDA only quantized ones. Integers without a fast kernel are restored to float16 if FBGEMM
-    multiplies it. Returns how, in words."""
+    """Pack the linear layers, on CUDA only quantized layers. Quantized weights without a fast kernel are dequantized to float16
+    if FBGEMM supports it. Returns descriptions for the log."""
     on_cpu = model.device.type == "cpu"
 
     def packed(linear: nn.Linear) -> nn.Module:
         stored = hasattr(linear, "weight_packed")  # `QUANT.QuantizedLinear`
         if stored and (kernel := linear.packed()):
-            ways.add("integer kernels")
+            descriptions.add("integer kernels")
             return kernel
         if stored and linear.form.dynamic or not on_cpu:
             return linear
         weight, onednn = linear.weight.detach(), torch.backends.mkldnn.is_available()
         half = fits_float16(weight.half() if stored else weight)
         if half or onednn and not stored and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            ways.add("float16 weights" if half else "packed weights")
+            descriptions.add("float16 weights" if half else "packed weights")
             return PackedLinear(weight, linear.bias, half)
         return linear
 
     def packs(linear: nn.Module) -> bool:
         return type(linear) is nn.Linear or hasattr(linear, "weight_packed")
 
-    ways: set[str] = set()
+    descriptions: set[str] = set()
     for name, module in list(model.named_modules()):
-        # The head may share its weight with the embedding; absorbed attention multiplies kv_b_proj's weight by itself.
+        # The head may share its weight with the embedding; absorbed attention multiplies by kv_b_proj's weight directly.
         if packs(module) and not (name.startswith("lm_head") or name.endswith("kv_b_proj") or "lora_" in name):
             model.set_submodule(name, packed(module))
         if on_cpu and type(module) is MODEL.RMSNorm:
             model.set_submodule(name, PackedNorm(module))
     if "lm" in model.heads and packs(model.lm_head):
         model.lm_head = packed(model.lm_head)
-    return sorted(ways)
+    return sorted(descriptions)
 
 
 def _restore(model: MODEL.Transformer) -> list[str]:
-    """Restore quantized weights where they are too few to be worth a kernel's call. Returns how, in words."""
+    """Dequantize the weights of a model that is too narrow to gain from integer kernels. Returns descriptions for the log."""
     stored = [(name, module) for name, module in model.named_modules() if hasattr(module, "weight_packed")]
     for name, module in stored:
         if not module.form.dynamic:
@@ -943,19 +941,18 @@ def _restore(model: MODEL.Transformer) -> list[str]:
                 plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
             plain.weight, plain.bias = nn.Parameter(module.weight.to(model.dtype), requires_grad=False), module.bias
             model.set_submodule(name, plain)
-    return ["restored weights"] if stored else []
+    return ["dequantized weights"] if stored else []
 
 
 def can_record(model) -> bool:
-    """Whether a forward pass has the same kernels each time and never waits for the GPU."""
+    """Whether each forward pass launches the same kernels and does not synchronize with the GPU."""
     return model.device.type == "cuda" and model.quantization not in ("nf4", "llm_int8") and not model.adapter_tokens and \
         not model.config.num_experts and not torch.is_autocast_enabled("cuda")
 
 
 class RecordedStep:
-    """A step of few tokens per sequence on CUDA. Launching the kernels of all layers one by one takes longer than running them.
-    So a step is recorded as a CUDA graph and replayed for later steps of the same size, whose numbers are copied into its
-    tensors."""
+    """A step with few tokens per sequence, recorded as a CUDA graph because launching the kernels of all layers takes longer than
+    running them. Later steps of the same size copy their numbers into its tensors and replay it."""
 
     graph = None
 
@@ -970,7 +967,7 @@ class RecordedStep:
         if recorded.graph is None:
             recorded.graph, recorded.step, recorded.tokens = torch.cuda.CUDAGraph(), step, tokens
             others = (other.graph for other in cache.recorded.values() if other is not recorded and other.graph)
-            gc.disable()  # to free an older graph now would end the recording
+            gc.disable()  # freeing an older graph during the recording would abort it
             try:
                 with torch.cuda.graph(recorded.graph, next((graph.pool() for graph in others), None)):
                     recorded.result = model(tokens, cache=step).logits[0].float()
@@ -986,7 +983,7 @@ class RecordedStep:
 
 
 class Grammar:
-    """Which tokens may come next in a structured completion, by llguidance: any before the text `after`, such as </think>."""
+    """The tokens allowed next in a structured completion, by llguidance; up to the text `after`, such as </think>, all are."""
 
     after: str | None = None
 
@@ -997,7 +994,7 @@ class Grammar:
         except ImportError:
             raise UserError("inference.structured_outputs: needs llguidance; pip install -r requirements-extras.txt") from None
         [(kind, value)] = options.items()
-        compact = {"whitespace_flexible": False}  # a weak model may write blanks forever
+        compact = {"whitespace_flexible": False}  # otherwise a weak model may generate whitespace forever
         source = {"json": lambda: LLMatcher.grammar_from_json_schema(value, overrides=compact),
                   "json_object": lambda: LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=compact),
                   "regex": lambda: LLMatcher.grammar_from_regex(value),
@@ -1021,7 +1018,7 @@ class Grammar:
         return torch.from_numpy(bits[:vocabulary].astype(bool))
 
     def push(self, token: int) -> bool:
-        """Take a token; True if the completion can only end here."""
+        """Consume a token; True if the completion must end here."""
         if self.after:
             self.last = [*self.last[-15:], token]
             self.after = None if self.after in self.tokenizer.decode(self.last) else self.after
@@ -1032,30 +1029,30 @@ class Grammar:
 
 @lru_cache(maxsize=4)
 def _grammar_tokenizer(tokenizer, vocabulary: int, eos: tuple[int, ...]):
-    """About a second for a large vocabulary."""
+    """Cached, because it takes about a second for a large vocabulary."""
     from llguidance.hf import from_tokenizer
 
     return from_tokenizer(tokenizer, vocabulary, list(eos) or None)
 
 
-# -------------------------------------------------------------------------------------- engines and their room
+# ------------------------------------------------------------------------------- cache capacity, static batching
 
 
 def cache_pages(model, rows: int) -> int:
     """KV cache capacity in pages: `rows` full contexts, limited to 4/5 of the free GPU memory or 1/4 of the main memory."""
-    a_token = MODEL.cache_numbers(model.config) * model.dtype.itemsize
+    token_bytes = MODEL.cache_numbers(model.config) * model.dtype.itemsize
     if model.device.type == "cuda":
         memory = torch.cuda.mem_get_info(model.device)[0] * 4 // 5
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 if hasattr(os, "sysconf") else 2**32
     context = model.config.max_position_embeddings
-    return -(-max(context, min(rows * context, memory // a_token)) // PAGE)
+    return -(-max(context, min(rows * context, memory // token_bytes)) // PAGE)
 
 
 class StaticEngine:
-    """Static batching, with the interface of `Engine`: each batch has prompts of equal length and runs to its end. A
-    `MODEL.ForeignModel` uses transformers' `generate`; without a KV cache all tokens are recomputed in every step, which is the
-    reference for `Engine`."""
+    """Static batching with the interface of `Engine`: each batch has prompts of equal length and runs until all its rows are
+    finished. A `MODEL.ForeignModel` uses transformers' `generate`. Without a KV cache all tokens are recomputed in every step,
+    which is the reference for `Engine`."""
 
     def __init__(self, model, rows: int, use_cache: bool = True):
         self.model, self.rows, self.use_cache = model, rows, use_cache
@@ -1102,7 +1099,7 @@ def _uncached(model, rows: list[Row]) -> Iterator[None]:
 
 
 def padded(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Ids (B, T) with zeros on the right, and their positions (B, T), -1 for padding."""
+    """Token ids (B, T), padded with zeros on the right, and their positions (B, T), -1 for padding."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
     lengths = torch.tensor([[len(row)] for row in rows])
     positions = torch.arange(ids.shape[1]).expand_as(ids)
@@ -1110,11 +1107,10 @@ def padded(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
 
 
 def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Callable) -> None:
-    """Rows with prompts of one length: the model's own `generate`, in which our sampling names each token. Calls each() after
-    every token."""
+    """Complete rows with prompts of equal length by the model's `generate`, with our sampling. Calls each() after every token."""
     from transformers import GenerationConfig
 
-    def name_tokens(ids: Tensor, scores: Tensor) -> Tensor:
+    def force_tokens(ids: Tensor, scores: Tensor) -> Tensor:
         """Logits (B, V) -> 0 at the token that each row takes, -inf elsewhere."""
         active = [i for i, row in enumerate(rows) if not row.finish]
         if active:
@@ -1128,16 +1124,16 @@ def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Calla
 
     prompts = torch.tensor([row.prompt for row in rows], device=model.device)  # (B, T)
     longest = max(row.budget for row in rows)
-    kept, model.inner.generation_config = model.inner.generation_config, GenerationConfig()  # its penalties are not ours
+    original, model.inner.generation_config = model.inner.generation_config, GenerationConfig()  # the model's sets penalties
     try:
         model.inner.generate(prompts, GenerationConfig(max_new_tokens=longest, do_sample=False, use_cache=use_cache),
-                             [name_tokens], [finished], attention_mask=torch.ones_like(prompts))
+                             [force_tokens], [finished], attention_mask=torch.ones_like(prompts))
     finally:
-        model.inner.generation_config = kept
+        model.inner.generation_config = original
 
 
 def _in_steps(run: Callable[[Callable], None]) -> Iterator[None]:
-    """A generator over run(each), which calls each() after every step and works in a thread."""
+    """Run run(each) in a thread and yield whenever it calls each(), which it does after every step."""
     steps = in_thread(run)
     while (error := steps.get()[1]) is None:
         yield
@@ -1146,14 +1142,14 @@ def _in_steps(run: Callable[[Callable], None]) -> Iterator[None]:
 
 
 def in_thread(work: Callable[[Callable], None], size: int = 0) -> queue.Queue:
-    """A queue that work(put) fills in a thread: with (item, None), and at the end with (None, the error or StopIteration)."""
+    """Run work(put) in a thread. Returns a queue of (item, None), and (None, the exception or StopIteration) at the end."""
     arrived: queue.Queue = queue.Queue(size)
 
     def run() -> None:
         error: BaseException = StopIteration()
         try:
             work(lambda item=None: arrived.put((item, None)))
-        except BaseException as raised:  # whatever it is, it is raised where the queue is read
+        except BaseException as raised:  # it is raised again where the queue is read
             error = raised
         arrived.put((None, error))
 
@@ -1165,12 +1161,12 @@ def in_thread(work: Callable[[Callable], None], size: int = 0) -> queue.Queue:
 
 
 class Session:
-    """A loaded model with its tokenizer and settings; turns what a user gives into ids and ids into what is printed."""
+    """A loaded model with its tokenizer and settings: encodes prompts, and generates and prints completions."""
 
     def __init__(self, config):
         self.settings, section = config.inference, config.model
         if not section.name:
-            raise UserError("model.preset: fresh weights have nothing to say; name a trained model with --model")
+            raise UserError("model.preset: an untrained model cannot generate text; set --model to a trained model")
         self.model, self.tokenizer = TOKENIZER.open_model(section, TOKENIZER.of_run(config), config.actions.adapter)
         folders = adapter_folders(config.inference.lora_modules, self.model) if config.inference.lora_modules else {}
         if folders:
@@ -1178,9 +1174,9 @@ class Session:
         configure_for_hardware(self.model)
         template = bool(self.tokenizer.chat_template)
         if config.inference.chat == "on" and not template:
-            raise UserError("inference.chat: on, but this tokenizer has no chat template")
+            raise UserError("inference.chat: on, but this tokenizer has no chat template; use auto or off")
         self.chat = template and config.inference.chat != "off"
-        self.of_adapter: dict[str, Session] = {}  # with the chat template of an adapter
+        self.of_adapter: dict[str, Session] = {}  # adapter -> session with its chat template
         for name, folder in folders.items():
             if Path(folder, "tokenizer_config.json").exists() and (tokenizer := TOKENIZER.load(folder)).chat_template:
                 self.of_adapter[name] = copy.copy(self)
@@ -1191,14 +1187,14 @@ class Session:
         return Sampling(**{key: getattr(self.settings, key) for key in SAMPLING_KEYS})
 
     def chat_ids(self, messages: list[dict], tools: list | None = None, options: dict | None = None) -> list[int]:
-        """The prompt of a conversation. It starts with the system message of the settings unless it has its own."""
+        """Token ids of a conversation as a prompt. It starts with `inference.system` unless it has a system message."""
         if self.settings.system and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": self.settings.system}, *messages]
         return TOKENIZER.render_chat(self.tokenizer, messages, tools, add_generation_prompt=True,
                                      literal=not self.settings.control_tokens, options=options).ids
 
     def prompt_ids(self, prompt: str | list[dict] | dict, sampling: Sampling) -> list[int]:
-        """A text, the messages of a chat, or {"messages", "tools"} -> ids that fit the context."""
+        """A text, chat messages, or {"messages", "tools"} -> token ids, truncated at the start if they exceed the context."""
         messages, tools = [], None
         if self.chat or not isinstance(prompt, str):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -1211,38 +1207,38 @@ class Session:
         if len(ids) < context:
             return ids
         room = context - min(sampling.max_new_tokens, context // 2)
-        note = f"the prompt has {len(ids)} tokens, {room} fit a context of {context} beside the answer: its first"
+        note, reserved = "prompt truncated: dropped the first", f"context {context}, {context - room} for the completion"
         system = [message for message in messages[:1] if message["role"] == "system"]
         for start in range(len(system) + 1, len(messages)):
-            with contextlib.suppress(UserError):  # a template may refuse a conversation that begins so
+            with contextlib.suppress(UserError):  # a template may reject a conversation that starts with this message
                 shorter = self.chat_ids([*system, *messages[start:]], tools)
                 if len(shorter) <= room:
-                    say(f"{note} {start - len(system)} messages were dropped")
+                    say(f"{note} {start - len(system)} of {len(messages) - len(system)} messages ({len(ids)} tokens, {reserved})")
                     return shorter
-        say(f"{note} {len(ids) - room} were dropped")
+        say(f"{note} {len(ids) - room} of {len(ids)} tokens ({reserved})")
         begin = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
         return begin + ids[len(ids) - room + len(begin) :]
 
     def stream(self, prompt, sampling: Sampling, stoppable: bool = False) -> str:
         """Print a completion as it is generated and return it; if `stoppable`, Ctrl-C stops only this completion."""
-        pieces = []
+        parts = []
         try:
-            for piece in stream(self.model, self.tokenizer, self.prompt_ids(prompt, sampling), sampling, self.settings.use_cache,
-                                self.drafter):
-                sys.stdout.write(piece)
+            for part in stream(self.model, self.tokenizer, self.prompt_ids(prompt, sampling), sampling, self.settings.use_cache,
+                               self.drafter):
+                sys.stdout.write(part)
                 sys.stdout.flush()
-                pieces.append(piece)
+                parts.append(part)
         except KeyboardInterrupt:
             if not stoppable:
                 raise
-        return "".join(pieces)
+        return "".join(parts)
 
     def generate(self, prompt: str | list[dict], **parameters) -> str | list[str]:
         """The completion of a text or of chat messages, a list if n > 1. `parameters`: sampling parameters of this request."""
         sampling = request_sampling(parameters, self.sampling, "")
         if unknown := [key for key in parameters if OPENAI_KEYS.get(key, key) not in SAMPLING_KEYS]:
             raise UserError(f"{unknown[0]}: unknown setting; nearest is {MODEL.nearest(unknown[0], SAMPLING_KEYS)}")
-        found = self.answer(prompt, sampling)
+        found = self.complete(prompt, sampling)
         return found[0].text if sampling.n == 1 else [completion.text for completion in found]
 
     @cached_property
@@ -1256,16 +1252,16 @@ class Session:
         model = MODEL.load(s.draft_model, str(self.model.dtype).removeprefix("torch."), self.model.device)
         same = TOKENIZER.load(s.draft_model).get_vocab() == self.tokenizer.get_vocab()
         if isinstance(model, MODEL.ForeignModel) or not (same and model.config.causal and "lm" in model.heads):
-            raise UserError(f"inference.draft_model: {s.draft_model} cannot draft for this model; a causal language model of a "
-                            "supported family with the same vocabulary is expected")
+            raise UserError(f"inference.draft_model: {s.draft_model} cannot draft for this model; expected a causal language "
+                            "model of a supported family with the same vocabulary")
         model = configure_for_hardware(model, quiet=True)
         return DraftModel(model, s.num_speculative_tokens, cache_pages(model, s.batch_size), PAGE)
 
     def report(self) -> None:
-        """Say how many guessed tokens were accepted."""
+        """Log how many draft tokens were accepted."""
         if self.drafter and self.drafter.drafted:
             drafted, accepted = self.drafter.drafted, self.drafter.accepted
-            say(f"speculative decoding: {accepted:,} of {drafted:,} guessed tokens accepted ({accepted / drafted:.0%})")
+            say(f"speculative decoding: {accepted:,} of {drafted:,} draft tokens accepted ({accepted / drafted:.0%})")
 
     def engine(self, reuse: bool = False, tokens: int = 0) -> Engine | StaticEngine:
         """An engine for requests of any length."""
@@ -1274,7 +1270,7 @@ class Session:
             return StaticEngine(model, rows, self.settings.use_cache)
         return Engine(model, rows, cache_pages(model, rows), PAGE, tokens, reuse, self.drafter)
 
-    def answer(self, prompt, sampling: Sampling) -> list[Completion]:
+    def complete(self, prompt, sampling: Sampling) -> list[Completion]:
         [found] = generate(self.model, [self.prompt_ids(prompt, sampling)], sampling, self.tokenizer, self.settings.use_cache,
                            self.settings.batch_size, drafter=self.drafter)
         return found
@@ -1285,26 +1281,27 @@ def adapter_folders(modules: list[str], model) -> dict[str, str]:
     pairs = [module.partition("=")[::2] for module in modules]
     for module, (name, folder) in zip(modules, pairs, strict=True):
         if not (name and folder) or dict(pairs)[name] != folder:
-            raise UserError(f"inference.lora_modules: '{module}' is not NAME=FOLDER with a name of its own")
+            raise UserError(f"inference.lora_modules: '{module}' is not NAME=FOLDER with a unique name")
         MODEL.resolve_folder(folder, "inference.lora_modules")
     if isinstance(model, MODEL.ForeignModel) or model.adapter:
-        raise UserError("inference.lora_modules: " + ("leave out --adapter; name it here as well" if model.adapter else
-                                                      f"not for {model.config.model_type}, which transformers runs"))
+        raise UserError("inference.lora_modules: " + (
+            "the model already has an adapter; set --model to its base and list the adapter here" if model.adapter else
+            f"not supported for {model.config.model_type}, which runs in transformers"))
     return dict(pairs)
 
 
 def load(model: str, **settings) -> Session:
-    """Load a model for text generation: load("out", temperature=0).generate("One rainy Monday"). `settings` are those of the
-    command line, such as adapter="out/lora", or **{"model.dtype": "bfloat16"}."""
-    words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+    """Load a model for text generation: load("out", temperature=0).generate("One rainy Monday"). `settings` are command-line
+    flags, such as adapter="out/lora", or **{"model.dtype": "bfloat16"}."""
+    flags = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
              for key, value in {"model": model, **settings}.items()]
-    return Session(load_config(["--config", os.devnull, *words], SECTIONS, "inference", ACTIONS, __doc__, SHORTS))
+    return Session(load_config(["--config", os.devnull, *flags], SECTIONS, "inference", ACTIONS, __doc__, SHORTS))
 
 
 def read_stdin() -> Iterator[str]:
-    """The lines of stdin as UTF-8; an error names the line."""
+    """The lines of stdin, decoded as UTF-8. An error contains the line number."""
     if sys.stdin is None:
-        raise UserError("no prompt: there is no stdin; use --prompt")
+        raise UserError("no prompt: stdin is closed; use --prompt")
     if sys.stdin.isatty():
         with contextlib.suppress(EOFError):
             while True:
@@ -1319,7 +1316,7 @@ def read_stdin() -> Iterator[str]:
 
 
 def read_ahead(items: Iterable, size: int) -> queue.Queue:
-    """The queue of `in_thread`, filled with items."""
+    """A queue of items as in `in_thread`, at most `size` of them read in advance."""
     def read(put: Callable) -> None:
         for item in items:
             put(item)
@@ -1328,8 +1325,8 @@ def read_ahead(items: Iterable, size: int) -> queue.Queue:
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of up to `size` items: those that arrive within 20 ms of each other, so that a program that waits for the answer to
-    one line gets it. Items before an error are yielded first."""
+    """Lists of up to `size` items that arrive within 20 ms of each other, so a program can wait for the result of each line.
+    Items before an error are yielded first."""
     arrived, error = read_ahead(items, 2 * size), None
     while error is None:
         item, error = arrived.get()
@@ -1344,7 +1341,7 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
         raise error
 
 
-def answers(session: Session, requests: Iterable[tuple[object, Sampling, int]]) -> Iterator[list[Completion]]:
+def completions_of(session: Session, requests: Iterable[tuple[object, Sampling, int]]) -> Iterator[list[Completion]]:
     """Completions of (prompt, sampling, number), in the order of the requests. Requests join the batch as they arrive, so a
     program can wait for each completion. Requests before an error are completed first."""
     arrived = read_ahead(requests, 4 * session.settings.batch_size)
@@ -1371,15 +1368,15 @@ def answers(session: Session, requests: Iterable[tuple[object, Sampling, int]]) 
 
 
 def run_lines(session: Session) -> None:
-    """One prompt a line -> one answer a line, in order; line ends inside an answer are written \\n and \\r."""
+    """One prompt per line -> one completion per line, in order. Line ends inside a completion are written \\n and \\r."""
     lines = ((line.rstrip("\r\n"), session.sampling, number) for number, line in enumerate(read_stdin()))
-    for completions in answers(session, lines):
+    for completions in completions_of(session, lines):
         for completion in completions:
             print(completion.text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r"), flush=True)
 
 
 def run_jsonl(session: Session) -> None:
-    """{"prompt": ...} or {"messages": [...], "tools": [...]} a line, with any sampling key -> the record with its answer."""
+    """{"prompt": ...} or {"messages": [...], "tools": [...]} per line -> the record with its completion."""
     given: deque[dict] = deque()
 
     def requests() -> Iterator[tuple]:
@@ -1388,26 +1385,26 @@ def run_jsonl(session: Session) -> None:
             if line.strip():
                 record, prompt, sampling = _record(line, f"stdin:{number}", session.sampling)
                 if not isinstance(prompt, str) and not session.tokenizer.chat_template:
-                    raise UserError(f"stdin:{number}: messages need a chat template, which this tokenizer lacks; give a 'prompt'")
+                    raise UserError(f"stdin:{number}: messages need a chat template, which this tokenizer lacks; use 'prompt'")
                 given.append(record)
-                # A request with a seed of its own is answered as if it stood alone.
-                place = next(count)
-                yield prompt, sampling, 0 if record.get("seed") is not None else place
+                # A request with its own seed gets the completion that it would get alone.
+                index = next(count)
+                yield prompt, sampling, 0 if record.get("seed") is not None else index
 
-    for completions in answers(session, requests()):
+    for completions in completions_of(session, requests()):
         request = given.popleft()
         for index, c in enumerate(completions):
             extra = {"index": index} if len(completions) > 1 else {}
             if c.logprobs is not None:
                 extra |= {"tokens": [session.tokenizer.decode([i]) for i in c.ids], "logprobs": c.logprobs}
             if c.best is not None:
-                extra["top_logprobs"] = [{session.tokenizer.decode([i]): value for i, value in place.items()} for place in c.best]
+                extra["top_logprobs"] = [{session.tokenizer.decode([i]): value for i, value in best.items()} for best in c.best]
             record = {**request, "completion": c.text, "finish_reason": c.finish_reason, **extra}
             print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
 def messages_of(value, where: str) -> list[dict]:
-    """A request's conversation; what training would leave out is an error here."""
+    """The messages of a request. A conversation that training would skip is an error here."""
     try:
         return TOKENIZER.messages_of(value, where)
     except TOKENIZER.Unusable as error:
@@ -1419,7 +1416,7 @@ def _record(line: str, where: str, base: Sampling):
     TOKENIZER.checked(json.dumps(record, ensure_ascii=False).replace("\0", ""), f"{where}: the request")
     keys = [key for key in ("prompt", "messages") if isinstance(record, dict) and record.get(key) is not None]
     if len(keys) != 1 or not isinstance(record[keys[0]], (str, list)) or record[keys[0]] == []:
-        raise UserError(f"{where}: an object with 'prompt' or 'messages' is expected")
+        raise UserError(f"{where}: expected an object with either 'prompt' or 'messages'")
     prompt, extras = record[keys[0]], TOKENIZER.extras_of({"tools": record.get("tools")}, where)
     if keys == ["messages"] or isinstance(prompt, list):
         prompt = messages_of(prompt, where)
@@ -1443,7 +1440,7 @@ def request_sampling(record: dict, base: Sampling, where: str, **more) -> Sampli
     """The sampling parameters of a request: its keys, under OpenAI's names or ours, override `base`; null means not set."""
     kinds, stop = MODEL.field_types(Sampling), record.get("stop")
     if stop is not None and not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):
-        raise UserError(f"{where}stop: {stop!r} is no text or list of texts")
+        raise UserError(f"{where}stop: {stop!r} is not a string or a list of strings")
     given = {OPENAI_KEYS.get(key, key): (key, value) for key, value in record.items() if value is not None}
     changed = {name: stop if name == "stop" else MODEL.convert(value, kinds[name], f"{where}{key}")
            for name, (key, value) in given.items() if name in SAMPLING_KEYS and name not in more}
@@ -1454,23 +1451,23 @@ def request_sampling(record: dict, base: Sampling, where: str, **more) -> Sampli
         return replace(base, **changed)
     except UserError as error:
         text = str(error).replace("inference.", "")
-        for name, (key, _) in given.items():  # under the name that the request used
+        for name, (key, _) in given.items():  # the error contains the name that the request used
             text = re.sub(rf"\b{name}\b", key, text)
         raise UserError(f"{where}{text}") from None
 
 
 def typed() -> str:
-    """A line that is typed on the terminal, with line editing and a history."""
+    """Read a line from the terminal, with line editing and a history."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() uses it)
     return input("> ")
 
 
 def run_terminal(session: Session) -> None:
-    """A conversation on a terminal: with a chat template turns are remembered, without one each prompt stands alone."""
+    """Read prompts from a terminal: a conversation if the model has a chat template, else independent prompts."""
     commands = ("/reset", "/system", "/exit") if session.chat else ("/exit",)
-    say(("chat: /reset forgets, /system TEXT sets the system message, " if session.chat else "") +
-        "/exit or Ctrl-D ends, Ctrl-C stops an answer")
+    say(("chat: /reset clears the conversation, /system TEXT sets the system message, " if session.chat else "") +
+        "/exit or Ctrl-D quits, Ctrl-C stops a completion")
     messages: list[dict] = []
     while True:
         try:
@@ -1484,11 +1481,11 @@ def run_terminal(session: Session) -> None:
         if command == "/exit":
             break
         if re.fullmatch("/[a-z]+", command) and command not in commands:
-            say(f"{command}: unknown command; {', '.join(commands)} are known")
+            say(f"{command}: unknown command; use {', '.join(commands)}")
         elif command in commands:
             messages.clear()
             session.settings.system = rest if command == "/system" else session.settings.system
-            say("the conversation starts again" + (f"; system message: {rest}" if command == "/system" else ""))
+            say("new conversation" + (f"; system message: {rest}" if command == "/system" else ""))
         elif text:
             messages.append({"role": "user", "content": text})
             reply = session.stream(messages if session.chat else text, session.sampling, stoppable=True)
@@ -1497,24 +1494,24 @@ def run_terminal(session: Session) -> None:
 
 
 def run_score(session: Session, data: TOKENIZER.DataSection, path: str, lines: bool, logits_path: str | None) -> None:
-    """Measures of a whole file as JSON, or with --logprobs one JSON line for each text."""
+    """Print the measures of a file as JSON, or with --logprobs one JSON line per text."""
     if path == "-":
         texts = TOKENIZER.read_documents(TOKENIZER.STDIN, "line" if lines else "file")
     else:
         [files] = TOKENIZER.expand_paths([path], "--score")
         if not lines and TOKENIZER.suffix_of(files[0]) not in TOKENIZER.RECORDS and data.text_unit != "file":
-            unit, hint = ("line", " (--lines does so here)") if data.text_unit == "line" else ("paragraph", "")
-            say(f"--score: {path} is scored as one text; training reads each {unit} as a text of its own{hint}")
+            unit, hint = ("line", "; use --lines to score each line") if data.text_unit == "line" else ("paragraph", "")
+            say(f"--score: {path} is scored as one text; in training each {unit} is a text{hint}")
         texts = (text for file in files for text in TOKENIZER.read_documents(file, "line" if lines else "file", data.text_field))
-    words = session.tokenizer.convert_ids_to_tokens
+    strings = session.tokenizer.convert_ids_to_tokens
 
     def each(text: str, scored, measured: dict) -> None:
         nonlocal logits_path
         if session.settings.logprobs:
-            record = {"text": text, **measured, "ids": scored.ids, "token_strings": words(scored.ids),
+            record = {"text": text, **measured, "ids": scored.ids, "token_strings": strings(scored.ids),
                       "logprobs": scored.logprobs}
             if scored.best is not None:
-                record["top_logprobs"] = [{words(i) or f"<{i}>": value for i, value in place.items()} for place in scored.best]
+                record["top_logprobs"] = [{strings(i) or f"<{i}>": value for i, value in best.items()} for best in scored.best]
             print(json.dumps(record, ensure_ascii=False), flush=True)
         if logits_path:
             _write_logits(session, scored.ids, logits_path)
@@ -1522,14 +1519,14 @@ def run_score(session: Session, data: TOKENIZER.DataSection, path: str, lines: b
 
     total = score(session.model, session.tokenizer, texts, session.settings.top_logprobs, each)
     if not total["bytes"] and not total["tokens"]:
-        raise UserError(f"--score: {path} holds no text")
+        raise UserError(f"--score: {path} contains no text")
     if not session.settings.logprobs:
         print(json.dumps(total))
 
 
 @torch.no_grad()
 def _write_logits(session: Session, ids: list[int], path: str) -> None:
-    """ids (T,) and logits (T, V) of the first text: row t is the prediction after ids[t]."""
+    """Write `ids` (T,) and `logits` (T, V) of a text; row t predicts the token after ids[t]."""
     from safetensors.torch import save_file
 
     if len(ids) > session.model.config.max_position_embeddings:
@@ -1542,15 +1539,15 @@ def _write_logits(session: Session, ids: list[int], path: str) -> None:
 
 @torch.no_grad()
 def fill(model, tokenizer, text: str, where: str = "prompt") -> str:
-    """An encoder's answer: the text with each mask token replaced by the likeliest piece, which brings its own space along."""
-    text = text.replace(f" {tokenizer.mask_token}", tokenizer.mask_token)
+    """Replace each mask token of a text by the most probable token of an encoder."""
+    text = text.replace(f" {tokenizer.mask_token}", tokenizer.mask_token)  # the predicted token includes its space
     ids = torch.tensor([tokenizer(text).input_ids], device=model.device)  # (1, T)
     hidden = ids == tokenizer.mask_token_id
     if not hidden.any():
-        raise UserError(f"{where}: this model is an encoder: it fills in {tokenizer.mask_token}, and the text holds none")
+        raise UserError(f"{where}: this model is an encoder and fills in {tokenizer.mask_token}, which the text does not contain")
     if ids.shape[1] > model.config.max_position_embeddings:
-        raise UserError(f"{where}: {ids.shape[1]} tokens, but this encoder reads {model.config.max_position_embeddings} at "
-                        "once; shorten the text")
+        raise UserError(f"{where}: {ids.shape[1]} tokens exceed this encoder's context of "
+                        f"{model.config.max_position_embeddings}; shorten the text")
     logits = model(ids).logits
     logits[..., tokenizer.all_special_ids] = -math.inf
     filled = torch.where(hidden, logits.argmax(-1), ids)[0].tolist()
@@ -1558,19 +1555,18 @@ def fill(model, tokenizer, text: str, where: str = "prompt") -> str:
 
 
 def refuse_sampling(session: Session, why: str) -> None:
-    """Sampling parameters that would be ignored are errors; but `temperature` and others may stand in a shared config.yaml."""
-    usual = Sampling()
+    """Reject sampling parameters that would be ignored, except those that a shared config.yaml may set."""
+    default = Sampling()
     for key in SAMPLING_KEYS:
         shared = key in ("temperature", "max_new_tokens", "seed", "ignore_eos")
-        if not shared and getattr(session.settings, key) != getattr(usual, key):
-            raise UserError(f"inference.{key}: {why}")
+        if not shared and getattr(session.settings, key) != getattr(default, key):
+            raise UserError(f"inference.{key}: {why}; leave it out")
 
 
 def run_fill(session: Session, actions, prompt: str | None) -> None:
     if actions.score is not None or actions.jsonl:
-        raise UserError("this model is an encoder: it gives no text a probability and answers no JSONL; use --prompt, --lines "
-                        "or a pipe")
-    refuse_sampling(session, "this model is an encoder, which replaces each mask by its most probable token without sampling")
+        raise UserError(f"--{'jsonl' if actions.jsonl else 'score'}: not supported for encoders; use --prompt, --lines or a pipe")
+    refuse_sampling(session, "this model is an encoder and fills in masks without sampling")
     lines = (line.rstrip("\r\n") for line in read_stdin()) if prompt is None else [prompt]
     for number, line in enumerate(lines, 1):
         print(fill(session.model, session.tokenizer, line, "prompt" if prompt is not None else f"stdin:{number}"), flush=True)
@@ -1578,8 +1574,8 @@ def run_fill(session: Session, actions, prompt: str | None) -> None:
 
 @torch.no_grad()
 def scores_of(model, rows: list[list[int]], batch_size: int = 64) -> Tensor:
-    """The score head's outputs (N, L) for each row of ids: at a decoder's last token, which has seen the whole text, or at an
-    encoder's first. Longer rows than the context lose their beginning before a decoder, their end before an encoder."""
+    """Outputs (N, L) of the classification head: at the last token of each row for a decoder (it attends to the whole text), at
+    the first for an encoder. Rows longer than the context are truncated at the start for a decoder, at the end for an encoder."""
     if len(rows) > batch_size:
         return torch.cat([scores_of(model, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)])
     context = model.config.max_position_embeddings
@@ -1592,27 +1588,27 @@ def scores_of(model, rows: list[list[int]], batch_size: int = 64) -> Tensor:
 
 
 def completion_text(tokenizer, prompt: list[int], ids: list[int]) -> str:
-    """The text of a completion, decoded after its prompt, as some tokenizers drop the blank before a first word."""
+    """The text of a completion, decoded after its prompt, as some tokenizers drop the space before a first word."""
     before = tokenizer.decode(prompt[-6:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     whole = tokenizer.decode([*prompt[-6:], *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return whole[len(before) :]
 
 
-def answered_ids(tokenizer, messages: list[dict]) -> list[int]:
-    """A conversation up to the end of the assistant's last turn, as a generation leaves it."""
+def ids_to_score(tokenizer, messages: list[dict]) -> list[int]:
+    """Token ids of a conversation up to the end of the last assistant message, where generation ends too."""
     ids, turns = TOKENIZER.render_chat(tokenizer, messages)
     if not turns:
-        raise UserError("no assistant message, so there is nothing to judge")
+        raise UserError("messages: no assistant message to score")
     return ids[: turns[-1].stop]
 
 
 def classify(model, tokenizer, texts: list[str | list[dict]]) -> list[list[float]]:
-    """Probabilities of the labels for each text, or for the last answer of each conversation, in the order of
-    `model.config.labels`; the bare score of a model with one output."""
+    """Probabilities of the labels for each text, or for the last assistant message of each conversation, in the order of
+    `model.config.labels`. For a model with one output, its score."""
     context = model.config.max_position_embeddings
-    rows = [tokenizer(text).input_ids if isinstance(text, str) else answered_ids(tokenizer, text) for text in texts]
+    rows = [tokenizer(text).input_ids if isinstance(text, str) else ids_to_score(tokenizer, text) for text in texts]
     if longer := sum(len(ids) > context for ids in rows):
-        say(f"{longer} text{'s' * (longer > 1)} of more than {context} tokens, the model's context: truncated")
+        say(f"truncated {longer} text{'s' * (longer > 1)} with more than {context} tokens (the model's context)")
         rows = [tokenizer(text, truncation=True, max_length=context).input_ids if isinstance(text, str) else ids
                 for text, ids in zip(texts, rows, strict=True)]
     scores = scores_of(model, rows)  # (N, L)
@@ -1620,11 +1616,11 @@ def classify(model, tokenizer, texts: list[str | list[dict]]) -> list[list[float
 
 
 def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> None:
-    """A label and its probability for each line, or JSON for each line of JSON; nothing for an empty line."""
+    """Print a label and its probability per line, or JSON per line of JSONL. The result of an empty line is empty."""
     if actions.score is not None or actions.echo:
-        raise UserError("this model tells labels apart and writes no words, so --score and --echo mean nothing; use --prompt, "
-                        "--lines, --jsonl or a pipe")
-    refuse_sampling(session, "this model is a classifier, which does not sample")
+        raise UserError(f"--{'echo' if actions.echo else 'score'}: not supported for classifiers; use --prompt, --lines, --jsonl "
+                        "or a pipe")
+    refuse_sampling(session, "this model is a classifier and does not sample")
     labels = MODEL.label_names(session.model)
 
     def texts() -> Iterator[tuple[dict, str | list[dict]]]:
@@ -1637,28 +1633,27 @@ def run_labels(session: Session, actions, prompt: str | None, piped: bool) -> No
                 record = TOKENIZER.parse_json(line, f"stdin:{number}")
                 if isinstance(record, dict) and isinstance(record.get("messages"), list):
                     if not session.tokenizer.chat_template:
-                        raise UserError(f"stdin:{number}: messages need a chat template, which this tokenizer lacks; give a "
-                                        "'text'")
+                        raise UserError(f"stdin:{number}: messages need a chat template, which this tokenizer lacks; use 'text'")
                     yield record, messages_of(record["messages"], f"stdin:{number}")
                     continue
                 line = record.get("text", record.get("prompt")) if isinstance(record, dict) else None
                 if not isinstance(line, str) or not line.strip():
-                    raise UserError(f"stdin:{number}: an object with a text is expected, as in {{\"text\": \"...\"}}")
+                    raise UserError(f"stdin:{number}: expected an object with a text, as in {{\"text\": \"...\"}}")
             yield record, line.rstrip("\r\n")
 
     for group in batches(texts(), session.settings.batch_size):
-        full = [text for _, text in group if not isinstance(text, str) or text.strip()]
-        given = iter(classify(session.model, session.tokenizer, full) if full else ())
+        nonempty = [text for _, text in group if not isinstance(text, str) or text.strip()]
+        results = iter(classify(session.model, session.tokenizer, nonempty) if nonempty else ())
         for record, text in group:
-            shares = dict(zip(labels, next(given), strict=True)) if not isinstance(text, str) or text.strip() else {}
-            best = max(shares, key=shares.get, default="")
+            values = dict(zip(labels, next(results), strict=True)) if not isinstance(text, str) or text.strip() else {}
+            best = max(values, key=values.get, default="")
             if actions.jsonl:
-                found = {"reward": shares[best]} if len(shares) == 1 else {"label": best, "probabilities": shares}
-                print(json.dumps({**record, **found}, ensure_ascii=False))
-            elif len(shares) == 1:
-                print(f"{shares[best]:.4f}")
+                result = {"reward": values[best]} if len(values) == 1 else {"label": best, "probabilities": values}
+                print(json.dumps({**record, **result}, ensure_ascii=False))
+            elif len(values) == 1:
+                print(f"{values[best]:.4f}")
             else:
-                print(f"{best}\t{shares[best]:.4f}" if shares else "")
+                print(f"{best}\t{values[best]:.4f}" if values else "")
         sys.stdout.flush()
 
 
@@ -1669,7 +1664,7 @@ def run_prompt(session: Session, prompt: str, echo: bool) -> None:
         session.stream(prompt, session.sampling)
         print(flush=True)
         return
-    completions = session.answer(prompt, session.sampling)
+    completions = session.complete(prompt, session.sampling)
     colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for number, completion in enumerate(completions, 1):
         if len(completions) > 1:
@@ -1683,7 +1678,7 @@ def run_prompt(session: Session, prompt: str, echo: bool) -> None:
 @torch.no_grad()
 def score_continuations(model, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
     """A batch of (context ids, continuation ids) -> the log-probability of each continuation in nats and whether greedy decoding
-    generates it. A context that is too long loses its first tokens."""
+    generates it. Contexts that are too long are truncated at the start."""
     context = model.config.max_position_embeddings
     if (longest := max(len(continuation) for _, continuation in pairs)) > context:
         raise UserError(f"--eval: a continuation of {longest} tokens exceeds the model's context of {context}")
@@ -1699,7 +1694,7 @@ def score_continuations(model, pairs: list[tuple[list[int], list[int]]]) -> list
 
 
 def as_lm(session: Session):
-    """The model of a session as lm-eval calls it. Texts are encoded, truncated and cut at stop strings as in lm-eval's class for
+    """Wrap the model of a session for lm-eval. Texts are encoded, truncated and cut at stop strings as in lm-eval's class for
     transformers (`HFLM`), so the results agree with `lm_eval --model hf`."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -1760,7 +1755,7 @@ def as_lm(session: Session):
 
 
 def find_tasks(names: list[str]) -> tuple[list[str], object]:
-    """Names and patterns (mmlu_*) of tasks, YAML files and folders of them -> tasks for lm-eval and its TaskManager."""
+    """Resolve names and patterns (mmlu_*) of tasks, YAML files and their folders to tasks of lm-eval and its TaskManager."""
     from lm_eval.tasks import TaskManager
 
     folders, unknown = [name for name in names if Path(name).is_dir()], [name for name in names if not Path(name).exists()]
@@ -1770,7 +1765,7 @@ def find_tasks(names: list[str]) -> tuple[list[str], object]:
     for name in unknown:
         if not (found := manager.match_tasks([name])):
             near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 3, 0))
-            raise UserError(f"--eval: there is no task or file '{name}'; the nearest tasks are {near}")
+            raise UserError(f"--eval: no task or file is named '{name}'; nearest are {near}")
         tasks += found
     return tasks, manager
 
@@ -1787,8 +1782,8 @@ def result_table(results: Iterable[dict]) -> str:
                 label = metric if kind == "none" else f"{metric} ({kind})"
                 rows.append((found["alias"], label, *numbers, str(found["sample_len"])))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(word.ljust(width) if i < 2 else word.rjust(width)
-                               for i, (word, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
+    return "\n".join("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width)
+                               for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
 
 
 def run_eval(session: Session, actions, name: str) -> None:
@@ -1798,7 +1793,7 @@ def run_eval(session: Session, actions, name: str) -> None:
         from lm_eval import simple_evaluate
     except ImportError as error:
         raise UserError(f"--eval: needs {error.name}; pip install -r requirements-extras.txt") from None
-    refuse_sampling(session, "the tasks of --eval set how they sample")
+    refuse_sampling(session, "the tasks of --eval set the sampling parameters")
     try:
         with (open(os.devnull, "w") if MODEL.QUIET else contextlib.nullcontext(sys.stderr) as log,
               contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
@@ -1807,7 +1802,7 @@ def run_eval(session: Session, actions, name: str) -> None:
                                       log_samples=False, task_manager=manager, apply_chat_template=chat,
                                       system_instruction=settings.system)
     except (OSError, ImportError) as error:
-        hint = "; the dataset of a task is downloaded when it is first used" if isinstance(error, ConnectionError) else ""
+        hint = "; the dataset of a task is downloaded on first use" if isinstance(error, ConnectionError) else ""
         raise UserError(f"--eval: {MODEL.first_line(error)}{hint}") from None
     print(result_table(results["results"].values()))
     used = {"tasks": tasks, "limit": actions.limit, "num_fewshot": actions.num_fewshot, "chat": chat, "system": settings.system,
@@ -1858,9 +1853,9 @@ class Service:
     def submit(self, rows: list[Row], notify: Callable[[Row, Exception | None], None]) -> None:
         """notify(row, error) is called in the engine's thread after new tokens of a row, or if the step fails."""
         if len(rows) > self.limit:
-            raise Refused(400, f"n: {len(rows)} completions are more than the server's --max-queue {self.limit}")
+            raise Refused(400, f"n: {len(rows)} completions exceed the server's --max-queue {self.limit}")
         if self.open + len(rows) > self.limit:
-            raise Refused(429, f"the queue is full: {self.open} of {self.limit} completions run or wait; try again later",
+            raise Refused(429, f"the queue is full ({self.open} of {self.limit} completions running or waiting); try again later",
                           "rate_limit_error", {"Retry-After": "1"})
         self.open += len(rows)
         for row in rows:
@@ -1868,7 +1863,7 @@ class Service:
         self.inbox.put(partial(self._add, [row for row in rows if not row.finish]))
 
     def call(self, function: Callable) -> Future:
-        """Run function() in the engine's thread between two steps, as no two threads may run the model at once."""
+        """Run function() in the engine's thread between two steps, as only one thread at a time may run the model."""
         future: Future = Future()
         self.inbox.put(partial(self.calls.append, (future, function)))
         return future
@@ -1881,7 +1876,7 @@ class Service:
     def _add(self, rows: list[Row]) -> None:
         try:
             self.engine.add(rows)
-        except UserError as error:  # a prompt that the cache has no room for
+        except UserError as error:  # a prompt that does not fit the cache
             for row in rows:
                 row.notify(row, error)
 
@@ -1895,7 +1890,7 @@ class Service:
             with contextlib.suppress(queue.Empty):
                 while True:
                     self.inbox.get(block=not (engine.busy or self.calls))()
-            # transformers' `generate`, in a thread of its own, goes on while a static batch is running
+            # While a static batch is running, transformers' `generate` runs in another thread.
             if self.calls and not (isinstance(engine, StaticEngine) and engine.running):
                 future, function = self.calls.popleft()
                 if future.set_running_or_notify_cancel():
@@ -1918,7 +1913,7 @@ TEXT_FIELDS = {"prompt", "echo"}
 
 
 def field(record: dict, key: str, kind: type, default=None):
-    """A value of a request, whose type is checked; null means not set."""
+    """The value of a key in a request, after a check of its type. null means not set."""
     value = record.get(key)
     if value is not None and not (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
         raise Refused(400, f"{key}: {json.dumps(value)[:100]} is not of type {kind.__name__}")
@@ -1936,11 +1931,11 @@ def check_keys(record: dict, known: set[str]) -> None:
 def sampling_of(record: dict, base: Sampling, chat: bool) -> Sampling:
     """The sampling parameters of an HTTP request; unknown keys are an error."""
     check_keys(record, {*SAMPLING_KEYS, *OPENAI_KEYS, *COMMON_FIELDS, *(CHAT_FIELDS if chat else TEXT_FIELDS)})
-    count = None if chat else record.get("logprobs")  # the number of alternatives; in a chat yes or no
+    count = None if chat else record.get("logprobs")  # the number of alternatives; in a chat request a boolean
     more = {} if count is None else {"logprobs": True, "top_logprobs": MODEL.convert(count, int, "logprobs")}
     if (response := field(record, "response_format", dict, {"type": "text"})) != {"type": "text"}:
         if record.get("structured_outputs"):
-            raise Refused(400, "response_format and structured_outputs exclude each other")
+            raise Refused(400, "response_format and structured_outputs are mutually exclusive; set one")
         if (kind := response.get("type")) not in ("json_object", "json_schema"):
             raise Refused(400, f"response_format.type: {kind!r} is not text, json_object or json_schema")
         schema = field(field(response, "json_schema", dict, {}), "schema", dict)
@@ -1951,19 +1946,19 @@ def sampling_of(record: dict, base: Sampling, chat: bool) -> Sampling:
     if sampling.top_logprobs > 20 or sampling.n > 128:
         raise Refused(400, "top_logprobs must be at most 20, and n at most 128")
     if sampling.num_beams > 1:
-        raise Refused(400, "num_beams: the server does no beam search")
+        raise Refused(400, "num_beams: the server does not support beam search")
     return sampling
 
 
 class Reader(NamedTuple):
-    """Splits an answer in a chat into reasoning, content and tool calls."""
+    """Splits a chat completion into reasoning, content and tool calls."""
 
     markup: TOKENIZER.Markup
-    thinks: bool  # the prompt has opened the reasoning
+    thinks: bool  # the prompt ends with the opening tag of the reasoning
     tools: list[dict]
 
     def __call__(self, text: str, final: bool) -> tuple[str, str, list[tuple[str, dict]]]:
-        """(reasoning, content, calls) of an answer so far. An ending that may become markup is held back until it is final."""
+        """(reasoning, content, calls) of a completion so far. An ending that may become markup is withheld until it is final."""
         reasoning, calls = "", []
         if self.markup.think:
             first, last = self.markup.think
@@ -1972,35 +1967,35 @@ class Reader(NamedTuple):
                 return "", "", []
             if self.thinks or start.startswith(first):
                 reasoning, closed, text = start.removeprefix(first).partition(last)
-                reasoning = reasoning[: len(reasoning) - (0 if closed or final else held(reasoning, [last]))].strip()
+                reasoning = reasoning[: len(reasoning) - (0 if closed or final else partial_match(reasoning, [last]))].strip()
                 text = text.lstrip()
         if self.tools and self.markup.call:
             begin = self.markup.call[0].strip()
-            place = text.find(begin) if begin else 0 if text.lstrip()[:1] in ("{", "[") else -1
-            calls = TOKENIZER.parse_calls(self.markup, text[place:], self.tools) if final and place >= 0 else []
-            if place >= 0 and (calls or not final):
-                text = text[:place]
+            start = text.find(begin) if begin else 0 if text.lstrip()[:1] in ("{", "[") else -1
+            calls = TOKENIZER.parse_calls(self.markup, text[start:], self.tools) if final and start >= 0 else []
+            if start >= 0 and (calls or not final):
+                text = text[:start]
             elif not final:
-                text = text[: len(text) - held(text, [begin])]
+                text = text[: len(text) - partial_match(text, [begin])]
         return reasoning, text, calls
 
 
 def answer_reader(tokenizer, prompt: list[int], tools: list[dict]) -> Reader:
-    """The reader of what a model writes after these ids."""
+    """The `Reader` for completions of a prompt."""
     markup = TOKENIZER.answer_markup(tokenizer)
     return Reader(markup, bool(markup.think) and tokenizer.decode(prompt[-16:]).rstrip().endswith(markup.think[0]), tools)
 
 
 def call_grammar(markup: TOKENIZER.Markup, tools: list[dict], tokenizer) -> str:
-    """llguidance's Lark grammar of one call to one of the tools, as the template writes it."""
+    """The Lark grammar (for llguidance) of one call to one of the tools, in the format of the chat template."""
     if markup.form != "json":
-        raise Refused(400, "tool_choice: only auto and none, as this model's chat template does not write calls as JSON")
+        raise Refused(400, "tool_choice: only auto and none, because this model's chat template does not write calls as JSON")
     schemas = [{"type": "object", "properties": {"name": {"const": tool["function"]["name"]},
                                                  markup.arguments: tool["function"].get("parameters") or {"type": "object"}},
                 "required": ["name", markup.arguments], "additionalProperties": False} for tool in tools]
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     before, after = ("".join(f" <[{special[part]}]>" if part in special else f" {json.dumps(part)}" for part in
-                             re.split(f"({TOKENIZER.any_of(list(special)).pattern})", piece) if part) for piece in markup.call)
+                             re.split(f"({TOKENIZER.any_of(list(special)).pattern})", text) if part) for text in markup.call)
     schema = {"anyOf": schemas, "x-guidance": {"whitespace_flexible": False}}
     return f"start:{before} call{after}\ncall: %json {json.dumps(schema)}"
 
@@ -2023,8 +2018,8 @@ class Exchange:
         else:
             self.prompts = server.prompts_of(record)
         adapter = self.name if self.name in session.model.adapters else None
-        known = self.sampling.temperature == 0 or self.sampling.seed is not None
-        self.key = repr((adapter, self.prompts, self.sampling)) if known and not self.prompt_only else None
+        deterministic = self.sampling.temperature == 0 or self.sampling.seed is not None
+        self.key = repr((adapter, self.prompts, self.sampling)) if deterministic and not self.prompt_only else None
         self.cached = server.responses.get(self.key)
         self.rows = self.cached or list(itertools.chain(*_make_rows(
             session.model, self.prompts, [self.sampling] * len(self.prompts), session.tokenizer, 0, adapter=adapter)))
@@ -2035,11 +2030,11 @@ class Exchange:
             if row.grammar and self.reader and self.reader.thinks:
                 row.grammar.after = self.reader.markup.think[1]
         self.before = [session.tokenizer.decode(row.prompt, skip_special_tokens=True) if self.echo else "" for row in self.rows]
-        self.scored: list[Scored] = []  # with echo and logprobs, the prompts
-        self.sent: list[tuple | None] = [None] * len(self.rows)  # reasoning and content in characters, tokens
+        self.scored: list[Scored] = []  # the prompts, with echo and logprobs
+        self.sent: list[tuple | None] = [None] * len(self.rows)  # number of characters of reasoning and content, and of tokens
 
     def submit(self) -> None:
-        """Hand the rows to the engine, which fills `self.events`: (index, text so far, number of tokens, finish, error)."""
+        """Submit the rows to the engine, which fills `self.events`: (index, text so far, number of tokens, finish, error)."""
         self.events: asyncio.Queue = asyncio.Queue()
         self.clock = time.perf_counter()
         loop, numbers = asyncio.get_running_loop(), {row: i for i, row in enumerate(self.rows)}
@@ -2087,7 +2082,7 @@ class Exchange:
             raise Refused(504, f"the request took longer than {server.settings.timeout:g} seconds", "timeout_error") from None
         except Refused:
             raise
-        except Exception as error:  # of the model: other requests are not affected
+        except Exception as error:  # raised by the model; other requests are not affected
             say(f"a request failed: {type(error).__name__}: {MODEL.first_line(error)}")
             raise Refused(500, "the model failed on this request", "server_error") from None
         finally:
@@ -2104,7 +2099,7 @@ class Exchange:
                 **({"usage": usage} if usage is not None else {})}
 
     def choice(self, number: int, text: str, count: int, finish: str | None, whole: bool = False) -> dict | None:
-        """The choice of a whole response, or of a chunk: what is new since the last one; None if there is nothing to send yet."""
+        """The choice of a whole response or of a chunk (the text since the last chunk); None if there is nothing to send yet."""
         first = self.sent[number] is None
         reasoned, written, tokens = self.sent[number] or (0, 0, 0)
         reasoning, content, calls = self.reader(text, bool(finish)) if self.chat else ("", text, [])
@@ -2113,22 +2108,22 @@ class Exchange:
         before = self.before[number]
         logprobs = self.logprobs(self.rows[number].completion(), tokens, count, len(before) + written)
         if first and self.scored:  # the prompt comes first
-            logprobs = {key: values and values + logprobs[key] for key, values in self.of_prompt(number).items()}
+            logprobs = {key: values and values + logprobs[key] for key, values in self.prompt_logprobs(number).items()}
         self.sent[number] = (max(reasoned, len(reasoning)), max(written, len(content)), count)
         if not self.chat:
-            news = {"text": before * first + content[written:]}
+            new = {"text": before * first + content[written:]}
         else:
             records = [{"index": i, "id": f"call_{uuid.uuid4().hex}", "type": "function",
                         "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
                        for i, (name, arguments) in enumerate(calls)]
-            news = {"reasoning_content": reasoning[reasoned:], "content": content[written:], "tool_calls": records}
-            news = {key: value for key, value in news.items() if value}
-            blank = None if calls and not content.strip() else content
-            news = {"message": {"role": "assistant", **news, "content": blank}} if whole else {"delta": news}
-        return {"index": number, **news, "logprobs": logprobs, "finish_reason": "tool_calls" if calls else finish}
+            new = {"reasoning_content": reasoning[reasoned:], "content": content[written:], "tool_calls": records}
+            new = {key: value for key, value in new.items() if value}
+            content = None if calls and not content.strip() else content
+            new = {"message": {"role": "assistant", **new, "content": content}} if whole else {"delta": new}
+        return {"index": number, **new, "logprobs": logprobs, "finish_reason": "tool_calls" if calls else finish}
 
-    def logprobs(self, completion: Completion, start: int, stop: int, place: int = 0) -> dict | None:
-        """Log-probabilities of tokens `start` to `stop` in OpenAI's format; `place` is their character offset."""
+    def logprobs(self, completion: Completion, start: int, stop: int, offset: int = 0) -> dict | None:
+        """Log-probabilities of tokens `start` to `stop` in OpenAI's format; `offset` is their character offset."""
         if completion.logprobs is None:
             return None
         decode = self.server.session.tokenizer.decode
@@ -2145,9 +2140,9 @@ class Exchange:
         # the most probable of several tokens with the same text, such as parts of characters
         others = [dict(reversed(pairs)) for pairs in named] if completion.best is not None else None
         return {"tokens": [decode([i]) for i in ids], "token_logprobs": values, "top_logprobs": others,
-                "text_offset": list(itertools.accumulate(sizes, initial=place))[:-1]}
+                "text_offset": list(itertools.accumulate(sizes, initial=offset))[:-1]}
 
-    def of_prompt(self, number: int) -> dict:
+    def prompt_logprobs(self, number: int) -> dict:
         """Log-probabilities of a prompt's tokens, null for the first. The alternatives include the token itself."""
         scored = self.scored[number // self.sampling.n]
         best = None if scored.best is None else [{}, *({**others, token: value} for others, token, value in zip(
@@ -2179,7 +2174,7 @@ def _event(record: dict) -> str:
 
 @torch.no_grad()
 def embed(model, rows: list[list[int]], adapter: str | None) -> list[list[float]]:
-    """Embeddings of texts: the mean of the last hidden states, of length 1."""
+    """Embeddings of texts: the mean of the last hidden states, normalized to length 1."""
     found = []
     for ids in rows:
         with MODEL.adapters_for(model, [(adapter, len(ids))]):
@@ -2189,7 +2184,7 @@ def embed(model, rows: list[list[int]], adapter: str | None) -> list[list[float]
 
 
 class Server:
-    """OpenAI's routes on one engine."""
+    """An OpenAI-compatible HTTP API over one engine."""
 
     def __init__(self, session: Session, name: str, engine: Engine | StaticEngine):
         self.session, self.name, self.settings, self.began = session, name, session.settings, int(time.time())
@@ -2206,7 +2201,7 @@ class Server:
             Refused: lambda _, error: error.response(),
             UserError: lambda _, error: Refused(400, str(error)).response(),
             404: lambda request, _: Refused(404, f"no route {request.url.path}", "not_found_error").response(),
-            405: lambda request, _: Refused(405, f"{request.url.path} does not take {request.method}").response(),
+            405: lambda request, _: Refused(405, f"{request.url.path} does not accept {request.method}").response(),
             Exception: lambda *_: Refused(500, "the server failed on this request", "server_error").response()})
         for path, method, function in (("/v1/completions", "POST", partial(self.complete, chat=False)),
                                        ("/v1/chat/completions", "POST", partial(self.complete, chat=True)),
@@ -2220,12 +2215,12 @@ class Server:
         """A route that checks the API key."""
         key = self.settings.api_key and f"Bearer {self.settings.api_key}".encode()
 
-        async def answer(request):
+        async def handler(request):
             if needs_key and key and not hmac.compare_digest(request.headers.get("authorization", "").encode(), key):
                 raise Refused(401, "wrong API key", "authentication_error")
             return await function(request)
 
-        return answer
+        return handler
 
     async def read(self, request) -> dict:
         """The JSON object in a request's body."""
@@ -2243,24 +2238,24 @@ class Server:
             data = await asyncio.wait_for(body(), self.settings.timeout)
             record = TOKENIZER.parse_json(data.decode("utf-8"), "the request")
         except asyncio.TimeoutError:
-            raise Refused(408, "the request did not arrive in time") from None
+            raise Refused(408, f"the request did not arrive within {self.settings.timeout:g} seconds") from None
         except ClientDisconnect:
-            raise Refused(499, "the client hung up") from None
+            raise Refused(499, "the client disconnected") from None
         except UnicodeDecodeError:
             raise Refused(400, "the request is not UTF-8") from None
         if not isinstance(record, dict):
             raise Refused(400, "the request is not a JSON object")
         TOKENIZER.checked(json.dumps(record, ensure_ascii=False).replace("\0", ""), "the request")
         if record.get("model") not in (None, self.name, *self.session.model.adapters):
-            raise Refused(404, f"model: '{record['model']}' is not served; GET /v1/models lists what is", "not_found_error")
+            raise Refused(404, f"model: '{record['model']}' is not served; GET /v1/models lists the models", "not_found_error")
         return record
 
     def checked(self, ids: list[int]) -> list[int]:
-        """The ids of a prompt, if they leave room for an answer."""
+        """Check that the token ids of a prompt are valid and leave room for a completion."""
         if not ids or not all(type(i) is int and 0 <= i < self.vocabulary for i in ids):
-            raise Refused(400, f"token ids are numbers below {self.vocabulary:,}, at least one")
+            raise Refused(400, f"expected at least one token id, each a number below {self.vocabulary:,}")
         if len(ids) >= self.context:
-            raise Refused(400, f"the prompt has {len(ids)} tokens; the context is {self.context}, the answer included")
+            raise Refused(400, f"the prompt has {len(ids)} tokens; prompt and completion must fit a context of {self.context}")
         return ids
 
     def prompts_of(self, record: dict, key: str = "prompt") -> list[list[int]]:
@@ -2270,19 +2265,19 @@ class Server:
         if isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
             prompt = [prompt]
         if not isinstance(prompt, list) or not prompt or not all(isinstance(part, (str, list)) for part in prompt):
-            raise Refused(400, f"{key}: a text, a list of texts, or token ids are expected")
+            raise Refused(400, f"{key}: expected a text, a list of texts, or token ids")
         return [self.checked(TOKENIZER.encode_prompt(self.session.tokenizer, part) if isinstance(part, str) else part)
                 for part in prompt]
 
     def conversation(self, record: dict, sampling: Sampling) -> tuple[list[int], Reader, dict | None]:
-        """A chat's prompt, how to read its answer, and the structure of that answer, if it is restricted."""
+        """The prompt of a chat request, the reader of its completion, and the `structured_outputs` of its completion."""
         session = self.session.of_adapter.get(record.get("model"), self.session)
         tokenizer = session.tokenizer
         if not tokenizer.chat_template:
             raise Refused(400, "messages: this model has no chat template; use /v1/completions")
         messages = messages_of(field(record, "messages", list, []), "messages")
         if not messages:
-            raise Refused(400, "messages: a list of messages is expected")
+            raise Refused(400, "messages: expected a list of messages")
         tools, form = tools_of(record), sampling.structured_outputs
         choice = "auto" if record.get("tool_choice") is None else record["tool_choice"]
         tools = [] if choice == "none" else tools
@@ -2292,7 +2287,7 @@ class Server:
             chosen = [tool for tool in tools if choice == "required" or tool["function"]["name"] == name]
             if not chosen or form:
                 raise Refused(400, f"tool_choice: {json.dumps(choice)[:100]} is not auto, none, required or one of the tools"
-                              if not chosen else "tool_choice and response_format exclude each other")
+                              if not chosen else "tool_choice and response_format are mutually exclusive; set one")
             form = {"grammar": call_grammar(TOKENIZER.answer_markup(tokenizer), chosen, tokenizer)}
         ids = session.chat_ids(messages, tools or None, field(record, "chat_template_kwargs", dict))
         return self.checked(ids), answer_reader(tokenizer, ids, tools), form
@@ -2351,7 +2346,7 @@ class Server:
         elif isinstance(record.get("prompt"), str):
             ids = TOKENIZER.encode_prompt(self.session.tokenizer, record["prompt"])
         else:
-            raise Refused(400, "prompt: a text is expected, or messages")
+            raise Refused(400, "expected a text as 'prompt', or 'messages'")
         return respond({"tokens": ids, "count": len(ids), "max_model_len": self.context})
 
     async def detokenize(self, request):
@@ -2359,7 +2354,7 @@ class Server:
         check_keys(record, {"model", "tokens"})
         ids = record.get("tokens")
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self.vocabulary for i in ids):
-            raise Refused(400, f"tokens: a list of token ids below {self.vocabulary:,} is expected")
+            raise Refused(400, f"tokens: expected a list of token ids below {self.vocabulary:,}")
         return respond({"prompt": self.session.tokenizer.decode(ids)})
 
     async def health(self, _):
@@ -2373,17 +2368,17 @@ class Server:
 
 
 def tools_of(record: dict) -> list[dict]:
-    """The tools of a chat request, in OpenAI's form."""
+    """The tools of a chat request, in OpenAI's format."""
     tools = field(record, "tools", list, [])
     for i, tool in enumerate(tools, 1):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) \
                 or not isinstance(function.get("parameters") or {}, dict):
             form = '{"type": "function", "function": {"name": ..., "parameters": SCHEMA}}'
-            raise Refused(400, f"tools: tool {i} does not have the form {form}")
+            raise Refused(400, f"tools: tool {i} does not have the format {form}")
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) < len(names):
-        raise Refused(400, "tools: two have the same name")
+        raise Refused(400, "tools: two tools have the same name")
     return tools
 
 
@@ -2403,12 +2398,12 @@ class Meters:
                 gauges["spec_decode_num_accepted_tokens_total"] = lambda: engine.drafter.accepted
         for name, read in gauges.items():
             Gauge(f"vllm:{name}", name.replace("_", " "), **named).set_function(read)
-        self.read = Counter("vllm:prompt_tokens", "tokens of prompts", **named)
-        self.written = Counter("vllm:generation_tokens", "tokens of answers", **named)
-        self.finished = Counter("vllm:request_success", "answers", ["finished_reason"], **named)
-        self.cached = Counter("vllm:response_cache_hits", "requests that were answered from the response cache", **named)
+        self.read = Counter("vllm:prompt_tokens", "prompt tokens", **named)
+        self.written = Counter("vllm:generation_tokens", "generated tokens", **named)
+        self.finished = Counter("vllm:request_success", "finished completions", ["finished_reason"], **named)
+        self.cached = Counter("vllm:response_cache_hits", "requests served from the response cache", **named)
         self.first = Histogram("vllm:time_to_first_token_seconds", "seconds to the first token", **named)
-        self.whole = Histogram("vllm:e2e_request_latency_seconds", "seconds to the whole answer", **named)
+        self.whole = Histogram("vllm:e2e_request_latency_seconds", "seconds to the last token", **named)
 
     def tokens(self, row: Row, clock: float, before: int, count: int, finish: str | None) -> None:
         """A row had `before` tokens and has `count` now."""
@@ -2422,7 +2417,7 @@ class Meters:
 
 
 def show_figures(meters: Meters) -> None:
-    """Write live figures to stderr: on a terminal one line that is rewritten each second, elsewhere a line every ten seconds."""
+    """Log the load to stderr: on a terminal in one line that is updated every second, otherwise in a line every ten seconds."""
     def work() -> None:
         interval, before, read = 1 if sys.stderr.isatty() else 10, 0, meters.registry.get_sample_value
         while True:
@@ -2432,7 +2427,7 @@ def show_figures(meters: Meters) -> None:
                 continue
             line = (f"{read('vllm:num_requests_running'):.0f} running, {read('vllm:num_requests_waiting'):.0f} waiting, "
                     f"{(written - before) / interval:,.0f} tokens/s{'' if usage is None else f', cache {usage:.0%}'}, "
-                    f"{written:,.0f} tokens in all")
+                    f"{written:,.0f} tokens in total")
             sys.stderr.write(f"\r\033[K{line}" if sys.stderr.isatty() else f"{line}\n")
             sys.stderr.flush()
             before = written
@@ -2441,7 +2436,7 @@ def show_figures(meters: Meters) -> None:
 
 
 def warm_up(engine: Engine | StaticEngine) -> None:
-    """Compute a few tokens; on a GPU in batches of each size, whose steps are recorded."""
+    """Generate a few tokens; on a GPU in batches of 1, 2, 4, ... sequences, whose steps are recorded."""
     for exponent in range(1 if engine.model.device.type == "cpu" else engine.rows.bit_length()):
         prompts, sampling = [[0] * 8 for _ in range(2**exponent)], Sampling(3, 0, ignore_eos=True)
         engine.add([row for [row] in _make_rows(engine.model, prompts, [sampling] * len(prompts), None, 0)])
@@ -2450,12 +2445,12 @@ def warm_up(engine: Engine | StaticEngine) -> None:
 
 
 def run_server(session: Session, name: str) -> None:
-    """Serve until SIGTERM or Ctrl-C, which finish open requests but accept no new ones."""
+    """Serve until SIGTERM or Ctrl-C. Then open requests are finished, and new connections are rejected."""
     s = session.settings
     if s.num_beams > 1:
-        raise UserError("inference.num_beams: the server does no beam search; leave it out")
-    usual = 512 if session.model.device.type == "cpu" else 4096  # the running completions wait for a step of so many
-    engine = session.engine(s.enable_prefix_caching, s.max_num_batched_tokens or usual)
+        raise UserError("inference.num_beams: the server does not support beam search; leave it out")
+    default = 512 if session.model.device.type == "cpu" else 4096  # running completions wait for the whole step
+    engine = session.engine(s.enable_prefix_caching, s.max_num_batched_tokens or default)
     try:
         import uvicorn
 
@@ -2466,8 +2461,8 @@ def run_server(session: Session, name: str) -> None:
     if isinstance(engine, Engine):
         room = engine.cache.pages * engine.cache.page
         size = MODEL.size_text(room * MODEL.cache_numbers(session.model.config) * session.model.dtype.itemsize)
-        say(f"memory: weights {MODEL.size_text(weight_bytes(session.model))}, cache {size} for {room:,} tokens in pages "
-            f"of {engine.cache.page}, at most {s.batch_size} sequences per batch")
+        say(f"memory: weights {MODEL.size_text(weight_bytes(session.model))}, KV cache {size} ({room:,} tokens in pages of "
+            f"{engine.cache.page}), at most {s.batch_size} sequences per batch")
     warm_up(engine)
     say(f"serving {name} at http://{s.host}:{s.port}/v1")
     http = uvicorn.Server(uvicorn.Config(app, s.host, s.port, log_level="warning", access_log=False, timeout_keep_alive=60,
@@ -2484,13 +2479,13 @@ PAGE_SETTINGS = {"temperature": 2, "top_p": 1, "min_p": 1, "top_k": None, "max_n
 
 
 def chat_blocks(session: Session, name: str):
-    """The chat page: its functions stream from the HTTP API of the server that it is opened on."""
+    """The chat page, whose functions stream from the HTTP API of the server that opened it."""
     import gradio as gr
     import httpx
 
     settings, sampling = session.settings, session.sampling
     headers = {"Authorization": f"Bearer {settings.api_key}".encode()} if settings.api_key else {}
-    knows_thinking = session.chat and "enable_thinking" in str(session.tokenizer.chat_template)
+    has_thinking = session.chat and "enable_thinking" in str(session.tokenizer.chat_template)
 
     def api(request) -> httpx.AsyncClient:
         host, port = request.request.scope["server"]
@@ -2508,16 +2503,16 @@ def chat_blocks(session: Session, name: str):
             if (turn.get("metadata") or {}).get("title"):
                 continue  # thinking, or an error
             if messages and messages[-1]["role"] == turn["role"]:
-                messages.pop()  # this question got no answer
+                messages.pop()  # the previous question got no answer
             messages.append({"role": turn["role"], "content": "".join(part["text"] for part in turn["content"])})
         return messages
 
     async def answer(message, history, request, model, system, thinking, *values):
-        """Yields the messages of the answer so far. If Gradio closes this generator (stop), the request is aborted as well."""
+        """Yield the messages of the answer so far. If Gradio closes this generator (stop), the request is aborted as well."""
         record = {key: value for key, value in zip(PAGE_SETTINGS, values, strict=True) if value not in ("", None)}
         record |= {"model": model, "n": 1, "stream": True}
         record |= {"messages": conversation(history, message, system)} if session.chat else {"prompt": message}
-        if knows_thinking:
+        if has_thinking:
             record["chat_template_kwargs"] = {"enable_thinking": thinking}
         thought = text = error = ""
         shown = 0.0
@@ -2539,7 +2534,7 @@ def chat_blocks(session: Session, name: str):
                     delta = choice.get("delta", choice)  # of a chat, or a text completion
                     thought += delta.get("reasoning_content") or ""
                     text += delta.get("content") or delta.get("text") or ""
-                if time.perf_counter() - shown > 0.05:  # the browser need not draw every token of a fast model
+                if time.perf_counter() - shown > 0.05:  # drawing every token would slow down a fast model
                     yield messages(done=False)
                     shown = time.perf_counter()
         yield messages()
@@ -2551,7 +2546,7 @@ def chat_blocks(session: Session, name: str):
         with gr.Sidebar(open=False, position="right"):
             model = gr.Dropdown([name], value=name, label="Model", visible=False)
             system = gr.Textbox(label="System message", placeholder=settings.system, lines=2, visible=session.chat)
-            thinking = gr.Checkbox(True, label="Thinking", visible=knows_thinking)
+            thinking = gr.Checkbox(True, label="Thinking", visible=has_thinking)
             values = []
             for key, high in PAGE_SETTINGS.items():
                 value, label = getattr(sampling, key), key.replace("_", " ").capitalize()
@@ -2560,7 +2555,7 @@ def chat_blocks(session: Session, name: str):
                 else:
                     values.append(gr.Slider(0, max(high, value), value, step=0.01, label=label))
         gr.Markdown(f"## {name}")
-        note = None if session.chat else "This model has no chat template. It continues each message without the earlier ones."
+        note = None if session.chat else "This model has no chat template. It continues each message independently."
         chatbot = gr.Chatbot(show_label=False, scale=1, buttons=["copy", "copy_all"], feedback_options=None, placeholder=note)
         gr.ChatInterface(answer, chatbot=chatbot, editable=True, additional_inputs=[model, system, thinking, *values],
                          concurrency_limit=None, api_visibility="private")
@@ -2597,7 +2592,7 @@ def add_page(app, session: Session, name: str, server) -> None:
         async def close() -> None:
             while not server.should_exit:
                 await asyncio.sleep(0.2)
-            page.routes[-1].app.stop_event.set()  # else browser tabs hold connections that delay the server's exit
+            page.routes[-1].app.stop_event.set()  # otherwise connections of open browser tabs delay the server's exit
             await lifespan.__aexit__(None, None, None)
 
         return page, asyncio.create_task(close())
@@ -2622,31 +2617,31 @@ def add_page(app, session: Session, name: str, server) -> None:
                 raise HTTPException(413)
             return message
 
-        async def confined(message: dict) -> None:
+        async def with_policy(message: dict) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"content-security-policy", policy)]
             await send(message)
 
         opening = opening or asyncio.create_task(open_page())
-        await (await opening)[0](scope, bounded, confined)
+        await (await opening)[0](scope, bounded, with_policy)
 
     app.mount("/", serve)
     say(f"chat page at http://{session.settings.host}:{session.settings.port}/")
 
 
 ACTIONS = {
-    "prompt": Action("text to continue; '' is the beginning of a text", str),
-    "adapter": Action("LoRA adapter to put on the model: a folder that `SFT.py --lora.r` or peft wrote", str),
-    "echo": Action("print the prompt before the answer"),
-    "lines": Action("each line of stdin (with --score, of the file) is a prompt of its own"),
-    "jsonl": Action("stdin is JSONL: {prompt or messages, any sampling key}; so is stdout"),
-    "score": Action("measure a file (- or nothing: stdin) instead of generating", str, "-"),
+    "prompt": Action("prompt text; '' generates from the beginning-of-text token", str),
+    "adapter": Action("LoRA adapter for the model: a folder written by `SFT.py --lora.r` or PEFT", str),
+    "echo": Action("print the prompt before the completion"),
+    "lines": Action("treat each line of stdin (with --score, of the file) as a separate text"),
+    "jsonl": Action("read requests as JSONL from stdin and write JSONL: {prompt or messages, any sampling parameter}"),
+    "score": Action("compute loss and perplexity of a file instead of generating; - or no value: stdin", str, "-"),
     "eval": Action("evaluate with lm-eval: comma-separated tasks, YAML files or folders; writes eval.json", str),
-    "limit": Action("with --eval: number of samples per task", partial(MODEL.convert, kind=int, where="--limit")),
+    "limit": Action("with --eval: maximum samples per task", partial(MODEL.convert, kind=int, where="--limit")),
     "num_fewshot": Action("with --eval: number of examples in each prompt",
                           partial(MODEL.convert, kind=int, where="--num_fewshot")),
     "serve": Action("start an OpenAI-compatible HTTP server"),
-    "logits": Action("with --score: write the raw logits of the first text to this .safetensors file", str),
+    "logits": Action("with --score: write the logits of the first text to this .safetensors file", str),
 }
 SECTIONS = {**TOKENIZER.SECTIONS, "inference": InferenceSection}
 SHORTS = {"max_num_seqs": "inference.batch_size", "quantization": "model.quantization"}
@@ -2660,11 +2655,11 @@ def main(argv: list[str] | None = None) -> None:
     if piped:
         prompt = "".join(read_stdin())
         if not prompt:
-            raise UserError("no prompt: stdin is empty; pipe some text in, or use --prompt")
+            raise UserError("no prompt: stdin is empty; pipe a text to it or use --prompt")
         prompt = prompt.removesuffix("\n")
     session = Session(config)
     if (actions.serve or actions.eval) and ("score" in session.model.heads or not session.model.config.causal):
-        raise UserError(f"--{'serve' if actions.serve else 'eval'}: this model generates no text; name a causal language model")
+        raise UserError(f"--{'serve' if actions.serve else 'eval'}: this model cannot generate text; use a causal language model")
     if actions.eval:
         run_eval(session, actions, actions.adapter or config.model.name)
     elif actions.serve:
@@ -2687,23 +2682,23 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_flags(config) -> list[str]:
-    """Refuse flags that would be ignored together. Returns the flag that names the mode, if there is one."""
+    """Reject flags that cannot be combined. Returns the flag that sets the mode, if any."""
     actions, settings = config.actions, config.inference
     modes = [f"--{name}" for name in ("prompt", "jsonl", "score", "eval", "serve") if getattr(actions, name) not in (None, False)]
     modes += ["--lines"] if actions.lines and actions.score is None else []
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} are mutually exclusive; set one")
     if actions.logits and actions.score is None:
-        raise UserError("--logits: goes with --score")
+        raise UserError("--logits: requires --score")
     for name, low in (("limit", 1), ("num_fewshot", 0)):
         if (value := getattr(actions, name)) is not None and (actions.eval is None or value < low):
-            raise UserError(f"--{name}: goes with --eval" if actions.eval is None else f"--{name}: {value} is not >= {low}")
+            raise UserError(f"--{name}: requires --eval" if actions.eval is None else f"--{name}: {value} is not >= {low}")
     served = [f.name for f in fields(InferenceSection) if f.metadata["comment"].startswith("--serve:")]
     for name in served if not actions.serve else ():
         given = config.origins.get(f"inference.{name}", "").startswith("command line")
         if given or name == "lora_modules" and settings.lora_modules:
-            hint = "; elsewhere --adapter FOLDER uses an adapter" if name == "lora_modules" else ""
-            raise UserError(f"--{name.replace('_', '-')}: goes with --serve{hint}")
+            hint = "; without it, use --adapter FOLDER" if name == "lora_modules" else ""
+            raise UserError(f"--{name.replace('_', '-')}: requires --serve{hint}")
     if actions.serve:
         try:
             with socket.create_server((settings.host, settings.port)):
@@ -2711,9 +2706,9 @@ def check_flags(config) -> list[str]:
         except OSError as error:
             raise UserError(f"--port: cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
     if settings.logprobs and actions.score is None and not actions.jsonl:
-        raise UserError("--logprobs: goes with --jsonl or --score, whose output has a place for them")
+        raise UserError("--logprobs: requires --jsonl or --score")
     if actions.score not in (None, "-") and (Path(actions.score).is_dir() or not Path(actions.score).exists()):
-        raise UserError(f"--score: there is no file '{actions.score}'")
+        raise UserError(f"--score: '{actions.score}' is not a file")
     return modes
 
 

@@ -427,9 +427,9 @@ def test_an_untied_head_keeps_its_bias_in_transformers(tmp_path):
 def test_unsupported_uses_of_an_encoder_are_user_errors(tokenizer):
     model = MODEL.build(MODEL.preset_config("bert-2m", vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=16)).eval()
     assert INFER.fill(model, tokenizer, "the <|mask|> fox") != "the <|mask|> fox"
-    with pytest.raises(UserError, match="stdin:3: this model is an encoder: it fills in .*, and the text holds none"):
+    with pytest.raises(UserError, match="stdin:3: this model is an encoder and fills in .*, which the text does not contain"):
         INFER.fill(model, tokenizer, "the fox", "stdin:3")
-    with pytest.raises(UserError, match="prompt: [0-9]+ tokens, but this encoder reads 16 at once"):
+    with pytest.raises(UserError, match="prompt: [0-9]+ tokens exceed this encoder's context of 16"):
         INFER.fill(model, tokenizer, "the <|mask|> " + "fox " * 30)
 
 

@@ -53,9 +53,9 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['cont
 
 
 @pytest.fixture(scope="module")
-def world(model_folder, tmp_path_factory):
-    """A folder with a model, and one with three tasks. Some prompts and documents exceed the context of 128 tokens, some prompts
-    end with a space, and one is empty."""
+def setup(model_folder, tmp_path_factory):
+    """A model, three tasks and a function that runs them. Some prompts and documents exceed the context of 128 tokens, some prompts
+    end with a space, and one prompt is empty."""
     from lm_eval.tasks import TaskManager
 
     home = tmp_path_factory.mktemp("eval")
@@ -80,29 +80,29 @@ def world(model_folder, tmp_path_factory):
     manager = TaskManager(include_path=tasks, include_defaults=False)
 
     def evaluate(model, names=tuple(TASKS), **options):
-        with mock.patch("lm_eval.evaluator.add_env_info"):  # which lists all packages, for seconds
+        with mock.patch("lm_eval.evaluator.add_env_info"):  # it takes seconds to list all packages
             return lm_eval.simple_evaluate(model, tasks=list(names), task_manager=manager, bootstrap_iters=0, **options)
 
     return SimpleNamespace(folder=folder, tasks=tasks, evaluate=evaluate, session=session)
 
 
 @pytest.fixture(scope="module")
-def reference(world):
+def reference(setup):
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=str(world.folder), device="cpu", batch_size=4)
+    return HFLM(pretrained=str(setup.folder), device="cpu", batch_size=4)
 
 
-def answers(results, name) -> list:
+def responses(results, name) -> list:
     return [sample["resps"] for sample in sorted(results["samples"][name], key=lambda sample: sample["doc_id"])]
 
 
 def check_equal(ours, theirs, tolerance):
-    """Numbers within a tolerance; booleans and texts exactly."""
+    """Compare numbers within a tolerance, booleans and texts exactly."""
     if isinstance(theirs, (list, tuple)):
         assert len(ours) == len(theirs)
-        for one, other in zip(ours, theirs, strict=True):
-            check_equal(one, other, tolerance)
+        for our, their in zip(ours, theirs, strict=True):
+            check_equal(our, their, tolerance)
     elif isinstance(theirs, float):
         assert math.isclose(ours, theirs, rel_tol=1e-5, abs_tol=tolerance)
     else:
@@ -110,85 +110,85 @@ def check_equal(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize("options", [{}, dict(num_fewshot=2, limit=6, apply_chat_template=True, system_instruction="Be kind.")])
-def test_results_are_those_of_lm_evals_own_class(options, world, reference):
-    ours, theirs = world.evaluate(INFER.as_lm(world.session), **options), world.evaluate(reference, **options)
+def test_results_equal_lm_evals_own_class(options, setup, reference):
+    ours, theirs = setup.evaluate(INFER.as_lm(setup.session), **options), setup.evaluate(reference, **options)
     for name in TASKS:
-        check_equal(answers(ours, name), answers(theirs, name), 1e-4)
+        check_equal(responses(ours, name), responses(theirs, name), 1e-4)
         assert ours["results"][name].keys() == theirs["results"][name].keys()
         for key, value in theirs["results"][name].items():
             assert ours["results"][name][key] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), (name, key)
-    greedy = {result[1] for texts in answers(theirs, "choice") for [result] in texts}
+    greedy = {result[1] for texts in responses(theirs, "choice") for [result] in texts}
     assert options or greedy == {True, False}  # so the comparison covers both
 
 
-def test_another_architecture(world, tmp_path):
-    """A model that transformers runs, from right-padded batches and with its own `generate`."""
+def test_results_of_an_unsupported_architecture(setup, tmp_path):
+    """A model that runs in transformers: scored in right-padded batches, completed by its own `generate`."""
     from lm_eval.models.huggingface import HFLM
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    config = GPTNeoXConfig(vocab_size=len(world.session.tokenizer), bos_token_id=0, eos_token_id=0, initializer_range=0.2, **TINY)
+    config = GPTNeoXConfig(vocab_size=len(setup.session.tokenizer), bos_token_id=0, eos_token_id=0, initializer_range=0.2, **TINY)
     GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
-    TOKENIZER.save(world.session.tokenizer, tmp_path)
+    TOKENIZER.save(setup.session.tokenizer, tmp_path)
     session = INFER.load(str(tmp_path), batch_size=3)
     assert isinstance(session.model, MODEL.ForeignModel)
-    ours, theirs = (world.evaluate(model, limit=5) for model in (INFER.as_lm(session), HFLM(pretrained=str(tmp_path), device="cpu")))
+    ours, theirs = (setup.evaluate(model, limit=5) for model in (INFER.as_lm(session), HFLM(pretrained=str(tmp_path), device="cpu")))
     for name in TASKS:
-        check_equal(answers(ours, name), answers(theirs, name), 1e-4)
+        check_equal(responses(ours, name), responses(theirs, name), 1e-4)
 
 
-def test_the_command(world, capsys, tmp_path, monkeypatch):
-    INFER.main(["--model", str(world.folder), "--eval", f"{world.tasks / 'choice.yaml'},{world.tasks / 'rolling.yaml'}", "--limit", "4"])
+def test_the_command_prints_a_table_and_writes_a_file(setup, capsys, tmp_path, monkeypatch):
+    INFER.main(["--model", str(setup.folder), "--eval", f"{setup.tasks / 'choice.yaml'},{setup.tasks / 'rolling.yaml'}", "--limit", "4"])
     out = capsys.readouterr().out.splitlines()
-    saved = json.loads((world.folder / "eval.json").read_text())
+    saved = json.loads((setup.folder / "eval.json").read_text())
     accuracy = saved["results"]["choice"]["acc,none"]
     assert out[0].split() == ["task", "metric", "value", "stderr", "n"] and len(out) == 5
     assert out[1].split() == ["choice", "acc", f"{accuracy:.4f}", f"{saved['results']['choice']['acc_stderr,none']:.4f}", "4"]
-    assert saved["versions"] == {"choice": 1, "rolling": 1} and saved["settings"]["limit"] == 4 and saved["model"] == str(world.folder)
+    assert saved["versions"] == {"choice": 1, "rolling": 1} and saved["settings"]["limit"] == 4 and saved["model"] == str(setup.folder)
     assert saved["lm_eval_version"] and saved["date"]
 
 
-def test_mistakes_cost_one_line(world, tmp_path, capsys, monkeypatch):
+def test_errors_are_one_line(setup, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     from lm_eval.tasks import TaskManager
 
-    everything = TaskManager(include_path=world.tasks, include_defaults=False)  # reading lm-eval's own tasks takes seconds
+    everything = TaskManager(include_path=setup.tasks, include_defaults=False)  # reading lm-eval's own tasks takes seconds
     (tmp_path / "far.yaml").write_text("task: far\ndataset_path: nobody/nothing\noutput_type: generate_until\ntest_split: test\n")
     actions = SimpleNamespace(eval=str(tmp_path / "far.yaml"), limit=None, num_fewshot=None)
-    with pytest.raises(UserError, match="--eval: .*nobody/nothing.*; the dataset of a task is downloaded when it is first used"):
-        INFER.run_eval(world.session, actions, "out")
+    with pytest.raises(UserError, match="--eval: .*nobody/nothing.*; the dataset of a task is downloaded on first use"):
+        INFER.run_eval(setup.session, actions, "out")
     with monkeypatch.context() as patch:
         patch.setattr("lm_eval.tasks.TaskManager", lambda **options: everything)
         assert INFER.find_tasks(["ch*", "rolling"])[0] == ["choice", "rolling"]
-        with pytest.raises(UserError, match="no task or file 'chioce'; the nearest tasks are choice"):
+        with pytest.raises(UserError, match="no task or file is named 'chioce'; nearest are choice"):
             INFER.find_tasks(["chioce"])
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "lm_eval", None)
         with pytest.raises(UserError, match="--eval: needs lm_eval; pip install -r requirements-extras.txt"):
-            INFER.run_eval(world.session, actions, "out")
-    for flags, message in ((["--prompt", "a", "--limit", "3"], "--limit: goes with --eval"), (["--eval", "a", "--limit", "0"], "--limit: 0 is not >= 1"),
+            INFER.run_eval(setup.session, actions, "out")
+    for flags, message in ((["--prompt", "a", "--limit", "3"], "--limit: requires --eval"), (["--eval", "a", "--limit", "0"], "--limit: 0 is not >= 1"),
                            (["--eval", "a", "--jsonl"], "--jsonl and --eval are mutually exclusive")):
         with pytest.raises(UserError, match=message):
             INFER.main(flags)
-    config = MODEL.ModelConfig(vocab_size=len(world.session.tokenizer), eos_token_id=0, labels=["a", "b"], **TINY)
+    config = MODEL.ModelConfig(vocab_size=len(setup.session.tokenizer), eos_token_id=0, labels=["a", "b"], **TINY)
     MODEL.save(MODEL.build(config, head="score"), tmp_path / "labels")
-    TOKENIZER.save(world.session.tokenizer, tmp_path / "labels")
-    with pytest.raises(UserError, match="--eval: this model generates no text"):
+    TOKENIZER.save(setup.session.tokenizer, tmp_path / "labels")
+    with pytest.raises(UserError, match="--eval: this model cannot generate text"):
         INFER.main(["--model", str(tmp_path / "labels"), "--eval", "choice"])
-    actions.eval, actions.limit = str(world.tasks), 1
+    actions.eval, actions.limit = str(setup.tasks), 1
     capsys.readouterr()
-    INFER.run_eval(world.session, actions, "nobody/nothing")
+    INFER.run_eval(setup.session, actions, "nobody/nothing")
     printed = capsys.readouterr()
     assert "eval.json was not written: nobody/nothing is not a folder" in printed.err
     assert {line.split()[0] for line in printed.out.splitlines()} == {"task", *TASKS}
 
 
 @pytest.fixture(scope="module")
-def address(world):
-    """A server on the session's model, in a thread."""
+def address(setup):
+    """The completions route of a server that runs in a thread."""
     import uvicorn
 
     port = free_port()
-    app = INFER.Server(world.session, "m", world.session.engine(reuse=True)).app()
+    app = INFER.Server(setup.session, "m", setup.session.engine(reuse=True)).app()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     threading.Thread(target=server.run, daemon=True).start()
     while not server.started:
@@ -198,16 +198,16 @@ def address(world):
 
 
 @pytest.mark.parametrize("tokenized, batch_size", [(True, 4), (False, 1)])
-def test_lm_evals_client_for_servers_gets_the_same_results(tokenized, batch_size, world, reference, address):
+def test_lm_evals_client_gets_the_same_results_from_the_server(tokenized, batch_size, setup, reference, address):
     pytest.importorskip("tenacity")
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    client = LocalCompletionsAPI(address, "huggingface", model="m", tokenizer=str(world.folder), tokenized_requests=tokenized,
+    client = LocalCompletionsAPI(address, "huggingface", model="m", tokenizer=str(setup.folder), tokenized_requests=tokenized,
                                  batch_size=batch_size, max_length=128, add_bos_token=True)
-    samples = {"choice": [0, 1, 2, 5, 6, 7], "writing": [0, 1, 2, 6], "rolling": [0, 4, 8]}  # those within the context
-    ours, theirs = (world.evaluate(model, samples=samples) for model in (client, reference))
+    samples = {"choice": [0, 1, 2, 5, 6, 7], "writing": [0, 1, 2, 6], "rolling": [0, 4, 8]}  # samples that fit the context
+    ours, theirs = (setup.evaluate(model, samples=samples) for model in (client, reference))
     for name in TASKS:
-        check_equal(answers(ours, name), answers(theirs, name), 1e-3)
+        check_equal(responses(ours, name), responses(theirs, name), 1e-3)
     for key in ("acc,none", "acc_norm,none"):
         assert ours["results"]["choice"][key] == theirs["results"]["choice"][key]
-    assert {result[1] for texts in answers(theirs, "choice") for [result] in texts} == {True, False}
+    assert {result[1] for texts in responses(theirs, "choice") for [result] in texts} == {True, False}

@@ -70,7 +70,7 @@ def one(model, prompt, sampling, tokenizer=None, **options):
 
 @torch.no_grad()
 def next_logits(model, ids):
-    """Oracle: a whole forward pass for one row."""
+    """Oracle: a full forward pass over one sequence."""
     return model(torch.tensor([ids])).logits[0, -1].float()
 
 
@@ -82,7 +82,7 @@ def logprobs_of(model, prompt, ids, temperature=1.0):
 
 
 def text_after(tokenizer, prompt, ids):
-    """Oracle: what decoding everything adds to decoding the prompt."""
+    """Oracle: decode the prompt with the completion, and remove the text of the prompt."""
     ids = [i for i in ids if i != tokenizer.eos_token_id]
     return tokenizer.decode(prompt + ids, skip_special_tokens=True)[len(tokenizer.decode(prompt, skip_special_tokens=True)) :]
 
@@ -90,8 +90,8 @@ def text_after(tokenizer, prompt, ids):
 # -------------------------------------------------------------------------------------------------- generation
 
 
-def test_greedy_one_by_one(model, prompts):
-    """The oracle of every way below: argmax of a whole forward pass, token after token."""
+def test_greedy_equals_argmax_of_full_forward_passes(model, prompts):
+    """The reference for the tests below: argmax of a full forward pass for each token."""
     for prompt in prompts:
         ids = []
         while len(ids) < 12 and ids[-1:] != model.config.eos_ids:
@@ -99,12 +99,12 @@ def test_greedy_one_by_one(model, prompts):
         assert one(model, prompt, greedy(max_new_tokens=12)).ids == ids
 
 
-WAYS = [greedy(max_new_tokens=16), Sampling(seed=5, max_new_tokens=16), Sampling(seed=6, top_p=0.9, top_k=40, max_new_tokens=16)]
+SAMPLINGS = [greedy(max_new_tokens=16), Sampling(seed=5, max_new_tokens=16), Sampling(seed=6, top_p=0.9, top_k=40, max_new_tokens=16)]
 
 
-@pytest.mark.parametrize("sampling", WAYS, ids=["greedy", "sampled", "truncated"])
-def test_every_way_gives_the_same_ids(sampling, model, tokenizer, prompts, monkeypatch):
-    expected = [answers[0] for answers in generate(model, prompts, sampling, tokenizer)]
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "truncated"])
+def test_ids_do_not_depend_on_cache_batch_size_or_streaming(sampling, model, tokenizer, prompts, monkeypatch):
+    expected = [completions[0] for completions in generate(model, prompts, sampling, tokenizer)]
     for options in ({"use_cache": False}, {"batch_size": 2}, {"batch_size": 3, "use_cache": False}, {"batch_size": 1}):
         assert [a[0] for a in generate(model, prompts, sampling, tokenizer, **options)] == expected
     for i, prompt in enumerate(prompts):
@@ -115,22 +115,22 @@ def test_every_way_gives_the_same_ids(sampling, model, tokenizer, prompts, monke
     assert [a[0] for a in generate(model, prompts, sampling, tokenizer)] == expected
 
 
-def test_long_prompts_are_read_in_smaller_pieces(model, prompts, monkeypatch):
-    """So that a step's tokens, and the scores of a piece with all before it, stay under a limit, and with them the memory."""
+def test_long_prompts_are_prefilled_in_chunks(model, prompts, monkeypatch):
+    """The tokens of a step, and queries x keys of a chunk, have limits, which also limit the memory."""
     long = [list(range(5, 45)), list(range(60, 85))]
-    expected, pieces, step = generate(model, long, greedy(max_new_tokens=3)), [], MODEL.CacheStep
+    expected, steps, step = generate(model, long, greedy(max_new_tokens=3)), [], MODEL.CacheStep
 
     def watched(cache, parts, pad):
-        pieces.append([(count, one.length + count) for one, count in parts])
+        steps.append([(count, sequence.length + count) for sequence, count in parts])
         return step(cache, parts, pad)
 
     monkeypatch.setattr(MODEL, "CacheStep", watched)
     monkeypatch.setattr(INFER, "STEP_TOKENS", 12)
     monkeypatch.setattr(INFER, "STEP_SCORES", 200)
     assert generate(model, long, greedy(max_new_tokens=3)) == expected
-    assert all(sum(count for count, _ in parts) <= 12 for parts in pieces)
-    assert all(count * end <= 200 for parts in pieces for count, end in parts if end > count)
-    assert len({count for parts in pieces for count, _ in parts}) > 2
+    assert all(sum(count for count, _ in parts) <= 12 for parts in steps)
+    assert all(count * end <= 200 for parts in steps for count, end in parts if end > count)
+    assert len({count for parts in steps for count, _ in parts}) > 2
 
 
 FAMILIES = {
@@ -141,7 +141,7 @@ FAMILIES = {
 
 
 def requests(count, seed=0):
-    """Prompts that begin alike now and then, each with its own length of answer."""
+    """Prompts that sometimes share a prefix, each with its own completion length."""
     random = np.random.default_rng(seed)
     common = random.integers(5, 90, 20).tolist()
     prompts = [common[: random.integers(0, 20)] + random.integers(5, 90, random.integers(1, 12)).tolist() for _ in range(count)]
@@ -159,7 +159,7 @@ def small_model(family="plain", noise=0.0):
 
 
 def drafter_for(kind, family="plain"):
-    """PromptLookup of single tokens, which finds something to guess in random texts; a draft model that is often right."""
+    """PromptLookup with 1-grams, which also finds repetitions in random tokens, or a draft model that is often right."""
     return {"none": lambda: None, "lookup": lambda: INFER.PromptLookup(3, size=1),
             "model": lambda: INFER.DraftModel(small_model(family, 0.1), 3, 30, 4)}[kind]()
 
@@ -169,15 +169,15 @@ PAGES = [(4, 16, True, "none"), (4, 16, False, "lookup"), (1, 60, True, "model")
 
 
 @functools.cache
-def alone(family):
+def without_cache(family):
     return generate(small_model(family), *requests(64), use_cache=False)
 
 
-# Three families for each kind of pages, and for each family three or four kinds of pages.
+# Three families per page setting, and three or four page settings per family.
 @pytest.mark.parametrize("family, page, pages, reuse, drafts", [
     (family, *pages) for i, pages in enumerate(PAGES) for k, family in enumerate(FAMILIES) if (2 * i + k) % 5 in (0, 2, 3)])
-def test_64_requests_equal_each_alone(family, page, pages, reuse, drafts):
-    """Whatever joins, leaves, shares pages, is guessed, is read in pieces or has to wait again because pages run out."""
+def test_64_requests_equal_generation_without_a_cache(family, page, pages, reuse, drafts):
+    """Requests join, finish, share pages, have drafts, are prefilled in chunks, and are preempted when pages run out."""
     model = small_model(family)
     prompts, samplings = requests(64)
     engine = INFER.Engine(model, 8, pages, page, tokens=16, reuse=reuse, drafter=drafter_for(drafts, family))
@@ -193,7 +193,7 @@ def test_64_requests_equal_each_alone(family, page, pages, reuse, drafts):
         if engine.busy:
             engine.step()
         assert len(engine.running) <= 8
-    assert [[row.completion()] for row in rows] == alone(family)
+    assert [[row.completion()] for row in rows] == without_cache(family)
     assert engine.cache.available() == pages and not any(engine.cache.references)
     assert bool(preempted) == (pages * page < 80)
     if engine.drafter:
@@ -202,7 +202,7 @@ def test_64_requests_equal_each_alone(family, page, pages, reuse, drafts):
         assert not engine.drafter.sequences and not any(engine.drafter.cache.references)
 
 
-# Without a GPU the kernel runs in Triton's interpreter, which conftest.py turns on.
+# Without a GPU the kernel runs in Triton's interpreter, which conftest.py enables.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -212,7 +212,7 @@ def paging(monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(MODEL, "reads_pages", lambda device: True)
         monkeypatch.setattr(INFER, "can_record", lambda model: True)
-        # What is recorded runs again each time.
+        # Run each recorded step again instead of replaying it.
         monkeypatch.setattr(INFER.RecordedStep, "logits", lambda model, step, tokens: model(tokens, cache=step).logits[0].float())
     yield
     MODEL._pages_kernel.cache_clear()
@@ -226,10 +226,10 @@ def test_attention_follows_page_tables(heads, kv_heads, width, page, window, pag
     key, value = torch.randn(2, kv_heads, 4 * pages * page, width, generator=generator)
     query = torch.randn(heads, 4, width, generator=generator)
     positions = torch.tensor(lengths) - 1
-    found = MODEL.attend_pages(*(one.to(DEVICE) for one in (query, key, value, positions, tables)), 600, page, window).cpu()
+    found = MODEL.attend_pages(*(x.to(DEVICE) for x in (query, key, value, positions, tables)), 600, page, window).cpu()
     for row, length in enumerate(lengths):
-        places = torch.arange(max(0, length - (window or length)), length)
-        slots = tables[row][places // page] * page + places % page
+        indices = torch.arange(max(0, length - (window or length)), length)
+        slots = tables[row][indices // page] * page + indices % page
         keys, values = (states[:, slots].repeat_interleave(heads // kv_heads, 0).double() for states in (key, value))
         scores = (keys @ query[:, row, :, None].double())[..., 0] / width**0.5
         expected = (scores.softmax(-1)[:, None] @ values)[:, 0]
@@ -238,7 +238,7 @@ def test_attention_follows_page_tables(heads, kv_heads, width, page, window, pag
 
 @pytest.mark.parametrize("family, page, pages, drafts", [("plain", 4, 16, "lookup"), ("some windows", 64, 5, "none"),
                                                          ("latent", 16, 20, "none")])
-def test_requests_with_a_kernel_that_follows_page_tables(family, page, pages, drafts, paging):
+def test_requests_with_the_paged_attention_kernel(family, page, pages, drafts, paging):
     prompts, samplings = requests(3)
     samplings = [dataclasses.replace(sampling, max_new_tokens=7) for sampling in samplings]
     expected = generate(small_model(family), prompts, samplings, use_cache=False)
@@ -254,8 +254,8 @@ def test_requests_with_a_kernel_that_follows_page_tables(family, page, pages, dr
 
 @pytest.mark.parametrize("scores", [2**22, 60])
 @pytest.mark.parametrize("drafts", ["lookup", "model"])
-def test_guesses_leave_sampled_completions_as_they_are(drafts, scores, monkeypatch):
-    """Penalties, biases and least lengths included: the token after a guess depends on the guess. Also with pieces too small for a draft."""
+def test_drafts_do_not_change_sampled_completions(drafts, scores, monkeypatch):
+    """Also with penalties, biases and min_tokens, which depend on the tokens before, and with chunks too small for a draft."""
     monkeypatch.setattr(INFER, "STEP_SCORES", scores)
     model = small_model()
     prompts, _ = requests(24)
@@ -263,15 +263,15 @@ def test_guesses_leave_sampled_completions_as_they_are(drafts, scores, monkeypat
         [{}, {"top_k": 5}, {"top_p": 0.8, "repetition_penalty": 1.3}, {"frequency_penalty": 1.0}, {"logprobs": True, "n": 2},
          {"min_tokens": 6, "logit_bias": {0: 5}}] * 4)]
     drafter = drafter_for(drafts)
-    guessed = generate(model, prompts, samplings, drafter=drafter)
-    for with_guesses, without in zip(sum(guessed, []), sum(generate(model, prompts, samplings), []), strict=True):
-        assert with_guesses.ids == without.ids
-        np.testing.assert_allclose(with_guesses.logprobs or 0, without.logprobs or 0, atol=1e-4)
+    found = generate(model, prompts, samplings, drafter=drafter)
+    for completion, expected in zip(sum(found, []), sum(generate(model, prompts, samplings), []), strict=True):
+        assert completion.ids == expected.ids
+        np.testing.assert_allclose(completion.logprobs or 0, expected.logprobs or 0, atol=1e-4)
     assert 0 < drafter.accepted < drafter.drafted
 
 
-def test_guessed_tokens_have_the_distribution_of_the_large_model():
-    """The second token of 3,000 completions against the distribution by the chain rule: chi-squared within its 99.9%."""
+def test_draft_tokens_follow_the_distribution_of_the_large_model():
+    """Chi-squared test at 99.9%: the second token of 3,000 completions against its distribution by the chain rule."""
     model, prompt = small_model(), [7, 8]
     count, drafter = 3000, INFER.DraftModel(small_model(noise=0.1), 2, 40, 4)
     completions = generate(model, [prompt], Sampling(max_new_tokens=3, temperature=0.8, n=count, seed=5, ignore_eos=True),
@@ -308,8 +308,8 @@ def test_beam_search_equals_transformers(width, tmp_path):
 
 
 @pytest.mark.parametrize("reuse", [True, False])
-def test_adapters_in_one_batch_equal_each_alone(model_folder, tmp_path, reuse):
-    """Requests with two adapters of different rank and targets, and without, mixed: one prompt in several of them, too."""
+def test_adapters_in_one_batch_equal_separate_runs(model_folder, tmp_path, reuse):
+    """Requests with two adapters of different ranks and targets, and without an adapter. Some of them share a prompt."""
     folders = {"one": saved_adapter(model_folder, tmp_path / "one", 1),
                "v1.two": saved_adapter(model_folder, tmp_path / "two", 2, r=8, target_modules=["q_proj", "down_proj"])}
     prompts, samplings = requests(30)
@@ -341,9 +341,9 @@ SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength
           "required": ["name", "age"], "additionalProperties": False}
 
 
-@pytest.mark.parametrize("drafter", [None, INFER.PromptLookup(3, size=1)], ids=["plain", "with guesses"])
+@pytest.mark.parametrize("drafter", [None, INFER.PromptLookup(3, size=1)], ids=["plain", "with drafts"])
 def test_structured_outputs(model, tokenizer, prompts, drafter):
-    """A model with random weights follows each structure, also beside unrestricted requests and with speculative decoding."""
+    """A model with random weights follows each structure, also next to unconstrained requests and with speculative decoding."""
     forms = [{"json": SCHEMA}, {"regex": "[0-9]{3}-[a-f]{2}"}, {"choice": ["yes", "no", 'may"be']}, {"json_object": True},
              {"grammar": 'start: "<" WORD ("," WORD)? ">"\nWORD: /[a-z]{1,4}/'}, None]
     samplings = [Sampling(max_new_tokens=80, temperature=1.5, seed=i, structured_outputs=form, n=3, ignore_eos=form is None)
@@ -361,7 +361,7 @@ def test_structured_outputs(model, tokenizer, prompts, drafter):
 
 
 @pytest.mark.parametrize("drafts", ["none", "lookup"])
-def test_a_structure_may_begin_after_the_reasoning(model, tokenizer, prompts, drafts):
+def test_structured_outputs_start_after_the_reasoning(model, tokenizer, prompts, drafts):
     free = one(model, prompts[0], greedy(max_new_tokens=20), tokenizer).text
     form = greedy(max_new_tokens=60, structured_outputs={"regex": "[0-9]{3}"})
     [[row]] = INFER._make_rows(model, [prompts[0]], [form], tokenizer, 0)
@@ -375,26 +375,26 @@ def test_a_structure_may_begin_after_the_reasoning(model, tokenizer, prompts, dr
 
 @pytest.mark.parametrize("form", [{}, {"json": {}, "regex": "a"}, {"regex": 5}, {"xml": "a"}, {"json": 3}, {"choice": [1]}, {"choice": []},
                                   {"regex": "("}, {"grammar": "start: ("}, {"json": {"type": "nonsense"}}], ids=str)
-def test_impossible_structures_are_one_line(model, tokenizer, prompts, form):
+def test_invalid_structured_outputs_are_one_line_errors(model, tokenizer, prompts, form):
     with pytest.raises(UserError, match="structured_outputs") as error:
         one(model, prompts[0], Sampling(structured_outputs=form), tokenizer)
     assert "\n" not in str(error.value)
 
 
-def test_a_row_that_is_removed_gives_its_pages_back(model, prompts):
+def test_removing_a_row_releases_its_pages(model, prompts):
     engine = INFER.Engine(model, 2, 30, 4)
     rows = [row for [row] in INFER._make_rows(model, prompts[:3], [greedy()] * 3, None, 0)]
     engine.add(rows)
     engine.step()
-    engine.remove(rows[2])  # waits
-    engine.remove(rows[0])  # runs
+    engine.remove(rows[2])  # is waiting
+    engine.remove(rows[0])  # is running
     while engine.busy:
         engine.step()
     assert engine.cache.available() == 30 and len(rows[0].ids) == 1 and not rows[2].ids
     assert rows[1].completion().ids == one(model, prompts[1], greedy()).ids
 
 
-def test_a_shared_beginning_is_computed_once(model):
+def test_a_shared_prefix_is_computed_once(model):
     engine, prompt = INFER.Engine(model, 4, 40, 4, reuse=True), list(range(5, 38))
     computed = []
     for ending in ([50], [51, 52], [50]):
@@ -408,11 +408,11 @@ def test_a_shared_beginning_is_computed_once(model):
     assert computed == [34 + 1, 3 + 1, 2 + 1]  # 32 of the 33 shared tokens are eight full pages
 
 
-def test_a_cache_that_is_too_small_for_a_request(model):
+def test_a_cache_too_small_for_a_prompt_or_completion(model):
     [[row], [longer]] = INFER._make_rows(model, [[5] * 6, [5] * 8], [greedy(max_new_tokens=20, ignore_eos=True)] * 2, None, 0)
     engine = INFER.Engine(model, 2, 2, 4)
     engine.add([row])
-    with pytest.raises(UserError, match="a prompt of 8 tokens leaves no room in a cache of 8"):
+    with pytest.raises(UserError, match="a prompt of 8 tokens does not fit a KV cache of 8"):
         engine.add([longer])
     while engine.busy:
         engine.step()
@@ -420,19 +420,19 @@ def test_a_cache_that_is_too_small_for_a_request(model):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_streaming_without_cache(use_cache, model, tokenizer, prompts):
-    pieces = list(stream(model, tokenizer, prompts[0], greedy(), use_cache))
-    assert len(pieces) > 3 and "".join(pieces) == one(model, prompts[0], greedy(), tokenizer).text
+def test_streamed_text_equals_the_completion(use_cache, model, tokenizer, prompts):
+    parts = list(stream(model, tokenizer, prompts[0], greedy(), use_cache))
+    assert len(parts) > 3 and "".join(parts) == one(model, prompts[0], greedy(), tokenizer).text
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_several_answers_to_one_prompt(batch_size, model, tokenizer, prompts):
+def test_several_completions_per_prompt(batch_size, model, tokenizer, prompts):
     sampling = Sampling(n=3, seed=4, max_new_tokens=8)
     groups = generate(model, prompts, sampling, tokenizer, batch_size=batch_size)
     assert [len(group) for group in groups] == [3] * len(prompts)
     assert groups == generate(model, prompts, sampling, tokenizer, use_cache=False)
     for group in groups:
-        assert len({tuple(answer.ids) for answer in group}) == 3
+        assert len({tuple(completion.ids) for completion in group}) == 3
     single = generate(model, prompts, Sampling(seed=4, max_new_tokens=8), tokenizer)
     assert [group[0] for group in groups] == [group[0] for group in single]
     same = generate(model, prompts, greedy(n=3, max_new_tokens=8), tokenizer)
@@ -446,10 +446,10 @@ def test_seeds(model, prompts):
     assert ids(seed=1) == ids(seed=1) != ids(seed=2)
     assert ids(seed=1, step=1) != ids(seed=1)
     assert ids(seed=1, first=1) != ids(seed=1)
-    assert ids() != ids()  # without a seed, chance
+    assert ids() != ids()  # without a seed, completions differ
 
 
-def test_a_numbered_prompt_has_one_text_in_any_order(model, prompts):
+def test_numbered_prompts_do_not_depend_on_the_call(model, prompts):
     sampling = Sampling(seed=5, max_new_tokens=12)
     forward = generate(model, prompts, sampling)
     last_two = generate(model, prompts[3:], sampling, first=3)
@@ -457,7 +457,7 @@ def test_a_numbered_prompt_has_one_text_in_any_order(model, prompts):
     assert first_three + last_two == forward
 
 
-def test_neighbours_with_other_settings_change_nothing(model, tokenizer, prompts):
+def test_completions_do_not_depend_on_settings_of_other_requests(model, tokenizer, prompts):
     samplings = [greedy(), Sampling(seed=1, max_new_tokens=20), Sampling(seed=2, top_k=5, max_new_tokens=9),
                  Sampling(seed=3, repetition_penalty=1.5, temperature=1.3, max_new_tokens=20, logprobs=True),
                  Sampling(seed=4, top_p=0.5, frequency_penalty=0.4, n=2, max_new_tokens=20)]
@@ -477,7 +477,7 @@ def test_greedy_equals_transformers(model, model_folder, prompts):
         assert one(model, prompt, greedy()).ids == out[0, len(prompt) :].tolist()
 
 
-def test_training_mode_is_kept(model_folder, prompts):
+def test_training_mode_is_restored(model_folder, prompts):
     model = MODEL.load(model_folder).train()
     generate(model, prompts[:1], greedy(max_new_tokens=2))
     assert model.training
@@ -485,48 +485,48 @@ def test_training_mode_is_kept(model_folder, prompts):
     assert not model.training
 
 
-# ------------------------------------------------------------------------------------- ends of an answer
+# ------------------------------------------------------------------------------------- the end of a completion
 
 
 def without_eos():
-    """As if no id ended a text."""
+    """Sampling that ignores end-of-text tokens."""
     return greedy(max_new_tokens=20, ignore_eos=True)
 
 
 def test_max_new_tokens_and_the_context(model, tokenizer, prompts):
     for count in (1, 7):
-        answer = one(model, prompts[0], greedy(max_new_tokens=count, ignore_eos=True))
-        assert len(answer.ids) == count and answer.finish_reason == "length"
+        completion = one(model, prompts[0], greedy(max_new_tokens=count, ignore_eos=True))
+        assert len(completion.ids) == count and completion.finish_reason == "length"
     context = model.config.max_position_embeddings
     long = (prompts[1] * 20)[: context - 3]
     for use_cache in (True, False):
-        answer = one(model, long, greedy(max_new_tokens=50, ignore_eos=True), use_cache=use_cache)
-        assert len(answer.ids) == 3 and answer.finish_reason == "length"
+        completion = one(model, long, greedy(max_new_tokens=50, ignore_eos=True), use_cache=use_cache)
+        assert len(completion.ids) == 3 and completion.finish_reason == "length"
     with pytest.raises(UserError, match=f"{context} tokens.*{context}"):
         one(model, (prompts[1] * 20)[:context], greedy())
     with pytest.raises(UserError, match="at least one token"):
         one(model, [], greedy())
 
 
-def test_several_end_ids_from_generation_config(model, model_folder, tokenizer, prompts, tmp_path):
+def test_several_end_tokens_from_generation_config(model, model_folder, tokenizer, prompts, tmp_path):
     free = one(model, prompts[0], without_eos()).ids
-    place = next(i for i in range(3, 20) if free[i] not in free[:i])
+    index = next(i for i in range(3, 20) if free[i] not in free[:i])
     shutil.copytree(model_folder, tmp_path / "m")
-    config = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": [tokenizer.eos_token_id, free[place]]}
+    config = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": [tokenizer.eos_token_id, free[index]]}
     (tmp_path / "m/generation_config.json").write_text(json.dumps(config))
     ending = MODEL.load(tmp_path / "m")
     first_end = min(free.index(i) for i in config["eos_token_id"] if i in free)
-    answer = one(ending, prompts[0], greedy(), tokenizer)
-    assert answer.ids == free[: first_end + 1] and answer.finish_reason == "stop"
-    assert answer.text == text_after(tokenizer, prompts[0], free[:first_end])  # the end id is not part of the text
-    assert "".join(stream(ending, tokenizer, prompts[0], greedy())) == answer.text
-    past = one(ending, prompts[0], without_eos(), tokenizer)
-    assert past.ids == free and past.finish_reason == "length"
+    completion = one(ending, prompts[0], greedy(), tokenizer)
+    assert completion.ids == free[: first_end + 1] and completion.finish_reason == "stop"
+    assert completion.text == text_after(tokenizer, prompts[0], free[:first_end])  # the text does not contain the end token
+    assert "".join(stream(ending, tokenizer, prompts[0], greedy())) == completion.text
+    endless = one(ending, prompts[0], without_eos(), tokenizer)
+    assert endless.ids == free and endless.finish_reason == "length"
 
 
 @pytest.fixture(scope="module")
-def free_answer(model, tokenizer, prompts):
-    """A text long enough to choose stop texts from."""
+def free_completion(model, tokenizer, prompts):
+    """A completion long enough to choose stop strings from."""
     return one(model, prompts[0], Sampling(seed=3, max_new_tokens=50, ignore_eos=True, temperature=1.0), tokenizer)
 
 
@@ -534,69 +534,69 @@ def stopping(stop):
     return Sampling(seed=3, max_new_tokens=50, ignore_eos=True, temperature=1.0, stop=stop)
 
 
-@pytest.mark.parametrize("place", [0, 9, 25, 40])
+@pytest.mark.parametrize("start", [0, 9, 25, 40])
 @pytest.mark.parametrize("width", [1, 7])
-def test_stop_texts(place, width, model, tokenizer, prompts, free_answer):
-    place = next(i for i in range(place, len(free_answer.text)) if "\ufffd" not in free_answer.text[i : i + width])
-    stop = free_answer.text[place : place + width]
-    expected = free_answer.text[: free_answer.text.find(stop)]
-    answer = one(model, prompts[0], stopping([stop, "never there"]), tokenizer)
-    assert answer.text == expected and answer.finish_reason == "stop"
-    assert answer.ids == free_answer.ids[: len(answer.ids)]
-    assert stop in text_after(tokenizer, prompts[0], answer.ids)
-    assert stop not in text_after(tokenizer, prompts[0], answer.ids[:-1])  # and not a token later
+def test_stop_strings(start, width, model, tokenizer, prompts, free_completion):
+    start = next(i for i in range(start, len(free_completion.text)) if "\ufffd" not in free_completion.text[i : i + width])
+    stop = free_completion.text[start : start + width]
+    expected = free_completion.text[: free_completion.text.find(stop)]
+    completion = one(model, prompts[0], stopping([stop, "never there"]), tokenizer)
+    assert completion.text == expected and completion.finish_reason == "stop"
+    assert completion.ids == free_completion.ids[: len(completion.ids)]
+    assert stop in text_after(tokenizer, prompts[0], completion.ids)
+    assert stop not in text_after(tokenizer, prompts[0], completion.ids[:-1])  # generation stops at the first possible token
     so_far = ""
-    for piece in stream(model, tokenizer, prompts[0], stopping([stop])):
-        so_far += piece
-        assert piece and expected.startswith(so_far), "part of a stop text leaked"
+    for part in stream(model, tokenizer, prompts[0], stopping([stop])):
+        so_far += part
+        assert part and expected.startswith(so_far), "part of a stop string was streamed"
     assert so_far == expected
 
 
-def test_the_earliest_of_several_stops_wins(model, tokenizer, prompts, free_answer):
-    stops = [free_answer.text[30:33], free_answer.text[12:15], free_answer.text[20:26]]
-    expected = free_answer.text[: min(free_answer.text.find(stop) for stop in stops)]
+def test_the_earliest_stop_string_wins(model, tokenizer, prompts, free_completion):
+    stops = [free_completion.text[30:33], free_completion.text[12:15], free_completion.text[20:26]]
+    expected = free_completion.text[: min(free_completion.text.find(stop) for stop in stops)]
     assert one(model, prompts[0], stopping(stops), tokenizer).text == expected
 
 
-def test_a_stop_that_almost_comes_holds_nothing_back_in_the_end(model, tokenizer, prompts, free_answer):
-    text = free_answer.text
+def test_a_partial_stop_string_is_released_at_the_end(model, tokenizer, prompts, free_completion):
+    text = free_completion.text
     stops = [text[8:14] + "\0", text[-4:] + "\0", text[-1] + "x\0"]
-    answer = one(model, prompts[0], stopping(stops), tokenizer)
-    assert answer.text == text and answer.finish_reason == "length"
+    completion = one(model, prompts[0], stopping(stops), tokenizer)
+    assert completion.text == text and completion.finish_reason == "length"
     assert "".join(stream(model, tokenizer, prompts[0], stopping(stops))) == text
     with pytest.raises(ValueError, match="tokenizer"):
         one(model, prompts[0], stopping(["x"]))
 
 
-def test_a_stop_over_several_tokens_holds_its_beginning_back(tokenizer):
-    """The characters come one by one; what may begin the stop text is told only when it cannot be one any more."""
+def test_the_start_of_a_stop_string_is_withheld(tokenizer):
+    """With one character per token: text that may start the stop string is released only when it no longer matches."""
     byte = TOKENIZER.train([], 0, "byte")
     row = INFER.Row([0], Sampling(stop=["END"], max_new_tokens=99), (0,), byte, [], 999)
-    told = []
+    released = []
     for token in byte("E ENx ENEND tail", add_special_tokens=False).input_ids:
         if row.finish:
             break
         row.accept(token, None)
-        told.append(row.text[: row.settled])
-    assert told == ["", "E ", "E ", "E ", "E ENx", "E ENx ", "E ENx ", "E ENx ", "E ENx EN", "E ENx EN", "E ENx EN"]
+        released.append(row.text[: row.settled])
+    assert released == ["", "E ", "E ", "E ", "E ENx", "E ENx ", "E ENx ", "E ENx ", "E ENx EN", "E ENx EN", "E ENx EN"]
     assert row.finish == "stop" and row.completion().text == "E ENx EN"
 
 
-# ----------------------------------------------------------------------------------------------------- decoding
+# ---------------------------------------------------------------------------------------------- detokenization
 
 
 @pytest.mark.parametrize("prompt", ["", "a", "\U0001f469\u200d\U0001f680\U0001f600"])
-def test_characters_of_several_tokens_come_whole(prompt):
+def test_characters_of_several_tokens_are_not_split(prompt):
     tokenizer = TOKENIZER.train([], 0, "byte")
     text = "h\u00e9llo \U0001f469\u200d\U0001f680 \u65e5\u672c!\n"
     detokenizer = Detokenizer(tokenizer, tokenizer(prompt).input_ids)
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    pieces = [detokenizer.push(token) for token in ids]
-    assert "".join(pieces) + detokenizer.flush() == text and not any("\ufffd" in piece for piece in pieces)
-    assert len(ids) == len(text.encode()) and sum(map(bool, pieces)) == len(text)
+    parts = [detokenizer.push(token) for token in ids]
+    assert "".join(parts) + detokenizer.flush() == text and not any("\ufffd" in part for part in parts)
+    assert len(ids) == len(text.encode()) and sum(map(bool, parts)) == len(text)
 
 
-def test_an_unfinished_character_is_told_at_the_end():
+def test_an_incomplete_character_is_flushed_at_the_end():
     tokenizer = TOKENIZER.train([], 0, "byte")
     detokenizer = Detokenizer(tokenizer)
     ids = tokenizer("ab\U0001f600", add_special_tokens=False).input_ids[:-1]
@@ -604,7 +604,7 @@ def test_an_unfinished_character_is_told_at_the_end():
     assert set(detokenizer.flush()) == {"\ufffd"}
 
 
-def test_random_bytes_come_as_decoded_whole():
+def test_random_bytes_equal_decoding_in_one_call():
     tokenizer = TOKENIZER.train([], 0, "byte")
     rng = np.random.default_rng(0)
     for _ in range(40):
@@ -616,8 +616,8 @@ def test_random_bytes_come_as_decoded_whole():
 
 
 @pytest.mark.parametrize("kind", ["unigram", "wordpiece", "bpe", "char"])
-def test_spaces_between_words_stay(kind):
-    """Metaspace drops a text's first space, WordPiece joins pieces: the prompt before them decides."""
+def test_spaces_between_words_are_kept(kind):
+    """Metaspace drops the first space of a text and WordPiece joins tokens, so decoding depends on the prompt before."""
     texts = make_text(200)
     tokenizer = TOKENIZER.train(texts, 330, kind) if kind in TOKENIZER.KINDS else foreign_tokenizer(kind, texts)
     whole = tokenizer("The red fox ran over a hill and one owl saw it.", add_special_tokens=False).input_ids
@@ -627,53 +627,53 @@ def test_spaces_between_words_stay(kind):
         assert text == text_after(tokenizer, whole[:cut], whole[cut:])
 
 
-def test_generated_emoji_are_not_broken(model_folder):
-    """A model of bytes, streamed: no piece ends inside a character."""
+def test_generated_emoji_are_not_split(model_folder):
+    """A byte-level model, streamed: no part ends inside a character."""
     tokenizer = TOKENIZER.train([], 0, "byte")
     config = MODEL.ModelConfig(vocab_size=260, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                num_attention_heads=2, initializer_range=1.0, max_position_embeddings=128)
     model = MODEL.build(config, seed=0).eval()
     prompt = tokenizer("\U0001f600").input_ids
     sampling = Sampling(seed=0, max_new_tokens=100, temperature=1.5)
-    answer = one(model, prompt, sampling, tokenizer)
-    pieces = list(stream(model, tokenizer, prompt, sampling))
-    assert "".join(pieces) == answer.text == text_after(tokenizer, prompt, answer.ids)
-    assert answer.text != answer.text.encode().decode("ascii", "ignore")
+    completion = one(model, prompt, sampling, tokenizer)
+    parts = list(stream(model, tokenizer, prompt, sampling))
+    assert "".join(parts) == completion.text == text_after(tokenizer, prompt, completion.ids)
+    assert completion.text != completion.text.encode().decode("ascii", "ignore")
 
 
 # ----------------------------------------------------------------------------------------------------- sampler
 
 VOCABULARY = 40
-PROMPT, ANSWER = [1, 2, 3, 3, 39], [3, 7, 7, 7, 12]
+PROMPT, COMPLETION = [1, 2, 3, 3, 39], [3, 7, 7, 7, 12]
 
 
 def some_logits(seed=0):
     return torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def row(sampling, uniform, prompt=PROMPT, ids=ANSWER):
-    return SimpleNamespace(sampling=sampling, prompt=list(prompt), ids=list(ids), grammar=None, uniform=lambda place: uniform)
+def row(sampling, uniform, prompt=PROMPT, ids=COMPLETION):
+    return SimpleNamespace(sampling=sampling, prompt=list(prompt), ids=list(ids), grammar=None, uniform=lambda index: uniform)
 
 
 def sample(logits, rows):
     return INFER.Sampler(rows, logits.shape[1], "cpu")(logits)
 
 
-def drawn_shares(logits, sampling, count=2000):
-    """The distribution behind `sample`: inverting a CDF at an even grid hits each token as often as it is likely."""
+def sampled_distribution(logits, sampling, count=2000):
+    """The distribution of `sample`: evenly spaced random numbers draw each token in proportion to its probability."""
     rows = [row(sampling, (k + 0.5) / count) for k in range(count)]
     chosen, *_ = sample(logits.expand(count, -1).clone(), rows)
     return np.bincount(chosen, minlength=VOCABULARY) / count
 
 
 def slow_distribution(logits, s):
-    """Oracle, one row with Python floats: penalties, temperature, top-k, top-p of the rest, min-p."""
+    """Oracle with Python floats: penalties, temperature, top-k, then top-p, then min-p."""
     values = {i: float(v) for i, v in enumerate(logits)}
     for i in values:
-        if i in PROMPT + ANSWER and s.repetition_penalty != 1:
+        if i in PROMPT + COMPLETION and s.repetition_penalty != 1:
             values[i] = values[i] / s.repetition_penalty if values[i] > 0 else values[i] * s.repetition_penalty
-        if i in ANSWER:
-            values[i] -= s.presence_penalty + s.frequency_penalty * ANSWER.count(i)
+        if i in COMPLETION:
+            values[i] -= s.presence_penalty + s.frequency_penalty * COMPLETION.count(i)
     weights = {i: math.exp(v / s.temperature) for i, v in values.items()}
     ranked = sorted(weights, key=lambda i: -weights[i])
     if s.top_k:
@@ -701,11 +701,11 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(s))
-def test_sampler_equals_the_slow_one(settings):
+def test_sampler_equals_a_slow_reference(settings):
     sampling = Sampling(**{"temperature": 1.0, **settings})
-    expected, shares = slow_distribution(some_logits(), sampling), drawn_shares(some_logits(), sampling)
-    assert set(np.flatnonzero(shares)) <= set(np.flatnonzero(expected))
-    np.testing.assert_allclose(shares, expected, atol=1.01 / 2000)  # one grid point
+    expected, found = slow_distribution(some_logits(), sampling), sampled_distribution(some_logits(), sampling)
+    assert set(np.flatnonzero(found)) <= set(np.flatnonzero(expected))
+    np.testing.assert_allclose(found, expected, atol=1.01 / 2000)  # one grid point
 
 
 @pytest.mark.parametrize("settings", [s for s in SETTINGS if "penalty" not in "".join(s).replace("repetition_penalty", "")],
@@ -715,59 +715,59 @@ def test_sampler_equals_transformers(settings):
     processors = [RepetitionPenaltyLogitsProcessor(s.repetition_penalty), TemperatureLogitsWarper(s.temperature),
                   *([TopKLogitsWarper(s.top_k)] if s.top_k else []), *([TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []),
                   *([MinPLogitsWarper(s.min_p)] if s.min_p else [])]
-    scores = LogitsProcessorList(processors)(torch.tensor([PROMPT + ANSWER]), some_logits()[None].clone())
-    np.testing.assert_allclose(drawn_shares(some_logits(), s), scores.softmax(-1)[0].numpy(), atol=1.01 / 2000)
+    scores = LogitsProcessorList(processors)(torch.tensor([PROMPT + COMPLETION]), some_logits()[None].clone())
+    np.testing.assert_allclose(sampled_distribution(some_logits(), s), scores.softmax(-1)[0].numpy(), atol=1.01 / 2000)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(repetition_penalty=3.0), dict(frequency_penalty=5.0)], ids=str)
-def test_greedy_takes_the_best_after_penalties(settings):
+def test_greedy_takes_the_most_probable_token_after_penalties(settings):
     for seed in range(20):
         logits = some_logits(seed)
-        logits[7] = logits.max() + 1  # the favourite is one that was often said
+        logits[7] = logits.max() + 1  # the most probable token occurs often in the completion
         chosen, *_ = sample(logits[None].clone(), [row(Sampling(temperature=0, **settings), 0.9)])
         assert chosen == [int(slow_distribution(logits, Sampling(temperature=1, **settings)).argmax())]
 
 
-def test_biases_and_a_least_number_of_tokens(model, tokenizer, prompts):
+def test_logit_bias_and_min_tokens(model, tokenizer, prompts):
     logits = some_logits()
     biased = [sample(logits[None].clone(), [row(Sampling(temperature=0, logit_bias={"7": bias}), 0.5)])[0][0] for bias in (100, -100)]
     assert biased == [7, int(logits.index_fill(0, torch.tensor(7), -math.inf).argmax())]
-    shares = drawn_shares(logits, Sampling(temperature=1.0, logit_bias={3: 2.0, 5: -1.5}))
+    distribution = sampled_distribution(logits, Sampling(temperature=1.0, logit_bias={3: 2.0, 5: -1.5}))
     expected = logits.clone()
     expected[3], expected[5] = expected[3] + 2, expected[5] - 1.5
-    np.testing.assert_allclose(shares, expected.softmax(-1).numpy(), atol=1.01 / 2000)
-    for least in (0, 5, 12):
-        ends = greedy(max_new_tokens=12, logit_bias={tokenizer.eos_token_id: 100}, min_tokens=least)
-        answer = one(model, prompts[0], ends, tokenizer)
-        assert len(answer.ids) == min(least + 1, 12) and answer.finish_reason == ("stop" if least < 12 else "length")
+    np.testing.assert_allclose(distribution, expected.softmax(-1).numpy(), atol=1.01 / 2000)
+    for min_tokens in (0, 5, 12):
+        ends = greedy(max_new_tokens=12, logit_bias={tokenizer.eos_token_id: 100}, min_tokens=min_tokens)
+        completion = one(model, prompts[0], ends, tokenizer)
+        assert len(completion.ids) == min(min_tokens + 1, 12) and completion.finish_reason == ("stop" if min_tokens < 12 else "length")
     for bad in ({"x": 1}, {1: "y"}, {1: 101}, {1: math.nan}, [1]):
         with pytest.raises(UserError):
             Sampling(logit_bias=bad)
-    with pytest.raises(UserError, match="10000 is no id of a vocabulary"):
+    with pytest.raises(UserError, match="token id 10000 is outside the vocabulary of 320"):
         one(model, prompts[0], Sampling(logit_bias={10000: 1}))
 
 
-def test_top_p_of_zero_is_the_best_token():
+def test_top_p_of_zero_is_the_most_probable_token():
     logits = some_logits()
     for uniform in (0.0, 0.5, 0.999999):
         chosen, *_ = sample(logits[None].clone(), [row(Sampling(temperature=1.0, top_p=0.0), uniform)])
         assert chosen == [int(logits.argmax())]
 
 
-def test_the_ends_of_the_unit_interval_hit_kept_tokens():
+def test_random_numbers_close_to_0_and_1_draw_kept_tokens():
     for settings in (dict(), dict(top_k=3), dict(top_p=0.4), dict(min_p=0.3)):
         s = Sampling(temperature=1.0, **settings)
         kept = set(np.flatnonzero(slow_distribution(some_logits(), s)))
         for uniform in (0.0, 1 - 1e-16, 0.99999999):  # in float32 the last two are 1
             chosen, *_ = sample(some_logits()[None].clone(), [row(s, uniform)])
             assert chosen[0] in kept
-    barred = some_logits()
-    barred[-5:] = -math.inf
-    chosen, *_ = sample(barred[None].clone(), [row(Sampling(temperature=1.0), 1 - 1e-16)])
+    masked = some_logits()
+    masked[-5:] = -math.inf
+    chosen, *_ = sample(masked[None].clone(), [row(Sampling(temperature=1.0), 1 - 1e-16)])
     assert chosen[0] < VOCABULARY - 5
 
 
-def test_a_draw_does_not_depend_on_its_neighbours():
+def test_a_draw_does_not_depend_on_other_rows():
     mixed = [Sampling(**{"temperature": 1.0, **settings}) for settings in SETTINGS] + [Sampling(temperature=0)]
     for k in range(12):
         uniform = (k + 0.5) / 12
@@ -777,19 +777,19 @@ def test_a_draw_does_not_depend_on_its_neighbours():
         assert together == alone
 
 
-def test_sampling_does_not_change_the_logits_it_is_given():
+def test_sampling_does_not_modify_its_logits():
     logits = torch.stack([some_logits(0), some_logits(1)])
     before = logits.clone()
     sample(logits, [row(Sampling(repetition_penalty=2.0), 0.3), row(Sampling(temperature=0), 0.3)])
     assert torch.equal(logits, before)
 
 
-def test_logprobs_are_those_of_a_whole_forward(model, prompts):
+def test_logprobs_equal_a_full_forward_pass(model, prompts):
     for temperature in (0, 0.6, 1.0, 1.5):
         s = Sampling(temperature=temperature, seed=2, max_new_tokens=20, logprobs=True, top_k=30, repetition_penalty=1.3)
-        for prompt, [answer] in zip(prompts, generate(model, prompts, s)):
-            expected = logprobs_of(model, prompt, answer.ids, temperature)
-            np.testing.assert_allclose(answer.logprobs, expected, atol=1e-4)
+        for prompt, [completion] in zip(prompts, generate(model, prompts, s)):
+            expected = logprobs_of(model, prompt, completion.ids, temperature)
+            np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
     assert one(model, prompts[0], greedy()).logprobs is None
 
 
@@ -804,7 +804,7 @@ def test_settings_out_of_range(settings):
 
 
 def window_logprobs(model, ids):
-    """Oracle: token j is read in the window that starts at 0, or half a context before the last one's end."""
+    """Oracle: token j is scored in the window that starts at 0 or half a context before the end of the previous window."""
     context = model.config.max_position_embeddings
     step = context - context // 2
     starts = [max(0, -(-(j - context) // step)) * step for j in range(1, len(ids))]
@@ -822,14 +822,14 @@ def test_score_ids_in_windows(length, model):
 
 
 @torch.no_grad()
-def test_the_best_tokens(model):
+def test_top_logprobs_of_scored_tokens(model):
     ids = torch.randint(5, 320, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     scored = INFER.score_ids(model, ids, top=4)
     assert len(scored.best) == 199
     table = model(torch.tensor([ids[:128]])).logits[0].float().log_softmax(-1)
     for t in range(127):
-        values, places = table[t].topk(4)
-        assert list(scored.best[t]) == places.tolist()
+        values, indices = table[t].topk(4)
+        assert list(scored.best[t]) == indices.tolist()
         np.testing.assert_allclose(list(scored.best[t].values()), values, atol=1e-4)
     np.testing.assert_allclose(scored.logprobs, INFER.score_ids(model, ids).logprobs, atol=1e-5)
 
@@ -853,7 +853,7 @@ def test_score_sums_over_texts(model, tokenizer):
     assert (empty["tokens"], empty["bytes"], empty["nats"], empty["bits_per_byte"]) == (0, 0, 0, 0)
 
 
-def test_scored_texts_begin_once(tokenizer):
+def test_scored_texts_start_with_one_beginning_of_text_token(tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER.train(make_text(20), 300).backend_tokenizer, eos_token=TOKENIZER.END)
     for tok in (tokenizer, bare):
         ids = INFER.score_prompt(tok, "the fox")
@@ -879,8 +879,8 @@ def infer(monkeypatch, capsys, model_folder):
 GREEDY = ("--temperature", 0, "--max-new-tokens", 12)
 
 
-def answer_to(model, tokenizer, text, **options):
-    """What the library says; the command line must print the same."""
+def completion_of(model, tokenizer, text, **options):
+    """The completion by the library, which the command line has to print."""
     prompt = tokenizer(text).input_ids if text else [tokenizer.bos_token_id]
     return one(model, prompt, greedy(**{"max_new_tokens": 12, **options}), tokenizer).text
 
@@ -888,17 +888,17 @@ def answer_to(model, tokenizer, text, **options):
 @pytest.mark.parametrize("prompt", ["The red", "", "two\nlines\n", "caf\u00e9 \U0001f600"])
 def test_prompt_flag(prompt, infer, model, tokenizer):
     out, err = infer("--prompt", prompt, *GREEDY, stdin="not read")
-    assert out == answer_to(model, tokenizer, prompt) + "\n"
-    assert err.startswith("computing with") and err.count("\n") == 1  # stdout holds the completion alone
+    assert out == completion_of(model, tokenizer, prompt) + "\n"
+    assert err.startswith("running on cpu (float32") and err.count("\n") == 1
     assert infer("--prompt", prompt, "--echo", *GREEDY)[0] == prompt + out
     assert infer("--prompt", prompt, "--use-cache", "false", *GREEDY)[0] == out
 
 
 @pytest.mark.parametrize(("stdin", "prompt"), [("The red fox\n", "The red fox"), ("The red fox", "The red fox"), ("a\n\n", "a\n"),
                                                ("\n", ""), ("a\nb\n", "a\nb")])
-def test_piped_prompt_loses_one_newline(stdin, prompt, infer, model, tokenizer):
-    assert infer(*GREEDY, stdin=stdin)[0] == answer_to(model, tokenizer, prompt) + "\n"
-    assert infer("--echo", *GREEDY, stdin=stdin)[0].startswith(prompt + answer_to(model, tokenizer, prompt))
+def test_one_final_newline_of_a_piped_prompt_is_dropped(stdin, prompt, infer, model, tokenizer):
+    assert infer(*GREEDY, stdin=stdin)[0] == completion_of(model, tokenizer, prompt) + "\n"
+    assert infer("--echo", *GREEDY, stdin=stdin)[0].startswith(prompt + completion_of(model, tokenizer, prompt))
 
 
 def test_empty_pipe(infer):
@@ -909,23 +909,23 @@ def test_empty_pipe(infer):
 def test_lines(infer, model, tokenizer):
     lines = ["The red", "", "owl and a longer prompt than the others", "a\\b", "rain", "tree"]
     out, _ = infer("--lines", "--batch-size", 4, *GREEDY, stdin="\r\n".join(lines[:2]) + "\n" + "\n".join(lines[2:]))
-    expected = [answer_to(model, tokenizer, line).replace("\\", "\\\\").replace("\n", "\\n") for line in lines]
+    expected = [completion_of(model, tokenizer, line).replace("\\", "\\\\").replace("\n", "\\n") for line in lines]
     assert out == "\n".join(expected) + "\n"
 
 
-def test_a_line_is_answered_while_the_next_one_is_awaited(model_folder):
-    """A program that writes one line and reads its answer before it writes the next."""
+def test_a_line_is_completed_before_the_next_line_arrives(model_folder):
+    """A program writes a line and reads its completion before it writes the next line."""
     process = launch(ROOT, "INFER.py", "--model", model_folder, "--lines", "--batch-size", 8, *GREEDY, stdin=subprocess.PIPE)
-    answers = []
+    completions = []
     for line in ("The red", "rain"):
         process.stdin.write(line + "\n")
         process.stdin.flush()
-        answers.append(process.stdout.readline())
+        completions.append(process.stdout.readline())
     rest, _ = process.communicate("The red\nrain\n", timeout=60)
-    assert process.returncode == 0 and all(answers) and rest == "".join(answers)
+    assert process.returncode == 0 and all(completions) and rest == "".join(completions)
 
 
-def test_items_that_arrive_together_are_one_batch():
+def test_items_are_grouped_and_those_before_an_error_yielded():
     def items():
         yield from range(5)
         raise UserError("bad")
@@ -937,7 +937,7 @@ def test_items_that_arrive_together_are_one_batch():
     assert groups == [[0, 1, 2], [3, 4]]
 
 
-def test_lines_sampled_do_not_depend_on_the_batch(infer):
+def test_sampled_lines_do_not_depend_on_the_batch_size(infer):
     flags = ("--lines", "--seed", 3, "--max-new-tokens", 8)
     lines = "".join(text + "\n" for text in make_text(7))
     outs = {infer(*flags, "--batch-size", size, stdin=lines)[0] for size in (1, 3, 8)}
@@ -945,19 +945,15 @@ def test_lines_sampled_do_not_depend_on_the_batch(infer):
 
 
 @pytest.mark.parametrize("mode", ["--lines", "--jsonl"])
-def test_a_batch_size_of_zero_is_refused_or_one(mode, infer):
-    try:
-        out, _ = infer(mode, "--batch-size", 0, *GREEDY, stdin='{"prompt": "a"}\n')
-    except UserError as error:
-        assert "inference.batch_size" in str(error)
-    else:
-        assert out.count("\n") == 1
+def test_a_batch_size_of_zero_is_rejected(mode, infer):
+    with pytest.raises(UserError, match="inference.batch_size"):
+        infer(mode, "--batch-size", 0, *GREEDY, stdin='{"prompt": "a"}\n')
 
 
-def test_several_answers(infer, model, tokenizer):
+def test_several_completions(infer, model, tokenizer):
     out, _ = infer("--prompt", "The red", "--n", 3, "--seed", 1, "--max-new-tokens", 8, "--echo")
     expected = generate(model, [tokenizer("The red").input_ids], Sampling(n=3, seed=1, max_new_tokens=8), tokenizer)[0]
-    assert out == "".join(f"[{i}]\nThe red{answer.text}\n" for i, answer in enumerate(expected, 1))
+    assert out == "".join(f"[{i}]\nThe red{completion.text}\n" for i, completion in enumerate(expected, 1))
 
 
 def test_jsonl_records(infer, model, tokenizer):
@@ -965,15 +961,15 @@ def test_jsonl_records(infer, model, tokenizer):
                {"prompt": "rain", "temperature": 0.9, "seed": 5, "logprobs": True}, {"prompt": "fox", "repetition_penalty": 2}]
     out, _ = infer("--jsonl", *GREEDY, stdin="\n\n".join(map(json.dumps, records)))
     got = [json.loads(line) for line in out.splitlines()]
-    asked = [*records[:2], records[2], *records[2:]]
-    assert [{k: g[k] for k in r if k != "logprobs"} for g, r in zip(got, asked)] == [
-        {k: r[k] for k in r if k != "logprobs"} for r in asked]
-    assert got[0]["completion"] == answer_to(model, tokenizer, "The red")
-    assert got[1]["completion"] == answer_to(model, tokenizer, "owl", max_new_tokens=3) and got[1]["finish_reason"] == "length"
-    assert got[2]["completion"] == got[3]["completion"] == answer_to(model, tokenizer, "")
-    assert got[5]["completion"] == answer_to(model, tokenizer, "fox", repetition_penalty=2.0)
+    repeated = [*records[:2], records[2], *records[2:]]  # n: 2
+    assert [{k: g[k] for k in r if k != "logprobs"} for g, r in zip(got, repeated)] == [
+        {k: r[k] for k in r if k != "logprobs"} for r in repeated]
+    assert got[0]["completion"] == completion_of(model, tokenizer, "The red")
+    assert got[1]["completion"] == completion_of(model, tokenizer, "owl", max_new_tokens=3) and got[1]["finish_reason"] == "length"
+    assert got[2]["completion"] == got[3]["completion"] == completion_of(model, tokenizer, "")
+    assert got[5]["completion"] == completion_of(model, tokenizer, "fox", repetition_penalty=2.0)
     expected = generate(model, [tokenizer("rain").input_ids], Sampling(temperature=0.9, seed=5, max_new_tokens=12, logprobs=True),
-                        tokenizer)[0][0]  # a request's own seed: as if it stood alone
+                        tokenizer)[0][0]  # a request with its own seed gets the same completion as alone
     assert got[4]["completion"] == expected.text
     np.testing.assert_allclose(got[4]["logprobs"], expected.logprobs, atol=1e-4)
     assert "".join(got[4]["tokens"]) == tokenizer.decode(expected.ids)
@@ -981,7 +977,7 @@ def test_jsonl_records(infer, model, tokenizer):
 
 
 @pytest.mark.parametrize("stop", ["\n", "###", "3", "yes", "a: b", "[INST]", ["x", "y"], "e"])
-def test_jsonl_stop_texts_are_taken_literally(stop, monkeypatch):
+def test_jsonl_stop_strings_are_taken_literally(stop, monkeypatch):
     line = json.dumps({"prompt": "a", "stop": stop})
     _, _, sampling = INFER._record(line, "stdin:1", Sampling())
     assert sampling.stop == ([stop] if isinstance(stop, str) else stop)
@@ -992,28 +988,28 @@ def test_jsonl_stop_texts_are_taken_literally(stop, monkeypatch):
     ('{"prompt": 5}', "stdin:3"), ('{"messages": []}', "stdin:3"), ('{"prompt": "a", "top_k": "many"}', "stdin:3: top_k"),
     ('{"prompt": "a", "top_p": 7}', "stdin:3.*top_p"), ('{"prompt": "a", "stop": [1]}', "stdin:3.*stop"),
 ])
-def test_bad_jsonl_lines(line, message, infer):
+def test_invalid_jsonl_lines(line, message, infer):
     with pytest.raises(UserError, match=message):
         infer("--jsonl", *GREEDY, stdin='{"prompt": "a"}\n\n' + line + "\n")
 
 
 @pytest.mark.parametrize("messages", [["hello"], [{"role": "user"}], [5]])
-def test_messages_of_a_wrong_shape(messages, infer, chat_folder):
+def test_messages_in_a_wrong_format(messages, infer, chat_folder):
     with pytest.raises(UserError):
         infer("--jsonl", "--system", "Be kind.", *GREEDY, stdin=json.dumps({"messages": messages}), folder=chat_folder)
 
 
-def test_a_prompt_beyond_the_context(infer, model, tokenizer, capsys):
+def test_a_prompt_longer_than_the_context(infer, model, tokenizer, capsys):
     text = " ".join(make_text(40))
     ids = tokenizer(text).input_ids
     out, err = infer("--prompt", text, *GREEDY)
     kept = [ids[0], *ids[len(ids) - (128 - 12) + 1 :]]
     assert len(ids) > 200 and len(kept) == 116
     assert out == one(model, kept, greedy(max_new_tokens=12), tokenizer).text + "\n"
-    assert f"{len(ids)} tokens" in err and f"first {len(ids) - 116} were dropped" in err
+    assert f"prompt truncated: dropped the first {len(ids) - 116} of {len(ids)} tokens (context 128, 12 for the completion)" in err
     out, err = infer("--prompt", text, "--temperature", 0, "--max-new-tokens", 500, "--ignore-eos")
-    kept = [ids[0], *ids[len(ids) - 63 :]]  # the answer keeps half the context
-    assert "64 fit a context of 128" in err
+    kept = [ids[0], *ids[len(ids) - 63 :]]  # at most half of the context is reserved for the completion
+    assert "(context 128, 64 for the completion)" in err
     assert out == one(model, kept, greedy(max_new_tokens=500, ignore_eos=True), tokenizer).text + "\n"
 
 
@@ -1026,10 +1022,10 @@ def chat_ids(folder, messages):
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
 
 
-def test_requests_are_read_as_records_are(infer, chat_folder, monkeypatch):
-    """system, history and tools beside a prompt or messages mean what they mean in training; a JSON text of messages is parsed."""
-    asked, real = [], INFER._make_rows
-    monkeypatch.setattr(INFER, "_make_rows", lambda model, prompts, *words: asked.extend(prompts) or real(model, prompts, *words))
+def test_requests_are_parsed_like_training_records(infer, chat_folder, monkeypatch):
+    """system, history and tools next to a prompt or messages mean the same as in training; messages may be a JSON text."""
+    encoded, real = [], INFER._make_rows
+    monkeypatch.setattr(INFER, "_make_rows", lambda model, prompts, *rest: encoded.extend(prompts) or real(model, prompts, *rest))
     user, tools = [{"role": "user", "content": "Hi"}], [{"type": "function", "function": {"name": "rain", "parameters": {}}}]
     whole = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, *user]
     requests = [({"messages": user, "system": "Be kind."}, whole[:1] + user), ({"prompt": "Hi", "system": "Be kind."}, whole[:1] + user),
@@ -1039,8 +1035,8 @@ def test_requests_are_read_as_records_are(infer, chat_folder, monkeypatch):
     tokenizer = TOKENIZER.load(chat_folder)
     expected = [TOKENIZER.render_chat(tokenizer, messages, tools if "tools" in request else None, add_generation_prompt=True).ids
                 for request, messages in requests]
-    assert [ids[-20:] for ids in asked] == [ids[-20:] for ids in expected]  # long ones lose their beginning
-    with pytest.raises(UserError, match="stdin:1: an object with 'prompt' or 'messages' is expected"):
+    assert [ids[-20:] for ids in encoded] == [ids[-20:] for ids in expected]  # long prompts are truncated at the start
+    with pytest.raises(UserError, match="stdin:1: expected an object with either 'prompt' or 'messages'"):
         infer("--jsonl", *GREEDY, stdin=json.dumps({"prompt": "Hi", "messages": user}), folder=chat_folder)
 
 
@@ -1049,7 +1045,7 @@ def test_chat_auto_on_and_off(infer, chat_folder, model_folder, model, tokenizer
     wrapped = one(model, chat_ids(chat_folder, user), greedy(max_new_tokens=12), tokenizer).text + "\n"
     assert infer("--prompt", "The red", *GREEDY, folder=chat_folder)[0] == wrapped
     assert infer("--prompt", "The red", "--chat", "on", *GREEDY, folder=chat_folder)[0] == wrapped
-    plain = answer_to(model, tokenizer, "The red") + "\n"
+    plain = completion_of(model, tokenizer, "The red") + "\n"
     assert plain != wrapped
     assert infer("--prompt", "The red", "--chat", "off", *GREEDY, folder=chat_folder)[0] == plain
     assert infer("--prompt", "The red", *GREEDY)[0] == plain
@@ -1076,16 +1072,16 @@ class Terminal(io.StringIO):
 
 
 def type_lines(monkeypatch, lines):
-    waiting = iter(lines)
+    remaining = iter(lines)
 
-    def answer(prompt=""):
-        line = next(waiting, EOFError)
+    def read(prompt=""):
+        line = next(remaining, EOFError)
         if isinstance(line, type):
             raise line
         return line
 
     monkeypatch.setattr(sys, "stdin", Terminal())
-    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("builtins.input", read)
 
 
 def test_terminal_keeps_a_conversation(monkeypatch, capsys, chat_folder, model, tokenizer):
@@ -1102,52 +1098,52 @@ def test_terminal_keeps_a_conversation(monkeypatch, capsys, chat_folder, model, 
 def test_terminal_without_a_template(monkeypatch, capsys, model_folder, model, tokenizer):
     type_lines(monkeypatch, ["The red", "", "owl", "/exit", "never read"])
     INFER.main(["--model", str(model_folder), *map(str, GREEDY)])
-    assert capsys.readouterr().out == "".join(answer_to(model, tokenizer, text) + "\n" for text in ("The red", "owl"))
+    assert capsys.readouterr().out == "".join(completion_of(model, tokenizer, text) + "\n" for text in ("The red", "owl"))
 
 
 def test_terminal_commands_and_ctrl_c(monkeypatch, capsys, chat_folder, model, tokenizer):
-    """/reset forgets, /system sets a message, Ctrl-C stops an answer and at the prompt does nothing."""
+    """/reset clears the conversation, /system sets the system message, Ctrl-C stops a completion; at the prompt it has no effect."""
     type_lines(monkeypatch, ["The red", "/reset", "owl", "/system Be kind.", "/resett", KeyboardInterrupt, "fox", "rain"])
-    whole, asked = INFER.stream, []
+    real, encoded = INFER.stream, []
 
-    def cut(model, tokenizer, ids, *rest):
-        asked.append(ids)
-        for number, piece in enumerate(whole(model, tokenizer, ids, *rest)):
-            if len(asked) == 3 and number == 2:
+    def interrupted(model, tokenizer, ids, *rest):
+        encoded.append(ids)
+        for number, part in enumerate(real(model, tokenizer, ids, *rest)):
+            if len(encoded) == 3 and number == 2:
                 raise KeyboardInterrupt
-            yield piece
+            yield part
 
-    monkeypatch.setattr(INFER, "stream", cut)
+    monkeypatch.setattr(INFER, "stream", interrupted)
     INFER.main(["--model", str(chat_folder), *map(str, GREEDY)])
-    said, talk = capsys.readouterr()
-    assert "/resett: unknown command; /reset, /system, /exit are known" in talk
+    out, err = capsys.readouterr()
+    assert "/resett: unknown command; use /reset, /system, /exit" in err
     system, [fox] = {"role": "system", "content": "Be kind."}, [{"role": "user", "content": "fox"}]
-    assert asked[:3] == [chat_ids(chat_folder, [{"role": "user", "content": "The red"}]), chat_ids(chat_folder, [{"role": "user", "content": "owl"}]),
+    assert encoded[:3] == [chat_ids(chat_folder, [{"role": "user", "content": "The red"}]), chat_ids(chat_folder, [{"role": "user", "content": "owl"}]),
                          chat_ids(chat_folder, [system, fox])]
-    [third] = INFER.generate(model, [asked[2]], greedy(max_new_tokens=12), tokenizer)[0]
+    [third] = INFER.generate(model, [encoded[2]], greedy(max_new_tokens=12), tokenizer)[0]
     stopped = next(part for part in (third.text[:end] for end in range(len(third.text), 0, -1))
-                   if asked[3] == chat_ids(chat_folder, [system, fox, {"role": "assistant", "content": part}, {"role": "user", "content": "rain"}]))
-    assert len(stopped) < len(third.text) and stopped in said
+                   if encoded[3] == chat_ids(chat_folder, [system, fox, {"role": "assistant", "content": part}, {"role": "user", "content": "rain"}]))
+    assert len(stopped) < len(third.text) and stopped in out
 
 
 def test_load_and_generate(model_folder, chat_folder, model, tokenizer):
     session = INFER.load(str(model_folder), temperature=0, max_new_tokens=12)
-    assert session.generate("The red") == answer_to(model, tokenizer, "The red")
-    assert session.generate("owl", max_tokens=3) == answer_to(model, tokenizer, "owl", max_new_tokens=3)
-    assert session.generate("owl", n=2) == 2 * [answer_to(model, tokenizer, "owl")]
+    assert session.generate("The red") == completion_of(model, tokenizer, "The red")
+    assert session.generate("owl", max_tokens=3) == completion_of(model, tokenizer, "owl", max_new_tokens=3)
+    assert session.generate("owl", n=2) == 2 * [completion_of(model, tokenizer, "owl")]
     messages = [{"role": "user", "content": "The red"}]
-    said = INFER.load(str(chat_folder), temperature=0, max_new_tokens=12).generate(messages)
-    assert said == one(model, chat_ids(chat_folder, messages), greedy(max_new_tokens=12), tokenizer).text
+    reply = INFER.load(str(chat_folder), temperature=0, max_new_tokens=12).generate(messages)
+    assert reply == one(model, chat_ids(chat_folder, messages), greedy(max_new_tokens=12), tokenizer).text
     with pytest.raises(UserError, match="temprature: unknown setting; nearest is temperature"):
         session.generate("a", temprature=1)
-    with pytest.raises(UserError, match="lists of token ids here"):
+    with pytest.raises(UserError, match="generate expects prompts as lists of token ids"):
         generate(model, ["a text"], greedy(), tokenizer)
 
 
 # ------------------------------------------------------------------------------------------ scoring on the command line
 
 
-def test_score_json(infer, tmp_path, model, tokenizer):
+def test_score_prints_json(infer, tmp_path, model, tokenizer):
     text = "The red fox.\n\nOne owl saw it.\n"
     (tmp_path / "a.txt").write_text(text)
     expected = INFER.score(model, tokenizer, [text])
@@ -1183,7 +1179,7 @@ def test_the_same_bytes_score_the_same_from_a_file_a_pipe_and_a_named_pipe(text,
 
 
 @pytest.mark.parametrize("more", [(), ("--lines",), ("--logprobs", "true")])
-def test_broken_weights_are_not_scored(more, infer, model, tokenizer, tmp_path):
+def test_weights_with_nan_are_not_scored(more, infer, model, tokenizer, tmp_path):
     broken = copy.deepcopy(model)
     broken.model.norm.weight.data[0] = math.nan
     MODEL.save(broken, tmp_path)
@@ -1192,19 +1188,19 @@ def test_broken_weights_are_not_scored(more, infer, model, tokenizer, tmp_path):
         infer("--score", *more, stdin="The red fox", folder=tmp_path)
 
 
-def test_line_ends_inside_an_answer_are_escaped(infer, monkeypatch):
-    answer = INFER.Completion([1], None, "stop", "a\r\nb\\c\rd")
-    monkeypatch.setattr(INFER, "answers", lambda session, requests: [[answer] for _ in requests])
+def test_line_ends_inside_a_completion_are_escaped(infer, monkeypatch):
+    completion = INFER.Completion([1], None, "stop", "a\r\nb\\c\rd")
+    monkeypatch.setattr(INFER, "completions_of", lambda session, requests: [[completion] for _ in requests])
     assert infer("--lines", stdin="one\ntwo\n")[0] == 2 * "a\\r\\nb\\\\c\\rd\n"
 
 
 def test_without_stdin_and_on_a_narrow_console(model_folder):
-    """As a service runs, and on a console whose code page lacks characters."""
+    """With a closed stdin, as in a service, and on a console whose code page lacks characters."""
     def run(*flags, **more):
         return subprocess.run([sys.executable, "INFER.py", "--model", str(model_folder), *flags], cwd=ROOT, capture_output=True, **more)
 
     closed = run("--max-new-tokens", "2", preexec_fn=lambda: os.close(0))
-    assert closed.returncode == 2 and closed.stderr.decode().splitlines()[-1] == "error: no prompt: there is no stdin; use --prompt"
+    assert closed.returncode == 2 and closed.stderr.decode().splitlines()[-1] == "error: no prompt: stdin is closed; use --prompt"
     narrow = run("--prompt", "caf\u00e9 \U0001f600", "--echo", "--max-new-tokens", "2", env={**os.environ, "PYTHONIOENCODING": "cp1252"})
     assert narrow.returncode == 0 and narrow.stdout.decode("cp1252").startswith("caf\u00e9 ?")
 
@@ -1212,13 +1208,13 @@ def test_without_stdin_and_on_a_narrow_console(model_folder):
 @pytest.mark.parametrize("flags, message", [
     (("--prompt-lookup", "--use-cache", "false"), "inference.prompt_lookup: has no effect with use_cache false"),
     (("--prompt-lookup", "--num-beams", 2), "inference.prompt_lookup: has no effect with num_beams"),
-    (("--num-speculative-tokens", 7), "inference.num_speculative_tokens: has no effect"), (("--lora-modules", "a=b"), "--lora-modules: goes with --serve"),
-    (("--port", 80), "--port: goes with --serve"), (("--api-key", "x"), "--api-key: goes with --serve"),
-    (("--serve", "--num-beams", 2), "inference.num_beams: the server does no beam search"),
+    (("--num-speculative-tokens", 7), "inference.num_speculative_tokens: has no effect"), (("--lora-modules", "a=b"), "--lora-modules: requires --serve"),
+    (("--port", 80), "--port: requires --serve"), (("--api-key", "x"), "--api-key: requires --serve"),
+    (("--serve", "--num-beams", 2), "inference.num_beams: the server does not support beam search"),
     (("--serve", "--lora-modules", "nonsense"), "inference.lora_modules: 'nonsense' is not NAME=FOLDER"),
     (("--serve", "--lora-modules", "a=/nope"), "inference.lora_modules: .*nope"), (("--draft-model", "/nope"), "inference.draft_model: .*nope"),
     (("--structured-outputs", "hello"), "is not of type JSON object"), (("--structured-outputs", '{"regex": "("}'), "unclosed group")], ids=str)
-def test_settings_that_do_nothing_or_are_wrong_are_named(flags, message, infer):
+def test_settings_without_effect_and_invalid_settings_are_named(flags, message, infer):
     with pytest.raises(UserError, match=message) as error:
         infer(*flags, *(() if "--serve" in flags else ("--prompt", "a")))
     assert "\n" not in str(error.value)
@@ -1226,15 +1222,15 @@ def test_settings_that_do_nothing_or_are_wrong_are_named(flags, message, infer):
 
 def test_a_draft_model_needs_the_same_vocabulary(infer, model_folder, tokenizer, tmp_path):
     out = infer("--prompt", "The red", "--draft-model", model_folder, *GREEDY)
-    assert out[0] == infer("--prompt", "The red", *GREEDY)[0] and "guessed tokens accepted (100%)" in out[1]
+    assert out[0] == infer("--prompt", "The red", *GREEDY)[0] and "draft tokens accepted (100%)" in out[1]
     MODEL.save(MODEL.load(model_folder), tmp_path)
     TOKENIZER.save(TOKENIZER.train(["ships and sails and storms"] * 20, 300), tmp_path)
-    with pytest.raises(UserError, match="the same vocabulary is expected"):
+    with pytest.raises(UserError, match="with the same vocabulary"):
         infer("--prompt", "The red", "--draft-model", tmp_path, *GREEDY)
 
 
-def test_lines_that_are_typed_get_a_prompt(monkeypatch):
-    """Labels, rewards and --lines on a terminal."""
+def test_typed_lines_get_a_prompt(monkeypatch):
+    """Classification, reward models and --lines on a terminal."""
     typed, prompts = iter(["One", "Two"]), []
 
     def read(prompt):
@@ -1249,7 +1245,7 @@ def test_lines_that_are_typed_get_a_prompt(monkeypatch):
 
 
 def test_control_tokens_in_a_typed_message_are_text(infer, chat_folder):
-    """Also without a server; an option parses them."""
+    """`control_tokens` parses them as control tokens."""
     session = INFER.load(str(chat_folder))
     typed = "Hi" + session.tokenizer.eos_token
     ids = [INFER.Session.prompt_ids(session, typed, Sampling()) for session.settings.control_tokens in (False, True)]
@@ -1259,7 +1255,7 @@ def test_control_tokens_in_a_typed_message_are_text(infer, chat_folder):
     assert session.tokenizer.decode(ids[0]) == session.tokenizer.decode(ids[1])
 
 
-def test_an_adapters_folder_is_its_base_with_the_adapter(infer, model_folder, tmp_path):
+def test_an_adapter_folder_loads_its_base_with_the_adapter(infer, model_folder, tmp_path):
     saved_adapter(model_folder, tmp_path / "adapter", 0)
     plain, flag = infer("--prompt", "The red", *GREEDY)[0], infer("--prompt", "The red", "--adapter", tmp_path / "adapter", *GREEDY)[0]
     assert infer("--prompt", "The red", *GREEDY, folder=tmp_path / "adapter")[0] == flag != plain
@@ -1267,15 +1263,15 @@ def test_an_adapters_folder_is_its_base_with_the_adapter(infer, model_folder, tm
         infer("--prompt", "a", "--adapter", tmp_path / "adapter", folder=tmp_path / "adapter")
 
 
-def test_another_tokenizer_than_the_models_is_said(infer, model_folder, tokenizer, tmp_path):
+def test_a_tokenizer_other_than_the_models_is_reported(infer, model_folder, tokenizer, tmp_path):
     TOKENIZER.save(tokenizer, tmp_path / "same")
     TOKENIZER.save(TOKENIZER.train(["ships and sails and storms"] * 20, 300), tmp_path / "other")
-    told = [infer("--prompt", "The", "--tokenizer.name", tmp_path / name, *GREEDY)[1] for name in ("same", "other")]
-    assert "is not the tokenizer of" not in told[0] and "is not the tokenizer of" in told[1]
+    logs = [infer("--prompt", "The", "--tokenizer.name", tmp_path / name, *GREEDY)[1] for name in ("same", "other")]
+    assert "is not the tokenizer of" not in logs[0] and "is not the tokenizer of" in logs[1]
 
 
 @torch.no_grad()
-def test_score_logprobs_and_the_best(infer, model, tokenizer):
+def test_score_logprobs_and_top_logprobs(infer, model, tokenizer):
     text = "The red fox \u00e9"
     out, _ = infer("--score", "--logprobs", "--top-logprobs", 3, stdin=text)
     record = json.loads(out)
@@ -1285,8 +1281,8 @@ def test_score_logprobs_and_the_best(infer, model, tokenizer):
     np.testing.assert_allclose(record["logprobs"], [table[i, ids[i + 1]] for i in range(len(ids) - 1)], atol=1e-4)
     assert record["perplexity"] == pytest.approx(math.exp(-sum(record["logprobs"]) / (len(ids) - 1)))
     for t, best in enumerate(record["top_logprobs"]):
-        values, places = table[t].topk(3)
-        assert list(best) == tokenizer.convert_ids_to_tokens(places.tolist())
+        values, indices = table[t].topk(3)
+        assert list(best) == tokenizer.convert_ids_to_tokens(indices.tolist())
         np.testing.assert_allclose(list(best.values()), values, atol=1e-4)
     assert "top_logprobs" not in json.loads(infer("--score", "--logprobs", stdin=text)[0])
 
@@ -1303,11 +1299,11 @@ def test_logits_file(infer, tmp_path, model, tokenizer):
         infer("--score", "--logits", path, stdin=" ".join(make_text(40)))
 
 
-# ------------------------------------------------------------------------------------------ mistakes
+# ------------------------------------------------------------------------------------------ errors
 
 
 def exits(monkeypatch, capsys, *flags):
-    """Status and stderr as a shell sees them."""
+    """The exit status and stderr of a command."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("x"))
     with pytest.raises(SystemExit) as caught:
         MODEL.run_main(INFER.main, list(map(str, flags)))
@@ -1316,12 +1312,12 @@ def exits(monkeypatch, capsys, *flags):
     return caught.value.code, captured.err
 
 
-def test_mistakes_are_one_line_and_status_two(monkeypatch, capsys, tmp_path, model_folder):
+def test_errors_are_one_line_with_exit_status_two(monkeypatch, capsys, tmp_path, model_folder):
     (tmp_path / "out/ckpt-step-000020").mkdir(parents=True)
     (tmp_path / "out/ckpt-step-000100").mkdir()
     (tmp_path / "bare").mkdir()
     model = ("--model", model_folder)
-    for flags, words in (
+    for flags, parts in (
         ((*model, "--temprature", 1), ["--temprature", "nearest", "--temperature"]),
         ((*model, "--top-p", 3), ["inference.top_p", "3"]),
         ((*model, "--max-new-tokens", "many"), ["inference.max_new_tokens", "many"]),
@@ -1335,7 +1331,7 @@ def test_mistakes_are_one_line_and_status_two(monkeypatch, capsys, tmp_path, mod
     ):
         code, err = exits(monkeypatch, capsys, *flags)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-        assert all(word in err for word in words), err
+        assert all(part in err for part in parts), err
 
 
 def test_a_tokenizer_too_large_for_the_model(infer, tmp_path):
@@ -1345,10 +1341,10 @@ def test_a_tokenizer_too_large_for_the_model(infer, tmp_path):
         infer("--prompt", "x", "--tokenizer.name", tmp_path)
 
 
-def test_help_names_every_knob(capsys):
-    for words, keys in ((["--help"], ["temperature", "--prompt", "--echo", "--lines", "--jsonl", "--score", "--logits"]), (["--help", "inference"], INFER.SAMPLING_KEYS)):
+def test_help_lists_every_setting(capsys):
+    for flags, keys in ((["--help"], ["temperature", "--prompt", "--echo", "--lines", "--jsonl", "--score", "--logits"]), (["--help", "inference"], INFER.SAMPLING_KEYS)):
         with pytest.raises(SystemExit) as caught:
-            INFER.main(words)
+            INFER.main(flags)
         out = capsys.readouterr().out
         assert caught.value.code == 0 and all(key in out for key in keys)
 
@@ -1356,13 +1352,13 @@ def test_help_names_every_knob(capsys):
 # ------------------------------------------------------------------------------------------ the process itself
 
 
-def test_echo_pipe_infer(model_folder, model, tokenizer):
+def test_a_prompt_piped_into_a_process(model_folder, model, tokenizer):
     command = [sys.executable, "INFER.py", "--model", model_folder, *map(str, GREEDY)]
     done = subprocess.run(command, input="The red\n", capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert (done.returncode, done.stdout) == (0, answer_to(model, tokenizer, "The red") + "\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, completion_of(model, tokenizer, "The red") + "\n"), done.stderr
 
 
-def test_a_closed_pipe_ends_quietly(model_folder, tmp_path):
+def test_a_closed_output_pipe_ends_without_an_error(model_folder, tmp_path):
     lines = tmp_path / "lines.txt"
     lines.write_text("the red fox\n" * 400)
     script = (f"{sys.executable} INFER.py --model {model_folder} --lines --batch-size 1 --max-new-tokens 2 < {lines} "
@@ -1372,30 +1368,18 @@ def test_a_closed_pipe_ends_quietly(model_folder, tmp_path):
     assert "Broken" not in done.stderr and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
 
 
-def test_flags_that_would_be_ignored_are_refused(model_folder):
+def test_flags_that_would_be_ignored_are_rejected(model_folder):
     for argv in (["--prompt", "a", "--lines"], ["--lines", "--jsonl"], ["--prompt", "a", "--logits", "x.safetensors"],
                  ["--score", "-", "--top-logprobs", "2"], ["--score", "/nonexistent"]):
         with pytest.raises(UserError, match="--|has no effect without inference.logprobs"):
             INFER.main(["--model", str(model_folder), *argv])
 
 
-def test_answers_before_a_bad_record_are_given():
-    def items():
-        yield from (1, 2, 3)
-        raise UserError("bad")
-
-    given = []
-    with pytest.raises(UserError):
-        for group in INFER.batches(items(), 2):
-            given += group
-    assert given == [1, 2, 3]
-
-
-# --------------------------------------------------------------------------------------------------- odd requests
+# ------------------------------------------------------------------------------------------------ unusual requests
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**70])
-def test_any_seed_gives_one_text(seed, model, prompts):
+def test_completions_with_a_seed_are_reproducible(seed, model, prompts):
     first, again = (one(model, prompts[0], Sampling(12, seed=seed)) for _ in range(2))
     assert first == again
 
@@ -1405,23 +1389,23 @@ def test_a_tiny_temperature_is_greedy(temperature, model, prompts):
     assert one(model, prompts[0], Sampling(12, temperature, seed=1)).ids == one(model, prompts[0], greedy(max_new_tokens=12)).ids
 
 
-def test_a_special_token_ends_the_answer_as_a_stop_text(model_folder, tokenizer):
-    """Its text is never shown, so it is looked for among the ids."""
+def test_a_special_token_can_be_a_stop_string(model_folder, tokenizer):
+    """Decoded text omits it, so it is compared by its id."""
     model, end = MODEL.load(model_folder), tokenizer.convert_tokens_to_ids("<|im_end|>")
     prompt = TOKENIZER.encode_prompt(tokenizer, "The red fox")
     free = one(model, prompt, greedy(ignore_eos=True), tokenizer)
-    with torch.no_grad():  # the third token of the answer becomes the end
+    with torch.no_grad():  # the third token of the completion becomes the end token
         head = model.lm_head.weight
         if model.config.tie_word_embeddings:
             head = model.lm_head.weight = torch.nn.Parameter(head.detach().clone())
         head[[end, free.ids[2]]] = head[[free.ids[2], end]]
     for stop in (["<|im_end|>"], "<|im_end|>", ["nowhere", "<|im_end|>"]):
-        answer = one(model, prompt, greedy(ignore_eos=True, stop=stop), tokenizer)
-        assert answer.ids == [*free.ids[:2], end] and answer.finish_reason == "stop" and answer.text == text_after(tokenizer, prompt, free.ids[:2])
+        completion = one(model, prompt, greedy(ignore_eos=True, stop=stop), tokenizer)
+        assert completion.ids == [*free.ids[:2], end] and completion.finish_reason == "stop" and completion.text == text_after(tokenizer, prompt, free.ids[:2])
 
 
 def test_a_prompt_that_fits_is_kept_whole(infer, model, tokenizer, capsys):
-    """max_new_tokens is a limit and no claim on the context."""
+    """max_new_tokens does not reserve a part of the context."""
     context = model.config.max_position_embeddings
     prompt = "red fox " * ((context - 6) // 2)
     size = len(TOKENIZER.encode_prompt(tokenizer, prompt))
@@ -1431,7 +1415,7 @@ def test_a_prompt_that_fits_is_kept_whole(infer, model, tokenizer, capsys):
     assert out.rstrip("\n") == one(model, TOKENIZER.encode_prompt(tokenizer, prompt), greedy(max_new_tokens=context - size, ignore_eos=True), tokenizer).text
 
 
-def test_a_conversation_loses_whole_messages(chat_folder):
+def test_a_long_conversation_is_truncated_by_whole_messages(chat_folder):
     config = MODEL.load_config(["--model", str(chat_folder)], INFER.SECTIONS, "inference", INFER.ACTIONS)
     session = INFER.Session(config)
     context = session.model.config.max_position_embeddings
@@ -1442,6 +1426,6 @@ def test_a_conversation_loses_whole_messages(chat_folder):
 
 
 @pytest.mark.parametrize("request_", [{"prompt": "a\ud83d"}, {"prompt": "a", "stop": ["\ud83d"]}, {"prompt": "a", "note": "\ud83d"}])
-def test_invalid_unicode_in_a_request_is_one_line(request_):
+def test_invalid_unicode_in_a_request_is_a_one_line_error(request_):
     with pytest.raises(UserError, match="stdin:2: the request contains an unpaired surrogate"):
         INFER._record(json.dumps(request_), "stdin:2", Sampling())

@@ -1,4 +1,4 @@
-"""The chat page of INFER.py --serve, in a headless Chromium."""
+"""The chat page of INFER.py --serve in headless Chromium."""
 
 import base64
 import json
@@ -32,19 +32,19 @@ def browser():
 
 
 class Tab:
-    """A page of the browser that has no network but this machine."""
+    """A browser page that can reach only the server; requests to other hosts are recorded."""
 
     def __init__(self, browser, url: str, **options):
         context = browser.new_context(**options)
         context.set_default_timeout(20_000)
         self.foreign: list[str] = []
         self.page = context.new_page()
-        context.route(re.compile(f"^(?!{re.escape(url)}|data:|blob:)"), self.refuse)
+        context.route(re.compile(f"^(?!{re.escape(url)}|data:|blob:)"), self.block)
         self.page.goto(url)
         self.page.get_by_placeholder("Type a message").wait_for()
         self.box, self.answers = self.page.locator("textarea").last, self.page.get_by_test_id("bot")
 
-    def refuse(self, route) -> None:
+    def block(self, route) -> None:
         self.foreign.append(route.request.url)
         route.abort()
 
@@ -63,7 +63,7 @@ class Tab:
         self.page.locator(".stop-button").click()
 
     def wait_for_growth(self) -> None:
-        """The text of the last answer grows three times."""
+        """Wait until the text of the last answer has grown three times."""
         grown = "n => [...document.querySelectorAll('[data-testid=bot]')].at(-1)?.innerText.length > n"
         for _ in range(3):
             self.answers.last.wait_for()
@@ -71,7 +71,7 @@ class Tab:
 
 
 def test_the_page_streams_stops_and_clears(browser, tokenizer, tmp_path):
-    """Against a server whose model writes until it is stopped; SIGTERM does not wait for the open page."""
+    """The server's model generates until it is stopped. SIGTERM does not wait for the open page."""
     config = MODEL.ModelConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                                **{**TINY, "max_position_embeddings": 2**15})
     MODEL.save(MODEL.build(config, seed=1), tmp_path / "tiny-chat")
@@ -110,12 +110,12 @@ def test_the_page_streams_stops_and_clears(browser, tokenizer, tmp_path):
 
 @pytest.fixture()
 def stub():
-    """A server with the page and an API that follows a script; `asked` holds the requests."""
+    """A server with the page and an API with fixed responses; `requests` records the requests."""
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, StreamingResponse
 
-    app, asked, port = FastAPI(), [], free_port()
+    app, requests, port = FastAPI(), [], free_port()
 
     @app.get("/v1/models")
     def models():
@@ -124,11 +124,11 @@ def stub():
     @app.post("/v1/chat/completions")
     async def chat(request: Request):
         record = json.loads(await request.body())
-        asked.append((request.headers["authorization"], record))
+        requests.append((request.headers["authorization"], record))
         if record["messages"][-1]["content"] == "long":
-            return JSONResponse({"error": {"message": "the prompt has 99 tokens; the context is 9"}}, 400)
+            return JSONResponse({"error": {"message": "the prompt has 99 tokens; prompt and completion must fit a context of 9"}}, 400)
         deltas = [{"role": "assistant"}, {"reasoning_content": "First"}, {"reasoning_content": " I think."},
-                  {"content": "**Yes** ![](https://example.com/x.png)"}, {"content": f" number {len(asked)}"}]
+                  {"content": "**Yes** ![](https://example.com/x.png)"}, {"content": f" number {len(requests)}"}]
         events = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
         if record["messages"][-1]["content"] == "fail":
             events.append({"error": {"message": "the model failed on this request"}})
@@ -143,7 +143,7 @@ def stub():
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: server.started)
-    yield SimpleNamespace(url=f"http://127.0.0.1:{port}/", asked=asked)
+    yield SimpleNamespace(url=f"http://127.0.0.1:{port}/", requests=requests)
     server.should_exit = True
     thread.join(10)
     assert not thread.is_alive()
@@ -160,7 +160,7 @@ def test_the_page_sends_settings_and_shows_thinking_and_errors(browser, stub):
     tab = Tab(browser, stub.url, http_credentials={"username": "me", "password": "secret"})
     tab.send("Hello")
     playwright.expect(tab.answers.last).to_contain_text("Yes")
-    key, record = stub.asked.pop()
+    key, record = stub.requests.pop()
     assert key == "Bearer secret" and record == {
         "model": "base", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0.5, "top_p": 1, "min_p": 0, "top_k": "7",
         "max_new_tokens": "40", "n": 1, "stream": True, "chat_template_kwargs": {"enable_thinking": True}}
@@ -174,19 +174,19 @@ def test_the_page_sends_settings_and_shows_thinking_and_errors(browser, stub):
     tab.page.get_by_label("Thinking", exact=True).uncheck()
     tab.page.get_by_label("Model", exact=True).click()
     tab.page.get_by_role("option", name="adapter").click()
-    for text, message in (("long", "the context is 9"), ("fail", "the model failed")):
+    for text, message in (("long", "fit a context of 9"), ("fail", "the model failed")):
         tab.send(text)
         playwright.expect(tab.page.get_by_text(message)).to_be_visible()
     tab.send("More")
     playwright.expect(tab.page.get_by_text("number 3")).to_be_visible()
-    record = stub.asked.pop()[1]
-    said = [(message["role"], message["content"].split(" ")[0]) for message in record["messages"]]
-    assert said == [("system", "Be"), ("user", "Hello"), ("assistant", "**Yes**"), ("user", "fail"), ("assistant", "**Yes**"), ("user", "More")]
+    record = stub.requests.pop()[1]
+    sent = [(message["role"], message["content"].split(" ")[0]) for message in record["messages"]]
+    assert sent == [("system", "Be"), ("user", "Hello"), ("assistant", "**Yes**"), ("user", "fail"), ("assistant", "**Yes**"), ("user", "More")]
     assert record["seed"] == "5" and record["model"] == "adapter" and record["chat_template_kwargs"] == {"enable_thinking": False}
     assert not tab.foreign
 
 
-def test_without_gradio_there_is_a_server_without_a_page(monkeypatch, capsys):
+def test_without_gradio_there_is_no_page(monkeypatch, capsys):
     monkeypatch.setattr(INFER.importlib.util, "find_spec", lambda name: None)
     app = SimpleNamespace(mount=None)
     INFER.add_page(app, None, "name", None)
