@@ -61,6 +61,16 @@ BETA = {"dpo": 0.1, "ipo": 0.5, "sigmoid_norm": 5.0, "kto": 0.1, "orpo": 0.1, "s
 LOSS_TYPES: dict[str, tuple | dict] = {"grpo": ("dapo", "grpo", "dr_grpo", "cispo")}  # dpo's: DPO_LOSSES
 SHIPPED_QUESTIONS = "data/chat_test.jsonl"
 
+# The built-in reward functions: a name as in rl.reward_funcs -> a function of the argument after the colon, which returns the
+# reward function of a sample. The help text and the error messages list these names.
+REWARDS: dict[str, Callable[[str], Callable[[Sample], float]]] = {
+    "exact_answer": lambda _: exact_answer,
+    "number_after:MARKER": lambda marker: partial(number_after, marker),
+    "format:REGEX": lambda regex: partial(matches, re.compile(regex, re.DOTALL).fullmatch),
+    "regex:REGEX": lambda regex: partial(matches, re.compile(regex, re.DOTALL).search),
+    "length:TOKENS": lambda limit: partial(shortness, token_limit(limit)),
+}
+
 
 def shipped_data(method: str) -> str:
     return "data/prompts.jsonl" if method in ON_POLICY else "data/preferences.jsonl"
@@ -94,8 +104,8 @@ class RLSection:
     ref_model: str | None = knob(None, "reference policy: a folder; null is the initial model",
                                  only=("method", "dpo", "kto", *ON_POLICY), often=True)
     reward_funcs: list[str] = rollout_knob(
-        ["exact_answer"], "ppo, grpo, rloo: reward functions, such as length:60, judge.py:function, out/reward; also "
-        "exact_answer, number_after:####, format:REGEX, regex:REGEX; rewards are summed", often=True)
+        ["exact_answer"], "ppo, grpo, rloo: reward functions, such as length:60, judge.py:function, out/reward; built-in: "
+        f"{', '.join(REWARDS)}; rewards are summed with their weights", often=True)
     reward_weights: list[float] | None = rollout_knob(None, "weight of each reward function; null is 1")
     tools: list[str] = rollout_knob([], "ppo, grpo, rloo: functions that completions may call, as file.py:function", often=True)
     max_turns: int = knob(4, "with rl.tools: maximum number of assistant turns per completion", low=1, only="tools", often=True)
@@ -1531,17 +1541,6 @@ def token_limit(argument: str) -> float:
     if not re.fullmatch(r"\d+(\.\d*)?", argument) or not float(argument):
         raise ValueError(f"'{argument}' must be a number of tokens above 0, as in length:60")
     return float(argument)
-
-
-# The built-in reward functions: a name as in rl.reward_funcs -> a function of the argument after the colon, which returns the
-# reward function of a sample.
-REWARDS: dict[str, Callable[[str], Callable[[Sample], float]]] = {
-    "exact_answer": lambda _: exact_answer,
-    "number_after:MARKER": lambda marker: partial(number_after, marker),
-    "format:REGEX": lambda regex: partial(matches, re.compile(regex, re.DOTALL).fullmatch),
-    "regex:REGEX": lambda regex: partial(matches, re.compile(regex, re.DOTALL).search),
-    "length:TOKENS": lambda limit: partial(shortness, token_limit(limit)),
-}
 
 
 def builtin(name: str, key: str = "rl.reward_funcs") -> Callable[[Sample], float] | None:

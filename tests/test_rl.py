@@ -1,6 +1,7 @@
 """Preferences, rewards and rollouts: every estimator against a slow one, and runs from end to end."""
 
 import datetime
+import importlib.util
 import io
 import itertools
 import json
@@ -747,6 +748,23 @@ def test_unknown_rewards_are_one_line(name, message, tmp_path):
     (tmp_path / "ends.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(UserError, match="ends.py cannot be imported .SystemExit: 0"):
         RL.Judges.find(f"{tmp_path}/ends.py:f", None, "cpu")
+
+
+def test_a_builtin_reward_is_added_with_one_entry(tmp_path, capsys, monkeypatch):
+    """An entry in RL.REWARDS appears in the help text and in the error for unknown names, and can be used."""
+    entry = '    "ends_with:TEXT": lambda text: lambda sample: float(sample.text.endswith(text)),\n'
+    before, key, after = (ROOT / "RL.py").read_text().partition('    "length:TOKENS": ')
+    (tmp_path / "changed.py").write_text(before + entry + key + after)
+    spec = importlib.util.spec_from_file_location("changed", tmp_path / "changed.py")
+    changed = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "changed", changed)  # dataclasses look it up there
+    spec.loader.exec_module(changed)
+    with pytest.raises(SystemExit):
+        changed.main(["--rl.method", "grpo", "--help", "rl"])
+    assert "ends_with:TEXT" in capsys.readouterr().out
+    with pytest.raises(UserError, match="'nosuch' is none of exact_answer, .*ends_with:TEXT"):
+        changed.Judges.find("nosuch", None, "cpu")
+    assert [changed.builtin("ends_with:fox")(sample(text)) for text in ("a fox", "an owl")] == [1, 0]
 
 
 def test_an_answer_that_is_missing_names_its_record_before_any_rollout():
