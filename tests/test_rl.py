@@ -329,7 +329,7 @@ BAD_PAIRS = {
     "two kinds": ({"instruction": ASKED, "input": "red", "chosen": "b", "rejected": "c"}, "instruction and input are joined"),
     "half": ({"prompt": "What is red?", "chosen": ASKED + FOX, "rejected": "The owl."}, "one completion is a whole conversation, the other only an answer"),
     "answered": ({"prompt": ASKED + FOX, "chosen": FOX, "rejected": OWL}, "the prompt ends with the assistant's message"),
-    "kind": ({"prompt": "a", "chosen": 3, "rejected": "c"}, "chosen: text or a list of messages"),
+    "kind": ({"prompt": "a", "chosen": 3, "rejected": "c"}, "chosen: expected text or a list of messages"),
 }
 
 
