@@ -1,13 +1,13 @@
-"""QUANT.py: the form a model is shipped in.
+"""QUANT.py: quantization and export to other formats.
 
 Read in this order: rounding (`quantize_groups`), the layer (`QuantizedLinear`), methods that use calibration text (`gptq`, `awq`,
 `smoothquant`), the pass through the layers that calibrates them (`calibrate`), `quantize`, and quantization-aware training
-(`fake_quantize`). Below the banner: bitsandbytes' forms, folders, the exports (GGUF; ONNX, OpenVINO and torch's formats), the
-comparison, the command line.
+(`fake_quantize`). Below the banner: bitsandbytes, quantized folders, the exports (GGUF; ONNX, OpenVINO and torch's formats), the
+comparison of methods, the command line.
 
     python QUANT.py --model out --method int4 --out out/int4          # a folder that INFER.py, transformers and vLLM open
-    python QUANT.py --model out --method gptq --data text.txt         # without --out only the table
-    python QUANT.py --model out --compare                             # what each method saves and costs
+    python QUANT.py --model out --method gptq --data text.txt         # without --out, only print the table
+    python QUANT.py --model out --compare                             # size, quality and speed of every method
     python QUANT.py --model out --to gguf --out out/gguf              # for llama.cpp, Ollama and LM Studio
     python INFER.py --model out --quantization int8                   # quantize while loading
     python SFT.py --training.qat int4                                 # train with rounded weights, then quantize
@@ -55,15 +55,15 @@ import MODEL
 import TOKENIZER
 from MODEL import Action, UserError, knob, load_config, run_main, say
 
-FP8 = "fp8"  # floats of 8 bits: 4 for the exponent, 3 for the mantissa (Micikevicius 2022); the largest is 448
+FP8 = "fp8"  # 8-bit floats with 4 exponent bits and 3 mantissa bits (E4M3, Micikevicius 2022); the maximum is 448
 
 
 class Form(NamedTuple):
-    """How a linear layer's numbers are stored."""
+    """The number format of a linear layer."""
 
-    bits: int | str  # of integers, or FP8
-    group: int = 0  # weights per scale; 0: a whole row
-    dynamic: bool = False  # activations are rounded to 8 bits, too
+    bits: int | str  # bits per integer, or FP8
+    group: int = 0  # weights per scale; 0: the whole row
+    dynamic: bool = False  # activations are rounded to 8 bits as well
 
 
 FORMS = {"int8": Form(8), "int8_dynamic": Form(8, dynamic=True), "smoothquant": Form(8, dynamic=True), "int4": Form(4, 32),
@@ -74,17 +74,17 @@ METHODS = ChainMap(dict.fromkeys(BITSANDBYTES), FORMS, dict.fromkeys(("none", *M
 
 @dataclass
 class QuantizationSection:
-    method: str = knob("int8", "quantization method, such as int8, int8_dynamic (activations as well), int4, gptq, awq or fp8",
+    method: str = knob("int8", "quantization method, such as int8, int8_dynamic (activations as well), int4, gptq or awq",
                        METHODS, often=True)
-    group_size: int = knob(0, "weights per scale for int4, gptq, awq and nf4; smaller groups are more accurate but use more "
-                           "memory; default 32, for nf4 64", low=0)
-    exclude: list[str] = knob([], "regular expressions of layers to keep as they are")
+    group_size: int = knob(0, "int4, gptq, awq, nf4: weights per scale; 0: 32, for nf4 64; smaller groups are more accurate but "
+                           "use more memory", low=0)
+    exclude: list[str] = knob([], "regular expressions of layers that are not quantized")
     lm_head: bool = knob(False, "quantize the output head as well, unless it shares the embedding's weight")
-    calibration_samples: int = knob(128, "gptq, awq, smoothquant: calibration texts from data.train", low=1)
+    calibration_samples: int = knob(128, "gptq, awq, smoothquant: number of calibration texts from data.train", low=1)
     calibration_length: int = knob(512, "gptq, awq, smoothquant: maximum tokens per calibration text", low=8)
-    questions: str | None = knob("auto", "file of questions to measure exact answers with; auto is the bundled file, with "
-                                         "bundled data")
-    gguf_type: str = knob("Q8_0", "type of the matrices in a GGUF file",
+    questions: str | None = knob("auto", "file of questions for the exact match (answered); auto: the bundled file if data.train "
+                                         "is bundled")
+    gguf_type: str = knob("Q8_0", "data type of the matrices in a GGUF file",
                           ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q5_1", "Q5_0", "Q4_1", "Q4_0"))
     model: dict = knob({"name": "./out"}, "overrides `model` for this stage")
 
@@ -98,34 +98,34 @@ def grouped(weight: Tensor, size: int) -> Tensor:
 
 
 def largest_scale(groups: Tensor, bits: int) -> Tensor:
-    """The scale with which the largest weight of each group (..., G, size) just fits; (..., G)"""
+    """The scale (..., G) at which the largest weight of each group (..., G, size) just fits."""
     largest = groups.abs().amax(-1).clamp(min=1e-12)
-    # CUDA multiplies by the reciprocal of a plain number; then the largest weights would round differently than on a CPU.
+    # CUDA multiplies by the reciprocal of a Python number, so the largest weights would round differently than on a CPU.
     return largest / torch.full_like(largest, 448 if bits == FP8 else 2 ** (bits - 1) - 0.5)
 
 
 def group_scale(groups: Tensor, bits: int) -> Tensor:
-    """The scale, positive or negative, with which the weight of each group (..., G, size) that is farthest from zero becomes the
-    lowest level, -2**(bits - 1): there is one level more below zero than above. (..., G)"""
+    """The scale (..., G), positive or negative, that maps the weight with the largest magnitude of each group (..., G, size) to
+    the lowest level, -2**(bits - 1), because there is one more level below zero than above."""
     farthest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
     farthest = torch.where(farthest.abs() < 1e-12, 1e-12, farthest)
-    return short(farthest / -(2 ** (bits - 1)))
+    return round_to_bfloat16(farthest / -(2 ** (bits - 1)))
 
 
-def short(scale: Tensor) -> Tensor:
-    """The nearest bfloat16 number, in the same type: scales of groups are stored in bfloat16."""
+def round_to_bfloat16(scale: Tensor) -> Tensor:
+    """Round to bfloat16, in which scales of groups are stored, without changing the dtype."""
     return scale.bfloat16().to(scale.dtype)
 
 
 def best_scale(groups: Tensor, bits: int, products: Tensor) -> Tensor:
-    """Of larger and smaller scales for groups (out, G, size), those with the least squared error of the outputs, given the sum of
+    """Search larger and smaller scales of groups (out, G, size) for the least squared error of the outputs, given the sum of
     x x^T over the inputs of each group (G, size, size). Clipping a few large weights makes the steps of all others finer."""
     first = best = group_scale(groups, bits)
     least = torch.full_like(first, math.inf)
     for size in torch.linspace(1.15, 0.5, 27).tolist():
-        scale = short(first * size)
-        wrong = restore(quantize_groups(groups, scale, bits), scale) - groups
-        error = (torch.einsum("ogi,gij->ogj", wrong, products) * wrong).sum(-1)
+        scale = round_to_bfloat16(first * size)
+        difference = dequantize(quantize_groups(groups, scale, bits), scale) - groups
+        error = (torch.einsum("ogi,gij->ogj", difference, products) * difference).sum(-1)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
@@ -139,7 +139,7 @@ def quantize_groups(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (groups / scale[..., None]).round_().clamp_(-top, top - 1).to(torch.int8)
 
 
-def restore(levels: Tensor, scale: Tensor) -> Tensor:
+def dequantize(levels: Tensor, scale: Tensor) -> Tensor:
     return levels.to(scale.dtype) * scale[..., None]
 
 
@@ -151,18 +151,18 @@ def nearest(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
 
 
 def rounded(weight: Tensor, form: Form) -> Tensor:
-    """(..., out, in) -> the weights that the nearest levels stand for, float32."""
+    """Quantize (..., out, in) to the nearest levels and dequantize it to float32."""
     levels, scale = nearest(weight, form)
-    return restore(grouped(levels, form.group), scale).flatten(-2)
+    return dequantize(grouped(levels, form.group), scale).flatten(-2)
 
 
 def round_activations(hidden: Tensor, bits: int | str = 8) -> Tensor:
-    """Each token's numbers (..., in) rounded to 8 bits, with a scale for each token. Gradients pass unchanged."""
+    """Round activations (..., in) to 8 bits, with one scale per token. Gradients pass unchanged."""
     return rounded(hidden.detach(), Form(bits)).to(hidden.dtype) + (hidden - hidden.detach())
 
 
 class QuantizedLinear(nn.Linear):
-    """y = x W^T + b with W = scale * integers, one scale for each group of a row, stored as compressed-tensors stores it."""
+    """y = x W^T + b with W = scale * integers and one scale per group of a row, stored in the layout of compressed-tensors."""
 
     def __init__(self, out_features: int, in_features: int, bias: Tensor | None, form: Form, device=None):
         nn.Module.__init__(self)
@@ -175,7 +175,7 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear, levels: Tensor, scale: Tensor, form: Form) -> QuantizedLinear:
-        """From integers (out, in) and their scale (out, groups)."""
+        """Create a layer from integers (out, in) and their scale (out, groups)."""
         new = cls(*levels.shape, linear.bias, form, levels.device)
         new.weight_packed, new.weight_scale = pack(levels, form.bits), scale.bfloat16() if form.group else scale.float()
         return new.train(linear.training)
@@ -187,7 +187,7 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:
         """(out, in) float32"""
-        return restore(grouped(self.levels, self.form.group), self.weight_scale.float()).flatten(-2)
+        return dequantize(grouped(self.levels, self.form.group), self.weight_scale.float()).flatten(-2)
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = round_activations(hidden, self.form.bits) if self.form.dynamic else hidden
@@ -196,7 +196,7 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def join(cls, linears: list[QuantizedLinear]) -> QuantizedLinear:
-        """One layer for several that read the same input."""
+        """Fuse layers with the same input into one."""
         first, rows = linears[0], sum(linear.out_features for linear in linears)
         join = lambda name: torch.cat([getattr(linear, name) for linear in linears])  # noqa: E731
         bias = None if first.bias is None else nn.Parameter(join("bias"), requires_grad=False)
@@ -205,8 +205,8 @@ class QuantizedLinear(nn.Linear):
         return new.train(first.training)
 
     def packed(self) -> KernelLinear | None:
-        """The layer for the device's integer or fp8 kernels, if one takes its form. CPUs without VNNI or AMX have none: their
-        sums would saturate."""
+        """The layer for the device's integer or fp8 kernels, or None if they do not support its form. On CPUs without VNNI or
+        AMX the kernels' sums would saturate."""
         form, (rows, width), device = self.form, (self.out_features, self.in_features), self.weight_packed.device
         in_groups = form.bits == 4 and form.group in (32, 64, 128, 256)
         if device.type == "cuda":
@@ -236,15 +236,15 @@ class Inputs:
         self.count += len(rows)
 
     def error(self, difference: Tensor) -> float:
-        """||difference x||^2, summed over the text: what changing the weights by (out, in) changes in the outputs."""
+        """The squared change of the outputs, summed over the text, if `difference` (out, in) is added to the weights."""
         return float(((difference @ self.products) * difference).sum())
 
 
 def gptq(weight: Tensor, products: Tensor, form: Form, damping: float = 0.01) -> tuple[Tensor, Tensor]:
     """GPTQ (Frantar 2022, algorithm 1): weight (out, in), sum of x x^T (in, in) -> levels (out, in), scale (out, groups).
 
-    Columns are rounded one after the other. Each column's rounding error is compensated by the columns that are not rounded yet,
-    by as much as the second derivatives of the output error say: the rows of the upper Cholesky factor of their inverse."""
+    Columns are rounded one after the other. The columns that are not rounded yet compensate the rounding error of each column, in
+    proportion to its row in the upper Cholesky factor of the inverse Hessian of the output error."""
     weight, size = weight.float().clone(), form.group or weight.shape[1]
     hessian = products.float().clone()
     unused = hessian.diagonal() == 0
@@ -271,7 +271,7 @@ def gptq(weight: Tensor, products: Tensor, form: Form, damping: float = 0.01) ->
 
 
 def round_weighted(weight: Tensor, products: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """Round to the nearest, with the scales that are best for these inputs."""
+    """Round to the nearest levels, with the scales that are best for these inputs."""
     groups = grouped(weight.float(), form.group)  # (out, G, size)
     _, count, size = groups.shape
     blocks = products.view(count, size, count, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (G, size, size)
@@ -280,9 +280,9 @@ def round_weighted(weight: Tensor, products: Tensor, form: Form) -> tuple[Tensor
 
 
 def awq_factors(weights: list[Tensor], inputs: Inputs, form: Form) -> Tensor:
-    """AWQ (Lin 2023, section 3.2): factors (in,) by which the columns of all `weights` that read these inputs are multiplied
-    before rounding, and the inputs divided. Columns with large inputs matter most, and a larger weight has a smaller relative
-    error. Of mean(|x|) ** alpha, take the alpha with the least output error."""
+    """AWQ (Lin 2023, section 3.2): factors (in,) that multiply the columns of all `weights` with these inputs before rounding,
+    and divide the inputs. Columns with large inputs matter most, and a larger weight has a smaller relative error. The factors
+    are mean(|x|) ** alpha, with the alpha that gives the least output error."""
     best, least = torch.ones_like(inputs.mean), math.inf
     for alpha in torch.linspace(0, 0.95, 20).tolist():
         factors = (inputs.mean / inputs.count).clamp(min=1e-4) ** alpha
@@ -296,14 +296,14 @@ def awq_factors(weights: list[Tensor], inputs: Inputs, form: Form) -> Tensor:
 
 
 def smooth_factors(weights: list[Tensor], inputs: Inputs, form: Form, alpha: float = 0.5) -> Tensor:
-    """SmoothQuant (Xiao 2022, eq. 4): max|x|^alpha / max|w|^(1 - alpha) of each input. Activations have outliers in a few places,
-    which would take the precision of all others; part of their size is moved into the weights."""
+    """SmoothQuant (Xiao 2022, eq. 4): max|x|^alpha / max|w|^(1 - alpha) for each input channel. Activations have outliers in a
+    few channels, which would reduce the precision of all others; part of their magnitude is moved into the weights."""
     largest = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
     return (inputs.largest.clamp(min=1e-5) ** alpha / largest.clamp(min=1e-5) ** (1 - alpha)).clamp(min=1e-5)
 
 
 def fold(before: nn.Module, after: list[nn.Linear], factors: Tensor) -> None:
-    """Divide what `before` puts out by the factors (in,), and multiply the columns of the layers that read it by them."""
+    """Divide the outputs of `before` by the factors (in,), and multiply the columns of the layers that read them."""
     before.weight.data = before.weight / (factors[:, None] if isinstance(before, nn.Linear) else factors).to(before.weight.dtype)
     if getattr(before, "bias", None) is not None:
         before.bias.data = before.bias / factors.to(before.bias.dtype)
@@ -312,8 +312,8 @@ def fold(before: nn.Module, after: list[nn.Linear], factors: Tensor) -> None:
 
 
 def scaled_pairs(layer: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Linear]]]:
-    """(a module, the linear layers that alone read its output), where the output may be divided by factors: norms, and linear
-    layers between which and the next there are only averages and products."""
+    """Pairs (module, the only linear layers that read its output) whose output can be divided by factors: norms, and linear
+    layers with only averages and products between them and the next linear layer."""
     attention, mlp = layer.self_attn, layer.mlp
     if layer.post_norm or isinstance(attention, MODEL.LatentAttention):
         return
@@ -337,8 +337,8 @@ class Stop(Exception):
     pass
 
 
-def joined(texts: list[list[int]], limit: int = 2048) -> list[list[list[int]]]:
-    """Texts in groups of at most `limit` tokens together: with 4, [[1, 2], [3, 4], [5]] -> [[[1, 2], [3, 4]], [[5]]]."""
+def packed_texts(texts: list[list[int]], limit: int = 2048) -> list[list[list[int]]]:
+    """Group texts into rows of at most `limit` tokens: with 4, [[1, 2], [3, 4], [5]] -> [[[1, 2], [3, 4]], [[5]]]."""
     groups: list[list[list[int]]] = []
     for ids in texts:
         if not groups or sum(map(len, groups[-1])) + len(ids) > limit:
@@ -349,15 +349,15 @@ def joined(texts: list[list[int]], limit: int = 2048) -> list[list[list[int]]]:
 
 @torch.no_grad()
 def layer_inputs(model: MODEL.LanguageModel, texts: list[list[int]]) -> tuple[list[Tensor], list[list[tuple[tuple, dict]]]]:
-    """The hidden states before the first layer, rows (1, T, C) of several texts each, and for each layer the further arguments
-    (such as masks) of its call for each row. No layer runs."""
+    """The hidden states (1, T, C) before the first layer for each row of packed texts, and for each layer and row the other
+    arguments of its call, such as masks. The layers themselves do not run."""
     layers, foreign = MODEL.layers_of(model), isinstance(model, MODEL.ForeignModel)
     states, arguments = [], [[] for _ in layers]
 
-    def skip(number: int, hidden_states: Tensor, *words, **more):
+    def skip(number: int, hidden_states: Tensor, *args, **kwargs):
         if number == 0:
             states.append(hidden_states)
-        arguments[number].append((words, more))
+        arguments[number].append((args, kwargs))
         if number == len(layers) - 1:
             raise Stop
         return hidden_states if foreign else (hidden_states, None)
@@ -365,7 +365,7 @@ def layer_inputs(model: MODEL.LanguageModel, texts: list[list[int]]) -> tuple[li
     for number, layer in enumerate(layers):
         layer.forward = partial(skip, number)
     try:
-        for row in joined(texts, 1 if foreign else 2048):
+        for row in packed_texts(texts, 1 if foreign else 2048):
             ids = torch.tensor([list(itertools.chain(*row))], device=model.device)
             segments = torch.tensor([[i for i, text in enumerate(row) for _ in text]], device=model.device)
             with contextlib.suppress(Stop):
@@ -379,15 +379,15 @@ def layer_inputs(model: MODEL.LanguageModel, texts: list[list[int]]) -> tuple[li
 @torch.no_grad()
 def layer_by_layer(model: MODEL.LanguageModel, texts: list[list[int]], work: Callable[[nn.Module, Callable], None],
                    done: Callable[[nn.Module], None] = lambda layer: None) -> list[Tensor]:
-    """Call work(layer, observe) for each layer in turn. observe(linears) -> {linear: Inputs} runs the text through the layer,
-    whose inputs come from the layers before it as `work` has left them. One layer's statistics exist at a time. done(layer) is
-    called when the layer is not needed any more. Returns the hidden states after the last layer, rows of several texts."""
+    """Call work(layer, observe) for each layer in turn. observe(linears) -> {linear: Inputs} runs the texts through the layer;
+    its inputs are the outputs of the layers before it after `work`. Only one layer's statistics exist at a time. done(layer) is
+    called when the layer is no longer needed. Returns the hidden states after the last layer for each row of packed texts."""
     layers = MODEL.layers_of(model)
     states, arguments = layer_inputs(model, texts)
 
     def outputs(layer: nn.Module, number: int) -> Iterator[Tensor]:
-        for hidden, (words, more) in zip(states, arguments[number], strict=True):
-            output = layer(hidden, *words, **more)
+        for hidden, (args, kwargs) in zip(states, arguments[number], strict=True):
+            output = layer(hidden, *args, **kwargs)
             yield output[0] if isinstance(output, tuple) else output
 
     for number, layer in enumerate(layers):
@@ -399,11 +399,11 @@ def layer_by_layer(model: MODEL.LanguageModel, texts: list[list[int]], work: Cal
             for hook in hooks:
                 hook.remove()
             if not all(inputs.mean.isfinite().all() for inputs in found.values()):
-                raise UserError(f"model.name: the hidden states of layer {number + 1} are not finite; the weights are broken")
+                raise UserError(f"model.name: the hidden states of layer {number + 1} are not finite; the weights are damaged")
             return found
 
         work(layer, observe)
-        with restored_once(layer, states[0].dtype):
+        with dequantized(layer, states[0].dtype):
             for i, output in enumerate(outputs(layer, number)):
                 states[i] = output
         done(layer)
@@ -412,8 +412,8 @@ def layer_by_layer(model: MODEL.LanguageModel, texts: list[list[int]], work: Cal
 
 
 @contextlib.contextmanager
-def restored_once(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Restore a layer's quantized weights once for many texts."""
+def dequantized(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Dequantize a layer's weights once for many texts."""
     quantized = {name: module for name, module in layer.named_modules()
                  if isinstance(module, QuantizedLinear) and not module.form.dynamic}
     for name, module in quantized.items():
@@ -429,8 +429,8 @@ def restored_once(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def quantizable(model: MODEL.LanguageModel, exclude: list[str] = (), lm_head: bool = False) -> dict[str, tuple[nn.Module, str]]:
-    """{name of a matrix: (its module, the parameter's name)}: the linear layers and experts of the repeated blocks. Embedding,
-    norms and routers stay as they are."""
+    """{name of a matrix: (its module, the parameter's name)} for the linear layers and experts of all layers. Embeddings, norms
+    and routers are not quantized."""
     inside = {module for layer in MODEL.layers_of(model) for module in layer.modules()}
     if lm_head and not model.config.tie_word_embeddings:
         inside.add(getattr(model, "inner", model).get_output_embeddings())
@@ -439,52 +439,52 @@ def quantizable(model: MODEL.LanguageModel, exclude: list[str] = (), lm_head: bo
              if module in inside for part in parts.get(type(module), ())}
     for pattern in exclude:
         if not any(re.search(pattern, name) for name in found):
-            raise UserError(f"quantization.exclude: '{pattern}' matches no layer, such as {next(iter(found), 'none')}")
-    found = {name: place for name, place in found.items() if not any(re.search(pattern, name) for pattern in exclude)}
+            raise UserError(f"quantization.exclude: '{pattern}' matches no layer; an example is {next(iter(found), 'none')}")
+    found = {name: matrix for name, matrix in found.items() if not any(re.search(pattern, name) for pattern in exclude)}
     if not found:
-        raise UserError("quantization.exclude: no layer is left that can be quantized")
+        raise UserError("quantization.exclude: no layer is left to quantize; exclude fewer layers")
     return found
 
 
-def put(model: nn.Module, name: str, levels: Tensor, scale: Tensor, form: Form) -> None:
-    """Put quantized numbers where the matrix `name` stood."""
+def replace_matrix(model: nn.Module, name: str, levels: Tensor, scale: Tensor, form: Form) -> None:
+    """Replace the matrix `name` by its levels and scales."""
     if not scale.isfinite().all():
-        raise UserError(f"model.name: {name} holds numbers that are not finite")
+        raise UserError(f"model.name: {name} has values that are not finite; the weights are damaged")
     owner, _, part = name.rpartition(".")
-    module, (parent, _, own) = model.get_submodule(owner), owner.rpartition(".")
+    module, (parent, _, child) = model.get_submodule(owner), owner.rpartition(".")
     if part == "weight":
-        setattr(model.get_submodule(parent), own, QuantizedLinear.of(module, levels, scale, form))
+        setattr(model.get_submodule(parent), child, QuantizedLinear.of(module, levels, scale, form))
     else:
-        replace_experts(module, part, pack(levels, form.bits), Restored(scale, form, levels.shape[-1]))
+        replace_experts(module, part, pack(levels, form.bits), DequantizedExperts(scale, form, levels.shape[-1]))
 
 
 def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int = 0, calibration: list[list[int]] | None = None,
              exclude: list[str] = (), lm_head: bool = False, dtype: torch.dtype | None = None,
              done: Callable[[nn.Module], None] = lambda layer: None) -> MODEL.LanguageModel:
-    """Quantize a loaded model in place. `calibration`: token ids of texts, for gptq, awq and smoothquant. `dtype`: of
-    computation, and of the weights that stay as they are. done(layer) is called when the numbers of a layer are final."""
+    """Quantize a loaded model in place. `calibration`: token ids of texts, for gptq, awq and smoothquant. `dtype`: type of the
+    computation and of the weights that are not quantized. done(layer) is called when the weights of a layer are final."""
     check_method(model, method)
     if method in CALIBRATED and not calibration:
-        raise UserError(f"quantization.method: {method} needs calibration text, and data.train holds none")
-    layers, places = MODEL.layers_of(model), quantizable(model, exclude, lm_head)
+        raise UserError(f"quantization.method: {method} needs calibration text, but data.train contains none")
+    layers, matrices = MODEL.layers_of(model), quantizable(model, exclude, lm_head)
     if method in BITSANDBYTES:
         packer = Packer(model, method, group_size, model.device)
-        packer.places = fitting(places, Form(8))
-        for name, (module, part) in places.items():
+        packer.matrices = divisible(matrices, Form(8))
+        for name, (module, part) in matrices.items():
             packer(name, getattr(module, part).data)
         return keep_form(model, method)
     if method in MODEL.AUTOCAST:
-        form, places, dtype = None, {}, MODEL.AUTOCAST[method]
+        form, matrices, dtype = None, {}, MODEL.AUTOCAST[method]
     else:
         form = form_of(method, group_size)
-        places = fitting(places, form)
+        matrices = divisible(matrices, form)
         keep_form(model, method)
 
     def work(layer: nn.Module, observe: Callable | None = None) -> None:
         if observe:
             convert(layer.parameters(), dtype)
         modules = set(layer.modules())
-        names = {module: name for name, (module, part) in places.items() if module in modules and part == "weight"}
+        names = {module: name for name, (module, part) in matrices.items() if module in modules and part == "weight"}
         if method in FACTORS:
             inputs = observe(names)
             for before, after in scaled_pairs(layer):
@@ -493,20 +493,20 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
         inputs = observe(names) if method in ROUNDINGS else {}
         for linear in [*inputs]:
             round_one(names[linear], partial(ROUNDINGS[method], products=inputs.pop(linear).products))
-        for name in [name for name, (module, _) in places.items() if module in modules]:
+        for name in [name for name, (module, _) in matrices.items() if module in modules]:
             round_one(name)
         convert(layer.parameters(), dtype)
 
     def round_one(name: str, rounding: Callable = nearest) -> None:
-        module, part = places.pop(name)  # with it goes the memory of the exact numbers
-        put(model, name, *rounding(getattr(module, part).data, form=form), form)
+        module, part = matrices.pop(name)  # which frees the original weights
+        replace_matrix(model, name, *rounding(getattr(module, part).data, form=form), form)
 
     in_layers = {id(weight) for layer in layers for weight in layer.parameters()}
-    for name in [name for name, place in places.items() if id(getattr(*place)) not in in_layers]:  # the head
+    for name in [name for name, matrix in matrices.items() if id(getattr(*matrix)) not in in_layers]:  # the output head
         round_one(name)
     convert((weight for weight in model.parameters() if id(weight) not in in_layers), dtype)
     if method in CALIBRATED:
-        say(f"calibrating on {len(calibration)} texts, {sum(map(len, calibration)):,} tokens")
+        say(f"calibrating on {sum(map(len, calibration)):,} tokens (texts: {len(calibration)})")
         layer_by_layer(model, calibration, work, done)
     else:
         for layer in layers:
@@ -516,7 +516,7 @@ def quantize(model: MODEL.LanguageModel, method: str = "int8", group_size: int =
 
 
 def convert(weights: Iterator[nn.Parameter], dtype: torch.dtype | None) -> None:
-    """Convert weights in place. Buffers stay: scales of quantized weights, biases of routers, rotary frequencies."""
+    """Convert weights in place, but not buffers: scales of quantized weights, biases of routers, rotary frequencies."""
     for weight in weights:
         weight.data = weight.data.to(dtype) if weight.is_floating_point() else weight.data
 
@@ -532,11 +532,11 @@ def form_of(method: str, group_size: int = 0) -> Form:
 @torch.library.custom_op("quant::straight_through", mutates_args=(),
                          schema="(Tensor numbers, int bits, int group) -> Tensor")
 def straight_through(numbers: Tensor, bits: int, group: int) -> Tensor:
-    """`rounded`, in the type of the numbers, as one operation. Gradients pass unchanged: the true ones are zero almost everywhere
-    (Bengio 2013).
+    """`rounded` as one operation, in the dtype of its input. Gradients pass unchanged (straight-through estimator, Bengio 2013),
+    because the true ones are zero almost everywhere.
 
-    The largest weight of a row lies half-way between two levels. If torch.compile fused the steps, its less exact division
-    would round many of these to the other level."""
+    The largest weight of a row is half-way between two levels. If torch.compile fused the steps, its less exact division would
+    round many of these weights to the other level."""
     return rounded(numbers, Form(bits, group)).to(numbers.dtype)
 
 
@@ -545,9 +545,9 @@ straight_through.register_autograd(lambda context, gradient: (gradient, None, No
 
 
 class FakeQuantized(nn.Module):
-    """A module that computes with the weights that `quantize` would store. Its parameters are the float32 weights that learn."""
+    """A module that computes with the weights that `quantize` would store. Its parameters are the float32 weights to train."""
 
-    forms: dict[str, Form]  # of the parameters that are rounded
+    forms: dict[str, Form]  # {name of a rounded parameter: its form}
     kept: dict[str, nn.Parameter]  # rounded weights in eval mode, where they do not change
 
     def read(self, part: str) -> Tensor:
@@ -577,15 +577,15 @@ class FakeQuantizedExperts(FakeQuantized, MODEL.Experts):
 
 
 def fake_quantize(model: MODEL.LanguageModel, method: str, group_size: int = 0) -> MODEL.LanguageModel:
-    """Prepare a float32 model for quantization-aware training (Jacob 2018, section 3; Liu 2023), in place. Its forward pass then
-    gives what it would give after `quantize(model, method, group_size)`, while its float32 weights learn."""
+    """Prepare a float32 model for quantization-aware training (Jacob 2018, section 3; Liu 2023), in place. Its outputs are then
+    those after `quantize(model, method, group_size)`, while its float32 weights are trained."""
     if model.quantization != "none":
-        raise UserError(f"training.qat: the model is quantized already ({model.quantization}); name the original")
+        raise UserError(f"training.qat: the model is already quantized ({model.quantization}); use the original model")
     if isinstance(model, MODEL.ForeignModel):
-        raise UserError(f"training.qat: {model.config.model_type} is computed by transformers and cannot be quantized to "
-                        f"{method}; use one of {', '.join(MODEL.FAMILIES)}")
+        raise UserError(f"training.qat: {method} is not supported for {model.config.model_type}, which runs in transformers; use "
+                        f"one of {', '.join(MODEL.FAMILIES)}")
     form = form_of(method, group_size)
-    for module, part in fitting(quantizable(model), form, "training.qat_group_size").values():
+    for module, part in divisible(quantizable(model), form, "training.qat_group_size").values():
         if not isinstance(module, FakeQuantized):
             module.__class__ = FakeQuantizedLinear if type(module) is nn.Linear else FakeQuantizedExperts
             module.forms, module.kept = {}, {}
@@ -599,8 +599,8 @@ def fake_quantize(model: MODEL.LanguageModel, method: str, group_size: int = 0) 
 
 
 def pack(levels: Tensor, bits: int) -> Tensor:
-    """Unsigned levels (out, in), 32 / bits in each int32, the first in the lowest bits (compressed-tensors' layout). FP8 stays
-    as it is."""
+    """Pack 32 / bits levels (out, in) into each int32, unsigned, the first in the lowest bits (compressed-tensors' layout). FP8
+    values are not changed."""
     if bits == FP8:
         return F.pad(levels.view(torch.uint8), (0, -levels.shape[-1] % 4)).view(torch.int32)
     levels = F.pad(levels, (0, -levels.shape[-1] % (32 // bits)), value=-(2 ** (bits - 1)))
@@ -611,22 +611,22 @@ def pack(levels: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
-    """Integers of 4 or 8 bits, (..., in * bits / 32) int32 -> levels (..., in) int8."""
+    """Unpack (..., in * bits / 32) int32 -> levels (..., in) int8 (or float8)."""
     unsigned = packed.view(torch.uint8)
     if bits == FP8:
         return unsigned[..., :width].contiguous().view(torch.float8_e4m3fn)
-    if bits == 4:  # spread the two halves of each byte to two bytes
+    if bits == 4:  # spread the two halves of each byte over two bytes
         pairs = unsigned.to(torch.int16)
         unsigned = pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)
     return unsigned[..., :width].sub(2 ** (bits - 1)).view(torch.int8)
 
 
 class KernelLinear(nn.Module):
-    """A frozen QuantizedLinear in the layout of a processor's integer kernels (`QuantizedLinear.packed`). Few rows wait for the
-    weights, so a quarter of the bytes takes almost a quarter of the time; many rows are multiplied by weights restored for them.
+    """A frozen QuantizedLinear in the layout of the device's integer kernels (`QuantizedLinear.packed`). Small batches are
+    limited by memory bandwidth, so a quarter of the bytes takes almost a quarter of the time. Large ones use dequantized weights.
 
-    Several rows and 8 bits: int8 times int8, added in int32, is exact. Activations that are not to be rounded enter as two rows,
-    x = unit * (256 * high + low): 16-bit integers, as exact as bfloat16."""
+    With 8 bits and several rows, int8 products summed in int32 are exact. Activations that must not be rounded are split into two
+    rows, x = unit * (256 * high + low): 16-bit integers, as exact as bfloat16."""
 
     def __init__(self, linear: QuantizedLinear):
         super().__init__()
@@ -640,7 +640,7 @@ class KernelLinear(nn.Module):
         else:
             self.bytes, self.levels = 1 + 4 / self.in_features, linear.levels
             self.ones = torch.ones(self.out_features, dtype=torch.bfloat16, device=scale.device)
-            self.onednn = self.form.dynamic and not scale.is_cuda and self.out_features >= 64  # narrower: a slow fallback
+            self.onednn = self.form.dynamic and not scale.is_cuda and self.out_features >= 64  # narrower layers: slow
             if self.onednn:
                 self.levels = torch.ops.onednn.qlinear_prepack(self.levels, None)
                 self.scale, self.zeros = scale[:, 0].contiguous(), torch.zeros(self.out_features, dtype=torch.int32)
@@ -664,7 +664,7 @@ class KernelLinear(nn.Module):
         levels = quantize_groups(rows, unit, self.form.bits)
         if self.form.bits == FP8:
             return torch._scaled_mm(levels, self.levels.T, unit[:, None], self.scale.T, out_dtype=torch.bfloat16)
-        least = 32 if rows.is_cuda else 16 if self.onednn else 0  # rows that the kernels are made for
+        least = 32 if rows.is_cuda else 16 if self.onednn else 0  # minimum rows of the kernel
         levels = F.pad(levels, (0, 0, 0, max(least - len(rows), 0)))
         if self.onednn:
             out = torch.ops.onednn.qlinear_pointwise(levels, 1.0, 0, self.levels, self.scale, self.zeros, None, 1.0, 0,
@@ -679,7 +679,7 @@ class KernelLinear(nn.Module):
         if len(rows) > 128 or rows.is_cuda:
             return F.linear(rows, self.levels.to(rows.dtype)).mul_(self.scale[:, 0])
         unit = rows.abs().amax(-1, True).float().clamp_(min=1e-12) / (127 * 256)  # (N, 1)
-        # The bytes of x / unit + 128 in memory are low + 128 and high; the exclusive or takes the 128 away again.
+        # The bytes of x / unit + 128 in memory are low + 128 and high; the exclusive or subtracts the 128 again.
         halves = (rows / unit).round_().to(torch.int16).add_(128).bitwise_xor_(128)
         halves = halves.view(torch.int8).unflatten(-1, (-1, 2)).permute(2, 0, 1).flatten(0, 1).contiguous()  # (2 N, in)
         low, high = torch._int_mm(halves, self.levels.T).float().unflatten(0, (2, -1))
@@ -695,8 +695,8 @@ def int4_kernel(levels: Tensor) -> tuple[Tensor, Callable]:
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1), torch.ops.aten._weight_int4pack_mm_for_cpu
 
 
-class Restored(nn.Module):
-    """The same for the stacked weights of experts (E, out, in), as a parametrization: restored together at each use."""
+class DequantizedExperts(nn.Module):
+    """A parametrization that dequantizes the stacked weights of experts (E, out, in) at each use."""
 
     def __init__(self, scale: Tensor, form: Form, width: int):
         super().__init__()
@@ -704,7 +704,7 @@ class Restored(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, packed: Tensor) -> Tensor:
-        return restore(grouped(unpack(packed, self.form.bits, self.width), self.form.group), self.scale).flatten(-2)
+        return dequantize(grouped(unpack(packed, self.form.bits, self.width), self.form.group), self.scale).flatten(-2)
 
 
 # ------------------------------------------------------------------------------------------------------ checks
@@ -714,40 +714,40 @@ def check_method(model: MODEL.LanguageModel, method: str) -> None:
     if method not in METHODS:
         raise UserError(f"quantization.method: '{method}' is not one of {', '.join(METHODS)}")
     if model.quantization != "none":
-        raise UserError(f"quantization.method: the model is quantized already ({model.quantization}); name the original")
+        raise UserError(f"quantization.method: the model is already quantized ({model.quantization}); use the original model")
     if method in FACTORS and isinstance(model, MODEL.ForeignModel):
-        raise UserError(f"quantization.method: {method} is not for a {model.config.model_type}, which transformers runs; use "
-                        "gptq, int4 or int8")
+        raise UserError(f"quantization.method: {method} is not supported for {model.config.model_type}, which runs in "
+                        "transformers; use gptq, int4 or int8")
 
 
-def fitting(places: dict[str, tuple[nn.Module, str]], form: Form,
-            key: str = "quantization.group_size") -> dict[str, tuple[nn.Module, str]]:
-    """The matrices whose width the group size divides; the others are listed. `key` is the setting that messages name."""
-    widths = {name: getattr(*place).shape[-1] for name, place in places.items()}
+def divisible(matrices: dict[str, tuple[nn.Module, str]], form: Form,
+              key: str = "quantization.group_size") -> dict[str, tuple[nn.Module, str]]:
+    """The matrices whose width is divisible by the group size; the others are logged. Messages start with the setting `key`."""
+    widths = {name: getattr(*matrix).shape[-1] for name, matrix in matrices.items()}
     kept = sorted(name for name, width in widths.items() if form.group and width % form.group)
-    if len(kept) == len(places):
-        raise UserError(f"{key}: {form.group} divides the width of no layer; use a divisor of {widths[kept[0]]}")
+    if len(kept) == len(matrices):
+        raise UserError(f"{key}: no layer's width is divisible by {form.group}; use a divisor of {widths[kept[0]]}")
     if kept:
-        say(f"{key}: {form.group} does not divide the width of {len(kept)} layers, which stay as they are: "
+        say(f"{key}: layers whose width is not divisible by {form.group} are not quantized ({len(kept)}): "
             + ", ".join(kept[:3]) + (", ..." if kept[3:] else ""))
-    return {name: place for name, place in places.items() if name not in kept}
+    return {name: matrix for name, matrix in matrices.items() if name not in kept}
 
 
 # ------------------------------------------------------------------------------------------------ bitsandbytes
 
 
 def bitsandbytes():
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its messages about missing kernels and type casts
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing kernels and type casts
     try:
         import bitsandbytes as bnb
         import bitsandbytes.nn
     except ImportError:
-        raise UserError("quantization.method: needs `pip install bitsandbytes`") from None
+        raise UserError("quantization.method: nf4 and llm_int8 need bitsandbytes; pip install bitsandbytes") from None
     return bnb
 
 
-class Unpacked(nn.Module):
-    """A parametrization: nf4 numbers that are restored at each use."""
+class DequantizedNf4(nn.Module):
+    """A parametrization that dequantizes nf4 weights at each use."""
 
     def __init__(self, state):
         super().__init__()
@@ -763,37 +763,37 @@ class Unpacked(nn.Module):
 
 
 class Packer:
-    """Quantizes the weights of a model on `meta` as they are read: packer(name, weight), True if it took the weight.
+    """Quantizes the weights of a model on `meta` while they are read: packer(name, weight) -> whether the weight was quantized.
 
     nf4 (Dettmers 2023, section 3): each group of weights is divided by its largest and rounded to the nearest of 16 quantiles of
     a normal distribution; the scales are 8-bit numbers themselves. llm_int8 (Dettmers 2022): one scale per row; on CUDA the
-    inputs are rounded too, but for those above 6. Experts in llm_int8 are restored before their product."""
+    inputs are rounded too, except those above 6. Experts in llm_int8 are dequantized before their product."""
 
     def __init__(self, model: MODEL.LanguageModel, method: str, group_size: int = 0, device=None):
         self.model, self.method, self.device = model, method, torch.device(device or "cpu")
         self.bnb = bitsandbytes() if method in BITSANDBYTES else None
-        self.group_size, self.places = group_size or 64, quantizable(model)
+        self.group_size, self.matrices = group_size or 64, quantizable(model)
         if method != "nf4":
             self.form = form_of("int8" if method == "llm_int8" else method)
-            self.places = fitting(self.places, self.form, "model.quantization")
+            self.matrices = divisible(self.matrices, self.form, "model.quantization")
         elif self.group_size not in (sizes := [2**i for i in range(5, 13)]):
-            raise UserError(f"quantization.group_size: nf4 has groups of {', '.join(map(str, sizes))}; found {group_size}")
-        self.exact = {} if self.bnb else self.places  # rounded from the weights as they are stored
+            raise UserError(f"quantization.group_size: nf4 supports groups of {', '.join(map(str, sizes))}, not {group_size}")
+        self.exact = {} if self.bnb else self.matrices  # rounded from the stored weights, without a conversion before
 
     def __call__(self, name: str, weight: Tensor) -> bool:
-        if name not in self.places:
+        if name not in self.matrices:
             return False
-        module, part = self.places[name]
-        owner, _, own = name.rpartition(".")[0].rpartition(".")
+        module, part = self.matrices[name]
+        parent, _, child = name.rpartition(".")[0].rpartition(".")
         weight = weight.to(self.device)
         if self.bnb and part == "weight":
-            setattr(self.model.get_submodule(owner), own, self._linear(module, weight))
+            setattr(self.model.get_submodule(parent), child, self._linear(module, weight))
         elif self.method == "nf4":
             packed, state = self.bnb.functional.quantize_4bit(weight, blocksize=self.group_size, compress_statistics=True,
                                                               quant_type="nf4")
-            replace_experts(module, part, packed, Unpacked(state))
+            replace_experts(module, part, packed, DequantizedNf4(state))
         else:
-            put(self.model, name, *nearest(weight, self.form), self.form)
+            replace_matrix(self.model, name, *nearest(weight, self.form), self.form)
         return True
 
     def _linear(self, plain: nn.Linear, weight: Tensor) -> nn.Module:
@@ -804,33 +804,33 @@ class Packer:
             packed = nn4.Params4bit(weight, False, quant_type="nf4", blocksize=self.group_size, module=layer)
         else:
             layer = nn4.Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0, device="meta")
-            packed = nn4.Int8Params(weight.cpu(), False)  # packed on its way from there
+            packed = nn4.Int8Params(weight.cpu(), False)  # quantized when it moves to the device
         layer.weight, layer.bias = packed.to(self.device), plain.bias
         return layer.train(plain.training)
 
 
-def replace_experts(experts: MODEL.Experts, part: str, packed: Tensor, restored: nn.Module) -> None:
-    """Experts are restored together, and again in backward, so that one layer's exist at a time."""
+def replace_experts(experts: MODEL.Experts, part: str, packed: Tensor, parametrization: nn.Module) -> None:
+    """Replace stacked weights by packed ones. The backward pass dequantizes them again, so only one layer's exist at a time."""
     setattr(experts, part, nn.Parameter(packed, requires_grad=False))
-    parametrize.register_parametrization(experts, part, restored, unsafe=True)
+    parametrize.register_parametrization(experts, part, parametrization, unsafe=True)
     if "forward" not in vars(experts):
         experts.forward = partial(checkpoint, experts.forward, use_reentrant=False)
 
 
 def keep_form(model: MODEL.LanguageModel, method: str) -> MODEL.LanguageModel:
-    """Note a model's form where MODEL, peft and bitsandbytes look for it."""
+    """Set the attributes of a quantized model that MODEL, peft and bitsandbytes read."""
     model.quantization = method
     if method in BITSANDBYTES:
         setattr(model, "is_loaded_in_4bit" if method == "nf4" else "is_loaded_in_8bit", True)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Some processors would repack the weights in eval mode, with coarser scales, and keep them so in training.
+            # On some processors eval mode would repack the weights with coarser scales, and training would keep these.
             module.support_avx512bf16_for_cpu = False
     return model
 
 
 def hub_settings(method: str):
-    """The same for a model that transformers loads; None for other methods, which `quantize` applies afterwards."""
+    """The `quantization_config` to load a model with transformers; None for methods that `quantize` applies afterwards."""
     from transformers import BitsAndBytesConfig
 
     if method not in BITSANDBYTES:
@@ -845,7 +845,7 @@ def hub_settings(method: str):
 
 
 def hub_scheme(form: Form) -> tuple[dict, dict]:
-    """compressed-tensors' words for weights and activations, {} for activations that are not rounded."""
+    """compressed-tensors' schemes of weights and activations, {} for activations that are not rounded."""
     bits, kind = (8, "float") if form.bits == FP8 else (form.bits, "int")
     numbers = {"num_bits": bits, "type": kind, "symmetric": True}
     scales = {"strategy": "group", "group_size": form.group} if form.group else {"strategy": "channel"}
@@ -854,7 +854,7 @@ def hub_scheme(form: Form) -> tuple[dict, dict]:
 
 def hub_config(model: MODEL.Transformer, kind: str) -> dict:
     """`quantization_config` of config.json, as compressed-tensors, transformers and vLLM read it."""
-    form = next(module.form for module in model.modules() if isinstance(module, (QuantizedLinear, Restored)))
+    form = next(module.form for module in model.modules() if isinstance(module, (QuantizedLinear, DequantizedExperts)))
     plain = [MODEL.hub_name(kind, f"{name}.weight").removesuffix(".weight") for name, module in model.named_modules()
              if isinstance(module, (nn.Linear, MODEL.Router)) and not isinstance(module, QuantizedLinear)]
     plain += [f"re:.*{re.escape(MODEL.hub_name(kind, name + '.').removesuffix('.'))}.*" for name, module in model.named_modules()
@@ -867,20 +867,20 @@ def hub_config(model: MODEL.Transformer, kind: str) -> dict:
 
 
 def check_folder(model: MODEL.LanguageModel) -> None:
-    """UserError if the layout of compressed-tensors cannot hold a quantized model."""
+    """Raise a UserError if the layout of compressed-tensors cannot represent a quantized model."""
     experts = [module for module in model.modules() if isinstance(module, MODEL.Experts) and parametrize.is_parametrized(module)]
     dynamic = any(isinstance(module, QuantizedLinear) and module.form.dynamic for module in model.modules())
     if model.quantization in BITSANDBYTES:
-        what = f"{model.quantization} weights; quantize while loading (--quantization)"
+        reason = f"{model.quantization} weights; quantize while loading (--quantization)"
     elif isinstance(model, MODEL.ForeignModel) and any(".experts." in name for name, _ in model.named_parameters()):
-        what = f"the experts of {model.config.model_type}, which transformers runs"
+        reason = f"the experts of {model.config.model_type}, which runs in transformers"
     elif experts and dynamic:
-        what = f"experts in {model.quantization}; use int8 or int4"
+        reason = f"experts in {model.quantization}; use int8 or int4"
     elif any(len(module.parametrizations) == 1 for module in experts):
-        what = "experts of which the group size divides one width only; set quantization.group_size to a divisor of both"
+        reason = "experts with one width that the group size does not divide; set quantization.group_size to a divisor of both"
     else:
         return
-    raise UserError(f"quantization.method: a folder cannot hold {what}")
+    raise UserError(f"quantization.method: a folder cannot store {reason}")
 
 
 def to_hub(model: MODEL.LanguageModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -890,7 +890,7 @@ def to_hub(model: MODEL.LanguageModel, state: dict[str, Tensor]) -> dict[str, Te
         if isinstance(module, QuantizedLinear) and module.form.dynamic and f"{name}.weight_packed" in state:
             state[f"{name}.weight"] = module.levels  # bytes instead of packed integers
             del state[f"{name}.weight_packed"], state[f"{name}.weight_shape"]
-        elif isinstance(module, Restored) and f"{name}.scale" in state:
+        elif isinstance(module, DequantizedExperts) and f"{name}.scale" in state:
             owner, _, part = name.removesuffix(".0").partition(".parametrizations.")
             packed, scale = (state.pop(name.removesuffix("0") + end) for end in ("original", "0.scale"))
             state.update(expert_tensors(owner, part, packed, scale, module.width))
@@ -909,7 +909,7 @@ def expert_tensors(owner: str, part: str, packed: Tensor, scale: Tensor, width: 
 
 
 def form_of_hub(folder: Path, quantization: dict) -> tuple[Form, list[str]]:
-    """The form that config.json names, and the layers that are not quantized."""
+    """The form in config.json, and the layers that are not quantized."""
     groups = list((quantization.get("config_groups") or {}).values())
     weights, activations = (groups[0].get(key) or {} for key in ("weights", "input_activations")) if groups else ({}, {})
     group = weights.get("group_size") if weights.get("strategy") == "group" else 0
@@ -917,8 +917,8 @@ def form_of_hub(folder: Path, quantization: dict) -> tuple[Form, list[str]]:
     scheme = hub_scheme(form)
     if len(groups) != 1 or form.bits not in ((8, FP8) if form.dynamic else (4, 8, FP8)) or weights.get("actorder") or \
             not (scheme[0].items() <= weights.items() and scheme[1].items() <= activations.items()):
-        raise UserError(f"{folder}/config.json: this form of compressed-tensors is not supported; symmetric integers of 4 or 8 "
-                        "bits in groups or rows and fp8 are, and activations of 8 bits beside weights of 8")
+        raise UserError(f"{folder}/config.json: this compressed-tensors scheme is not supported; expected symmetric 4- or 8-bit "
+                        "integers per group or row or fp8, with 8-bit activations only if weights have 8 bits")
     return form, quantization.get("ignore") or []
 
 
@@ -926,21 +926,21 @@ def adopt(model: MODEL.Transformer, folder: Path, quantization: dict) -> None:
     """Prepare a model on `meta` for the tensors of a quantized folder."""
     form, plain = form_of_hub(folder, quantization)
 
-    def kept(name: str) -> bool:
+    def is_plain(name: str) -> bool:
         name = MODEL.hub_name(model.config.model_type, f"{name}.weight").removesuffix(".weight")
-        return any(re.match(one.removeprefix("re:"), name) if one.startswith("re:") else name == one for one in plain)
+        return any(re.match(entry.removeprefix("re:"), name) if entry.startswith("re:") else name == entry for entry in plain)
 
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not kept(name):
+        if type(module) is nn.Linear and not is_plain(name):
             model.set_submodule(name, QuantizedLinear(module.out_features, module.in_features, module.bias, form, "meta"))
-        elif type(module) is MODEL.Experts and not kept(f"{name}.0.down_proj"):
+        elif type(module) is MODEL.Experts and not is_plain(f"{name}.0.down_proj"):
             for part in ("gate_up_proj", "down_proj"):
                 count, height, width = getattr(module, part).shape
                 stored = QuantizedLinear(count * height, width, None, form, "meta")
-                restored = Restored(stored.weight_scale.unflatten(0, (count, -1)), form, width)
-                replace_experts(module, part, stored.weight_packed.unflatten(0, (count, -1)), restored)
+                parametrization = DequantizedExperts(stored.weight_scale.unflatten(0, (count, -1)), form, width)
+                replace_experts(module, part, stored.weight_packed.unflatten(0, (count, -1)), parametrization)
     dynamic = form.dynamic or form.bits == FP8
-    keep_form(model, next(name for name, one in FORMS.items() if (one.bits, one.dynamic) == (form.bits, dynamic)))
+    keep_form(model, next(name for name, known in FORMS.items() if (known.bits, known.dynamic) == (form.bits, dynamic)))
 
 
 def from_hub(tensors: Iterator[tuple[Path, str, Tensor]]) -> Iterator[tuple[Path, str, Tensor]]:
@@ -954,14 +954,14 @@ def from_hub(tensors: Iterator[tuple[Path, str, Tensor]]) -> Iterator[tuple[Path
 
 # -------------------------------------------------------------------------------------------------------- GGUF
 
-# The network of llama.cpp that computes each family.
+# llama.cpp's architecture for each family
 GGUF_ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2",
                       "qwen3": "qwen3", "qwen3_moe": "qwen3moe", "deepseek_v3": "deepseek2"}
 K_QUANTS = ("Q6_K", "Q5_K_M", "Q4_K_M")  # encoded by llama.cpp
 
 
 def optional(package: str, target: str):
-    """An optional package that the export `--to target` needs."""
+    """Import an optional package that `--to target` needs."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -974,7 +974,7 @@ def import_gguf():
 
 
 def export_gguf(model: MODEL.LanguageModel, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """Write the folder `target`: model.gguf and Ollama's Modelfile. UserError for what llama.cpp cannot compute."""
+    """Write the folder `target`: model.gguf and Ollama's Modelfile. A UserError names what llama.cpp does not support."""
     gguf, architecture = import_gguf(), gguf_architecture(model)
     target.mkdir(exist_ok=True)
     packed = section.gguf_type in K_QUANTS
@@ -994,32 +994,32 @@ def export_gguf(model: MODEL.LanguageModel, tokenizer, target: Path, section: Qu
 
 
 def gguf_architecture(model: MODEL.LanguageModel) -> str:
-    """llama.cpp's name for the network of a model; UserError names the first setting that it does not compute."""
+    """llama.cpp's name for the architecture of a model. A UserError names the first setting that it does not support."""
     config = model.config
     check_exportable(model)
     kind = MODEL.config_to_hub(config)["model_type"]
     if kind not in GGUF_ARCHITECTURES:
-        raise UserError("--to gguf: no network of llama.cpp has this combination of `model` settings; use --to onnx")
+        raise UserError("--to gguf: no architecture of llama.cpp has this combination of `model` settings; use --to onnx")
     scaling, latent = config.rope_scaling or {}, bool(config.kv_lora_rank)
     rope = scaling.get("rope_type", "default")
-    # llama.cpp's YaRN has the usual ramp, and scales the scores of latent attention in one of the two ways that exist.
+    # llama.cpp's YaRN has the default ramp, and scales the scores of latent attention in only one of the two known ways.
     other_yarn = rope == "yarn" and (
         scaling.get("beta_fast") not in (None, 32) or scaling.get("beta_slow") not in (None, 1)
         or scaling.get("truncate") is False
         or latent and (not scaling.get("mscale_all_dim") or MODEL.rope_frequencies(config)[1] != 1))
-    impossible = {
+    unsupported = {
         "hidden_act": config.hidden_act not in (("gelu_new", "gelu_pytorch_tanh") if kind == "gpt2" else ("silu",)),
         "attention_out_bias": config.attention_out_bias and kind not in ("gpt2", "llama"),
         "norm_topk_prob": kind == "qwen3_moe" and not config.norm_topk_prob,
         "mlp_only_layers": kind == "qwen3_moe" and config.mlp_only_layers,
-        "num_hidden_layers": config.q_lora_rank and config.num_hidden_layers in (26, 27),  # taken for a DeepSeek-V2-Lite
+        "num_hidden_layers": config.q_lora_rank and config.num_hidden_layers in (26, 27),  # treated as DeepSeek-V2-Lite
         "n_shared_experts": latent and not config.n_shared_experts,
         "rope_interleave": latent and not config.rope_interleave,
         "rms_norm_eps": latent and config.rms_norm_eps != 1e-6,  # as in the norms of the latents
         "rope_scaling": other_yarn or rope == "llama3" and GGUF_ARCHITECTURES[kind] != "llama",
     }
-    for name in (name for name, wrong in impossible.items() if wrong):
-        raise UserError(f"model.{name}: llama.cpp does not compute {getattr(config, name)} in a {kind}; use --to onnx")
+    for name in (name for name, condition in unsupported.items() if condition):
+        raise UserError(f"model.{name}: llama.cpp does not support {getattr(config, name)} for {kind}; use --to onnx")
     return GGUF_ARCHITECTURES[kind]
 
 
@@ -1029,7 +1029,7 @@ def gguf_values(config: MODEL.ModelConfig) -> dict:
     windows = [config.window(i) for i in range(config.num_hidden_layers)]
     context = min([config.max_position_embeddings, *filter(None, windows)])
     if context < config.max_position_embeddings:  # up to this length, full attention is the same
-        say(f"llama.cpp has no sliding window in these models: the context is limited to the window, {context} tokens")
+        say(f"llama.cpp has no sliding window for this architecture: the context is limited to the window of {context} tokens")
     values = {"vocab_size": config.vocab_size, "context_length": context, "embedding_length": config.hidden_size,
               "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size,
               "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
@@ -1040,10 +1040,10 @@ def gguf_values(config: MODEL.ModelConfig) -> dict:
     if config.num_experts:
         values |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok,
                    "expert_feed_forward_length": config.moe_intermediate_size}
-    if rank := config.kv_lora_rank:  # one head of latents, which serve as keys and values of all query heads
-        content, place = config.qk_nope_head_dim, config.qk_rope_head_dim
-        values |= {"head_count_kv": 1, "rope_dimension_count": place, "key_length": rank + place, "value_length": rank,
-                   "key_length_mla": content + place, "value_length_mla": config.v_head_dim, "kv_lora_rank": rank,
+    if rank := config.kv_lora_rank:  # one head of latents, which are keys and values of all query heads
+        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        values |= {"head_count_kv": 1, "rope_dimension_count": rope, "key_length": rank + rope, "value_length": rank,
+                   "key_length_mla": nope + rope, "value_length_mla": config.v_head_dim, "kv_lora_rank": rank,
                    "q_lora_rank": config.q_lora_rank or 0, "leading_dense_block_count": len(config.mlp_only_layers or ()),
                    "expert_shared_count": config.n_shared_experts, "expert_weights_norm": config.norm_topk_prob,
                    "expert_weights_scale": config.routed_scaling_factor, "expert_group_count": config.n_group,
@@ -1056,20 +1056,21 @@ def gguf_values(config: MODEL.ModelConfig) -> dict:
     if kind == "yarn":
         values["rope_scaling_orig_ctx_len"] = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
         if config.kv_lora_rank:
-            values["rope_scaling_yarn_log_mul"] = scaling["mscale_all_dim"] / 10  # which is how llama.cpp wants it
-        else:  # llama.cpp multiplies by the usual factor itself
+            values["rope_scaling_yarn_log_mul"] = scaling["mscale_all_dim"] / 10  # llama.cpp's convention
+        else:  # llama.cpp multiplies by the default factor
             values["rope_scaling_attn_factors"] = MODEL.rope_frequencies(config)[1] / (0.1 * math.log(factor) + 1)
     return values
 
 
 def adjacent_pairs(rows: Tensor, name: str, config: MODEL.ModelConfig, architecture: str) -> Tensor:
-    """Rows of a projection `name` in llama.cpp's order: a Llama rotates neighbors, the others numbers half a head apart."""
+    """Order the rows of a projection `name` for llama.cpp, where Llama rotates adjacent channels, others channels half a head
+    apart."""
     heads = config.num_attention_heads * (".q_proj" in name) or config.num_key_value_heads * (".k_proj" in name)
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads and architecture == "llama" else rows
 
 
 def gguf_tensors(model: MODEL.LanguageModel, architecture: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a GGUF file, in the same order in each call."""
+    """Yield (name, tensor) of a GGUF file, in the same order in each call."""
     gguf, config = import_gguf(), model.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
     if (config.rope_scaling or {}).get("rope_type") == "llama3":
@@ -1079,29 +1080,29 @@ def gguf_tensors(model: MODEL.LanguageModel, architecture: str) -> Iterator[tupl
         if name == model.tied_name and config.tie_word_embeddings:
             continue
         stem, _, part = name.rpartition(".")
-        pieces = {name: adjacent_pairs(tensor, name, config, architecture)}
+        tensors = {name: adjacent_pairs(tensor, name, config, architecture)}
         if part == "gate_up_proj":  # (E, 2I, C)
-            pieces = dict(zip((f"{stem}.gate_proj.weight", f"{stem}.up_proj.weight"), tensor.chunk(2, 1), strict=True))
+            tensors = dict(zip((f"{stem}.gate_proj.weight", f"{stem}.up_proj.weight"), tensor.chunk(2, 1), strict=True))
         elif part in ("down_proj", "e_score_correction_bias"):
-            pieces = {f"{stem}.{part.removesuffix('_bias')}.{'bias' if part[0] == 'e' else 'weight'}": tensor}
+            tensors = {f"{stem}.{part.removesuffix('_bias')}.{'bias' if part[0] == 'e' else 'weight'}": tensor}
         elif stem.endswith(".kv_b_proj"):
             sizes = [config.qk_nope_head_dim, config.v_head_dim]
             keys, values = tensor.unflatten(0, (config.num_attention_heads, -1)).split(sizes, 1)
-            pieces = {name.replace(".kv_b_", ".k_b_"): keys.transpose(1, 2),  # (H, R, Dc)
-                      name.replace(".kv_b_", ".v_b_"): values}  # (H, Dv, R)
-        for name, piece in pieces.items():
-            yield names.get_name(name, (".weight", ".bias")), piece
+            tensors = {name.replace(".kv_b_", ".k_b_"): keys.transpose(1, 2),  # (H, R, Dc)
+                       name.replace(".kv_b_", ".v_b_"): values}  # (H, Dv, R)
+        for name, tensor in tensors.items():
+            yield names.get_name(name, (".weight", ".bias")), tensor
 
 
 def write_tensors(writer, tensors: Callable[[], Iterator[tuple[str, Tensor]]], kind: str) -> None:
-    """Encode and write tensors one by one. As in llama.cpp's converter, norms, routers and positions stay float32, and rows
-    that a block does not divide become float16. The output head has 8 bits where the others have fewer."""
+    """Encode and write tensors one by one. As in llama.cpp's converter, norms, routers and positions stay float32, and tensors
+    whose rows are not divisible into blocks become float16. The output head has 8 bits if the others have fewer."""
     gguf = import_gguf()
-    wanted, types, narrow = gguf.GGMLQuantizationType[kind], {}, []
+    default, types, narrow = gguf.GGMLQuantizationType[kind], {}, []
     head = "output.weight" if any(name == "output.weight" for name, _ in tensors()) else "token_embd.weight"
-    block, _ = gguf.GGML_QUANT_SIZES[wanted]
+    block, _ = gguf.GGML_QUANT_SIZES[default]
     for name, tensor in tensors():
-        types[name] = wanted
+        types[name] = default
         if tensor.dim() == 1 or name.endswith(("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")):
             types[name] = gguf.GGMLQuantizationType.F32
         elif tensor.shape[-1] % block:
@@ -1112,7 +1113,7 @@ def write_tensors(writer, tensors: Callable[[], Iterator[tuple[str, Tensor]]], k
         shape = gguf.quant_shape_to_byte_shape(tensor.shape, types[name])
         writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), types[name])
     if narrow:
-        say(f"{len(narrow)} tensors stay in F16, since {block} does not divide the length of their rows: {', '.join(narrow[:4])}"
+        say(f"tensors whose row length is not divisible by {block} are stored in F16 ({len(narrow)}): {', '.join(narrow[:4])}"
             f"{', ...' if len(narrow) > 4 else ''}")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -1124,14 +1125,14 @@ def write_tensors(writer, tensors: Callable[[], Iterator[tuple[str, Tensor]]], k
 
 
 def pack_gguf(source: Path, target: Path, kind: str) -> None:
-    """Quantize a file in F16 with llama.cpp."""
+    """Quantize an F16 file with llama.cpp."""
     try:
         import llama_cpp
     except ImportError:
         program = shutil.which("llama-quantize")
         if not program:
-            raise UserError(f"quantization.gguf_type: {kind} needs llama.cpp's quantizer: `pip install llama-cpp-python`, or "
-                            "llama-quantize on PATH; Q8_0, Q5_1 and Q4_1 need neither") from None
+            raise UserError(f"quantization.gguf_type: {kind} needs llama.cpp's quantizer; pip install llama-cpp-python, put "
+                            "llama-quantize on PATH, or use Q8_0, Q5_1 or Q4_1") from None
         return run_program([program, source, target, kind], f"quantization.gguf_type {kind}")
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
@@ -1140,14 +1141,14 @@ def pack_gguf(source: Path, target: Path, kind: str) -> None:
 
 
 def run_program(command: list, key: str, folder: Path | None = None) -> None:
-    """Run another program in a folder; UserError with its last line if it fails."""
+    """Run another program in a folder. If it fails, raise a UserError with the last line of its output."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
         raise UserError(f"{key}: {Path(command[0]).name} failed: {lines[-1][:300]}")
 
 
-# llama.cpp's name of a pre-tokenizer -> the patterns at which it splits a text, one after the other (its src/llama-vocab.cpp)
+# llama.cpp's name of a pre-tokenizer -> the patterns that it applies in turn to split a text (its src/llama-vocab.cpp)
 _SUFFIXES = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _BLANKS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = _SUFFIXES + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*" + _BLANKS
@@ -1173,23 +1174,23 @@ PROBE = ("\n \n\n \t\t \n  word   I've 'TOLD it's 'RE \r\n\r\n3 33 333 4444 3.14
 
 
 def pre_tokenizer_name(raw, ignores_merges: bool) -> str:
-    """llama.cpp's name for the way in which a byte-level tokenizer splits texts into words, found with a probe."""
+    """llama.cpp's name for the pre-tokenizer of a byte-level tokenizer, found by splitting a probe text."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     probe = normalizers.NFC().normalize_str(PROBE)
     normal = raw.normalizer.normalize_str(probe) if raw.normalizer else probe
-    words = raw.pre_tokenizer.pre_tokenize_str(normal) if raw.pre_tokenizer else None
+    splits = raw.pre_tokenizer.pre_tokenize_str(normal) if raw.pre_tokenizer else None
     for name, patterns in PRE_TOKENIZERS.items():
         steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-        if words == pre_tokenizers.Sequence(steps).pre_tokenize_str(probe):
+        if splits == pre_tokenizers.Sequence(steps).pre_tokenize_str(probe):
             return "dbrx" if name == "llama-bpe" and not ignores_merges else name
-    raise UserError(f"--to gguf: the tokenizer splits texts in none of these ways of llama.cpp: {', '.join(PRE_TOKENIZERS)}")
+    raise UserError(f"--to gguf: llama.cpp does not have this tokenizer's pre-tokenizer; it has {', '.join(PRE_TOKENIZERS)}")
 
 
 def gguf_tokenizer(tokenizer, config: MODEL.ModelConfig) -> dict:
-    """The tokenizer as {method of GGUFWriter without "add_": value}. llama.cpp has byte-level BPE and SentencePiece's BPE; the
-    tokens of a character tokenizer become byte-level ones, each merged from the bytes of its character."""
+    """The tokenizer as {method of GGUFWriter without "add_": value}. llama.cpp has byte-level BPE and SentencePiece's BPE. The
+    tokens of a character tokenizer become byte-level tokens, each merged from the bytes of its character."""
     from tokenizers import pre_tokenizers
 
     kinds, raw = import_gguf().TokenType, tokenizer.backend_tokenizer
@@ -1198,24 +1199,24 @@ def gguf_tokenizer(tokenizer, config: MODEL.ModelConfig) -> dict:
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model.get("merges", ())]
     values = {"tokenizer_model": "gpt2", "tokenizer_pre": "gpt-2"}
     if model["type"] == "BPE" and model["byte_fallback"]:
-        pieces = "".join(tokenizer.convert_ids_to_tokens(tokenizer("a a  a", add_special_tokens=False).input_ids))
-        if pieces.removeprefix("\u2581") != "a\u2581a\u2581\u2581a":
-            raise UserError("--to gguf: the tokenizer changes texts in a way that llama.cpp does not")
+        probe = "".join(tokenizer.convert_ids_to_tokens(tokenizer("a a  a", add_special_tokens=False).input_ids))
+        if probe.removeprefix("\u2581") != "a\u2581a\u2581\u2581a":
+            raise UserError("--to gguf: llama.cpp does not have this tokenizer's normalizer")
         ranks = {merge.replace(" ", ""): -float(rank) for rank, merge in reversed([*enumerate(merges)])}
-        values = {"tokenizer_model": "llama", "tokenizer_pre": "default", "add_space_prefix": pieces[0] == "\u2581",
+        values = {"tokenizer_model": "llama", "tokenizer_pre": "default", "add_space_prefix": probe[0] == "\u2581",
                   "token_scores": [ranks.get(tokens.get(i), -float(len(merges))) for i in range(config.vocab_size)]}
     elif model["type"] == "WordLevel" and all(len(token) == 1 for i, token in tokens.items() if i not in added):
-        say(f"llama.cpp will leave out characters that are not in the vocabulary, instead of reading {tokenizer.unk_token}")
+        say(f"llama.cpp drops characters that are not in the vocabulary instead of encoding them as {tokenizer.unk_token}")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokens |= {i: byte_level.pre_tokenize_str(token)[0][0] for i, token in tokens.items() if i not in added}
-        words = [token for i, token in tokens.items() if i not in added]
-        merges = [*dict.fromkeys(f"{word[:k]} {word[k]}" for word in words for k in range(1, len(word)))]
+        plain = [token for i, token in tokens.items() if i not in added]
+        merges = [*dict.fromkeys(f"{token[:k]} {token[k]}" for token in plain for k in range(1, len(token)))]
     elif model["type"] != "BPE":
-        raise UserError(f"--to gguf: the tokenizer is a {model['type']}; llama.cpp has byte-level BPE and SentencePiece's BPE")
+        raise UserError(f"--to gguf: the tokenizer is a {model['type']}; llama.cpp has only byte-level and SentencePiece BPE")
     elif merges or not {*pre_tokenizers.ByteLevel.alphabet()} <= {*tokens.values()}:
         values["tokenizer_pre"] = pre_tokenizer_name(raw, model["ignore_merges"])
     if values["tokenizer_model"] == "gpt2":
-        values["token_merges"] = merges or ["\u2581 \u2581"]  # a list may not be empty; no byte-level text has this
+        values["token_merges"] = merges or ["\u2581 \u2581"]  # the list must not be empty; never applied
 
     def kind_of(i: int) -> int:
         if i in added:
@@ -1234,16 +1235,16 @@ def special_tokens(tokenizer, config: MODEL.ModelConfig) -> dict:
     ids, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     begins, ends = ids[:1] != bare[:1], ids[-1:] != bare[-1:]
     if len(ids) - len(bare) != begins + ends:
-        raise UserError("--to gguf: the tokenizer puts several tokens before or after a text; llama.cpp puts one at most")
+        raise UserError("--to gguf: the tokenizer adds several tokens before or after a text; llama.cpp adds at most one")
     stops = config.eos_ids or [TOKENIZER.end_id(tokenizer)]
-    stops = sorted(stops, key=lambda i: i != tokenizer.eos_token_id)  # the end of a text, then ends of turns
+    stops = sorted(stops, key=lambda i: i != tokenizer.eos_token_id)  # end of text, then ends of turns
     return {"bos_token_id": ids[0] if begins else TOKENIZER.begin_id(tokenizer), "add_bos_token": begins, "add_eos_token": ends,
             **dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), stops, strict=False)),
             **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "unk", "mask")}}
 
 
 def modelfile(tokenizer, config: MODEL.ModelConfig, values: dict) -> str:
-    """Ollama's settings for a GGUF file."""
+    """Ollama's Modelfile for a GGUF file."""
     template = ollama_template(tokenizer, values["add_bos_token"]) if tokenizer.chat_template else None
     stops = tokenizer.convert_ids_to_tokens(config.eos_ids)
     context = min(values["context_length"], 8192)  # Ollama reserves memory for the whole context
@@ -1253,35 +1254,35 @@ def modelfile(tokenizer, config: MODEL.ModelConfig, values: dict) -> str:
 
 
 def ollama_template(tokenizer, begins: bool) -> str | None:
-    """A chat template in Go's language if all turns are their contents in a fixed frame (ChatML), else None: Ollama then goes
-    by the template in the GGUF file. Tools are left out."""
+    """The chat template in Go's template language, without tools, if each turn is its content in a fixed frame (as in ChatML).
+    Otherwise None: Ollama then uses the template in the GGUF file."""
     opening = tokenizer.bos_token or ""
 
-    def rendered(*roles: str, ask: bool = False) -> str:
-        return TOKENIZER.render(tokenizer, [{"role": role, "content": f"zq{i}z"} for i, role in enumerate(roles)], None, ask)
+    def rendered(*roles: str, prompt: bool = False) -> str:
+        return TOKENIZER.render(tokenizer, [{"role": role, "content": f"zq{i}z"} for i, role in enumerate(roles)], None, prompt)
 
     try:
         user = rendered("user").removeprefix(opening)
-        ask = rendered("user", ask=True).removeprefix(opening + user)
+        prompt = rendered("user", prompt=True).removeprefix(opening + user)
         system = rendered("system", "user").removeprefix(opening).removesuffix(user.replace("zq0z", "zq1z"))
         reply = rendered("user", "assistant").removeprefix(opening + user).replace("zq1z", "zq0z")
         roles = ("system", "user", "assistant", "user", "assistant", "user")
-        whole = rendered(*roles, ask=True)
-    except UserError:  # a system turn may be forbidden
+        whole = rendered(*roles, prompt=True)
+    except UserError:  # the template may reject a system turn
         return None
     frames = {"system": system, "user": user, "assistant": reply}
-    joined = "".join(frames[role].replace("zq0z", f"zq{i}z") for i, role in enumerate(roles)) + ask
+    joined = "".join(frames[role].replace("zq0z", f"zq{i}z") for i, role in enumerate(roles)) + prompt
     if whole.removeprefix(opening) != joined or '"""' in joined or "{{" in joined:
         return None
     cases = [f'if eq .Role "{role}" }}}}{frame.replace("zq0z", "{{ .Content }}")}' for role, frame in frames.items()]
     first = opening if whole.startswith(opening) and not begins else ""
-    return first + "{{ range .Messages }}{{ " + "{{ else ".join(cases) + "{{ end }}{{ end }}" + ask
+    return first + "{{ range .Messages }}{{ " + "{{ else ".join(cases) + "{{ end }}{{ end }}" + prompt
 
 
 def export_gguf_adapter(model: MODEL.LanguageModel, tokenizer, target: Path, section: QuantizationSection) -> None:
     """Write the folder `target` with adapter.gguf, the unmerged LoRA of a model in float32 (llama-server --lora FILE)."""
     if not model.adapter:
-        raise UserError("--to gguf-lora: the model has no adapter; name the folder of one (--model)")
+        raise UserError("--to gguf-lora: the model has no adapter; set --model to the folder of an adapter")
     gguf, architecture = import_gguf(), gguf_architecture(model)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], model.config.num_hidden_layers)
     tensors, alpha, latent = {}, float(model.adapter.lora_alpha), model.config.kv_lora_rank
@@ -1289,10 +1290,10 @@ def export_gguf_adapter(model: MODEL.LanguageModel, tokenizer, target: Path, sec
         if not MODEL.tensor_is_trained(name):
             continue
         module, _, part = name.rpartition(".lora_")
-        lost = ".experts" in module or module == "lm_head" and (latent or model.config.tie_word_embeddings)
-        lost = lost or latent and re.search(r"\.(q|q_a|q_b|kv_a|kv_b)_proj", module)
-        if lost or part not in ("A.default.weight", "B.default.weight"):
-            raise UserError(f"--adapter: {name} has no effect in llama.cpp, which adds plain LoRA to linear layers; merge it")
+        ignored = ".experts" in module or module == "lm_head" and (latent or model.config.tie_word_embeddings)
+        ignored = ignored or latent and re.search(r"\.(q|q_a|q_b|kv_a|kv_b)_proj", module)
+        if ignored or part not in ("A.default.weight", "B.default.weight"):
+            raise UserError(f"--adapter: {name} has no effect in llama.cpp, which supports plain LoRA on linear layers; merge it")
         if part[0] == "B":  # llama.cpp multiplies by alpha / r
             tensor = tensor * (model.get_submodule(module).scaling["default"] * tensor.shape[1] / alpha)
             tensor = adjacent_pairs(tensor, module, model.config, architecture)
@@ -1316,7 +1317,7 @@ def check_exportable(model: MODEL.LanguageModel, foreign: bool = False) -> None:
 
 
 class GivenStates:
-    """A KV cache whose states are inputs and outputs of the forward pass; `attend` is that of `MODEL.CacheStep`.
+    """A KV cache whose states are inputs and outputs of the forward pass, with the `attend` of `MODEL.CacheStep`.
 
     past: the states of all layers in order, two per layer (B, H, P, D); mask (B, P + T): 0 is padding.
     """
@@ -1339,13 +1340,13 @@ class GivenStates:
 
 
 def attend_fused(query: Tensor, key: Tensor, value: Tensor, mask: MODEL.Mask | None, window=None, dropout=0.0) -> Tensor:
-    """`MODEL.attend_sdpa` without conditions on lengths, which tracing would fix."""
+    """`MODEL.attend_sdpa` without conditions on lengths, which tracing would turn into constants."""
     bias, grouped = None if mask is None else mask.bias, bool(query.shape[1] != key.shape[1])
     return F.scaled_dot_product_attention(query, key, value, bias, is_causal=mask is None, enable_gqa=grouped)
 
 
 class SplitExperts(nn.Module):
-    """`MODEL.Experts` as one product per expert: exporters know no grouped product, quantizers no stacked weights."""
+    """`MODEL.Experts` with one product per expert: exporters lack grouped products, and quantizers lack stacked weights."""
 
     def __init__(self, stacked: MODEL.Experts):
         super().__init__()
@@ -1375,7 +1376,7 @@ class Exportable(nn.Module):
             if isinstance(module, MODEL.MixtureOfExperts):
                 module.experts = SplitExperts(module.experts)
             elif hasattr(module, "attend"):
-                module.attend, module.expand_from = attend_fused, 0  # expanded latents suit all lengths
+                module.attend, module.expand_from = attend_fused, 0  # expanded latents work for all lengths
         self.eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, *past: Tensor):
@@ -1387,7 +1388,7 @@ class Exportable(nn.Module):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings and log lines of exporters, which name their internals."""
+    """Suppress the warnings and log lines of exporters, which are about their internals."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -1398,9 +1399,9 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-# The types and file names of transformers.js.
+# transformers.js's names of types and files
 ONNX_FILES = {"none": ("fp32", "model.onnx"), "int8": ("q8", "model_quantized.onnx"), "int4": ("q4", "model_q4.onnx")}
-ONNX_SINGLE = 2**30  # bytes of an ONNX file; larger weights go into a second file, since protobuf ends at 2 GiB
+ONNX_SINGLE = 2**30  # maximum bytes in an ONNX file; larger weights go into a second file, as protobuf's limit is 2 GiB
 
 
 def onnx_graph(model: MODEL.Transformer, untied: bool):
@@ -1408,8 +1409,8 @@ def onnx_graph(model: MODEL.Transformer, untied: bool):
     input_ids, attention_mask, position_ids, past_key_values.N.key/value -> logits, present.N.key/value.
 
     Keys and values are (B, H_kv, P, D); of latent attention (MLA) the key is the latent (B, 1, P, R), the value the rotary key
-    (B, 1, P, Dr). `untied` copies an output head that shares the embedding, so that it can be quantized. Operator set 23 has
-    attention as an operator."""
+    (B, 1, P, Dr). `untied` copies an output head that shares the embedding, so that it can be quantized. Operator set 23 has an
+    attention operator."""
     config, exportable = model.config, Exportable(model)
     if untied and config.tie_word_embeddings:
         exportable.model.lm_head.weight = nn.Parameter(exportable.model.lm_head.weight.clone(), False)
@@ -1473,13 +1474,13 @@ def check_onnx(path: Path, model: MODEL.Transformer, exact: bool) -> None:
     [logits] = session.run(["logits"], {name: tensor.numpy() for name, tensor in given.items()})
     difference = float((torch.from_numpy(logits) - expected).std() / expected.std())
     size = sum(file.stat().st_size for file in path.parent.iterdir())
-    say(f"{path.name}: {size / 1e6:,.1f} MB; its logits in onnxruntime differ by {difference:.1e} standard deviations")
+    say(f"{path.name}: {size / 1e6:,.1f} MB; logits in onnxruntime differ by {difference:.1e} standard deviations")
     if exact and not difference < 1e-3:
-        raise RuntimeError(f"{path.name}: its logits in onnxruntime are not those of the model")
+        raise RuntimeError(f"{path.name}: the logits in onnxruntime differ from the model's")
 
 
 def export_onnx(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """A folder for transformers.js and onnxruntime-genai: onnx/model*.onnx, config.json, tokenizer, genai_config.json."""
+    """Write a folder for transformers.js and onnxruntime-genai: onnx/model*.onnx, config.json, tokenizer, genai_config.json."""
     dtype, name = ONNX_FILES[section.method]
     for package in ("onnx", "onnxscript", "onnxruntime"):
         optional(package, "onnx")
@@ -1494,7 +1495,7 @@ def export_onnx(model, tokenizer, target: Path, section: QuantizationSection) ->
     special = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
     browser = {"dtype": dtype, "use_external_data_format": {name: int(large)}}
     files = {"config.json": {**raw, "transformers.js_config": browser}, "generation_config.json": special}
-    if not config.kv_lora_rank:  # onnxruntime-genai has one width for keys and values
+    if not config.kv_lora_rank:  # onnxruntime-genai requires equal widths of keys and values
         files["genai_config.json"] = genai_config(config, f"onnx/{name}", special)
     for file, content in files.items():
         (target / file).write_text(json.dumps(content, indent=2) + "\n")
@@ -1516,13 +1517,13 @@ def genai_config(config: MODEL.ModelConfig, path: str, special: dict) -> dict:
 
 
 def export_tensorrt(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """The folder of `export_onnx`, build_engine.sh, which makes model.engine of it, and model.engine if trtexec is on PATH."""
+    """Write the folder of `export_onnx`, build_engine.sh, which builds model.engine, and model.engine if trtexec is on PATH."""
     export_onnx(model, tokenizer, target, section)
     import onnx
 
-    half = model.config.max_position_embeddings // 2  # new tokens in a step, and tokens before them, at most
+    half = model.config.max_position_embeddings // 2  # maximum new tokens per step, and maximum tokens before them
     lengths = {"batch_size": (1, 1, 1), "sequence_length": (1, 1, half), "past_sequence_length": (0, half, half),
-               "total_sequence_length": (1, half + 1, 2 * half)}  # smallest, usual, largest
+               "total_sequence_length": (1, half + 1, 2 * half)}  # minimum, optimum, maximum
     inputs = onnx.load(target / "onnx/model.onnx", load_external_data=False).graph.input
     command = ["trtexec", "--onnx=onnx/model.onnx", "--saveEngine=model.engine"]
     for i, flag in enumerate(("minShapes", "optShapes", "maxShapes")):
@@ -1532,7 +1533,7 @@ def export_tensorrt(model, tokenizer, target: Path, section: QuantizationSection
         command.append(f"--{flag}={','.join(named)}")
     (target / "build_engine.sh").write_text(f"cd \"$(dirname \"$0\")\" && {shlex.join(command)}\n")
     if shutil.which("trtexec") is None:
-        return say("trtexec is not on PATH; run build_engine.sh of this folder on a machine with TensorRT")
+        return say("trtexec is not on PATH; run build_engine.sh in the folder on a machine with TensorRT")
     run_program(command, "--to tensorrt", target)
 
 
@@ -1540,7 +1541,7 @@ OPENVINO_FORMATS = {"none": "fp16", "int8": "int8", "int4": "int4"}
 
 
 def export_openvino(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """A folder for openvino-genai, by the exporter of optimum-intel, which reads Hugging Face folders."""
+    """Write a folder for openvino-genai with the exporter of optimum-intel, which reads Hugging Face folders."""
     check_exportable(model, foreign=True)
     groups = ["--sym", "--ratio", "1.0", "--group-size", str(section.group_size or 32), "--group-size-fallback", "adjust"]
     command = shutil.which("optimum-cli", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
@@ -1554,34 +1555,34 @@ def export_openvino(model, tokenizer, target: Path, section: QuantizationSection
 
 
 def traced_program(model) -> torch.export.ExportedProgram:
-    """ids (1, T) -> logits (1, T, V) as torch.export traces it."""
+    """Trace ids (1, T) -> logits (1, T, V) with torch.export."""
     length = torch.export.Dim("T", max=model.config.max_position_embeddings)
     with quiet():
         return torch.export.export(Exportable(model), (torch.ones(1, 8, dtype=torch.long),), dynamic_shapes=({1: length},))
 
 
 def buffered(target: Path, write: Callable) -> None:
-    """write(file) through memory: where the disk is full, torch's own writers end the process."""
+    """Call write(file) on a buffer in memory and write that: on a full disk, torch's writers end the process."""
     file = io.BytesIO()
     write(file)
     target.write_bytes(file.getbuffer())
 
 
 def export_pt2(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """A .pt2 file: torch.export.load(FILE).module()(ids (1, T)) -> logits (1, T, V) in a program that imports only torch."""
+    """Write a .pt2 file: torch.export.load(FILE).module()(ids (1, T)) -> logits (1, T, V) with torch as the only import."""
     buffered(target, partial(torch.export.save, traced_program(model)))
 
 
 def export_compiled(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """A .pt2 package that AOTInductor compiled for this machine: torch._inductor.aoti_load_package(FILE)(ids (1, T))."""
+    """Write a .pt2 package, compiled by AOTInductor for this machine: torch._inductor.aoti_load_package(FILE)(ids (1, T))."""
     program = traced_program(model)
     with quiet():
         buffered(target, lambda file: torch._inductor.aoti_compile_and_package(program, package_path=file))
 
 
 def export_torchscript(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """A TorchScript file: torch.jit.load(FILE)(ids (1, T)) -> logits (1, T, V)."""
-    say("TorchScript is deprecated in torch; --to torch-export is its successor")
+    """Write a TorchScript file: torch.jit.load(FILE)(ids (1, T)) -> logits (1, T, V)."""
+    say("TorchScript is deprecated in torch; use --to torch-export instead")
     with quiet():
         program = torch.jit.trace(Exportable(model), torch.ones(1, 8, dtype=torch.long), check_trace=False)
         buffered(target, partial(torch.jit.save, program))
@@ -1594,38 +1595,38 @@ EXPORTS = {"gguf": export_gguf, "gguf-lora": export_gguf_adapter, "onnx": export
            "torch-export": export_pt2, "aotinductor": export_compiled, "torchscript": export_torchscript,
            "tensorrt": export_tensorrt}
 ONE_FILE = ("torch-export", "aotinductor", "torchscript")
-ACTIONS = {"out": Action("folder (a file for torch-export, aotinductor and torchscript) to write to", str),
-           "compare": Action("measure every method; writes compare.png to --out or to the model's folder"),
-           "to": Action(f"export: {', '.join(EXPORTS)}", str)}
+ACTIONS = {"out": Action("output folder (for torch-export, aotinductor and torchscript, output file)", str),
+           "compare": Action("measure all methods; writes compare.png to --out or to the model's folder"),
+           "to": Action(f"export to {', '.join(EXPORTS)}", str)}
 COMPARED = ("bf16", "int8", "int8_dynamic", "smoothquant", "int4", "gptq", "awq", "fp8", "nf4", "llm_int8")
 COLUMNS = {"size, MB": ",.2f", "perplexity": ".3f", "correct": ".1%", "KL, nats": ".4f", "answered": ".1%",
-           "prefill, tokens/s": ",.0f", "decode, tokens/s": ",.0f"}  # of the table, with formats
+           "prefill, tokens/s": ",.0f", "decode, tokens/s": ",.0f"}  # of the table, and their formats
 
 
 class Comparison:
-    """Forms of one model, measured on the same held-out texts and questions. Add the original first."""
+    """Measures of a model and its quantized versions on the same held-out texts and questions. Add the original first."""
 
-    def __init__(self, config, model: MODEL.LanguageModel, tokenizer, flat: torch.dtype | None = None):
-        self.flat = flat  # compute a large model in this type, layer by layer, and free each layer afterwards
-        self.rows: dict[str, dict[str, float]] = {}  # {form: {column: value}}
+    def __init__(self, config, model: MODEL.LanguageModel, tokenizer, layerwise: torch.dtype | None = None):
+        self.layerwise = layerwise  # compute a large model in this type, layer by layer, and free each layer afterwards
+        self.rows: dict[str, dict[str, float]] = {}  # {name: {column: value}}
         self.original: Tensor | None = None  # log-probabilities (N, V)
         self.dtype = model.dtype
         self.context, self.texts = model.config.max_position_embeddings, []
-        tokens = min(8192, (2**26 if flat else 2**28) // model.config.vocab_size)  # at most a GB of log-probabilities
-        pieces = sample_ids(config.data, tokenizer, "val", min(self.context, 1024) + 1)
-        while sum(map(len, self.texts)) < tokens and (piece := next(pieces, None)):
-            self.texts.append(piece)
+        tokens = min(8192, (2**26 if layerwise else 2**28) // model.config.vocab_size)  # at most a GB of log-probabilities
+        chunks = sample_ids(config.data, tokenizer, "val", min(self.context, 1024) + 1)
+        while sum(map(len, self.texts)) < tokens and (chunk := next(chunks, None)):
+            self.texts.append(chunk)
         if not self.texts:
-            raise UserError(f"data.validation: '{config.data.validation}' holds out no text, and perplexity is measured on "
+            raise UserError(f"data.validation: '{config.data.validation}' holds out no text, but perplexity is measured on "
                             "held-out text; use hash, tail or a file")
         self.answered = exact_answers(config, tokenizer)
 
     def add(self, name: str, model: MODEL.LanguageModel) -> None:
-        """Measure a model, which is of no further use afterwards."""
+        """Measure a model, which cannot be used afterwards."""
         say(f"{name}: measuring on {sum(map(len, self.texts)):,} held-out tokens")
         row = {"size, MB": INFER.weight_bytes(model) / 1e6}
-        if self.flat:
-            self.rows[name] = row | self.scores(self.flat_logits(model))
+        if self.layerwise:
+            self.rows[name] = row | self.scores(self.layerwise_logits(model))
             return
         row |= self.quality(lambda ids: model(torch.tensor([ids], device=model.device)).logits[0])
         model = INFER.configure_for_hardware(model, quiet=True)
@@ -1634,23 +1635,23 @@ class Comparison:
 
     @torch.no_grad()
     def quality(self, logits_of: Callable[[list[int]], Tensor]) -> dict[str, float]:
-        """Columns that follow from logits_of(ids) -> (T, V)."""
+        """The columns that depend only on logits_of(ids) -> (T, V)."""
         return self.scores(logits_of(ids[:-1]) for ids in self.texts)
 
     @torch.no_grad()
-    def flat_logits(self, model: MODEL.LanguageModel) -> Iterator[Tensor]:
-        """The same logits from a model whose layers exist one at a time."""
+    def layerwise_logits(self, model: MODEL.LanguageModel) -> Iterator[Tensor]:
+        """Yield the logits of each text, computed with one layer in memory at a time."""
         inputs = [ids[:-1] for ids in self.texts]
         in_layers = {id(weight) for layer in MODEL.layers_of(model) for weight in layer.parameters()}
-        convert((weight for weight in model.parameters() if id(weight) not in in_layers), self.flat)
-        states = layer_by_layer(model, inputs, lambda layer, observe: convert(layer.parameters(), self.flat),
+        convert((weight for weight in model.parameters() if id(weight) not in in_layers), self.layerwise)
+        states = layer_by_layer(model, inputs, lambda layer, observe: convert(layer.parameters(), self.layerwise),
                                 lambda layer: layer.to("meta"))
         yield from (model.head_logits(model.model.norm(hidden))[0] for hidden in states)
 
     @torch.no_grad()
     def scores(self, logits: Iterable[Tensor]) -> dict[str, float]:
-        """Perplexity, the share of tokens that were the most probable, and the KL divergence from the original per token."""
-        logs = torch.cat([one.float().log_softmax(-1).cpu() for one in logits])  # (N, V)
+        """Perplexity, the fraction of tokens that were the most probable, and the KL divergence per token from the original."""
+        logs = torch.cat([part.float().log_softmax(-1).cpu() for part in logits])  # (N, V)
         targets = torch.tensor([token for ids in self.texts for token in ids[1:]])  # (N,)
         self.original = logs if self.original is None else self.original
         return {"perplexity": float(F.nll_loss(logs, targets).exp()),
@@ -1658,7 +1659,7 @@ class Comparison:
                 "KL, nats": float(F.kl_div(logs, self.original, reduction="batchmean", log_target=True).clamp(min=0))}
 
     def speed(self, times: Callable[[list[int], int], list[float]]) -> dict[str, float]:
-        """Tokens/s of reading a prompt of 256 tokens and of generating 64, fewer in a short context: the best of three runs.
+        """Tokens/s of prefilling 256 tokens and of generating 64 (fewer in a short context), the best of three runs.
         times(prompt, count) -> seconds from the start to each new token."""
         prompt, count = [5] * min(256, self.context // 2), min(64, self.context // 4)
         runs = [times(prompt, count) for _ in range(3)]
@@ -1675,13 +1676,13 @@ class Comparison:
         return "\n".join(lines)
 
     def plot(self, path: Path) -> None:
-        """Size against perplexity and speed. Names stand beside each panel, in the order of their points' heights."""
+        """Plot perplexity and speed against size. Names are next to each panel, in the vertical order of their points."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            return say("no plot: matplotlib is not installed")
+            return say("no plot: matplotlib is not installed; pip install matplotlib")
         figure = Figure(figsize=(15, 5), layout="constrained")
-        runtimes = dict.fromkeys(name.rpartition(" ")[0] for name in self.rows)  # of "llama.cpp Q8_0"; "" for methods
+        runtimes = dict.fromkeys(name.rpartition(" ")[0] for name in self.rows)  # such as llama.cpp; "" for methods
         colors = dict(zip(runtimes, itertools.cycle(("#1f5fa8", "#d1495b", "#2a9d5c", "#e09f3e", "#7b5ea7"))))
         for axes, title in zip(figure.subplots(1, 3), ("perplexity", "decode, tokens/s", "prefill, tokens/s"), strict=True):
             points = sorted((row[title], row["size, MB"], name) for name, row in self.rows.items() if title in row)
@@ -1700,7 +1701,7 @@ class Comparison:
 
 
 def sample_ids(data: TOKENIZER.DataSection, tokenizer, part: str, length: int) -> Iterator[list[int]]:
-    """Token ids of random texts of a part ("train" or "val"), in pieces of at most `length` tokens."""
+    """Yield token ids of random texts of a part ("train" or "val") in chunks of at most `length` tokens."""
     texts = list(TOKENIZER.sample_texts(data, part=part))
     random.Random(0).shuffle(texts)
     for text in texts:
@@ -1709,7 +1710,7 @@ def sample_ids(data: TOKENIZER.DataSection, tokenizer, part: str, length: int) -
 
 
 def exact_answers(config, tokenizer) -> Callable[[MODEL.LanguageModel], float] | None:
-    """measure(model) -> the share of 200 questions that it answers exactly."""
+    """A function of a model that returns its exact match on 200 questions; None if there are no questions."""
     name, bundled = config.quantization.questions, "data/chat_test.jsonl"
     if name == "auto":
         name = bundled if config.data.train == TOKENIZER.DataSection().train and Path(bundled).exists() else None
@@ -1732,54 +1733,53 @@ def token_times(model: MODEL.LanguageModel, prompt: list[int], count: int) -> li
 def check_request(config) -> None:
     section, actions = config.quantization, config.actions
     if actions.to and not config.origins.get("quantization.method", "").startswith("command line"):
-        section.method = "none"  # the default is one for folders
+        section.method = "none"  # the default is a method for folders
     if not config.model.name:
-        raise UserError("model.preset: fresh weights say nothing about what quantization costs; name a trained model (--model)")
+        raise UserError("model.preset: an untrained model cannot be quantized or exported; set --model to a trained model")
     if config.model.quantization != "none":
-        raise UserError("model.quantization: has no effect here, where both forms are compared; use --method")
+        raise UserError("model.quantization: has no effect in QUANT.py; use --method")
     grouping = ("nf4", *(method for method, form in FORMS.items() if form.group))
     if section.group_size and section.method not in grouping and not actions.compare:
         raise UserError(f"quantization.group_size: {section.method} has no groups; leave it out, or use {', '.join(grouping)}")
     if actions.to != "gguf" and config.origins.get("quantization.gguf_type", "").startswith("command line"):
         raise UserError("quantization.gguf_type: has no effect without --to gguf; leave it out")
     if actions.to and (actions.to not in EXPORTS or not actions.out or actions.compare):
-        raise UserError("--to: needs --out FOLDER, without --compare" if actions.to in EXPORTS else
+        raise UserError("--to: requires --out and excludes --compare" if actions.to in EXPORTS else
                         f"--to: '{actions.to}' is not one of {', '.join(EXPORTS)}")
     if section.method == "none" and not actions.to and not actions.compare:
-        raise UserError("quantization.method: none changes nothing; name a method")
+        raise UserError("quantization.method: none requires --to or --compare; set a method")
     if (section.exclude or section.lm_head) and (actions.to or section.method in ("none", *MODEL.AUTOCAST)):
-        raise UserError("quantization.exclude and quantization.lm_head: have no effect on an export, fp16 or bf16; leave them "
-                        "out")
+        raise UserError("quantization.exclude and quantization.lm_head: have no effect on exports, fp16 and bf16; leave them out")
     for pattern in section.exclude:
         try:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"quantization.exclude: '{pattern}' is not a regular expression ({error})") from None
-    if actions.compare and actions.out and names_file(Path(actions.out)):
-        raise UserError(f"--out: --compare writes compare.png into a folder; found '{actions.out}'")
+    if actions.compare and actions.out and is_file_name(Path(actions.out)):
+        raise UserError(f"--out: --compare writes compare.png into a folder, not into a file such as '{actions.out}'")
     if actions.out and not actions.to and not actions.compare:
         check_out(Path(actions.out), section.method)
 
 
-def names_file(out: Path) -> bool:
-    """Whether a folder cannot be meant: model.gguf, but not Qwen2.5-gguf."""
+def is_file_name(out: Path) -> bool:
+    """Whether a path is the name of a file and not of a folder: model.gguf, but not Qwen2.5-gguf."""
     return out.is_file() or out.suffix[1:2].isalpha() and not out.is_dir()
 
 
 def check_out(out: Path, method: str) -> None:
-    """UserError where no quantized folder can or should be written."""
+    """Raise a UserError if a quantized model cannot be written to `out`, or would overwrite a model."""
     if method in BITSANDBYTES:
-        raise UserError(f"--out: a folder cannot hold {method} weights; quantize while loading (--quantization)")
+        raise UserError(f"--out: a folder cannot store {method} weights; quantize while loading (--quantization)")
     if out.is_file():
-        raise UserError(f"--out: {out} is a file; name a folder")
+        raise UserError(f"--out: {out} is a file; use a folder")
     model = (out / "config.json").exists() and not MODEL.read_json(out / "config.json").get("quantization_config")
     if model or (out / "adapter_config.json").exists():
-        raise UserError(f"--out: {out} holds a model that is not quantized, which would be lost; name another folder")
+        raise UserError(f"--out: {out} contains a model that is not quantized and would be overwritten; use another folder")
 
 
 @contextlib.contextmanager
-def room_for(out: Path) -> Iterator[None]:
-    """A full disk while `out` is written is one line."""
+def full_disk_error(out: Path) -> Iterator[None]:
+    """If the disk is full while `out` is written, raise a UserError."""
     try:
         yield
     except Exception as error:
@@ -1788,103 +1788,103 @@ def room_for(out: Path) -> Iterator[None]:
         raise UserError(f"--out: {out}: the disk is full; free some space") from None
 
 
-def opened(config, merge: bool = True, dtype: torch.dtype | str | None = None) -> tuple[MODEL.LanguageModel, object]:
-    """Model and tokenizer; `dtype` is used in place of model.dtype."""
+def load_original(config, merge: bool = True, dtype: torch.dtype | str | None = None) -> tuple[MODEL.LanguageModel, object]:
+    """Load the model and its tokenizer; `dtype` overrides model.dtype."""
     section = copy.copy(config.model)
     section.dtype = dtype or section.dtype
     model, tokenizer = TOKENIZER.open_model(section, TOKENIZER.of_run(config), head="lm")
     if not model.config.causal:
-        raise UserError(f"model.name: {config.model.name} is an encoder; name a causal language model")
+        raise UserError(f"model.name: {config.model.name} is an encoder; use a causal language model")
     if model.adapter and merge:
         MODEL.merge_adapter(model)
     return model, tokenizer
 
 
 def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSection | None = None) -> None:
-    """Write a model in another program's format (`EXPORTS`). Files get their final names once all are complete."""
+    """Write a model in another program's format (`EXPORTS`). Files get their final names when all are complete."""
     out, one_file, section = Path(out), form in ONE_FILE, section or QuantizationSection("none")
-    if one_file and out.is_dir() or not one_file and names_file(out):
-        raise UserError(f"--out: {out} is the name of a {'folder' if one_file else 'file'}; --to {form} writes a "
+    if one_file and out.is_dir() or not one_file and is_file_name(out):
+        raise UserError(f"--out: {out} is the name of a {'folder' if one_file else 'file'}, but --to {form} writes a "
                         f"{'file' if one_file else 'folder'}")
     methods = {"onnx": ONNX_FILES, "openvino": OPENVINO_FORMATS}.get(form, ("none",))
     if section.method not in methods:
-        raise UserError(f"quantization.method: --to {form} writes {', '.join(methods)}; found {section.method}"
+        raise UserError(f"quantization.method: --to {form} supports {', '.join(methods)}, not {section.method}"
                         + ("; see quantization.gguf_type" if form == "gguf" else ""))
     if form == "onnx" and section.group_size not in (0, *(sizes := (16, 32, 64, 128, 256))):
-        raise UserError(f"quantization.group_size: onnxruntime has groups of {', '.join(map(str, sizes))}; found "
+        raise UserError(f"quantization.group_size: onnxruntime supports groups of {', '.join(map(str, sizes))}, not "
                         f"{section.group_size}")
     if model.quantization != "none" and form not in ("gguf-lora", "torch-export", "aotinductor"):
-        raise UserError(f"--to {form}: the model is quantized already ({model.quantization}); name the original")
-    with room_for(out), MODEL.staged(out.parent if one_file else out) as scratch:
+        raise UserError(f"--to {form}: the model is already quantized ({model.quantization}); use the original model")
+    with full_disk_error(out), MODEL.staged(out.parent if one_file else out) as scratch:
         target = scratch / (out.name if one_file else "export")
         EXPORTS[form](model, tokenizer, target, section)
         for path in () if one_file else sorted(path for path in target.rglob("*") if path.is_file()):
-            place = out / path.relative_to(target)
-            place.parent.mkdir(parents=True, exist_ok=True)
+            destination = out / path.relative_to(target)
+            destination.parent.mkdir(parents=True, exist_ok=True)
             MODEL.sync(path)
-            path.replace(place)
+            path.replace(destination)
         if not one_file:
             shutil.rmtree(target)
     say(f"exported to {out}")
 
 
 def calibration_of(config, tokenizer, method: str, context: int) -> list[list[int]]:
-    """Token ids of training texts that fit into the context, for methods that calibrate."""
+    """Token ids of training texts that fit the context, if the method needs calibration."""
     section = config.quantization
     length = min(section.calibration_length, context)
-    pieces = sample_ids(config.data, tokenizer, "train", length) if method in CALIBRATED else ()
-    return list(itertools.islice(pieces, section.calibration_samples))
+    chunks = sample_ids(config.data, tokenizer, "train", length) if method in CALIBRATED else ()
+    return list(itertools.islice(chunks, section.calibration_samples))
 
 
 def quantized(config, method: str, dtype: torch.dtype) -> tuple[MODEL.LanguageModel, object]:
-    """The model after a method, in `dtype` where it is not quantized, and its tokenizer."""
+    """The quantized model and its tokenizer. `dtype`: type of the weights that are not quantized."""
     section, folder = config.quantization, MODEL.resolve_folder(MODEL.base_and_adapter(config.model.name)[0])
-    # The nearest levels of weights that were narrowed to 16 bits may be others.
+    # Weights that were converted to 16 bits could round to other levels.
     nearest_levels = method in FORMS and method not in CALIBRATED
     precise = nearest_levels and MODEL.stored_dtype(MODEL.read_json(folder / "config.json")) == "float32"
-    model, tokenizer = opened(config, dtype="float32" if precise else None)
+    model, tokenizer = load_original(config, dtype="float32" if precise else None)
     calibration = calibration_of(config, tokenizer, method, model.config.max_position_embeddings)
     quantize(model, method, section.group_size, calibration, section.exclude, section.lm_head, dtype if precise else None)
     return model, tokenizer
 
 
-def original_alone(config) -> Comparison:
-    model, tokenizer = opened(config)
+def compare_original(config) -> Comparison:
+    model, tokenizer = load_original(config)
     comparison = Comparison(config, model, tokenizer)
     comparison.add("none", model)
     return comparison
 
 
 def compare(config) -> Comparison:
-    """Measure the original and the model after each method; one that cannot be used with this model is left out."""
-    comparison = original_alone(config)
+    """Measure the original and the model after each method. Methods that do not support this model are skipped."""
+    comparison = compare_original(config)
     for method in COMPARED:
         try:
             comparison.add(method, quantized(config, method, comparison.dtype)[0])
         except UserError as error:
-            say(f"{method} is left out: {error}")
+            say(f"skipped {method}: {error}")
     return comparison
 
 
-LARGE = 4e9  # bytes of weights above which a model is measured layer by layer, and not timed
+LARGE = 4e9  # bytes of weights; larger models are measured layer by layer and not timed
 
 
-def shrink(config, out: Path) -> Comparison:
-    """Quantize a model into a folder and measure both. The weights are read from the original's files when they are needed, and
-    each layer is written and freed before the next one, so that memory does not grow with the model."""
+def quantize_to_folder(config, out: Path) -> Comparison:
+    """Quantize a model, save it in a folder, and measure both. The weights are read from the original's files when they are
+    needed, and each layer is written and freed before the next one, so memory does not grow with the model."""
     section, folder = config.quantization, MODEL.resolve_folder(MODEL.base_and_adapter(config.model.name)[0])
     raw = MODEL.read_json(folder / "config.json")
     foreign = MODEL.is_foreign(raw)  # transformers loads all weights at once
     stored = None if foreign else getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), torch.float32)
-    model, tokenizer = opened(config, dtype=stored)
+    model, tokenizer = load_original(config, dtype=stored)
     device = model.device
     dtype = MODEL._chosen_dtype(config.model.dtype, raw, model, device) or torch.float32
     dtype = MODEL.AUTOCAST.get(section.method, dtype)
-    flat = dtype if INFER.weight_bytes(model) > LARGE and not foreign else None
-    comparison = Comparison(config, model, tokenizer, flat)  # without held-out text, nothing is written
+    layerwise = dtype if INFER.weight_bytes(model) > LARGE and not foreign else None
+    comparison = Comparison(config, model, tokenizer, layerwise)  # fails without held-out text, before anything is written
     calibration = calibration_of(config, tokenizer, section.method, model.config.max_position_embeddings)
     settings = (section.method, section.group_size, calibration, section.exclude, section.lm_head)
-    with room_for(out):
+    with full_disk_error(out):
         if foreign:
             quantize(model, *settings)
             TOKENIZER.save(tokenizer, out, model.config.max_position_embeddings)
@@ -1894,7 +1894,7 @@ def shrink(config, out: Path) -> Comparison:
                 quantize(model, *settings, dtype, write)
                 TOKENIZER.save(tokenizer, out, model.config.max_position_embeddings)
     say(f"saved to {out}")
-    comparison.add("none", opened(config, dtype=stored if flat else None)[0])
+    comparison.add("none", load_original(config, dtype=stored if layerwise else None)[0])
     comparison.add(section.method, model if foreign else MODEL.load(out, dtype, device))
     return comparison
 
@@ -1902,11 +1902,9 @@ def shrink(config, out: Path) -> Comparison:
 def main(argv: list[str] | None = None) -> None:
     config = load_config(argv, SECTIONS, "quantization", ACTIONS, __doc__)
     section, actions = config.quantization, config.actions
-    if actions.to and not config.origins.get("quantization.method", "").startswith("command line"):
-        section.method = "none"  # the default is one for folders
     check_request(config)
     if actions.to:
-        export(*opened(config, actions.to != "gguf-lora"), actions.to, actions.out, section)
+        export(*load_original(config, actions.to != "gguf-lora"), actions.to, actions.out, section)
         return
     if actions.compare:
         comparison, folder = compare(config), Path(actions.out or config.model.name)
@@ -1914,9 +1912,9 @@ def main(argv: list[str] | None = None) -> None:
         comparison.plot((folder if actions.out or folder.is_dir() else Path()) / "compare.png")
         return
     if actions.out:
-        comparison = shrink(config, Path(actions.out))
+        comparison = quantize_to_folder(config, Path(actions.out))
     else:
-        comparison = original_alone(config)
+        comparison = compare_original(config)
         comparison.add(section.method, quantized(config, section.method, comparison.dtype)[0])
     print(comparison.table())
 

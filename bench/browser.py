@@ -1,10 +1,10 @@
-"""The exported ONNX model in a browser: serves bench/browser.html, or compares its greedy text with INFER.generate.
+"""Run an exported ONNX model in a browser: serve bench/browser.html, or compare its greedy completion with INFER.generate.
 
     python QUANT.py --model out --to onnx --out out/onnx
     python bench/browser.py --onnx out/onnx                   # serve the page at http://127.0.0.1:8124
     python bench/browser.py --onnx out/onnx --model out       # generate in headless Chromium, compare, write bench/browser.png
 
-transformers.js comes from npm into --npm at the first run; the page loads nothing from elsewhere.
+The first run installs transformers.js from npm into the folder --npm. The page loads nothing from other hosts.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def serve(onnx: Path, npm: Path) -> http.server.ThreadingHTTPServer:
 
 
 def open_page(driver):
-    """The page in headless Chromium, with the model loaded."""
+    """Open the page in headless Chromium and wait until the model is loaded."""
     from playwright.sync_api import expect
 
     page = driver.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS).new_page(viewport={"width": 800, "height": 560})
@@ -74,7 +74,7 @@ def open_page(driver):
 
 
 def generated(prompt: str, picture: Path) -> tuple[list[int], str]:
-    """The ids that the page generates, and its last line of state."""
+    """The token ids that the page generates, and its status line."""
     from playwright.sync_api import expect, sync_playwright
 
     with sync_playwright() as driver:
@@ -83,14 +83,14 @@ def generated(prompt: str, picture: Path) -> tuple[list[int], str]:
         page.locator("#run").click()
         expect(page.locator("#run[data-ids]")).to_be_enabled(timeout=120_000)
         page.screenshot(path=picture)
-        return [int(word) for word in page.locator("#run").get_attribute("data-ids").split()], page.locator("#state").inner_text()
+        return [int(number) for number in page.locator("#run").get_attribute("data-ids").split()], page.locator("#state").inner_text()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--onnx", type=Path, required=True, help="folder of QUANT.py --to onnx")
-    parser.add_argument("--model", help="folder that the ONNX model was made from; compares the texts")
-    parser.add_argument("--npm", type=Path, default=NPM, help="folder of the npm packages")
+    parser.add_argument("--model", help="folder of the original model; compares the completions")
+    parser.add_argument("--npm", type=Path, default=NPM, help="folder for npm packages")
     parser.add_argument("--prompt", default="Once upon a time")
     parser.add_argument("--picture", type=Path, default=ROOT / "bench/browser.png")
     options = parser.parse_args()
@@ -104,7 +104,7 @@ def main() -> None:
     prompt = TOKENIZER.encode_prompt(tokenizer, options.prompt)
     [[ours]] = INFER.generate(model, [prompt], INFER.Sampling(max_new_tokens=64, temperature=0))
     same = next((i for i, pair in enumerate(zip(ids, ours.ids)) if pair[0] != pair[1]), min(len(ids), len(ours.ids)))
-    print(f"browser: {state}; the first {same} of {len(ours.ids)} greedy tokens are those of INFER.generate")
+    print(f"browser: {state}; the first {same} of {len(ours.ids)} greedy tokens equal those of INFER.generate")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Generation speed, beside transformers' generate in the same run, on the same weights.
+"""Generation speed compared with transformers' generate, in the same run and with the same weights.
 
     python bench/infer.py                            # prefill, decode at batch 1 and 8 of the 374M shape, in bf16
     python bench/infer.py --cold-start MODEL         # seconds from a new process to the first token on stdout
@@ -35,7 +35,7 @@ def seconds(function) -> float:
 
 
 def memory_bandwidth(device: str) -> float:
-    """Bytes per second of reading one large tensor, far larger than any cache."""
+    """Bytes per second of reading a tensor that is far larger than any cache."""
     data = torch.zeros(2**28, dtype=torch.float32, device=device)
     data.sum()
     return data.numel() * 4 / min(seconds(lambda: data.sum().item()) for _ in range(5))
@@ -53,7 +53,7 @@ def speed(preset: str, prompt_length: int, new: int, batches: list[int], rounds:
     sampling = INFER.Sampling(max_new_tokens=1 + new, temperature=0, ignore_eos=True)
 
     def ours_times(batch: int) -> list[float]:
-        """Moments at which the batch's tokens were there, from the start of the prompt."""
+        """Seconds from the start of the prompt until each token of the whole batch."""
         rows = [row for group in INFER._make_rows(ours, prompt[:batch], [sampling] * batch, None, 0) for row in group]
         start, times = time.perf_counter(), []
         for _ in INFER._steps(ours, rows, True, batch):
@@ -64,36 +64,36 @@ def speed(preset: str, prompt_length: int, new: int, batches: list[int], rounds:
     def peer_times(batch: int) -> list[float]:
         ids, times = torch.tensor(prompt[:batch], device=device), []
 
-        def note(input_ids, scores, **_):
+        def record_time(input_ids, scores, **_):
             times.append(time.perf_counter() - start)
             return torch.zeros(len(input_ids), dtype=torch.bool, device=device)
 
         start = time.perf_counter()
         with torch.no_grad():
             peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1 + new, min_new_tokens=1 + new, do_sample=False,
-                          pad_token_id=0, stopping_criteria=[note])
+                          pad_token_id=0, stopping_criteria=[record_time])
         return times
 
     for batch in batches:
         runs = {"ours": ours_times, "transformers": peer_times}
-        first, decode = {who: [] for who in runs}, {who: [] for who in runs}
-        for turn in range(rounds + 1):
-            for who, run in runs.items():
+        prefill, decode = {name: [] for name in runs}, {name: [] for name in runs}
+        for number in range(rounds + 1):
+            for name, run in runs.items():
                 times = run(batch)
-                if turn:  # the first turn warms up
-                    first[who].append(batch * prompt_length / times[0])
-                    decode[who].append(batch * new / (times[-1] - times[0]))
-        for what, rates in (("prefill", first), ("decode", decode)):
+                if number:  # the first round warms up
+                    prefill[name].append(batch * prompt_length / times[0])
+                    decode[name].append(batch * new / (times[-1] - times[0]))
+        for phase, rates in (("prefill", prefill), ("decode", decode)):
             ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["transformers"], strict=True))
-            record = {"what": what, "batch": batch, "ours_tok_s": round(statistics.median(rates["ours"]), 1),
+            record = {"what": phase, "batch": batch, "ours_tok_s": round(statistics.median(rates["ours"]), 1),
                       "transformers_tok_s": round(statistics.median(rates["transformers"]), 1), "ratio": round(ratio, 3), "pairs": rounds}
-            if what == "decode" and batch == 1:
+            if phase == "decode" and batch == 1:
                 record |= {"memory_bound_tok_s": round(bound, 1), "share_of_bound": round(record["ours_tok_s"] / bound, 3)}
             print(json.dumps(record), flush=True)
 
 
 def cold_start(model: str, rounds: int) -> None:
-    """Whole processes: from the start of python to the first byte of the completion."""
+    """Seconds from the start of a Python process to the first byte of the completion."""
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -106,7 +106,7 @@ def cold_start(model: str, rounds: int) -> None:
 
 
 def encode(path: str, copies: int) -> None:
-    """TOKENIZER.py as a process of its own over `copies` copies of a file, with a 4k tokenizer trained before."""
+    """Run TOKENIZER.py in a new process on `copies` copies of a file, with a 4k tokenizer trained beforehand."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / f"big{Path(path).suffix}"
         with open(data, "wb") as out:

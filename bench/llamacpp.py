@@ -1,11 +1,11 @@
-"""GGUF files of QUANT.py in llama.cpp: the same greedy tokens as INFER.generate, and the same token ids of texts.
+"""Check the GGUF files of QUANT.py in llama.cpp: greedy tokens against INFER.generate, and token ids of texts.
 
-    python bench/llamacpp.py --llama PATH/bin/python              # small random models of each family, kinds of tokenizers
-    python bench/llamacpp.py --llama PATH/bin/python --model out  # a trained folder
+    python bench/llamacpp.py --llama PATH/bin/python              # small random models of each family, all kinds of tokenizers
+    python bench/llamacpp.py --llama PATH/bin/python --model out  # a trained model
 
-PATH is an environment with `xllamacpp`. Each model answers prompts of token ids with 64 greedy tokens, in F32 and with weights
-rounded to F16. Prompts whose answer changes with a little noise on the weights are left out. In the other types, the log-probabilities
-of the first token after each prompt are compared with those of the exact weights.
+PATH is an environment with `xllamacpp`. Each model completes prompts with 64 greedy tokens, in F32 and with weights rounded to F16.
+Prompts whose completion changes with a little noise on the weights are skipped. In the other types, the log-probabilities of the
+first token after each prompt are compared with those of the original weights.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 64
-NOISE = {"F32": 2e-5, "F16": 1e-3}  # relative; and 5 times this in nats between the best two tokens
-BOUND = {"F32": 1e-3, "F16": 0.05}  # on the difference of two log-probabilities
-MEAN_BOUND = {"BF16": 0.03, "Q8_0": 0.1, "Q5_1": 0.3, "Q5_0": 0.3, "Q4_1": 0.6, "Q4_0": 0.6}  # on their mean
+NOISE = {"F32": 2e-5, "F16": 1e-3}  # relative; the best two tokens must differ by 5 times this in nats
+BOUND = {"F32": 1e-3, "F16": 0.05}  # maximum difference of log-probabilities
+MEAN_BOUND = {"BF16": 0.03, "Q8_0": 0.1, "Q5_1": 0.3, "Q5_0": 0.3, "Q4_1": 0.6, "Q4_0": 0.6}  # maximum mean difference
 TEXT = ("Once upon a time, Zoë's dog didn't see 3 cats, 1234567 mice and 3.14 owls.\n\n  def f(x):\n\treturn x**2  # ok!!\n"
         "你好，世界！ Привет, мир. नमस्ते ŝafoj HTTPServer I'VE we'Ll\r\n 😀🚀👩‍👩‍👧 café naïve <b>x_y</b>   end \n")
 SHAPE = dict(vocab_size=512, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
@@ -57,7 +57,7 @@ MODELS = {
 
 
 def llama_cpp(job: dict) -> dict:
-    """Run by the other interpreter: llama.cpp's server answers a job."""
+    """Run a job in llama.cpp's server. The other interpreter calls this."""
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
@@ -69,20 +69,20 @@ def llama_cpp(job: dict) -> dict:
         settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(job["adapter"], 1.0)]
     server = xllamacpp.Server(settings)
 
-    def ask(path: str, **values) -> dict:
+    def post(path: str, **values) -> dict:
         request = urllib.request.Request(server.listening_address + path, json.dumps(values).encode())
         return json.loads(urllib.request.urlopen(request).read())
 
-    complete = partial(ask, "/completion", temperature=0, cache_prompt=False, return_tokens=True)
+    complete = partial(post, "/completion", temperature=0, cache_prompt=False, return_tokens=True)
     first = [complete(prompt=ids, n_predict=1, n_probs=2**20).get("completion_probabilities", [{}])[0]
-             for ids in job.get("prompts", [])]  # none at the end of a text
+             for ids in job.get("prompts", [])]  # no probabilities at the end of a text
     return {"tokens": [complete(prompt=ids, n_predict=TOKENS)["tokens"] for ids in job.get("prompts", [])],
-            "first": [{entry["id"]: entry["logprob"] for entry in place.get("top_logprobs", [])} for place in first],
-            "ids": [ask("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
+            "first": [{entry["id"]: entry["logprob"] for entry in token.get("top_logprobs", [])} for token in first],
+            "ids": [post("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
                     for text in job.get("texts", [])]}
 
 
-def answer(interpreter: str, **job) -> dict:
+def run_job(interpreter: str, **job) -> dict:
     run = subprocess.run([interpreter, __file__, "--run", json.dumps(job)], capture_output=True, text=True)
     lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -100,33 +100,33 @@ def make_model(shape: dict | str, stops: list[int]):
               if shape == "gpt2" else MODEL.ModelConfig(**{**SHAPE, **shape, **special}))
     model = MODEL.build(config, seed=1).eval()
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():  # norms and biases that matter
+        for name, tensor in model.state_dict().items():  # norms and biases that have an effect
             if tensor.dim() == 1:
                 tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
     return model
 
 
 def greedy(model, noise: float) -> tuple[list, list]:
-    """(prompts, answers) without those that change with a little noise on the weights: two tokens, or two experts of a router,
-    that are about equally good depend on rounding."""
+    """(prompts, completions) without those that change with a little noise on the weights, because rounding decides between two
+    tokens, or two experts of a router, with nearly equal scores."""
     import torch
 
     import INFER
 
-    dice = torch.Generator().manual_seed(0)
-    draw = lambda low, high, size: torch.randint(low, high, (size,), generator=dice).tolist()  # noqa: E731
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda low, high, size: torch.randint(low, high, (size,), generator=generator).tolist()  # noqa: E731
     prompts = [draw(5, model.config.vocab_size, length) for length in draw(3, 40, 24)]
     exact = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    answers = []
+    completions = []
     for scale in (noise, noise, 0):
         for name, tensor in model.state_dict().items():
-            tensor.copy_(exact[name] * (1 + scale * torch.randn(tensor.shape, generator=dice)))
+            tensor.copy_(exact[name] * (1 + scale * torch.randn(tensor.shape, generator=generator)))
         sampling = INFER.Sampling(TOKENS, 0, logprobs=True, top_logprobs=2)
-        answers.append([row for (row,) in INFER.generate(model, prompts, sampling)])
+        completions.append([row for (row,) in INFER.generate(model, prompts, sampling)])
     gap = lambda row: min(max(best.values()) - min(best.values()) for best in row.best)  # noqa: E731
-    clear = [i for i, rows in enumerate(zip(*answers, strict=True))
-             if all(row.ids == rows[0].ids and gap(row) > 5 * noise for row in rows)]
-    return [prompts[i] for i in clear], [answers[-1][i].ids for i in clear]
+    stable = [i for i, rows in enumerate(zip(*completions, strict=True))
+              if all(row.ids == rows[0].ids and gap(row) > 5 * noise for row in rows)]
+    return [prompts[i] for i in stable], [completions[-1][i].ids for i in stable]
 
 
 def differences(model, prompts: list, theirs: list):
@@ -134,17 +134,17 @@ def differences(model, prompts: list, theirs: list):
     import torch
 
     ours = [model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]
-    return torch.tensor([abs(row[int(i)].item() - value) for row, place in zip(ours, theirs, strict=True)
-                         for i, value in place.items()])
+    return torch.tensor([abs(row[int(i)].item() - value) for row, logprobs in zip(ours, theirs, strict=True)
+                         for i, value in logprobs.items()])
 
 
 def compare(interpreter: str, label: str, model, tokenizer, folder: Path, adapter: bool = False, texts: tuple = ()) -> bool:
-    """Print a line for each type; whether all agreed."""
+    """Compare a model in each type and print a line per type. Returns whether all agree."""
     import MODEL
     import QUANT
 
     good, stops, job, exported = True, set(model.config.eos_ids), {}, model
-    rough = model.config.hidden_act != "silu"  # llama.cpp looks GELU up in a table of 16 bits
+    approximate = model.config.hidden_act != "silu"  # llama.cpp computes GELU with a 16-bit table
     if adapter:
         QUANT.export_gguf_adapter(model, tokenizer, folder / "adapter", QUANT.QuantizationSection())
         job = {"adapter": str(folder / "adapter/adapter.gguf")}
@@ -155,20 +155,20 @@ def compare(interpreter: str, label: str, model, tokenizer, folder: Path, adapte
         for tensor in model.state_dict().values() if kind == "F16" else ():
             if tensor.dim() > 1:
                 tensor.copy_(tensor.half().float())
-        prompts, ours = greedy(model, NOISE["F16" if rough else kind])
+        prompts, ours = greedy(model, NOISE["F16" if approximate else kind])
         QUANT.export_gguf(exported, tokenizer, folder / "model", QUANT.QuantizationSection(gguf_type=kind))
-        theirs = answer(interpreter, gguf=str(folder / "model/model.gguf"), prompts=prompts, texts=texts, **job)
+        theirs = run_job(interpreter, gguf=str(folder / "model/model.gguf"), prompts=prompts, texts=texts, **job)
         same = [[i for i in a if i not in stops] == [i for i in b if i not in stops]
                 for a, b in zip(ours, theirs["tokens"], strict=True)]
         split = [theirs["ids"][i] == tokenizer(text).input_ids for i, text in enumerate(texts)]
-        apart = float(differences(model, prompts, theirs["first"]).max())
-        print(f"{label:32} {kind}: {sum(same)} of {len(same)} answers equal ({sum(map(len, ours))} tokens), log-probabilities "
-              f"differ by {apart:.1e} at most" + (f", {sum(split)} of {len(split)} texts equal" if texts else ""), flush=True)
-        good = good and all(same) and bool(same) and all(split) and apart < BOUND["F16" if rough else kind]
+        difference = float(differences(model, prompts, theirs["first"]).max())
+        print(f"{label:32} {kind}: {sum(same)} of {len(same)} completions equal ({sum(map(len, ours))} tokens), log-probabilities "
+              f"differ by at most {difference:.1e}" + (f", {sum(split)} of {len(split)} texts equal" if texts else ""), flush=True)
+        good = good and all(same) and bool(same) and all(split) and difference < BOUND["F16" if approximate else kind]
     means = {}
     for kind in () if adapter else MEAN_BOUND:
         QUANT.export_gguf(exported, tokenizer, folder / "model", QUANT.QuantizationSection(gguf_type=kind))
-        theirs = answer(interpreter, gguf=str(folder / "model/model.gguf"), prompts=prompts)
+        theirs = run_job(interpreter, gguf=str(folder / "model/model.gguf"), prompts=prompts)
         means[kind] = float(differences(model, prompts, theirs["first"]).mean())
     if means:
         print(f"{label:32} mean difference of log-probabilities: " + ", ".join(f"{kind} {mean:.3f}" for kind, mean in means.items()))
@@ -176,7 +176,7 @@ def compare(interpreter: str, label: str, model, tokenizer, folder: Path, adapte
 
 
 def make_tokenizers() -> dict:
-    """Trained on the spot: TOKENIZER.py's kinds, SentencePiece's BPE, and a BPE for each pre-tokenizer of llama.cpp."""
+    """Train tokenizers: TOKENIZER.py's kinds, SentencePiece's BPE, and a BPE for each pre-tokenizer of llama.cpp."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -215,8 +215,8 @@ def make_tokenizers() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama", metavar="PYTHON", help="the interpreter of an environment with xllamacpp")
-    parser.add_argument("--model", help="a trained folder instead of random models")
+    parser.add_argument("--llama", metavar="PYTHON", help="Python interpreter of an environment with xllamacpp")
+    parser.add_argument("--model", help="folder of a trained model; without it, random models")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -255,10 +255,10 @@ def main() -> None:
             if label == "char":  # without unknown characters
                 lines = [text for text in texts if tokenizer.unk_token_id not in tokenizer(text).input_ids]
             QUANT.export_gguf(model, tokenizer, folder / "tokenizer", QUANT.QuantizationSection())
-            theirs = answer(options.llama, gguf=str(folder / "tokenizer/model.gguf"), texts=lines)["ids"]
+            theirs = run_job(options.llama, gguf=str(folder / "tokenizer/model.gguf"), texts=lines)["ids"]
             wrong = [text for text, ids in zip(lines, theirs, strict=True) if ids != tokenizer(text).input_ids]
             print(f"tokenizer {label:14} {len(lines) - len(wrong)} of {len(lines)} texts equal"
-                  + (f"; not {wrong[:3]!r}" if wrong else ""))
+                  + (f"; different: {wrong[:3]!r}" if wrong else ""))
             good &= not wrong
     sys.exit(0 if good else 1)
 

@@ -1,11 +1,11 @@
-"""One model in every form: the methods of `QUANT.py --compare`, and its exports in the runtimes that they are made for.
+"""Compare all methods of `QUANT.py --compare`, and the exports in their runtimes.
 
-    python bench/quant.py --model out                         # prints the table, draws bench/compare.png
+    python bench/quant.py --model out                         # prints the table and plots bench/compare.png
 
-Takes the settings of QUANT.py. The other runtimes run on the CPU, with as many threads as torch: llama.cpp, onnxruntime,
-OpenVINO, and transformers.js in headless Chromium. The rows of a runtime that is not installed are left out, and a line on stderr
-says what to install. optimum-intel may need an older transformers than this project: install it into a separate environment whose
-bin folder is on PATH.
+Accepts the settings of QUANT.py. The other runtimes run on the CPU, with as many threads as torch: llama.cpp, onnxruntime,
+OpenVINO, and transformers.js in headless Chromium. Runtimes that are not installed are skipped, and a line on stderr names the
+packages to install. If optimum-intel needs an older transformers than this project, install it in a separate environment and add
+its bin folder to PATH.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from MODEL import UserError, say
 
 
 class OnnxRuntime:
-    needs = {}  # beyond what the export needs
+    needs = {}  # {module or program: command to install it}, besides the requirements of the export
     files = "onnx/*"
 
     def __init__(self, folder: Path, context: int):
@@ -51,9 +51,9 @@ class OnnxRuntime:
         states = self.session.get_inputs()[3:]
         past = past or {state.name: np.zeros((1, state.shape[1], 0, state.shape[3]), np.float32) for state in states}
         before = past[states[0].name].shape[2]
-        given = {"input_ids": np.array([ids]), "position_ids": np.arange(before, before + len(ids))[None],
-                 "attention_mask": np.ones((1, before + len(ids)), np.int64)}
-        logits, *new = self.session.run(None, {**given, **past})
+        inputs = {"input_ids": np.array([ids]), "position_ids": np.arange(before, before + len(ids))[None],
+                  "attention_mask": np.ones((1, before + len(ids)), np.int64)}
+        logits, *new = self.session.run(None, {**inputs, **past})
         return torch.from_numpy(logits[0]), dict(zip(past, new, strict=True))
 
     def logits(self, ids: list[int]) -> Tensor:
@@ -84,11 +84,11 @@ class OpenVINO:
 
     def logits(self, ids: list[int]) -> Tensor:
         row = np.array([ids])
-        given = {"input_ids": row, "attention_mask": np.ones_like(row), "position_ids": np.arange(len(ids))[None],
-                 "beam_idx": np.zeros(1, np.int32)}
-        inputs = {name for port in self.request.model_inputs for name in port.names}
+        inputs = {"input_ids": row, "attention_mask": np.ones_like(row), "position_ids": np.arange(len(ids))[None],
+                  "beam_idx": np.zeros(1, np.int32)}
+        names = {name for port in self.request.model_inputs for name in port.names}
         self.request.reset_state()
-        return torch.from_numpy(self.request.infer({name: given[name] for name in inputs})["logits"][0].copy())
+        return torch.from_numpy(self.request.infer({name: inputs[name] for name in names})["logits"][0].copy())
 
     def times(self, prompt: list[int], count: int) -> list[float]:
         found = self.pipeline.generate(self.tensor(np.array([prompt])), max_new_tokens=count, ignore_eos=True, do_sample=False)
@@ -105,26 +105,26 @@ class LlamaCpp:
 
         settings = xllamacpp.CommonParams()
         settings.model.path, settings.port, settings.n_parallel = str(folder / "model.gguf"), 0, 1
-        settings.n_ctx, settings.verbosity = context + 64, 1  # a token is generated after a full context; only errors
+        settings.n_ctx, settings.verbosity = context + 64, 1  # room for a token after a full context; log only errors
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
         self.server = xllamacpp.Server(settings)
-        self.letter = self.ask("/tokenize", content="a")["tokens"][-1]
+        self.letter = self.post("/tokenize", content="a")["tokens"][-1]
 
-    def ask(self, path: str, **values) -> dict:
+    def post(self, path: str, **values) -> dict:
         request = urllib.request.Request(self.server.listening_address + path, json.dumps(values).encode())
         return json.loads(urllib.request.urlopen(request).read())
 
     def complete(self, prompt: list[int], count: int, **values) -> dict:
-        return self.ask("/completion", prompt=prompt, n_predict=count, temperature=0, ignore_eos=True, **values)
+        return self.post("/completion", prompt=prompt, n_predict=count, temperature=0, ignore_eos=True, **values)
 
     def logits(self, ids: list[int]) -> Tensor:
-        """Log-probabilities; the server returns those of one position, before `logit_bias`. A letter is forced, since there are
-        none with a token that is part of a character."""
+        """Log-probabilities. The server returns those of one position, before `logit_bias`. A letter is forced, because for a token
+        that is part of a character the server returns none."""
         rows, settings = [], {"n_probs": 2**20, "cache_prompt": True, "logit_bias": [[self.letter, 1000]]}
         for length in range(1, len(ids) + 1):
-            [place] = self.complete(ids[:length], 1, **settings)["completion_probabilities"]
-            best = sorted((entry["id"], entry["logprob"]) for entry in place["top_logprobs"])
-            rows.append([value for _, value in best])
+            [token] = self.complete(ids[:length], 1, **settings)["completion_probabilities"]
+            pairs = sorted((entry["id"], entry["logprob"]) for entry in token["top_logprobs"])
+            rows.append([value for _, value in pairs])
         return torch.tensor(rows)
 
     def times(self, prompt: list[int], count: int) -> list[float]:
@@ -135,7 +135,7 @@ class LlamaCpp:
 class Browser:
     needs = {"playwright": "pip install playwright", "chromium": "apt-get install chromium", "npm": "apt-get install npm"}
     files = "onnx/*"
-    logits = None  # stay in the page
+    logits = None  # not available outside the page
 
     def __init__(self, folder: Path, context: int):
         import browser
@@ -155,7 +155,7 @@ class Browser:
         self.server.server_close()
 
 
-# (target of QUANT.py --to, its settings, {row: runtime})
+# (format of QUANT.py --to, its settings, {row: runtime})
 EXPORTS = [
     *(("gguf", {"method": "none", "gguf_type": kind}, {f"llama.cpp {kind}": LlamaCpp}) for kind in ("F16", "Q8_0", "Q4_0")),
     *(("onnx", {"method": method}, {f"onnxruntime {name}": OnnxRuntime, f"browser {name}": Browser})
@@ -163,7 +163,7 @@ EXPORTS = [
     *(("openvino", {"method": method}, {f"OpenVINO {name}": OpenVINO})
       for method, name in (("none", "fp16"), ("int8", "int8"), ("int4", "int4"))),
 ]
-LARGE = 4096  # tokens in a vocabulary whose probabilities take llama.cpp's server too long to print
+LARGE = 4096  # maximum vocabulary size for llama.cpp's logits, as its server is slow at printing probabilities
 
 
 def add(comparison: QUANT.Comparison, name: str, runtime: type, folder: Path) -> None:
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     config = MODEL.load_config(argv, QUANT.SECTIONS, "quantization", QUANT.ACTIONS, __doc__)
     config.actions.compare = True
     QUANT.check_request(config)
-    comparison, (model, tokenizer) = QUANT.compare(config), QUANT.opened(config)
+    comparison, (model, tokenizer) = QUANT.compare(config), QUANT.load_original(config)
     model.cpu().float()
     for form, settings, runtimes in EXPORTS:
         with tempfile.TemporaryDirectory() as folder:
@@ -194,8 +194,8 @@ def main(argv: list[str] | None = None) -> None:
                         QUANT.export(model, tokenizer, form, folder, QUANT.QuantizationSection(**settings))
                     say(f"{name}: measuring")
                     add(comparison, name, runtime, Path(folder))
-                except Exception as error:  # of another program
-                    say(f"{name} is left out: {MODEL.first_line(error)}")
+                except Exception as error:  # raised by another program
+                    say(f"skipped {name}: {MODEL.first_line(error)}")
     print(comparison.table())
     comparison.plot(Path(config.actions.out or ROOT / "bench") / "compare.png")
 

@@ -1,13 +1,13 @@
 """The engine and the server under load.
 
-    python bench/serve.py soak --model out/sft --minutes 10 --clients 64     # clients that ask, stream, go away, overrun and send nonsense
-    python bench/serve.py prefix                     # seconds to the first token behind a beginning that is known, and that is not
-    python bench/serve.py overhead                   # all but the forward pass, as a share of a step at 16 sequences
-    python bench/serve.py streams --model out/sft    # the time between the tokens of 50 concurrent streams
-    python bench/serve.py lookup --preset llama-134m # prompt look-up on text that repeats itself
+    python bench/serve.py soak --model out/sft --minutes 10 --clients 64     # valid, canceled, oversized and malformed requests
+    python bench/serve.py prefix                     # time to first token with and without a cached prefix
+    python bench/serve.py overhead                   # fraction of a step outside the forward pass, at 16 sequences
+    python bench/serve.py streams --model out/sft    # time between the tokens of 50 concurrent streams
+    python bench/serve.py lookup --preset llama-134m # prompt lookup decoding on repetitive text
 
-soak: every whole answer is compared with the one that was computed alone before; memory after the first minute and at the end;
-at the end nothing may run, wait or hold a page.
+soak: every complete response is compared with a completion that was computed alone before. It prints the memory after the first
+minute and at the end. At the end no request may run or wait, and no page may be in use.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ URL = f"http://127.0.0.1:{PORT}"
 
 
 def resident(pid: int) -> float:
-    """MB"""
+    """Resident memory of a process in MB."""
     return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")) / 1000
 
 
@@ -49,43 +49,44 @@ def soak(options) -> None:
 
     session = INFER.load(options.model, temperature=0)
     words = Path(ROOT / "data/train.txt").read_text().split()
-    dice = random.Random(0)
-    asked = [" ".join(words[start : start + dice.randint(1, 60)]) for start in (dice.randrange(len(words) - 60) for _ in range(40))]
-    sampling = INFER.Sampling(dice.randint(20, 60), 0)
-    right = [one.text for [one] in INFER.generate(session.model, [TOKENIZER.encode_prompt(session.tokenizer, text) for text in asked], sampling, session.tokenizer)]
-    seen: Counter = Counter()
+    rng = random.Random(0)
+    prompts = [" ".join(words[start : start + rng.randint(1, 60)]) for start in (rng.randrange(len(words) - 60) for _ in range(40))]
+    sampling = INFER.Sampling(rng.randint(20, 60), 0)
+    ids = [TOKENIZER.encode_prompt(session.tokenizer, prompt) for prompt in prompts]
+    expected = [completion.text for [completion] in INFER.generate(session.model, ids, sampling, session.tokenizer)]
+    counts: Counter = Counter()
 
     async def client(number: int, http, until: float) -> None:
-        own = random.Random(number)
+        rng = random.Random(number)
         while time.time() < until:
-            which, kind = own.randrange(len(asked)), own.choice(["whole", "whole", "stream", "stream", "cancel", "cancel", "overrun", "nonsense"])
-            body = {"prompt": asked[which], "max_tokens": sampling.max_new_tokens, "temperature": 0}
+            i, kind = rng.randrange(len(prompts)), rng.choice(["whole", "whole", "stream", "stream", "cancel", "cancel", "oversized", "malformed"])
+            body = {"prompt": prompts[i], "max_tokens": sampling.max_new_tokens, "temperature": 0}
             try:
                 if kind == "whole":
-                    answer = await http.post(f"{URL}/v1/completions", json=body)
-                    seen[f"whole {answer.status_code}"] += 1
-                    if answer.status_code == 200 and answer.json()["choices"][0]["text"] != right[which]:
-                        seen["WRONG"] += 1
+                    response = await http.post(f"{URL}/v1/completions", json=body)
+                    counts[f"whole {response.status_code}"] += 1
+                    if response.status_code == 200 and response.json()["choices"][0]["text"] != expected[i]:
+                        counts["WRONG"] += 1
                 elif kind in ("stream", "cancel"):
-                    async with http.stream("POST", f"{URL}/v1/completions", json={**body, "stream": True}) as answer:
-                        seen[f"{kind} {answer.status_code}"] += 1
+                    async with http.stream("POST", f"{URL}/v1/completions", json={**body, "stream": True}) as response:
+                        counts[f"{kind} {response.status_code}"] += 1
                         text, ended = "", False
-                        async for line in answer.aiter_lines():
-                            if kind == "cancel" and own.random() < 0.2:
+                        async for line in response.aiter_lines():
+                            if kind == "cancel" and rng.random() < 0.2:
                                 break
                             ended |= line == "data: [DONE]"
-                            if answer.status_code == 200 and line.startswith("data: {"):
+                            if response.status_code == 200 and line.startswith("data: {"):
                                 text += json.loads(line[6:])["choices"][0]["text"]
-                        if kind == "stream" and answer.status_code == 200 and (text != right[which] or not ended):
-                            seen["WRONG"] += 1
-                elif kind == "overrun":
-                    bad = own.choice([{**body, "prompt": "the old owl " * 2000}, {**body, "n": 100_000}, {**body, "max_tokens": 10**9}])
-                    seen[f"overrun {(await http.post(f'{URL}/v1/completions', json=bad)).status_code}"] += 1
+                        if kind == "stream" and response.status_code == 200 and (text != expected[i] or not ended):
+                            counts["WRONG"] += 1
+                elif kind == "oversized":
+                    bad = rng.choice([{**body, "prompt": "the old owl " * 2000}, {**body, "n": 100_000}, {**body, "max_tokens": 10**9}])
+                    counts[f"oversized {(await http.post(f'{URL}/v1/completions', json=bad)).status_code}"] += 1
                 else:
-                    bad = own.choice([b"{", b"\xff\xfe", b"[]", b'{"prompt": 5}', b'{"prompt": "a", "temperature": "hot"}', os.urandom(1000)])
-                    seen[f"nonsense {(await http.post(f'{URL}/v1/completions', content=bad)).status_code}"] += 1
+                    bad = rng.choice([b"{", b"\xff\xfe", b"[]", b'{"prompt": 5}', b'{"prompt": "a", "temperature": "hot"}', os.urandom(1000)])
+                    counts[f"malformed {(await http.post(f'{URL}/v1/completions', content=bad)).status_code}"] += 1
             except httpx.HTTPError as error:
-                seen[f"WRONG {type(error).__name__}"] += 1
+                counts[f"WRONG {type(error).__name__}"] += 1
 
     async def run() -> None:
         async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=options.clients)) as http:
@@ -99,11 +100,11 @@ def soak(options) -> None:
 
             await asyncio.gather(watch(), *(client(i, http, until) for i in range(options.clients)))
             await asyncio.sleep(2)
-            figures = (await http.get(f"{URL}/metrics")).text
-        print(dict(sorted(seen.items())))
+            metrics = (await http.get(f"{URL}/metrics")).text
+        print(dict(sorted(counts.items())))
         print(f"memory: {memory[min(5, len(memory) - 1)]:.0f} MB after a minute, {memory[-1]:.0f} MB at the end")
         for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "generation_tokens_total"):
-            print(next(line for line in figures.splitlines() if line.startswith(f"vllm:{name} ")))
+            print(next(line for line in metrics.splitlines() if line.startswith(f"vllm:{name} ")))
 
     with serving(options, "--max-num-seqs", "16", "--max-queue", str(options.clients // 2)) as server:
         asyncio.run(run())
@@ -124,7 +125,7 @@ async def ready(http) -> None:
         try:
             await http.get(f"{URL}/health")
             break
-        except Exception:  # of httpx: the server is not there yet
+        except Exception:  # raised by httpx: the server is not ready yet
             await asyncio.sleep(0.1)
 
 
@@ -136,9 +137,9 @@ def streams(options) -> None:
 
     async def client(number: int, http) -> None:
         body = {"prompt": f"The {number}", "max_tokens": 200, "temperature": 0.8, "seed": number, "ignore_eos": True, "stream": True}
-        async with http.stream("POST", f"{URL}/v1/completions", json=body) as answer:
+        async with http.stream("POST", f"{URL}/v1/completions", json=body) as response:
             last = None
-            async for line in answer.aiter_lines():
+            async for line in response.aiter_lines():
                 if line.startswith("data: {"):
                     now = time.perf_counter()
                     gaps.extend([1000 * (now - last)] if last else [])
@@ -152,30 +153,30 @@ def streams(options) -> None:
     with serving(options, "--max-num-seqs", "50"):
         asyncio.run(run())
     gaps.sort()
-    middle, high = gaps[len(gaps) // 2], gaps[len(gaps) * 99 // 100]
-    print(f"50 streams, {len(gaps)} gaps: median {middle:.1f} ms, 99th percentile {high:.1f} ms ({high / middle:.1f} medians), longest {gaps[-1]:.0f} ms")
+    median, high = gaps[len(gaps) // 2], gaps[len(gaps) * 99 // 100]
+    print(f"50 streams, {len(gaps)} gaps: median {median:.1f} ms, 99th percentile {high:.1f} ms ({high / median:.1f} medians), maximum {gaps[-1]:.0f} ms")
 
 
 def lookup(options) -> None:
-    """Greedy text of random weights soon repeats itself. Tokens per second of one sequence without and with prompt look-up."""
-    model, speeds, texts = shaped(options.preset), {}, {}
+    """Tokens per second of one sequence without and with prompt lookup decoding. Greedy completions of random weights soon repeat."""
+    model, speeds, completions = build(options.preset), {}, {}
     for _ in range(options.rounds):
-        for guesses in (0, 4):
-            drafter = INFER.PromptLookup(guesses) if guesses else None
+        for drafts in (0, 4):
+            drafter = INFER.PromptLookup(drafts) if drafts else None
             engine = INFER.Engine(model, 1, 8, INFER.PAGE, drafter=drafter)
             [row] = rows_of(model, [list(range(5, 25))], 200)
             engine.add([row])
             start = time.perf_counter()
             while engine.busy:
                 engine.step()
-            speeds.setdefault(guesses, []).append(200 / (time.perf_counter() - start))
-            texts[guesses] = row.ids
-    without, with_guesses = (sorted(speeds[guesses])[options.rounds // 2] for guesses in (0, 4))
-    assert texts[0] == texts[4]
-    print(f"prompt look-up: {without:.1f} -> {with_guesses:.1f} tokens/s ({with_guesses / without:.2f}x), {drafter.accepted} of {drafter.drafted} guesses accepted")
+            speeds.setdefault(drafts, []).append(200 / (time.perf_counter() - start))
+            completions[drafts] = row.ids
+    without, with_drafts = (sorted(speeds[drafts])[options.rounds // 2] for drafts in (0, 4))
+    assert completions[0] == completions[4]
+    print(f"prompt lookup: {without:.1f} -> {with_drafts:.1f} tokens/s ({with_drafts / without:.2f}x), {drafter.accepted} of {drafter.drafted} draft tokens accepted")
 
 
-def shaped(preset: str):
+def build(preset: str):
     model = MODEL.build(preset).to(torch.bfloat16 if MODEL.fast_half("cpu") or torch.cuda.is_available() else torch.float32)
     return INFER.configure_for_hardware(model, "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -186,42 +187,42 @@ def rows_of(model, prompts: list[list[int]], count: int) -> list[INFER.Row]:
 
 
 def prefix(options) -> None:
-    """The time of the first token of prompts that share 1,000 tokens: of the first, and of the later ones (a median)."""
-    model, dice = shaped(options.preset), random.Random(0)
+    """Time to first token of prompts that share 1,000 tokens: of the first prompt, and the median of the others."""
+    model, rng = build(options.preset), random.Random(0)
     engine = INFER.Engine(model, 4, 80, INFER.PAGE, 512, reuse=True)
-    common, times = [dice.randrange(5, 1000) for _ in range(1000)], []
+    common, times = [rng.randrange(5, 1000) for _ in range(1000)], []
     for _ in range(options.rounds + 1):
-        [row] = rows_of(model, [common + [dice.randrange(5, 1000) for _ in range(10)]], 1)
+        [row] = rows_of(model, [common + [rng.randrange(5, 1000) for _ in range(10)]], 1)
         start = time.perf_counter()
         engine.add([row])
         while engine.busy:
             engine.step()
         times.append(time.perf_counter() - start)
-    known = sorted(times[1:])[len(times[1:]) // 2]
-    print(f"first token: {times[0]:.3f} s, with 1,000 known tokens {known:.3f} s ({times[0] / known:.1f}x)")
+    cached = sorted(times[1:])[len(times[1:]) // 2]
+    print(f"first token: {times[0]:.3f} s, with 1,000 cached tokens {cached:.3f} s ({times[0] / cached:.1f}x)")
 
 
 def overhead(options) -> None:
     """Medians over 100 steps of 16 sequences."""
-    model, dice, inside = shaped(options.preset), random.Random(0), []
+    model, rng, inside = build(options.preset), random.Random(0), []
     forward = model.forward
 
-    def timed(*words, **more):
+    def timed(*args, **kwargs):
         start = time.perf_counter()
-        out = forward(*words, **more)
+        out = forward(*args, **kwargs)
         inside.append(time.perf_counter() - start)
         return out
 
     model.forward = timed
     engine = INFER.Engine(model, 16, 16 * 8, INFER.PAGE)
-    engine.add(rows_of(model, [[dice.randrange(5, 1000) for _ in range(dice.randint(10, 100))] for _ in range(16)], 110))
+    engine.add(rows_of(model, [[rng.randrange(5, 1000) for _ in range(rng.randint(10, 100))] for _ in range(16)], 110))
     whole = []
     while engine.busy:
         start = time.perf_counter()
         engine.step()
         whole.append(time.perf_counter() - start)
     shares = sorted(1 - a / b for a, b in zip(inside[5:], whole[5:], strict=True))
-    print(f"a step of 16: {1e3 * sorted(whole)[len(whole) // 2]:.1f} ms, of which all but the forward {shares[len(shares) // 2]:.1%}")
+    print(f"a step of 16 sequences: {1e3 * sorted(whole)[len(whole) // 2]:.1f} ms, outside the forward pass {shares[len(shares) // 2]:.1%}")
 
 
 def main() -> None:
@@ -232,7 +233,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="soak: the rest of the line goes to INFER.py")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="soak and streams: pass the remaining arguments to INFER.py")
     options = parser.parse_args()
     print(machine("cuda" if torch.cuda.is_available() else "cpu"))
     {"soak": soak, "prefix": prefix, "overhead": overhead, "streams": streams, "lookup": lookup}[options.what](options)

@@ -1,4 +1,4 @@
-"""Exports: each file computes what the model computes, in the runtime that it is made for."""
+"""Exports: each file gives the outputs of the model in its runtime."""
 
 import copy
 import json
@@ -50,11 +50,11 @@ def tokenizer():
     return TOKENIZER.train(["a small text"] * 4, 64, "char")
 
 
-# ---------------------------------------------------------------------------------------- files that need torch alone
+# ----------------------------------------------------------------------------------------- files that need only torch
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_torch_files_give_the_logits_of_every_length(family, tmp_path):
+def test_torch_files_compute_the_logits_of_every_length(family, tmp_path):
     model = tiny(family)
     QUANT.EXPORTS["torch-export"](model, None, tmp_path / "program", section())
     QUANT.EXPORTS["torchscript"](model, None, tmp_path / "script", section())
@@ -67,7 +67,7 @@ def test_torch_files_give_the_logits_of_every_length(family, tmp_path):
                 torch.testing.assert_close(run(ids), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_torch_files_run_where_only_torch_is_imported(tmp_path):
+def test_torch_files_need_only_torch(tmp_path):
     model = tiny("llama")
     QUANT.EXPORTS["torch-export"](model, None, tmp_path / "program.pt2", section())
     QUANT.EXPORTS["torchscript"](model, None, tmp_path / "script", section())
@@ -86,7 +86,7 @@ assert not {{"MODEL", "QUANT", "transformers"}} & set(sys.modules)
     assert json.loads(done.stdout) == [expected, expected]
 
 
-def test_the_model_is_left_as_it_was(tmp_path):
+def test_an_export_does_not_change_the_model(tmp_path):
     model = tiny("mixtral")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     QUANT.EXPORTS["torchscript"](model, None, tmp_path / "script", section())
@@ -96,7 +96,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["torch-export", "aotinductor", "torchscript", "onnx", "openvino"])
-def test_a_model_that_no_export_expresses_is_refused(to, tokenizer, tmp_path):
+def test_encoders_and_classifiers_are_rejected(to, tokenizer, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     encoder = MODEL.build("bert-2m")
@@ -111,10 +111,10 @@ def test_a_model_that_no_export_expresses_is_refused(to, tokenizer, tmp_path):
 
 
 def start(path):
-    """A session of onnxruntime and its inputs without past tokens, for B rows."""
+    """A session of onnxruntime, and a function that makes its inputs without past tokens for B rows."""
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return session, lambda rows: {one.name: torch.zeros(rows, one.shape[1], 0, one.shape[3]).numpy() for one in session.get_inputs()[3:]}
+    return session, lambda rows: {state.name: torch.zeros(rows, state.shape[1], 0, state.shape[3]).numpy() for state in session.get_inputs()[3:]}
 
 
 def step(session, ids: torch.Tensor, mask: torch.Tensor, past: dict) -> tuple[torch.Tensor, dict]:
@@ -137,7 +137,7 @@ def greedy_onnx(path, prompt: list[int], count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def mistral():
-    """A model with grouped keys and a sliding window, and its ONNX graph with the output head apart."""
+    """A model with grouped keys and a sliding window, and its ONNX graph with an untied output head."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = tiny("mistral", tie_word_embeddings=True)
@@ -146,30 +146,30 @@ def mistral():
 
 
 @pytest.fixture
-def ready(mistral, monkeypatch):
-    """The model, whose graph is not made again by each export."""
+def onnx_model(mistral, monkeypatch):
+    """The model, with its graph reused by each export."""
     monkeypatch.setattr(QUANT, "onnx_graph", lambda model, untied: copy.deepcopy(mistral[1]))
     return mistral[0]
 
 
-def test_the_onnx_folder_generates_the_same_text(ready, tokenizer, tmp_path):
+def test_the_onnx_folder_generates_the_same_completion(onnx_model, tokenizer, tmp_path):
     """With the names and files that onnxruntime-genai and transformers.js read."""
-    QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section())
+    QUANT.EXPORTS["onnx"](onnx_model, tokenizer, tmp_path, section())
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert names >= {"onnx/model.onnx", "config.json", "generation_config.json", "tokenizer.json", "genai_config.json"}
     assert not any("safetensors" in name for name in names)
     session, _ = start(tmp_path / "onnx/model.onnx")
     states = [f"{layer}.{kind}" for layer in range(2) for kind in ("key", "value")]
-    given = {one.name: one.shape for one in session.get_inputs()}
-    assert list(given) == ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{state}" for state in states)]
-    assert given["past_key_values.0.key"] == ["batch_size", 2, "past_sequence_length", 8]
-    assert [one.name for one in session.get_outputs()] == ["logits", *(f"present.{state}" for state in states)]
-    assert greedy_onnx(tmp_path / "onnx/model.onnx", PROMPT, 40) == greedy(ready, PROMPT, 40)
+    inputs = {value.name: value.shape for value in session.get_inputs()}
+    assert list(inputs) == ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{state}" for state in states)]
+    assert inputs["past_key_values.0.key"] == ["batch_size", 2, "past_sequence_length", 8]
+    assert [value.name for value in session.get_outputs()] == ["logits", *(f"present.{state}" for state in states)]
+    assert greedy_onnx(tmp_path / "onnx/model.onnx", PROMPT, 40) == greedy(onnx_model, PROMPT, 40)
     assert b"test_export" not in (tmp_path / "onnx/model.onnx").read_bytes()  # no stack traces
 
 
-def test_onnx_rows_with_left_padding_are_independent(ready, tokenizer, tmp_path):
-    QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section())
+def test_onnx_rows_with_left_padding_are_independent(onnx_model, tokenizer, tmp_path):
+    QUANT.EXPORTS["onnx"](onnx_model, tokenizer, tmp_path, section())
     session, empty = start(tmp_path / "onnx/model.onnx")
     rows = [PROMPT * 2, PROMPT[1:4]]
     ids, mask = torch.zeros(2, 2, 10, dtype=torch.long)
@@ -180,14 +180,14 @@ def test_onnx_rows_with_left_padding_are_independent(ready, tokenizer, tmp_path)
         logits, past = step(session, ids[:, -(1 if past["past_key_values.0.key"].shape[2] else 10) :], mask, past)
         ids = torch.cat((ids, logits[:, -1:].argmax(-1)), 1)
         mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), 1)
-    assert [row[-12:] for row in ids.tolist()] == [greedy(ready, prompt, 12) for prompt in rows]
+    assert [row[-12:] for row in ids.tolist()] == [greedy(onnx_model, prompt, 12) for prompt in rows]
 
 
 @pytest.mark.parametrize("method, name, product", [("int8", "model_quantized", "MatMulInteger"), ("int4", "model_q4", "MatMulNBits")])
-def test_quantized_onnx(method, name, product, ready, tokenizer, tmp_path):
-    """Every weight matrix is quantized, the output head too, and the logits stay near."""
+def test_quantized_onnx(method, name, product, onnx_model, tokenizer, tmp_path):
+    """All weight matrices are quantized, including the output head, and the logits stay close."""
     onnx = pytest.importorskip("onnx")
-    QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section(method))
+    QUANT.EXPORTS["onnx"](onnx_model, tokenizer, tmp_path, section(method))
     path = tmp_path / f"onnx/{name}.onnx"
     products = [node.op_type for node in onnx.load(path).graph.node if "MatMul" in node.op_type]
     assert products.count(product) == 2 * 7 + 1
@@ -197,17 +197,17 @@ def test_quantized_onnx(method, name, product, ready, tokenizer, tmp_path):
     session, empty = start(path)
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
-        expected = ready(ids).logits
+        expected = onnx_model(ids).logits
     logits, _ = step(session, ids, torch.ones_like(ids), empty(1))
     assert (logits - expected).std() < (0.1 if method == "int8" else 0.4) * expected.std()
 
 
-def test_large_weights_are_in_a_second_onnx_file(ready, tokenizer, tmp_path, monkeypatch):
+def test_large_weights_are_in_a_second_onnx_file(onnx_model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(QUANT, "ONNX_SINGLE", 1000)
-    QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section())
+    QUANT.EXPORTS["onnx"](onnx_model, tokenizer, tmp_path, section())
     assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["model.onnx", "model.onnx_data"]
     assert json.loads((tmp_path / "config.json").read_text())["transformers.js_config"]["use_external_data_format"] == {"model.onnx": 1}
-    assert greedy_onnx(tmp_path / "onnx/model.onnx", PROMPT, 8) == greedy(ready, PROMPT, 8)
+    assert greedy_onnx(tmp_path / "onnx/model.onnx", PROMPT, 8) == greedy(onnx_model, PROMPT, 8)
 
 
 def test_onnx_of_latent_attention_and_grouped_experts(tokenizer, tmp_path):
@@ -221,9 +221,9 @@ def test_onnx_of_latent_attention_and_grouped_experts(tokenizer, tmp_path):
     assert not (tmp_path / "genai_config.json").exists()
 
 
-def test_onnxruntime_genai_opens_the_folder(ready, tokenizer, tmp_path):
+def test_onnxruntime_genai_opens_the_folder(onnx_model, tokenizer, tmp_path):
     genai = pytest.importorskip("onnxruntime_genai")
-    QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section())
+    QUANT.EXPORTS["onnx"](onnx_model, tokenizer, tmp_path, section())
     model = genai.Model(str(tmp_path))
     options = genai.GeneratorParams(model)
     options.set_search_options(max_length=len(PROMPT) + 24, do_sample=False)
@@ -231,14 +231,14 @@ def test_onnxruntime_genai_opens_the_folder(ready, tokenizer, tmp_path):
     generator.append_tokens(PROMPT)
     while not generator.is_done():
         generator.generate_next_token()
-    assert list(generator.get_sequence(0))[len(PROMPT) :] == greedy(ready, PROMPT, 24)
+    assert list(generator.get_sequence(0))[len(PROMPT) :] == greedy(onnx_model, PROMPT, 24)
 
 
-def test_the_benchmark_measures_an_onnx_file(ready, tokenizer, tmp_path):
-    QUANT.EXPORTS["onnx"](ready, tokenizer, tmp_path, section())
+def test_the_benchmark_measures_an_onnx_file(onnx_model, tokenizer, tmp_path):
+    QUANT.EXPORTS["onnx"](onnx_model, tokenizer, tmp_path, section())
     comparison = QUANT.Comparison.__new__(QUANT.Comparison)
     comparison.rows, comparison.texts, comparison.original, comparison.context = {}, [PROMPT * 6, PROMPT], None, 64
-    expected = comparison.quality(lambda ids: ready(torch.tensor([ids])).logits[0])
+    expected = comparison.quality(lambda ids: onnx_model(torch.tensor([ids])).logits[0])
     quant.add(comparison, "onnxruntime", quant.OnnxRuntime, tmp_path)
     row = comparison.rows["onnxruntime"]
     assert {title: row[title] for title in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -248,33 +248,33 @@ def test_the_benchmark_measures_an_onnx_file(ready, tokenizer, tmp_path):
     assert len(times) == 5 and times == sorted(times)
 
 
-def test_onnx_is_computed_in_float32(ready, tokenizer, tmp_path, monkeypatch):
+def test_onnx_is_computed_in_float32(onnx_model, tokenizer, tmp_path, monkeypatch):
     """onnxruntime has no bfloat16 on CPUs."""
-    seen, graph = [], QUANT.onnx_graph
-    monkeypatch.setattr(QUANT, "onnx_graph", lambda model, untied: seen.append(model.dtype) or graph(model, untied))
-    monkeypatch.setattr(QUANT, "check_onnx", lambda path, model, exact: seen.append(model.dtype))
-    QUANT.EXPORTS["onnx"](copy.deepcopy(ready).bfloat16(), tokenizer, tmp_path, section())
-    assert seen == [torch.float32] * 2
+    dtypes, graph = [], QUANT.onnx_graph
+    monkeypatch.setattr(QUANT, "onnx_graph", lambda model, untied: dtypes.append(model.dtype) or graph(model, untied))
+    monkeypatch.setattr(QUANT, "check_onnx", lambda path, model, exact: dtypes.append(model.dtype))
+    QUANT.EXPORTS["onnx"](copy.deepcopy(onnx_model).bfloat16(), tokenizer, tmp_path, section())
+    assert dtypes == [torch.float32] * 2
 
 
-def test_other_methods_and_missing_packages_are_one_line(ready, tokenizer, tmp_path, monkeypatch):
-    for to, method, message in (("onnx", "nf4", "--to onnx writes none, int8, int4; found nf4"), ("tensorrt", "int8", "writes none; found int8"),
-                                ("gguf", "int4", "--to gguf writes none; found int4; see quantization.gguf_type"),
-                                ("torchscript", "bf16", "--to torchscript writes none; found bf16")):
+def test_unsupported_methods_and_missing_packages_are_one_line_errors(onnx_model, tokenizer, tmp_path, monkeypatch):
+    for to, method, message in (("onnx", "nf4", "--to onnx supports none, int8, int4, not nf4"), ("tensorrt", "int8", "supports none, not int8"),
+                                ("gguf", "int4", "--to gguf supports none, not int4; see quantization.gguf_type"),
+                                ("torchscript", "bf16", "--to torchscript supports none, not bf16")):
         with pytest.raises(UserError, match=message):
-            QUANT.export(ready, tokenizer, to, tmp_path / "refused", section(method))
-    with pytest.raises(UserError, match="onnxruntime has groups of 16, .* 256; found 7"):
-        QUANT.export(ready, tokenizer, "onnx", tmp_path, section("int4", 7))
+            QUANT.export(onnx_model, tokenizer, to, tmp_path / "rejected", section(method))
+    with pytest.raises(UserError, match="onnxruntime supports groups of 16, .* 256, not 7"):
+        QUANT.export(onnx_model, tokenizer, "onnx", tmp_path, section("int4", 7))
     for package, to in (("onnxscript", "onnx"), ("onnx", "tensorrt")):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(UserError, match=f"--to onnx: needs {package}; pip install -r requirements-extras.txt"):
-            QUANT.EXPORTS[to](ready, tokenizer, tmp_path, section())
+            QUANT.EXPORTS[to](onnx_model, tokenizer, tmp_path, section())
 
 
-def test_a_quantized_model_is_exported_where_its_numbers_can_stay(tmp_path):
+def test_a_quantized_model_is_exported_only_to_torch_formats(tmp_path):
     model = QUANT.quantize(tiny("llama"), "int8")
     for to in ("gguf", "onnx", "openvino", "torchscript"):
-        with pytest.raises(UserError, match=f"--to {to}: the model is quantized already .int8.; name the original"):
+        with pytest.raises(UserError, match=f"--to {to}: the model is already quantized .int8.; use the original model"):
             QUANT.export(model, None, to, tmp_path / "out")
     QUANT.export(model, None, "torch-export", tmp_path / "out.pt2")
     ids = torch.tensor([PROMPT])
@@ -282,16 +282,16 @@ def test_a_quantized_model_is_exported_where_its_numbers_can_stay(tmp_path):
         torch.testing.assert_close(torch.export.load(tmp_path / "out.pt2").module()(ids), model(ids).logits)
 
 
-def test_the_name_of_a_folder_may_have_a_dot(monkeypatch, tmp_path):
+def test_a_folder_name_may_contain_a_dot(monkeypatch, tmp_path):
     monkeypatch.setitem(QUANT.EXPORTS, "gguf", lambda model, tokenizer, target, section: target.mkdir())
     for name in ("Qwen2.5-gguf", "version.one"):
         (tmp_path / "version.one").mkdir(exist_ok=True)
         QUANT.export(tiny("llama"), None, "gguf", tmp_path / name)
-    with pytest.raises(UserError, match="model.gguf is the name of a file; --to gguf writes a folder"):
+    with pytest.raises(UserError, match="model.gguf is the name of a file, but --to gguf writes a folder"):
         QUANT.export(tiny("llama"), None, "gguf", tmp_path / "model.gguf")
 
 
-# -------------------------------------------------------------------------------------------- programs of other people
+# ----------------------------------------------------------------------------------------------------- other programs
 
 
 def program(folder, name: str, text: str) -> None:
@@ -300,25 +300,25 @@ def program(folder, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def test_tensorrt_gets_an_onnx_model_and_its_shapes(ready, tokenizer, tmp_path, monkeypatch, capsys):
-    """trtexec is replaced by a program that writes down its arguments."""
-    QUANT.EXPORTS["tensorrt"](ready, tokenizer, tmp_path / "bare", section())
+def test_tensorrt_gets_an_onnx_model_and_its_shapes(onnx_model, tokenizer, tmp_path, monkeypatch, capsys):
+    """trtexec is replaced by a program that records its arguments."""
+    QUANT.EXPORTS["tensorrt"](onnx_model, tokenizer, tmp_path / "bare", section())
     assert "trtexec is not on PATH" in capsys.readouterr().err
     program(tmp_path / "bin", "trtexec", 'printf "%s\\n" "$@" > model.engine')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     subprocess.run(["sh", tmp_path / "bare/build_engine.sh"], check=True)
-    QUANT.EXPORTS["tensorrt"](ready, tokenizer, tmp_path / "built", section())
+    QUANT.EXPORTS["tensorrt"](onnx_model, tokenizer, tmp_path / "built", section())
     flags = (tmp_path / "built/model.engine").read_text().splitlines()
     assert (tmp_path / "bare/model.engine").read_text().splitlines() == flags
     assert flags[:2] == ["--onnx=onnx/model.onnx", "--saveEngine=model.engine"]
     assert flags[3].startswith("--optShapes=input_ids:1x1,attention_mask:1x33,position_ids:1x1,past_key_values.0.key:1x2x32x8,")
     program(tmp_path / "bin", "trtexec", "echo no GPU >&2; exit 1")
     with pytest.raises(UserError, match="trtexec failed: no GPU"):
-        QUANT.EXPORTS["tensorrt"](ready, tokenizer, tmp_path / "failed", section())
+        QUANT.EXPORTS["tensorrt"](onnx_model, tokenizer, tmp_path / "failed", section())
 
 
 def test_openvino_gets_a_hugging_face_folder(tokenizer, tmp_path, monkeypatch):
-    """optimum-cli is replaced by a program that keeps the folder and writes down its arguments."""
+    """optimum-cli is replaced by a program that copies the folder and records its arguments."""
     model = tiny("llama")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
     monkeypatch.setenv("PATH", "/usr/bin:/bin")

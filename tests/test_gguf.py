@@ -1,4 +1,4 @@
-"""GGUF files as the gguf library reads them: tensors, settings, vocabulary, adapters, and what llama.cpp cannot compute."""
+"""GGUF files read by the gguf library: tensors, settings, vocabulary, adapters, and settings that llama.cpp does not support."""
 
 import json
 import re
@@ -52,19 +52,19 @@ def read(path):
 
 
 def neighbors(rows, heads):
-    """Number i of a head's first half, then number i of its second half."""
+    """Row i of a head's first half, then row i of its second half."""
     size = len(rows) // heads
     return rows[[head * size + half * size // 2 + i for head in range(heads) for i in range(size // 2) for half in (0, 1)]]
 
 
 # ------------------------------------------------------------------------------------------------------ tensors
 
-STEPS = {  # the largest error in units of a block's largest number, or of its range; that of scales in 16 bits comes on top
+STEPS = {  # maximum error relative to a block's largest number, or to its range, without the error of 16-bit scales
     "F32": 0, "F16": 0, "BF16": 2**-8, "Q8_0": 0.5 / 127, "Q5_0": 1 / 16, "Q5_1": 0.5 / 31, "Q4_0": 1 / 8, "Q4_1": 0.5 / 15}
 
 
 @pytest.mark.parametrize("kind", STEPS)
-def test_tensors_are_those_of_the_model(kind, tokenizer, tmp_path):
+def test_tensors_equal_those_of_the_model(kind, tokenizer, tmp_path):
     model = build(head_dim=32)
     _, tensors, kinds = export(model, tokenizer, tmp_path, kind)
     state = model.state_dict()
@@ -85,10 +85,10 @@ def test_tensors_are_those_of_the_model(kind, tokenizer, tmp_path):
     assert kinds["blk.0.attn_q.weight"] == kind and kinds["output_norm.weight"] == "F32"
 
 
-def test_rows_that_no_block_divides_stay_in_16_bits(tokenizer, tmp_path, capsys):
+def test_rows_that_are_not_divisible_into_blocks_are_stored_in_16_bits(tokenizer, tmp_path, capsys):
     _, _, kinds = export(build(intermediate_size=100), tokenizer, tmp_path, "Q4_0")
     assert kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.ffn_up.weight"] == "Q4_0"
-    assert "2 tensors stay in F16" in capsys.readouterr().err
+    assert "tensors whose row length is not divisible by 32 are stored in F16 (2): " in capsys.readouterr().err
 
 
 FAMILIES = {
@@ -98,8 +98,8 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_is_complete(family, tokenizer, tmp_path):
-    """Every number of the model is in the file, under a name of the architecture."""
+def test_all_weights_of_each_family_are_in_the_file(family, tokenizer, tmp_path):
+    """The file contains all weights of the model, under names of the architecture."""
     if family == "gpt2":
         model = MODEL.build(MODEL.preset_config("gpt2-2m", vocab_size=330, max_position_embeddings=64))
     else:
@@ -127,10 +127,10 @@ def test_experts_and_latents_are_split(tokenizer, tmp_path):
                        state[f"{layer}mlp.experts.gate_up_proj"])
     both = torch.cat((tensors["blk.1.attn_k_b.weight"].transpose(1, 2), tensors["blk.1.attn_v_b.weight"]), 1)  # (H, Dc + Dv, R)
     assert torch.equal(both.flatten(0, 1), state[f"{layer}self_attn.kv_b_proj.weight"])
-    wanted = {"attention.key_length": 40, "attention.value_length": 32, "attention.key_length_mla": 24,
-              "attention.value_length_mla": 24, "attention.head_count_kv": 1, "leading_dense_block_count": 1,
-              "expert_gating_func": 2, "expert_group_count": 2}
-    assert {key: values[key] for key in wanted} == wanted
+    expected = {"attention.key_length": 40, "attention.value_length": 32, "attention.key_length_mla": 24,
+                "attention.value_length_mla": 24, "attention.head_count_kv": 1, "leading_dense_block_count": 1,
+                "expert_gating_func": 2, "expert_group_count": 2}
+    assert {key: values[key] for key in expected} == expected
 
 
 def test_rope_scaling(tokenizer, tmp_path):
@@ -139,13 +139,13 @@ def test_rope_scaling(tokenizer, tmp_path):
     assert divisors[0] == 1 and divisors[-1] == 8 and 1 < divisors[2] < 8 and len(divisors) == 8
     values, *_ = export(build(rope_scaling=dict(YARN, attention_factor=0.5)), tokenizer, tmp_path / "yarn")
     assert values["rope.scaling.type"] == "yarn" and values["rope.scaling.original_context_length"] == 32
-    usual = 0.1 * torch.tensor(4.0).log().item() + 1  # which llama.cpp multiplies by
-    assert values["rope.scaling.attn_factor"] * usual == pytest.approx(0.5)
+    default = 0.1 * torch.tensor(4.0).log().item() + 1  # which llama.cpp multiplies by
+    assert values["rope.scaling.attn_factor"] * default == pytest.approx(0.5)
     values, *_ = export(build(rope_scaling=dict(rope_type="linear", factor=2.0)), tokenizer, tmp_path / "linear")
     assert (values["rope.scaling.type"], values["rope.scaling.factor"]) == ("linear", 2)
 
 
-def test_the_context_ends_at_the_window(tokenizer, tmp_path, capsys):
+def test_the_context_is_limited_to_the_window(tokenizer, tmp_path, capsys):
     values, *_ = export(build(model_type="mistral", sliding_window=48), tokenizer, tmp_path)
     assert values["context_length"] == 48 and "48 tokens" in capsys.readouterr().err
 
@@ -154,7 +154,7 @@ def test_the_context_ends_at_the_window(tokenizer, tmp_path, capsys):
 
 
 def test_byte_level_vocabulary(tokenizer, tmp_path):
-    """The file's vocabulary and merges make the same tokenizer; padding rows are unused."""
+    """The file's vocabulary and merges give the same tokenizer; padding rows are marked as unused."""
     model = build(eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")])
     values, *_ = export(model, tokenizer, tmp_path)
     tokens, merges = values["tokenizer.ggml.tokens"], [tuple(merge.split(" ")) for merge in values["tokenizer.ggml.merges"]]
@@ -164,10 +164,10 @@ def test_byte_level_vocabulary(tokenizer, tmp_path):
     assert raw.encode(text).ids == tokenizer(text, add_special_tokens=False).input_ids
     kinds = values["tokenizer.ggml.token_type"]
     assert kinds[tokenizer.eos_token_id] == 3 and kinds[300] == 1 and kinds[320:] == [5] * 10 and len(tokens) == 330
-    wanted = {"model": "gpt2", "pre": "qwen2", "add_bos_token": True, "bos_token_id": tokenizer.bos_token_id,
-              "eos_token_id": model.config.eos_ids[0], "eot_token_id": model.config.eos_ids[1],
-              "padding_token_id": tokenizer.pad_token_id}
-    assert {key: values[f"tokenizer.ggml.{key}"] for key in wanted} == wanted
+    expected = {"model": "gpt2", "pre": "qwen2", "add_bos_token": True, "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": model.config.eos_ids[0], "eot_token_id": model.config.eos_ids[1],
+                "padding_token_id": tokenizer.pad_token_id}
+    assert {key: values[f"tokenizer.ggml.{key}"] for key in expected} == expected
 
 
 def test_characters_are_merged_from_their_bytes(tmp_path):
@@ -175,8 +175,8 @@ def test_characters_are_merged_from_their_bytes(tmp_path):
     values, *_ = export(build(vocab_size=60), tokenizer, tmp_path)
     merges = [tuple(merge.split(" ")) for merge in values["tokenizer.ggml.merges"]]
     tokens = {token: i for i, token in enumerate(values["tokenizer.ggml.tokens"])}
-    alphabet = {piece for merge in merges for piece in (*merge, "".join(merge))} | set(tokens)  # with parts of characters
-    raw = Tokenizer(models.BPE(tokens | {piece: 1000 + i for i, piece in enumerate(sorted(alphabet - set(tokens)))}, merges))
+    alphabet = {token for merge in merges for token in (*merge, "".join(merge))} | set(tokens)  # with parts of characters
+    raw = Tokenizer(models.BPE(tokens | {token: 1000 + i for i, token in enumerate(sorted(alphabet - set(tokens)))}, merges))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     text = "The \u4f60\u20ac\n\u00e8\u00e9 21"
     assert raw.encode(text).ids == tokenizer(text, add_special_tokens=False).input_ids
@@ -201,23 +201,23 @@ def test_sentencepiece_scores_follow_the_merges(prefix, tmp_path):
     tokenizer = sentencepiece(prefix)
     values, *_ = export(build(), tokenizer, tmp_path)
     tokens, scores = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.scores"]
-    text, want = "the red fox", tokenizer("the red fox", add_special_tokens=False).input_ids
-    pieces = list(("\u2581" if prefix else "") + text.replace(" ", "\u2581"))
+    text, expected = "the red fox", tokenizer("the red fox", add_special_tokens=False).input_ids
+    parts = list(("\u2581" if prefix else "") + text.replace(" ", "\u2581"))
     while True:  # llama.cpp's rule: join the neighbors whose union has the best score
-        pairs = ["".join(pair) for pair in zip(pieces, pieces[1:], strict=False)]
+        pairs = ["".join(pair) for pair in zip(parts, parts[1:], strict=False)]
         joined = [(scores[tokens.index(pair)], -i) for i, pair in enumerate(pairs) if pair in tokens]
         if not joined:
             break
         i = -max(joined)[1]
-        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
-    assert [tokens.index(piece) for piece in pieces] == want
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    assert [tokens.index(part) for part in parts] == expected
     assert values["tokenizer.ggml.model"] == "llama" and values["tokenizer.ggml.add_space_prefix"] is prefix
     assert values["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 6] and values["tokenizer.ggml.token_type"][-1] == 5
 
 
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
          r"|\s+(?!\S)|\s+")
-SPLITS = {  # as the tokenizer.json of published models has them
+SPLITS = {  # from the tokenizer.json of published models
     "gpt-2": (None, False),
     "llama-bpe": (WORDS % "{1,3}", True),
     "dbrx": (WORDS % "{1,3}", False),
@@ -228,23 +228,23 @@ SPLITS = {  # as the tokenizer.json of published models has them
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_the_pre_tokenizer_is_found_by_what_it_does(name):
+def test_the_pre_tokenizer_is_detected_from_its_splits(name):
     pattern, ignores_merges = SPLITS[name]
     raw = Tokenizer(models.BPE())
     first = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
     raw.pre_tokenizer = pre_tokenizers.Sequence([*first, pre_tokenizers.ByteLevel(add_prefix_space=False,
                                                                                   use_regex=name in ("gpt-2", "starcoder"))])
     if name is None:
-        with pytest.raises(UserError, match="splits texts in none of these ways"):
+        with pytest.raises(UserError, match="llama.cpp does not have this tokenizer's pre-tokenizer; it has gpt-2, "):
             QUANT.pre_tokenizer_name(raw, ignores_merges)
     else:
         assert QUANT.pre_tokenizer_name(raw, ignores_merges) == name
 
 
-# ------------------------------------------------------------------------------------------------- impossible
+# ------------------------------------------------------------------------------------------------ unsupported
 
 
-IMPOSSIBLE = {
+UNSUPPORTED = {
     "model.hidden_act": dict(hidden_act="relu"),
     "combination of `model` settings": dict(norm_type="layernorm"),
     "model.rope_scaling": dict(model_type="qwen2", attention_bias=True, rope_scaling=LLAMA3),
@@ -257,14 +257,14 @@ IMPOSSIBLE = {
 }
 
 
-@pytest.mark.parametrize("match", IMPOSSIBLE)
-def test_what_llama_cpp_does_not_compute_is_one_line(match, tokenizer, tmp_path):
+@pytest.mark.parametrize("match", UNSUPPORTED)
+def test_settings_that_llama_cpp_does_not_support_are_one_line_errors(match, tokenizer, tmp_path):
     with pytest.raises(UserError, match=match) as caught:
-        export(build(**IMPOSSIBLE[match]), tokenizer, tmp_path)
+        export(build(**UNSUPPORTED[match]), tokenizer, tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_encoders_classifiers_and_other_tokenizers_are_refused(tokenizer, tmp_path):
+def test_encoders_classifiers_and_other_tokenizers_are_rejected(tokenizer, tmp_path):
     for model, match in ((MODEL.build("bert-2m"), "is an encoder"),
                          (MODEL.build(MODEL.ModelConfig(**SHAPE), head="score"), "has no language-model head")):
         with pytest.raises(UserError, match=match):
@@ -274,12 +274,12 @@ def test_encoders_classifiers_and_other_tokenizers_are_refused(tokenizer, tmp_pa
     several = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     several.post_processor = processors.TemplateProcessing(single=f"{TOKENIZER.END} {TOKENIZER.PAD} $A",
                                                            special_tokens=[(TOKENIZER.END, 0), (TOKENIZER.PAD, 1)])
-    for raw, match in ((words, "the tokenizer is a WordLevel"), (letters, "splits texts in none"), (several, "puts several tokens")):
+    for raw, match in ((words, "the tokenizer is a WordLevel"), (letters, "does not have this tokenizer's pre-tokenizer"), (several, "adds several tokens")):
         with pytest.raises(UserError, match=match):
             export(build(), PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<unk>", eos_token="<unk>"), tmp_path)
 
 
-def test_a_missing_library_is_one_line(tokenizer, tmp_path, monkeypatch):
+def test_a_missing_library_is_a_one_line_error(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match="needs gguf; pip install -r requirements-extras.txt"):
         QUANT.export_gguf(build(), tokenizer, tmp_path, QUANT.QuantizationSection())
@@ -288,12 +288,12 @@ def test_a_missing_library_is_one_line(tokenizer, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------- llama.cpp's own types
 
 
-def test_the_quantizer_of_llama_cpp(tokenizer, tmp_path, monkeypatch):
-    """A stand-in gets a file in F16 and the number of the type; nothing but its file remains."""
-    seen = []
+def test_llama_cpps_quantizer_gets_an_f16_file(tokenizer, tmp_path, monkeypatch):
+    """A stub of llama_cpp gets an F16 file and the number of the type; the F16 file is removed."""
+    calls = []
 
     def quantize(source, target, settings):
-        seen.append((read(source.decode())[2]["blk.0.attn_q.weight"], settings._obj.ftype))
+        calls.append((read(source.decode())[2]["blk.0.attn_q.weight"], settings._obj.ftype))
         with open(target, "wb") as file:
             file.write(b"packed")
         return 0
@@ -307,11 +307,11 @@ def test_the_quantizer_of_llama_cpp(tokenizer, tmp_path, monkeypatch):
                                    LLAMA_FTYPE_MOSTLY_Q4_K_M=15)
     monkeypatch.setitem(sys.modules, "llama_cpp", module)
     QUANT.export_gguf(build(), tokenizer, tmp_path, QUANT.QuantizationSection(gguf_type="Q4_K_M"))
-    assert seen == [("F16", 15)] and (tmp_path / "model.gguf").read_bytes() == b"packed"
+    assert calls == [("F16", 15)] and (tmp_path / "model.gguf").read_bytes() == b"packed"
     assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "Modelfile"}
 
 
-def test_the_quantizer_on_path_or_none(tokenizer, tmp_path, monkeypatch):
+def test_llama_quantize_on_path_is_used(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     monkeypatch.setenv("PATH", str(tmp_path))
     settings = QUANT.QuantizationSection(gguf_type="Q6_K")
@@ -322,8 +322,8 @@ def test_the_quantizer_on_path_or_none(tokenizer, tmp_path, monkeypatch):
     program.chmod(0o755)
     QUANT.export_gguf(build(), tokenizer, tmp_path / "out", settings)
     assert (tmp_path / "out/model.gguf").read_text() == "Q6_K\n"
-    program.write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
-    with pytest.raises(UserError, match="gguf_type Q6_K: llama-quantize failed: no room"):
+    program.write_text("#!/bin/sh\necho no space >&2\nexit 1\n")
+    with pytest.raises(UserError, match="gguf_type Q6_K: llama-quantize failed: no space"):
         QUANT.export_gguf(build(), tokenizer, tmp_path / "again", settings)
 
 
@@ -349,8 +349,8 @@ def test_modelfile(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_adapter(family, tokenizer, tmp_path):
-    """alpha / r B A, as llama.cpp computes it, is what merging adds."""
+def test_an_adapter_adds_what_merging_adds(family, tokenizer, tmp_path):
+    """alpha / r B A, which llama.cpp adds to the weights, equals the change by merging."""
     import peft
 
     model = MODEL.build(MODEL.preset_config("gpt2-2m", vocab_size=330)) if family == "gpt2" else build()
@@ -380,7 +380,7 @@ def test_adapter(family, tokenizer, tmp_path):
     (LATENT, dict(target_modules=["kv_b_proj"])), ({}, dict(target_modules=["q_proj"], modules_to_save=["lm_head"])),
     (dict(model_type="mixtral", **EXPERTS), dict(target_modules=[], target_parameters=["mlp.experts.down_proj"]))],
     ids=["dora", "tied head", "latent", "saved module", "experts"])
-def test_adapters_that_llama_cpp_would_lose_are_refused(knobs, settings, tokenizer, tmp_path):
+def test_adapters_that_llama_cpp_would_ignore_are_rejected(knobs, settings, tokenizer, tmp_path):
     import peft
 
     model = build(**knobs)

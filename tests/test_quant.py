@@ -1,4 +1,4 @@
-"""Quantized weights: what they compute, that they stay what they are, folders, and adapters that learn on them."""
+"""QUANT.py against bitsandbytes, compressed-tensors and slow direct solutions: quantized weights, training, folders, measures."""
 
 import contextlib
 import itertools
@@ -35,7 +35,7 @@ EXPERTS = dict(model_type="mixtral", num_experts=4, moe_intermediate_size=64)
 
 
 def nf4_by_hand(weight: torch.Tensor, size: int = 64) -> torch.Tensor:
-    """Each run of `size` weights divided by its largest and put to the nearest value; the scales in full."""
+    """Divide each group of `size` weights by its largest and round to the nearest value, with scales in float32."""
     groups = weight.flatten().view(-1, size)
     scale = groups.abs().amax(1, keepdim=True)
     nearest = ((groups / scale)[..., None] - NF4).abs().argmin(-1)
@@ -53,8 +53,8 @@ def base(folder, **knobs):
 
 @pytest.mark.parametrize("knobs", [{}, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("method", ["nf4", "llm_int8"])
-def test_packed_weights_are_the_published_form(method, knobs, tmp_path):
-    """The logits are those of a model whose matrices were rounded by hand."""
+def test_packed_weights_equal_the_published_format(method, knobs, tmp_path):
+    """The logits equal those of a model whose matrices were rounded by hand."""
     folder = base(tmp_path / "base", **knobs)
     plain, packed = MODEL.load(folder), MODEL.load(folder, quantization=method)
     ids = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -66,8 +66,8 @@ def test_packed_weights_are_the_published_form(method, knobs, tmp_path):
                 weight.copy_(nf4_by_hand(weight) if method == "nf4" else (weight / scale).round() * scale)
         by_hand, ours = plain(ids).logits, packed.train()(ids).logits
         in_place = QUANT.quantize(MODEL.load(folder), method).train()(ids).logits
-    # The scales of nf4 are 8-bit numbers themselves (double quantization), which moves weights by under a percent;
-    # int8 rounds weights in float16 on their way.
+    # The scales of nf4 are 8-bit numbers themselves (double quantization), which changes weights by less than a percent;
+    # int8 converts weights to float16 before rounding.
     assert (ours - by_hand).std() < (0.06 if method == "nf4" else 0.02) * exact.std()
     assert (ours - exact).std() > (2 if method == "nf4" else 0.5) * (ours - by_hand).std() and not torch.equal(ours, exact)
     torch.testing.assert_close(ours, in_place, atol=1e-6, rtol=1e-6)
@@ -77,7 +77,7 @@ def test_packed_weights_are_the_published_form(method, knobs, tmp_path):
 
 @pytest.mark.parametrize("knobs", [{}, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("method", ["nf4", "llm_int8", "int8", "int8_dynamic", "int4", "fp8"])
-def test_an_adapter_learns_on_packed_weights_that_do_not_move(method, knobs, tmp_path):
+def test_adapters_train_on_packed_weights_that_do_not_change(method, knobs, tmp_path):
     """Also through eval mode, where bitsandbytes would repack the weights of some processors."""
     model = MODEL.load(base(tmp_path / "base", **knobs), quantization=method)
     SFT.attach_lora(model, tmp_path / "base", r=8)
@@ -107,8 +107,8 @@ def test_an_adapter_learns_on_packed_weights_that_do_not_move(method, knobs, tmp
 
 
 @pytest.mark.parametrize("method", ["nf4", "llm_int8"])
-def test_qlora_end_to_end(method, tmp_path, tokenizer, model_folder, text_file, capsys):
-    """SFT.py on packed weights: resume is exact, the base's file stays as it was, the adapter runs on it and merges."""
+def test_qlora_trains_resumes_generates_and_merges(method, tmp_path, tokenizer, model_folder, text_file, capsys):
+    """SFT.py on packed weights: resuming is exact, the base's file does not change, the adapter runs on the base and merges."""
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in questions(40)))
     flags = ["--model", str(model_folder), "--model.device", "cpu", "--data", str(data), "--lora.r", "4", "--model.quantization", method,
@@ -125,18 +125,18 @@ def test_qlora_end_to_end(method, tmp_path, tokenizer, model_folder, text_file, 
     capsys.readouterr()
     INFER.main(["--model", str(model_folder), "--adapter", str(tmp_path / "whole"), "--model.quantization", method, "--prompt", "What is 3?",
                 "--temperature", "0", "--max-new-tokens", "4", "--model.device", "cpu"])
-    said = capsys.readouterr()
-    assert said.out.strip() and f"{method} weights" in said.err
+    printed = capsys.readouterr()
+    assert printed.out.strip() and f"{method} weights" in printed.err
     SFT.main(["--merge", str(tmp_path / "whole"), "--out", str(tmp_path / "merged")])
     assert "differ by at most" in capsys.readouterr().err and (tmp_path / "merged" / "model.safetensors").exists()
     tables = []
-    for name in ("whole", "merged"):  # an adapter's folder is measured as the model that it makes of its base
+    for name in ("whole", "merged"):  # the folder of an adapter is measured as its base with the adapter
         QUANT.main(["--model", str(tmp_path / name), "--data", str(text_file), "--method", method, "--model.device", "cpu", "--model.dtype", "float32"])
         tables.append([[float(row[title]) for title in ("size, MB", "perplexity")] for row in table_of(capsys.readouterr().out)])
     torch.testing.assert_close(*map(torch.tensor, tables), rtol=1e-3, atol=1e-3)
 
 
-def test_a_foreign_model_is_packed_by_transformers(tmp_path):
+def test_an_unsupported_architecture_is_packed_by_transformers(tmp_path):
     config = transformers.GPTNeoXConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                                         max_position_embeddings=128)
     transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
@@ -151,11 +151,11 @@ def test_a_foreign_model_is_packed_by_transformers(tmp_path):
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(w.grad is not None for w in model.parameters() if w.requires_grad)
-    with pytest.raises(UserError, match="training.qat: gpt_neox is computed by transformers"):
+    with pytest.raises(UserError, match="training.qat: int8 is not supported for gpt_neox, which runs in transformers"):
         QUANT.fake_quantize(MODEL.load(tmp_path / "neox"), "int8")
 
 
-def test_wrong_uses_are_one_line(tmp_path, model_folder, monkeypatch):
+def test_invalid_uses_are_one_line_errors(tmp_path, model_folder, monkeypatch):
     with pytest.raises(UserError, match="quantization: 'nf5' is not one of none, int8"):
         MODEL.load(model_folder, quantization="nf5")
     with pytest.raises(UserError, match="model.quantization: nf4 weights cannot be trained; train an adapter on a trained model"):
@@ -163,11 +163,11 @@ def test_wrong_uses_are_one_line(tmp_path, model_folder, monkeypatch):
     with pytest.raises(UserError, match="is not one of none, int8"):
         SFT.main(["--model", str(model_folder), "--model.quantization", "nf5", "--out", str(tmp_path / "out")])
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match="quantization.method: needs `pip install bitsandbytes`"):
+    with pytest.raises(UserError, match="quantization.method: nf4 and llm_int8 need bitsandbytes; pip install bitsandbytes"):
         MODEL.load(model_folder, quantization="nf4")
 
 
-# ------------------------------------------------------------------------------- integers, beside slow direct solutions
+# -------------------------------------------------------------------------- integers against slow direct solutions
 
 
 def draw(*shape, seed=0):
@@ -176,7 +176,7 @@ def draw(*shape, seed=0):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("width", [8, 24, 19])
-def test_packed_integers_come_back(bits, width):
+def test_packed_integers_are_unpacked(bits, width):
     levels = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, width), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     packed = QUANT.pack(levels, bits)
     assert packed.dtype == torch.int32 and packed.shape == (5, -(-width * bits // 32)) and torch.equal(QUANT.unpack(packed, bits, width), levels)
@@ -186,8 +186,8 @@ def test_packed_integers_come_back(bits, width):
 
 @pytest.mark.parametrize("method, bits, group", [("int8", 8, 0), ("int4", 4, 32), ("int4", 4, 16)])
 @pytest.mark.parametrize("knobs", [{}, EXPERTS], ids=["dense", "experts"])
-def test_round_to_nearest(method, bits, group, knobs, tmp_path):
-    """The logits of a model whose matrices were rounded by hand: levels from -2^(b-1) to 2^(b-1) - 1, the largest weight at the edge."""
+def test_rounding_to_nearest_by_hand(method, bits, group, knobs, tmp_path):
+    """The logits of a model whose matrices were rounded by hand: levels from -2^(b-1) to 2^(b-1) - 1, the largest weight at the end."""
     folder = base(tmp_path / "base", **knobs)
     plain, ids = MODEL.load(folder), torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(0))
     packed = QUANT.quantize(MODEL.load(folder), method, group)
@@ -198,7 +198,7 @@ def test_round_to_nearest(method, bits, group, knobs, tmp_path):
             if "layers." in name and weight.dim() >= 2 and not name.endswith("mlp.gate.weight"):
                 rows = weight.reshape(-1, group or weight.shape[-1])
                 scale = rows.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 0.5)
-                if group:  # as it is stored, and of the sign with which the largest becomes the lowest level
+                if group:  # stored in bfloat16, with the sign that maps the largest weight to the lowest level
                     scale = (rows.gather(1, rows.abs().argmax(1, keepdim=True)) / -(2 ** (bits - 1))).bfloat16().float()
                 weight.copy_((rows / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).mul(scale).view_as(weight))
         torch.testing.assert_close(packed(ids).logits, plain(ids).logits, atol=2e-5, rtol=1e-5)
@@ -208,9 +208,9 @@ def test_round_to_nearest(method, bits, group, knobs, tmp_path):
     assert INFER.weight_bytes(packed) < (0.55 if bits == 8 else 0.5) * INFER.weight_bytes(MODEL.load(folder))
 
 
-def test_integers_are_those_of_the_stored_weights(tmp_path, model_folder, text_file, monkeypatch):
-    """Whatever the type of the other weights."""
-    monkeypatch.setattr(QUANT.Comparison, "speed", lambda *words: {})
+def test_integers_are_rounded_from_the_stored_weights(tmp_path, model_folder, text_file, monkeypatch):
+    """The dtype of the other weights has no effect on them."""
+    monkeypatch.setattr(QUANT.Comparison, "speed", lambda *args: {})
     QUANT.main(["--model", str(model_folder), "--method", "int4", "--data", str(text_file), "--model.device", "cpu", "--model.dtype", "bfloat16",
                 "--out", str(tmp_path)])
     exact, saved = QUANT.quantize(MODEL.load(model_folder), "int4").state_dict(), load_file(tmp_path / "model.safetensors")
@@ -233,7 +233,7 @@ def test_dynamic_activations_by_hand():
 
 
 def test_fp8_by_hand():
-    """The nearest of all 253 finite numbers of the type, after the largest weight of a row and number of a token became 448."""
+    """The nearest of all 253 finite fp8 numbers, after each row of weights and each token is scaled to a maximum of 448."""
     linear, hidden = torch.nn.Linear(16, 6, bias=False), draw(3, 16)
     numbers = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
     numbers = numbers[numbers.isfinite()].unique()
@@ -247,8 +247,8 @@ def test_fp8_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", [QUANT.Form(8), QUANT.Form(8, dynamic=True), QUANT.Form(4, 32), QUANT.Form(4)], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 40, 200])
-def test_integer_kernels_multiply_by_the_same_weights(form, rows, dtype):
-    """With outliers in the inputs. Without VNNI the kernels are slower, but as exact."""
+def test_integer_kernels_agree_with_dequantized_weights(form, rows, dtype):
+    """With outliers in the inputs. Without VNNI the kernels are slower but equally exact."""
     linear, hidden = torch.nn.Linear(96, 48), (draw(2, rows, 96) * torch.exp(draw(96, seed=1))).to(dtype)
     quantized = QUANT.QuantizedLinear.of(linear, *QUANT.nearest(linear.weight.data, form), form)
     found, exact = QUANT.KernelLinear(quantized)(hidden), quantized(hidden.float())
@@ -274,7 +274,7 @@ def test_quantized_models_run_on_integer_kernels(method, monkeypatch):
 
 @pytest.mark.parametrize("group", [0, 8])
 def test_gptq_equals_direct_solutions(group):
-    """After each rounded column, the columns after it are solved for directly: the least output error given all rounded ones."""
+    """After each rounded column, the remaining columns are solved for directly, for the least output error."""
     weight, inputs = draw(6, 24), draw(200, 24, seed=1) @ draw(24, 24, seed=2)
     products = inputs.T @ inputs
     form = QUANT.Form(4, group)
@@ -289,23 +289,23 @@ def test_gptq_equals_direct_solutions(group):
         found[:, i] = (now[:, i] / scales[-1]).round().clamp(-8, 7)
         now[:, i] = found[:, i] * scales[-1]
         rest, fixed = slice(i + 1, 24), slice(0, i + 1)
-        moved = now[:, fixed] - weight[:, fixed]  # the best rest: weight - H_rr^-1 H_rf moved
-        now[:, rest] = weight[:, rest] - torch.linalg.solve(hessian[rest, rest], hessian[rest, fixed] @ moved.T).T
+        change = now[:, fixed] - weight[:, fixed]  # the best rest: weight - H_rr^-1 H_rf change
+        now[:, rest] = weight[:, rest] - torch.linalg.solve(hessian[rest, rest], hessian[rest, fixed] @ change.T).T
     assert torch.equal(levels.float(), found) and torch.allclose(scale, torch.stack(scales, 1).float(), rtol=1e-4)
-    error = lambda levels, scale: float(((QUANT.restore(QUANT.grouped(levels, group), scale).flatten(-2) - weight) @ inputs.T).square().sum())  # noqa: E731
+    error = lambda levels, scale: float(((QUANT.dequantize(QUANT.grouped(levels, group), scale).flatten(-2) - weight) @ inputs.T).square().sum())  # noqa: E731
     assert error(levels, scale) < 0.9 * error(*QUANT.nearest(weight, form))
 
 
 def test_scales_have_the_least_output_error():
-    """Of those tried, for the outputs of each group alone."""
+    """Among the candidates, for the outputs of each group."""
     weight, inputs = draw(5, 32), draw(100, 32, seed=1) @ draw(32, 32, seed=2)
     _, scale = QUANT.round_weighted(weight, inputs.T @ inputs, QUANT.Form(4, 16))
     for row, group in itertools.product(range(5), range(2)):
         part, x = weight[row, 16 * group : 16 * group + 16].double(), inputs[:, 16 * group : 16 * group + 16].double()
         first = (part[part.abs().argmax()] / -8).bfloat16().double()
-        tried = [(first * size).bfloat16().double() for size in torch.linspace(1.15, 0.5, 27)]
-        errors = [(x @ ((part / one).round().clamp(-8, 7) * one - part)).square().sum() for one in tried]
-        assert errors[tried.index(scale[row, group])] <= 1.0001 * min(errors)
+        scales = [(first * size).bfloat16().double() for size in torch.linspace(1.15, 0.5, 27)]
+        errors = [(x @ ((part / candidate).round().clamp(-8, 7) * candidate - part)).square().sum() for candidate in scales]
+        assert errors[scales.index(scale[row, group])] <= 1.0001 * min(errors)
 
 
 def observed(inputs):
@@ -315,26 +315,26 @@ def observed(inputs):
     return found
 
 
-def test_awq_takes_the_factors_with_the_least_error():
+def test_awq_chooses_the_factors_with_the_least_error():
     weights, inputs = [draw(6, 32), draw(10, 32, seed=1)], draw(100, 32, seed=2) * torch.exp(draw(32, seed=3))
     form = QUANT.Form(4, 16)
     factors = QUANT.awq_factors(weights, observed(inputs), form)
 
     def error(factors):
-        outputs = [(QUANT.restore(QUANT.grouped(levels, 16), scale).flatten(-2) / factors - weight) @ inputs.T for weight in weights
+        outputs = [(QUANT.dequantize(QUANT.grouped(levels, 16), scale).flatten(-2) / factors - weight) @ inputs.T for weight in weights
                    for levels, scale in [QUANT.nearest(weight * factors, form)]]
         return sum(float(output.square().sum()) for output in outputs)
 
-    tried = []
+    candidates = []
     for alpha in torch.linspace(0, 0.95, 20).tolist():
         powers = inputs.abs().mean(0) ** alpha
-        tried.append((error(powers / (powers.max() * powers.min()).sqrt()), powers / (powers.max() * powers.min()).sqrt()))
-    least, best = min(tried, key=lambda one: one[0])
+        candidates.append((error(powers / (powers.max() * powers.min()).sqrt()), powers / (powers.max() * powers.min()).sqrt()))
+    least, best = min(candidates, key=lambda pair: pair[0])
     torch.testing.assert_close(factors, best, rtol=1e-4, atol=1e-5)
     assert least < 0.9 * error(torch.ones(32))
 
 
-def test_smoothquant_is_the_published_formula():
+def test_smoothquant_equals_the_published_formula():
     weights, inputs = [draw(6, 12), draw(10, 12, seed=1)], draw(100, 12, seed=2)
     expected = inputs.abs().amax(0).sqrt() / torch.cat(weights).abs().amax(0).sqrt()
     torch.testing.assert_close(QUANT.smooth_factors(weights, observed(inputs), QUANT.Form(8)), expected)
@@ -361,18 +361,18 @@ TEXTS = [torch.randint(0, 320, (40,), generator=torch.Generator().manual_seed(i)
 
 
 @pytest.mark.parametrize("method", QUANT.CALIBRATED)
-def test_calibrated_methods_change_less_than_rounding_does(method, tmp_path):
+def test_calibrated_methods_have_less_error_than_rounding(method, tmp_path):
     folder, ids = base(tmp_path / "base"), torch.tensor(TEXTS[:2])
-    usual = {"gptq": "int4", "awq": "int4", "smoothquant": "int8_dynamic"}[method]
+    nearest = {"gptq": "int4", "awq": "int4", "smoothquant": "int8_dynamic"}[method]
     with torch.no_grad():
         exact = MODEL.load(folder)(ids).logits
-        rounded, calibrated = (QUANT.quantize(MODEL.load(folder), name, 0, TEXTS)(ids).logits for name in (usual, method))
+        rounded, calibrated = (QUANT.quantize(MODEL.load(folder), name, 0, TEXTS)(ids).logits for name in (nearest, method))
     limit = {"gptq": 0.8, "awq": 1.0, "smoothquant": 1.2}[method]  # random weights and inputs have no outliers
     assert (calibrated - exact).norm() < limit * (rounded - exact).norm()
 
 
-def test_layers_are_calibrated_one_after_the_other(tmp_path):
-    """Each layer sees what the layers before it, already changed, make of the text, through its own attention mask."""
+def test_layers_are_calibrated_on_the_outputs_of_quantized_layers(tmp_path):
+    """The inputs of each layer are computed by the layers before it after their change, with each layer's attention mask."""
     windows = dict(model_type="qwen2", attention_bias=True, sliding_window=5, layer_types=["full_attention", "sliding_attention", "full_attention"])
     model, seen = MODEL.load(base(tmp_path / "base", num_hidden_layers=3, **windows)), []
 
@@ -402,8 +402,8 @@ def loss_of(model, ids) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", ["int8_dynamic", "int4"])
 @pytest.mark.parametrize("knobs", [{}, EXPERTS, LATENT, GPT2, dict(intermediate_size=48)], ids=["llama", "experts", "latent", "gpt2", "48 wide"])
-def test_a_model_trained_for_a_form_is_the_converted_one(method, knobs, tmp_path):
-    """Bit for bit, also as it generates, and under bfloat16. What is saved and learns are the float weights, all of them."""
+def test_a_model_in_quantization_aware_training_equals_the_converted_one(method, knobs, tmp_path):
+    """Bit for bit, also in generation and under bfloat16. All float32 weights are trained and saved."""
     model, ids = MODEL.build(MODEL.ModelConfig(**{**SMALL, **knobs}), seed=1), torch.tensor(TEXTS[:2])
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     QUANT.fake_quantize(model, method)
@@ -432,15 +432,15 @@ def test_gradients_pass_through_rounding():
     assert torch.equal(weight.grad, outward)
     assert QUANT.straight_through(weight.to("meta"), 4, 8).shape == weight.shape  # as torch.compile traces it
     linear = QUANT.fake_quantize(MODEL.build(MODEL.ModelConfig(**SMALL)), "int4").model.layers[0].mlp.down_proj.eval()
-    linear(draw(3, 128)).sum().backward()  # also in eval mode, where rounded weights are kept
+    linear(draw(3, 128)).sum().backward()  # also in eval mode, which keeps rounded weights
     assert linear.kept and linear.weight.grad.abs().sum() > 0
     linear.weight.data.mul_(2)
     hidden = draw(3, 128)
     torch.testing.assert_close(linear.train()(hidden), hidden @ QUANT.rounded(linear.weight.data, QUANT.Form(4, 32)).T)
 
 
-def test_training_for_int4_loses_less_than_rounding_afterwards(tmp_path):
-    """Two models learn the same 32 rows by heart, and both are converted."""
+def test_quantization_aware_training_loses_less_than_rounding_afterwards(tmp_path):
+    """Two models overfit the same 32 rows, and both are converted."""
     ids, losses = torch.randint(0, 64, (32, 17), generator=torch.Generator().manual_seed(0)), []
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, initializer_range=0.3)
     for aware in (False, True):
@@ -460,7 +460,7 @@ def test_training_for_int4_loses_less_than_rounding_afterwards(tmp_path):
     assert losses[1] < losses[0] / 3
 
 
-def test_a_run_measures_the_converted_model(tmp_path, text_file, capsys, monkeypatch):
+def test_the_held_out_loss_of_a_run_is_that_of_the_converted_model(tmp_path, text_file, capsys, monkeypatch):
     monkeypatch.setattr(TRAIN.Log, "plot", lambda self: None)
     flags = ["--model.preset", "llama-1m", "--model.hidden_size", "64", "--model.num_hidden_layers", "1", "--model.num_attention_heads", "4",
              "--model.intermediate_size", "96", "--model.device", "cpu", "--tokenizer.kind", "byte", "--max-length", "32", "--batch-size", "4",
@@ -473,14 +473,14 @@ def test_a_run_measures_the_converted_model(tmp_path, text_file, capsys, monkeyp
     assert evaluate(converted) == result.after
 
 
-def test_where_it_cannot_train_for_a_form_is_one_line(tmp_path, model_folder, capsys):
+def test_unsupported_quantization_aware_training_is_a_one_line_error(tmp_path, model_folder, capsys):
     build = lambda **knobs: MODEL.build(MODEL.ModelConfig(**{**SMALL, **knobs}))  # noqa: E731
     model = QUANT.fake_quantize(build(intermediate_size=48), "int4")
-    assert "training.qat_group_size: 32 does not divide the width of 2 layers, which stay as they are" in capsys.readouterr().err
+    assert "training.qat_group_size: layers whose width is not divisible by 32 are not quantized (2): " in capsys.readouterr().err
     assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
-    with pytest.raises(UserError, match="training.qat_group_size: 48 divides the width of no layer"):
+    with pytest.raises(UserError, match="training.qat_group_size: no layer's width is divisible by 48; use a divisor of 64"):
         QUANT.fake_quantize(build(), "int4", 48)
-    with pytest.raises(UserError, match="training.qat: the model is quantized already"):
+    with pytest.raises(UserError, match="training.qat: the model is already quantized"):
         QUANT.fake_quantize(QUANT.quantize(build(), "int8"), "int8")
     flags = ["--model", str(model_folder), "--training.qat", "int4", "--out", str(tmp_path / "out")]
     for main, more, message in ((SFT.main, ["--lora.r", "4"], "training.qat: int4 is for training all weights"),
@@ -505,7 +505,7 @@ def test_a_quantized_folder_opens_here_and_in_transformers(method, tmp_path):
         expected = model(ids).logits
         assert torch.equal(again(ids).logits, expected)
     assert type(again.model.layers[1].mlp.down_proj) is torch.nn.Linear
-    with pytest.raises(UserError, match="is quantized already"):
+    with pytest.raises(UserError, match="is already quantized"):
         QUANT.quantize(again, "int8")
     with pytest.raises(UserError, match="are already quantized; leave it out"):
         MODEL.load(tmp_path / "out", quantization="int8")
@@ -513,7 +513,7 @@ def test_a_quantized_folder_opens_here_and_in_transformers(method, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         difference = (theirs(ids).logits - expected).norm() / expected.norm()
-    # Rounding errors of activations grow from layer to layer.
+    # Rounding errors of activations accumulate over the layers.
     assert difference < (1e-2 if method in ("int8_dynamic", "fp8") else 1e-5)
 
 
@@ -543,7 +543,7 @@ def test_a_quantized_folder_of_every_family(family, method, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("family", ["deepseek-v3", "gpt_neox"])
-def test_16_bits_are_those_of_a_model_loaded_in_them(family, tmp_path):
+def test_16_bit_methods_equal_loading_in_16_bits(family, tmp_path):
     """Routers' biases and rotary frequencies stay float32."""
     config = transformers.GPTNeoXConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     (reference(family) if family != "gpt_neox" else transformers.GPTNeoXForCausalLM(config)).save_pretrained(tmp_path / "base")
@@ -554,7 +554,7 @@ def test_16_bits_are_those_of_a_model_loaded_in_them(family, tmp_path):
     assert {name: (tensor.dtype, tensor.tolist()) for name, tensor in [*whole.named_parameters(), *whole.named_buffers()]} == expected
 
 
-def test_a_foreign_model_is_quantized_and_saved(tmp_path):
+def test_an_unsupported_architecture_is_quantized_and_saved(tmp_path):
     pytest.importorskip("compressed_tensors")
     config = transformers.Gemma2Config(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                                        num_key_value_heads=2, head_dim=16, sliding_window=8, max_position_embeddings=128)
@@ -569,43 +569,43 @@ def test_a_foreign_model_is_quantized_and_saved(tmp_path):
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
         rounded = MODEL.load(tmp_path / "base", quantization="int8")(ids).logits
         assert 0 < (rounded - MODEL.load(tmp_path / "base")(ids).logits).norm() < 0.05 * rounded.norm()
-    with pytest.raises(UserError, match="awq is not for a gemma2, which transformers runs; use gptq, int4 or int8"):
+    with pytest.raises(UserError, match="awq is not supported for gemma2, which runs in transformers; use gptq, int4 or int8"):
         QUANT.quantize(MODEL.load(tmp_path / "base"), "awq", 0, texts)
     with pytest.raises(UserError, match="are already quantized; leave it out"):
         MODEL.load(tmp_path / "out", quantization="int4")
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_the_head_and_single_layers_by_choice(method, tmp_path):
+def test_lm_head_and_exclude(method, tmp_path):
     model = QUANT.quantize(MODEL.load(base(tmp_path / "base")), method, exclude=["layers.0.*q_proj"], lm_head=True)
     assert type(model.lm_head) is not torch.nn.Linear and type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
     assert type(model.model.layers[1].self_attn.q_proj) is type(model.lm_head)
-    if method == "int8":  # rounded before what stays is converted
+    if method == "int8":  # weights are rounded before the others are converted
         model, weight = MODEL.load(tmp_path / "base"), MODEL.load(tmp_path / "base").lm_head.weight
         QUANT.quantize(model, method, lm_head=True, dtype=torch.bfloat16)
         assert torch.equal(model.lm_head.levels, QUANT.nearest(weight, QUANT.Form(8))[0]) and model.dtype == torch.bfloat16
 
 
-def test_what_cannot_be_quantized_or_saved_is_one_line(tmp_path, capsys):
+def test_models_that_cannot_be_quantized_or_saved_are_one_line_errors(tmp_path, capsys):
     folder = base(tmp_path / "base", intermediate_size=100)
     QUANT.quantize(MODEL.load(folder), "int4")
-    assert "32 does not divide the width of 2 layers, which stay as they are" in capsys.readouterr().err
-    for more, message in ((dict(group_size=48), "48 divides the width of no layer"), (dict(exclude=["."]), "no layer is left")):
+    assert "quantization.group_size: layers whose width is not divisible by 32 are not quantized (2): " in capsys.readouterr().err
+    for more, message in ((dict(group_size=48), "no layer's width is divisible by 48"), (dict(exclude=["."]), "no layer is left")):
         with pytest.raises(UserError, match=message):
             QUANT.quantize(MODEL.load(folder), "int4", **more)
-    with pytest.raises(UserError, match="quantization.group_size: nf4 has groups of 32, 64, .* 4096; found 48"):
+    with pytest.raises(UserError, match="quantization.group_size: nf4 supports groups of 32, 64, .* 4096, not 48"):
         QUANT.quantize(MODEL.load(folder), "nf4", 48)
     with pytest.raises(UserError, match="no layer is left"):
         QUANT.quantize(MODEL.load(folder), "nf4", exclude=["."])
     MODEL.load(folder, quantization="int4")
-    assert "model.quantization: 32 does not divide the width of 2 layers" in capsys.readouterr().err
-    with pytest.raises(UserError, match="model.quantization: 32 divides the width of no layer"):
+    assert "model.quantization: layers whose width is not divisible by 32 are not quantized (2)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="model.quantization: no layer's width is divisible by 32"):
         MODEL.load(base(tmp_path / "odd", hidden_size=40, intermediate_size=72), quantization="int4")
-    with pytest.raises(UserError, match="gptq needs calibration text, and data.train holds none"):
+    with pytest.raises(UserError, match="gptq needs calibration text, but data.train contains none"):
         QUANT.quantize(MODEL.load(folder), "gptq")
-    for method, knobs, what in (("int8_dynamic", {}, "experts in int8_dynamic; use int8 or int4"), ("nf4", {}, "nf4 weights; quantize while"),
-                                ("int4", dict(moe_intermediate_size=48), "experts of which the group size divides one width only")):
-        with pytest.raises(UserError, match=f"a folder cannot hold {what}"):
+    for method, knobs, reason in (("int8_dynamic", {}, "experts in int8_dynamic; use int8 or int4"), ("nf4", {}, "nf4 weights; quantize while"),
+                                  ("int4", dict(moe_intermediate_size=48), "experts with one width that the group size does not divide")):
+        with pytest.raises(UserError, match=f"a folder cannot store {reason}"):
             MODEL.save(QUANT.quantize(MODEL.build(MODEL.ModelConfig(**{**SMALL, **EXPERTS, **knobs})), method), tmp_path / "no")
     MODEL.save(QUANT.quantize(MODEL.load(folder), "int8"), tmp_path / "odd")
     config = json.loads((tmp_path / "odd/config.json").read_text())
@@ -615,9 +615,9 @@ def test_what_cannot_be_quantized_or_saved_is_one_line(tmp_path, capsys):
                                   ({"type": "float", "num_bits": 4}, None), ({}, {**eight, "type": "float"}), ({"strategy": "group"}, None)):
         group.update(weights={**weights, **settings}, input_activations=activations)
         (tmp_path / "odd/config.json").write_text(json.dumps(config))
-        with pytest.raises(UserError, match="this form of compressed-tensors is not supported"):
+        with pytest.raises(UserError, match="this compressed-tensors scheme is not supported"):
             MODEL.load(tmp_path / "odd")
-    group.update(weights={**weights, "group_size": -1}, input_activations=None)  # which other programs write for whole rows
+    group.update(weights={**weights, "group_size": -1}, input_activations=None)  # as other programs write one scale per row
     (tmp_path / "odd/config.json").write_text(json.dumps(config))
     assert MODEL.load(tmp_path / "odd").model.layers[0].mlp.up_proj.form == QUANT.Form(8)
 
@@ -628,14 +628,14 @@ def table_of(text: str) -> list[dict]:
     return [dict(zip(head, line, strict=True)) for line in lines]
 
 
-def test_a_quantized_folder_generates_and_serves_adapters(tmp_path, model_folder, text_file, capsys):
+def test_a_quantized_folder_is_measured_and_generates(tmp_path, model_folder, text_file, capsys):
     QUANT.main(["--model", str(model_folder), "--data", str(text_file), "--method", "awq", "--calibration-samples", "8", "--out", str(tmp_path / "out"), "--model.device", "cpu"])
     plain, packed = table_of(capsys.readouterr().out)
     assert plain["method"] == "none" and packed["method"] == "awq" and float(packed["size, MB"]) < float(plain["size, MB"])
     assert float(plain["KL, nats"]) == 0 < float(packed["KL, nats"]) and plain["answered"] == "-"
     INFER.main(["--model", str(tmp_path / "out"), "--prompt", "The red", "--temperature", "0", "--max-new-tokens", "8", "--model.device", "cpu"])
-    said = capsys.readouterr()
-    assert said.out.strip() and "int4 weights" in said.err
+    printed = capsys.readouterr()
+    assert printed.out.strip() and "int4 weights" in printed.err
     reference = INFER.score(MODEL.load(model_folder), TOKENIZER.load(model_folder),
                             TOKENIZER.sample_texts(TOKENIZER.DataSection(train=[str(text_file)]), part="val"))
     assert math.isclose(float(plain["perplexity"]), reference["perplexity"], rel_tol=1e-3)
@@ -645,8 +645,8 @@ def test_a_quantized_folder_generates_and_serves_adapters(tmp_path, model_folder
 
 
 def comparison_of(model_folder, text_file, **flags) -> QUANT.Comparison:
-    words = [f"--{key}={value}" for key, value in {"model": model_folder, "data": text_file, "model.device": "cpu", **flags}.items()]
-    return QUANT.original_alone(MODEL.load_config(words, QUANT.SECTIONS, "quantization"))
+    argv = [f"--{key}={value}" for key, value in {"model": model_folder, "data": text_file, "model.device": "cpu", **flags}.items()]
+    return QUANT.compare_original(MODEL.load_config(argv, QUANT.SECTIONS, "quantization"))
 
 
 def test_quality_by_hand():
@@ -665,7 +665,7 @@ def test_quality_by_hand():
     assert second == pytest.approx({"perplexity": math.exp(nats / 4), "correct": right / 4, "KL, nats": divergence / 4}, rel=1e-5)
 
 
-def test_held_out_pieces_cover_a_long_text(model_folder, tmp_path):
+def test_held_out_chunks_cover_a_long_text(model_folder, tmp_path):
     (tmp_path / "book.txt").write_text(" ".join(make_text(300)))
     ours = comparison_of(model_folder, tmp_path / "book.txt", **{"data.text_unit": "file", "data.validation": "tail"})
     assert len(ours.texts) > 1 and max(map(len, ours.texts)) <= ours.context + 1
@@ -674,10 +674,10 @@ def test_held_out_pieces_cover_a_long_text(model_folder, tmp_path):
 
 
 def test_exact_answers_are_counted(model_folder, text_file, tmp_path):
-    """Some of the expected answers are what the model generates up to the end of the line."""
+    """All expected answers but three are the model's own completions up to the end of the line."""
     model, tokenizer, prompts = MODEL.load(model_folder), TOKENIZER.load(model_folder), make_text(8, seed=3)
     rows = [TOKENIZER.encode_prompt(tokenizer, prompt) for prompt in prompts]
-    generated = [own.text for [own] in INFER.generate(model, rows, INFER.Sampling(64, 0, stop=["\n"]), tokenizer)]
+    generated = [completion.text for [completion] in INFER.generate(model, rows, INFER.Sampling(64, 0, stop=["\n"]), tokenizer)]
     pairs = [(prompt, text) for prompt, text in zip(prompts, generated, strict=True) if text.strip()]
     pairs = [*pairs, *((prompt, "No.") for prompt, _ in pairs[:3])]
     assert len(pairs) > 6
@@ -689,18 +689,18 @@ def test_exact_answers_are_counted(model_folder, text_file, tmp_path):
         comparison_of(model_folder, text_file, questions=tmp_path / "none.jsonl")
 
 
-def test_compare_prints_and_draws_what_works(model_folder, text_file, tmp_path, monkeypatch, capsys):
+def test_compare_prints_and_plots_the_methods_that_work(model_folder, text_file, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     flags = ["--model", str(folder), "--data", str(text_file), "--compare", "--model.device", "cpu"]
-    with pytest.raises(UserError, match="--out: --compare writes compare.png into a folder; found 'a.png'"):
+    with pytest.raises(UserError, match="--out: --compare writes compare.png into a folder, not into a file such as 'a.png'"):
         QUANT.main([*flags, "--out", "a.png"])
     monkeypatch.setattr(QUANT, "COMPARED", ("int8", "nf4"))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    QUANT.main([*flags, "--group-size", "16"])  # of the forms that have groups
-    said = capsys.readouterr()
-    assert [row["method"] for row in table_of(said.out)] == ["none", "int8"]
-    assert f"plot: {folder}/compare.png" in said.err and (folder / "compare.png").stat().st_size > 10_000
-    assert "nf4 is left out: quantization.method: needs `pip install bitsandbytes`" in said.err
+    QUANT.main([*flags, "--group-size", "16"])  # for the methods that have groups
+    printed = capsys.readouterr()
+    assert [row["method"] for row in table_of(printed.out)] == ["none", "int8"]
+    assert f"plot: {folder}/compare.png" in printed.err and (folder / "compare.png").stat().st_size > 10_000
+    assert "skipped nf4: quantization.method: nf4 and llm_int8 need bitsandbytes" in printed.err
 
 
 def test_labels_of_the_plot_do_not_overlap(tmp_path, monkeypatch):
@@ -716,7 +716,7 @@ def test_labels_of_the_plot_do_not_overlap(tmp_path, monkeypatch):
     figures[0].draw_without_rendering()
     for axes, count in zip(figures[0].axes, (len(ours.rows) - 1, len(ours.rows), len(ours.rows)), strict=True):
         labels = [Text.get_window_extent(label) for label in axes.texts]  # without their lines
-        assert len(labels) == count and not any(one.overlaps(two) for one, two in itertools.combinations(labels, 2))
+        assert len(labels) == count and not any(first.overlaps(second) for first, second in itertools.combinations(labels, 2))
         assert all(figures[0].bbox.x1 >= label.x1 and not axes.bbox.overlaps(label) for label in labels)
 
 
@@ -731,23 +731,23 @@ def test_llama_cpp_is_measured(model_folder, text_file, tmp_path):
     assert row["decode, tokens/s"] > 0 and row["prefill, tokens/s"] > 0
 
 
-def test_a_model_without_a_language_model_head_is_refused(tmp_path, model_folder, text_file):
+def test_a_model_without_a_language_model_head_is_rejected(tmp_path, model_folder, text_file):
     MODEL.save(MODEL.build(MODEL.read_config(model_folder), head="score"), tmp_path / "labels")
     TOKENIZER.save(TOKENIZER.load(model_folder), tmp_path / "labels")
     with pytest.raises(UserError, match="has no language-model head"):
         QUANT.main(["--model", str(tmp_path / "labels"), "--data", str(text_file)])
 
 
-# ----------------------------------------------------------------------------------------------- layer by layer, bad input
+# ------------------------------------------------------------------------------------- layer by layer, invalid input
 
 
-def quantized(model_folder, text_file, *words):
-    QUANT.main(["--model", str(model_folder), "--data", str(text_file), "--model.device", "cpu", "--calibration-samples", "8", *map(str, words)])
+def quantized(model_folder, text_file, *flags):
+    QUANT.main(["--model", str(model_folder), "--data", str(text_file), "--model.device", "cpu", "--calibration-samples", "8", *map(str, flags)])
 
 
 @pytest.mark.parametrize("method", ["int4", "gptq", "int8_dynamic", "bf16"])
-def test_a_large_model_is_quantized_and_measured_layer_by_layer(method, model_folder, text_file, tmp_path, monkeypatch, capsys):
-    """The folder and the numbers are those of the model in memory, in which no layer is left once it is written."""
+def test_large_models_are_quantized_and_measured_layer_by_layer(method, model_folder, text_file, tmp_path, monkeypatch, capsys):
+    """Folder and measures equal those of the usual way. Each layer is freed after it is written."""
     group = ["--group-size", "16"] if method in ("int4", "gptq") else []
     quantized(model_folder, text_file, "--method", method, *group, "--out", tmp_path / "whole")
     capsys.readouterr()
@@ -763,8 +763,7 @@ def test_a_large_model_is_quantized_and_measured_layer_by_layer(method, model_fo
     monkeypatch.setattr(MODEL.Shards, "limit", 2_000)
     monkeypatch.setattr(QUANT, "LARGE", 0)
     quantized(model_folder, text_file, "--method", method, *group, "--out", tmp_path / "parts")
-    said = capsys.readouterr().out
-    parts = [line.split("|") for line in said.splitlines()[2:]]
+    parts = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
     assert alive == [7, 0] and [cell.strip() for cell in parts[1][-3:-1]] == ["-", "-"]  # not timed
     assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 2
     ids = torch.randint(0, 300, (2, 24))
@@ -773,14 +772,14 @@ def test_a_large_model_is_quantized_and_measured_layer_by_layer(method, model_fo
         torch.testing.assert_close(MODEL.load(tmp_path / "parts")(ids).logits, expected, atol=0, rtol=0)
 
 
-def test_calibration_texts_fit_into_learned_positions(model_folder, text_file, tmp_path):
+def test_calibration_texts_fit_learned_positions(model_folder, text_file, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     base(folder, **GPT2, vocab_size=MODEL.read_json(folder / "config.json")["vocab_size"], max_position_embeddings=16)
     (tmp_path / "long.txt").write_text("the fox and the dog " * 40)
     QUANT.main(["--model", str(folder), "--data", str(tmp_path / "long.txt"), "--validation", str(text_file), "--method", "gptq"])
 
 
-def test_no_folder_is_written_over_a_model_or_from_settings_that_do_not_fit(model_folder, text_file, tmp_path):
+def test_models_are_not_overwritten_and_invalid_settings_are_named(model_folder, text_file, tmp_path):
     (tmp_path / "file").write_text("")
     adapter = MODEL.load(model_folder)
     SFT.attach_lora(adapter, model_folder, r=2)
@@ -788,42 +787,42 @@ def test_no_folder_is_written_over_a_model_or_from_settings_that_do_not_fit(mode
     quantized(model_folder, text_file, "--method", "int8", "--out", tmp_path / "int8")
     before = {path: path.read_bytes() for path in model_folder.iterdir()}
     out = ("--out", tmp_path / "out")
-    for words, message in ((("--out", model_folder), "holds a model that is not quantized, which would be lost"),
-                           (("--out", tmp_path / "adapter"), "holds a model that is not quantized, which would be lost"),
-                           (("--out", tmp_path / "file"), "is a file; name a folder"), (("--method", "none", *out), "none changes nothing"),
+    for flags, message in ((("--out", model_folder), "contains a model that is not quantized and would be overwritten"),
+                           (("--out", tmp_path / "adapter"), "contains a model that is not quantized and would be overwritten"),
+                           (("--out", tmp_path / "file"), "is a file; use a folder"), (("--method", "none", *out), "none requires --to or --compare"),
                            (("--data.validation", "none", *out), "'none' holds out no text"),
                            (("--group-size", "32", *out), "group_size: int8 has no groups; leave it out, or use nf4, int4"),
                            (("--gguf-type", "Q4_0", *out), "gguf_type: has no effect without --to gguf"),
                            (("--exclude", "*", *out), "'\\*' is not a regular expression"), (("--exclude", "lm_heat", *out), "'lm_heat' matches no layer"),
-                           (("--model", tmp_path / "int8", *out), "is quantized already"), (("--model", tmp_path / "int8"), "is quantized already")):
+                           (("--model", tmp_path / "int8", *out), "is already quantized"), (("--model", tmp_path / "int8"), "is already quantized")):
         with pytest.raises(UserError, match=message):
-            quantized(model_folder, text_file, *words) if "--model" not in words else QUANT.main([*map(str, words), "--data", str(text_file)])
+            quantized(model_folder, text_file, *flags) if "--model" not in flags else QUANT.main([*map(str, flags), "--data", str(text_file)])
     assert {path: path.read_bytes() for path in model_folder.iterdir()} == before and not (tmp_path / "out/config.json").exists()
 
 
 @pytest.mark.parametrize("method", ["int4", "gptq"])
-def test_weights_that_are_not_finite_are_refused(method, model_folder, tmp_path):
+def test_weights_that_are_not_finite_are_rejected(method, model_folder, tmp_path):
     model = MODEL.load(model_folder)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = math.inf
     with pytest.raises(UserError, match="not finite"):
         QUANT.quantize(model, method, 16, TEXTS)
 
 
-def test_nothing_is_left_of_a_folder_that_was_not_finished(model_folder, text_file, tmp_path, small_disk, monkeypatch):
+def test_an_interrupted_run_leaves_no_files(model_folder, text_file, tmp_path, small_disk, monkeypatch):
     (small_disk / "filler").write_bytes(bytes(2**21 - 40_000))
-    for words in (("--method", "bf16"), ("--to", "torch-export")):
-        out = small_disk / ("out.pt2" if "--to" in words else "out")
+    for flags in (("--method", "bf16"), ("--to", "torch-export")):
+        out = small_disk / ("out.pt2" if "--to" in flags else "out")
         with pytest.raises(UserError, match="the disk is full; free some space"):
-            quantized(model_folder, text_file, *words, "--out", out)
+            quantized(model_folder, text_file, *flags, "--out", out)
     assert not [path for path in small_disk.rglob("*") if "safetensors" in path.name or path.name == "config.json" or path.suffix == ".pt2"]
     nearest, calls = QUANT.nearest, itertools.count()
 
-    def stopped(*words, **more):
+    def interrupted(*args, **kwargs):
         if next(calls) == 9:
             raise KeyboardInterrupt
-        return nearest(*words, **more)
+        return nearest(*args, **kwargs)
 
-    monkeypatch.setattr(QUANT, "nearest", stopped)
+    monkeypatch.setattr(QUANT, "nearest", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantized(model_folder, text_file, "--out", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
