@@ -1178,7 +1178,7 @@ def new_figure(width: float, height: float):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return TOKENIZER.say_once("no plots: matplotlib is not installed")
+        return TOKENIZER.say_once("no plot: matplotlib is not installed")
     return Figure(figsize=(width, height), layout="constrained")
 
 

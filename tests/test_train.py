@@ -1056,13 +1056,13 @@ def test_plots_have_ticks_at_whole_steps_and_percentages(steps, tmp_path, real_p
             assert percentages[0] == 0 and percentages[-1] == 10 and all(float(tick).is_integer() for tick in percentages)
 
 
-def test_without_matplotlib_one_line_says_that_there_are_no_plots(tmp_path, real_plot, monkeypatch, capsys):
+def test_without_matplotlib_one_line_reports_that_there_is_no_plot(tmp_path, real_plot, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     write(tmp_path / "log.jsonl", [json.dumps({"step": 1, "loss": 2.0})])
     TOKENIZER.say_once.cache_clear()
     for _ in range(2):
         TRAIN.Log(tmp_path, True).plot()
-    assert capsys.readouterr().err == "no plots: matplotlib is not installed\n"
+    assert capsys.readouterr().err == "no plot: matplotlib is not installed\n"
 
 
 def test_contents_of_result_and_log(trained):
