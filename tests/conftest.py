@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -202,16 +204,23 @@ def model_folder(tmp_path_factory, tokenizer):
     return folder
 
 
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
+    """A file system of this size in a folder; yields a function that mounts it again with other options."""
+    folder.mkdir()
+    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    try:
+        yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)  # mapped weights may still be open
+
+
 @pytest.fixture()
 def small_disk(tmp_path):
     """A folder on a file system of 2 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)  # mapped weights may still be in use
+    with mounted(tmp_path / "disk", "2m"):
+        yield tmp_path / "disk"
 
 
 @pytest.fixture()

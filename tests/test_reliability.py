@@ -1,10 +1,14 @@
 """Reliability: a run that is killed, a full disk, damaged files and hostile input cost nothing that was saved and are reported in one line."""
 
 import contextlib
+import errno
+import io
 import itertools
 import json
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -12,9 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, launch, make_text
+from conftest import ROOT, launch, make_text, mounted
 
 import DISTILL
+import INFER
 import MODEL
 import QUANT
 import RL
@@ -62,7 +67,9 @@ class Shop:
     """A folder with tiny models and data for every stage, and what uninterrupted runs of the stages leave."""
 
     def __init__(self, folder: Path):
-        self.folder, self.base, self.numbers, self.known = folder, folder / "base", itertools.count(), {}
+        self.folder, self.base, self.numbers = folder, folder / "base", itertools.count()
+        self.known: dict[str, Whole] = {}
+        self.runs: dict[str, Path] = {}
         lines = make_text(240, seed=5)
         tokenizer = TOKENIZER.train(lines, kind="byte")
         TOKENIZER.ensure_chat(tokenizer)
@@ -99,13 +106,16 @@ class Shop:
             out, clock = self.fresh() / "out", time.perf_counter()
             _, said = (process := self.start(stage, out)).communicate()
             assert process.returncode == 0, said
+            self.runs[stage] = out.parent
             self.known[stage] = Whole(files_of(out), int(said.rpartition("changes: ")[2]), time.perf_counter() - clock)
         return self.known[stage]
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    return Shop(tmp_path_factory.mktemp("shop"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TRAIN, "plot_curves", lambda *_: None)  # drawing takes longer than these runs
+        yield Shop(tmp_path_factory.mktemp("shop"))
 
 
 TIMES = ("seconds", "tokens_per_second", "mfu", "time/rollout", "time/score", "time/reward")
@@ -165,3 +175,251 @@ def final_files(out: Path) -> dict:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_run_continues_and_ends_with_the_same_files(stage, shop):
     killed(shop, random.Random(stage), stage)
+
+
+# ------------------------------------------------------------------------------------------------- disks and files
+
+
+def run(script, words: list) -> tuple[int, str]:
+    """Run a program in this process: (exit status, stderr). A failed run says so in its last line; a traceback is an exception here."""
+    talk = io.StringIO()
+    with contextlib.redirect_stderr(talk), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            MODEL.run_main(script.main, [str(word) for word in words])
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+    said = talk.getvalue().strip()
+    assert status in (0, None) or status in (1, 2) and said.splitlines()[-1].startswith("error: "), (status, said)
+    return status or 0, said.splitlines()[-1] if said else ""
+
+
+def full_disk(shop: Shop, draw: random.Random, stage: str | None = None, size: int | None = None) -> None:
+    """A disk of `size` KiB fills up during a run. The same command continues once there is space, and ends with the same files."""
+    stage = stage or draw.choice(list(STAGES))
+    whole, folder = shop.whole(stage), shop.fresh() / "disk"
+    with mounted(folder, f"{size or draw.choice((8, 16, 40, draw.randint(4, 500)))}k") as remount:
+        status, line = run(STAGES[stage][0], shop.words(stage, folder / "out"))
+        assert status == 0 or re.search("disk is full|No space left", line), line
+        assert not size or status == 2
+        for checkpoint in TRAIN.checkpoints(folder / "out"):
+            assert MODEL.damage(checkpoint) is None
+        remount("size=64m")
+        if status:
+            status, line = run(STAGES[stage][0], shop.words(stage, folder / "out"))
+        assert status == 0 and final_files(folder / "out") == whole.files, line
+
+
+@pytest.mark.parametrize("stage, size", [("TRAIN", 8), ("TRAIN", 40), ("TRAIN", 260), ("SFT", 124), ("RL reward", 360), ("DISTILL --cache", 92),
+                                         ("DISTILL --generate", 8), ("QUANT int8", 40), ("QUANT gguf", 16)])
+def test_a_full_disk_costs_nothing_that_was_saved(stage, size, shop):
+    full_disk(shop, random.Random(0), stage, size)
+
+
+def read_only(shop: Shop, draw: random.Random, stage: str | None = None) -> None:
+    """The output folder, with what a killed run left in it or without, is on a disk that cannot be written."""
+    stage, folder = stage or draw.choice(list(STAGES)), shop.fresh() / "disk"
+    with mounted(folder, "64m") as remount:
+        if draw.random() < 0.5:
+            shop.start(stage, folder / "out", draw.randint(1, shop.whole(stage).changes)).communicate()
+        before = files_of(folder)
+        remount("ro")
+        status, line = run(STAGES[stage][0], shop.words(stage, folder / "out"))
+        assert status == 2 and str(folder) in line and files_of(folder) == before, line
+
+
+@pytest.mark.parametrize("stage", ["TRAIN", "DISTILL --cache", "DISTILL --generate", "QUANT gguf"])
+def test_a_read_only_folder_is_one_line(stage, shop):
+    read_only(shop, random.Random(3), stage)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO])
+def test_a_disk_that_fails_during_a_run_is_one_line(number, shop, monkeypatch):
+    whole, out, real = shop.whole("TRAIN"), shop.fresh() / "out", TRAIN.Log.write
+
+    def write(log, record):
+        if record["step"] == 3:
+            raise OSError(number, os.strerror(number), str(out / "log.jsonl"))
+        real(log, record)
+
+    monkeypatch.setattr(TRAIN.Log, "write", write)
+    status, line = run(TRAIN, shop.words("TRAIN", out))
+    assert status == 2 and f"log.jsonl: {os.strerror(number)}; check the disk" in line
+    monkeypatch.undo()
+    assert run(TRAIN, shop.words("TRAIN", out))[0] == 0 and files_of(out) == whole.files
+
+
+READERS = [stage for stage in STAGES if "--data" in STAGES[stage][1]]
+
+
+def unreadable(shop: Shop, draw: random.Random, stage: str | None = None, how: str | None = None) -> None:
+    """A data file that exists but cannot be read: a device error, a folder, a path below a file, a link to nothing."""
+    stage, how = stage or draw.choice(READERS), how or draw.choice(("error", "folder", "below", "link"))
+    words = shop.words(stage, shop.fresh() / "out")
+    place = words.index("--data") + 1
+    path = shop.fresh() / f"data{draw.choice((Path(words[place]).suffix, '.csv', '.json', '.parquet', '.jsonl.gz'))}"
+    if how == "error":
+        path.symlink_to("/proc/self/mem")  # whose first page is not mapped
+    elif how == "folder":
+        path.mkdir()
+    elif how == "link":
+        path.symlink_to(path.parent / "nothing")
+    else:
+        path.write_text("")
+        path = path / path.name
+    words[place] = str(path)
+    status, line = run(STAGES[stage][0], words)
+    assert status == 2 and str(path) in line, line
+
+
+@pytest.mark.parametrize("how", ["error", "folder", "below", "link"])
+def test_unreadable_data_is_one_line(how, shop):
+    for number, stage in enumerate(("TRAIN", "SFT", "DISTILL --generate")):
+        unreadable(shop, random.Random(number), stage, how)
+
+
+# --------------------------------------------------------------------------------------------------------- damage
+
+HARMS = ("missing", "empty", "cut", "flipped", "zeros")
+
+
+def harm(path: Path, how: str, draw: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    place = draw.randrange(len(data))
+    if how == "flipped":  # one bit
+        data[place] ^= 1 << draw.randrange(8)
+    elif how == "zeros":  # what some file systems leave after a power cut
+        data[place:] = bytes(len(data) - place)
+    path.write_bytes({"cut": data[:place], "empty": b""}.get(how, data))
+    if how == "missing":
+        path.unlink()
+
+
+def finished(shop: Shop, stage: str) -> Path:
+    """A copy of a stage's uninterrupted run, with its token files."""
+    shop.whole(stage)
+    folder = shop.fresh()
+    shutil.copytree(shop.runs[stage], folder, dirs_exist_ok=True)
+    return folder / "out"
+
+
+def is_reported(path: Path, line: str | None) -> bool:
+    """Whether a line names a damaged file; a changed number in the checksums is taken for damage of another file."""
+    return bool(line) and re.search(f"{path.parent}/{'.*' if path.name == MODEL.CHECKSUMS else path.name} is missing or damaged", line) is not None
+
+
+def damaged_checkpoint(shop: Shop, draw: random.Random, stage: str | None = None, name: str | None = None, how: str | None = None) -> None:
+    """A damaged file of the newest checkpoint is named; the run continues from the one before and ends with the same files."""
+    stage = stage or draw.choice([stage for stage in STAGES if "--resume" in STAGES[stage][1]])
+    out = finished(shop, stage)
+    [older, newest] = TRAIN.checkpoints(out)
+    path, how = newest / (name or draw.choice(sorted(path.name for path in newest.iterdir()))), how or draw.choice(HARMS)
+    before = path.read_bytes()
+    harm(path, how, draw)
+    if how != "missing" and path.read_bytes() == before:
+        return
+    words = shop.words(stage, out)
+    place = words.index("--resume") + 1
+    status, line = run(STAGES[stage][0], [*words[:place], newest, *words[place + 1 :]])
+    assert status == 2 and f"{older} is another checkpoint" in line, line
+    assert is_reported(path, line) or path.name == TRAIN.STATE_FILE and f"holds no {path.name}" in line, line
+    assert run(STAGES[stage][0], words)[0] == 0 and files_of(out) == shop.whole(stage).files
+    for checkpoint in TRAIN.checkpoints(out):
+        harm(checkpoint / path.name, "cut", draw)
+    status, line = run(STAGES[stage][0], words)
+    assert status == 2 and is_reported(path, line) and "--overwrite starts again" in line, line
+
+
+@pytest.mark.parametrize("stage", ["TRAIN", "SFT", "RL ppo"])
+def test_every_file_of_a_checkpoint_is_checked(stage, shop):
+    out, draw = finished(shop, stage), random.Random(stage)
+    [_, newest] = TRAIN.checkpoints(out)
+    names = sorted(path.name for path in newest.iterdir())
+    assert {TRAIN.STATE_FILE, "config.yaml", "tokenizer.json", MODEL.CHECKSUMS} < set(names)
+    for number, (name, how) in enumerate(itertools.product(names, HARMS)):
+        copy = shutil.copytree(newest, out / f"{number}")  # checksums are remembered by path and time
+        harm(copy / name, how, draw)
+        same = (copy / name).exists() and (copy / name).read_bytes() == (newest / name).read_bytes()
+        assert same or is_reported(copy / name, MODEL.damage(copy)), (name, how)
+        shutil.rmtree(copy)
+    damaged_checkpoint(shop, draw, stage)
+    damaged_checkpoint(shop, draw, stage, "config.yaml", "flipped")
+
+
+def damaged_model(shop: Shop, draw: random.Random, name: str | None = None, how: str | None = None, adapter: bool | None = None) -> None:
+    """A damaged file of a model's or an adapter's folder is refused in one line, except where nothing can show the damage: formats without checksums."""
+    adapter = draw.random() < 0.5 if adapter is None else adapter
+    folder = finished(shop, "SFT") if adapter else Path(shutil.copytree(shop.base, shop.fresh() / "model"))
+    names = [path.name for path in folder.iterdir() if "adapter" in path.name or not adapter and path.suffix in (".json", ".safetensors")]
+    names += ["tokenizer.json", "chat_template.jinja"] if adapter else ["chat_template.jinja"]
+    path, how = folder / (name or draw.choice(sorted(names))), how or draw.choice(HARMS)
+    harm(path, how, draw)
+    words = ["--model", shop.base, "--adapter", folder] if adapter else ["--model", folder]
+    status, line = run(INFER, [*words, "--model.device", "cpu", "--prompt", "hi", "--max-new-tokens", "2"])
+    if path.name not in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert status == 2 or how in ("flipped", "zeros"), (path, how)
+    assert status == 0 or str(folder) in line or "chat template" in line, line
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_damaged_model_folders_are_one_line(adapter, shop):
+    names = ("adapter_config.json", "adapter_model.safetensors") if adapter else ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json")
+    for number, (name, how) in enumerate(itertools.product(names, HARMS)):
+        damaged_model(shop, random.Random(number), name, how, adapter)
+
+
+def damaged_tokens(shop: Shop, draw: random.Random, name: str | None = None, how: str | None = None) -> None:
+    """Token files and a tokenizer that were made from the data are made again; where they are named by the user, that is an error."""
+    ids = finished(shop, "TRAIN").parent / "ids"
+    names = sorted(path.relative_to(ids).as_posix() for path in ids.rglob("*") if path.is_file() and path.name != ".lock")
+    path = ids / (name or draw.choice(names))
+    harm(path, how or draw.choice(HARMS), draw)
+    if path.name == "train_ids.bin" and path.exists():
+        words = shop.words("TRAIN", ids.parent / "named", shop.fresh())
+        words[words.index("--data") + 1] = str(path)
+        status, line = run(TRAIN, words)
+        assert status == 2 and f"{path} is missing or damaged" in line, line
+    status, line = run(TRAIN, shop.words("TRAIN", ids.parent / "again"))
+    assert status == 0 and files_of(ids.parent / "again") == shop.whole("TRAIN").files, line
+
+
+@pytest.mark.parametrize("name", ["train_ids.bin", "val_ids.json", "checksums.json", "tokenizer/tokenizer.json", "tokenizer/trained_on.json"])
+def test_damaged_token_files_are_made_again(name, shop):
+    for how in ("empty", "flipped"):
+        damaged_tokens(shop, random.Random(name), name, how)
+
+
+def damaged_cache(shop: Shop, draw: random.Random, name: str | None = None, how: str | None = None) -> None:
+    cache = finished(shop, "DISTILL --cache")
+    names = sorted(path.name for path in cache.iterdir() if path.name[0] != ".")
+    path = cache / (name or draw.choice(names))
+    harm(path, how or draw.choice(HARMS), draw)
+    status, line = run(DISTILL, [*(ROWS + "--model {base} --data {shop}/text.txt --cache-dir").format(base=shop.base, shop=shop.folder, ids=cache.parent / "ids").split(), cache,
+                                 "--out", cache.parent / "run", "--teacher", shop.base])
+    assert status == 2 and re.search(f"({path.name}|{MODEL.CHECKSUMS}|cache.json).*(missing or damaged|not valid)|has (no|a) cache", line) and "cache" in line, line
+
+
+def test_a_damaged_cache_of_a_teacher_is_one_line(shop):
+    for number, (name, how) in enumerate(itertools.product(("entries.bin", "cache.json", "tokenizer.json"), HARMS)):
+        damaged_cache(shop, random.Random(number), name, how)
+
+
+def damaged_log(shop: Shop, draw: random.Random, stage: str | None = None) -> None:
+    """A damaged log loses lines and nothing else."""
+    stage, out = stage or draw.choice(("TRAIN", "RL ppo", "DISTILL")), shop.fresh() / "out"
+    whole = shop.whole(stage)
+    shop.start(stage, out, whole.changes * 3 // 4).communicate()
+    for path in (out / "log.jsonl", out / "rollouts.jsonl"):
+        if path.exists():
+            for _ in range(draw.randint(1, 5)):
+                harm(path, draw.choice(("cut", "flipped", "flipped", "flipped", "zeros")), draw)
+                if not path.stat().st_size:
+                    break
+    status, line = run(STAGES[stage][0], shop.words(stage, out))
+    same = ({name: content for name, content in files.items() if not name.endswith(".jsonl")} for files in (files_of(out), whole.files))
+    assert status == 0 and next(same) == next(same), line
+
+
+def test_a_damaged_log_stops_no_run(shop):
+    for seed in range(3):
+        damaged_log(shop, random.Random(seed), ("TRAIN", "RL ppo", "RL ppo")[seed])
