@@ -3542,6 +3542,20 @@ def cache_numbers(config: ModelConfig) -> int:
     return config.num_hidden_layers * (latent or 2 * config.num_key_value_heads * config.head_dim)
 
 
+def adapter_memory(model: LanguageModel, rank: int = 16) -> tuple[int, int]:
+    """Bytes of a model that learns by adapters on all linear layers but the head (SFT.py --lora.r 16): with frozen matrices in 16
+    bits, and in nf4. Embeddings and norms stay in float32; a trained weight takes 16 bytes, as in training of the whole model."""
+    embedding = model.get_input_embeddings().weight
+    layers = {id(module) for layer in layers_of(model) for module in layer.modules()}
+    linear = [module for module in model.modules() if type(module) is nn.Linear and module.weight is not embedding]
+    adapted = [module for module in linear if id(module) in layers]
+    narrow, packed = (sum(module.weight.numel() for module in found) for found in (linear, adapted))
+    trained = sum(rank * (module.in_features + module.out_features) for module in adapted)
+    half = 4 * (count_parameters(model)[0] - narrow) + 2 * narrow + 16 * trained
+    # Half a byte each, an 8-bit scale for each group of 64, and a float32 scale for 256 of those (Dettmers 2023, section 3).
+    return half, half - 2 * packed + round(packed * (0.5 + 1 / 64 + 4 / (64 * 256)))
+
+
 def summary(config: ModelConfig) -> str:
     """A text with layers, parameters, FLOPs and memory; the model is built on `meta`, without weights."""
     model = build(config, device="meta")
@@ -3570,6 +3584,9 @@ def summary(config: ModelConfig) -> str:
         ("memory for inference", f"{size_text(total * 2)} in 16 bits, {size_text(total * 4)} in float32, plus cache"),
         ("memory for training", f"{size_text(total * 16)} (float32 weights, gradients, AdamW's two moments), plus activations"),
     ]
+    if not sparse:  # of a mixture's layers, only some can have adapters
+        half, packed = map(size_text, adapter_memory(model))
+        rows.append(("memory to train LoRA", f"{half} on 16-bit weights, {packed} on nf4 weights (rank 16), plus activations"))
     shapes = {}
     for name, weight in model.named_parameters():
         shapes.setdefault((re.sub(r"\.\d+\.", ".*.", name), tuple(weight.shape)), []).append(weight.numel())
