@@ -2173,10 +2173,10 @@ def extras_of(record: dict, where: str) -> dict:
 def number_of(record: dict, key: str, where: str) -> float:
     try:
         value = math.nan if isinstance(record[key], bool) else float(record[key])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # an integer of hundreds of digits
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{where}: {key} {record[key]!r} must be a number")
+        raise UserError(f"{where}: {key} {str(record[key])[:80]!r} must be a number")
     return value
 
 

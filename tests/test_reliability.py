@@ -5,17 +5,22 @@ import errno
 import io
 import itertools
 import json
+import math
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
 import subprocess
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
+import torch
 from conftest import ROOT, launch, make_text, mounted
 
 import DISTILL
@@ -109,6 +114,16 @@ class Shop:
             self.runs[stage] = out.parent
             self.known[stage] = Whole(files_of(out), int(said.rpartition("changes: ")[2]), time.perf_counter() - clock)
         return self.known[stage]
+
+    @cached_property
+    def client(self):
+        """A client of the server, in this process. Errors of the server are raised here."""
+        from starlette.testclient import TestClient
+
+        session = INFER.load(str(self.base), max_new_tokens=4, timeout=60, max_body=100_000, **{"model.device": "cpu"})
+        client = TestClient(INFER.Server(session, "base", session.engine(True, 512)).app())
+        client.__enter__()  # one event loop for all requests
+        return client
 
 
 @pytest.fixture(scope="module")
@@ -423,3 +438,274 @@ def damaged_log(shop: Shop, draw: random.Random, stage: str | None = None) -> No
 def test_a_damaged_log_stops_no_run(shop):
     for seed in range(3):
         damaged_log(shop, random.Random(seed), ("TRAIN", "RL ppo", "RL ppo")[seed])
+
+
+# -------------------------------------------------------------------------------------------- numbers and clocks
+
+
+def finite(folder: Path) -> bool:
+    """Whether all saved weights below a folder are finite numbers, and there are some."""
+    tensors = [tensor for path in folder.rglob("*.safetensors") for _, tensor in MODEL.read_tensors(path)]
+    return bool(tensors) and all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+@contextlib.contextmanager
+def broken_steps(steps, where: str = "loss"):
+    """In these forward passes with gradients the outputs, or only their gradients, are not numbers."""
+    forward, passes = MODEL.LanguageModel.forward, itertools.count()
+
+    def broken(model, *words, **more):
+        out = forward(model, *words, **more)
+        if not torch.is_grad_enabled() or next(passes) not in steps:
+            return out
+
+        def spoil(part):
+            if isinstance(part, torch.Tensor) and part.requires_grad:
+                if where == "loss":
+                    return part * math.nan
+                part.register_hook(lambda gradient: gradient * math.nan)
+            return part
+
+        return out._make(TRAIN.map_tensors(spoil, list(out)))
+
+    with mock.patch.object(MODEL.LanguageModel, "forward", broken):
+        yield
+
+
+LEARNING = [stage for stage in STAGES if "--resume" in STAGES[stage][1]]
+
+
+def not_numbers(shop: Shop, draw: random.Random, stage: str | None = None, where: str | None = None) -> None:
+    """A step whose loss or gradients are not numbers is skipped and counted. A run of such steps alone is an error."""
+    stage, where, out = stage or draw.choice(LEARNING), where or draw.choice(("loss", "gradient")), shop.fresh() / "out"
+    with broken_steps((draw.randint(0, 5),), where):
+        status, line = run(STAGES[stage][0], shop.words(stage, out))
+    assert status == 0 and finite(out) and TRAIN.json_lines(out / "log.jsonl")[-2]["skipped_steps"] == 1, line
+    with broken_steps(range(10**6), where):
+        status, line = run(STAGES[stage][0], [*shop.words(stage, out.parent / "other"), "--training.max_skipped_steps", draw.choice((2, 100))])
+    assert status == 2 and "had a non-finite loss or gradient" in line and not (out.parent / "other/config.json").exists(), line
+    assert finite(out.parent / "other") or not list((out.parent / "other").glob("ckpt*"))
+
+
+@pytest.mark.parametrize("stage, where", zip(LEARNING, itertools.cycle(("loss", "gradient"))))
+def test_steps_that_are_not_numbers_are_skipped(stage, where, shop):
+    not_numbers(shop, random.Random(stage), stage, where)
+
+
+def not_a_weight(shop: Shop, draw: random.Random, value: str | None = None) -> None:
+    """A weight in the data that is not a finite number, in JSON or in a table."""
+    value, table, number = value or draw.choice(("NaN", "Infinity", "-Infinity", "1e999", '"nan"', "1" + 400 * "0", "[]")), draw.random() < 0.5, draw.randint(2, 20)
+    path, words = shop.fresh() / f"chats.{'csv' if table else 'jsonl'}", shop.words("SFT", shop.fresh() / "out")
+    weights = ["1"] * 20
+    weights[number - 1] = value
+    if table:
+        path.write_text("prompt,completion,weight\n" + "".join(f"Who is {i}?,me,{weight.strip(chr(34))}\n" for i, weight in enumerate(weights)))
+    else:
+        path.write_text("".join(f'{{"prompt": "Who is {i}?", "completion": "me", "weight": {weight}}}\n' for i, weight in enumerate(weights)))
+    words[words.index("--data") + 1] = str(path)
+    status, line = run(SFT, words)
+    assert status == 2 and re.search(f"{path}:{number + table}: weight .* must be a number", line), line
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", '"nan"', pytest.param("1" + 400 * "0", id="long")])
+def test_weights_of_the_data_are_numbers(value, shop):
+    for seed in range(4):
+        not_a_weight(shop, random.Random(seed), value)
+
+
+def broken_base(shop: Shop, draw: random.Random, stage: str | None = None) -> None:
+    """A base model, teacher or policy with a weight that is not a number is never trained into a finished model."""
+    stage, base = stage or draw.choice([stage for stage in LEARNING if stage != "TRAIN"]), Path(shutil.copytree(shop.base, shop.fresh() / "model"))
+    model = MODEL.load(str(base))
+    weight = model.get_parameter(draw.choice([name for name, _ in model.named_parameters() if "layers" in name]))
+    with torch.no_grad():
+        weight.view(-1)[draw.randrange(weight.numel())] = draw.choice((math.nan, math.inf, -math.inf))
+    MODEL.save(model, base)
+    out = shop.fresh() / "out"
+    status, line = run(STAGES[stage][0], [str(base) if word == str(shop.base) else word for word in shop.words(stage, out)])
+    assert status == 2 and ("non-finite" in line or "not finite" in line) and not (out / "config.json").exists(), line
+
+
+@pytest.mark.parametrize("stage", ["SFT", "RL dpo", "RL grpo", "DISTILL"])
+def test_a_broken_base_is_not_trained(stage, shop):
+    broken_base(shop, random.Random(stage), stage)
+
+
+@contextlib.contextmanager
+def jumping_clocks(draw: random.Random):
+    """The clock of the day jumps by up to ten days in both directions, the monotonic clocks forward only, as after a suspended machine."""
+    offsets = {"time": 0.0, "monotonic": 0.0, "perf_counter": 0.0}
+
+    def jumping(name: str):
+        real = getattr(time, name)
+
+        def read() -> float:
+            if draw.random() < 0.05:
+                offsets[name] += draw.uniform(-864_000 if name == "time" else 0, 864_000)
+            return real() + offsets[name]
+
+        return read
+
+    with mock.patch.multiple(time, **{name: jumping(name) for name in offsets}):
+        yield
+
+
+def jumps(shop: Shop, draw: random.Random, stage: str | None = None) -> None:
+    """A run under jumping clocks ends with the same files, and with a time limit it ends."""
+    stage, out = stage or draw.choice(LEARNING), shop.fresh() / "out"
+    with jumping_clocks(draw):
+        status, line = run(STAGES[stage][0], shop.words(stage, out))
+        assert status == 0 and files_of(out) == shop.whole(stage).files, line
+        words = [word.replace("--max-steps", "--max-minutes") for word in shop.words("TRAIN", out.parent / "timed")]
+        words[words.index("--max-minutes") + 1] = "0.02"
+        status, line = run(TRAIN, words)
+    assert status == 0 and finite(out.parent / "timed"), line
+    numbers = [value for record in TRAIN.json_lines(out.parent / "timed" / "log.jsonl") for value in record.values()]
+    assert numbers and all(math.isfinite(value) for value in numbers)
+
+
+def test_clocks_that_jump_change_no_result(shop):
+    jumps(shop, random.Random(1), "TRAIN")
+
+
+def jumps_in_service(shop: Shop, draw: random.Random) -> None:
+    """A request under jumping clocks is answered or times out; later requests are answered."""
+    body = {"prompt": "The red fox", "max_tokens": 4, "temperature": 0}
+    answer = shop.client.post("/v1/completions", json=body).json()["choices"]
+    with jumping_clocks(draw):
+        statuses = {shop.client.post("/v1/completions", json=body).status_code for _ in range(3)}
+    assert statuses <= {200, 408, 504}
+    found = shop.client.post("/v1/completions", json=body)
+    assert found.status_code == 200 and found.json()["choices"] == answer
+
+
+def test_clocks_that_jump_do_not_stop_the_server(shop):
+    jumps_in_service(shop, random.Random(0))
+
+
+# ------------------------------------------------------------------------------------------------- two at once
+
+
+def two_at_once(shop: Shop, draw: random.Random, stage: str | None = None) -> None:
+    """The same command twice at the same time: one of the two is refused or continues what the other finished, and the files are those of one run."""
+    stage, out = stage or draw.choice(list(STAGES)), shop.fresh() / "out"
+    processes = [shop.start(stage, out) for _ in range(2)]
+    said = [process.communicate()[1] for process in processes]
+    statuses = [process.returncode for process in processes]
+    assert 0 in statuses and set(statuses) <= {0, 2} and not any("Traceback" in text for text in said), said
+    for status, text in zip(statuses, said, strict=True):
+        assert status == 0 or re.search(f"error: .*(another run is writing to|{COMPLETE})", text), text
+    assert final_files(out) == shop.whole(stage).files
+
+
+@pytest.mark.parametrize("stage", ["TRAIN", "DISTILL --cache", "DISTILL --generate", "QUANT int8"])
+def test_two_runs_in_a_folder(stage, shop):
+    two_at_once(shop, random.Random(0), stage)
+
+
+def shared_tokens(shop: Shop, draw: random.Random) -> None:
+    """Two runs with other output folders prepare the same token files at the same time."""
+    folder = shop.fresh()
+    processes = [shop.start("TRAIN", folder / name) for name in ("a", "b")]
+    for process, name in zip(processes, ("a", "b"), strict=True):
+        _, said = process.communicate()
+        assert process.returncode == 0 and files_of(folder / name) == shop.whole("TRAIN").files, said
+
+
+def test_two_runs_prepare_the_same_token_files(shop):
+    shared_tokens(shop, random.Random(0))
+
+
+# ------------------------------------------------------------------------------------------------- hostile files
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+CODE = "import os\nos.mkdir({marker!r})\nclass Evil:\n    pass\n"
+PLANTED = ("checkpoint", "model", "adapter", "tokens", "data", "remote code", "tokenizer code")
+
+
+def planted(shop: Shop, draw: random.Random, kind: str | None = None) -> None:
+    """A pickle or a Python file in a downloaded folder would make a folder. It never runs."""
+    kind, folder = kind or draw.choice(PLANTED), shop.fresh()
+    marker, form = folder / "ran", draw.choice(("zip", "legacy", "pickle"))
+
+    def plant(path: Path) -> None:
+        if form == "pickle":
+            path.write_bytes(pickle.dumps({"lm_head.weight": Payload(marker)}))
+        else:
+            torch.save({"lm_head.weight": Payload(marker)}, path, _use_new_zipfile_serialization=form == "zip")
+
+    plant(folder / "bait")
+    pickle.loads((folder / "bait").read_bytes()) if form == "pickle" else torch.load(folder / "bait", weights_only=False)
+    assert marker.exists()  # the payload is a real one
+    marker.rmdir()
+    base = Path(shutil.copytree(shop.base, folder / "model"))
+    script, words = INFER, ["--model", base, "--prompt", "hi"]
+    if kind == "checkpoint":
+        out = finished(shop, "TRAIN")
+        for checkpoint in TRAIN.checkpoints(out):
+            plant(checkpoint / TRAIN.STATE_FILE)
+            MODEL.write_checksums(checkpoint, [path for path in checkpoint.iterdir() if path.name != MODEL.CHECKSUMS])
+        script, words = TRAIN, shop.words("TRAIN", out)
+    elif kind == "model":
+        (base / "model.safetensors").unlink()
+        plant(base / "pytorch_model.bin")
+    elif kind == "adapter":
+        adapter = finished(shop, "SFT")
+        (adapter / "adapter_model.safetensors").unlink()
+        plant(adapter / "adapter_model.bin")
+        words += ["--adapter", adapter]
+    elif kind in ("tokens", "data"):
+        path = folder / ("train_ids.bin" if kind == "tokens" else f"data{draw.choice(('.txt', '.jsonl', '.parquet', '.json', '.csv'))}")
+        plant(path)
+        script, words = TRAIN, [*shop.words("TRAIN", folder / "out"), "--tokenizer.name", base]
+        words[words.index("--data") + 1] = path
+        del words[words.index("--tokenizer.kind") : words.index("--tokenizer.kind") + 2]
+    else:
+        (base / "evil.py").write_text(CODE.format(marker=str(marker)))
+        name = "config.json" if kind == "remote code" else "tokenizer_config.json"
+        raw = json.loads((base / name).read_text())
+        raw |= {"model_type": "evil", "architectures": ["Evil"]} if kind == "remote code" else {"tokenizer_class": "Evil"}
+        classes = ("AutoConfig", "AutoModel", "AutoModelForCausalLM") if kind == "remote code" else ("AutoTokenizer",)
+        (base / name).write_text(json.dumps({**raw, "auto_map": {key: ["evil.Evil", "evil.Evil"] if key == "AutoTokenizer" else "evil.Evil" for key in classes}}))
+    status, line = run(script, words)
+    assert status == 2 and not marker.exists(), line
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_planted_code_never_runs(kind, shop):
+    for seed in range(3):
+        planted(shop, random.Random(seed), kind)
+
+
+TEMPLATES = (
+    "{{{{ cycler.__init__.__globals__.os.mkdir('{marker}') }}}}", "{{{{ lipsum.__globals__['os'].mkdir('{marker}') }}}}",
+    "{{{{ ''.__class__.__mro__[1].__subclasses__() }}}}", "{{{{ raise_exception.__globals__['__builtins__']['open']('{marker}', 'w') }}}}",
+    "{{{{ (strftime_now|attr('__globals__'))['datetime'] }}}}", "{{{{ messages.__class__.__base__ }}}}", "{{{{ '{{0.__class__.__mro__}}'.format(messages) }}}}",
+    "{{% set _ = messages.append(messages[0]) %}}", "{{% set _ = messages[0].update(role='king') %}}", "{{% for i in range(10**10) %}}a{{% endfor %}}",
+    "{{% macro again() %}}{{{{ again() }}}}{{% endmacro %}}{{{{ again() }}}}", "{{% include '/etc/passwd' %}}", "{{% import 'os' as os %}}{{{{ os.mkdir('{marker}') }}}}",
+    "{{{{ self.__init__.__globals__ }}}}", "{{{{ messages[0].content.encode.__self__.__class__ }}}}", "{{% for m in messages %}}{{{{ m", "{{{{ namespace().__class__.__init__.__globals__ }}}}",
+)
+
+
+def hostile_template(shop: Shop, draw: random.Random, template: str | None = None) -> None:
+    """A chat template that reaches for Python's internals, changes its input or never ends is refused in one line."""
+    folder = shop.fresh()
+    base, marker = Path(shutil.copytree(shop.base, folder / "model")), folder / "ran"
+    (base / "chat_template.jinja").write_text((template or draw.choice(TEMPLATES)).format(marker=marker))
+    status, line = run(INFER, ["--model", base, "--prompt", "hi", "--max-new-tokens", "2"])
+    assert status == 2 and re.search("chat template|at least one token", line) and not marker.exists(), line  # undefined values are empty texts
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=range(len(TEMPLATES)))
+def test_templates_stay_in_their_sandbox(template, shop):
+    hostile_template(shop, random.Random(0), template)
