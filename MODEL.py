@@ -2550,7 +2550,9 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     """Write config.json, generation_config.json and safetensors (sharded above 5 GB) as transformers would; of a model
     with an adapter that one alone, as peft would.
 
-    Sharded weights (FSDP2) are gathered, so every process has to call; the first one writes."""
+    Sharded weights (FSDP2) are gathered, so every process has to call; the first one writes.
+
+    Runs in: INFER.py, transformers, vLLM"""
     from huggingface_hub import save_torch_state_dict
 
     if model.adapter:
@@ -3165,7 +3167,9 @@ def adapted_product(layer, usual: Callable, hidden: Tensor) -> Tensor:
 
 
 def _save_adapter(model: LanguageModel, folder: str | Path) -> None:
-    """adapter_config.json and adapter_model.safetensors as peft writes them, under the names of transformers' model."""
+    """adapter_config.json and adapter_model.safetensors as peft writes them, under the names of transformers' model.
+
+    Runs in: INFER.py, peft"""
     from safetensors.torch import save_file
 
     host = host_of(model)
