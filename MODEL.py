@@ -2593,7 +2593,9 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     """Write config.json, generation_config.json and safetensors (several files above 5 GB), as transformers does. If the model
     has an adapter, write only the adapter, as peft does.
 
-    Sharded weights (FSDP2) are gathered, so all processes must call; the first process writes."""
+    Sharded weights (FSDP2) are gathered, so all processes must call; the first process writes.
+
+    Runs in: INFER.py, transformers, vLLM"""
     from huggingface_hub import save_torch_state_dict
 
     if model.adapter:
@@ -3207,7 +3209,9 @@ def adapted_product(layer, peft_forward: Callable, hidden: Tensor) -> Tensor:
 
 
 def _save_adapter(model: LanguageModel, folder: str | Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as peft does, with transformers' tensor names."""
+    """Write adapter_config.json and adapter_model.safetensors as peft does, with transformers' tensor names.
+
+    Runs in: INFER.py, peft"""
     from safetensors.torch import save_file
 
     host = host_of(model)

@@ -853,7 +853,9 @@ def hub_scheme(form: Form) -> tuple[dict, dict]:
 
 
 def hub_config(model: MODEL.Transformer, kind: str) -> dict:
-    """`quantization_config` of config.json, as compressed-tensors, transformers and vLLM read it."""
+    """`quantization_config` of config.json, as compressed-tensors, transformers and vLLM read it.
+
+    Runs in: INFER.py, transformers, vLLM"""
     form = next(module.form for module in model.modules() if isinstance(module, (QuantizedLinear, DequantizedExperts)))
     plain = [MODEL.hub_name(kind, f"{name}.weight").removesuffix(".weight") for name, module in model.named_modules()
              if isinstance(module, (nn.Linear, MODEL.Router)) and not isinstance(module, QuantizedLinear)]
@@ -974,7 +976,9 @@ def import_gguf():
 
 
 def export_gguf(model: MODEL.LanguageModel, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """Write the folder `target`: model.gguf and Ollama's Modelfile. A UserError names what llama.cpp does not support."""
+    """Write the folder `target`: model.gguf and Ollama's Modelfile. A UserError names what llama.cpp does not support.
+
+    Runs in: llama.cpp, Ollama, LM Studio"""
     gguf, architecture = import_gguf(), gguf_architecture(model)
     target.mkdir(exist_ok=True)
     packed = section.gguf_type in K_QUANTS
@@ -1280,7 +1284,9 @@ def ollama_template(tokenizer, begins: bool) -> str | None:
 
 
 def export_gguf_adapter(model: MODEL.LanguageModel, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """Write the folder `target` with adapter.gguf, the unmerged LoRA of a model in float32 (llama-server --lora FILE)."""
+    """Write the folder `target` with adapter.gguf, the unmerged LoRA of a model in float32 (llama-server --lora FILE).
+
+    Runs in: llama.cpp"""
     if not model.adapter:
         raise UserError("--to gguf-lora: the model has no adapter; set --model to the folder of an adapter")
     gguf, architecture = import_gguf(), gguf_architecture(model)
@@ -1480,7 +1486,9 @@ def check_onnx(path: Path, model: MODEL.Transformer, exact: bool) -> None:
 
 
 def export_onnx(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """Write a folder for transformers.js and onnxruntime-genai: onnx/model*.onnx, config.json, tokenizer, genai_config.json."""
+    """Write a folder for transformers.js and onnxruntime-genai: onnx/model*.onnx, config.json, tokenizer, genai_config.json.
+
+    Runs in: transformers.js, onnxruntime, onnxruntime-genai"""
     dtype, name = ONNX_FILES[section.method]
     for package in ("onnx", "onnxscript", "onnxruntime"):
         optional(package, "onnx")
@@ -1517,7 +1525,9 @@ def genai_config(config: MODEL.ModelConfig, path: str, special: dict) -> dict:
 
 
 def export_tensorrt(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """Write the folder of `export_onnx`, build_engine.sh, which builds model.engine, and model.engine if trtexec is on PATH."""
+    """Write the folder of `export_onnx`, build_engine.sh, which builds model.engine, and model.engine if trtexec is on PATH.
+
+    Runs in: TensorRT"""
     export_onnx(model, tokenizer, target, section)
     import onnx
 
@@ -1541,7 +1551,9 @@ OPENVINO_FORMATS = {"none": "fp16", "int8": "int8", "int4": "int4"}
 
 
 def export_openvino(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """Write a folder for openvino-genai with the exporter of optimum-intel, which reads Hugging Face folders."""
+    """Write a folder for openvino-genai with the exporter of optimum-intel, which reads Hugging Face folders.
+
+    Runs in: openvino-genai"""
     check_exportable(model, foreign=True)
     groups = ["--sym", "--ratio", "1.0", "--group-size", str(section.group_size or 32), "--group-size-fallback", "adjust"]
     command = shutil.which("optimum-cli", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
@@ -1569,19 +1581,25 @@ def buffered(target: Path, write: Callable) -> None:
 
 
 def export_pt2(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """Write a .pt2 file: torch.export.load(FILE).module()(ids (1, T)) -> logits (1, T, V) with torch as the only import."""
+    """Write a .pt2 file: torch.export.load(FILE).module()(ids (1, T)) -> logits (1, T, V) with torch as the only import.
+
+    Runs in: torch"""
     buffered(target, partial(torch.export.save, traced_program(model)))
 
 
 def export_compiled(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """Write a .pt2 package, compiled by AOTInductor for this machine: torch._inductor.aoti_load_package(FILE)(ids (1, T))."""
+    """Write a .pt2 package, compiled by AOTInductor for this machine: torch._inductor.aoti_load_package(FILE)(ids (1, T)).
+
+    Runs in: torch"""
     program = traced_program(model)
     with quiet():
         buffered(target, lambda file: torch._inductor.aoti_compile_and_package(program, package_path=file))
 
 
 def export_torchscript(model, tokenizer, target: Path, section: QuantizationSection) -> None:
-    """Write a TorchScript file: torch.jit.load(FILE)(ids (1, T)) -> logits (1, T, V)."""
+    """Write a TorchScript file: torch.jit.load(FILE)(ids (1, T)) -> logits (1, T, V).
+
+    Runs in: torch"""
     say("TorchScript is deprecated in torch; use --to torch-export instead")
     with quiet():
         program = torch.jit.trace(Exportable(model), torch.ones(1, 8, dtype=torch.long), check_trace=False)

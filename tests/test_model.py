@@ -292,6 +292,14 @@ def test_a_replaced_function_is_not_written_as_a_family_that_computes_another(ta
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == kind
 
 
+def test_choices_of_a_table_are_looked_up_when_a_value_is_checked(monkeypatch):
+    for table, section, key in (("ACTIVATIONS", ModelConfig, "hidden_act"), ("KERNELS", MODEL.ModelSection, "attn_implementation")):
+        with pytest.raises(UserError, match=f"model.{key}: 'mine' is not one of "):
+            section(**{key: "mine"})
+        monkeypatch.setitem(getattr(MODEL, table), "mine", None)
+        assert getattr(section(**{key: "mine"}), key) == "mine"
+
+
 def test_model_type_custom_is_kept(tmp_path):
     """The way for a fork to say that it has changed the network itself."""
     MODEL.save(tiny(model_type="custom"), tmp_path)

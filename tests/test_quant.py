@@ -371,6 +371,25 @@ def test_calibrated_methods_have_less_error_than_rounding(method, tmp_path):
     assert (calibrated - exact).norm() < limit * (rounded - exact).norm()
 
 
+def test_a_method_of_a_fork_is_a_form_and_a_rounding(tmp_path, monkeypatch):
+    folder, seen = base(tmp_path / "base"), []
+
+    def to_zero(weight, products, form):
+        seen.append(float(products.diagonal().min()))
+        return torch.zeros_like(weight, dtype=torch.int8), weight.new_ones(len(weight), weight.shape[1] // form.group)
+
+    with pytest.raises(UserError, match="quantization.method: 'zero' is not one of none, bf16, fp16, int8, "):
+        MODEL.check(QUANT.QuantizationSection(method="zero"), "quantization")
+    monkeypatch.setitem(QUANT.FORMS, "zero", QUANT.Form(4, 16))
+    monkeypatch.setitem(QUANT.ROUNDINGS, "zero", to_zero)
+    MODEL.check(QUANT.QuantizationSection(method="zero"), "quantization")
+    with pytest.raises(UserError, match="zero needs calibration text"):
+        QUANT.quantize(MODEL.load(folder), "zero")
+    model = QUANT.quantize(MODEL.load(folder), "zero", 0, TEXTS)
+    weights = [module.weight for module in model.modules() if isinstance(module, QUANT.QuantizedLinear)]
+    assert len(weights) == len(seen) > 0 and not any(weight.any() for weight in weights) and max(seen) > 0
+
+
 def test_layers_are_calibrated_on_the_outputs_of_quantized_layers(tmp_path):
     """The inputs of each layer are computed by the layers before it after their change, with each layer's attention mask."""
     windows = dict(model_type="qwen2", attention_bias=True, sliding_window=5, layer_types=["full_attention", "sliding_attention", "full_attention"])

@@ -1,6 +1,7 @@
 """INFER.py --serve, through OpenAI's client and plain sockets."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -11,7 +12,9 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -524,14 +527,19 @@ def test_calls_run_in_the_engines_thread_and_not_during_a_static_batch(static, m
 # --------------------------------------------------------------------------------------- commands in the documents
 
 
+def chat_page() -> tuple[str, str]:
+    """The page in CONTRIBUTING.md and the command that starts it."""
+    [found] = re.findall(r"```python\n(import streamlit.*?)```.*?```bash\n(.*?)\n```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    return found
+
+
 def test_the_chat_page_in_contributing_shows_the_completions_of_the_api(server, monkeypatch):
     """The code block is run as printed, with two messages: the second completion depends on the first turn."""
     from streamlit.testing.v1 import AppTest
 
     monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "key")
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
-    page, messages = AppTest.from_string(code, default_timeout=60).run(), []
+    page, messages = AppTest.from_string(chat_page()[0], default_timeout=60).run(), []
     for text in ("The red fox", "Who saw it?"):
         page.chat_input[0].set_value(text).run()
         messages.append({"role": "user", "content": text})
@@ -541,6 +549,28 @@ def test_the_chat_page_in_contributing_shows_the_completions_of_the_api(server, 
         assert page.session_state["messages"] == messages
         shown = [(message.name, message.markdown[0].value) for message in page.chat_message]
         assert shown == [(message["role"], message["content"].strip()) for message in messages]
+
+
+def test_the_command_of_contributing_starts_the_chat_page(server, tmp_path):
+    code, command = chat_page()
+    (tmp_path / "page.py").write_text(code)
+    port, paths = free_port(), f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    settings = {"STREAMLIT_SERVER_PORT": str(port), "STREAMLIT_SERVER_HEADLESS": "true", "PATH": paths}
+    process = subprocess.Popen(["sh", "-c", command.replace("8000", str(server.port))], cwd=tmp_path, env={**os.environ, **settings},
+                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for _ in range(600):
+            with suppress(OSError):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health") as answer:
+                    assert answer.read() == b"ok"
+                    break
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.1)
+        else:
+            raise AssertionError("the page does not start")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def test_the_health_check_of_the_image(server):
