@@ -497,7 +497,7 @@ def test_unsupported_quantization_aware_training_is_a_one_line_error(tmp_path, m
     model = QUANT.fake_quantize(build(intermediate_size=48), "int4")
     assert "training.qat_group_size: layers whose width is not divisible by 32 are not quantized (2): " in capsys.readouterr().err
     assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
-    with pytest.raises(UserError, match="training.qat_group_size: no layer's width is divisible by 48; use a divisor of 64"):
+    with pytest.raises(UserError, match="training.qat_group_size: no layer's width is divisible by 48; use a divisor of 128"):
         QUANT.fake_quantize(build(), "int4", 48)
     with pytest.raises(UserError, match="training.qat: the model is already quantized"):
         QUANT.fake_quantize(QUANT.quantize(build(), "int8"), "int8")
