@@ -521,7 +521,7 @@ def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
 
 
 def labeled(record: dict, where: str, form: TOKENIZER.Form) -> dict:
-    """A record -> {"text", "label"}. Keys are detected by their names, ignoring case; the only other key is the text."""
+    """A record -> {"text", "label"}. Keys are detected by their names, ignoring case; a single other key is the text."""
     lower = {str(key).lower(): key for key in record}
     label = next((lower[key] for key in TOKENIZER.LABEL_KEYS if key in lower), None)
     rest = [key for key in record if key != label]
