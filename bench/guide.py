@@ -114,7 +114,7 @@ def programs(file: str, function: str) -> list[str]:
 
 
 def wrapped(words: Iterable[str]) -> str:
-    return "<br>".join(textwrap.wrap(", ".join(words), 30, break_on_hyphens=False))
+    return "<br>".join(textwrap.wrap(", ".join(words), 27, break_on_hyphens=False))
 
 
 def draw_places(_: str) -> str:
