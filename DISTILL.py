@@ -44,16 +44,16 @@ from MODEL import Action, UserError, check, knob, load_config, run_main, say
 @dataclass
 class DistillSection:
     teacher: str = knob("./out", "teacher model: the folder of a model or an adapter, or a hub name", often=True)
-    teacher_dtype: str = knob("auto", "dtype of the teacher's weights; auto keeps the stored one if the device supports it well",
+    teacher_dtype: str = knob("auto", "dtype of the teacher's weights; auto keeps the stored dtype if the device supports it",
                               ("auto", *MODEL.DTYPES))
     teacher_quantization: str = knob("none", "quantize the teacher, such as nf4 or int8", MODEL.QUANTIZATIONS)
-    method: str = knob("logits", "logits, or hidden (logits and hidden states)", ("logits", "hidden"), often=True)
+    method: str = knob("logits", "distillation: logits, or hidden (logits and hidden states)", ("logits", "hidden"), often=True)
     task: str = knob("auto", "data format: text (as in TRAIN.py) or chat (as in SFT.py); auto is chat for records and "
                              "a teacher with a chat template", ("auto", "text", "chat"), often=True)
     alpha: float = knob(0.1, "weight of the cross-entropy on the data; 1 - alpha weights the distillation loss", low=0, high=1,
                         often=True)
-    beta: float = knob(0.0, "0 is the forward KL(teacher || student), 1 the reverse KL, in between Jensen-Shannon", low=0, high=1,
-                       often=True)
+    beta: float = knob(0.0, "0 is the forward KL(teacher || student), 1 the reverse KL, between them Jensen-Shannon", low=0,
+                       high=1, often=True)
     temperature: float = knob(1.0, "softmax temperature of both models in the loss (Hinton 2015)", low=1e-3, often=True)
     hidden_weight: float = knob(1.0, "hidden: weight of the mean squared error between hidden states", low=0,
                                 only=("method", "hidden"), often=True)
@@ -82,15 +82,15 @@ class DistillSection:
         check(self, "distill")
         sampling, hidden = self.sampling_for(0), self.method == "hidden"
         for wrong, message in (
-            (hidden and self.cache_dir, "cache_dir: a cache has no hidden states, as distill.method hidden needs; leave out one"),
+            (hidden and self.cache_dir, "cache_dir: a cache has no hidden states for distill.method hidden; leave out one"),
             (self.lmbda and self.cache_dir, "cache_dir: a cache cannot score the student's completions; leave out distill.lmbda"),
-            (self.lmbda and self.alpha == 1, "alpha: 1 does not use the teacher, but distill.lmbda needs it; lower it"),
-            (hidden and not (self.hidden_weight or self.cosine_weight), "hidden_weight: 0, and so is cosine_weight; raise one"),
+            (self.lmbda and self.alpha == 1, "alpha: 1 does not use the teacher, but distill.lmbda needs it; lower alpha"),
+            (hidden and not (self.hidden_weight or self.cosine_weight), "hidden_weight: 0, as is cosine_weight; raise one"),
             (self.reward_threshold is not None and not self.reward_funcs, "reward_threshold: needs distill.reward_funcs"),
             (self.reward_funcs and sampling.n == 1 and self.reward_threshold is None,
-             "reward_funcs: nothing to choose from; raise n in distill.sampling, or set distill.reward_threshold"),
+             "reward_funcs: only one completion per prompt; raise n in distill.sampling, or set distill.reward_threshold"),
             (1 < sampling.n > sampling.num_beams and not sampling.temperature,
-             f"sampling: temperature 0 gives {sampling.n} equal completions; raise it, or set n to 1"),
+             f"sampling: temperature 0 gives {sampling.n} identical completions; raise it, or set n to 1"),
         ):
             if wrong:
                 raise UserError(f"distill.{message}")
@@ -135,7 +135,7 @@ class Divergence(torch.autograd.Function):
             losses = losses + weight * reverse.squeeze(-1)
             gradient = excess.sub_(reverse).mul_(q).mul_(weight)
         ctx.dtype, scale = student.dtype, torch.ones_like(losses).unsqueeze(-1)
-        if student.dtype == torch.float16:  # small range: saved relative to the largest number of each row
+        if student.dtype == torch.float16:  # its range is small: store values relative to the largest one of each row
             scale = gradient.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
             gradient.div_(scale)
         ctx.save_for_backward(gradient.to(student.dtype), scale / temperature)
@@ -200,8 +200,8 @@ def top_k_loss(student_logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tens
     this temperature, the log of the remaining probability mass (N,) -> losses (N,). With `targets` (N,) also the student's
     log-probabilities of the targets (N,).
 
-    All remaining tokens count as one. Merging tokens never increases a divergence, so this is a lower bound. The forward KL
-    lacks tail mass x KL(teacher's tail || student's tail), which is small if the tail is.
+    All remaining tokens are merged into one. Merging cannot increase a divergence, so the result is a lower bound. The forward
+    KL is lower by tail mass x KL(teacher's tail || student's tail), which is small if the tail is.
     """
     student, chosen = Buckets.apply(student_logits, ids, ids[:, 0] if targets is None else targets, temperature)
     teacher = torch.cat((logprobs, tail[:, None]), 1)  # (N, k + 1)
@@ -235,7 +235,7 @@ class InMemory:
 
     def __call__(self, batch: dict) -> tuple[Callable, list[Tensor]]:
         """(`reduce` for the student's forward pass, the teacher's hidden states). The student calls `reduce` for a few rows at a
-        time, so the (B*T, V) logits of the teacher never exist at once."""
+        time, so the full (B*T, V) logits of the teacher are never materialized."""
         settings = self.settings
         last, states = hidden_states(self.model, batch, settings.method == "hidden")
         last = last.flatten(0, 1)  # (B*T, C)
@@ -261,7 +261,7 @@ class FromCache:
 
         def reduce(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
             cached = [batch[f"cached_{name}"][entry[rows]] for name in ("ids", "logprobs", "tail")]
-            if temperature != 1 or self.vocab_size != logits.shape[1]:  # cross-entropy needs a pass of its own
+            if temperature != 1 or self.vocab_size != logits.shape[1]:  # cross-entropy needs a separate pass
                 return {"divergence": top_k_loss(logits[:, : self.vocab_size], *cached, beta, temperature)}
             losses, logprobs = top_k_loss(logits, *cached, beta, temperature, batch["targets"].flatten()[rows])
             return {"divergence": losses, "logprobs": logprobs}
@@ -272,22 +272,22 @@ class FromCache:
 # -------------------------------------------------------------------------------------------------- training loss
 
 
-def distillation(ask: Callable | None, settings: DistillSection, layers: dict[int, int]) -> Callable:
-    """loss_fn for `TRAIN.fit`: alpha cross-entropy + (1 - alpha) divergence, plus the distances of hidden states. `ask` is an
-    `InMemory` or `FromCache`; `layers` maps student layers to teacher layers. On completions of the student the loss is the
-    divergence alone: they are no examples to imitate."""
+def distillation(outputs: Callable | None, settings: DistillSection, layers: dict[int, int]) -> Callable:
+    """The loss function for `fit`: alpha cross-entropy + (1 - alpha) divergence, plus the distances of hidden states. `outputs`
+    is an `InMemory` or `FromCache`; `layers` maps student layers to teacher layers. On completions of the student the loss is
+    only the divergence, because they are not target data."""
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
         on_policy = batch.get("sampled", False)
         alpha = 0.0 if on_policy else settings.alpha
-        reduce, states = ask(batch) if ask else (None, [])
+        reduce, states = outputs(batch) if outputs else (None, [])
         reduce = reduce if settings.alpha < 1 else None
         out = model(batch["input_ids"], positions=batch["positions"], segment_ids=batch["segment_ids"], targets=batch["targets"],
                     reduce=reduce, want=("hidden_states",) if layers else ())
         weights = (batch["targets"] != -100).float() if batch["weights"] is None else batch["weights"]  # (B, T)
 
         def mean(values: Tensor) -> Tensor:
-            """(B, T) -> the share of this batch in the mean over the targets of the optimizer step."""
+            """(B, T) -> the contribution of this batch to the mean over the targets of the optimizer step."""
             return (values * weights).sum() / totals["tokens"]
 
         nll = -mean(out.logprobs)
@@ -312,7 +312,7 @@ def distillation(ask: Callable | None, settings: DistillSection, layers: dict[in
 
 
 class Teacher(NamedTuple):
-    """A frozen model and its tokenizer; without a model if its outputs are cached or not needed."""
+    """A frozen model and its tokenizer. The model is None if its outputs are cached or not needed."""
 
     name: str
     model: MODEL.LanguageModel | None
@@ -323,12 +323,12 @@ class Teacher(NamedTuple):
 
     @property
     def vocab_size(self) -> int:
-        """Without the rows of the logits that only pad the vocabulary."""
+        """The number of logits without those that only pad the vocabulary."""
         return min(len(self.tokenizer), self.model.config.vocab_size)
 
 
 def load_teacher(config, device, needed: bool = True) -> Teacher:
-    """The teacher of the settings; if its outputs are not `needed`, without its weights."""
+    """Load the teacher of the settings, without its weights if its outputs are not `needed`."""
     settings, name, dtype = config.distill, config.distill.teacher, config.distill.teacher_dtype
     if not needed:
         folder = MODEL.resolve_folder(MODEL.base_and_adapter(name, key="distill.teacher")[0])
@@ -345,15 +345,15 @@ def load_teacher(config, device, needed: bool = True) -> Teacher:
 
 
 def narrowed(teacher: MODEL.LanguageModel, config, device) -> str:
-    """The mixed precision of the run. Float32 matrices of the teacher are stored in the dtype that autocast would choose."""
+    """The mixed precision of the run. The teacher's float32 matrices are converted to the dtype that autocast would choose."""
     mixed = TRAIN.precision(config.training, config.model.dtype, device)
     if mixed != "no" and teacher.dtype == torch.float32:
         MODEL.narrow_frozen(teacher, MODEL.AUTOCAST[mixed])
     return mixed
 
 
-def mark_of(name: str) -> str | None:
-    """The fingerprint of a file or of a model's weights; None if it does not exist here."""
+def fingerprint_of(name: str) -> str | None:
+    """The fingerprint of a file or of a model's weights; None if it does not exist."""
     if Path(name).is_file():
         return MODEL.files_fingerprint([Path(name)])
     try:
@@ -366,68 +366,68 @@ def mark_of(name: str) -> str | None:
 
 
 class Unfinished:
-    """The state of a long output that may be interrupted at any time: how many items are done, and their totals.
+    """The progress of a long output that may be interrupted at any time: the number of finished items, and their totals.
 
-    The JSON file `note` holds it, with the facts that determine the output (teacher, data, settings). A run with equal facts
-    continues there; a run with other facts is refused. The first process writes."""
+    The JSON file `path` contains it, with the facts that determine the output (teacher, data, settings). A run with the same
+    facts continues; different facts are an error. Only the first process writes."""
 
-    def __init__(self, note: Path, facts: dict, key: str, overwrite: bool):
-        self.note, self.facts, self.done, self.totals = note, json.loads(json.dumps(facts)), 0, Counter()
-        known = TRAIN.from_first(MODEL.read_json(note) if note.exists() and not overwrite else {"done": 0})
-        if known["done"]:
-            if other := differences(known["facts"], self.facts):
-                raise UserError(f"{key}: {note} was started with a different {other}; --overwrite starts again")
-            self.done, self.totals = known["done"], Counter(known["totals"])
-            say_once(f"{note}: continuing after {self.done:,}")
+    def __init__(self, path: Path, facts: dict, key: str, overwrite: bool):
+        self.path, self.facts, self.done, self.totals = path, json.loads(json.dumps(facts)), 0, Counter()
+        stored = TRAIN.from_first(MODEL.read_json(path) if path.exists() and not overwrite else {"done": 0})
+        if stored["done"]:
+            if changed := differences(stored["facts"], self.facts):
+                raise UserError(f"{key}: {path} was started with a different {changed}; --overwrite starts again")
+            self.done, self.totals = stored["done"], Counter(stored["totals"])
+            say_once(f"{path}: continuing after item {self.done:,}")
         self.write()
 
     def write(self) -> None:
         if MODEL.process_rank() == 0:
-            MODEL.write_text(self.note, json.dumps({"done": self.done, "totals": self.totals, "facts": self.facts}))
+            MODEL.write_text(self.path, json.dumps({"done": self.done, "totals": self.totals, "facts": self.facts}))
         TRAIN.barrier()
 
-    def blocks(self, total: int, size: int, what: str) -> Iterator[range]:
+    def blocks(self, total: int, size: int, unit: str) -> Iterator[range]:
         """The remaining items in blocks. A block counts as done when the next one is requested."""
-        line, first, begin, shown = TRAIN.StatusLine(), self.done, time.perf_counter(), 0.0
+        line, first, start, shown = TRAIN.StatusLine(), self.done, time.perf_counter(), 0.0
         while self.done < total:
             yield range(self.done, min(self.done + size, total))
             TRAIN.barrier()
             self.done = min(self.done + size, total)
             self.write()
-            speed = (self.done - first) / (time.perf_counter() - begin)
+            speed = (self.done - first) / (time.perf_counter() - start)
             if MODEL.process_rank() == 0 and (self.done == total or time.perf_counter() - shown > 5):
                 shown = time.perf_counter()
-                line.show(f"{self.done:,}/{total:,} {what} | {speed:,.1f} {what}/s | ETA {(total - self.done) / speed:.0f} s")
+                line.show(f"{self.done:,}/{total:,} {unit} | {speed:,.1f} {unit}/s | ETA {(total - self.done) / speed:.0f} s")
         line.close()
 
 
 @contextlib.contextmanager
-def unfinished(note: Path, facts: dict, key: str, overwrite: bool) -> Iterator[Unfinished]:
-    """An `Unfinished` that no other run can write; its note is removed in the end. The setting `key` names the path."""
-    main, lock = MODEL.process_rank() == 0, note.with_name(f".{note.name}.lock")
+def unfinished(path: Path, facts: dict, key: str, overwrite: bool) -> Iterator[Unfinished]:
+    """An `Unfinished` that is locked against other runs and deleted at the end. Errors name the setting `key`."""
+    main, lock = MODEL.process_rank() == 0, path.with_name(f".{path.name}.lock")
     with TRAIN.locked(lock, key) if main else contextlib.nullcontext():
         try:
-            yield Unfinished(note, facts, key, overwrite)
+            yield Unfinished(path, facts, key, overwrite)
         except KeyboardInterrupt:
-            say(f"stopped; the same command continues from {note}")
+            say(f"stopped; the same command continues from {path}")
             raise
         except OSError as error:
-            if not MODEL.is_disk_full(error, note.parent):
+            if not MODEL.is_disk_full(error, path.parent):
                 raise
-            raise UserError(f"{note}: the disk is full; free some space and run the same command again to continue") from None
-        for path in (note, lock) if main else ():
-            path.unlink(missing_ok=True)
+            raise UserError(f"{path}: the disk is full; free some space and run the same command again to continue") from None
+        for file in (path, lock) if main else ():
+            file.unlink(missing_ok=True)
     TRAIN.barrier()
 
 
-def differences(known: dict, facts: dict) -> str:
-    """The facts that differ, with the known value of numbers: "teacher, temperature (1.0)"."""
-    return ", ".join(f"{key} ({known[key]})" if isinstance(known.get(key), (int, float)) else key
-                     for key, value in facts.items() if known.get(key) != value)
+def differences(stored: dict, facts: dict) -> str:
+    """The names of facts that differ, with the stored value of numbers: "teacher, temperature (1.0)"."""
+    return ", ".join(f"{key} ({stored[key]})" if isinstance(stored.get(key), (int, float)) else key.replace("_mark", " weights")
+                     for key, value in facts.items() if stored.get(key) != value)
 
 
 def say_once(line: str) -> None:
-    """Print a line in the first process, also before the processes have met."""
+    """Print a line in the first process. This also works before the processes are initialized."""
     if os.environ.get("RANK", "0") == "0":
         say(line)
 
@@ -439,34 +439,34 @@ CACHE_BLOCK = 16  # batches per block
 
 
 def is_fixed(rows, config) -> bool:
-    """Whether the rows can be the same in every epoch."""
+    """Whether the rows can be identical in every epoch."""
     return isinstance(rows, TOKENIZER.TokenStream) and not (config.data.weights or config.data.streaming)
 
 
 def fixed_plan(rows, config, key: str):
-    """The plan of rows that are the same in every epoch, before they are shuffled."""
+    """The plan of rows that are identical in every epoch, before shuffling."""
     if not is_fixed(rows, config):
         raise UserError(f"{key}: data.streaming, data.weights and encoders change the rows in each epoch; caches need fixed rows")
     return rows.make_plan(next(iter(rows.blocks(0))), [0]).plan
 
 
 def row_starts(plan) -> np.ndarray:
-    """The number of targets before each row, and of all (rows + 1,)."""
+    """The number of targets before each row, followed by the total (rows + 1,)."""
     weights = plan.spans.weights
     return np.cumsum([0, *(sum(stop - start if weights is None else int(np.count_nonzero(weights[start + 1 : stop + 1]))
                                for start, stop in plan.row(number)) for number in range(plan.count))])
 
 
 def row_facts(plan, settings: DistillSection, length: int) -> dict:
-    """What training from a cache must have in common with its making, besides the teacher."""
-    some = [plan.row(i) for i in (0, plan.count // 2, plan.count - 1)]
-    data = f"{TOKENIZER.data_fingerprint([plan.spans])} {json.dumps([plan.count, some])}"
+    """The facts that must be the same for writing and using a cache, apart from the teacher."""
+    examples = [plan.row(i) for i in (0, plan.count // 2, plan.count - 1)]
+    data = f"{TOKENIZER.data_fingerprint([plan.spans])} {json.dumps([plan.count, examples])}"
     return {"data": data, "max_length": length, "temperature": settings.temperature}
 
 
 class Cache:
-    """The teacher's outputs at each target of fixed rows, in row order: the facts in `cache.json`, and in `entries.bin` for each
-    target the top-k ids, their log-probabilities, and the log of the remaining probability mass."""
+    """The teacher's outputs at each target of fixed rows, in row order. `cache.json` contains the facts, and `entries.bin` for
+    each target the top-k ids, their log-probabilities, and the log of the remaining probability mass."""
 
     def __init__(self, folder: Path, facts: dict, mode: str = "r", create: bool = False):
         self.folder, self.facts, path, k = folder, facts, folder / "entries.bin", facts["top_k"]
@@ -475,7 +475,7 @@ class Cache:
         expected = facts["tokens"] * entry.itemsize
         if create:
             with open(path, "wb") as file:
-                if hasattr(os, "posix_fallocate"):  # writing to a memory map without disk blocks would kill the process
+                if hasattr(os, "posix_fallocate"):  # a full disk would otherwise kill the process
                     os.posix_fallocate(file.fileno(), 0, expected)
                 file.truncate(expected)
         if (size := path.stat().st_size if path.exists() else 0) != expected:
@@ -487,29 +487,29 @@ class Cache:
     def open(cls, folder: Path) -> Cache:
         facts = MODEL.read_json(folder / "cache.json") if (folder / "cache.json").exists() else {}
         if facts.get("version") != CACHE_VERSION:
-            what = "a cache of another version" if facts else f"no{' finished' * (folder / 'cache.part.json').exists()} cache"
-            raise UserError(f"distill.cache_dir: {folder} has {what}; write it with DISTILL.py --cache --cache-dir {folder}")
+            state = "a cache of another version" if facts else f"no{' finished' * (folder / 'cache.part.json').exists()} cache"
+            raise UserError(f"distill.cache_dir: {folder} has {state}; write it with DISTILL.py --cache --cache-dir {folder}")
         if problem := MODEL.damage(folder):
             raise UserError(f"distill.cache_dir: {problem}; write the cache again with --cache --overwrite")
         return cls(folder, facts)
 
     def check(self, plan, settings: DistillSection, length: int) -> None:
-        """UserError unless the cache was made from these rows, for these settings, by this teacher."""
-        name, facts, mark = self.facts["teacher"], row_facts(plan, settings, length), mark_of(settings.teacher)
-        if mark is None:
+        """Raise UserError unless the rows, settings and teacher are those of the cache."""
+        name, facts, fingerprint = self.facts["teacher"], row_facts(plan, settings, length), fingerprint_of(settings.teacher)
+        if fingerprint is None:
             say(f"distill.teacher: {settings.teacher} does not exist; using the cached outputs of {name}")
-        if other := differences(self.facts, facts | ({"teacher_mark": mark} if mark else {})):
-            raise UserError(f"distill.cache_dir: {self.folder} was made by {name} and differs in {other}; restore that, or "
-                            "write it again with --cache --overwrite")
+        if changed := differences(self.facts, facts | ({"teacher_mark": fingerprint} if fingerprint else {})):
+            raise UserError(f"distill.cache_dir: {self.folder} was written with {name} and a different {changed}; restore it, or "
+                            "write the cache again with --cache --overwrite")
 
     def write(self, first: int, ids: Tensor, logprobs: Tensor, tail: Tensor) -> None:
         entries = self.entries[first : first + len(ids)]
         lowest = -6e4 if self.facts["logprobs"] == "float16" else -1e30
         entries["ids"], entries["logprobs"], entries["tail"] = ids, logprobs.clamp(min=lowest), tail
 
-    def read(self, pieces: list[slice]) -> dict[str, Tensor]:
-        """The entries of several slices: {"cached_ids": (N, k), "cached_logprobs": (N, k), "cached_tail": (N,)}."""
-        found = np.concatenate([self.entries[piece] for piece in pieces or [slice(0)]])
+    def read(self, slices: list[slice]) -> dict[str, Tensor]:
+        """The entries in several slices: {"cached_ids": (N, k), "cached_logprobs": (N, k), "cached_tail": (N,)}."""
+        found = np.concatenate([self.entries[part] for part in slices or [slice(0)]])
         return {f"cached_{name}": torch.from_numpy(found[name].astype(np.int64 if name == "ids" else np.float32))
                 for name in found.dtype.names}
 
@@ -526,14 +526,14 @@ def top_k_outputs(teacher: MODEL.LanguageModel, batch: dict, facts: dict) -> tup
 
 
 def write_cache(config) -> None:
-    """Store the teacher's outputs for all training rows. Several processes share the rows."""
+    """Write the teacher's outputs for all training rows to the cache. The rows are divided among the processes."""
     settings, training, overwrite = config.distill, config.training, bool(config.actions.overwrite)
     folder = Path(settings.cache_dir or "")
     if not settings.cache_dir:
         raise UserError("--cache: set the folder to write with --cache-dir")
     TRAIN.check_apart(folder, teacher=settings.teacher)
     if (folder / "config.json").exists() or TRAIN.checkpoints(folder):
-        raise UserError(f"distill.cache_dir: {folder} holds a model; choose another folder")
+        raise UserError(f"distill.cache_dir: {folder} contains a model; choose another folder")
     if (folder / "cache.json").exists() and not overwrite:
         raise UserError(f"distill.cache_dir: {folder} has a complete cache; train with it, or replace it with --overwrite")
     _, device = TRAIN.start_processes(training, config.model.device, folder)
@@ -542,11 +542,12 @@ def write_cache(config) -> None:
     plan = fixed_plan(read_data(config, teacher.tokenizer, teacher, choose_task(config, teacher))[0], config, "--cache")
     run = TRAIN.Run(teacher.model, training, device, narrowed(teacher.model, config, device))
     starts, size, main, many = row_starts(plan), training.batch_size, run.rank == 0, run.world_size
-    known = ("teacher", "teacher_dtype", "teacher_quantization")
-    facts = {"version": CACHE_VERSION, **{key: getattr(settings, key) for key in known}, "teacher_mark": mark_of(teacher.name),
-             "mixed_precision": run.mixed, "parameters": teacher.parameters, "context": teacher.context, "causal": teacher.causal,
-             "vocab_size": teacher.vocab_size, "tokens": int(starts[-1]), "logprobs": settings.cache_dtype,
-             "top_k": min(settings.cache_top_k, teacher.vocab_size), **row_facts(plan, settings, training.max_length)}
+    keys = ("teacher", "teacher_dtype", "teacher_quantization")
+    facts = {"version": CACHE_VERSION, **{key: getattr(settings, key) for key in keys},
+             "teacher_mark": fingerprint_of(teacher.name), "mixed_precision": run.mixed, "parameters": teacher.parameters,
+             "context": teacher.context, "causal": teacher.causal, "vocab_size": teacher.vocab_size, "tokens": int(starts[-1]),
+             "logprobs": settings.cache_dtype, "top_k": min(settings.cache_top_k, teacher.vocab_size),
+             **row_facts(plan, settings, training.max_length)}
     with unfinished(folder / "cache.part.json", facts, "distill.cache_dir", overwrite) as work:
         if main and not work.done:
             (folder / "cache.json").unlink(missing_ok=True)
@@ -570,10 +571,10 @@ def write_cache(config) -> None:
 
 
 class TeacherStream:
-    """Training rows for one teacher: checkpoints hold its mark, and batches its cached outputs if there is a cache."""
+    """Training rows whose checkpoints contain the teacher's fingerprint. With a cache, batches contain the teacher's outputs."""
 
-    def __init__(self, rows, mark: str | None, cache: Cache | None = None):
-        self.rows, self.mark, self.cache = rows, mark, cache
+    def __init__(self, rows, fingerprint: str | None, cache: Cache | None = None):
+        self.rows, self.fingerprint, self.cache = rows, fingerprint, cache
 
     def start(self, run) -> None:
         self.rows.start(run)
@@ -589,10 +590,10 @@ class TeacherStream:
         return {**batch, **self.cache.read([slice(self.starts[i], self.starts[i + 1]) for i in numbers])}
 
     def state_dict(self) -> dict:
-        return {**self.rows.state_dict(), "teacher": self.mark}
+        return {**self.rows.state_dict(), "teacher": self.fingerprint}
 
     def load_state_dict(self, state: dict) -> None:
-        if None not in (state["teacher"], self.mark) and state["teacher"] != self.mark:
+        if None not in (state["teacher"], self.fingerprint) and state["teacher"] != self.fingerprint:
             raise UserError("--resume: distill.teacher is not the model that the checkpoint was trained with, or its weights "
                             "have changed; start a new run with --out")
         self.rows.load_state_dict(state)
@@ -602,7 +603,7 @@ class TeacherStream:
 
 
 def spread_layers(student: int, teacher: int) -> dict[int, int]:
-    """{student layer: teacher layer}, evenly spread: 2 and 6 layers -> {0: 0, 1: 3, 2: 6} (Jiao 2020, section 4.1)."""
+    """{student layer: teacher layer}, evenly spaced: 2 and 6 layers -> {0: 0, 1: 3, 2: 6} (Jiao 2020, section 4.1)."""
     return {i: round(i * teacher / student) for i in range(student + 1)}
 
 
@@ -620,8 +621,8 @@ def read_layer_map(given: dict | None, student: int, teacher: int) -> dict[int, 
 
 
 def add_projections(student: MODEL.LanguageModel, width: int, layers: list[int], seed: int) -> None:
-    """Let the student return the hidden states of these layers only, in the teacher's width. If the widths differ, each layer
-    gets a trained projection, which is not saved with the student (Jiao 2020, eq. 8)."""
+    """Let the student return the hidden states of these layers only, in the width of the teacher. If the widths differ, each
+    layer gets a trained projection, which is not saved with the student (Jiao 2020, eq. 8)."""
     size = student.config.hidden_size
     if size != width:
         student.projections = nn.ModuleDict({str(layer): nn.Linear(size, width, bias=False) for layer in layers})
@@ -644,7 +645,7 @@ def add_projections(student: MODEL.LanguageModel, width: int, layers: list[int],
 
 
 def student_of(teacher: Teacher, layers: list, seed: int, attn_implementation: str) -> MODEL.Transformer:
-    """The teacher with some of its layers, and the same embeddings, head and norms (Sanh 2019, section 3)."""
+    """A copy of the teacher with only some of its layers, and all embeddings, norms and the head (Sanh 2019, section 3)."""
     source = teacher.model
     if not isinstance(source, MODEL.Transformer) or source.adapter or source.quantization != "none":
         raise UserError("distill.init_layers: needs a teacher of a supported family, without an adapter or quantization (SFT.py "
@@ -667,7 +668,7 @@ def student_of(teacher: Teacher, layers: list, seed: int, attn_implementation: s
 
 
 def make_student(config, tokenizer, teacher: Teacher) -> MODEL.LanguageModel:
-    """The student of the settings: layers of the teacher, a trained model, or fresh weights."""
+    """The student of the settings: layers of the teacher, a trained model, or a model with random weights."""
     settings, section, seed = config.distill, config.model, config.training.seed
     if (config.actions.adapter or config.lora.r) and (settings.init_layers is not None or not section.name):
         raise UserError(f"{'--adapter' if config.actions.adapter else 'lora.r'}: adapters need a trained student in a folder; "
@@ -684,28 +685,28 @@ def make_student(config, tokenizer, teacher: Teacher) -> MODEL.LanguageModel:
         TRAIN.fit_length(config, model.config.max_position_embeddings)
         SFT.finish_model(config, model, tokenizer)
     if model.config.causal != teacher.causal:
-        raise UserError(f"distill.teacher: {teacher.name} is {'a causal model' if teacher.causal else 'an encoder'}, the student "
-                        "is not; choose a student of the same kind")
+        raise UserError(f"distill.teacher: {teacher.name} is {'a causal model' if teacher.causal else 'an encoder'}, but the "
+                        "student is not; choose models of the same kind")
     return model
 
 
 def choose_tokenizer(config, checkpoint: Path | None, teacher: Teacher):
-    """The student's tokenizer: its own, or the teacher's if that has more tokens or the only chat template."""
+    """The student's tokenizer, or the teacher's if it has more tokens or the only chat template. The ids must be the same."""
     chosen = checkpoint or config.tokenizer.name or config.model.name
     tokenizer = TOKENIZER.of_run(config, checkpoint) if chosen else teacher.tokenizer
-    known, vocabulary = teacher.tokenizer.get_vocab(), tokenizer.get_vocab()
-    if foreign := sorted((i, token) for token, i in vocabulary.items() if known.get(token) != i):
+    teachers, vocabulary = teacher.tokenizer.get_vocab(), tokenizer.get_vocab()
+    if foreign := sorted((i, token) for token, i in vocabulary.items() if teachers.get(token) != i):
         raise UserError(f"distill.teacher: the tokenizers of {teacher.name} and the student differ ({len(foreign):,} of the "
-                        f"student's {len(vocabulary):,} tokens, such as {foreign[0][1]!r}); train on the teacher's answers "
+                        f"student's {len(vocabulary):,} tokens, such as {foreign[0][1]!r}); train on the teacher's completions "
                         "instead: DISTILL.py --generate, then SFT.py")
-    return teacher.tokenizer if len(known) > len(vocabulary) or not tokenizer.chat_template else tokenizer
+    return teacher.tokenizer if len(teachers) > len(vocabulary) or not tokenizer.chat_template else tokenizer
 
 
 # -------------------------------------------------------------------------------------- on-policy completions
 
 
 class StudentTexts(RL.SampledTexts):
-    """The student completes prompts; the teacher alone judges its completions, token by token."""
+    """Rollouts of the student. The loss on them is only the divergence from the teacher, without rewards."""
 
     section = "distill"
 
@@ -713,55 +714,52 @@ class StudentTexts(RL.SampledTexts):
         clock = time.perf_counter()
         with torch.no_grad(), self.run.autocast():
             self.samples = RL.gather(self.draw())
-        self.hand_out({"time/rollout": time.perf_counter() - clock})
+        self.finish_rollout({"time/rollout": time.perf_counter() - clock})
 
     def batch(self, group: list[RL.Sample]) -> dict:
         return {**super().batch(group), "sampled": True}
 
 
 class Mixed:
-    """Steps on the data and steps on the student's own texts in turn: of every n steps, lmbda n are on its texts."""
+    """Interleave steps on the data and steps on rollouts of the student: a fraction `lmbda` of the steps uses rollouts."""
 
-    def __init__(self, data, texts: StudentTexts, lmbda: float):
-        self.data, self.texts, self.lmbda, self.drawn = data, texts, lmbda, 0
-        self.metrics = texts.metrics
+    def __init__(self, data, rollouts: StudentTexts, lmbda: float):
+        self.data, self.rollouts, self.lmbda, self.drawn = data, rollouts, lmbda, 0
+        self.metrics = rollouts.metrics
 
     def start(self, run) -> None:
         self.run = run
         self.data.start(run)
-        self.texts.start(run)
+        self.rollouts.start(run)
         per_epoch = self.data.steps_per_epoch
         if self.lmbda == 1:
-            self.steps_per_epoch = self.texts.steps_per_epoch
+            self.steps_per_epoch = self.rollouts.steps_per_epoch
         else:
             self.steps_per_epoch = per_epoch and math.ceil(per_epoch / (1 - self.lmbda) - 1e-9)
 
     def __next__(self) -> dict:
         step = self.drawn // self.run.grad_accum
         sampled = math.floor((step + 1) * self.lmbda + 1e-9) > math.floor(step * self.lmbda + 1e-9)
-        batch = next(self.texts if sampled else self.data)
+        batch = next(self.rollouts if sampled else self.data)
         self.drawn += 1
         return batch
 
     def state_dict(self) -> dict:
-        return {"mixed": self.drawn // self.run.grad_accum, "data": self.data.state_dict(), "texts": self.texts.state_dict()}
+        return {"mixed": self.drawn // self.run.grad_accum, "data": self.data.state_dict(), "texts": self.rollouts.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         if "mixed" not in state:
             raise UserError("--resume: the checkpoint was made with distill.lmbda 0")
         self.drawn = state["mixed"] * self.run.grad_accum
         self.data.load_state_dict(state["data"])
-        self.texts.load_state_dict(state["texts"])
+        self.rollouts.load_state_dict(state["texts"])
 
 
-ANSWER_LENGTH = "distill.max_completion_length"
-
-
-def student_texts(config, tokenizer, samples: list[SFT.Sample], out: Path) -> StudentTexts:
-    """The prompts are the conversations up to their last answers."""
-    settings, length = config.distill, config.training.max_length
-    room, left, prompts = RL.Room(ANSWER_LENGTH, settings.max_completion_length, length,
-                                  "training.max_length"), TOKENIZER.LeftOut(), []
+def student_rollouts(config, tokenizer, samples: list[SFT.Sample], out: Path) -> StudentTexts:
+    """The stream of rollouts. Its prompts are the conversations up to their last assistant message."""
+    settings, left, prompts = config.distill, TOKENIZER.LeftOut(), []
+    room = RL.Room("distill.max_completion_length", settings.max_completion_length, config.training.max_length,
+                   "training.max_length")
     room.check()
     for sample in samples:
         messages = sample.record.get("messages") or []
@@ -773,8 +771,8 @@ def student_texts(config, tokenizer, samples: list[SFT.Sample], out: Path) -> St
         if room.fits(ids, sample.where, left):
             prompts.append(RL.Prompt(sample.where, messages_before, ids, {}))
     if not prompts:
-        raise UserError(f"data.train: no prompt is left for distill.lmbda{left.text()}")
-    say(f"{len(prompts):,} prompts for the student's own texts{left.text()}")
+        raise UserError(f"data.train: no usable prompt for distill.lmbda{left.text()}")
+    say(f"on-policy prompts: {len(prompts):,}{left.text()}")
     sampling = INFER.Sampling(settings.max_completion_length, temperature=1.0, seed=config.training.seed)
     return StudentTexts(prompts, tokenizer, sampling, settings.rollout_size, settings.rollout_size, config.training, out)
 
@@ -783,7 +781,7 @@ def student_texts(config, tokenizer, samples: list[SFT.Sample], out: Path) -> St
 
 
 def choose_task(config, teacher: Teacher) -> str:
-    """text or chat; conversations get default files."""
+    """The task, text or chat. Conversations default to the bundled files."""
     settings, data, task = config.distill, config.data, config.distill.task
     default = data.train == TOKENIZER.DataSection().train
     if task == "auto":
@@ -796,13 +794,13 @@ def choose_task(config, teacher: Teacher) -> str:
         data.train = ["data/chat.jsonl"]
         data.validation = "data/chat_test.jsonl" if data.validation == "hash" else data.validation
     if task == "text" and settings.lmbda:
-        raise UserError("distill.lmbda: needs conversations, but distill.task is text (plain text data, or no chat template of "
-                        "the teacher)")
+        raise UserError("distill.lmbda: needs conversations, but distill.task is text (the data is plain text, or the teacher "
+                        "has no chat template)")
     return task
 
 
 def read_data(config, tokenizer, teacher: Teacher, task: str) -> tuple[object, Callable | None, list[SFT.Sample]]:
-    """(stream, evaluate or None, conversations); its rows are cut in the same way in every epoch if that is possible."""
+    """(stream, evaluate or None, conversations). If possible, the rows of the stream are identical in every epoch."""
     if task == "text":
         stream, evaluate = TRAIN.prepare_data(config, tokenizer, masked=not teacher.causal)
         samples = []
@@ -816,9 +814,9 @@ def read_data(config, tokenizer, teacher: Teacher, task: str) -> tuple[object, C
     return stream, evaluate, samples
 
 
-def with_divergence(evaluate: Callable, ask: Callable) -> Callable:
-    """`evaluate`, and the mean divergence of the student from the teacher over the held-out targets, in nats: a hook gives
-    `reduce` to the forward passes in which `evaluate` measures the loss."""
+def with_divergence(evaluate: Callable, outputs: Callable) -> Callable:
+    """Add the mean divergence from the teacher over the held-out targets, in nats, to `evaluate`. A hook passes `reduce` to the
+    forward passes in which `evaluate` computes the loss."""
 
     def measure(model) -> dict:
         sums = [0.0, 0.0]  # nats, targets
@@ -826,7 +824,7 @@ def with_divergence(evaluate: Callable, ask: Callable) -> Callable:
         def add_reduce(model, arguments: tuple, batch: dict) -> tuple:
             if batch.get("targets") is None:
                 return arguments, batch
-            divergence = ask(batch)[0]
+            divergence = outputs(batch)[0]
 
             def reduce(logits: Tensor, rows: Tensor) -> dict[str, Tensor]:
                 found = divergence(logits, rows)
@@ -836,15 +834,15 @@ def with_divergence(evaluate: Callable, ask: Callable) -> Callable:
             return arguments, {**batch, "reduce": reduce}
 
         with model.register_forward_pre_hook(add_reduce, with_kwargs=True):
-            measures = evaluate(model)
+            metrics = evaluate(model)
         nats, targets = TRAIN.all_sum(sums, model.device)
-        return {**measures, "divergence": nats / targets}
+        return {**metrics, "divergence": nats / targets}
 
     return measure
 
 
 def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stage:
-    settings, out, ask, mark, layers = config.distill, Path(config.output.dir), None, None, {}
+    settings, out, outputs, fingerprint, layers = config.distill, Path(config.output.dir), None, None, {}
     cache = Cache.open(Path(settings.cache_dir)) if settings.cache_dir else None
     if cache:
         facts = (cache.facts[key] for key in ("parameters", "context", "causal"))
@@ -857,8 +855,8 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     model = make_student(config, tokenizer, teacher)
     TRAIN.fit_length(config, teacher.context, "the teacher's")
     times = teacher.parameters / MODEL.count_parameters(model)[0]
-    what = f"{times:.1f} times the student's parameters{', cached' * bool(cache)}"
-    say_once(f"teacher {teacher.name}: {what if settings.uses_teacher else 'only its tokenizer is used (distill.alpha 1)'}")
+    size = f"{times:.1f} times the student's parameters{', cached' * bool(cache)}"
+    say_once(f"teacher {teacher.name}: {size if settings.uses_teacher else 'only its tokenizer is used (distill.alpha 1)'}")
     if settings.uses_teacher and times < 1:
         say_once("warning: the teacher is smaller than the student; did you swap them?")
     TRAIN.is_masked(model, tokenizer)
@@ -872,15 +870,15 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     if cache:
         cache.check(fixed_plan(stream, config, "distill.cache_dir"), settings, config.training.max_length)
     if settings.uses_teacher and cache:
-        ask, mark = FromCache(cache.facts["vocab_size"], settings), cache.facts["teacher_mark"]
+        outputs, fingerprint = FromCache(cache.facts["vocab_size"], settings), cache.facts["teacher_mark"]
     elif settings.uses_teacher:
-        ask, mark = InMemory(teacher, settings), mark_of(teacher.name)
+        outputs, fingerprint = InMemory(teacher, settings), fingerprint_of(teacher.name)
         narrowed(teacher.model, config, device)
-        evaluate = with_divergence(evaluate, ask) if evaluate and settings.alpha < 1 else evaluate
-    stream = TeacherStream(stream, mark, cache)
+        evaluate = with_divergence(evaluate, outputs) if evaluate and settings.alpha < 1 else evaluate
+    stream = TeacherStream(stream, fingerprint, cache)
     if settings.lmbda:
-        stream = Mixed(stream, student_texts(config, tokenizer, samples, out), settings.lmbda)
-    return TRAIN.Stage(model, tokenizer, stream, distillation(ask, settings, layers), evaluate, TRAIN.save_product,
+        stream = Mixed(stream, student_rollouts(config, tokenizer, samples, out), settings.lmbda)
+    return TRAIN.Stage(model, tokenizer, stream, distillation(outputs, settings, layers), evaluate, TRAIN.save_product,
                        share=1 if config.model.name or settings.init_layers is not None else None)
 
 
@@ -888,7 +886,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
 
 
 def write_answers(config) -> None:
-    """Training data for SFT.py: the teacher's completions of prompts (Kim and Rush 2016). Several processes share the prompts."""
+    """Write training data for SFT.py: completions by the teacher (Kim and Rush 2016). Processes divide the prompts."""
     settings, out, overwrite = config.distill, Path(config.output.dir), bool(config.actions.overwrite)
     if out.suffix != ".jsonl":
         raise UserError(f"--out: '{out}' must end in .jsonl")
@@ -898,15 +896,15 @@ def write_answers(config) -> None:
         raise UserError("--generate: set the prompts with --data, as in --data data/prompts.jsonl")
     _, device = TRAIN.start_processes(config.training, config.model.device, out.parent)
     rewards = RL.RLSection(method="rloo", reward_funcs=settings.reward_funcs)
-    judge = RL.Judges(rewards, TOKENIZER.of_model(settings.teacher), device, "distill") if settings.reward_funcs else None
+    judges = RL.Judges(rewards, TOKENIZER.of_model(settings.teacher), device, "distill") if settings.reward_funcs else None
     teacher, sampling = load_teacher(config, device), settings.sampling_for(config.training.seed)
     if not teacher.causal:
         raise UserError(f"distill.teacher: {teacher.name} is an encoder and cannot generate")
     TOKENIZER.end_with_turns(teacher.model, teacher.tokenizer)
     prompts = read_prompts(config, teacher)
-    facts = {"teacher": [mark_of(settings.teacher), settings.teacher_dtype, settings.teacher_quantization],
+    facts = {"teacher": [fingerprint_of(settings.teacher), settings.teacher_dtype, settings.teacher_quantization],
              "prompts": RL.prompts_fingerprint(prompts), "sampling": dataclasses.asdict(sampling),
-             "reward_funcs": [[name, mark_of(path) if Path(path := name.rpartition(":")[0] or name).exists() else None]
+             "reward_funcs": [[name, fingerprint_of(path) if Path(path := name.rpartition(":")[0] or name).exists() else None]
                               for name in settings.reward_funcs],
              "reward_threshold": settings.reward_threshold}
     part, size = out.with_name(f"{out.name}.part"), config.training.batch_size
@@ -914,32 +912,33 @@ def write_answers(config) -> None:
     with unfinished(out.with_name(f"{out.name}.part.json"), facts, "--out", overwrite) as work:
         for block in work.blocks(len(prompts), max(1, 8 * size // sampling.n) * many, "prompts"):
             share = list(block[rank::many])
-            answers = INFER.generate(teacher.model, [prompts[i].ids for i in share], sampling, teacher.tokenizer, batch_size=size,
+            results = INFER.generate(teacher.model, [prompts[i].ids for i in share], sampling, teacher.tokenizer, batch_size=size,
                                      first=share)
             samples = RL.gather([RL.Sample(prompts[i], i, completion.ids, completion.finish_reason, completion.text, None)
-                                 for i, completions in zip(share, answers, strict=True) for completion in completions])
+                                 for i, completions in zip(share, results, strict=True) for completion in completions])
             if rank == 0:
-                if judge:
-                    judge(samples)
+                if judges:
+                    judges(samples)
                 chosen = [best([sample for sample in samples if sample.number == i], settings) for i in block]
-                append(part, work.totals, [record_of(sample, teacher, bool(judge)) for group in chosen for sample in group])
+                append(part, work.totals, [record_of(sample, teacher, bool(judges)) for group in chosen for sample in group])
                 work.totals.update(prompts=sum(map(bool, chosen)), records=sum(map(len, chosen)),
                                    reward=sum(sample.reward for group in chosen for sample in group))
         if rank == 0 and work.totals["records"]:
             os.replace(part, out)
     count, answered, reward = (work.totals[name] for name in ("records", "prompts", "reward"))
+    usable = (f"that ended within max_new_tokens ({sampling.max_new_tokens})"
+              + " and reached distill.reward_threshold" * (settings.reward_threshold is not None))
     if rank == 0 and not count:
         part.unlink(missing_ok=True)
-        raise UserError(f"--generate: no completion ended within {sampling.max_new_tokens} tokens and was good enough; raise "
-                        "max_new_tokens in distill.sampling, or lower distill.reward_threshold")
+        raise UserError(f"--generate: no completion {usable}; raise max_new_tokens in distill.sampling, or lower "
+                        "distill.reward_threshold")
     if rank == 0:
-        say(f"{out}: {count:,} completions of {answered:,} prompts" + (f", mean reward {reward / count:.3f}" if judge else "")
-            + (f"; {len(prompts) - answered:,} prompts have none that ended within {sampling.max_new_tokens} tokens"
-               + " and was good enough" * (settings.reward_threshold is not None)) * (answered < len(prompts)))
+        say(f"{out}: {count:,} completions of {answered:,} prompts" + (f", mean reward {reward / count:.3f}" if judges else "")
+            + f"; prompts without a completion {usable}: {len(prompts) - answered:,}" * (answered < len(prompts)))
 
 
 def read_prompts(config, teacher: Teacher) -> list[RL.Prompt]:
-    """The prompts that leave room in the teacher's context, each once."""
+    """The prompts that fit into the teacher's context, without duplicates."""
     left, found, seen = TOKENIZER.LeftOut(), [], set()
     form = TOKENIZER.Form(RL.prompt_record, "sft", config.sft.columns, config.sft.system)
     for where, record in TOKENIZER.read_split(dataclasses.replace(config.data, validation="none"), form, left, "prompt")[0]:
@@ -959,13 +958,14 @@ def read_prompts(config, teacher: Teacher) -> list[RL.Prompt]:
             found.append(RL.Prompt(where, prompt, ids, columns))
         seen.add(key)
     if not found:
-        raise UserError(f"data.train: no prompt is left{left.text()}")
-    say(f"{len(found):,} prompts for {teacher.name}{left.text()}")
+        raise UserError(f"data.train: no usable prompt{left.text()}")
+    say(f"prompts for {teacher.name}: {len(found):,}{left.text()}")
     return found
 
 
 def best(samples: list[RL.Sample], settings: DistillSection) -> list[RL.Sample]:
-    """Of one prompt's completions those that ended, each text once; with reward functions the best one, if it is good enough."""
+    """Select from the completions of a prompt: all that ended, without duplicates; with reward functions only the best one, if
+    it reaches the threshold."""
     ended = list({sample.text: sample for sample in samples if sample.finish != "length" and sample.text.strip()}.values())
     if not settings.reward_funcs:
         return ended
@@ -973,19 +973,19 @@ def best(samples: list[RL.Sample], settings: DistillSection) -> list[RL.Sample]:
     return [sample for sample in sorted(ended, key=lambda sample: -sample.reward)[:1] if sample.reward >= threshold]
 
 
-def record_of(sample: RL.Sample, teacher: Teacher, judged: bool) -> dict:
+def record_of(sample: RL.Sample, teacher: Teacher, has_reward: bool) -> dict:
     """A completion as a record for SFT.py, with the columns of its prompt."""
     if teacher.tokenizer.chat_template:
-        answer = {"messages": [*TOKENIZER.as_messages(sample.prompt), {"role": "assistant", "content": sample.text}]}
+        record = {"messages": [*TOKENIZER.as_messages(sample.prompt), {"role": "assistant", "content": sample.text}]}
     else:
-        answer = {"prompt": sample.prompt, "completion": sample.text}
-    return {**sample.columns, **answer, **({"reward": sample.reward} if judged else {})}
+        record = {"prompt": sample.prompt, "completion": sample.text}
+    return {**sample.columns, **record, **({"reward": sample.reward} if has_reward else {})}
 
 
 def append(path: Path, totals: Counter, records: list[dict]) -> None:
-    """Append JSON lines after the first totals["bytes"], which are complete, and count them there."""
+    """Append JSON lines after the first totals["bytes"] bytes, which are complete, and update this count."""
     if totals["bytes"] > (path.stat().st_size if path.exists() else 0):
-        raise UserError(f"--out: {path} lost some of its lines; start again with --overwrite")
+        raise UserError(f"--out: {path} is incomplete; start again with --overwrite")
     with open(path, "ab") as file:
         file.truncate(totals["bytes"])
         file.write("".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records).encode())
@@ -1009,7 +1009,7 @@ def main(argv: list[str] | None = None) -> TRAIN.Result | None:
         raise UserError("--cache and --generate are mutually exclusive; set one")
     train, fields = not (actions.cache or actions.generate), settings.__dataclass_fields__
     if not train and (actions.resume or actions.adapter):
-        raise UserError("--cache and --generate do not train and continue by themselves; leave out --resume and --adapter")
+        raise UserError("--cache and --generate do not train, and always resume; leave out --resume and --adapter")
     for unused, keys, why in (
         (not actions.generate, ("sampling", "reward_funcs", "reward_threshold"), "without --generate"),
         (not actions.cache, ("cache_top_k", "cache_dtype"), "without --cache"),

@@ -1,15 +1,15 @@
 """RL.py: preference optimization and reinforcement learning.
 
 Reading order: settings, losses of preference pairs, losses and estimators of rollouts (short functions, each with its paper),
-rollouts as a stream of batches. Below the banner `edges`: preference pairs as a stream, functions of the user, tools, reward
-functions, records, and the command line.
+rollouts as a stream of batches. Below the banner `edges`: preference pairs as a stream, user functions, tools, reward functions,
+records, and the command line.
 
     python RL.py --config config.yaml                                # DPO: out/sft -> out/rl, on the bundled pairs
     python RL.py --rl.method grpo --out out/grpo                     # GRPO on sums, with a verifiable reward
-    python RL.py --rl.method reward --out out/reward                 # a reward model of the same pairs, and PPO with it:
+    python RL.py --rl.method reward --out out/reward                 # a reward model for the same pairs, then PPO with it:
     python RL.py --rl.method ppo --rl.reward_funcs out/reward --data data/preferences.jsonl --out out/ppo
     python RL.py --rl.method grpo --data mine.jsonl --rl.reward_funcs judge.py:polite length:60 --max-minutes 1
-    python RL.py --data mine.jsonl --dry-run                         # preview which tokens are trained on, and the lengths
+    python RL.py --data mine.jsonl --dry-run                         # preview the trained tokens and the lengths
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ from MODEL import UserError, check, knob, load_config, run_main, say
 
 OFFLINE = ("reward", "dpo", "orpo", "simpo", "kto")
 ON_POLICY = ("ppo", "grpo", "rloo")
-CHOSEN_TOO = ("dpo", "orpo", "simpo")  # losses of pairs to which the likelihood of the chosen completion is added
+WITH_NLL = ("dpo", "orpo", "simpo")  # the loss includes the negative log-likelihood of the chosen completion
 BETA = {"dpo": 0.1, "ipo": 0.5, "sigmoid_norm": 5.0, "kto": 0.1, "orpo": 0.1, "simpo": 2.0,
-        "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}  # of a loss_type, or of a method
+        "ppo": 0.05, "grpo": 0.04, "rloo": 0.05}  # default of a loss_type, else of a method
 LOSS_TYPES: dict[str, tuple | dict] = {"grpo": ("dapo", "grpo", "dr_grpo", "cispo")}  # dpo's: DPO_LOSSES
 SHIPPED_QUESTIONS = "data/chat_test.jsonl"
 
@@ -84,7 +84,7 @@ ppo_knob = partial(knob, only=("method", "ppo"))
 class RLSection:
     method: str = knob("dpo", "training method: reward, dpo, orpo, simpo, kto, ppo, grpo or rloo", (*OFFLINE, *ON_POLICY),
                        often=True)
-    beta: float | None = knob(None, "KL penalty coefficient; 0 needs no reference; null is 0.1 for dpo, kto and orpo "
+    beta: float | None = knob(None, "KL penalty coefficient; 0 is off; null is 0.1 for dpo, kto and orpo "
                                     "(odds-ratio weight), 0.5 for loss_type ipo, 5 for sigmoid_norm, 2 for simpo (reward scale), "
                                     "0.05 for ppo and rloo, 0.04 for grpo", low=0,
                               only=("method", *OFFLINE[1:], *ON_POLICY), often=True)
@@ -93,7 +93,7 @@ class RLSection:
     label_smoothing: float = knob(0.0, "dpo: assumed fraction of pairs with swapped labels; robust requires it", low=0, below=0.5,
                                   only=("method", "dpo"), often=True)
     rpo_alpha: float | None = knob(None, "weight of the chosen completion's negative log-likelihood (Pang 2024); null is 1",
-                                   low=0, only=("method", *CHOSEN_TOO), often=True)
+                                   low=0, only=("method", *WITH_NLL), often=True)
     simpo_gamma: float = knob(0.5, "simpo: target reward margin", only=("method", "simpo"), often=True)
     desirable_weight: float = knob(1.0, "kto: weight of desirable completions", low=0, only=("method", "kto"), often=True)
     undesirable_weight: float = knob(1.0, "kto: weight of undesirable completions", low=0, only=("method", "kto"), often=True)
@@ -106,7 +106,7 @@ class RLSection:
     reward_funcs: list[str] = rollout_knob(
         ["exact_answer"], "ppo, grpo, rloo: reward functions, such as length:60, judge.py:function, out/reward; built-in: "
         f"{', '.join(REWARDS)}; rewards are summed with their weights", often=True)
-    reward_weights: list[float] | None = rollout_knob(None, "weight of each reward function; null is 1")
+    reward_weights: list[float] | None = rollout_knob(None, "weight of each reward function; null is 1 for all")
     tools: list[str] = rollout_knob([], "ppo, grpo, rloo: functions that completions may call, as file.py:function", often=True)
     max_turns: int = knob(4, "with rl.tools: maximum number of assistant turns per completion", low=1, only="tools", often=True)
     tool_timeout: float = knob(10.0, "with rl.tools: maximum seconds per call", above=0, only="tools")
@@ -118,45 +118,45 @@ class RLSection:
     temperature: float = rollout_knob(1.0, "ppo, grpo, rloo: sampling temperature of the rollouts", low=1e-3, often=True)
     top_k: int = rollout_knob(0, "sample from the k most probable tokens; 0 is off", low=0)
     top_p: float = rollout_knob(1.0, "sample from the smallest set with this cumulative probability", above=0, high=1)
-    rollout_batch_size: int = rollout_knob(256, "completions generated at a time on one device", low=1, often=True)
+    rollout_batch_size: int = rollout_knob(256, "batch size for generating completions, per device", low=1, often=True)
     num_iterations: int = rollout_knob(1, "epochs per rollout", low=1, often=True)
     epsilon: float = rollout_knob(0.2, "ppo, grpo, rloo: clip range of the probability ratio", low=0, often=True)
     epsilon_high: float | None = rollout_knob(None, "upper clip range (clip-higher); null is epsilon; for loss_type cispo the "
                                                     "largest importance weight, null is 5", low=0)
-    importance_sampling_level: str = knob("token", "grpo: ratio of each token, or the geometric mean of the sequence (GSPO)",
+    importance_sampling_level: str = knob("token", "grpo: ratio per token, or its geometric mean per sequence (GSPO)",
                                           ("token", "sequence"), only=("method", "grpo"))
     importance_sampling_clip_max: float | None = rollout_knob(
-        None, "weight losses by the ratio of training to sampling probability, at most this value (TRL: 3); null is off", above=0)
-    dynamic_sampling: int = knob(0, "extra draws per rollout to replace prompts whose completions all got the same reward (DAPO)",
+        None, "cap of the training/sampling probability ratio that weights the loss (TRL: 3); null is off", above=0)
+    dynamic_sampling: int = knob(0, "extra draws per rollout, to replace prompts whose rewards are all equal (DAPO); 0 is off",
                                  low=0, only=("method", "grpo", "rloo"))
-    scale_rewards: str = knob("group", "grpo: divide advantages by the standard deviation of the group, of the batch, or not at "
-                                       "all", ("group", "batch", "none"), only=("method", "grpo"), often=True)
+    scale_rewards: str = knob("group", "grpo: divide advantages by the standard deviation of the group or batch, or not at all",
+                              ("group", "batch", "none"), only=("method", "grpo"), often=True)
     mask_truncated_completions: bool = rollout_knob(False, "exclude truncated completions from the loss")
-    entropy_coef: float = rollout_knob(0.0, "entropy bonus, which keeps the policy exploring")
-    missing_eos_penalty: float = rollout_knob(0.0, "penalty on the reward of a truncated completion", low=0)
+    entropy_coef: float = rollout_knob(0.0, "coefficient of the entropy bonus, which encourages exploration")
+    missing_eos_penalty: float = rollout_knob(0.0, "subtracted from the reward of each truncated completion", low=0)
     gamma: float = ppo_knob(1.0, "ppo: discount factor", low=0, high=1)
     lam: float = ppo_knob(1.0, "ppo: GAE lambda; 1 uses full returns, lower values rely more on the critic", low=0, high=1,
                           often=True)
     cliprange_value: float = ppo_knob(0.2, "ppo: clip range of the value function", low=0)
     vf_coef: float = ppo_knob(0.1, "ppo: weight of the value loss", low=0, often=True)
-    kept: str | None = knob("auto", "file of questions to measure forgetting with; auto is the bundled file, with bundled data",
+    kept: str | None = knob("auto", "questions that measure forgetting; auto is the bundled file, with bundled data; null is off",
                             only=("method", "dpo", "kto", "orpo", "simpo", *ON_POLICY), often=True)
-    eval_prompts: int = rollout_knob(1000, "held-out prompts to answer (greedily) in each validation; 0 is off", low=0,
+    eval_prompts: int = rollout_knob(1000, "held-out prompts to answer greedily in each validation; 0 is off", low=0,
                                      often=True)
     model: dict = knob({"name": "./out/sft"}, "overrides `model` for this stage")
     data: dict = knob({"train": ["auto"]}, "auto: data/prompts.jsonl for ppo, grpo and rloo, else data/preferences.jsonl; "
-                                           "overrides `data` for this stage; each file has its ..._test.jsonl")
+                                           "overrides `data` for this stage; the held-out sets are their ..._test.jsonl")
     training: dict = knob({"max_steps": 100, "batch_size": 64}, "overrides `training` for this stage")
     lora: dict = knob({}, "overrides `lora` for this stage")
     output: dict = knob({"dir": "./out/rl"}, "overrides `output` for this stage")
 
     def fill(self) -> RLSection:
-        """Replace null and auto by the defaults of the method."""
+        """Replace null and auto with the defaults of the method."""
         sequences = self.importance_sampling_level == "sequence"
         if self.loss_type == "auto":
             self.loss_type = "grpo" if sequences else next(iter(LOSS_TYPES.get(self.method, ("auto",))))
         defaults = {"beta": BETA.get(self.loss_type, BETA.get(self.method)),
-                    "rpo_alpha": 1.0 if self.method in CHOSEN_TOO else None,
+                    "rpo_alpha": 1.0 if self.method in WITH_NLL else None,
                     "num_generations": {"ppo": 1, "grpo": 8, "rloo": 8}.get(self.method),
                     "epsilon_high": 5.0 if self.loss_type == "cispo" else None}
         for key, value in defaults.items():
@@ -168,18 +168,18 @@ class RLSection:
         copy.copy(self).fill().check_together()
 
     def check_together(self) -> None:
-        """UserError for settings that do not fit each other, after `fill`."""
-        method, loss_type, known = self.method, self.loss_type, LOSS_TYPES.get(self.method, ("auto",))
+        """Raise UserError for incompatible settings, after `fill`."""
+        method, loss_type, choices = self.method, self.loss_type, LOSS_TYPES.get(self.method, ("auto",))
         group, weights, functions = self.num_generations or 1, self.reward_weights, len(self.reward_funcs)
         for wrong, message in (
-            (loss_type not in known and len(known) == 1, f"loss_type: {method} has only one; leave it out"),
-            (loss_type not in known, f"loss_type: '{loss_type}' is none of {', '.join(known)}"),
+            (loss_type not in choices and len(choices) == 1, f"loss_type: {method} has only one loss; leave it out"),
+            (loss_type not in choices, f"loss_type: '{loss_type}' is not one of {', '.join(choices)}"),
             (method in ("grpo", "rloo") and group < 2,
-             f"num_generations: {group}, but {method} compares the completions of a prompt with each other; at least 2"),
+             f"num_generations: {group} must be at least 2: {method} compares completions of the same prompt"),
             (self.rollout_size % group,
-             f"rollout_size: {self.rollout_size} does not hold whole groups of rl.num_generations {group}"),
+             f"rollout_size: {self.rollout_size} is not divisible by rl.num_generations {group}"),
             (weights is not None and len(weights) != functions,
-             f"reward_weights: {len(weights or [])} for {functions} rl.reward_funcs; one for each is expected"),
+             f"reward_weights: expected {functions}, one for each of rl.reward_funcs; found {len(weights or [])}"),
             (method in ("dpo", "kto", "simpo") and not self.beta, f"beta: must be above 0 for {method}"),
             (loss_type == "robust" and not self.label_smoothing, "label_smoothing: must be above 0 for rl.loss_type robust"),
             (self.label_smoothing and loss_type not in ("sigmoid", "robust", "sigmoid_norm"),
@@ -189,8 +189,8 @@ class RLSection:
             (loss_type == "cispo" and self.epsilon != RLSection.epsilon,
              "epsilon: has no effect with rl.loss_type cispo; leave it out"),
             (loss_type == "cispo" and self.epsilon_high < 1,
-             f"epsilon_high: {self.epsilon_high}, the largest importance weight of rl.loss_type cispo, must be at least 1"),
-            (self.ref_model and not self.beta, "ref_model: with rl.beta 0 there is no reference; leave one of them out"),
+             f"epsilon_high: {self.epsilon_high} must be at least 1 with rl.loss_type cispo (the largest importance weight)"),
+            (self.ref_model and not self.beta, "ref_model: has no effect with rl.beta 0; leave out one of them"),
         ):
             if wrong:
                 raise UserError(f"rl.{message}")
@@ -198,18 +198,18 @@ class RLSection:
 
 # ---------------------------------------------------------------------------------- losses of preference pairs
 #
-# Log-probabilities are of whole completions given their prompts: sums over tokens, or means where a docstring says so.
+# Log-probabilities are those of whole completions given their prompts: sums over tokens, or means where stated.
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float = 0.1,
              loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
-    """log-probabilities (B,) of policy and reference -> losses (B,).
+    """Log-probabilities (B,) of policy and reference -> losses (B,).
 
-    A policy is optimal for the reward beta log(policy / reference), up to a constant of the prompt, which cancels in
-    Bradley-Terry (Rafailov 2023, eq. 7). hinge: SLiC (Zhao 2023). ipo: a margin of exactly 1 / (2 beta) (Azar 2023, eq. 17), of
-    log-probabilities per token. sigmoid_norm: sigmoid of log-probabilities per token, so that long completions do not count more
-    (Lambert 2024, Tulu 3, with beta 5). robust: unbiased if a fraction `label_smoothing` of the pairs is swapped (Chowdhury 2024,
-    eq. 12).
+    A policy is optimal for the reward beta log(policy / reference), up to a constant per prompt, which cancels in
+    Bradley-Terry (Rafailov 2023, eq. 7). hinge: SLiC (Zhao 2023). ipo: a target margin of 1 / (2 beta) between
+    log-probabilities per token (Azar 2023, eq. 17). sigmoid_norm: sigmoid of log-probabilities per token, so long completions do
+    not dominate (Lambert 2024, Tulu 3, with beta 5). robust: unbiased if a fraction `label_smoothing` of the pairs is swapped
+    (Chowdhury 2024, eq. 12).
 
     logp -1 and -3, reference -2 and -2, beta 0.1: -log sigmoid(0.1 * (1 - -1)) = 0.598
     """
@@ -238,21 +238,21 @@ PER_TOKEN = {"ipo", "sigmoid_norm"}  # loss types that are computed from log-pro
 LOSS_TYPES["dpo"] = DPO_LOSSES
 
 
-def kto_loss(gains: Tensor, desirable: Tensor, baseline: Tensor, beta: float = 0.1, desirable_weight: float = 1.0,
+def kto_loss(logratios: Tensor, desirable: Tensor, baseline: Tensor, beta: float = 0.1, desirable_weight: float = 1.0,
              undesirable_weight: float = 1.0) -> Tensor:
-    """gains (B,) = log(policy / reference) of single completions, which are desirable (B,), the KL of the policy -> losses (B,).
+    """logratios (B,) = log(policy / reference) of completions, whether they are desirable (B,), baseline = KL -> losses (B,).
 
-    Prospect theory: gains and losses are felt relative to a reference point, here the KL, and less so the larger they are:
-    1 - sigmoid(beta (gain - KL)) for a desirable completion, with the opposite sign for an undesirable one (Ethayarajh 2024,
-    eq. 8)."""
+    Prospect theory: people value gains and losses relative to a reference point, here the KL, with diminishing sensitivity.
+    The loss is 1 - sigmoid(beta (logratio - KL)) of a desirable completion; an undesirable one has the opposite sign
+    (Ethayarajh 2024, eq. 8)."""
     sign = torch.where(desirable, 1.0, -1.0)
     weights = torch.where(desirable, desirable_weight, undesirable_weight)
-    return weights * (1 - torch.sigmoid(sign * beta * (gains - baseline)))
+    return weights * (1 - torch.sigmoid(sign * beta * (logratios - baseline)))
 
 
 def orpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Mean log-probabilities per token (B,) -> -log sigmoid(log odds ratio) (B,), odds = p / (1 - p) (Hong 2024, eq. 7).
-    It is added to the negative log-likelihood of the chosen completion and needs no reference."""
+    It needs no reference and is added to the negative log-likelihood of the chosen completion."""
 
     def log_odds(logp: Tensor) -> Tensor:
         return logp - torch.log(-torch.expm1(logp.clamp(max=-1e-6)))
@@ -261,25 +261,25 @@ def orpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float = 0.5) -> Tensor:
-    """Mean log-probabilities per token (B,), independent of the length -> losses (B,) without a reference:
-    -log sigmoid(beta (chosen - rejected) - gamma) (Meng 2024, eq. 6)."""
+    """Mean log-probabilities per token (B,) -> -log sigmoid(beta (chosen - rejected) - gamma) (B,) (Meng 2024, eq. 6).
+    It needs no reference; means keep the length from acting as a reward."""
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
 def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centering: float = 0.0) -> Tensor:
-    """Rewards (B,) -> -log sigmoid(chosen - rejected - margin) (Bradley-Terry; the margin: Touvron 2023, eq. 2). Pairs
-    determine only differences; centering (chosen + rejected)^2 fixes the zero (Eisenstein 2023, section 2)."""
+    """Rewards (B,) -> -log sigmoid(chosen - rejected - margin) (B,) (Bradley-Terry; margin: Touvron 2023, eq. 2). Pairs only
+    determine differences, so `centering` (chosen + rejected)^2 fixes the zero point (Eisenstein 2023, section 2)."""
     return -F.logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected) ** 2
 
 
-def text_logps(model, batch: dict, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities of the completions (B, count), their numbers of tokens (B, count), the router's loss)."""
+def completion_logps(model, batch: dict, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities of the completions (B, count), their lengths in tokens (B, count), router loss)."""
     sums, balance = read_rows(model, batch, lambda out, positions: out.logprobs.sum(1))
     return sums.view(-1, count), (batch["targets"] != -100).float().sum(1).view(-1, count), balance
 
 
 def read_rows(model, batch: dict, read: Callable[..., Tensor], want: tuple = ()) -> tuple[Tensor, Tensor]:
-    """(read(output, positions) of each row (R,), the router's loss), by one forward pass for each half of the batch."""
+    """(read(output, positions) of each row (R,), router loss), with one forward pass per half of the batch."""
     values, balance = [], 0.0
     for rows, width in batch["halves"]:
         ids, positions, targets = (None if batch[key] is None else batch[key][rows, :width]
@@ -292,17 +292,17 @@ def read_rows(model, batch: dict, read: Callable[..., Tensor], want: tuple = ())
 
 
 def mean_of(values: Tensor, batch: dict, totals: dict) -> Tensor:
-    """This batch's share of a mean over the pairs of the whole step, without padding."""
+    """The contribution of this batch to a mean over the pairs of the optimizer step, without padding."""
     return torch.where(batch["real"], values, 0.0).sum() / totals["pairs"]
 
 
-def is_right(ahead: Tensor) -> Tensor:
-    """1 where a difference is positive. A tie counts half, so that chance is 0.5."""
-    return torch.where(ahead.abs() < 1e-6, 0.5, (ahead > 0).float())
+def is_correct(margins: Tensor) -> Tensor:
+    """1 for a positive margin, else 0. A tie counts half, so chance level is 0.5."""
+    return torch.where(margins.abs() < 1e-6, 0.5, (margins > 0).float())
 
 
 def preference_loss(settings: RLSection) -> Callable:
-    """loss_fn for `fit` of dpo, orpo, simpo and kto; metrics have TRL's names."""
+    """The loss function of dpo, orpo, simpo and kto for `fit`. Metrics have TRL's names."""
     method, beta = settings.method, settings.beta
 
     def pair_losses(sums: Tensor, tokens: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
@@ -319,14 +319,14 @@ def preference_loss(settings: RLSection) -> Callable:
         return losses, beta * (policy - reference)
 
     def loss_of_pairs(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        sums, tokens, balance = text_logps(model, batch, 2)
+        sums, tokens, balance = completion_logps(model, batch, 2)
         share = partial(mean_of, batch=batch, totals=totals)
         losses, rewards = pair_losses(sums, tokens, batch)
         loss, (chosen, rejected) = share(losses), rewards.detach().unbind(1)
-        metrics = {"rewards/accuracies": share(is_right(chosen - rejected)), "rewards/margins": share(chosen - rejected),
+        metrics = {"rewards/accuracies": share(is_correct(chosen - rejected)), "rewards/margins": share(chosen - rejected),
                    "rewards/chosen": share(chosen), "rewards/rejected": share(rejected),
                    "logps/chosen": share(sums[:, 0].detach()), "logps/rejected": share(sums[:, 1].detach())}
-        # The loss of pairs alone may make both completions less likely, as long as the rejected one loses more.
+        # The pair loss alone may lower the likelihood of both completions, if that of the rejected one falls further.
         if settings.rpo_alpha:
             nll = -sums[:, 0].sum() / totals["chosen"]
             metrics |= {"nll_loss": nll.detach(), "odds_loss" if method == "orpo" else "preference_loss": loss.detach()}
@@ -334,14 +334,14 @@ def preference_loss(settings: RLSection) -> Callable:
         return loss + balance / totals["micro_batches"], {**metrics, "loss": loss.detach()}
 
     def loss_of_singles(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
-        sums, _, balance = text_logps(model, batch, 1)
+        sums, _, balance = completion_logps(model, batch, 1)
         share = partial(mean_of, batch=batch, totals=totals)
-        gains, label, baseline = sums[:, 0] - batch["reference"][:, 0], batch["label"], batch["baseline"]
-        loss = share(kto_loss(gains, label, baseline, beta, settings.desirable_weight, settings.undesirable_weight))
-        rewards, sign = beta * gains.detach(), torch.where(label, 1, -1)
-        metrics = {"rewards/accuracies": share(is_right(sign * (rewards - beta * baseline))),
-                   "kl": share(baseline.expand(len(gains))), "loss": loss.detach()}
-        if totals["desirable"] < totals["pairs"] > totals["undesirable"]:  # a step with one kind alone has no margin
+        logratios, label, baseline = sums[:, 0] - batch["reference"][:, 0], batch["label"], batch["baseline"]
+        loss = share(kto_loss(logratios, label, baseline, beta, settings.desirable_weight, settings.undesirable_weight))
+        rewards, sign = beta * logratios.detach(), torch.where(label, 1, -1)
+        metrics = {"rewards/accuracies": share(is_correct(sign * (rewards - beta * baseline))),
+                   "kl": share(baseline.expand(len(logratios))), "loss": loss.detach()}
+        if totals["desirable"] < totals["pairs"] > totals["undesirable"]:  # the margin needs completions of both labels
             chosen, rejected = (share(rewards * kind) * totals["pairs"] / totals[name]
                                 for name, kind in (("desirable", label), ("undesirable", ~label)))
             metrics |= {"rewards/margins": chosen - rejected, "rewards/chosen": chosen, "rewards/rejected": rejected}
@@ -351,23 +351,23 @@ def preference_loss(settings: RLSection) -> Callable:
 
 
 def last_scores(out: MODEL.Output, positions: Tensor | None) -> Tensor:
-    """The score head's output at the last token of each row (R,)."""
+    """The output of the score head at the last token of each row (R,)."""
     scores = out.scores[..., 0]  # (R, T)
     return scores[:, -1] if positions is None else scores.gather(1, positions.argmax(1, keepdim=True))[:, 0]
 
 
 def reward_model_loss(settings: RLSection) -> Callable:
-    """loss_fn for `fit`: the reward of a text is the score head's output at its last token."""
+    """The loss function of reward models for `fit`: the reward is the output of the score head at the last token."""
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
         rewards, balance = read_rows(model, batch, last_scores, want=("scores",))
         chosen, rejected = rewards.view(-1, 2).unbind(1)  # (B,)
         share = partial(mean_of, batch=batch, totals=totals)
         loss = share(reward_loss(chosen, rejected, batch["margin"], settings.center_rewards_coefficient))
-        ahead = (chosen - rejected).detach()
+        margins = (chosen - rejected).detach()
         return loss + balance / totals["micro_batches"], {
-            "accuracy": share(is_right(ahead)), "margin": share(ahead), "mean_reward": share((chosen + rejected).detach() / 2),
-            "loss": loss.detach()}
+            "accuracy": share(is_correct(margins)), "margin": share(margins),
+            "mean_reward": share((chosen + rejected).detach() / 2), "loss": loss.detach()}
 
     return loss_fn
 
@@ -376,25 +376,25 @@ def reward_model_loss(settings: RLSection) -> Callable:
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """KL(policy || reference) at tokens sampled from the policy, at least 0 and unbiased: with r = reference / policy it is
-    r - 1 - log r (Schulman 2020, k3). As part of a loss its gradient is 1 - r, on average that of KL(reference || policy)."""
-    gap = (reference - logprobs).clamp(max=20)  # an infinite gap would have NaN as gradient
-    return torch.expm1(gap) - gap
+    """KL(policy || reference) at tokens sampled from the policy: r - 1 - log r with r = reference / policy (Schulman 2020, k3).
+    The estimate is unbiased and at least 0. In a loss its gradient is 1 - r, on average that of KL(reference || policy)."""
+    logratio = (reference - logprobs).clamp(max=20)  # the gradient of an infinite ratio would be NaN
+    return torch.expm1(logratio) - logratio
 
 
 def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, beta: float) -> Tensor:
     """Scores of completions (N,), log-probabilities of tokens (N, T) -> rewards of tokens (N, T): -beta log(policy / reference)
-    for each token, plus the score for the last (Ouyang 2022, eq. 2; Ziegler 2019, section 2)."""
+    for each token, plus the score at the last token (Ouyang 2022, eq. 2; Ziegler 2019, section 2)."""
     rewards = -beta * (logprobs - reference) * mask
     last = (mask.cumsum(1) * mask).argmax(1, keepdim=True)  # (N, 1)
     return rewards.scatter_add(1, last, (scores * mask.any(1))[:, None])
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Rewards and the critic's values (N, T) of right-padded completions -> advantages, returns (N, T).
+    """Rewards and critic values (N, T) of right-padded completions -> advantages (N, T), returns (N, T).
 
-    The advantage of a token is the return beyond what the critic expected before it: the sum over this and later tokens of
-    (gamma lambda)^k delta, delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the end (Schulman 2016, eq. 16).
+    The advantage of a token is how far the return exceeds the critic's value before it: the sum over this and later tokens of
+    (gamma lambda)^k delta_{t+k}, delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the end (Schulman 2016, eq. 16).
 
     rewards [0, 1], values [0.5, 0.5], gamma 1, lambda 0.5: deltas [0, 0.5], advantages [0.25, 0.5], returns [0.75, 1]
     """
@@ -409,82 +409,82 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 where the mask is set, 0 elsewhere."""
-    chosen = values[mask]
-    spread = chosen.var() if len(chosen) > 1 else chosen.new_ones(())
-    return torch.where(mask, (values - chosen.mean()) * torch.rsqrt(spread + 1e-8), 0.0)
+    """Normalize the values under the mask to mean 0 and standard deviation 1; others become 0."""
+    selected = values[mask]
+    variance = selected.var() if len(selected) > 1 else selected.new_ones(())
+    return torch.where(mask, (values - selected.mean()) * torch.rsqrt(variance + 1e-8), 0.0)
 
 
 def ppo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, epsilon: float = 0.2,
              epsilon_high: float | None = None) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens now and at the rollout, their advantages, all (B, T) -> losses, which are clipped (B, T).
+    """Log-probabilities of tokens now and at the rollout, advantages, all (B, T) -> losses (B, T), clip mask (B, T).
 
-    -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), r = now / then (Schulman 2017, eq. 7): a token has no more
-    gradient once its ratio has left the clip range in the direction of its advantage. A larger upper limit lets rare tokens
-    become likelier (clip-higher; Yu 2025, section 3.1).
+    -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), r = new / old probability (Schulman 2017, eq. 7). A token has no
+    gradient once its ratio has left the clip range in the direction of its advantage. A larger upper limit allows unlikely
+    tokens to gain more probability (clip-higher; Yu 2025, section 3.1).
 
     r = 1.5, epsilon 0.2: A = 1 gives -1.2, without gradient; A = -1 gives 1.5, with gradient
     """
-    ratio = torch.exp((logprobs - old).clamp(-20, 20))  # an infinite ratio would have NaN as gradient
+    ratio = torch.exp((logprobs - old).clamp(-20, 20))  # the gradient of an infinite ratio would be NaN
     limited = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
     losses = torch.maximum(-ratio * advantages, -limited * advantages)
     return losses, (ratio * advantages > limited * advantages)
 
 
 def cispo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, largest: float = 5.0) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens now and at the rollout, their advantages, all (B, T) -> losses, which are clipped (B, T).
+    """Log-probabilities of tokens now and at the rollout, advantages, all (B, T) -> losses (B, T), clip mask (B, T).
 
-    -min(r, largest) A log p, where r = now / then has no gradient (MiniMax-M1 2025, eq. 4). `ppo_loss` removes the gradient of
-    tokens outside of the clip range; here each token keeps one, with a limited weight. Khatri 2025 (ScaleRL) recommends 5.
+    -min(r, largest) A log p, where r = new / old probability has no gradient (MiniMax-M1 2025, eq. 4). `ppo_loss` removes the
+    gradient of clipped tokens; here every token has one, with a limited weight. Khatri 2025 (ScaleRL) recommends 5.
     """
     ratio = torch.exp((logprobs - old).detach().clamp(max=20))
     return -ratio.clamp(max=largest) * advantages * logprobs, ratio > largest
 
 
 def sampler_weights(old: Tensor, sampled: Tensor, mask: Tensor, largest: float, whole: bool = False) -> Tensor:
-    """Log-probabilities by the training and the sampling code (B, T) -> weights of tokens (B, T), of whole completions (B,).
+    """Log-probabilities from the training and the sampling code (B, T) -> weights of tokens (B, T); `whole`: completions (B,).
 
-    min(old / sampled, largest): truncated importance sampling (Yao 2025) corrects losses for tokens that were sampled with
-    slightly other probabilities, as with 16-bit weights and a KV cache. Both are at the rollout's temperature and before top-k
-    and top-p, which this does not correct.
+    min(old / sampled, largest): truncated importance sampling (Yao 2025). The sampling probabilities differ slightly from those
+    of training, for example because of 16-bit weights and the KV cache. Both are taken at the rollout's temperature and before
+    top-k and top-p, which the weights do not correct.
     """
-    gap = (old - sampled) * mask
-    return (gap.sum(1) if whole else gap).clamp(max=math.log(largest)).exp()
+    logratios = (old - sampled) * mask
+    return (logratios.sum(1) if whole else logratios).clamp(max=math.log(largest)).exp()
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, cliprange: float = 0.2) -> Tensor:
-    """The critic's values now and at the rollout, and returns (B, T) -> losses (B, T): half the squared error, the larger one of
-    the value and of the value clipped to `cliprange` around the old one (Huang 2024, detail 7)."""
+    """Critic values now and at the rollout, returns (B, T) -> losses (B, T): half the squared error of the value, or of the value
+    clipped to `cliprange` around the old one, whichever is larger (Huang 2024, detail 7)."""
     limited = torch.clamp(values, old - cliprange, old + cliprange)
     return 0.5 * torch.maximum((values - returns) ** 2, (limited - returns) ** 2)
 
 
 def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
     """Rewards (P, G) of G completions for each of P prompts -> advantages (P, G): reward minus the mean of the group, which
-    replaces the critic. scale: `group` divides by the standard deviation of the group (Shao 2024, section 4.1), `batch` by
-    that of all rewards, `none` does not divide, so that very easy and very hard prompts do not count more (Liu 2025).
-    `leave_one_out` subtracts the mean of the other completions (RLOO; Ahmadian 2024, eq. 8).
+    replaces the critic. scale `group` divides by the standard deviation of the group (Shao 2024, section 4.1), `batch` by that
+    of all rewards. `none` does not divide, which avoids larger weights for very easy and very hard prompts (Liu 2025).
+    `leave_one_out` subtracts the mean of the other completions of the group (RLOO; Ahmadian 2024, eq. 8).
 
     [[1, 0, 0, 0]]: none [[0.75, -0.25, ...]], group [[1.5, -0.5, ...]], leave_one_out [[1, -0.33, ...]]
     """
-    spread = rewards.std()
+    batch_std = rewards.std()
     rewards = rewards - rewards[:, :1]  # the mean of equal numbers can be off by rounding, the mean of zeros cannot
-    ahead = rewards - rewards.mean(1, keepdim=True)
+    advantages = rewards - rewards.mean(1, keepdim=True)
     if scale == "leave_one_out":
-        return ahead * (rewards.shape[1] / (rewards.shape[1] - 1))
+        return advantages * (rewards.shape[1] / (rewards.shape[1] - 1))
     if scale == "none":
-        return ahead
-    return ahead / ((spread if scale == "batch" else rewards.std(1, keepdim=True)) + 1e-4)
+        return advantages
+    return advantages / ((batch_std if scale == "batch" else rewards.std(1, keepdim=True)) + 1e-4)
 
 
 def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, reference: Tensor | None = None,
               beta: float = 0.0, epsilon: float = 0.2, epsilon_high: float | None = None, loss_type: str = "dapo",
               max_length: int = 1, level: str = "token", weights: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B, T), advantages of completions (B,) -> shares (B,) of a sum, which tokens are clipped (B, T).
+    """Log-probabilities (B, T), advantages of completions (B,) -> losses of completions (B,), clip mask (B, T).
 
-    The clipped loss of each token (`cispo`: `cispo_loss`) plus beta times its KL (Shao 2024, eq. 3). The caller divides the sum
-    of the shares by the number of completions (`grpo`: a mean over the tokens of each completion, so tokens of long ones count
-    less; `dr_grpo`: by a constant length, Liu 2025) or by the number of tokens (`dapo`, Yu 2025, section 3.3; `cispo`).
+    Each token has the clipped loss (`cispo`: `cispo_loss`) plus beta times its KL (Shao 2024, eq. 3). The caller divides the sum
+    of the losses by the number of completions, or of tokens (`dapo`, Yu 2025, section 3.3; `cispo`). `grpo` takes the mean over
+    the tokens of each completion, so tokens of long completions count less; `dr_grpo` divides by a constant length (Liu 2025).
     level `sequence`: all tokens of a completion share the geometric mean of their ratios (GSPO; Zheng 2025, eq. 7).
     """
 
@@ -492,33 +492,33 @@ def grpo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, r
         return (values * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
 
     if loss_type == "cispo":
-        losses, cut = cispo_loss(logprobs, old, advantages[:, None], epsilon_high)
+        losses, clipped = cispo_loss(logprobs, old, advantages[:, None], epsilon_high)
     else:
-        now, then = (mean(logprobs), mean(old)) if level == "sequence" else (logprobs, old)
-        losses, cut = ppo_loss(now, then, advantages[:, None], epsilon, epsilon_high)
-    losses = losses * weights  # of `sampler_weights`
+        means = (mean(logprobs), mean(old)) if level == "sequence" else (logprobs, old)
+        losses, clipped = ppo_loss(*means, advantages[:, None], epsilon, epsilon_high)
+    losses = losses * weights  # from `sampler_weights`
     if reference is not None:
         losses = losses + beta * kl_estimate(logprobs, reference)
-    shares = (losses * mask).sum(1)  # (B,)
+    losses = (losses * mask).sum(1)  # (B,)
     if loss_type == "grpo":
-        shares = shares / mask.sum(1).clamp(min=1)
+        losses = losses / mask.sum(1).clamp(min=1)
     elif loss_type == "dr_grpo":
-        shares = shares / max_length
-    return shares, cut & mask
+        losses = losses / max_length
+    return losses, clipped & mask
 
 
 def rloo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, epsilon: float = 0.2,
               epsilon_high: float | None = None, weights: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """As `grpo_loss`, with a whole completion as one action: r is the product of its tokens' ratios (Ahmadian 2024, section 3.2).
-    In the first step after a rollout this is REINFORCE. -> shares (B,) of a mean over completions, which are clipped (B, T)."""
-    losses, cut = ppo_loss((logprobs * mask).sum(1), (old * mask).sum(1), advantages, epsilon, epsilon_high)
-    return losses * weights * mask.any(1), cut[:, None] & mask
+    """`grpo_loss` with a whole completion as one action: r is the product of the token ratios (Ahmadian 2024, section 3.2).
+    In the first step after a rollout this is REINFORCE. -> losses of completions (B,), clip mask (B, T)."""
+    losses, clipped = ppo_loss((logprobs * mask).sum(1), (old * mask).sum(1), advantages, epsilon, epsilon_high)
+    return losses * weights * mask.any(1), clipped[:, None] & mask
 
 
 def rollout_loss(settings: RLSection) -> Callable:
-    """loss_fn for `fit` of ppo, grpo and rloo."""
+    """The loss function of ppo, grpo and rloo for `fit`."""
     method = settings.method
-    divisor = "tokens" if method == "ppo" or settings.loss_type in ("dapo", "cispo") else "texts"
+    divisor = "tokens" if method == "ppo" or settings.loss_type in ("dapo", "cispo") else "completions"
     want = (("values",) if method == "ppo" else ()) + (("entropy",) if settings.entropy_coef else ())
 
     def loss_fn(model, batch: dict, totals: dict) -> tuple[Tensor, dict]:
@@ -530,18 +530,18 @@ def rollout_loss(settings: RLSection) -> Callable:
         if settings.importance_sampling_clip_max:
             weights = sampler_weights(old, batch["sampled"], mask, settings.importance_sampling_clip_max, method == "rloo")
         if method == "ppo":
-            losses, cut = ppo_loss(out.logprobs, old, advantages, **limits)
-            shares, cut = losses * weights * mask, cut & mask
+            losses, clipped = ppo_loss(out.logprobs, old, advantages, **limits)
+            losses, clipped = losses * weights * mask, clipped & mask
         elif method == "rloo":
-            shares, cut = rloo_loss(out.logprobs, old, advantages, mask, **limits, weights=weights)
+            losses, clipped = rloo_loss(out.logprobs, old, advantages, mask, **limits, weights=weights)
         else:
-            shares, cut = grpo_loss(out.logprobs, old, advantages, mask, batch.get("reference"), settings.beta, **limits,
-                                    loss_type=settings.loss_type, max_length=settings.max_completion_length,
-                                    level=settings.importance_sampling_level, weights=weights)
-        loss = policy = shares.sum() / totals[divisor]
-        # How far the policy has moved since the rollout: KL(then || now), estimated at tokens of then.
-        moved = (kl_estimate(old, out.logprobs.detach()) * mask).sum() / totals["tokens"]
-        metrics = {"policy_loss": policy.detach(), "clip_ratio": cut.sum() / totals["tokens"], "approx_kl": moved}
+            losses, clipped = grpo_loss(out.logprobs, old, advantages, mask, batch.get("reference"), settings.beta, **limits,
+                                        loss_type=settings.loss_type, max_length=settings.max_completion_length,
+                                        level=settings.importance_sampling_level, weights=weights)
+        loss = policy_loss = losses.sum() / totals[divisor]
+        # KL(old policy || current policy), estimated at tokens of the old policy: how far it has moved since the rollout.
+        approx_kl = (kl_estimate(old, out.logprobs.detach()) * mask).sum() / totals["tokens"]
+        metrics = {"policy_loss": policy_loss.detach(), "clip_ratio": clipped.sum() / totals["tokens"], "approx_kl": approx_kl}
         if method == "ppo":
             critic = (value_loss(out.values, batch["values"], batch["returns"],
                                  settings.cliprange_value) * mask).sum() / totals["tokens"]
@@ -557,7 +557,7 @@ def rollout_loss(settings: RLSection) -> Callable:
 
 
 class Prompt(NamedTuple):
-    """A prompt as text or messages and as token ids, with the other columns of its record."""
+    """A prompt as text or messages and as token ids, plus the other columns of its record."""
 
     where: str
     content: str | list[dict]
@@ -566,8 +566,8 @@ class Prompt(NamedTuple):
 
 
 class Sample:
-    """A completion of the policy with its rewards. Tensors (L,) hold one number per token of the policy; `places` are the indices
-    of these tokens in `ids`, which also holds the prompt and the results of tools."""
+    """A completion with its rewards. `ids` includes the prompt and tool results; `places` are the indices of the L tokens that
+    the policy generated. Tensors (L,) have one number per such token."""
 
     def __init__(self, prompt: Prompt, number: int, ids: list[int], finish: str, text: str, sampled: list[float] | None):
         self.where, self.number, self.prompt, self.columns = prompt.where, number, prompt.content, prompt.columns
@@ -579,19 +579,19 @@ class Sample:
         self.add(ids, finish, text, sampled)
         self.rewards: list[float | None] = []
         self.reward = 0.0
-        self.extra: dict = {}  # for rollouts.jsonl, by reward functions
+        self.extra: dict = {}  # columns for rollouts.jsonl, from reward functions
         self.old = self.reference = self.values = self.entropy = self.advantages = self.returns = None
 
     def add(self, ids: list[int], finish: str, text: str, sampled: list[float] | None) -> None:
-        """Append a turn of the policy; `finish` and `text` are those of the last turn."""
-        self.turn = len(self.ids)  # its first place
+        """Append a turn of the policy; `finish` and `text` describe the last turn."""
+        self.turn = len(self.ids)  # index of its first token
         self.places += range(self.turn, self.turn + len(ids))
         self.ids, self.sampled = self.ids + ids, self.sampled + (sampled or [])
         self.finish, self.text = finish, text
         self.messages.append({"role": "assistant", "content": text})
 
     def state(self) -> dict:
-        """The fields that a checkpoint needs."""
+        """The fields to save in a checkpoint."""
         return {**vars(self), "columns": {}, "prompt": "", "messages": [], "extra": {}}
 
     @classmethod
@@ -606,18 +606,19 @@ class Sample:
 
 
 class SampledTexts:
-    """An endless stream for `TRAIN.fit`: the current policy writes completions, which are handed out in minibatches. A rollout of
-    `size` completions begins at a step's boundary and fills whole steps, `laps` times; a checkpoint inside it holds them. Each
-    process completes a share of the prompts. Then all processes have all samples, so minibatches do not depend on how many there
-    are."""
+    """An endless stream of minibatches for `TRAIN.fit`: the current policy generates rollouts of `size` completions each.
 
-    section = "rl"  # of its settings
+    A rollout fills whole optimizer steps and is used for `num_iterations` epochs. A checkpoint inside a rollout contains its
+    samples. Each process generates a share of the completions and then gets all of them, so minibatches do not depend on the
+    number of processes."""
+
+    section = "rl"  # section of the settings, for error messages
 
     def __init__(self, prompts: list[Prompt], tokenizer, sampling: INFER.Sampling, size: int, batch_size: int,
-                 training: TRAIN.TrainingSection, out: Path, laps: int = 1):
+                 training: TRAIN.TrainingSection, out: Path, num_iterations: int = 1):
         self.prompts, self.tokenizer, self.sampling, self.size, self.batch_size = prompts, tokenizer, sampling, size, batch_size
-        self.training, self.out, self.laps = training, out, laps
-        self.drawn = self.rollout = 0  # prompts, rollouts
+        self.training, self.out, self.num_iterations = training, out, num_iterations
+        self.drawn = self.rollout = 0  # numbers of prompts drawn, of finished rollouts
         self.queue: list[np.ndarray] = []
         self.samples: list[Sample] = []
         self.sums: dict[str, list[float]] = {}
@@ -633,40 +634,40 @@ class SampledTexts:
                 factors += f" x {name.format(number)}" if number > 1 else ""
             raise UserError(f"{self.section}.rollout_size: {self.size} completions do not fill whole optimizer steps of "
                             f"{factors} = {self.per_step}")
-        self.count = self.size // self.sampling.n  # prompts of a rollout
-        self.steps_per_rollout = self.size // self.per_step * self.laps
+        self.count = self.size // self.sampling.n  # prompts per rollout
+        self.steps_per_rollout = self.size // self.per_step * self.num_iterations
         self.steps_per_epoch = -(-len(self.prompts) // self.count) * self.steps_per_rollout
 
     def prompt(self, number: int) -> Prompt:
-        epoch, place = divmod(number, len(self.prompts))
+        epoch, index = divmod(number, len(self.prompts))
         if epoch not in self.orders:
             self.orders = {epoch: np.random.default_rng([self.run.seed, epoch, 6]).permutation(len(self.prompts))}
-        return self.prompts[self.orders[epoch][place]]
+        return self.prompts[self.orders[epoch][index]]
 
-    def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
-        """Generate completions of numbered prompts; the completions of a prompt are adjacent."""
-        answers = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, batch_size=self.batch_size, step=step,
+    def generate(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
+        """Generate completions of numbered prompts; completions of the same prompt are adjacent."""
+        results = INFER.generate(model, [prompt.ids for _, prompt in numbered], sampling, batch_size=self.batch_size, step=step,
                                  first=[number for number, _ in numbered])
-        return [Sample(prompt, number, *self.read(completion, prompt))
-                for (number, prompt), completions in zip(numbered, answers, strict=True) for completion in completions]
+        return [Sample(prompt, number, *self.decode(completion, prompt))
+                for (number, prompt), completions in zip(numbered, results, strict=True) for completion in completions]
 
-    def read(self, completion: INFER.Completion, prompt: Prompt) -> tuple:
+    def decode(self, completion: INFER.Completion, prompt: Prompt) -> tuple:
         """(ids, finish reason, text, log-probabilities) of a completion."""
-        before = prompt.ids if isinstance(prompt.content, str) and not self.tokenizer.chat_template else []
-        text = INFER.completion_text(self.tokenizer, before, completion.ids)
+        context = prompt.ids if isinstance(prompt.content, str) and not self.tokenizer.chat_template else []
+        text = INFER.completion_text(self.tokenizer, context, completion.ids)
         return completion.ids, completion.finish_reason, text, completion.logprobs
 
     def draw(self, skip: int = 0, count: int | None = None) -> list[Sample]:
-        """This process's completions of the next `count` prompts, after `skip` others."""
+        """Generate this process's share of the completions of the next `count` prompts, after the first `skip`."""
         first = self.drawn + skip
         numbers = range(first, first + (count or self.count))[self.run.rank :: self.run.world_size]
-        return self.write(self.run.model, [(number, self.prompt(number)) for number in numbers], self.sampling, self.rollout)
+        return self.generate(self.run.model, [(number, self.prompt(number)) for number in numbers], self.sampling, self.rollout)
 
     def roll_out(self) -> None:
-        """Make `samples`, the same on all processes, and `hand_out`. If it fails, the stream is unchanged."""
+        """Set `samples`, the same on all processes, and call `finish_rollout`. If this fails, the stream is unchanged."""
         raise NotImplementedError
 
-    def hand_out(self, metrics: dict[str, float], drawn: int | None = None) -> None:
+    def finish_rollout(self, metrics: dict[str, float], drawn: int | None = None) -> None:
         count = len(self.samples)
         metrics |= {"completions/mean_length": sum(sample.length for sample in self.samples) / count,
                     "completions/clipped_ratio": sum(sample.finish == "length" for sample in self.samples) / count}
@@ -677,10 +678,10 @@ class SampledTexts:
         self.queue = self.minibatches()
 
     def minibatches(self) -> list[np.ndarray]:
-        """The indices of the samples in each of this process's minibatches, in `laps` random orders."""
+        """The sample indices of each minibatch of this process: `num_iterations` epochs in random order."""
         run, size, found = self.run, self.training.batch_size, []
-        for lap in range(self.laps):
-            order = np.random.default_rng([run.seed, 5, self.rollout, lap]).permutation(len(self.samples))
+        for epoch in range(self.num_iterations):
+            order = np.random.default_rng([run.seed, 5, self.rollout, epoch]).permutation(len(self.samples))
             found += [order[first : first + size] for first in range(run.rank * size, len(order), run.world_size * size)]
         return found
 
@@ -691,20 +692,20 @@ class SampledTexts:
         return self.batch([self.samples[i] for i in self.queue.pop(0)])
 
     def batch(self, group: list[Sample]) -> dict:
-        batch = text_batch(group)
-        counts = {"tokens": int((batch["targets"] != -100).sum()), "texts": len(group),
+        batch = sample_batch(group)
+        counts = {"tokens": int((batch["targets"] != -100).sum()), "completions": len(group),
                   "read": sum(len(sample.ids) - 1 for sample in group)}
         return {**batch, "counts": counts}
 
     def metrics(self) -> dict[str, float]:
-        """Means over the rollouts since the last call."""
+        """Mean metrics of the rollouts since the last call."""
         found = {name: sum(values) / len(values) for name, values in self.sums.items()}
         self.sums = {}
         return found
 
     def rewind_transcripts(self) -> None:
-        """Remove the rollouts that another run left, or this run after its checkpoint. A run that fails before its first batch
-        changes nothing."""
+        """Delete rollouts of an earlier run, or those after the checkpoint, from rollouts.jsonl. A run that fails before its
+        first batch changes nothing."""
         if self.run.rank == 0 and not self.rewound:
             TRAIN.rewind(self.out / "rollouts.jsonl", lambda record: record.get("rollout", 0) <= self.rollout)
         self.rewound = True
@@ -715,12 +716,12 @@ class SampledTexts:
             return
         with open(self.out / "rollouts.jsonl", "a", encoding="utf-8") as file:
             for sample in self.samples:
-                record = {"rollout": self.rollout + 1, "prompt": sample.prompt, "completion": sample.text, **self.verdict(sample),
-                          "tokens": sample.length, "finish_reason": sample.finish}
+                record = {"rollout": self.rollout + 1, "prompt": sample.prompt, "completion": sample.text,
+                          **self.transcript(sample), "tokens": sample.length, "finish_reason": sample.finish}
                 file.write(json.dumps({**sample.extra, **record}, ensure_ascii=False, default=str) + "\n")
 
-    def verdict(self, sample: Sample) -> dict:
-        """Further fields of a sample in rollouts.jsonl."""
+    def transcript(self, sample: Sample) -> dict:
+        """Additional fields of a sample in rollouts.jsonl."""
         return {}
 
     def state_dict(self) -> dict:
@@ -734,10 +735,10 @@ class SampledTexts:
             raise UserError("--resume: the checkpoint was made with another rl.method")
         if state["prompts"] != prompts_fingerprint(self.prompts):
             raise UserError("--resume: prompts or columns differ from those of the checkpoint (data.train, "
-                            f"{self.section}.columns, {self.section}.system or training.max_length changed)")
+                            "training.max_length, or the settings `columns` and `system` changed)")
         if state["left"] % self.per_step:
-            raise UserError(f"--resume: {state['left']} samples of the checkpoint's rollout are left, which do not fill "
-                            f"optimizer steps of {self.per_step}; use the batch size of the checkpoint")
+            raise UserError(f"--resume: {state['left']} samples are left in the checkpoint's rollout, not divisible by the "
+                            f"{self.per_step} of an optimizer step; use the batch size of the checkpoint")
         self.drawn, self.rollout = state["drawn"], state["rollout"]
         self.sums = {k: list(v) for k, v in state["sums"].items()}
         self.samples = [Sample.restored(sample) for sample in state["samples"]]
@@ -746,7 +747,7 @@ class SampledTexts:
 
 
 class Rollouts(SampledTexts):
-    """Sampled texts with rewards, log-probabilities and advantages."""
+    """Sampled completions with rewards, log-probabilities and advantages."""
 
     def __init__(self, prompts: list[Prompt], tokenizer, judges: Judges, settings: RLSection, training: TRAIN.TrainingSection,
                  reference: Reference | None, out: Path, tools: Tools | None = None):
@@ -761,23 +762,23 @@ class Rollouts(SampledTexts):
         if self.reference:
             self.reference.start(run, self.training)
 
-    def write(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
+    def generate(self, model, numbered: list[tuple[int, Prompt]], sampling: INFER.Sampling, step: int) -> list[Sample]:
         """With tools, a completion continues after each call, until a turn has no call or a limit is reached."""
-        samples, length = super().write(model, numbered, sampling, step), sampling.max_new_tokens
-        asking = list(enumerate(samples)) if self.tools else []
+        samples, length = super().generate(model, numbered, sampling, step), sampling.max_new_tokens
+        active = list(enumerate(samples)) if self.tools else []
         for turn in range(1, self.settings.max_turns):
-            asking = [(i, sample) for i, sample in asking if self.tools.answer(sample, length)]
-            if not TRAIN.all_sum([len(asking)], self.run.device)[0]:
+            active = [(i, sample) for i, sample in active if self.tools.run_calls(sample, length)]
+            if not TRAIN.all_sum([len(active)], self.run.device)[0]:
                 break
             # Each turn draws from a generator keyed by (seed, step, prompt, sample, turn).
-            keys = [sample.number + (i % sampling.n << 32) + (turn << 64) for i, sample in asking]
-            rest = [replace(sampling, n=1, max_new_tokens=length - (len(sample.ids) - sample.start)) for _, sample in asking]
-            answers = INFER.generate(model, [sample.ids for _, sample in asking], rest, batch_size=self.batch_size, step=step,
+            keys = [sample.number + (i % sampling.n << 32) + (turn << 64) for i, sample in active]
+            rest = [replace(sampling, n=1, max_new_tokens=length - (len(sample.ids) - sample.start)) for _, sample in active]
+            results = INFER.generate(model, [sample.ids for _, sample in active], rest, batch_size=self.batch_size, step=step,
                                      first=keys)
-            for (_, sample), [completion] in zip(asking, answers, strict=True):
-                sample.add(*self.read(completion, Prompt(sample.where, sample.prompt, [], {})))
-        for _, sample in asking:
-            self.tools.read(sample)
+            for (_, sample), [completion] in zip(active, results, strict=True):
+                sample.add(*self.decode(completion, Prompt(sample.where, sample.prompt, [], {})))
+        for _, sample in active:
+            self.tools.parse_calls(sample)
         return samples
 
     def trainer_state(self) -> SimpleNamespace:
@@ -785,9 +786,9 @@ class Rollouts(SampledTexts):
         step = self.run.state.step
         return SimpleNamespace(global_step=step, max_steps=self.run.total_steps, epoch=step / self.steps_per_epoch)
 
-    def judge(self, samples: list[Sample]) -> dict[str, float]:
-        """Reward this process's samples -> means of the logged metrics over all processes. An error of one process is raised by
-        all."""
+    def compute_rewards(self, samples: list[Sample]) -> dict[str, float]:
+        """Set the rewards of this process's samples -> means of the metrics that reward functions logged, over all processes.
+        An error in one process is raised in all."""
         problem = None
         try:
             self.judges(samples, self.trainer_state())
@@ -804,12 +805,12 @@ class Rollouts(SampledTexts):
 
     @torch.no_grad()
     def score(self, model, samples: list[Sample], rows: int, want: tuple = ()) -> list[dict[str, Tensor]]:
-        """Log-probabilities, and the outputs in `want`, of samples by a full forward at the sampling temperature. `rows` is the
-        largest number of samples of a process: all processes need equally many forwards."""
+        """Log-probabilities and the outputs in `want` of samples, from a full forward pass at the sampling temperature. `rows` is
+        the largest number of samples in any process, because all processes must run the same number of forward passes."""
         size, found = self.training.batch_size, []
         for start in range(0, rows, size):
             group = samples[start : start + size]
-            inputs = text_batch(group, self.run.device)
+            inputs = sample_batch(group, self.run.device)
             out = model(inputs["input_ids"], inputs["positions"], targets=inputs["targets"],
                         temperature=self.settings.temperature, want=want)
             columns = {"logprobs": out.logprobs, "entropy": out.entropy, "values": out.values}
@@ -819,13 +820,13 @@ class Rollouts(SampledTexts):
         return found
 
     def draw_varied(self) -> tuple[list[Sample], dict, int]:
-        """(this process's share of a rollout, what reward functions log, number of prompts drawn). Groups with equal rewards have
-        no advantages: the next prompts replace them, in at most rl.dynamic_sampling draws (DAPO; Yu 2025, section 3.2)."""
+        """(this process's share of a rollout, metrics of reward functions, number of prompts drawn). Groups with equal rewards
+        have zero advantages: up to rl.dynamic_sampling draws replace them by new prompts (DAPO; Yu 2025, section 3.2)."""
         varied, equal, size, logged = [], [], self.settings.num_generations, defaultdict(list)
         for _ in range(1 + self.settings.dynamic_sampling):
             if len(varied) < self.count:
                 samples = self.draw(len(varied) + len(equal), self.count - len(varied))
-                for name, value in self.judge(samples).items():
+                for name, value in self.compute_rewards(samples).items():
                     logged[name].append(value)
                 for sample in samples:
                     sample.reward -= self.settings.missing_eos_penalty * (sample.finish == "length")
@@ -837,7 +838,7 @@ class Rollouts(SampledTexts):
         return sum(groups, []), logged, len(varied) + len(equal)
 
     def roll_out(self) -> None:
-        """One rollout: completions, rewards, log-probabilities, advantages."""
+        """Produce a rollout: completions, rewards, log-probabilities, advantages."""
         run, settings, model = self.run, self.settings, self.run.model
         was_training, clock = model.training, time.perf_counter()
         model.eval()
@@ -861,43 +862,41 @@ class Rollouts(SampledTexts):
             say(f"rollout {self.rollout + 1}: all completions of every prompt got the same reward; advantages are zero")
         if settings.dynamic_sampling:
             metrics["frac_redrawn"] = 1 - self.count / drawn
-        self.hand_out(metrics, drawn)
+        self.finish_rollout(metrics, drawn)
 
     def measure(self) -> dict[str, float]:
-        """The logged metrics of a rollout, most of them under TRL's names."""
+        """The metrics of a rollout, mostly under TRL's names."""
         samples, settings = self.samples, self.settings
         rewards = torch.tensor([sample.reward for sample in samples])
-        found = {"reward": float(rewards.mean()), "reward_std": float(rewards.std()) if len(rewards) > 1 else 0.0}
-        for name, mean in self.mean_rewards(samples).items():
-            found[f"rewards/{name}/mean"] = mean
-        found["entropy"] = float(torch.cat([sample.entropy for sample in samples]).mean())
+        metrics = {"reward": float(rewards.mean()), "reward_std": float(rewards.std()) if len(rewards) > 1 else 0.0}
+        metrics |= {f"rewards/{name}/mean": mean for name, mean in self.mean_rewards(samples).items()}
+        metrics["entropy"] = float(torch.cat([sample.entropy for sample in samples]).mean())
         if self.reference:
-            found["kl"] = sum(float(kl_estimate(sample.old, sample.reference).sum()) for sample in samples) / len(samples)
+            metrics["kl"] = sum(float(kl_estimate(sample.old, sample.reference).sum()) for sample in samples) / len(samples)
         if self.tools:
             calls = sum(sample.calls for sample in samples)
-            found |= {"tools/call_frequency": calls / len(samples),
-                      "tools/failure_frequency": sum(sample.failures for sample in samples) / max(calls, 1)}
+            metrics |= {"tools/call_frequency": calls / len(samples),
+                        "tools/failure_frequency": sum(sample.failures for sample in samples) / max(calls, 1)}
         if settings.num_generations > 1:
             groups = rewards.view(-1, settings.num_generations)
-            found["frac_reward_zero_std"] = float((groups.max(1).values == groups.min(1).values).float().mean())
+            metrics["frac_reward_zero_std"] = float((groups.max(1).values == groups.min(1).values).float().mean())
         differences = torch.cat([(sample.old - sample.sampled).abs() for sample in samples])
-        found |= {"sampling/logp_difference_mean": float(differences.mean()),
-                  "sampling/logp_difference_max": float(differences.max())}
-        return found
+        return metrics | {"sampling/logp_difference_mean": float(differences.mean()),
+                          "sampling/logp_difference_max": float(differences.max())}
 
     def mean_rewards(self, samples: list[Sample]) -> dict[str, float]:
-        """The mean reward of each function, over the samples that it judged."""
-        given = {name: [sample.rewards[i] for sample in samples if sample.rewards[i] is not None]
-                 for i, name in enumerate(self.judges.names)}
-        return {name: sum(values) / max(len(values), 1) for name, values in given.items()}
+        """The mean reward of each function, over the samples for which it returned a number."""
+        rewards = {name: [sample.rewards[i] for sample in samples if sample.rewards[i] is not None]
+                   for i, name in enumerate(self.judges.names)}
+        return {name: sum(values) / max(len(values), 1) for name, values in rewards.items()}
 
     def set_advantages(self) -> dict[str, float]:
-        """Advantages of all samples or their tokens, from all rewards."""
+        """Set the advantages of all samples (grpo, rloo) or of their tokens (ppo)."""
         samples, settings = self.samples, self.settings
         scores = torch.tensor([sample.reward for sample in samples])
         if settings.method != "ppo":
             scale = settings.scale_rewards
-            if settings.method == "rloo":  # the KL is part of a text's reward
+            if settings.method == "rloo":  # the KL is part of the reward
                 scale = "leave_one_out"
                 if self.reference:
                     scores = scores - settings.beta * torch.stack([(sample.old - sample.reference).sum() for sample in samples])
@@ -910,10 +909,10 @@ class Rollouts(SampledTexts):
         reference = padded([sample.reference for sample in samples]) if self.reference else old
         rewards = token_rewards(scores, old, reference, mask, settings.beta)
         advantages, returns = gae(rewards, values, mask, settings.gamma, settings.lam)
-        learned = mask & ~torch.tensor([self.is_masked(sample) for sample in samples])[:, None]
-        spread = float(returns[mask].var()) if mask.sum() > 1 else 0.0
-        explained = 1 - float((returns - values)[mask].var()) / spread if spread else 0.0
-        advantages = whiten(advantages, learned if learned.any() else mask)
+        trained = mask & ~torch.tensor([self.is_masked(sample) for sample in samples])[:, None]
+        variance = float(returns[mask].var()) if mask.sum() > 1 else 0.0
+        explained = 1 - float((returns - values)[mask].var()) / variance if variance else 0.0
+        advantages = whiten(advantages, trained if trained.any() else mask)
         for i, sample in enumerate(samples):
             sample.advantages, sample.returns = advantages[i, : sample.length], returns[i, : sample.length]
         return {"explained_variance": explained, "value": float(values[mask].mean())}
@@ -922,7 +921,7 @@ class Rollouts(SampledTexts):
         return self.settings.mask_truncated_completions and sample.finish == "length"
 
     def batch(self, group: list[Sample]) -> dict:
-        """A minibatch with columns for the loss: (B,) for numbers of a sample, (B, T) for numbers of its tokens."""
+        """A minibatch with the columns of the loss: (B,) per sample, or (B, T) per token."""
         batch = super().batch(group)
         masked = torch.tensor([self.is_masked(sample) for sample in group])
         batch["targets"][masked] = -100
@@ -934,44 +933,44 @@ class Rollouts(SampledTexts):
                 batch[name] = padded(rows) if rows else torch.stack(column)
         return batch
 
-    def verdict(self, sample: Sample) -> dict:
-        found = {"reward": sample.reward, "rewards": dict(zip(self.judges.names, sample.rewards, strict=True)),
-                 "advantage": round(float(sample.advantages.mean()), 4)}
+    def transcript(self, sample: Sample) -> dict:
+        fields = {"reward": sample.reward, "rewards": dict(zip(self.judges.names, sample.rewards, strict=True)),
+                  "advantage": round(float(sample.advantages.mean()), 4)}
         if sample.reference is not None:
-            found["kl"] = round(float(kl_estimate(sample.old, sample.reference).sum()), 4)
-        return {**found, "messages": sample.messages} if self.tools else found
+            fields["kl"] = round(float(kl_estimate(sample.old, sample.reference).sum()), 4)
+        return {**fields, "messages": sample.messages} if self.tools else fields
 
 
 # ======================================================================================================== edges
 
-# --------------------------------------------------------------------------------------- sequences of rollouts
+# ------------------------------------------------------------------------------------------ batches of rollouts
 
 
 def prompts_fingerprint(prompts: list[Prompt]) -> str:
-    """Identifies prompts and their columns, which rewards depend on."""
+    """A hash of the prompts and of their columns, on which rewards depend."""
     text = repr([prompt[1:] for prompt in prompts]).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def gather(samples: list[Sample]) -> list[Sample]:
-    """The samples of all processes, in the order of their prompts."""
+    """Collect the samples of all processes, in the order of their prompts."""
     return sorted(itertools.chain.from_iterable(TRAIN.from_all(samples)), key=lambda sample: sample.number)
 
 
 def padded(rows: list[Tensor], fill: float = 0) -> Tensor:
-    """Rows (T,) of different lengths -> (B, T), padded on the right."""
+    """Rows (T,) of different lengths -> (B, T), right-padded."""
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
 def at_places(sample: Sample, values: Tensor, fill: float = 0) -> Tensor:
-    """A number for each token that the policy wrote (L,) -> (T,), where that token is the target; `fill` elsewhere."""
+    """Values of the tokens that the policy generated (L,) -> (T,), at the positions of these targets; `fill` elsewhere."""
     row = torch.full((len(sample.ids) - 1,), fill, dtype=values.dtype)
     row[torch.tensor(sample.places) - 1] = values
     return row
 
 
-def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
-    """A row for each sample, or a row of padding if there are none; the targets are the tokens that the policy wrote."""
+def sample_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
+    """One row per sample, or a row of padding without samples. Targets are the tokens that the policy generated."""
     ids = [torch.tensor(sample.ids) for sample in samples]
     targets = [at_places(sample, row[sample.places], -100) for sample, row in zip(samples, ids, strict=True)]
     rows = {"input_ids": [row[:-1] for row in ids], "targets": targets, "positions": [torch.arange(len(row) - 1) for row in ids]}
@@ -981,24 +980,24 @@ def text_batch(samples: list[Sample], device="cpu") -> dict[str, Tensor]:
 
 
 class Reference:
-    """The reference policy: rl.ref_model, or a copy of the initial policy. Of a policy with an adapter, only the adapter is
-    copied; the copy is exchanged with the trained adapter for a forward pass."""
+    """The reference policy: rl.ref_model, or a copy of the initial policy. If the policy has an adapter, only the adapter is
+    copied, and swapped with the trained adapter during the forward passes of the reference."""
 
     def __init__(self, policy: MODEL.LanguageModel, frozen: MODEL.LanguageModel | None = None):
         self.frozen, self.adapter = frozen, {}
         if not frozen and policy.adapter:
-            self.adapter = {name: tensor.clone() for name, tensor in self.learned(policy).items()}
+            self.adapter = {name: tensor.clone() for name, tensor in self.trained(policy).items()}
         elif not frozen:
             self.frozen = copy.deepcopy(policy).requires_grad_(False)
 
     @staticmethod
-    def learned(policy: MODEL.LanguageModel) -> dict[str, Tensor]:
-        """What training changes in a policy with an adapter: the adapter, and the selection bias of routers."""
+    def trained(policy: MODEL.LanguageModel) -> dict[str, Tensor]:
+        """The tensors that training changes in a policy with an adapter: the adapter and the selection bias of routers."""
         return {name: tensor for name, tensor in policy.state_dict().items()
                 if MODEL.tensor_is_trained(name) or name.endswith("e_score_correction_bias")}
 
     def start(self, run: TRAIN.Run, training: TRAIN.TrainingSection) -> None:
-        """Compile and shard the model as `fit` does with the policy."""
+        """Compile and shard the model, as `fit` does with the policy."""
         if self.frozen:
             self.frozen.to(run.device).eval()
             if training.torch_compile:
@@ -1008,30 +1007,30 @@ class Reference:
 
     @contextlib.contextmanager
     def __call__(self, policy: MODEL.LanguageModel):
-        self.exchange(policy)
+        self.swap(policy)
         try:
             yield self.frozen or policy
         finally:
-            self.exchange(policy)
+            self.swap(policy)
 
     @torch.no_grad()
-    def exchange(self, policy: MODEL.LanguageModel) -> None:
+    def swap(self, policy: MODEL.LanguageModel) -> None:
         if not self.adapter:
             return
-        for name, weight in self.learned(policy).items():
-            kept, self.adapter[name] = self.adapter[name].to(weight.device), weight.clone()
-            weight.copy_(TRAIN.shard_like(kept, weight))
+        for name, weight in self.trained(policy).items():
+            saved, self.adapter[name] = self.adapter[name].to(weight.device), weight.clone()
+            weight.copy_(TRAIN.shard_like(saved, weight))
         for module in policy.modules():
-            if hasattr(module, "reshard"):  # FSDP's gathered copies hold the values before,
+            if hasattr(module, "reshard"):  # the copies that FSDP has gathered are outdated
                 module.reshard()
-        torch.clear_autocast_cache()  # and so do autocast's 16-bit copies
+        torch.clear_autocast_cache()  # as are autocast's 16-bit copies
 
 
 # -------------------------------------------------------------------------------------------- preference pairs
 
 
 class Example(NamedTuple):
-    """A prompt followed by a completion: ids, and weight 1 for the tokens of assistant messages in the completion."""
+    """Token ids of a prompt and a completion; the weight is 1 for tokens of the completion's assistant messages, else 0."""
 
     ids: list[int]
     weights: list[int]
@@ -1042,7 +1041,7 @@ class Example(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two completions of a prompt (chosen, rejected), or one that is desirable or not."""
+    """Two completions of a prompt (chosen, rejected), or a single one with a label (desirable or not)."""
 
     where: str
     examples: list[Example]
@@ -1053,34 +1052,34 @@ class Pair(NamedTuple):
 
 
 class Room(NamedTuple):
-    """How many tokens a prompt may have, so that a completion of the length that `key` names fits into `whole`."""
+    """The length limit of prompts: prompt and `reserved` tokens (set by `key`) must fit into `limit` (set by `limit_key`)."""
 
     key: str
-    answer: int
-    whole: int
-    name: str  # of the whole
+    reserved: int
+    limit: int
+    limit_key: str
     what: str = "prompt"
 
     def check(self) -> None:
-        if self.answer >= self.whole:
-            raise UserError(f"{self.key}: {self.answer} leaves no room for a prompt in {self.name} {self.whole}")
+        if self.reserved >= self.limit:
+            raise UserError(f"{self.key}: {self.reserved} leaves no room for a prompt in {self.limit_key} {self.limit}")
 
     def fits(self, ids: list[int], where: str, left: TOKENIZER.LeftOut) -> bool:
-        fits = len(ids) <= self.whole - self.answer
+        fits = len(ids) <= self.limit - self.reserved
         if not fits:
-            left.add(f"whose {self.what} and {self.answer} tokens ({self.key}) exceed {self.name} {self.whole}", where)
+            left.add(f"whose {self.what} and {self.reserved} tokens ({self.key}) exceed {self.limit_key} {self.limit}", where)
         return fits
 
 
 def make_example(tokenizer, prompt: str | list[dict], completion: str | list[dict], tools: list | None, where: str) -> Example:
-    """The prompt as INFER.py feeds it, and the completion up to the end of its last turn; without a chat template one text."""
+    """Tokenize a prompt as INFER.py does, and a completion up to the end of its last turn (without a chat template: EOS)."""
     if not tokenizer.chat_template:
-        served, ids = TOKENIZER.encode_pair(tokenizer, prompt, completion)
+        prompt_ids, ids = TOKENIZER.encode_pair(tokenizer, prompt, completion)
         ids += [] if tokenizer.eos_token_id is None or ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
-        return Example([*served, *ids], [0] * len(served) + [1] * len(ids))
+        return Example([*prompt_ids, *ids], [0] * len(prompt_ids) + [1] * len(ids))
     messages = TOKENIZER.as_messages(prompt)
     try:
-        served = TOKENIZER.prompt_ids(tokenizer, prompt, tools)
+        prompt_ids = TOKENIZER.prompt_ids(tokenizer, prompt, tools)
         ids, turns = TOKENIZER.render_chat(tokenizer, [*messages, *TOKENIZER.as_messages(completion, "assistant")], tools)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -1089,7 +1088,7 @@ def make_example(tokenizer, prompt: str | list[dict], completion: str | list[dic
     weights = [0] * last
     for turn in turns:
         weights[turn.start : turn.stop] = [1] * (turn.stop - turn.start)
-    return Example([*served, *ids[first:last]], [0] * len(served) + weights[first:])
+    return Example([*prompt_ids, *ids[first:last]], [0] * len(prompt_ids) + weights[first:])
 
 
 def form_of(settings: RLSection, expand: Callable) -> TOKENIZER.Form:
@@ -1098,19 +1097,19 @@ def form_of(settings: RLSection, expand: Callable) -> TOKENIZER.Form:
 
 
 def make_chat(tokenizer, records: list[tuple[str, dict]], tools: bool = False) -> None:
-    """Add the default chat template if conversations or tools need one; otherwise prompt and completion are concatenated."""
+    """Add the default chat template if conversations or tools need one. Text records are concatenated without a template."""
     if not tokenizer.chat_template and (tools or any(isinstance(record["prompt"], list) for _, record in records)):
-        say(f"the model has no chat template, which {'rl.tools' if tools else 'conversations'} need: adding the default one")
+        say(f"the model has no chat template, which {'rl.tools' if tools else 'conversations'} need; adding the default template")
         TOKENIZER.ensure_chat(tokenizer)
 
 
 def read_pairs(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZER.LeftOut) -> list[Pair]:
-    """Records -> pairs, for kto single completions. Pairs that cannot be compared are counted in `left`."""
+    """Records -> pairs (kto: single completions). Unusable records are counted in `left`."""
     length, method, pairs = config.training.max_length, config.rl.method, []
     for where, record in records:
         both, prompt, tools = "chosen" in record, record["prompt"], record.get("tools")
         if not both and method != "kto":
-            raise UserError(f"{where}: single completions with a label are for rl.method kto; {method} needs chosen and rejected")
+            raise UserError(f"{where}: a completion with a label is for rl.method kto; {method} needs chosen and rejected")
         completions = [record["chosen"], record["rejected"]] if both else [record["completion"]]
         examples = [make_example(tokenizer, prompt, completion, tools, where) for completion in completions]
         if any(example.start >= length for example in examples):
@@ -1120,52 +1119,52 @@ def read_pairs(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZ
         examples = [Example(example.ids[:length], example.weights[:length]) for example in examples]
         left.truncated += longer
         if both and examples[0].ids == examples[1].ids:
-            left.add("whose completions are the same", where)
+            left.add("whose completions are identical", where)
         elif method == "kto":
             labels = (True, False) if both else (record["label"],)
             pairs += [Pair(where, [example], prompt, tools, 0.0, label) for example, label in zip(examples, labels, strict=True)]
         else:
-            examples = [followed(example, tokenizer.pad_token_id) for example in examples] if method == "reward" else examples
+            examples = [repeat_last(example, tokenizer.pad_token_id) for example in examples] if method == "reward" else examples
             pairs.append(Pair(where, examples, prompt, tools, record["margin"]))
     return pairs
 
 
-def followed(example: Example, pad: int | None = None) -> Example:
-    """The last id of a row is a target only. The reward is read at the last token, so one more id has to follow it."""
+def repeat_last(example: Example, pad: int | None = None) -> Example:
+    """Repeat the last token. The last id of a row is only a target, but the reward is read at the completion's last token."""
     ids = TOKENIZER.without_padding(example.ids, pad)
     return Example([*ids, ids[-1]], [*example.weights[: len(ids)], 1])
 
 
 def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
-    """Each prompt with the completion of another prompt, for the KL of KTO: the next one of a random circle."""
-    circle = np.random.default_rng([seed, 4]).permutation(len(pairs))
+    """Each prompt with the completion of another prompt, for the KL of KTO: of the next one in a random order, cyclically."""
+    order = np.random.default_rng([seed, 4]).permutation(len(pairs))
     found: list = [None] * len(pairs)
-    for place, i in enumerate(circle):
-        others = (pairs[circle[(place + k) % len(pairs)]] for k in range(1, len(pairs)))
+    for rank, i in enumerate(order):
+        others = (pairs[order[(rank + k) % len(pairs)]] for k in range(1, len(pairs)))
         other = next((pair for pair in others if pair.prompt != pairs[i].prompt), pairs[i])
-        (prompt,), (text,) = pairs[i].examples, other.examples
-        ids = prompt.ids[: prompt.start] + text.ids[text.start :]
-        weights = prompt.weights[: prompt.start] + text.weights[text.start :]
+        (prompt,), (completion,) = pairs[i].examples, other.examples
+        ids = prompt.ids[: prompt.start] + completion.ids[completion.start :]
+        weights = prompt.weights[: prompt.start] + completion.weights[completion.start :]
         found[i] = pairs[i]._replace(examples=[Example(ids[:length], weights[:length])])
     return found
 
 
 def make_batch(pairs: list[Pair], width: int | None = None, rows: int = 1) -> dict:
-    """One row for each example, those of a pair one after the other; rows of padding up to `rows`. Adds to the keys of `collate`
-    `halves`: [(rows, width), ...], the shorter and the longer rows, in separate forward passes to reduce padding."""
+    """One row per example, with the examples of a pair adjacent; rows of padding fill up to `rows`. `halves` is added to the keys
+    of `collate`: [(rows, width), ...], the shorter and the longer rows, which run in separate forward passes to save padding."""
     examples = TOKENIZER.Examples.of([example for pair in pairs for example in pair.examples] or [Example([0], [0])])
-    pieces = [[(int(start), int(start + size))] for start, size in zip(examples.starts, examples.lengths, strict=True)]
-    batch = TOKENIZER.collate(examples, pieces + [[]] * (rows - len(pieces)), width)
-    lengths = np.array([*examples.lengths, *[0] * (rows - len(pieces))])
+    spans = [[(int(start), int(start + size))] for start, size in zip(examples.starts, examples.lengths, strict=True)]
+    batch = TOKENIZER.collate(examples, spans + [[]] * (rows - len(spans)), width)
+    lengths = np.array([*examples.lengths, *[0] * (rows - len(spans))])
     order = [np.arange(len(lengths))] if width else np.array_split(np.argsort(lengths, kind="stable"), min(2, len(lengths)))
     halves = [(torch.from_numpy(half), width or max(int(lengths[half].max()), 1)) for half in order]
-    return {**batch, "segment_ids": None, "halves": halves}  # a row holds one example
+    return {**batch, "segment_ids": None, "halves": halves}  # no segments: one example per row
 
 
 class Pairs(TOKENIZER.TokenStream):
     """Endless batches of pairs with the log-probabilities of the reference.
 
-    These are computed once, before the first step, when the policy is still the reference (or by `frozen`: rl.ref_model)."""
+    They are computed once, before the first step, with `frozen` (rl.ref_model) or with the policy, which is then unchanged."""
 
     def __init__(self, pairs: list[Pair], held: list[Pair], settings: RLSection, training: TRAIN.TrainingSection, frozen=None):
         def plan(sources: list, seed: list[int]) -> SimpleNamespace:
@@ -1182,23 +1181,23 @@ class Pairs(TOKENIZER.TokenStream):
 
     @contextlib.contextmanager
     def scoring(self, model):
-        """Without gradients and in evaluation mode."""
+        """Disable gradients and switch to evaluation mode."""
         was_training = model.training
         with torch.no_grad(), self.run.autocast():
             yield model.eval()
         model.train(was_training)
 
     def logps(self, model, name: str, numbers: list[int]) -> Tensor:
-        """Log-probabilities (numbers, completions) of these pairs of a set."""
+        """Log-probabilities (numbers, completions) of the numbered pairs of a set."""
         batch = make_batch([self.sets[name][i] for i in numbers], rows=self.count)
-        return text_logps(model, TRAIN.on_device(batch, model.device), self.count)[0][: len(numbers)].float().cpu()
+        return completion_logps(model, TRAIN.on_device(batch, model.device), self.count)[0][: len(numbers)].float().cpu()
 
     def groups_of_rank(self, numbers: list[int]) -> list[list[int]]:
-        """This process's batches of numbers; all processes have equally many, some may be empty."""
+        """Split numbers into batches -> those of this process. All processes get the same number of batches, some empty."""
         size = self.training.batch_size
         return TRAIN.own_share([numbers[i : i + size] for i in range(0, len(numbers), size)], [])
 
-    def ask_reference(self, model) -> None:
+    def score_with_reference(self, model) -> None:
         if self.settings.method not in ("dpo", "kto") or self.reference:
             return
         with self.scoring(model):
@@ -1210,7 +1209,7 @@ class Pairs(TOKENIZER.TokenStream):
         self.frozen = None
 
     def batch_of(self, name: str, numbers: list[int], width: int | None = None) -> dict:
-        """`make_batch` of these pairs, and what the loss needs: real (B,), label (B,), margin (B,), reference (B, count)."""
+        """`make_batch` of the numbered pairs, plus columns of the loss: real, label, margin (B,), reference (B, count)."""
         pairs, fill = [self.sets[name][i] for i in numbers], self.batch_size if width else 1
         batch = make_batch(pairs, width, fill * self.count)
         padding = max(fill - len(pairs), 0)
@@ -1230,24 +1229,24 @@ class Pairs(TOKENIZER.TokenStream):
         return self.batch_of("train", self.plan.order[numbers].tolist(), self.width)
 
     def __next__(self) -> dict:
-        self.ask_reference(self.run.model)
-        begins = not self.queue
+        self.score_with_reference(self.run.model)
+        starts_step = not self.queue
         batch = super().__next__()
-        if self.settings.method == "kto" and begins:
+        if self.settings.method == "kto" and starts_step:
             step = [[i for i in micro["rows"].tolist() if i >= 0] for micro in (batch, *self.queue)]
             self.baseline = self.measure_baseline("train mismatched", step)
         return {**batch, "baseline": self.baseline} if self.settings.method == "kto" else batch
 
     def measure_baseline(self, name: str, groups: list[list[int]]) -> Tensor:
-        """The reference point of KTO: the KL of the policy from its reference, estimated with completions of other prompts and at
-        least 0; one number for the whole step of all processes (Ethayarajh 2024, section 4.1)."""
+        """The reference point of KTO: the KL of the policy from its reference, estimated with completions of other prompts and
+        clamped at 0; one number per optimizer step of all processes (Ethayarajh 2024, section 4.1)."""
         with self.scoring(self.run.model) as model:
-            gains = [self.logps(model, name, numbers) - self.reference[name][numbers] for numbers in groups]
-        gain, count = TRAIN.all_sum([float(sum(gain.sum() for gain in gains)), sum(map(len, gains))], self.run.device)
-        return torch.tensor(max(gain / max(count, 1), 0.0))
+            logratios = [self.logps(model, name, numbers) - self.reference[name][numbers] for numbers in groups]
+        total, count = TRAIN.all_sum([float(sum(part.sum() for part in logratios)), sum(map(len, logratios))], self.run.device)
+        return torch.tensor(max(total / max(count, 1), 0.0))
 
     def held_out(self, limit: int) -> Iterator[dict]:
-        """This process's batches of held-out pairs; all processes have equally many."""
+        """This process's batches of held-out pairs. All processes get the same number of batches."""
         count = min(len(self.held), limit * self.training.batch_size)
         share = self.groups_of_rank(np.linspace(0, len(self.held) - 1, count).astype(int).tolist())
         baseline = self.measure_baseline("held mismatched", share) if self.settings.method == "kto" else None
@@ -1258,7 +1257,7 @@ class Pairs(TOKENIZER.TokenStream):
         return {**super().state_dict(), "reference": self.reference}
 
     def fingerprint(self) -> str:
-        """A hash of all ids, to which the log-probabilities of the reference belong, of labels and of margins."""
+        """A hash of all token ids, labels and margins. The reference's log-probabilities are only valid for these ids."""
         content = [(pair.examples, pair.label, pair.margin) for pair in (*self.pairs, *self.held)]
         return hashlib.blake2b(str(content).encode(), digest_size=8).hexdigest()
 
@@ -1273,14 +1272,14 @@ class Pairs(TOKENIZER.TokenStream):
 
 
 def held_out_pairs(stream: Pairs, loss_fn: Callable, limit: int) -> Callable:
-    """evaluate(model) for `fit`: the loss and its metrics on held-out pairs."""
+    """evaluate(model) for `fit`: the loss and the metrics on held-out pairs."""
 
     def summed(rows: list[dict], device) -> dict[str, float]:
         """Sums of each key over the batches of all processes."""
         return dict(zip(rows[0], TRAIN.all_sum([sum(float(row[key]) for row in rows) for key in rows[0]], device), strict=True))
 
     def evaluate(model) -> dict:
-        stream.ask_reference(model)
+        stream.score_with_reference(model)
         batches = list(stream.held_out(limit))
         totals = {name: count or 1 for name, count in summed([batch["counts"] for batch in batches], model.device).items()}
         totals["micro_batches"] = len(batches) * TRAIN.world_size()
@@ -1289,12 +1288,12 @@ def held_out_pairs(stream: Pairs, loss_fn: Callable, limit: int) -> Callable:
     return evaluate
 
 
-# --------------------------------------------------------------------------------------- functions of the user
+# ---------------------------------------------------------------------------------------------- user functions
 
 
 @functools.cache
 def event_loop(process: int) -> asyncio.AbstractEventLoop:
-    """The event loop of all asynchronous functions, in a daemon thread: their clients and locks belong to one loop."""
+    """The event loop of all asynchronous functions, in a daemon thread. Clients and locks are bound to one loop."""
     loop = asyncio.new_event_loop()
 
     def work() -> None:
@@ -1305,28 +1304,28 @@ def event_loop(process: int) -> asyncio.AbstractEventLoop:
     return loop
 
 
-def awaited(given, timeout: float | None = None):
-    """The result of a function: a coroutine is awaited for at most `timeout` seconds."""
-    if not inspect.iscoroutine(given):
-        return given
+def awaited(value, timeout: float | None = None):
+    """The result of a function call. A coroutine is awaited for at most `timeout` seconds."""
+    if not inspect.iscoroutine(value):
+        return value
 
     async def run():
         try:
-            return await asyncio.wait_for(given, timeout)
-        except SystemExit as error:  # would end the loop
+            return await asyncio.wait_for(value, timeout)
+        except SystemExit as error:  # would stop the loop
             raise RuntimeError(f"SystemExit: {error}") from error
 
     return asyncio.run_coroutine_threadsafe(run(), event_loop(os.getpid())).result()
 
 
-HELPERS: dict[Path, dict] = defaultdict(dict)  # folder -> the modules that its files have imported from it
+HELPERS: dict[Path, dict] = defaultdict(dict)  # folder -> modules that its files imported from it
 
 
 @contextlib.contextmanager
-def modules_beside(folder: Path):
-    """Let a file import the modules in its folder, while it is loaded and in its functions. Only files of this folder see these
-    modules. The folder comes last in the search path, so it replaces no module of the program or of a package."""
-    if any(Path(place or ".").resolve() == folder for place in sys.path):
+def modules_of(folder: Path):
+    """Let a user file import modules from its folder, both while it is loaded and inside its functions. Only files of this folder
+    see these modules. The folder is last in the search path, so it cannot replace modules of this program or of packages."""
+    if any(Path(entry or ".").resolve() == folder for entry in sys.path):
         yield
         return
     before, helpers = set(sys.modules), HELPERS[folder]
@@ -1338,23 +1337,23 @@ def modules_beside(folder: Path):
         sys.path.remove(str(folder))
         for name in sys.modules.keys() - before:
             module, top = sys.modules[name], name.partition(".")[0]
-            place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), "/")
-            if Path(os.path.relpath(place, folder)).parts[0].partition(".")[0] == top:
+            path = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), "/")
+            if Path(os.path.relpath(path, folder)).parts[0].partition(".")[0] == top:
                 helpers[name] = sys.modules.pop(name)
 
 
 class Uncached(importlib.abc.FileLoader, importlib.abc.SourceLoader):
-    """Compiles a file each time: Python's cache misses changes within a second that keep the size."""
+    """Compile a file each time. Python's bytecode cache misses changes within a second that keep the file size."""
 
 
 def load_file(path: Path, key: str):
-    """A Python file of the user as a module with a private name; functions of one file share the module."""
+    """Load a user's Python file as a module with a private name. Functions of one file share the module."""
     name = "_user_" + hashlib.blake2b(str(path).encode() + path.read_bytes(), digest_size=8).hexdigest()
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path, loader=Uncached(name, str(path)))
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses and pickle look it up
         try:
-            with modules_beside(path.parent):
+            with modules_of(path.parent):
                 spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:  # user code may raise anything
             del sys.modules[name]
@@ -1363,22 +1362,22 @@ def load_file(path: Path, key: str):
 
 
 def user_function(name: str, key: str) -> Callable:
-    """`file.py:function` of the user; its attribute `folder` is the file's."""
-    path, _, wanted = name.rpartition(":")
+    """Load the user's `file.py:function`. Its attribute `folder` is the folder of the file."""
+    path, _, attribute = name.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"{key}: {name}: file not found: '{path}'")
     module, folder = load_file(Path(path).resolve(), key), Path(path).resolve().parent
-    function = getattr(module, wanted, None)
+    function = getattr(module, attribute, None)
     if not callable(function):
-        known = [f"{path}:{given}" for given, value in vars(module).items()
-                 if callable(value) and getattr(value, "__module__", "") == module.__name__]
-        problem = f"{path} has no function '{wanted}'; " if wanted else ""
-        raise UserError(f"{key}: {problem}choose a function: {', '.join(known) or f'{path} defines none'}")
+        functions = [f"{path}:{other}" for other, value in vars(module).items()
+                     if callable(value) and getattr(value, "__module__", "") == module.__name__]
+        problem = f"{path} has no function '{attribute}'; " if attribute else ""
+        raise UserError(f"{key}: {problem}choose a function: {', '.join(functions) or f'{path} defines none'}")
 
     @functools.wraps(function)
-    def call(**given):
-        with modules_beside(folder):
-            return awaited(function(**given))
+    def call(**arguments):
+        with modules_of(folder):
+            return awaited(function(**arguments))
 
     call.folder = folder
     return call
@@ -1387,14 +1386,14 @@ def user_function(name: str, key: str) -> Callable:
 # ------------------------------------------------------------------------------------------------------- tools
 
 
-MAX_HANGING = 16  # threads of calls that did not return
+MAX_HANGING = 16  # threads of timed-out calls
 
 
 class Tools:
-    """Functions that the policy may call while it completes a conversation, in the form of the tokenizer's chat template.
+    """Functions that the policy may call while it completes a conversation, in the format of the tokenizer's chat template.
 
-    A call runs in a daemon thread. One that exceeds `timeout` seconds is left behind: Python cannot end a thread. Whatever goes
-    wrong becomes an error text in the conversation."""
+    A call runs in a daemon thread. After `timeout` seconds the thread is abandoned, because Python cannot stop it. Every failure
+    becomes an error message in the conversation."""
 
     def __init__(self, names: list[str], tokenizer, timeout: float, key: str = "rl.tools"):
         from transformers.utils import get_json_schema
@@ -1407,27 +1406,27 @@ class Tools:
             try:
                 self.schemas.append(get_json_schema(function))
             except Exception as error:  # it evaluates the user's type hints, which may raise anything
-                raise UserError(f"{key}: {name}: a type hint for each argument and a docstring in Google's style are needed "
+                raise UserError(f"{key}: {name} needs a type hint for each argument and a Google-style docstring "
                                 f"({MODEL.first_line(error)})") from None
             if function.__name__ in self.functions:
-                raise UserError(f"{key}: two functions have the name '{function.__name__}'; rename one")
+                raise UserError(f"{key}: two functions are named '{function.__name__}'; rename one")
             self.functions[function.__name__] = function
         result = [(next(iter(self.functions)), "zqshown")]
         if not (TOKENIZER.answer_markup(tokenizer).call
                 and "zqshown" in tokenizer.decode(TOKENIZER.ids_after_calls(tokenizer, result, self.schemas))):
             raise UserError(f"{key}: the chat template of this model does not render tool calls and their results")
 
-    def beside(self, own: list[dict] | None) -> list[dict]:
-        """The schemas of these functions and of a record's other tools."""
-        return [*(tool for tool in own or () if tool.get("function", tool).get("name") not in self.functions), *self.schemas]
+    def merged(self, tools: list[dict] | None) -> list[dict]:
+        """The schemas of these functions and of a record's other `tools`."""
+        return [*(tool for tool in tools or () if tool.get("function", tool).get("name") not in self.functions), *self.schemas]
 
-    def read(self, sample: Sample) -> list[tuple[str | None, dict]]:
-        """The calls of a sample's last turn, which ends with them: (name, arguments); no name for what cannot be read."""
+    def parse_calls(self, sample: Sample) -> list[tuple[str | None, dict]]:
+        """The calls at the end of a sample's last turn: (name, arguments). The name of a malformed call is None."""
         if sample.finish != "stop":
             return []
         ends = TOKENIZER.any_of([*TOKENIZER.chat_ends(self.tokenizer).tokens, self.tokenizer.eos_token or "\0"])
         text = ends.split(self.tokenizer.decode(sample.ids[sample.turn :], clean_up_tokenization_spaces=False))[0]
-        reader = INFER.answer_reader(self.tokenizer, sample.ids[: sample.turn], self.beside(sample.columns.get("tools")))
+        reader = INFER.answer_reader(self.tokenizer, sample.ids[: sample.turn], self.merged(sample.columns.get("tools")))
         reasoning, content, calls = reader(text, True)
         records = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls]
         begin, after = reader.markup.call[0].strip(), text.rpartition(reader.markup.think[1])[2] if reader.markup.think else text
@@ -1442,7 +1441,7 @@ class Tools:
     def run(self, name: str | None, arguments: dict) -> tuple[str, bool]:
         """(the result of a call as text, whether it failed)."""
         if name not in self.functions:
-            problem = f"there is no tool '{name}'" if name else "this call cannot be read; its arguments must be valid JSON"
+            problem = f"there is no tool '{name}'" if name else "the call cannot be parsed; its arguments must be valid JSON"
             return f"Error: {problem}; the tools are {', '.join(self.functions)}", True
         self.hanging = [thread for thread in self.hanging if thread.is_alive()]
         if len(self.hanging) == MAX_HANGING:
@@ -1455,30 +1454,30 @@ class Tools:
                     found.append((str(awaited(function.__wrapped__(**arguments), self.timeout)), False))
             except (TimeoutError, asyncio.TimeoutError):
                 return
-            except BaseException as error:  # user code may raise anything; SystemExit would only end the thread
+            except BaseException as error:  # user code may raise anything; SystemExit would end only the thread
                 found.append((f"Error: {type(error).__name__}: {error}", True))
 
         thread = threading.Thread(target=work, daemon=True)
-        with modules_beside(function.folder):
+        with modules_of(function.folder):
             thread.start()
             thread.join(self.timeout)
         self.hanging += [thread] if thread.is_alive() else []
         text, failed = found[-1]
-        return text.encode("utf-8", "replace").decode(), failed  # no half surrogate pairs
+        return text.encode("utf-8", "replace").decode(), failed  # replaces unpaired surrogates
 
-    def answer(self, sample: Sample, length: int) -> bool:
-        """Run the calls of a sample's last turn and add their results; False if it calls nothing, or if the results leave no
-        room for another turn in a completion of `length` tokens."""
-        calls = self.read(sample)
+    def run_calls(self, sample: Sample, length: int) -> bool:
+        """Run the calls of a sample's last turn and append their results. False without calls, or if the results leave no room
+        for another turn in a completion of `length` tokens."""
+        calls = self.parse_calls(sample)
         if not calls:
             return False
         results = [self.run(*call) for call in calls]
         sample.calls, sample.failures = sample.calls + len(calls), sample.failures + sum(failed for _, failed in results)
-        known = [name if name in self.functions else next(iter(self.functions)) for name, _ in calls]
+        names = [name if name in self.functions else next(iter(self.functions)) for name, _ in calls]
         texts = [text for text, _ in results]
         try:
-            ids = TOKENIZER.ids_after_calls(self.tokenizer, list(zip(known, texts, strict=True)), self.schemas)
-        except UserError:  # some templates refuse several calls in one turn
+            ids = TOKENIZER.ids_after_calls(self.tokenizer, list(zip(names, texts, strict=True)), self.schemas)
+        except UserError:  # some templates do not support several calls per turn
             return False
         if len(sample.ids) - sample.start + len(ids) >= length:
             sample.finish = "length"
@@ -1492,14 +1491,15 @@ class Tools:
 
 
 def expected_answer(sample: Sample, function: str, marker: str = "####") -> str:
-    """What the record's `answer` ends with: all of it, or what follows the last marker (GSM8K's layout)."""
+    """The record's `answer`, or the part of it after the last marker (GSM8K's format)."""
     answer = sample.columns.get("answer")
     if answer is None:
-        raise UserError(f"{sample.where}: {function} needs the key 'answer'; name it in rl.columns, as in {{answer: my_column}}")
+        raise UserError(f"{sample.where}: {function} needs the key 'answer'; set rl.columns (in DISTILL.py "
+                        "sft.columns), as in {answer: my_column}")
     if isinstance(answer, (list, dict)):
-        raise UserError(f"{sample.where}: answer is a {type(answer).__name__}, {function} needs a text or a number")
+        raise UserError(f"{sample.where}: answer is a {type(answer).__name__}; {function} needs text or a number")
     if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)  # a table's whole numbers may come as 9.0
+        answer = int(answer)  # integers in tables may be read as 9.0
     return without_commas(str(answer).rpartition(marker)[2].strip())
 
 
@@ -1509,7 +1509,7 @@ def without_commas(text: str) -> str:
 
 
 def exact_answer(sample: Sample) -> float:
-    """1 where the text ends with the answer, as a word of its own; a closing full stop aside. "12 plus 30 is 42." ends with 42"""
+    """1 if the completion ends with the answer as a separate word, ignoring a final period: "12 plus 30 is 42." -> 42"""
     texts = without_commas(sample.text), expected_answer(sample, "exact_answer")
     text, answer = (text.rstrip(" .!\n").lower() for text in texts)
     return float(bool(answer) and text.endswith(answer) and not re.match(r"[\w.-]", text[: -len(answer)][-1:]))
@@ -1519,21 +1519,21 @@ NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 
 
 def number_after(marker: str, sample: Sample) -> float:
-    """1 where the number after the text's last marker is the answer's."""
-    before, found, after = sample.text.rpartition(marker)
+    """1 if the number after the last marker in the completion equals the number in the answer."""
+    _, found, after = sample.text.rpartition(marker)
     given, expected = NUMBER.search(after) if found else None, NUMBER.search(expected_answer(sample, "number_after", marker))
     if expected is None:
-        raise UserError(f"{sample.where}: number_after: answer {sample.columns['answer']!r} holds no number")
+        raise UserError(f"{sample.where}: number_after: answer {sample.columns['answer']!r} contains no number")
     return float(given is not None and float(given[0].replace(",", "")) == float(expected[0].replace(",", "")))
 
 
 def shortness(limit: float, sample: Sample) -> float:
-    """1 up to `limit` tokens, falling to 0 at twice as many."""
+    """1 for up to `limit` tokens, then falling linearly to 0 at twice the limit."""
     return min(max(2 - sample.length / limit, 0.0), 1.0)
 
 
 def matches(find: Callable[[str], object], sample: Sample) -> float:
-    """1 where `find`, a method of a regular expression, matches the text."""
+    """1 if `find`, a method of a regular expression, matches the completion."""
     return float(bool(find(sample.text.strip())))
 
 
@@ -1544,12 +1544,12 @@ def token_limit(argument: str) -> float:
 
 
 def builtin(name: str, key: str = "rl.reward_funcs") -> Callable[[Sample], float] | None:
-    """The reward function of a sample that a name such as length:60 means; None for what is none of REWARDS."""
+    """The built-in reward function with a name such as length:60, or None if REWARDS has no such name."""
     kind, _, argument = name.partition(":")
-    for known, make in REWARDS.items():
-        if known.partition(":")[0] == kind:
-            if bool(argument) != (":" in known):
-                raise UserError(f"{key}: '{name}' must have the form {known}")
+    for form, make in REWARDS.items():
+        if form.partition(":")[0] == kind:
+            if bool(argument) != (":" in form):
+                raise UserError(f"{key}: '{name}' must have the form {form}")
             try:
                 return make(argument)
             except (re.error, ValueError) as error:
@@ -1557,142 +1557,142 @@ def builtin(name: str, key: str = "rl.reward_funcs") -> Callable[[Sample], float
     return None
 
 
-def judge_each(function: Callable[[Sample], float], samples: list[Sample], **_) -> list[float]:
+def reward_each(function: Callable[[Sample], float], samples: list[Sample], **_) -> list[float]:
     return [function(sample) for sample in samples]
 
 
-GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")  # to reward functions
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")  # of reward functions
 
 
 def custom_function(name: str, key: str = "rl.reward_funcs") -> Callable[..., list]:
-    """`file.py:function`, called as TRL calls it: f(prompts=, completions=, completion_ids=, each other key of the records=,
-    trainer_state=, log_metric=, log_extra=) -> a number for each, None where it does not judge. A function without `**kwargs`
-    gets what it names. Prompts and completions of conversations are lists of messages."""
+    """The reward function `file.py:function`, with TRL's signature: f(prompts=, completions=, completion_ids=, trainer_state=,
+    log_metric=, log_extra=, and a list for each other key of the records) -> a number or None for each completion. Without
+    `**kwargs` it receives only the arguments that it names. Prompts and completions of conversations are lists of messages."""
     function = user_function(name, key)
     parameters = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
-    def judge(samples: list[Sample], **more) -> list:
+    def rewards(samples: list[Sample], **more) -> list:
         keys = {key: None for sample in samples for key in sample.columns}
         columns = {key: [sample.columns.get(key) for sample in samples] for key in keys}
         completions = [sample.messages if isinstance(sample.prompt, list) else sample.text for sample in samples]
-        given = {"prompts": [sample.prompt for sample in samples], "completions": completions,
-                 "completion_ids": [sample.ids[sample.start :] for sample in samples], **columns, **more}
-        return function(**{key: value for key, value in given.items() if takes_all or key in parameters})
+        arguments = {"prompts": [sample.prompt for sample in samples], "completions": completions,
+                     "completion_ids": [sample.ids[sample.start :] for sample in samples], **columns, **more}
+        return function(**{key: value for key, value in arguments.items() if takes_all or key in parameters})
 
-    judge.needs = {key for key, parameter in parameters.items() if parameter.default is parameter.empty
-                   and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)} - set(GIVEN)
-    return judge
+    rewards.needs = {key for key, parameter in parameters.items() if parameter.default is parameter.empty
+                     and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)} - set(ARGUMENTS)
+    return rewards
 
 
 def reward_model(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[..., list[float]]:
-    """A folder's reward model: the score after a text's last token."""
-    model, tokenizer_of_model = TOKENIZER.open_model(MODEL.ModelSection(name=name, dtype="float32", device=str(device)), key=key)
+    """The reward model in a folder. The reward is its score at the last token of the completion."""
+    model, model_tokenizer = TOKENIZER.open_model(MODEL.ModelSection(name=name, dtype="float32", device=str(device)), key=key)
     if "score" not in model.heads or model.config.num_labels != 1:
-        raise UserError(f"{key}: {name} gives no single score; train a reward model with --rl.method reward")
-    if tokenizer_of_model.get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"{key}: {name} was made with another tokenizer ({len(tokenizer_of_model):,} tokens, the policy's has "
-                        f"{len(tokenizer):,}); it has to read the policy's own ids: train it from the same model")
+        raise UserError(f"{key}: {name} is not a reward model with a single score; train one with --rl.method reward")
+    if model_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{key}: the tokenizers of {name} ({len(model_tokenizer):,} tokens) and the policy ({len(tokenizer):,}) "
+                        "differ; train the reward model from the same model as the policy")
     return lambda samples, **_: INFER.scores_of(model, [sample.ids for sample in samples])[:, 0].tolist()
 
 
 def is_number(value) -> bool:
-    """Finite, of Python, numpy or torch."""
+    """Whether a value is a finite number of Python, numpy or torch."""
     try:
         return not isinstance(value, (str, bytes)) and math.isfinite(float(value))
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return False
 
 
-BEFORE = SimpleNamespace(global_step=0, max_steps=None, epoch=0.0)  # `trainer_state` without training
+NO_TRAINING = SimpleNamespace(global_step=0, max_steps=None, epoch=0.0)  # `trainer_state` outside of training
 
 
 class Judges:
-    """The weighted sum of all reward functions. `metrics` holds what they logged in the last call."""
+    """The weighted sum of all reward functions. `metrics` contains the values that they logged in the last call."""
 
     def __init__(self, settings: RLSection, tokenizer, device, section: str = "rl"):
         self.key, self.device = f"{section}.reward_funcs", torch.device(device).type
         self.names = list(settings.reward_funcs)
         self.weights = settings.reward_weights or [1.0] * len(self.names)
         if not self.names:
-            raise UserError(f"{self.key}: no reward function given; name at least one")
-        if twice := [name for name, count in Counter(self.names).items() if count > 1]:
-            raise UserError(f"{self.key}: {twice[0]} is listed twice; give it a weight in reward_weights")
+            raise UserError(f"{self.key}: no reward function given; set at least one")
+        if repeated := [name for name, count in Counter(self.names).items() if count > 1]:
+            raise UserError(f"{self.key}: {repeated[0]} is listed twice; use reward_weights instead")
         if not all(map(math.isfinite, self.weights)):
             raise UserError(f"{section}.reward_weights: {self.weights} must be finite numbers")
         self.functions = [self.find(name, tokenizer, device, self.key) for name in self.names]
-        # What logs call them: judge.py:polite -> polite, out/reward -> reward, length:60 as it is.
+        # Short names for logs: judge.py:polite -> polite, out/reward -> reward, length:60 unchanged.
         short = [name.rpartition(":")[2] if re.search(r"\.py:\w+$", name) else Path(name).name if Path(name).is_dir() else name
                  for name in self.names]
         self.names = short if len(set(short)) == len(short) else self.names
         self.metrics: dict[str, list[float]] = {}
 
     def check(self, prompts: list[Prompt]) -> None:
-        """Check that records have the columns that reward functions need; built-in ones score an empty completion of each."""
-        known = {key for prompt in prompts for key in prompt.columns}
+        """Check that the records have the columns of all reward functions; run built-in functions on empty completions."""
+        keys = {key for prompt in prompts for key in prompt.columns}
         for name, function in zip(self.names, self.functions, strict=True):
-            if missing := getattr(function, "needs", set()) - known:
-                raise UserError(f"{self.key}: {name} needs the key '{min(missing)}', and the records have "
-                                f"{TOKENIZER.keys_of(dict.fromkeys(['prompt', *sorted(known)]))}; name it in rl.columns, as in "
+            if missing := getattr(function, "needs", set()) - keys:
+                raise UserError(f"{self.key}: {name} needs the key '{min(missing)}', but the records have "
+                                f"{TOKENIZER.keys_of(dict.fromkeys(['prompt', *sorted(keys)]))}; set rl.columns, as in "
                                 f"{{{min(missing)}: my_column}}")
-            if isinstance(function, partial) and function.func is judge_each:
+            if isinstance(function, partial) and function.func is reward_each:
                 function([Sample(prompt, 0, [], "stop", "", None) for prompt in prompts])
 
     @staticmethod
     def find(name: str, tokenizer, device, key: str = "rl.reward_funcs") -> Callable[..., list]:
         if function := builtin(name, key):
-            return partial(judge_each, function)
+            return partial(reward_each, function)
         if re.search(r"\.py(:\w*)?$", name):
             return custom_function(name if ":" in name else f"{name}:", key)
         if Path(name).is_dir() or ("/" in name and ":" not in name):
             return reward_model(name, tokenizer, device, key)
-        raise UserError(f"{key}: '{name}' is none of {', '.join(REWARDS)}, file.py:function, or the folder of a reward model")
+        raise UserError(f"{key}: '{name}' is not one of {', '.join(REWARDS)}, file.py:function, or the folder of a reward model")
 
-    def __call__(self, samples: list[Sample], state: SimpleNamespace = BEFORE) -> None:
+    def __call__(self, samples: list[Sample], state: SimpleNamespace = NO_TRAINING) -> None:
         self.metrics = defaultdict(list)
         for sample in samples:
             sample.rewards, sample.extra = [], {}
-        with torch.no_grad(), torch.autocast(self.device, enabled=False):  # reward functions compute in their own precision
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):  # user code runs without autocast
             for name, function in zip(self.names, self.functions, strict=True) if samples else ():
-                for sample, value in zip(samples, self.judge(name, function, samples, state), strict=True):
+                for sample, value in zip(samples, self.call(name, function, samples, state), strict=True):
                     if value is not None and not is_number(value):
-                        raise UserError(f"{sample.where}: {name} gave {value!r} for the text {sample.text[:80]!r}; a finite "
-                                        "number is needed")
+                        raise UserError(f"{sample.where}: {name} returned {value!r} for the completion {sample.text[:80]!r}; "
+                                        "expected a finite number")
                     sample.rewards.append(None if value is None else float(value))
         for sample in samples:
-            given = [weight * value for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None]
-            if not given:
+            terms = [weight * value for weight, value in zip(self.weights, sample.rewards, strict=True) if value is not None]
+            if not terms:
                 raise UserError(f"{sample.where}: {self.key}: every function ({', '.join(self.names)}) returned None for the "
                                 f"completion {sample.text[:80]!r}")
-            sample.reward = math.fsum(given)
+            sample.reward = math.fsum(terms)
 
-    def judge(self, name: str, function: Callable, samples: list[Sample], state: SimpleNamespace) -> list:
-        """The values of one function; one that fails is named with the first text on which it fails alone."""
+    def call(self, name: str, function: Callable, samples: list[Sample], state: SimpleNamespace) -> list:
+        """The values of one function. If it fails, the error names the first completion on which it also fails alone."""
         try:
-            given = function(samples, trainer_state=state, **self.loggers(name, samples))
+            values = function(samples, trainer_state=state, **self.loggers(name, samples))
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            line, blamed = traceback.extract_tb(error.__traceback__)[-1], f"{len(samples)} texts, from {samples[0].where} on"
+            line, culprit = traceback.extract_tb(error.__traceback__)[-1], f"{samples[0].where} and later ({len(samples)} in all)"
             for sample in samples:
                 try:
                     function([sample], trainer_state=state, **self.loggers(name, [sample]))
                 except (Exception, SystemExit):
-                    blamed = f"{sample.where}, text {sample.text[:80]!r}"
+                    culprit = f"{sample.where}, completion {sample.text[:80]!r}"
                     break
-            raise UserError(f"{self.key}: {name} failed on {blamed} ({type(error).__name__}: {MODEL.first_line(error)}, "
+            raise UserError(f"{self.key}: {name} failed on {culprit} ({type(error).__name__}: {MODEL.first_line(error)}, "
                             f"{Path(line.filename).name}:{line.lineno})") from error
-        given = given.tolist() if hasattr(given, "tolist") else given
-        if not isinstance(given, (list, tuple)):
-            raise UserError(f"{self.key}: {name} returned {type(given).__name__}; expected a list with one number per completion")
-        if len(given) != len(samples):
-            raise UserError(f"{self.key}: {name} returned {len(given)} rewards for {len(samples)} completions")
-        return given
+        values = values.tolist() if hasattr(values, "tolist") else values
+        if not isinstance(values, (list, tuple)):
+            raise UserError(f"{self.key}: {name} returned {type(values).__name__}; expected a list with a number per completion")
+        if len(values) != len(samples):
+            raise UserError(f"{self.key}: {name} returned {len(values)} rewards for {len(samples)} completions")
+        return values
 
     def loggers(self, function: str, samples: list[Sample]) -> dict[str, Callable]:
         def log_metric(name: str, value: float) -> None:
             if not is_number(value):
-                raise UserError(f"{self.key}: {function}: log_metric('{name}', {value!r}): a finite number is needed")
+                raise UserError(f"{self.key}: {function}: log_metric('{name}', {value!r}): expected a finite number")
             self.metrics[name].append(float(value))
 
         def log_extra(column: str, values: list) -> None:
@@ -1709,8 +1709,8 @@ class Judges:
 
 
 def prompt_record(record: dict, where: str, form: TOKENIZER.Form) -> dict:
-    """The form of on-policy methods: {"prompt", and all other keys of the record, for reward functions}. If a conversation
-    ends with an answer, the answer becomes the key `completion`."""
+    """A record of the on-policy methods: {"prompt", and all other keys, for reward functions}. If a conversation ends with an
+    assistant message, this message becomes the key `completion`."""
     prompt = TOKENIZER.prompt_of(record, where, form.system)
     if prompt is None:
         raise UserError(f"{where}: no prompt in keys {TOKENIZER.keys_of(record)}; set {form.section}.columns, as in "
@@ -1720,18 +1720,18 @@ def prompt_record(record: dict, where: str, form: TOKENIZER.Form) -> dict:
         raise TOKENIZER.Unusable("without a prompt")
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         if any(TOKENIZER.is_given(record, key) for key in TOKENIZER.PROMPT_KEYS):
-            raise UserError(f"{where}: the prompt ends with the assistant's message, so nothing is left to answer")
+            raise UserError(f"{where}: the prompt ends with an assistant message, so there is nothing to complete")
         rest["completion"], prompt = prompt[-1]["content"], prompt[:-1]
     return {**rest, **TOKENIZER.extras_of(record, where), "prompt": prompt}
 
 
 def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
-    """The form of preference methods: {"prompt", "chosen", "rejected", "margin"} or {"prompt", "completion", "label"}, `tools`.
+    """A preference record: {"prompt", "chosen", "rejected", "margin"} or {"prompt", "completion", "label"}, and `tools`.
 
-    Texts stay strings, conversations lists of messages. If the prompt is missing or repeated in the completions, it is their
-    common beginning.
+    Text stays a string, and a conversation a list of messages. If the prompt is missing or repeated in the completions, it is
+    their common prefix.
 
-    {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: A", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: B"} -> prompt: the user says Hi
+    {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: A", "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: B"} -> prompt: user message "Hi"
     """
     single = "completion" in record and "label" in record and record.get("chosen") is None
     keys = ("completion",) if single else ("chosen", "rejected")
@@ -1739,129 +1739,129 @@ def preference(record: dict, where: str, form: TOKENIZER.Form) -> dict:
         raise UserError(f"{where}: keys {TOKENIZER.keys_of(record)} are neither prompt + chosen + rejected nor prompt + "
                         f"completion + label; set {form.section}.columns, as in {{chosen: my_column, rejected: another}}")
     implicit = not any(TOKENIZER.is_given(record, key) for key in TOKENIZER.PROMPT_KEYS)
-    answers = [TOKENIZER.words_of(record[key], "assistant", f"{where}: {key}", implicit) for key in keys]
-    if not all(answers):
+    completions = [TOKENIZER.words_of(record[key], "assistant", f"{where}: {key}", implicit) for key in keys]
+    if not all(completions):
         raise TOKENIZER.Unusable("with an empty completion")
-    whole = [isinstance(answer, list) and answer[0]["role"] != "assistant" for answer in answers]
+    whole = [isinstance(completion, list) and completion[0]["role"] != "assistant" for completion in completions]
     if any(whole) and not all(whole):
-        raise UserError(f"{where}: one completion is a whole conversation, the other only an answer")
-    prompt, answers = (prompt_inside if all(whole) else prompt_beside)(record, answers, where, form)
+        raise UserError(f"{where}: one completion is a whole conversation, the other only an assistant message")
+    prompt, completions = (split_conversations if all(whole) else split_completions)(record, completions, where, form)
     if not prompt:
         raise TOKENIZER.Unusable("without a prompt")
-    if not all(answers):
+    if not all(completions):
         raise TOKENIZER.Unusable("with an empty completion")
-    if isinstance(prompt, list) or any(isinstance(answer, list) for answer in answers):
-        prompt, answers = TOKENIZER.as_messages(prompt), [TOKENIZER.as_messages(answer, "assistant") for answer in answers]
-    found = {"prompt": prompt, **dict(zip(keys, answers, strict=True)),
+    if isinstance(prompt, list) or any(isinstance(completion, list) for completion in completions):
+        prompt, completions = TOKENIZER.as_messages(prompt), [TOKENIZER.as_messages(part, "assistant") for part in completions]
+    found = {"prompt": prompt, **dict(zip(keys, completions, strict=True)),
              **TOKENIZER.extras_of({"tools": record.get("tools")}, where)}
     if not single:
         return {**found, "margin": TOKENIZER.number_of(record, "margin", where) if TOKENIZER.is_given(record, "margin") else 0.0}
     label = str(record["label"]).strip().lower()
     if label not in ("true", "1", "1.0", "false", "0", "0.0"):
-        raise UserError(f"{where}: label {record['label']!r} must be true (a desirable completion) or false")
+        raise UserError(f"{where}: label {record['label']!r} must be true (desirable) or false")
     return {**found, "label": label in ("true", "1", "1.0")}
 
 
-def prompt_inside(record: dict, answers: list[list[dict]], where: str, form: TOKENIZER.Form) -> tuple[list[dict], list]:
-    """(prompt, completions) of whole conversations; a separate prompt must be the beginning of theirs."""
+def split_conversations(record: dict, whole: list[list[dict]], where: str, form: TOKENIZER.Form) -> tuple[list[dict], list]:
+    """Split whole conversations into (prompt, completions). A separate prompt must match the beginning of their prompt."""
     given = TOKENIZER.prompt_of({key: value for key, value in record.items() if key not in TOKENIZER.CHAT_KEYS}, where,
                                 form.system)
     given = TOKENIZER.as_messages(given) if given else []
-    prompt, answers = shared_prompt(answers, where, form)
-    before, full = ([turn for turn in turns if turn["role"] != "system"] for turns in (given, prompt))
-    if TOKENIZER.essence(full[: len(before)]) != TOKENIZER.essence(before):
-        raise TOKENIZER.Unusable("whose prompt is not that of its completions")
+    prompt, completions = common_prompt(whole, where, form)
+    given_turns, turns = ([turn for turn in messages if turn["role"] != "system"] for messages in (given, prompt))
+    if TOKENIZER.essence(turns[: len(given_turns)]) != TOKENIZER.essence(given_turns):
+        raise TOKENIZER.Unusable("whose prompt differs from the prompt in its completions")
     system = [turn for turn in given if turn["role"] == "system"]
-    if words := record.get("system") if TOKENIZER.is_given(record, "system") else form.system:
-        system = system or [{"role": "system", "content": words}]
-    return (prompt if prompt[0]["role"] == "system" else [*system, *prompt]), answers
+    if content := record.get("system") if TOKENIZER.is_given(record, "system") else form.system:
+        system = system or [{"role": "system", "content": content}]
+    return (prompt if prompt[0]["role"] == "system" else [*system, *prompt]), completions
 
 
-def prompt_beside(record: dict, answers: list, where: str, form: TOKENIZER.Form) -> tuple[str | list[dict] | None, list]:
-    """(prompt, completions) of answers without their prompt, or of texts that both begin with it."""
+def split_completions(record: dict, completions: list, where: str, form: TOKENIZER.Form) -> tuple[str | list[dict] | None, list]:
+    """(prompt, completions) from completions without their prompt, or from texts that both start with it."""
     prompt = TOKENIZER.prompt_of(record, where, form.system)
     if prompt is None:
-        return shared_prompt(answers, where, form)
+        return common_prompt(completions, where, form)
     if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
-        raise UserError(f"{where}: the prompt ends with the assistant's message, so nothing is left to answer")
-    repeated = prompt and isinstance(prompt, str) and all(isinstance(a, str) and a.startswith(prompt) for a in answers)
-    if repeated and len(answers) == 2:
-        answers = [answer[len(prompt) :] for answer in answers]
-    return prompt, answers
+        raise UserError(f"{where}: the prompt ends with an assistant message, so there is nothing to complete")
+    repeated = prompt and isinstance(prompt, str) and all(isinstance(c, str) and c.startswith(prompt) for c in completions)
+    if repeated and len(completions) == 2:
+        completions = [completion[len(prompt) :] for completion in completions]
+    return prompt, completions
 
 
-def shared_prompt(answers: list, where: str, form: TOKENIZER.Form) -> tuple[str | list[dict], list]:
-    """The common beginning of two completions, and the rest of each.
+def common_prompt(whole: list, where: str, form: TOKENIZER.Form) -> tuple[str | list[dict], list]:
+    """Split two texts or conversations into (common prompt, the rest of each).
 
-    "Q: blue?\\nA: lake", "Q: blue?\\nA: hill" -> "Q: blue?\\nA:", [" lake", " hill"]; the blank belongs to the answer
+    "Q: blue?\\nA: lake", "Q: blue?\\nA: hill" -> "Q: blue?\\nA:", [" lake", " hill"]; the space belongs to the completion
     """
-    if len({type(answer) for answer in answers}) > 1:
-        raise TOKENIZER.Unusable("whose completions answer different prompts")
-    first, last = answers[0], answers[-1]
+    if len({type(completion) for completion in whole}) > 1:
+        raise TOKENIZER.Unusable("whose completions have different prompts")
+    first, last = whole[0], whole[-1]
     if isinstance(first, list):
-        common = len(os.path.commonprefix([TOKENIZER.essence(answer) for answer in answers]))
-        same = min(common, len(first) - 1, len(last) - 1)  # the last turn is the answer, even if both give the same
+        common = len(os.path.commonprefix([TOKENIZER.essence(messages) for messages in whole]))
+        same = min(common, len(first) - 1, len(last) - 1)  # the last turn is the completion, even if both are equal
         prompt = first[:same]
-        if any(answer[same]["role"] != "assistant" for answer in answers):
-            raise TOKENIZER.Unusable("whose completions answer different prompts")
+        if any(messages[same]["role"] != "assistant" for messages in whole):
+            raise TOKENIZER.Unusable("whose completions have different prompts")
         if not any(turn["role"] != "system" for turn in prompt):
-            raise UserError(f"{where}: the conversations hold a system message and an answer, but no question; put the first "
-                            "into the key 'system'")
-        return prompt, [answer[same:] for answer in answers]
-    same = len(os.path.commonprefix(answers)) if len(answers) > 1 else 0
+            raise UserError(f"{where}: the conversations have a system and an assistant message, but no user message; move the "
+                            "system message to the key 'system'")
+        return prompt, [messages[same:] for messages in whole]
+    same = len(os.path.commonprefix(whole)) if len(whole) > 1 else 0
     while same and not (first[same : same + 1].isspace() and last[same : same + 1].isspace()):
         same -= 1  # whole words
     while same and first[same - 1].isspace() and first[same : same + 1] == " ":
         same -= 1
     if not first[:same].strip():
-        both = ", and chosen and rejected have no common beginning" if len(answers) > 1 else ""
+        both = ", and chosen and rejected have no common prefix" if len(whole) > 1 else ""
         raise UserError(f"{where}: no prompt{both}; set {form.section}.columns, as in {{prompt: my_column}}")
-    return first[:same], [answer[same:] for answer in answers]
+    return first[:same], [text[same:] for text in whole]
 
 
 # ------------------------------------------------------------------------------------------------ command line
 
 
 def held_out_rewards(stream: Rollouts, held: list[Prompt], config) -> Callable | None:
-    """evaluate(model) for `fit`: the rewards of greedy answers to held-out prompts; a few are shown."""
+    """evaluate(model) for `fit`: the rewards of greedy completions of held-out prompts. A few are printed."""
     chosen = [held[i] for i in np.linspace(0, len(held) - 1, min(len(held), config.rl.eval_prompts)).astype(int)]
     if not chosen:
         return None
 
     def evaluate(model) -> dict:
         share = list(enumerate(chosen))[stream.run.rank :: stream.run.world_size]
-        samples = stream.write(model, share, INFER.Sampling(stream.sampling.max_new_tokens, temperature=0), 0)
-        logged, samples = stream.judge(samples), gather(samples)
+        samples = stream.generate(model, share, INFER.Sampling(stream.sampling.max_new_tokens, temperature=0), 0)
+        logged, samples = stream.compute_rewards(samples), gather(samples)
         if config.training.sample_tokens:
             for sample in samples[:: max(1, len(samples) // 3)][:3]:
                 question = sample.prompt if isinstance(sample.prompt, str) else sample.prompt[-1]["content"]
                 TRAIN.say_sample(question, f"{sample.text}   ({sample.reward:.3g})")
-        found, means = {"reward": sum(sample.reward for sample in samples) / len(samples)}, stream.mean_rewards(samples)
-        found |= {f"rewards/{name}": mean for name, mean in means.items() if len(means) > 1}
-        found["mean_length"] = sum(sample.length for sample in samples) / len(samples)
-        return {**found, **logged, **found}
+        metrics, means = {"reward": sum(sample.reward for sample in samples) / len(samples)}, stream.mean_rewards(samples)
+        metrics |= {f"rewards/{name}": mean for name, mean in means.items() if len(means) > 1}
+        metrics["mean_length"] = sum(sample.length for sample in samples) / len(samples)
+        return {**metrics, **logged, **metrics}
 
     return evaluate
 
 
 def plot_rollouts(out: Path) -> None:
-    """rollouts.png: reward, KL and completion length over the steps."""
+    """Plot reward, KL and completion length over the steps to rollouts.png."""
     records = TRAIN.json_lines(out / "log.jsonl")
     TRAIN.plot_curves(out / "rollouts.png", {
-        "mean reward": {"rollouts": TRAIN.curve(records, "reward"), "held out, greedy": TRAIN.curve(records, "eval_reward")},
+        "mean reward": {"rollouts": TRAIN.curve(records, "reward"), "held-out, greedy": TRAIN.curve(records, "eval_reward")},
         "KL to the reference (nats per completion)": {"kl": TRAIN.curve(records, "kl")},
         "completion length (tokens)": {"length": TRAIN.curve(records, "completions/mean_length")}})
 
 
-def still(model: nn.Module) -> None:
-    """Turn dropout off, which would change the probabilities that are compared. Some layers of transformers read it from their
-    config; they get a copy, so that the config that is saved does not change."""
+def disable_dropout(model: nn.Module) -> None:
+    """Set dropout to 0, because it changes the probabilities that the losses compare. Some layers of transformers read it from
+    their config. They get a copy of the config, so the saved config does not change."""
     copies: dict[int, object] = {}
 
-    def clear(thing) -> None:
-        for name, value in list(vars(thing).items()):
-            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(thing, nn.Dropout))):
-                setattr(thing, name, 0.0)
+    def clear(owner) -> None:
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(owner, nn.Dropout))):
+                setattr(owner, name, 0.0)
 
     for module in model.modules():
         clear(module)
@@ -1882,18 +1882,18 @@ def frozen_model(config, tokenizer, device) -> MODEL.LanguageModel | None:
     model, other = TOKENIZER.open_model(section, key="rl.ref_model", head="lm")
     missing = set(tokenizer.get_vocab().items()) - set(other.get_vocab().items())
     if missing:
-        raise UserError(f"rl.ref_model: {name} does not fit the policy: its tokenizer lacks {len(missing):,} of the policy's "
+        raise UserError(f"rl.ref_model: {name} does not match the policy: its tokenizer lacks {len(missing):,} of the policy's "
                         f"{len(tokenizer):,} tokens")
     if not model.config.causal:
-        raise UserError(f"rl.ref_model: {name} does not fit the policy: it is an encoder")
+        raise UserError(f"rl.ref_model: {name} is an encoder; choose a causal model")
     if model.config.max_position_embeddings < config.training.max_length:
-        raise UserError(f"rl.ref_model: {name} reads {model.config.max_position_embeddings} tokens, training.max_length is "
-                        f"{config.training.max_length}")
+        raise UserError(f"rl.ref_model: the context of {name} ({model.config.max_position_embeddings} tokens) is shorter than "
+                        f"training.max_length {config.training.max_length}")
     return model.requires_grad_(False)
 
 
 def read_records(config, checkpoint: Path | None = None) -> tuple:
-    """(tokenizer, records to train on, held-out records, what was left out), as (where, record) in the form of the method."""
+    """(tokenizer, training records, held-out records, LeftOut). Records are (where, record) in the format of the method."""
     TRAIN.fit_length(config, MODEL.context_length(config.model.name, MODEL.overrides(config.model)))
     tokenizer = TOKENIZER.of_run(config, checkpoint)
     left = TOKENIZER.LeftOut()
@@ -1909,11 +1909,11 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     SFT.need_model(config)
     if config.training.qat != "none":
         raise UserError("training.qat: not available in RL.py, which compares the policy with an unquantized reference; use "
-                        "it in SFT.py or DISTILL.py")
+                        "SFT.py or DISTILL.py")
     dropout = ("lora", "lora_dropout"), ("model", "attention_dropout"), ("model", "resid_pdrop"), ("model", "embd_pdrop")
     for section, key in dropout:
         if getattr(getattr(config, section), key):
-            raise UserError(f"{section}.{key}: dropout is not available, it changes the probabilities that are compared")
+            raise UserError(f"{section}.{key}: dropout changes the probabilities that RL.py compares; set 0")
     tokenizer, records, held, left = read_records(config, checkpoint)
     judges = Judges(settings, tokenizer, device) if method in ON_POLICY else None
     head = {"reward": "score", "ppo": ("lm", "value")}.get(method, "lm")
@@ -1923,7 +1923,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
     if method == "ppo":
         model.value_head.requires_grad_(True)
     TOKENIZER.end_with_turns(model, tokenizer)
-    still(model)
+    disable_dropout(model)
     frozen = frozen_model(config, tokenizer, device)
     build = rollout_stage if method in ON_POLICY else pair_stage
     stage = build(config, model, tokenizer, records, held, left, frozen, judges)
@@ -1934,7 +1934,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
 
 
 def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable | None:
-    """Validation with one more measure, `kept`: exact match on conversations that are not trained on. It measures forgetting."""
+    """Add the metric `kept` to the validation: exact match on questions outside of the training data. It measures forgetting."""
     name = config.rl.kept
     if name == "auto":
         shipped = config.data.train == [shipped_data(config.rl.method)] and config.rl.method != "reward"
@@ -1943,26 +1943,26 @@ def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable | None:
         return evaluate
     questions = SFT.read_questions(name, SFT.SFTSection().eval_answers, "rl.kept", config.rl.system)
     if not tokenizer.chat_template:
-        raise UserError("rl.kept: conversations need a chat template, which this tokenizer lacks; set --rl.kept null")
+        raise UserError("rl.kept: the questions need a chat template, but the tokenizer has none; set --rl.kept null")
     match = SFT.exact_match(questions, tokenizer, INFER.Sampling(64, temperature=0))
     return lambda model: {**(evaluate(model) if evaluate else {}), "kept": match(model)}
 
 
 def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAIN.Stage:
     settings = config.rl
-    pairs, kept = (read_pairs(config, tokenizer, found, left) for found in (records, held))
-    least, what = (2, "completions") if settings.method == "kto" else (1, "pairs")
+    pairs, held_out = (read_pairs(config, tokenizer, part, left) for part in (records, held))
+    least, unit = (2, "completions") if settings.method == "kto" else (1, "pairs")
     if len(pairs) < least:
-        raise UserError(f"data.train: {len(pairs)} {what} are left, at least {least} needed{left.text()}")
-    cut = f"; {left.truncated:,} truncated at training.max_length" if left.truncated else ""
-    say(f"{len(pairs):,} {what}, {len(kept):,} held out{cut}{left.text()}")
+        raise UserError(f"data.train: too few usable {unit}: {len(pairs)}, expected at least {least}{left.text()}")
+    truncated = f"; {left.truncated:,} truncated at training.max_length" if left.truncated else ""
+    say(f"training {unit}: {len(pairs):,}; held out: {len(held_out):,}{truncated}{left.text()}")
     if settings.method == "kto":
         warn_imbalance(pairs, settings)
-    stream = Pairs(pairs, kept, settings, config.training, frozen)
+    stream = Pairs(pairs, held_out, settings, config.training, frozen)
     loss = reward_model_loss(settings) if settings.method == "reward" else preference_loss(settings)
-    evaluate = held_out_pairs(stream, loss, config.training.eval_batches) if kept else None
+    evaluate = held_out_pairs(stream, loss, config.training.eval_batches) if held_out else None
     if settings.method != "reward":
-        shown = kept[:: max(1, len(kept) // 3)][:3]
+        shown = held_out[:: max(1, len(held_out) // 3)][:3]
         texts = [pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"] for pair in shown]
         prompts = [TOKENIZER.prompt_ids(tokenizer, pair.prompt, pair.tools) for pair in shown]
         evaluate = TRAIN.with_samples(evaluate, tokenizer, config.training, list(zip(texts, prompts, strict=True)))
@@ -1970,35 +1970,35 @@ def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAI
 
 
 def warn_imbalance(pairs: list[Pair], settings: RLSection) -> None:
-    """KTO needs desirable and undesirable completions of about equal total weight: desirable / undesirable within [1, 4/3]
-    (Ethayarajh 2024, section 4.2). A line says so if the ratio is half or twice that."""
+    """Warn if the total weights of desirable and undesirable completions are too different for KTO. The recommended ratio is
+    1 to 4/3 (Ethayarajh 2024, section 4.2); the warning appears below half or above twice that."""
     desirable = sum(pair.label for pair in pairs)
     undesirable = len(pairs) - desirable
     weights = settings.desirable_weight * desirable, settings.undesirable_weight * undesirable
     if weights[1] / 2 <= weights[0] <= weights[1] * 8 / 3:
         return
-    advice = "kto learns from both kinds"
+    advice = "kto needs both kinds"
     if all(weights):
         key, value = (("desirable_weight", weights[1] / desirable) if weights[0] < weights[1] else
                       ("undesirable_weight", weights[0] / undesirable))
-        advice = (f"their total weights are {weights[0]:.3g} and {weights[1]:.3g}, a ratio between 1 and 4/3 is recommended; set "
+        advice = (f"total weights {weights[0]:.3g} and {weights[1]:.3g}; the recommended ratio is 1 to 4/3: set "
                   f"rl.{key} {value:.3g}")
-    say(f"{desirable:,} desirable and {undesirable:,} undesirable completions: {advice}")
+    say(f"warning: {desirable:,} desirable and {undesirable:,} undesirable completions; {advice}")
 
 
 def read_prompts(config, tokenizer, records: list[tuple[str, dict]], left: TOKENIZER.LeftOut,
                  tools: Tools | None) -> list[Prompt]:
-    """Records -> prompts. Those that leave no room for a completion are counted in `left`."""
+    """Records -> prompts. Prompts that leave no room for a completion are counted in `left`."""
     room = Room("rl.max_completion_length", config.rl.max_completion_length, config.training.max_length, "training.max_length",
                 "prompt with the schemas of rl.tools" if tools else "prompt")
     room.check()
     prompts = []
     for where, record in records:
-        if given := set(GIVEN) & record.keys():
-            raise UserError(f"{where}: the key '{min(given)}' is what reward functions are given; call it otherwise, or rename "
-                            "it by rl.columns")
+        if reserved := set(ARGUMENTS) & record.keys():
+            raise UserError(f"{where}: the key '{min(reserved)}' is reserved for an argument of reward functions; rename it with "
+                            "rl.columns")
         content = TOKENIZER.as_messages(record["prompt"]) if tools else record["prompt"]
-        ids = TOKENIZER.prompt_ids(tokenizer, content, tools.beside(record.get("tools")) if tools else record.get("tools"))
+        ids = TOKENIZER.prompt_ids(tokenizer, content, tools.merged(record.get("tools")) if tools else record.get("tools"))
         if room.fits(ids, where, left):
             prompts.append(Prompt(where, content, ids, {key: value for key, value in record.items() if key != "prompt"}))
     return prompts
@@ -2007,25 +2007,25 @@ def read_prompts(config, tokenizer, records: list[tuple[str, dict]], left: TOKEN
 def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges) -> TRAIN.Stage:
     settings, out = config.rl, Path(config.output.dir)
     tools = Tools(settings.tools, tokenizer, settings.tool_timeout) if settings.tools else None
-    found, kept = (read_prompts(config, tokenizer, part, left, tools) for part in (records, held))
-    if not found:
-        raise UserError(f"data.train: no prompt is left{left.text()}")
-    judges.check(found + kept)
-    say(f"{len(found):,} prompts, {len(kept):,} held out{left.text()}; judged by {', '.join(judges.names)}")
+    prompts, held_out = (read_prompts(config, tokenizer, part, left, tools) for part in (records, held))
+    if not prompts:
+        raise UserError(f"data.train: no usable prompt{left.text()}")
+    judges.check(prompts + held_out)
+    say(f"training prompts: {len(prompts):,}; held out: {len(held_out):,}{left.text()}; rewards: {', '.join(judges.names)}")
     reference = Reference(model, frozen) if settings.beta else None
-    stream = Rollouts(found, tokenizer, judges, settings, config.training, reference, out, tools)
+    stream = Rollouts(prompts, tokenizer, judges, settings, config.training, reference, out, tools)
 
     def save(text: str, tokenizer, model, folder: Path) -> None:
         TRAIN.save_product(text, tokenizer, model, folder)
         if MODEL.process_rank() == 0:
             plot_rollouts(out)
 
-    return TRAIN.Stage(model, tokenizer, stream, rollout_loss(settings), held_out_rewards(stream, kept, config), save)
+    return TRAIN.Stage(model, tokenizer, stream, rollout_loss(settings), held_out_rewards(stream, held_out, config), save)
 
 
 def dry_run(config) -> None:
-    """Print the first records as the model reads them, and the distribution of lengths. Of pairs the tokens that are trained on
-    are green (for a reward model the token whose score is the reward); prompts have the columns for reward functions below."""
+    """Print the first records as the model reads them, and the length distribution. In pairs, trained tokens are green (for a
+    reward model: the token whose score is the reward). Below a prompt are the columns for reward functions."""
     SFT.need_model(config)
     settings = config.rl.fill()
     tokenizer, records, _, left = read_records(config)
@@ -2033,7 +2033,7 @@ def dry_run(config) -> None:
         tools = Tools(settings.tools, tokenizer, settings.tool_timeout) if settings.tools else None
         prompts = read_prompts(config, tokenizer, records, left, tools)
         if not prompts:
-            raise UserError(f"data.train: no prompt is left{left.text()}")
+            raise UserError(f"data.train: no usable prompt{left.text()}")
         shown = [(prompt.where, f"{tokenizer.decode(prompt.ids)}\n{json.dumps(prompt.columns, ensure_ascii=False, default=str)}")
                  for prompt in prompts[:3]]
         limit = config.training.max_length - settings.max_completion_length
@@ -2043,12 +2043,12 @@ def dry_run(config) -> None:
     for pair in pairs:
         names = ("chosen", "rejected") if len(pair.examples) == 2 else ("desirable" if pair.label else "undesirable",)
         for name, (ids, weights) in zip(names, pair.examples, strict=True):
-            if settings.method == "reward":  # without the id that follows the last token
+            if settings.method == "reward":  # without the repeated last token
                 ids, weights = ids[:-1], [*[0] * (len(ids) - 2), 1]
             shown.append((f"{pair.where}: {name}", (ids, weights)))
             lengths.append(len(ids))
     if not pairs:
-        raise UserError(f"data.train: no record is left{left.text()}")
+        raise UserError(f"data.train: no usable record{left.text()}")
     SFT.preview([(where, SFT.in_green(tokenizer, *example)) for where, example in shown[:6]], lengths, "prompt and completion",
                 f"max_length {config.training.max_length}{left.text()}")
 
@@ -2064,7 +2064,7 @@ def main(argv: list[str] | None = None) -> TRAIN.Result | None:
         held_out = config.data.train[0].replace(".jsonl", "_test.jsonl")
         config.data.validation = held_out if config.data.validation == "hash" else config.data.validation
     if config.actions.dry_run and config.actions.resume:
-        raise UserError("--dry-run: trains nothing; leave out --resume")
+        raise UserError("--dry-run: does not train; leave out --resume")
     if config.actions.dry_run:
         return dry_run(config)
     show = 'echo "..." | python INFER.py MODEL'

@@ -1,11 +1,12 @@
-"""The gain from a calculator for a small model that learns sums with GRPO.
+"""The gain from a calculator tool in GRPO training of a small model on sums.
 
     python bench/tools.py                            # three seeds, about three minutes each on two idle cores
     python bench/tools.py --seeds 0 --sft-steps 300  # appends to out/bench/tools.jsonl
 
-A fresh model is fine-tuned on sums in the words of data/prompts.jsonl. Of ten conversations, six offer a calculator: two call it and
-four answer at once, so the model seldom calls it. One has no calculator, and three repeat digits, which teaches copying. Then GRPO trains it on data/prompts.jsonl, with the calculator and without.
-Reward: greedy answers to held-out prompts of data/prompts_test.jsonl that end with the right number.
+A model with random weights is fine-tuned on sums with the phrases of data/prompts.jsonl. In six of ten conversations there is a calculator:
+two call it and four answer directly, so the model rarely calls it. One conversation has no calculator, and three repeat digits to teach
+copying. Then GRPO trains the model on data/prompts.jsonl, with and without the calculator. The result is the mean reward: the fraction of
+greedy answers to held-out prompts of data/prompts_test.jsonl that end with the correct number.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ CALCULATOR = '''def calculate(sum: str) -> int:
 
 
 def questions(count: int, seed: int) -> list[tuple[str, str]]:
-    """(question, its sum): the words of data/prompts.jsonl with other numbers."""
+    """(question, sum): the phrases of data/prompts.jsonl with other numbers."""
     draw = random.Random(seed)
-    words = sorted({re.sub(r"\d+", "{}", json.loads(line)["prompt"]) for line in (ROOT / "data/prompts.jsonl").read_text().splitlines()})
+    phrases = sorted({re.sub(r"\d+", "{}", json.loads(line)["prompt"]) for line in (ROOT / "data/prompts.jsonl").read_text().splitlines()})
     found = []
     for _ in range(count):
-        text, numbers = draw.choice(words), (draw.randrange(100), draw.randrange(100))
+        text, numbers = draw.choice(phrases), (draw.randrange(100), draw.randrange(100))
         sign = "-" if re.search("minus|without", text) else "+"
         first, second = sorted(numbers, reverse=True) if sign == "-" else numbers
         found.append((text.format(first, second), f"{first}{sign}{second}"))
@@ -53,15 +54,15 @@ def questions(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def conversation(i: int, question: str, sum: str, schema: list) -> dict:
-    answer, asked = {"role": "assistant", "content": f"It is {eval(sum)}."}, {"role": "user", "content": question}
-    kind = ("call", "repeat", "direct", "repeat", "direct", "call", "repeat", "direct", "alone", "direct")[i % 10]
+    answer, user = {"role": "assistant", "content": f"It is {eval(sum)}."}, {"role": "user", "content": question}
+    kind = ("call", "repeat", "direct", "repeat", "direct", "call", "repeat", "direct", "no tools", "direct")[i % 10]
     if kind == "repeat":
         digits = "".join(random.Random(i).choices("0123456789", k=20))
         return {"messages": [{"role": "user", "content": f"Repeat {digits}"}, {"role": "assistant", "content": digits}]}
     if kind != "call":
-        return {"messages": [asked, answer], **({"tools": schema} if kind == "direct" else {})}
+        return {"messages": [user, answer], **({"tools": schema} if kind == "direct" else {})}
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "calculate", "arguments": {"sum": sum}}}]}
-    return {"messages": [asked, call, {"role": "tool", "name": "calculate", "content": str(eval(sum))}, answer], "tools": schema}
+    return {"messages": [user, call, {"role": "tool", "name": "calculate", "content": str(eval(sum))}, answer], "tools": schema}
 
 
 def train(program: str, out: Path, *flags) -> dict:
@@ -79,10 +80,10 @@ def run(seed: int, options) -> dict:
     from transformers.utils import get_json_schema
 
     schema = [get_json_schema(RL.user_function(tool, "tools"))]
-    talks = [conversation(i, *asked, schema) for i, asked in enumerate(questions(16000, seed))]
-    (out / "sft.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
-    texts = [text for talk in talks[:2000] for text in (json.dumps(schema[0]), *(turn["content"] or "".join(
-        f"<tool_call>{json.dumps(call['function'])}</tool_call>" for call in turn["tool_calls"]) for turn in talk["messages"]))]
+    conversations = [conversation(i, *question, schema) for i, question in enumerate(questions(16000, seed))]
+    (out / "sft.jsonl").write_text("".join(json.dumps(record) + "\n" for record in conversations))
+    texts = [text for record in conversations[:2000] for text in (json.dumps(schema[0]), *(turn["content"] or "".join(
+        f"<tool_call>{json.dumps(call['function'])}</tool_call>" for call in turn["tool_calls"]) for turn in record["messages"]))]
     tokenizer = TOKENIZER.train(texts, 600)
     TOKENIZER.ensure_chat(tokenizer)
     ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
@@ -94,7 +95,7 @@ def run(seed: int, options) -> dict:
     sft = train("SFT.py", out / "sft", "--model", out / "base", "--data", out / "sft.jsonl", "--max-steps", options.sft_steps, "--batch-size", 12, "--learning-rate", "2e-3", "--max-length", 256,
                 "--sft.eval_answers", 0, *quiet)
     row = {"seed": seed, "sft_loss": round(sft["after"]["loss"], 3)}
-    for name, flags in (("alone", []), ("with the calculator", ["--rl.tools", tool, "--rl.max_turns", 2])):
+    for name, flags in (("without the calculator", []), ("with the calculator", ["--rl.tools", tool, "--rl.max_turns", 2])):
         result = train("RL.py", out / name.split()[0], "--model", out / "sft", "--rl.method", "grpo", "--data", ROOT / "data/prompts.jsonl", "--data.validation", ROOT / "data/prompts_test.jsonl",
                        "--rl.eval_prompts", 200, "--rl.rollout_size", 128, "--batch-size", 64, "--max-steps", options.steps, "--max-length", 256, "--rl.max_completion_length", 64,
                        "--learning-rate", "3e-4", "--rl.kept", "null", *quiet, *flags)
@@ -113,7 +114,7 @@ def main() -> None:
         row = run(seed, options)
         with open(Path(options.out) / "tools.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"seed {seed}: " + "; ".join(f"{name} {row[name][0]:.3f} -> {row[name][1]:.3f}" for name in ("alone", "with the calculator")) + f"  ({row['seconds']} s)", flush=True)
+        print(f"seed {seed}: " + "; ".join(f"{name} {row[name][0]:.3f} -> {row[name][1]:.3f}" for name in ("without the calculator", "with the calculator")) + f"  ({row['seconds']} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What holds across files: their order, their settings, what they load, and what a copy of some of them can do."""
+"""Properties of the whole repository: imports between files, settings, documentation, data, and copies of some files."""
 
 import ast
 import dataclasses
@@ -27,8 +27,8 @@ import TOKENIZER
 import TRAIN
 from MODEL import UserError
 
-HOUSE = ["MODEL", "TOKENIZER", "INFER", "TRAIN", "SFT", "RL", "DISTILL", "QUANT"]
-THERE = [name for name in HOUSE if (ROOT / f"{name}.py").exists()]
+FILES = ["MODEL", "TOKENIZER", "INFER", "TRAIN", "SFT", "RL", "DISTILL", "QUANT"]
+PRESENT = [name for name in FILES if (ROOT / f"{name}.py").exists()]
 HEAVY = ["transformers", "accelerate", "peft", "bitsandbytes", "matplotlib", "pyarrow", "huggingface_hub"]
 TINY = ("--model.preset llama-1m --model.hidden_size 32 --model.num_hidden_layers 2 --model.num_attention_heads 4 --model.device cpu "
         "--tokenizer.kind byte --max-length 32 --batch-size 4 --max-steps 2 --training.sample_tokens 0").split()
@@ -44,10 +44,10 @@ def python(code: str, folder: Path, *argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
 
 
-# ----------------------------------------------------------------------------------------------------- the house
+# ------------------------------------------------------------------------------------------------------ imports
 
 
-@pytest.mark.parametrize("name", THERE)
+@pytest.mark.parametrize("name", PRESENT)
 def test_a_file_imports_only_files_above_it(name):
     imported = set()
     for node in ast.walk(tree(name)):
@@ -55,24 +55,24 @@ def test_a_file_imports_only_files_above_it(name):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").split(".")[0])
-    below = {other for other in HOUSE if HOUSE.index(other) >= HOUSE.index(name)}
+    below = {other for other in FILES if FILES.index(other) >= FILES.index(name)}
     if name in ("MODEL", "TRAIN"):
-        below -= {"QUANT"}  # the one file that is imported from above, inside functions
+        below -= {"QUANT"}  # imported by these files above it, inside functions
     assert not imported & below
 
 
-@pytest.mark.parametrize("name", THERE)
+@pytest.mark.parametrize("name", PRESENT)
 def test_heavy_packages_are_imported_inside_functions(name):
     top = [node for node in tree(name).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     modules = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names}
     modules |= {(node.module or "").split(".")[0] for node in top if isinstance(node, ast.ImportFrom)}
-    allowed = set(HOUSE) | {"torch", "numpy", "safetensors"} | sys.stdlib_module_names
+    allowed = set(FILES) | {"torch", "numpy", "safetensors"} | sys.stdlib_module_names
     assert not modules - allowed
 
 
-def test_no_foreign_file_is_unpickled():
+def test_nothing_from_outside_is_unpickled():
     seen = 0
-    for name in THERE:
+    for name in PRESENT:
         for node in ast.walk(tree(name)):
             if not isinstance(node, ast.Call):
                 continue
@@ -84,7 +84,7 @@ def test_no_foreign_file_is_unpickled():
             if call in ("np.load", "numpy.load"):
                 assert not any(k.arg == "allow_pickle" and ast.unparse(k.value) == "True" for k in node.keywords), (name, node.lineno)
     assert seen >= 2
-    assert not [name for name in THERE if "trust_remote_code=True" in (ROOT / f"{name}.py").read_text()]
+    assert not [name for name in PRESENT if "trust_remote_code=True" in (ROOT / f"{name}.py").read_text()]
 
 
 QUIET = """
@@ -108,13 +108,13 @@ for name, module in modules.items():
 """
 
 
-def test_imports_and_help_are_light_and_do_nothing_else(tmp_path):
-    done = python(QUIET, tmp_path, json.dumps([HEAVY, THERE]))
+def test_imports_and_help_have_no_side_effects(tmp_path):
+    done = python(QUIET, tmp_path, json.dumps([HEAVY, PRESENT]))
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line[0] for line in lines] == ["import", *THERE]
-    for what, fine, heavy in lines:
-        assert fine and heavy == [], (what, heavy)
+    assert [line[0] for line in lines] == ["import", *PRESENT]
+    for name, unchanged, heavy in lines:
+        assert unchanged and heavy == [], (name, heavy)
 
 
 # ------------------------------------------------------------------------------------------------------ settings
@@ -122,7 +122,7 @@ def test_imports_and_help_are_light_and_do_nothing_else(tmp_path):
 
 def all_sections() -> dict:
     found = {}
-    for name in THERE[1:]:
+    for name in PRESENT[1:]:
         found.update(importlib.import_module(name).SECTIONS)
     return found
 
@@ -131,8 +131,8 @@ def default(field: dataclasses.Field):
     return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
 
-def test_config_yaml_shows_what_people_change():
-    """At most 90 lines; keys, defaults and comments are those of the dataclasses, whose comments may go on after a semicolon."""
+def test_config_yaml_has_the_defaults_and_comments_of_the_settings():
+    """At most 90 lines. Keys, defaults and comments are those of the dataclasses, up to a semicolon in the comment."""
     lines, sections, section, seen = (ROOT / "config.yaml").read_text().splitlines(), all_sections(), None, []
     assert len(lines) <= 90
     for line in lines:
@@ -153,13 +153,13 @@ def test_config_yaml_shows_what_people_change():
         assert tuple(shown.split(".")) in seen
 
 
-def test_the_shipped_file_is_the_defaults():
-    for script, own in ((TRAIN, "training"), (SFT, "sft"), (RL, "rl"), (DISTILL, "distill"), (INFER, "inference"), (QUANT, "quantization")):
-        file, bare = (MODEL.load_config(argv, script.SECTIONS, own) for argv in (["--config", str(ROOT / "config.yaml")], ["--config", os.devnull]))
-        assert {name: getattr(file, name) for name in script.SECTIONS} == {name: getattr(bare, name) for name in script.SECTIONS}, own
+def test_config_yaml_gives_the_default_settings():
+    for script, stage in ((TRAIN, "training"), (SFT, "sft"), (RL, "rl"), (DISTILL, "distill"), (INFER, "inference"), (QUANT, "quantization")):
+        file, bare = (MODEL.load_config(argv, script.SECTIONS, stage) for argv in (["--config", str(ROOT / "config.yaml")], ["--config", os.devnull]))
+        assert {name: getattr(file, name) for name in script.SECTIONS} == {name: getattr(bare, name) for name in script.SECTIONS}, stage
 
 
-def test_the_printed_settings_are_a_file(tmp_path, capsys):
+def test_printed_settings_are_a_valid_config_file(tmp_path, capsys):
     flags = ["--max-steps", "7", "--rl.reward_funcs", "length:60", "regex:a # \"b\": [c]", "--rl.method", "grpo", "--rl.system", "two\nlines", "--learning-rate", "1e-05"]
     with pytest.raises(SystemExit):
         MODEL.load_config([*flags, "--print-config"], RL.SECTIONS, "rl")
@@ -179,46 +179,46 @@ NUMBERS = [(name, field.name) for name, kind in (("training", TRAIN.TrainingSect
 
 
 @pytest.mark.parametrize("section, key", NUMBERS)
-def test_every_number_is_used_or_refused_by_name(section, key):
-    """Values that cannot be are one error that names the key, whatever the source."""
-    script, own = next((script, own) for script, own in ((TRAIN, "training"), (SFT, "sft"), (RL, "rl"), (DISTILL, "distill"), (INFER, "inference"), (QUANT, "quantization"))
+def test_every_number_is_accepted_or_an_error_that_names_the_key(section, key):
+    """An impossible value is an error in one line that names the key."""
+    script, stage = next((script, stage) for script, stage in ((TRAIN, "training"), (SFT, "sft"), (RL, "rl"), (DISTILL, "distill"), (INFER, "inference"), (QUANT, "quantization"))
                        if section in script.SECTIONS)
     kind = MODEL.field_types(script.SECTIONS[section])[key]
     field = {f.name: f for f in dataclasses.fields(script.SECTIONS[section])}[key]
     needs = [f"--{section}.{field.metadata['only'][0]}", str(field.metadata["only"][1])] if field.metadata["only"][1:] else []
-    for text in (".nan", ".inf", "-.inf", "1e999", "-1", "0", "1e30", "words", "[1, 2]", "{a: 1}", "null", "true", str(2**64)):
+    for text in (".nan", ".inf", "-.inf", "1e999", "-1", "0", "1e30", "text", "[1, 2]", "{a: 1}", "null", "true", str(2**64)):
         try:
-            config = MODEL.load_config(["--config", os.devnull, *needs, f"--{section}.{key}={text}"], script.SECTIONS, own)
+            config = MODEL.load_config(["--config", os.devnull, *needs, f"--{section}.{key}={text}"], script.SECTIONS, stage)
         except UserError as error:
             assert f"{section}.{key}" in str(error) and "\n" not in str(error), (text, error)
             continue
         value = getattr(getattr(config, section), key)
         for number in value if isinstance(value, list) else [value]:
             assert number is None or isinstance(number, str) or math.isfinite(number) and abs(number) <= 10**30, (text, value)
-        assert text not in (".nan", ".inf", "-.inf", "1e999", "words") or "str" in str(kind), (text, value)
+        assert text not in (".nan", ".inf", "-.inf", "1e999", "text") or "str" in str(kind), (text, value)
 
 
-def test_every_key_takes_its_own_default():
+def test_every_setting_accepts_its_default():
     sections = all_sections()
     for name, kind in sections.items():
-        owner = next(s for s in map(importlib.import_module, THERE[1:]) if name in s.SECTIONS)
-        own = list(owner.SECTIONS)[-1] if name not in ("training", "inference") else name
+        owner = next(s for s in map(importlib.import_module, PRESENT[1:]) if name in s.SECTIONS)
+        stage = list(owner.SECTIONS)[-1] if name not in ("training", "inference") else name
         for field in dataclasses.fields(kind):
             value = default(field)
             if isinstance(value, dict):
-                continue  # a stage's block: its keys are flags of their own
+                continue  # the keys of a stage block are separate flags
             text = value if isinstance(value, str) else json.dumps(value)
-            config = MODEL.load_config([f"--{name}.{field.name}", text], owner.SECTIONS, own)
+            config = MODEL.load_config([f"--{name}.{field.name}", text], owner.SECTIONS, stage)
             assert getattr(getattr(config, name), field.name) == value, (name, field.name)
 
 
-def load(argv=(), text: str | None = None, folder: Path | None = None, script=TRAIN, own="training", **more):
-    argv = [str(word) for word in argv]
+def load(argv=(), text: str | None = None, folder: Path | None = None, script=TRAIN, stage="training", **more):
+    argv = [str(argument) for argument in argv]
     if text is not None:
         path = folder / "settings.yaml"
         path.write_text(text)
         argv = ["--config", str(path), *argv]
-    return MODEL.load_config(argv, script.SECTIONS, own, script.ACTIONS, **more)
+    return MODEL.load_config(argv, script.SECTIONS, stage, script.ACTIONS, **more)
 
 
 WRONG = {
@@ -245,7 +245,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_a_wrong_file_is_one_line_that_names_the_place(text, tmp_path):
+def test_an_invalid_file_is_an_error_with_file_and_key(text, tmp_path):
     with pytest.raises(UserError, match=WRONG[text]) as error:
         load(text=text, folder=tmp_path)
     assert "\n" not in str(error.value)
@@ -271,29 +271,29 @@ WRONG_FLAGS = {
 
 
 @pytest.mark.parametrize("argv", WRONG_FLAGS)
-def test_a_wrong_flag_is_one_line(argv):
+def test_an_invalid_flag_is_an_error(argv):
     with pytest.raises(UserError, match=WRONG_FLAGS[argv]):
         load(argv)
 
 
-def test_fine_tuning_has_no_say_in_preferences():
+def test_flags_of_other_scripts_are_errors():
     for flag in ("--sft.task", "--inference.temperature"):
         with pytest.raises(UserError, match=f"{flag}: '.*' is a section of another script"):
             RL.main([flag, "0.5"])
 
 
-def test_numbers_that_yaml_reads_as_text(tmp_path):
+def test_numbers_that_yaml_parses_as_text(tmp_path):
     assert load(text="training: {learning_rate: 3e-5}", folder=tmp_path).training.learning_rate == 3e-5
     assert load(["--learning-rate", "3e-5"]).training.learning_rate == 3e-5
     assert load(["--training.batch_size", "1e2"]).training.batch_size == 100
 
 
-def test_lists_are_written_as_in_yaml():
+def test_lists_have_yaml_syntax():
     assert load(["--model.layer_types", "[full_attention, sliding_attention]"]).model.layer_types == ["full_attention", "sliding_attention"]
     assert load(["--model.mlp_only_layers", "[0, 2]"]).model.mlp_only_layers == [0, 2]
 
 
-def test_a_later_model_displaces_an_earlier_one_and_its_knobs(tmp_path):
+def test_a_later_model_replaces_an_earlier_model_and_its_settings(tmp_path):
     text = "model: {preset: llama-1m, hidden_size: 64, dtype: float32}\ntokenizer: {kind: char}\n"
     kept = load(text=text, folder=tmp_path)
     assert (kept.model.preset, kept.model.name, kept.model.hidden_size, kept.tokenizer.kind) == ("llama-1m", None, 64, "char")
@@ -301,22 +301,22 @@ def test_a_later_model_displaces_an_earlier_one_and_its_knobs(tmp_path):
     assert (fresh.model.preset, fresh.model.hidden_size, fresh.tokenizer.kind) == ("llama-14m", None, "char")
     named = load(["--model", "gpt2", "--model.sliding_window", "3"], text, tmp_path)
     assert (named.model.name, named.model.preset, named.model.hidden_size, named.model.sliding_window) == ("gpt2", None, None, 3)
-    assert named.tokenizer.kind == "bpe" and named.model.dtype == "float32"  # how to compute stays
+    assert named.tokenizer.kind == "bpe" and named.model.dtype == "float32"  # settings of the computation are kept
 
 
-def test_null_on_the_command_line_chooses_nothing():
-    """`--model.name null` says what `name: null` in the file says: the preset stays; `--max-steps null` leaves the epochs."""
+def test_null_on_the_command_line_unsets():
+    """`--model.name null` equals `name: null` in a file: the preset is kept. `--max-steps null` keeps the epochs."""
     config = load(["--model.name", "null", "--max-steps", "null"])
     assert (config.model.name, config.model.preset, config.training.epochs) == (None, "llama-1m", 2.5)
 
 
-def test_a_stage_block_beats_the_shared_section_and_flags_beat_both(tmp_path):
-    def name(*argv, text="model: {name: shared}\ninference: {model: {name: own}, seed: 3}\n"):
+def test_stage_blocks_override_shared_sections_and_flags_override_both(tmp_path):
+    def name(*argv, text="model: {name: shared}\ninference: {model: {name: block}, seed: 3}\n"):
         return load(argv, text, tmp_path, INFER, "inference").model.name
 
-    assert name(text="") == "./out"  # INFER's own default block
+    assert name(text="") == "./out"  # the default of INFER.py
     assert name(text="model: {name: shared}") == "shared"
-    assert name() == "own"
+    assert name() == "block"
     assert name("--model", "flag") == "flag"
     assert name("--model", "flag", "--inference.model.name", "prefixed") == "prefixed"
     assert load([], "model: {preset: llama-1m}", tmp_path).model.preset == "llama-1m"
@@ -324,24 +324,24 @@ def test_a_stage_block_beats_the_shared_section_and_flags_beat_both(tmp_path):
         name(text="inference: {model: {nam: x}}")
 
 
-def test_a_stage_block_that_is_no_block_is_one_line(tmp_path):
+def test_a_stage_block_of_another_type_is_an_error(tmp_path):
     for argv, text in ((["--inference.model", "x"], ""), ([], "inference: {model: x}")):
         with pytest.raises(UserError, match="inference.model"):
             load(argv, text, tmp_path, INFER, "inference")
 
 
-def test_short_flags_belong_to_who_owns_their_section():
+def test_short_flags_depend_on_the_sections_of_the_script():
     config = load("--data a.txt b.jsonl --out o --epochs 2 --batch-size 3 --grad_accum 4 --max-length 5".split())
     assert (config.data.train, config.output.dir, config.training.epochs) == (["a.txt", "b.jsonl"], "o", 2.0)
     assert (config.training.batch_size, config.training.grad_accum, config.training.max_length) == (3, 4, 5)
-    infer = load(["--seed", "7", "--batch-size", "2"], script=INFER, own="inference")
+    infer = load(["--seed", "7", "--batch-size", "2"], script=INFER, stage="inference")
     assert (infer.inference.seed, infer.inference.batch_size) == (7, 2)
     for flag in ("--epochs", "--grad-accum", "--learning-rate", "--max-length", "--max-steps", "--out"):
         with pytest.raises(UserError, match=flag[2:].replace("-", "_")):
-            load([flag, "1"], script=INFER, own="inference")
+            load([flag, "1"], script=INFER, stage="inference")
 
 
-def test_files_lie_one_over_the_other(tmp_path):
+def test_later_config_files_override_earlier_files(tmp_path):
     for name, text in (("a", "model: {preset: llama-225k, hidden_size: 64}\ntraining: {max_steps: 7, max_length: 48, seed: 1}"), ("b", "model: {name: some/folder}\ntraining: {epochs: 3, seed: 2}")):
         (tmp_path / f"{name}.yaml").write_text(text)
     config = load(["--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml", "--seed", "3"])
@@ -349,65 +349,65 @@ def test_files_lie_one_over_the_other(tmp_path):
     assert (config.training.epochs, config.training.max_steps, config.training.max_length, config.training.seed) == (3.0, None, 48, 3)
     (tmp_path / "a.yaml").write_text("training: {epochs: 7}\ninference: {seed: 1, model: {name: one}}")
     (tmp_path / "b.yaml").write_text("model: {name: two}")
-    assert load(["--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml"], script=INFER, own="inference").model.name == "two"
+    assert load(["--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml"], script=INFER, stage="inference").model.name == "two"
     (tmp_path / "a.yaml").write_text("training: {learing_rate: 1}")
     with pytest.raises(UserError, match=r"a\.yaml: training.learing_rate: unknown key; nearest is 'learning_rate'"):
         load(["--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml"])
 
 
-def test_a_repeated_flag_adds_to_a_list_and_is_refused_elsewhere():
+def test_a_repeated_flag_extends_a_list_and_is_otherwise_an_error():
     assert load(["--data", "a.txt", "--data", "b.txt", "c.txt"]).data.train == ["a.txt", "b.txt", "c.txt"]
     assert load(["--data.weights", "[1]", "--data.weights", "2"]).data.weights == [1.0, 2.0]
     for argv in (["--seed", "1", "--seed", "2"], ["--lr", "1", "--learning-rate", "1"], ["--resume", "a", "--resume", "b"]):
         with pytest.raises(UserError, match="given more than once; give it once"):
             load(argv)
     with pytest.raises(UserError, match="--prompt: given more than once"):
-        load(["--prompt", "a", "--prompt", "b"], script=INFER, own="inference")
+        load(["--prompt", "a", "--prompt", "b"], script=INFER, stage="inference")
 
 
-def test_values_as_people_write_them(tmp_path):
-    def answer(*argv):
-        return load(argv, script=INFER, own="inference")
+def test_common_spellings_of_values(tmp_path):
+    def infer(*argv):
+        return load(argv, script=INFER, stage="inference")
 
     for text in ("no", "No", "off", "false", '"no"'):
         assert load(text=f"training: {{mixed_precision: {text}}}", folder=tmp_path).training.mixed_precision == "no"
     for words, stop in ((["[INST]"], ["[INST]"]), (['["[INST]", "b"]'], ["[INST]", "b"]), (["a", "[INST]"], ["a", "[INST]"]), (["a, b"], ["a, b"])):
-        assert answer("--stop", *words).inference.stop == stop
+        assert infer("--stop", *words).inference.stop == stop
     for prompt in ("-h", "--help", "--config", "-1"):
-        assert answer("--prompt", prompt).actions.prompt == answer(f"--prompt={prompt}").actions.prompt == prompt
-    assert load(["--lora.target_modules", "[q_proj]"], script=SFT, own="sft").lora.target_modules == ["q_proj"]
-    assert load(["--task", "classify", "--class-weights", "{a: 2}"], script=SFT, own="sft").sft.class_weights == {"a": 2}
+        assert infer("--prompt", prompt).actions.prompt == infer(f"--prompt={prompt}").actions.prompt == prompt
+    assert load(["--lora.target_modules", "[q_proj]"], script=SFT, stage="sft").lora.target_modules == ["q_proj"]
+    assert load(["--task", "classify", "--class-weights", "{a: 2}"], script=SFT, stage="sft").sft.class_weights == {"a": 2}
 
 
-def test_what_has_no_effect_is_refused_and_not_shown(capsys):
-    for script, own, argv, message in ((RL, "rl", ["--lam", "0.9"], "rl.lam: has no effect with rl.method dpo .only with ppo."),
-                                       (SFT, "sft", ["--class-weights", "balanced"], "sft.class_weights: has no effect with sft.task chat"),
-                                       (DISTILL, "distill", ["--hidden-weight", "2"], "distill.hidden_weight: has no effect with distill.method logits")):
+def test_settings_without_effect_are_errors_and_not_in_the_help(capsys):
+    for script, stage, argv, message in ((RL, "rl", ["--lam", "0.9"], "rl.lam: has no effect with rl.method dpo .only with ppo."),
+                                         (SFT, "sft", ["--class-weights", "balanced"], "sft.class_weights: has no effect with sft.task chat"),
+                                         (DISTILL, "distill", ["--hidden-weight", "2"], "distill.hidden_weight: has no effect with distill.method logits")):
         with pytest.raises(UserError, match=message):
-            load(argv, script=script, own=own)
+            load(argv, script=script, stage=stage)
     with pytest.raises(UserError, match="model.v_head_dim: has no effect without model.kv_lora_rank"):
         MODEL.preset_config("llama-1m", v_head_dim=8)
     pages = {}
     for method in ("dpo", "ppo"):
         with pytest.raises(SystemExit):
-            load(["--help", "--method", method] if method == "dpo" else ["--method", method, "--help"], script=RL, own="rl")
+            load(["--help", "--method", method] if method == "dpo" else ["--method", method, "--help"], script=RL, stage="rl")
         pages[method] = capsys.readouterr().out
     assert "label_smoothing" in pages["dpo"] and "\n  lam " not in pages["dpo"] and "\n  lam " in pages["ppo"] and "label_smoothing" not in pages["ppo"]
 
 
-@pytest.mark.parametrize("script, own, shown", [(TRAIN, "training", {"epochs": "2.5"}), (SFT, "sft", {"epochs": "5.0", "batch_size": "8", "dir": "./out/sft"}),
-                                                (RL, "rl", {"max_steps": "100", "epochs": "null", "name": "./out/sft"}), (DISTILL, "distill", {"preset": "llama-225k"}),
-                                                (INFER, "inference", {"name": "./out"}), (QUANT, "quantization", {"name": "./out"})])
-def test_help_shows_what_the_script_will_use(script, own, shown, capsys):
+@pytest.mark.parametrize("script, stage, shown", [(TRAIN, "training", {"epochs": "2.5"}), (SFT, "sft", {"epochs": "5.0", "batch_size": "8", "dir": "./out/sft"}),
+                                                  (RL, "rl", {"max_steps": "100", "epochs": "null", "name": "./out/sft"}), (DISTILL, "distill", {"preset": "llama-225k"}),
+                                                  (INFER, "inference", {"name": "./out"}), (QUANT, "quantization", {"name": "./out"})])
+def test_help_shows_the_values_in_use(script, stage, shown, capsys):
     def page(*argv):
         with pytest.raises(SystemExit) as stop:
-            MODEL.load_config(list(argv), script.SECTIONS, own, getattr(script, "ACTIONS", {}), script.__doc__)
+            MODEL.load_config(list(argv), script.SECTIONS, stage, getattr(script, "ACTIONS", {}), script.__doc__)
         assert not stop.value.code
         return capsys.readouterr().out
 
     first = page("--config", str(ROOT / "config.yaml"), "--help")
     assert len(first.splitlines()) <= 60
-    assert re.findall(r"^(\w+):$", first, re.M)[0] == own
+    assert re.findall(r"^(\w+):$", first, re.M)[0] == stage
     for key, value in shown.items():
         assert re.search(rf"^  {key} +{re.escape(value)} ", first, re.M), key
     assert "initializer_range" not in first and "initializer_range" in page("--help", "model") and "--seed" not in page("--help", "model")
@@ -417,32 +417,32 @@ def test_help_shows_what_the_script_will_use(script, own, shown, capsys):
 
 
 def test_errors_name_the_file_that_set_the_value(tmp_path, capsys):
-    (tmp_path / "own.yaml").write_text("data: {train: nowhere.txt}\nmodel: {preset: llama-225k}\nsft: {model: {name: nowhere}}\n")
-    for main, said in ((TRAIN.main, "(set in {})"), (SFT.main, "(set in {}: sft)")):
+    (tmp_path / "settings.yaml").write_text("data: {train: nowhere.txt}\nmodel: {preset: llama-225k}\nsft: {model: {name: nowhere}}\n")
+    for main, origin in ((TRAIN.main, "(set in {})"), (SFT.main, "(set in {}: sft)")):
         with pytest.raises(SystemExit):
-            MODEL.run_main(main, ["--config", str(tmp_path / "own.yaml"), "--out", str(tmp_path / "out")])
-        assert said.format(tmp_path / "own.yaml") in capsys.readouterr().err.splitlines()[-1]
-    MODEL.load_config(["--config", str(tmp_path / "own.yaml")], SFT.SECTIONS, "sft")
+            MODEL.run_main(main, ["--config", str(tmp_path / "settings.yaml"), "--out", str(tmp_path / "out")])
+        assert origin.format(tmp_path / "settings.yaml") in capsys.readouterr().err.splitlines()[-1]
+    MODEL.load_config(["--config", str(tmp_path / "settings.yaml")], SFT.SECTIONS, "sft")
     assert load(["--model.eos_token_id", "2"]).model.eos_token_id == 2
-    MODEL.load_config(["--config", str(tmp_path / "own.yaml"), "--data", "x"], TRAIN.SECTIONS, "training")
-    assert "data.train" not in MODEL.ORIGINS and "model.preset" in MODEL.ORIGINS  # the flag's, not the file's
-    MODEL.load_config(["--config", str(tmp_path / "own.yaml")], SFT.SECTIONS, "sft")
-    assert MODEL.ORIGINS["data.train"] == f"set in {tmp_path / 'own.yaml'}; sft.data.train overrides it for sft"
+    MODEL.load_config(["--config", str(tmp_path / "settings.yaml"), "--data", "x"], TRAIN.SECTIONS, "training")
+    assert "data.train" not in MODEL.ORIGINS and "model.preset" in MODEL.ORIGINS  # set by the flag, not by the file
+    MODEL.load_config(["--config", str(tmp_path / "settings.yaml")], SFT.SECTIONS, "sft")
+    assert MODEL.ORIGINS["data.train"] == f"set in {tmp_path / 'settings.yaml'}; sft.data.train overrides it for sft"
 
 
-def test_what_a_newcomer_meets_names_the_next_step(tmp_path, monkeypatch):
+def test_errors_of_new_users_name_the_next_step(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("a line")
-    (tmp_path / "talk.jsonl").write_text('{"messages": []}')
+    (tmp_path / "conversations.jsonl").write_text('{"messages": []}')
     (tmp_path / "judge.py").write_text("def kind(completions): ...\ndef short(completions): ...")
-    for main, argv, said in ((SFT.main, [], "model.name: ./out contains no finished model; train it first: python TRAIN.py"),
-                             (RL.main, [], "model.name: ./out/sft contains no finished model; train it first: python SFT.py"),
-                             (DISTILL.main, [], "distill.teacher: ./out contains no finished model; train it first: python TRAIN.py"),
-                             (INFER.main, ["--prompt", "x"], "model.name: ./out contains no finished model; train it first: python TRAIN.py"),
-                             (SFT.main, ["--model", "llama-1m"], "'llama-1m' is a preset without trained weights; train it first: python TRAIN.py --preset llama-1m"),
-                             (MODEL.main, ["--out", "x"], "--out: 'output' is a section of another script"),
-                             (TRAIN.main, ["--data", "talk.jsonl"], "conversations are for SFT.py")):
-        with pytest.raises(UserError, match=re.escape(said)):
+    for main, argv, message in ((SFT.main, [], "model.name: ./out contains no finished model; train it first: python TRAIN.py"),
+                                (RL.main, [], "model.name: ./out/sft contains no finished model; train it first: python SFT.py"),
+                                (DISTILL.main, [], "distill.teacher: ./out contains no finished model; train it first: python TRAIN.py"),
+                                (INFER.main, ["--prompt", "x"], "model.name: ./out contains no finished model; train it first: python TRAIN.py"),
+                                (SFT.main, ["--model", "llama-1m"], "'llama-1m' is a preset without trained weights; train it first: python TRAIN.py --preset llama-1m"),
+                                (MODEL.main, ["--out", "x"], "--out: 'output' is a section of another script"),
+                                (TRAIN.main, ["--data", "conversations.jsonl"], "conversations are for SFT.py")):
+        with pytest.raises(UserError, match=re.escape(message)):
             main(argv)
     with pytest.raises(UserError, match="choose a function: judge.py:kind, judge.py:short"):
         RL.Judges.find("judge.py", None, "cpu")
@@ -450,7 +450,7 @@ def test_what_a_newcomer_meets_names_the_next_step(tmp_path, monkeypatch):
         next(TOKENIZER.read_records(tmp_path / "notes.txt"))
 
 
-def test_a_mistake_is_one_line_and_status_2(capsys):
+def test_an_error_is_one_line_with_exit_status_2(capsys):
     with pytest.raises(SystemExit) as stop:
         MODEL.run_main(TRAIN.main, ["--training.epoch", "1"])
     captured = capsys.readouterr()
@@ -462,7 +462,7 @@ def test_a_mistake_is_one_line_and_status_2(capsys):
 HIDDEN = """
 import json, os, sys
 for name in ("accelerate", "peft", "bitsandbytes", "matplotlib", "pyarrow"):
-    sys.modules[name] = None  # an import of it fails as if it were not installed
+    sys.modules[name] = None  # its import fails as if it were not installed
 import INFER, MODEL, TRAIN
 argv = json.loads(sys.argv[1])
 def error(call, *args):
@@ -480,7 +480,7 @@ error(TRAIN.main, [*argv, "--out", "d"])
 """
 
 
-def test_missing_packages_are_missed_only_by_what_uses_them(tmp_path):
+def test_missing_packages_are_errors_only_where_they_are_used(tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(make_text(60)))
     (tmp_path / "table.parquet").write_bytes(b"PAR1")
     done = python(HIDDEN, tmp_path, json.dumps(in_file(tmp_path / "usual.yaml", [*TINY, "--data", "text.txt", "--data.dir", "ids"], TRAIN, "training")))
@@ -490,8 +490,8 @@ def test_missing_packages_are_missed_only_by_what_uses_them(tmp_path):
     errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     expected = (["adamw_8bit", "pip install bitsandbytes"], ["parquet", "pip install pyarrow"],
                 ["tensorboard", "pip install accelerate"], ["several processes", "pip install accelerate"])
-    for line, words in zip(errors, expected, strict=True):
-        assert all(word in line for word in words), line
+    for line, parts in zip(errors, expected, strict=True):
+        assert all(part in line for part in parts), line
 
 
 def copied(folder: Path, *names: str) -> Path:
@@ -506,9 +506,9 @@ def script(folder: Path, name: str, *argv) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
 
 
-def test_the_first_three_files_alone_generate(tmp_path, model_folder):
-    shutil.copy(ROOT / "config.yaml", tmp_path / "config.yaml")  # the whole file: sections of other scripts are passed over
-    done = script(copied(tmp_path, *HOUSE[:3]), "INFER", "--model", model_folder, "--prompt", "The red", "--max-new-tokens", 5,
+def test_a_copy_of_the_first_three_files_generates(tmp_path, model_folder):
+    shutil.copy(ROOT / "config.yaml", tmp_path / "config.yaml")  # sections of other scripts are ignored
+    done = script(copied(tmp_path, *FILES[:3]), "INFER", "--model", model_folder, "--prompt", "The red", "--max-new-tokens", 5,
                   "--temperature", 0, "--model.device", "cpu")
     assert done.returncode == 0, done.stderr
     tokenizer = TOKENIZER.load(model_folder)
@@ -517,9 +517,9 @@ def test_the_first_three_files_alone_generate(tmp_path, model_folder):
     assert done.stdout == expected.text + "\n"
 
 
-def test_the_first_four_files_alone_train(tmp_path):
+def test_a_copy_of_the_first_four_files_trains(tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(make_text(60)))
-    done = script(copied(tmp_path, *HOUSE[:4]), "TRAIN", *TINY, "--data", "text.txt", "--data.dir", "ids")
+    done = script(copied(tmp_path, *FILES[:4]), "TRAIN", *TINY, "--data", "text.txt", "--data.dir", "ids")
     assert done.returncode == 0 and done.stdout == "", done.stderr
     assert {"model.safetensors", "tokenizer.json", "result.json", "log.jsonl"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
@@ -532,7 +532,7 @@ def instructions(name: str) -> list[str]:
 
 
 def settings(command: list[str], capsys) -> dict:
-    """The settings that a command of a container would run with."""
+    """The settings of a command in a container."""
     python, name, *argv = command
     assert python == "python"
     with pytest.raises(SystemExit) as stop:
@@ -541,15 +541,15 @@ def settings(command: list[str], capsys) -> dict:
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def test_the_image_installs_what_is_listed_and_runs_as_a_user():
+def test_the_image_installs_the_requirements_and_runs_as_a_user():
     runs, values = " ".join(instructions("RUN")), dict(argument.split("=") for argument in instructions("ARG"))
     listed = set(re.findall(r"-r (\S+)", runs))
     assert listed == {"requirements.txt", "requirements-extras.txt"} and all((ROOT / name).exists() for name in listed)
     assert instructions("USER") == ["$UID:$GID"] and int(values["UID"]) > 0 and values["TORCH"] == "cpu"
-    assert "non-unique" not in runs.partition("useradd")[2]  # so UID=0 is refused
+    assert "non-unique" not in runs.partition("useradd")[2]  # so that UID=0 is an error
 
 
-def test_the_containers_run_what_the_scripts_understand(capsys):
+def test_the_commands_of_the_containers_are_valid(capsys):
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     gpu = yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text())["services"]
     assert set(services) == set(gpu) == {"dev", "train", "serve"} and services["dev"]["command"] == ["bash"]
@@ -573,7 +573,7 @@ def test_hadolint_accepts_the_dockerfile():
 # ---------------------------------------------------------------------------------------------------------- data
 
 
-def test_the_shipped_data_is_what_its_program_makes():
+def test_the_bundled_data_is_the_output_of_make_py():
     done = subprocess.run([sys.executable, str(ROOT / "data" / "make.py"), "--check"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -593,22 +593,22 @@ def test_no_held_out_question_is_in_the_training_text(make):
     shown = {item.question for item in make.questions("train")}
     assert len(held) >= 500 and not held & shown
     texts = [json.loads(line)["text"] for line in (ROOT / "data" / "train.jsonl").read_text().splitlines()]
-    # Each question ends at its first question mark; a document holds one question a line.
-    asked = {line[: line.index("?") + 1] for text in texts for line in text.split("\n") if "?" in line}
-    assert len(asked & shown) > 1000 and not asked & held
-    talks = [json.loads(line)["messages"] for line in (ROOT / "data" / "chat.jsonl").read_text().splitlines()]
-    said = [message["content"] for talk in talks for message in talk]
-    assert len(shown & set(said)) == len(shown) and {len(talk) for talk in talks} == {2, 4, 6}
+    # A question ends at its first question mark; a document has one question per line.
+    questions = {line[: line.index("?") + 1] for text in texts for line in text.split("\n") if "?" in line}
+    assert len(questions & shown) > 1000 and not questions & held
+    conversations = [json.loads(line)["messages"] for line in (ROOT / "data" / "chat.jsonl").read_text().splitlines()]
+    contents = [message["content"] for messages in conversations for message in messages]
+    assert len(shown & set(contents)) == len(shown) and {len(messages) for messages in conversations} == {2, 4, 6}
     tests = [json.loads(line) for line in (ROOT / "data" / "chat_test.jsonl").read_text().splitlines()]
     assert {test["messages"][0]["content"] for test in tests} == held
     assert all(test["answer"] in test["messages"][1]["content"] for test in tests)
-    everything = "\n".join(texts) + "\n".join(said) + (ROOT / "data" / "train.txt").read_text() + (ROOT / "data" / "notes.tsv").read_text()
+    everything = "\n".join(texts) + "\n".join(contents) + (ROOT / "data" / "train.txt").read_text() + (ROOT / "data" / "notes.tsv").read_text()
     starts = {question[:12] for question in held}
     windows = {everything[i : i + 12] for i in range(len(everything) - 11)}
     assert not [q for q in held if q[:12] in windows and q in everything] and starts
 
 
-def test_the_shipped_data_is_small():
+def test_the_bundled_data_is_small():
     shipped = [path for path in (ROOT / "data").iterdir() if path.is_file() and not path.name.endswith(("_ids.bin", "_ids.json", MODEL.CHECKSUMS))]
     assert {"train.txt", "train.jsonl", "chat.jsonl", "chat_test.jsonl", "notes.tsv", "make.py"} <= {path.name for path in shipped}
     assert sum(path.stat().st_size for path in shipped) <= 5_500_000
@@ -621,21 +621,21 @@ def test_the_notes_have_five_labels():
     assert set(labels) == {"invitation", "thanks", "apology", "request", "news"} and min(map(labels.count, set(labels))) > 200
 
 
-def test_the_readme_names_the_test_command_that_runs():
+def test_the_readme_has_the_test_command_of_the_ci():
     readme, ci = ROOT / "README.md", ROOT / ".ci" / "run"
     if not (readme.exists() and ci.exists()):
-        pytest.skip("README.md and .ci/run are not both there")
+        pytest.skip("README.md or .ci/run does not exist")
     commands = [re.search(r"python3? -m pytest[^\n`#|&;]*", path.read_text()) for path in (readme, ci)]
     assert all(commands), "no test command"
     assert commands[0][0].strip() == commands[1][0].strip()
 
 
-PROMISED = re.compile(r'^(echo "([^"]+)" \| python (INFER\.py --model out/sft .*?)) +# (.+)$', re.M)
+EXAMPLES = re.compile(r'^(echo "([^"]+)" \| python (INFER\.py --model out/sft .*?)) +# (.+)$', re.M)
 
 
-def test_answers_that_the_readme_promises_are_right_and_greedy(make):
-    """Sampled answers differ from call to call, so none is promised."""
-    found = PROMISED.findall((ROOT / "README.md").read_text())
+def test_answers_in_the_readme_are_correct_and_greedy(make):
+    """The README shows only greedy answers, because sampled answers differ between calls."""
+    found = EXAMPLES.findall((ROOT / "README.md").read_text())
     assert found
     for _, question, command, answer in found:
         assert "--temperature 0" in command
@@ -644,30 +644,30 @@ def test_answers_that_the_readme_promises_are_right_and_greedy(make):
 
 
 @pytest.mark.skipif("DEFAULT_RUNS" not in os.environ, reason="DEFAULT_RUNS=1 trains the default models first, in about ten minutes")
-def test_the_default_runs_give_the_answers_that_the_readme_promises(tmp_path):
+def test_the_default_runs_give_the_answers_in_the_readme(tmp_path):
     shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*.bin"))
     for path in (*ROOT.glob("[A-Z]*.py"), ROOT / "config.yaml"):
         shutil.copy(path, tmp_path / path.name)
     for name in ("TRAIN", "SFT"):
         subprocess.run([sys.executable, f"{name}.py", "--config", "config.yaml"], cwd=tmp_path, check=True)
-    for command, _, _, answer in PROMISED.findall((ROOT / "README.md").read_text()):
+    for command, _, _, answer in EXAMPLES.findall((ROOT / "README.md").read_text()):
         assert subprocess.run(["sh", "-c", command.replace("python", sys.executable)], cwd=tmp_path, capture_output=True, text=True).stdout.strip() == answer
 
 
-def test_every_step_of_a_worked_answer_is_right(make):
-    asked = [item for split in ("train", "test") for item in make.questions(split) if item.kind in ("sums", "differences", "sequences")]
-    steps = [step for item in asked for step in re.findall(r"(\d+) (plus|minus) (\d+) is (-?\d+)", item.sentence)]
+def test_every_step_of_a_worked_answer_is_correct(make):
+    items = [item for split in ("train", "test") for item in make.questions(split) if item.kind in ("sums", "differences", "sequences")]
+    steps = [step for item in items for step in re.findall(r"(\d+) (plus|minus) (\d+) is (-?\d+)", item.sentence)]
     assert all(int(result) == (int(a) + int(b) if word == "plus" else int(a) - int(b)) >= 0 for a, word, b, result in steps)
-    assert len(steps) > 2 * len(asked) and all(item.sentence.endswith(f" is {item.answer}.") for item in asked)
+    assert len(steps) > 2 * len(items) and all(item.sentence.endswith(f" is {item.answer}.") for item in items)
 
 
-def test_prompts_and_preferences_are_right_and_held_out(make):
+def test_prompts_and_preferences_are_correct_and_held_out(make):
     def read(name):
         return [json.loads(line) for line in (ROOT / "data" / name).read_text().splitlines()]
 
-    asked = {name: read(name) for name in ("prompts.jsonl", "prompts_test.jsonl")}
+    prompts = {name: read(name) for name in ("prompts.jsonl", "prompts_test.jsonl")}
     shown = {item.question for item in make.questions("train")}
-    for name, records in asked.items():
+    for name, records in prompts.items():
         for record in records:
             a, b = map(int, re.findall(r"\d+", record["prompt"]))
             plus = "plus" in record["prompt"]
@@ -675,10 +675,10 @@ def test_prompts_and_preferences_are_right_and_held_out(make):
             plain = f"What is {a} {'plus' if plus else 'minus'} {b}?"
             assert make.is_held_out(plain) == (name == "prompts_test.jsonl") and not (plain in shown and name == "prompts_test.jsonl")
     pairs = {name: read(name) for name in ("preferences.jsonl", "preferences_test.jsonl")}
-    assert min(len(asked["prompts_test.jsonl"]), len(pairs["preferences_test.jsonl"])) == 500
-    for kind in (asked, pairs):
+    assert min(len(prompts["prompts_test.jsonl"]), len(pairs["preferences_test.jsonl"])) == 500
+    for kind in (prompts, pairs):
         train, test = ({record["prompt"] for record in records} for records in kind.values())
         assert not train & test and len(test) == 500
     for record in pairs["preferences.jsonl"] + pairs["preferences_test.jsonl"]:
-        when = re.compile(r"One \w+|On |Early on |It was ")
-        assert when.match(record["chosen"]) is None and record["chosen"] != record["rejected"]
+        time_phrase = re.compile(r"One \w+|On |Early on |It was ")
+        assert time_phrase.match(record["chosen"]) is None and record["chosen"] != record["rejected"]
