@@ -1,7 +1,7 @@
 """QUANT.py: quantization and export to other formats.
 
 Read in this order: rounding (`quantize_groups`), the layer (`QuantizedLinear`), methods that use calibration text (`gptq`, `awq`,
-`smoothquant`), the pass through the layers that calibrates them (`calibrate`), `quantize`, and quantization-aware training
+`smoothquant`), the pass through the layers that calibrates them (`layer_by_layer`), `quantize`, and quantization-aware training
 (`fake_quantize`). Below the banner: bitsandbytes, quantized folders, the exports (GGUF; ONNX, OpenVINO and torch's formats), the
 comparison of methods, the command line.
 

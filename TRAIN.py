@@ -98,7 +98,7 @@ class TrainingSection:
 # ------------------------------------------------------------------------------------- schedule and optimizers
 
 
-def learning_rate_factor(kind: str, step: int, progress: float, warmup: float, floor=0.0, decay_share=0.2) -> float:
+def learning_rate_factor(kind: str, step: int, progress: float, warmup: float, floor=0.0, decay_share=0.5) -> float:
     """Learning rate / peak learning rate after `progress` (0 to 1) of the run. `warmup`: steps, or below 1 a fraction of it."""
     start = 1.0 if not warmup else (step + 1) / warmup if warmup >= 1 else progress / warmup + 1e-3
     if start < 1:
@@ -361,6 +361,7 @@ class Trainer:
         self.stop_signal = 0
         self.last_saved: Path | None = None
         self.outdated: list[Path] = []  # checkpoints after the resumed step; the next save removes them
+        Path(out).mkdir(parents=True, exist_ok=True)
         self.log = Log(out, self.main, accelerator)
 
     # -- before the first step

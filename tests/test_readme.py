@@ -166,6 +166,8 @@ def test_the_records_of_the_readme_are_read(workshop):
     [block] = re.findall(r"^```json\n(.*?)^```", README, re.M | re.S)
     lines = block.splitlines()
     assert len(lines) == 8
+    for program in ("TRAIN.py", "SFT.py"):
+        run(f"python {program} --resume auto", workshop)
     for line in lines:
         record = json.loads(line)
         (workshop / "record.jsonl").write_text(line + "\n")

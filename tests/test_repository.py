@@ -630,7 +630,7 @@ def test_the_readme_has_the_test_command_of_the_ci():
     assert commands[0][0].strip() == commands[1][0].strip()
 
 
-EXAMPLES = re.compile(r'^(echo "([^"]+)" \| python (INFER\.py --model out/sft .*?)) +# (.+)$', re.M)
+EXAMPLES = re.compile(r'^(echo "([^"]+)" \| python (INFER\.py --model out/sft .*?))\n# (.+)$', re.M)
 
 
 def test_answers_in_the_readme_are_correct_and_greedy(make):
