@@ -222,7 +222,7 @@ def hidden_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def hidden_states(teacher: MODEL.LanguageModel, batch: dict, every_layer: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """(last hidden states (B, T, C); with `every_layer` those of all layers, in Hugging Face's order)."""
+    """(last hidden states (B, T, C); with `every_layer` the states of all layers, in Hugging Face's order)."""
     last, states, _ = teacher.backbone(batch["input_ids"], batch["positions"], None, batch["segment_ids"], None, every_layer)
     return last, states
 
@@ -387,7 +387,7 @@ class Unfinished:
         TRAIN.barrier()
 
     def blocks(self, total: int, size: int, unit: str) -> Iterator[range]:
-        """The remaining items in blocks. A block counts as done when the next one is requested."""
+        """The remaining items in blocks. A block counts as done when the next block is requested."""
         line, first, start, shown = TRAIN.StatusLine(), self.done, time.perf_counter(), 0.0
         while self.done < total:
             yield range(self.done, min(self.done + size, total))
@@ -964,8 +964,7 @@ def read_prompts(config, teacher: Teacher) -> list[RL.Prompt]:
 
 
 def best(samples: list[RL.Sample], settings: DistillSection) -> list[RL.Sample]:
-    """Select from the completions of a prompt: all that ended, without duplicates; with reward functions only the best one, if
-    it reaches the threshold."""
+    """Select a prompt's completions that ended, without duplicates; with reward functions, the best above the threshold."""
     ended = list({sample.text: sample for sample in samples if sample.finish != "length" and sample.text.strip()}.values())
     if not settings.reward_funcs:
         return ended

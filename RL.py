@@ -84,15 +84,15 @@ ppo_knob = partial(knob, only=("method", "ppo"))
 class RLSection:
     method: str = knob("dpo", "training method: reward, dpo, orpo, simpo, kto, ppo, grpo or rloo", (*OFFLINE, *ON_POLICY),
                        often=True)
-    beta: float | None = knob(None, "KL penalty coefficient; 0 is off; null is 0.1 for dpo, kto and orpo "
+    beta: float | None = knob(None, "KL penalty coefficient (0: off, null: the method's default); 0.1 for dpo, kto and orpo "
                                     "(odds-ratio weight), 0.5 for loss_type ipo, 5 for sigmoid_norm, 2 for simpo (reward scale), "
                                     "0.05 for ppo and rloo, 0.04 for grpo", low=0,
                               only=("method", *OFFLINE[1:], *ON_POLICY), often=True)
-    loss_type: str = knob("auto", "loss of dpo (sigmoid, hinge, ipo, robust, sigmoid_norm) or grpo (dapo, grpo, dr_grpo, cispo); "
+    loss_type: str = knob("auto", "loss: sigmoid, hinge, ipo, robust, sigmoid_norm (dpo), dapo, grpo, dr_grpo, cispo (grpo); "
                                   "auto is the first, or grpo with importance_sampling_level sequence", often=True)
     label_smoothing: float = knob(0.0, "dpo: assumed fraction of pairs with swapped labels; robust requires it", low=0, below=0.5,
                                   only=("method", "dpo"), often=True)
-    rpo_alpha: float | None = knob(None, "weight of the chosen completion's negative log-likelihood (Pang 2024); null is 1",
+    rpo_alpha: float | None = knob(None, "weight of the chosen completion's negative log-likelihood (Pang 2024), 1 if null",
                                    low=0, only=("method", *WITH_NLL), often=True)
     simpo_gamma: float = knob(0.5, "simpo: target reward margin", only=("method", "simpo"), often=True)
     desirable_weight: float = knob(1.0, "kto: weight of desirable completions", low=0, only=("method", "kto"), often=True)
@@ -101,18 +101,18 @@ class RLSection:
                                              only=("method", "reward"), often=True)
     columns: dict | None = knob(None, "column mapping: {prompt: my_column, chosen: another}", often=True)
     system: str | None = knob(None, "system message for prompts without one", often=True)
-    ref_model: str | None = knob(None, "reference policy: a folder; null is the initial model",
+    ref_model: str | None = knob(None, "reference policy: a folder, or null for the initial model",
                                  only=("method", "dpo", "kto", *ON_POLICY), often=True)
     reward_funcs: list[str] = rollout_knob(
         ["exact_answer"], "ppo, grpo, rloo: reward functions, such as length:60, judge.py:function, out/reward; built-in: "
         f"{', '.join(REWARDS)}; rewards are summed with their weights", often=True)
-    reward_weights: list[float] | None = rollout_knob(None, "weight of each reward function; null is 1 for all")
+    reward_weights: list[float] | None = rollout_knob(None, "weight of each reward function (null: 1 for all)")
     tools: list[str] = rollout_knob([], "ppo, grpo, rloo: functions that completions may call, as file.py:function", often=True)
     max_turns: int = knob(4, "with rl.tools: maximum number of assistant turns per completion", low=1, only="tools", often=True)
     tool_timeout: float = knob(10.0, "with rl.tools: maximum seconds per call", above=0, only="tools")
     rollout_size: int = rollout_knob(256, "ppo, grpo, rloo: completions per rollout, over all prompts and processes; a multiple "
                                           "of the optimizer step", low=1, often=True)
-    num_generations: int | None = rollout_knob(None, "completions per prompt; null is 8, for ppo 1", low=1, often=True)
+    num_generations: int | None = rollout_knob(None, "completions per prompt (null: 8, for ppo 1)", low=1, often=True)
     max_completion_length: int = rollout_knob(64, "ppo, grpo, rloo: maximum tokens per completion, including tool results",
                                               low=1, often=True)
     temperature: float = rollout_knob(1.0, "ppo, grpo, rloo: sampling temperature of the rollouts", low=1e-3, often=True)
@@ -126,7 +126,7 @@ class RLSection:
     importance_sampling_level: str = knob("token", "grpo: ratio per token, or its geometric mean per sequence (GSPO)",
                                           ("token", "sequence"), only=("method", "grpo"))
     importance_sampling_clip_max: float | None = rollout_knob(
-        None, "cap of the training/sampling probability ratio that weights the loss (TRL: 3); null is off", above=0)
+        None, "cap on the training/sampling probability ratio that weights the loss (TRL: 3); null is off", above=0)
     dynamic_sampling: int = knob(0, "extra draws per rollout, to replace prompts whose rewards are all equal (DAPO); 0 is off",
                                  low=0, only=("method", "grpo", "rloo"))
     scale_rewards: str = knob("group", "grpo: divide advantages by the standard deviation of the group or batch, or not at all",
@@ -139,7 +139,7 @@ class RLSection:
                           often=True)
     cliprange_value: float = ppo_knob(0.2, "ppo: clip range of the value function", low=0)
     vf_coef: float = ppo_knob(0.1, "ppo: weight of the value loss", low=0, often=True)
-    kept: str | None = knob("auto", "questions that measure forgetting; auto is the bundled file, with bundled data; null is off",
+    kept: str | None = knob("auto", "questions to measure forgetting: a file, null, or auto (bundled file with bundled data)",
                             only=("method", "dpo", "kto", "orpo", "simpo", *ON_POLICY), often=True)
     eval_prompts: int = rollout_knob(1000, "held-out prompts to answer greedily in each validation; 0 is off", low=0,
                                      often=True)
@@ -1136,7 +1136,7 @@ def repeat_last(example: Example, pad: int | None = None) -> Example:
 
 
 def mismatched(pairs: list[Pair], seed: int, length: int) -> list[Pair]:
-    """Each prompt with the completion of another prompt, for the KL of KTO: of the next one in a random order, cyclically."""
+    """Each prompt with the completion of the next, different prompt in a random cyclic order, for the KL of KTO."""
     order = np.random.default_rng([seed, 4]).permutation(len(pairs))
     found: list = [None] * len(pairs)
     for rank, i in enumerate(order):
