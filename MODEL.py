@@ -4057,7 +4057,7 @@ def run_main(main: Callable, argv: list[str] | None = None) -> None:
     except UserError as error:
         key = re.match(r"\w+\.\w+(?=:)", str(error))
         origin = f" ({ORIGINS[key[0]]})" if key and key[0] in ORIGINS else ""
-        print(f"error: {error}{origin}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(str(error).splitlines())}{origin}", file=sys.stderr, flush=True)  # values may have line ends
         raise SystemExit(2) from None
     except BrokenPipeError:  # the reader has closed the pipe (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,7 @@
 """Reliability: a run that is killed, a full disk, damaged files and hostile input cost nothing that was saved and are reported in one line."""
 
 import contextlib
+import csv
 import errno
 import io
 import itertools
@@ -14,14 +15,18 @@ import shutil
 import signal
 import subprocess
 import time
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
+import hypothesis
 import pytest
 import torch
 from conftest import ROOT, launch, make_text, mounted
+from hypothesis import strategies
 
 import DISTILL
 import INFER
@@ -31,6 +36,7 @@ import RL
 import SFT
 import TOKENIZER
 import TRAIN
+from MODEL import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,6 +103,13 @@ class Shop:
         folder.mkdir()
         return folder
 
+    def clean(self) -> None:
+        """Remove the folders of past cases."""
+        kept = {path.name for path in self.runs.values()}
+        for folder in self.folder.iterdir():
+            if folder.name.isdigit() and folder.name not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
     def words(self, stage: str, out: Path, ids: Path | None = None) -> list[str]:
         names = {"shop": self.folder, "base": self.base, "out": out, "ids": ids or out.parent / "ids"}
         return [word.format(**names).strip("'") for word in re.findall(r"'[^']*'|\S+", STAGES[stage][1])]
@@ -142,11 +155,13 @@ def files_of(out: Path) -> dict:
     found = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
+        if not path.is_file() or name.startswith("ckpt-step-") or path.name in VARIED:
+            continue
         if path.name == "log.jsonl":
             found[name] = [{key: value for key, value in record.items() if key not in TIMES} for record in TRAIN.json_lines(path)]
         elif path.name == "tokenizer_config.json":  # which says whether it was loaded from a folder
             found[name] = {key: value for key, value in json.loads(path.read_text()).items() if "local" not in key}
-        elif path.is_file() and not name.startswith("ckpt-step-") and path.name not in VARIED:
+        else:
             found[name] = path.suffix == ".pt2" or path.read_bytes()  # an archive that contains its own name and times
     return found
 
@@ -204,6 +219,8 @@ def run(script, words: list) -> tuple[int, str]:
             status = 0
         except SystemExit as stop:
             status = stop.code
+        finally:
+            MODEL.QUIET = False  # of --quiet
     said = talk.getvalue().strip()
     assert status in (0, None) or status in (1, 2) and said.splitlines()[-1].startswith("error: "), (status, said)
     return status or 0, said.splitlines()[-1] if said else ""
@@ -411,7 +428,7 @@ def damaged_cache(shop: Shop, draw: random.Random, name: str | None = None, how:
     harm(path, how or draw.choice(HARMS), draw)
     status, line = run(DISTILL, [*(ROWS + "--model {base} --data {shop}/text.txt --cache-dir").format(base=shop.base, shop=shop.folder, ids=cache.parent / "ids").split(), cache,
                                  "--out", cache.parent / "run", "--teacher", shop.base])
-    assert status == 2 and re.search(f"({path.name}|{MODEL.CHECKSUMS}|cache.json).*(missing or damaged|not valid)|has (no|a) cache", line) and "cache" in line, line
+    assert status == 2 and (is_reported(path, line) or path.name == "cache.json" and re.search("cache.json.*not valid|has (no|a) cache", line)), line
 
 
 def test_a_damaged_cache_of_a_teacher_is_one_line(shop):
@@ -568,21 +585,6 @@ def test_clocks_that_jump_change_no_result(shop):
     jumps(shop, random.Random(1), "TRAIN")
 
 
-def jumps_in_service(shop: Shop, draw: random.Random) -> None:
-    """A request under jumping clocks is answered or times out; later requests are answered."""
-    body = {"prompt": "The red fox", "max_tokens": 4, "temperature": 0}
-    answer = shop.client.post("/v1/completions", json=body).json()["choices"]
-    with jumping_clocks(draw):
-        statuses = {shop.client.post("/v1/completions", json=body).status_code for _ in range(3)}
-    assert statuses <= {200, 408, 504}
-    found = shop.client.post("/v1/completions", json=body)
-    assert found.status_code == 200 and found.json()["choices"] == answer
-
-
-def test_clocks_that_jump_do_not_stop_the_server(shop):
-    jumps_in_service(shop, random.Random(0))
-
-
 # ------------------------------------------------------------------------------------------------- two at once
 
 
@@ -709,3 +711,192 @@ def hostile_template(shop: Shop, draw: random.Random, template: str | None = Non
 @pytest.mark.parametrize("template", TEMPLATES, ids=range(len(TEMPLATES)))
 def test_templates_stay_in_their_sandbox(template, shop):
     hostile_template(shop, random.Random(0), template)
+
+
+# --------------------------------------------------------------------------------------------------- random input
+
+
+def tried(check: Callable, values: strategies.SearchStrategy, examples: int, seed: int | None = None) -> int:
+    """Call check(value) with this many values (the same in each run unless there is a seed); an error shows the smallest value that fails."""
+    count = 0
+
+    @hypothesis.settings(max_examples=examples, derandomize=seed is None, database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(values)
+    def cases(value) -> None:
+        nonlocal count
+        count += 1
+        check(value)
+
+    (cases if seed is None else hypothesis.seed(seed)(cases))()
+    return count
+
+
+st = strategies
+TEXT = st.text(max_size=12) | st.sampled_from(("", "a", "null", "nan", "1e999", "-1", "\0", "\ud800", "{", "[[", "<|im_end|>", "{{ 1 }}", "\u2028", "010", "on", "~", "none"))
+LEAF = st.none() | st.booleans() | st.integers(-2, 9) | st.integers(-(10**20), 10**20) | st.floats(width=32) | TEXT
+TREE = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6)
+SCRIPTS = {TOKENIZER: "tokenizer", INFER: "inference", TRAIN: "training", SFT: "sft", RL: "rl", DISTILL: "distill", QUANT: "quantization"}
+ACTIONS = ("help", "version", "print-config", "quiet", "config", "resume", "overwrite", "prompt", "score", "lines", "merge", "to", "out", "cache", "dry-run")
+KEYS = sorted({f"{section}.{key}" for script in SCRIPTS for section, kind in script.SECTIONS.items() for key in MODEL.field_types(kind)})
+
+
+def settled(words: list[str], script) -> None:
+    """The settings of a script are read, or refused in one line."""
+    read = partial(MODEL.load_config, sections=script.SECTIONS, own=SCRIPTS[script], actions=getattr(script, "ACTIONS", {}), doc=script.__doc__)
+    run(SimpleNamespace(main=read), words)
+
+
+def settings_files(shop: Shop) -> tuple[Callable, st.SearchStrategy]:
+    """Settings files: YAML of any tree below real keys, and text that looks like YAML."""
+    path = shop.fresh() / "settings.yaml"
+
+    def check(case) -> None:
+        script, content = case
+        path.write_bytes(content.encode("utf-8", "surrogatepass"))
+        settled(["--config", str(path)], script)
+
+    def nested(flat: dict) -> dict:
+        tree: dict = {}
+        for key, value in flat.items():
+            section, _, name = key.partition(".")
+            tree.setdefault(section, {})[name] = value
+        return tree
+
+    trees = st.dictionaries(st.sampled_from(KEYS), TREE, max_size=4).map(lambda flat: json.dumps(nested(flat)))
+    words = st.lists(st.sampled_from((*"-:{}[]&*!|>%@`\"'#,\n \t?<", "\n  ", "model", "name", "training", ": ", "!!python/object/apply:os.abort []", "&a", "*a", "<<", "---", "1", "~")) | TEXT)
+    return check, st.tuples(st.sampled_from(list(SCRIPTS)), trees | st.builds(json.dumps, TREE) | words.map("".join))
+
+
+def flags(shop: Shop) -> tuple[Callable, st.SearchStrategy]:
+    """Command lines of real and unknown flags with any values."""
+    names = st.sampled_from((*KEYS, *(key.partition(".")[2] for key in KEYS), *ACTIONS)) | TEXT
+    flag = st.builds(lambda name, equals, value: [f"--{name}={value}"] if equals else [f"--{name}", value], names, st.booleans(), TEXT | LEAF.map(str) | TREE.map(json.dumps))
+    return (lambda case: settled([word for words in case[1] for word in words], case[0])), st.tuples(st.sampled_from(list(SCRIPTS)), st.lists(flag | st.lists(TEXT, max_size=2), max_size=4))
+
+
+ROLE = st.sampled_from(("user", "assistant", "system", "tool", "human", "gpt", "king", ""))
+FUNCTION = st.fixed_dictionaries({}, optional={"name": TEXT, "arguments": TREE, "parameters": TREE, "description": TREE})
+CALL = st.fixed_dictionaries({}, optional={"id": LEAF, "type": LEAF, "function": FUNCTION | LEAF, "name": TEXT, "arguments": TREE}) | LEAF
+PART = st.fixed_dictionaries({}, optional={"type": st.sampled_from(("text", "image_url")) | LEAF, "text": TEXT | LEAF})
+MESSAGE = st.fixed_dictionaries({}, optional={"role": ROLE, "from": ROLE, "content": TEXT | LEAF | st.lists(PART | LEAF, max_size=2), "value": TEXT | LEAF, "name": LEAF, "weight": LEAF,
+                                              "tool_calls": st.lists(CALL, max_size=2) | LEAF, "tool_call_id": LEAF, "reasoning_content": TEXT | LEAF})
+TALK = st.lists(st.fixed_dictionaries({"role": ROLE, "content": TEXT}) | MESSAGE | LEAF, max_size=4)
+WORDS = TEXT | TALK | TREE
+RECORD = st.fixed_dictionaries({}, optional={
+    **dict.fromkeys(("messages", "conversations", "prompt", "completion", "chosen", "rejected", "text", "instruction", "input", "output", "question", "answer", "system", "history"), WORDS),
+    "tools": st.lists(st.fixed_dictionaries({}, optional={"type": LEAF, "function": FUNCTION | LEAF}) | LEAF, max_size=2) | LEAF, "weight": LEAF, "label": LEAF, "score": LEAF, "margin": LEAF}) | TREE
+
+
+def records(shop: Shop) -> tuple[Callable, st.SearchStrategy]:
+    """Data files: JSON lines, arrays, tables and bytes, read by every stage."""
+    data = ["--model.device", "cpu", "--model", shop.base, "--data.dir", shop.fresh(), "--data"]
+    read = ([SFT, "--dry-run"], [SFT, "--dry-run", "--sft.task", "classify"], [RL, "--dry-run", "--rl.method", "dpo"], [RL, "--dry-run", "--rl.method", "kto"],
+            [RL, "--dry-run", "--rl.method", "grpo", "--rl.reward_funcs", "regex:a"], [TOKENIZER])
+    folder = shop.fresh()
+
+    def check(case) -> None:
+        (script, *words), (suffix, content) = case
+        path = folder / f"data{suffix}"
+        path.write_bytes(content)
+        run(script, [*words, *data, path])
+
+    def table(rows: list[list]) -> bytes:
+        text = io.StringIO()
+        csv.writer(text).writerows(rows)
+        return text.getvalue().encode("utf-8", "replace")
+
+    lines = st.lists(RECORD, min_size=1, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
+    pair = st.fixed_dictionaries({"prompt": WORDS, "completion": WORDS}) | st.fixed_dictionaries({"messages": TALK}) | st.fixed_dictionaries({"prompt": WORDS, "chosen": WORDS, "rejected": WORDS})
+    pairs = st.lists(pair, min_size=1, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
+    cells = st.lists(st.lists(TEXT | st.sampled_from(("prompt", "completion", "text", "label", "chosen", "weight", '"')), max_size=4), min_size=1, max_size=4).map(table)
+    broken = st.builds(lambda text, place, byte: text[: place % (len(text) + 1)] + byte + text[place % (len(text) + 1) :], lines, st.integers(0, 500), st.binary(max_size=2))
+    deep = st.sampled_from((b"[" * 10**5, b'{"prompt": ' * 10**4, b'{"prompt": "a", "weight": 1' + b"0" * 5000 + b"}"))
+    contents = (st.tuples(st.sampled_from((".jsonl", ".json")), lines | pairs | broken | deep) | st.tuples(st.sampled_from((".csv", ".tsv")), cells | st.binary(max_size=30))
+                | st.tuples(st.sampled_from((".jsonl", ".json", ".csv", ".txt", ".parquet", ".jsonl.gz", ".txt.gz")), st.binary(max_size=30)))
+    return check, st.tuples(st.sampled_from(read), contents)
+
+
+SAMPLING = {**dict.fromkeys(INFER.SAMPLING_KEYS, LEAF), "max_tokens": st.integers(0, 4) | LEAF, "stream": st.booleans() | LEAF, "logit_bias": TREE | st.just({"5": 3}),
+            "stop": TREE | st.just(["a"]), "n": st.integers(0, 3) | LEAF, "logprobs": st.booleans() | st.integers(0, 3) | LEAF, "top_logprobs": st.integers(0, 3) | LEAF, "model": st.just("base") | LEAF,
+            "response_format": TREE | st.just({"type": "json_object"}) | st.fixed_dictionaries({"type": st.just("json_schema"), "json_schema": st.fixed_dictionaries({"schema": TREE})}),
+            "structured_outputs": TREE | st.fixed_dictionaries({}, optional={"regex": TEXT, "json": TREE, "choice": st.lists(TEXT, max_size=2), "grammar": TEXT}), "stream_options": TREE,
+            "echo": LEAF, "best_of": LEAF, "user": LEAF, "zzz": LEAF}
+TOOLS = st.lists(st.fixed_dictionaries({"type": st.just("function"), "function": st.fixed_dictionaries({"name": TEXT, "parameters": TREE})}) | TREE, max_size=2)
+CHAT = {"messages": TALK, "tools": TOOLS, "tool_choice": st.sampled_from(("auto", "none", "required")) | TREE, "chat_template_kwargs": TREE, "parallel_tool_calls": LEAF}
+ROUTES = {"/v1/completions": ({"prompt": TEXT | TREE | st.lists(st.integers(-1, 300), max_size=3)}, SAMPLING), "/v1/chat/completions": (CHAT, SAMPLING),
+          "/v1/embeddings": ({"input": TEXT | TREE}, {"encoding_format": st.sampled_from(("float", "base64")) | LEAF, "dimensions": LEAF, "model": LEAF}),
+          "/tokenize": ({**CHAT, "prompt": TEXT | TREE}, {}), "/detokenize": ({"tokens": st.lists(st.integers(-1, 300), max_size=4) | TREE}, {})}
+
+
+def bodies(shop: Shop) -> tuple[Callable, st.SearchStrategy]:
+    """HTTP requests: any bodies on every route get an answer or a 4xx, and the server goes on."""
+    good = {"prompt": "The red fox", "max_tokens": 4, "temperature": 0}
+    answer = shop.client.post("/v1/completions", json=good).json()["choices"]
+
+    def check(case) -> None:
+        route, body = case
+        found = shop.client.post(route, content=body, headers={"content-type": "application/json"})
+        assert found.status_code == 200 or 400 <= found.status_code < 500 and found.json()["error"]["message"], (found.status_code, found.text)
+        again = shop.client.post("/v1/completions", json=good)
+        assert again.status_code == 200 and again.json()["choices"] == answer
+
+    def requests(route: str) -> st.SearchStrategy:
+        needed, more = ROUTES[route]
+        first = st.one_of([st.fixed_dictionaries({key: value}) for key, value in needed.items()])
+        rest = st.fixed_dictionaries({}, optional={**needed, **more})
+        few = rest.flatmap(lambda found: st.lists(st.sampled_from(sorted(found)), max_size=3).map(lambda keys: {key: found[key] for key in keys}) if found else st.just({}))
+        records = st.builds(lambda one, other: {**other, **one}, first, few) | TREE
+        return st.tuples(st.just(route), records.map(lambda record: json.dumps(record).encode()) | st.binary(max_size=20))
+
+    return check, st.one_of(map(requests, ROUTES))
+
+
+def lines(shop: Shop) -> tuple[Callable, st.SearchStrategy]:
+    """Requests of INFER.py --jsonl, read against a loaded model."""
+    session = INFER.load(str(shop.base), max_new_tokens=3, **{"model.device": "cpu"})
+
+    def check(line: str) -> None:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(UserError):
+            _, prompt, sampling = INFER._record(line, "stdin:1", session.sampling)
+            session.answer(prompt, sampling)
+
+    record = st.fixed_dictionaries({"prompt": WORDS}, optional=SAMPLING) | st.fixed_dictionaries({"messages": TALK}, optional={"tools": TOOLS, **SAMPLING}) | RECORD
+    few = record.flatmap(lambda found: st.lists(st.sampled_from(sorted(found)), min_size=1, max_size=4).map(lambda keys: {key: found[key] for key in keys})
+                         if isinstance(found, dict) and found else st.just(found))
+    return check, few.map(json.dumps) | st.text(max_size=20)
+
+
+RANDOM = {"settings files": settings_files, "flags": flags, "records": records, "requests (--jsonl)": lines, "requests (HTTP)": bodies}
+EXAMPLES = {"settings files": 60, "flags": 60, "records": 40, "requests (--jsonl)": 40, "requests (HTTP)": 40}
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_random_input_is_accepted_or_refused_in_one_line(kind, shop):
+    assert tried(*RANDOM[kind](shop), EXAMPLES[kind]) >= EXAMPLES[kind] // 2
+
+
+def jumps_in_service(shop: Shop, draw: random.Random) -> None:
+    """A request under jumping clocks is answered or times out; later requests are answered."""
+    body = {"prompt": "The red fox", "max_tokens": 4, "temperature": 0}
+    answer = shop.client.post("/v1/completions", json=body).json()["choices"]
+    with jumping_clocks(draw):
+        statuses = {shop.client.post("/v1/completions", json=body).status_code for _ in range(3)}
+    assert statuses <= {200, 408, 504}
+    found = shop.client.post("/v1/completions", json=body)
+    assert found.status_code == 200 and found.json()["choices"] == answer
+
+
+def test_clocks_that_jump_do_not_stop_the_server(shop):
+    jumps_in_service(shop, random.Random(0))
+
+
+# What bench/reliability.py counts. Each function draws one case, and returns the number of cases if it draws several.
+CASES = {
+    **{f"kill -9: {stage}": partial(killed, stage=stage) for stage in STAGES},
+    "full disk": full_disk, "read-only folder": read_only, "unreadable data": unreadable, "damaged checkpoint": damaged_checkpoint, "damaged model or adapter": damaged_model,
+    "damaged token files": damaged_tokens, "damaged teacher cache": damaged_cache, "damaged log": damaged_log, "steps that are not numbers": not_numbers,
+    "weights that are not numbers": not_a_weight, "broken base model": broken_base, "jumping clocks": jumps, "two runs, one folder": two_at_once,
+    "two runs, one data.dir": shared_tokens, "planted code": planted, "hostile chat template": hostile_template,
+    **{f"random {kind}": partial(lambda kind, shop, draw: tried(*RANDOM[kind](shop), 100, draw.getrandbits(32)), kind) for kind in RANDOM},
+    "jumping clocks, server": jumps_in_service,
+}
