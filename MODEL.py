@@ -62,10 +62,15 @@ def process_rank() -> int:
 QUIET = False  # --quiet: nothing but errors
 
 
+line_is_open = False  # whether the last output on the terminal is a progress bar, without its line end
+
+
 def say(line: str) -> None:
     """Print a line to stderr on the first process only; stdout is for results."""
+    global line_is_open
     if process_rank() == 0 and not QUIET:
-        print(line, file=sys.stderr, flush=True)
+        print("\n" * line_is_open + line, file=sys.stderr, flush=True)
+        line_is_open = False
 
 
 # --------------------------------------------------------------------------------------------------------- knobs
@@ -4029,7 +4034,10 @@ def settings(config: SimpleNamespace) -> dict:
 def changes(config: SimpleNamespace) -> list[str]:
     """Log lines for the start of a run: non-default settings, and the values that replace `auto` and null."""
     now = settings(config)
-    keys_of = {"settings": [key for key in now if config.given[key] != config.defaults[key] and key != "output.dir"],
+    replaced = [key for key in ("training.epochs", "training.max_steps", "training.max_minutes", "model.name", "model.preset")
+                if key in now and config.given[key] is None]  # by another setting of the list
+    keys_of = {"settings": [key for key in now
+                            if config.given[key] != config.defaults[key] and key not in ("output.dir", *replaced)],
                "resolved": [key for key in now if now[key] != config.given[key]]}
     return [f"{kind}: {', '.join(f'{key} {json.dumps(now[key], default=str, ensure_ascii=False)}' for key in keys)}"
             for kind, keys in keys_of.items() if keys]
@@ -4045,8 +4053,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES,
 
 
 def run_main(main: Callable, argv: list[str] | None = None) -> None:
-    """Run `main`. Exit status: 0; 2 for an error of the user or the disk, shown as one line; 130 for Ctrl-C; other exceptions keep a
-    traceback."""
+    """Run `main`. Exit status: 0; 2 for an error of the user or the disk, shown as one line; 130 for Ctrl-C; other exceptions
+    keep a traceback."""
     if sys.stdout is None:  # closed, as in a service
         sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):

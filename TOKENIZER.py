@@ -1352,8 +1352,8 @@ def load(name: str | Path):
 
 
 def plain_settings(tokenizer) -> None:
-    """Disable padding and truncation, which tokenizer.json contains if they were enabled when it was saved. Disable the warning about
-    long texts as well: the programs report texts that exceed a model's context."""
+    """Disable padding and truncation, which tokenizer.json contains if they were enabled when it was saved, and the warning about
+    long texts: the programs report texts that exceed a model's context."""
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # no warning
@@ -1453,7 +1453,7 @@ def choose(section: TokenizerSection, data: DataSection, model: str | None = Non
     stamp = folder / "trained_on.json"
     if not MODEL.damage(folder) and read_json(stamp) == recipe:
         return load(folder)
-    say(f"training a {section.kind} tokenizer of {section.vocab_size} tokens")
+    say(f"training a {section.kind} tokenizer")
     tokenizer = train(sample_texts(data), section.vocab_size, section.kind)
     if len(tokenizer) < 2 or tokenizer.backend_tokenizer.get_vocab_size() < 2:
         raise UserError("data.train: no text to train a tokenizer on")

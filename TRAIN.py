@@ -1036,8 +1036,6 @@ def duration(seconds: float) -> str:
 class StatusLine:
     """The progress of long work on stderr: on a terminal, each line overwrites the previous one."""
 
-    shown = False
-
     def show(self, line: str, share: float | None = None) -> None:
         """Print a line, after a progress bar if `share` is given: 20 columns, or fewer where the terminal is narrow."""
         terminal = sys.stderr.isatty() and not MODEL.QUIET
@@ -1047,14 +1045,14 @@ class StatusLine:
             line = f"[{'#' * int(width * share):<{width}}] {line}"
         if terminal:
             print("\r\x1b[K" + line[:columns], end="", file=sys.stderr, flush=True)
-            self.shown = True
+            MODEL.line_is_open = True
         else:
             say(line)
 
     def close(self) -> None:
-        if self.shown:
+        if MODEL.line_is_open:
             print(file=sys.stderr, flush=True)
-            self.shown = False
+            MODEL.line_is_open = False
 
 
 class Log:

@@ -1162,6 +1162,19 @@ def test_progress_and_samples_do_not_share_a_line_on_a_terminal(tmp_path, monkey
         assert re.fullmatch(r"\[#+ *\] step \d/4 \| loss [\d.]+ \| [\d,]+ tok/s \| [\d.]+ GiB \| ETA \d+s \| MFU \d+%", line) and len(line) < 80
 
 
+def test_a_message_ends_the_line_of_the_progress_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    TRAIN.StatusLine().show("step 1/4")
+    MODEL.say("a message")
+    TRAIN.StatusLine().close()
+    assert screen.getvalue() == "\r\x1b[Kstep 1/4\na message\n"
+
+
+def test_settings_that_another_one_replaces_are_not_listed():
+    config = MODEL.load_config(["--config", os.devnull, "--max-steps", "7", "--model", "gpt2"], TRAIN.SECTIONS, "training")
+    assert MODEL.changes(config)[0] == 'settings: model.name "gpt2", training.max_steps 7'
+
+
 def test_a_narrow_terminal_cuts_the_bar_before_the_numbers(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     for columns, expected in ((80, f"[{'#' * 10}{' ' * 10}] 0123456789"), (23, "[####     ] 0123456789"),
