@@ -96,7 +96,7 @@ def trained(workshop):
     """The same with `out`, a model trained for a few steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workshop)
-        TRAIN.main("--preset llama-225k --batch-size 8 --max-length 128 --max-steps 40 --training.sample_tokens 0 --training.eval_batches 1".split())
+        TRAIN.main("--preset llama-225k --batch-size 8 --max-length 128 --max-steps 40 --training.sample_tokens 0".split())
     return workshop
 
 
