@@ -54,7 +54,7 @@ STAGES = [
     Stage("export", "grpo", "QUANT.py --model {home}/grpo --to gguf --out {out}", "size", "file for llama.cpp, MB", True),
     Stage("serve", "grpo", "INFER.py --serve --model {home}/grpo --port {port}", "tokens/s", "tokens/s, 1 and 16 clients"),
 ]
-SHORT = "--max-steps 2 --training.eval_batches 1 --training.sample_tokens 0 --data.validation_fraction 0.005"
+SHORT = "--max-steps 2 --training.eval_batches 1 --training.sample_tokens 0"
 ROLLOUT = f"{SHORT} --rl.kept null --batch-size 8 --rl.rollout_size 16"
 QUICK = {"pretrain": SHORT, "sft": f"{SHORT} --sft.eval_answers 4", "reward": f"{SHORT} --batch-size 8",
          "dpo": f"{SHORT} --rl.kept null --batch-size 8", "ppo": ROLLOUT, "grpo": ROLLOUT, "distil": SHORT}

@@ -126,6 +126,29 @@ def test_every_command_of_the_readme_runs(workshop):
     assert list((workshop / "out" / "gguf").glob("*.gguf")) and (workshop / "answers.txt").read_text().count("\n") == 2
 
 
+def test_the_lifecycle_runs(workshop):
+    """Every stage once, with two steps: nothing is learned, which the exit status and a line report."""
+    shutil.copy(ROOT / "bench" / "lifecycle.py", workshop / "bench")
+    command = [sys.executable, "bench/lifecycle.py", "--quick"]
+    done = subprocess.run(command, cwd=workshop, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 or "no improvement in: " in done.stderr.splitlines()[-1], done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
+    stages = ["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "distil", "quantize", "export", "serve"]
+    assert [row[0] for row in rows] == ["stage", "---", *stages, "all"]
+    assert all(re.match(r"-?\d", cell) for row in rows[2:-1] for cell in (row[3], row[4], row[6], row[7]))
+    assert float(rows[-3][4]) == float(rows[-3][8]) < float(rows[-3][3])  # the GGUF file is smaller than the folder
+    assert (workshop / "out" / "lifecycle" / "lifecycle.png").stat().st_size > 10_000
+    again = subprocess.run([*command, "--table"], cwd=workshop, capture_output=True, text=True)
+    assert again.stdout == done.stdout  # from lifecycle.json, without running a stage
+
+
+def test_the_lifecycle_in_the_readme_is_of_these_stages():
+    rows = re.findall(r"^\| (\w+) \| [\w ]+ \| [^|]+ \| (-?[\d.]+) \| (-?[\d.]+) \|", README, re.M)
+    lower = {"pretrain", "distil", "quantize", "export"}
+    assert [name for name, _, _ in rows] == ["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "distil", "quantize", "export", "serve"]
+    assert all((float(after) < float(before)) == (name in lower) for name, before, after in rows)
+
+
 def ask_server(command: str, folder: Path) -> None:
     """Start the server of a command on a free port, and run the page's client code against it."""
     port = free_port()
