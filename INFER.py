@@ -99,7 +99,7 @@ class Sampling:
                 if not all(re.fullmatch("[0-9]+", str(token)) for token in self.logit_bias):
                     raise ValueError
                 self.logit_bias = {int(token): float(bias) for token, bias in self.logit_bias.items()}
-            except (AttributeError, TypeError, ValueError):
+            except (AttributeError, TypeError, ValueError, OverflowError):
                 raise UserError(f"inference.logit_bias: expected {{token id: number}}, got {self.logit_bias}") from None
             for bias in self.logit_bias.values():
                 if not -100 <= bias <= 100:

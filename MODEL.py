@@ -3698,14 +3698,16 @@ def convert(value, kind, where: str, choices: tuple = ()):
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     listed = next((option for option in options if typing.get_origin(option) is list), None)
     if isinstance(value, str) and (value[:1] == "[" and listed or value[:1] == "{" and dict in options):
-        with suppress(ValueError, yaml.YAMLError):  # if a string is allowed, [INST] is a string and ["INST"] a list
+        with suppress(ValueError, RecursionError, yaml.YAMLError):  # with `str`, [INST] is a string and ["INST"] a list
             value = json.loads(value) if listed and str in options else yaml.load(value, _loader())
     elif isinstance(value, str) and str not in options and set(options) - {listed, type(None)}:
-        if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
-            value = float(value) if re.search(r"[.eE]", value) else int(value)
-        else:
-            with suppress(yaml.YAMLError):
+        with suppress(ValueError, RecursionError, yaml.YAMLError):
+            if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value):
+                value = float(value) if re.search(r"[.eE]", value) else int(value)
+            else:
                 value = yaml.load(value, _loader())
+    if isinstance(value, int) and abs(value) >= 2**1023:  # beyond every float
+        raise UserError(f"{where}: a number of {len(str(value))} digits is too large")
     if value is None or (isinstance(value, str) and value.lower() in ("null", "none") and type(None) in options):
         if type(None) in options:
             return None
@@ -3862,7 +3864,7 @@ def read_settings(path: Path) -> dict:
 
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _loader()) or {}
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, nesting without end
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
