@@ -142,13 +142,6 @@ def test_the_lifecycle_runs(workshop):
     assert again.stdout == done.stdout  # from lifecycle.json, without running a stage
 
 
-def test_the_lifecycle_in_the_readme_is_of_these_stages():
-    rows = re.findall(r"^\| (\w+) \| [\w ]+ \| [^|]+ \| (-?[\d.]+) \| (-?[\d.]+) \|", README, re.M)
-    lower = {"pretrain", "distil", "quantize", "export"}
-    assert [name for name, _, _ in rows] == ["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "distil", "quantize", "export", "serve"]
-    assert all((float(after) < float(before)) == (name in lower) for name, before, after in rows)
-
-
 def ask_server(command: str, folder: Path) -> None:
     """Start the server of a command on a free port, and run the page's client code against it."""
     port = free_port()
