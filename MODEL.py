@@ -3595,7 +3595,7 @@ def summary(config: ModelConfig) -> str:
     ]
     if not sparse:  # of a mixture's layers, only some can have adapters
         half, packed = map(size_text, adapter_memory(model))
-        rows.append(("memory to train LoRA", f"{half} on 16-bit weights, {packed} on nf4 weights (rank 16), plus activations"))
+        rows.append(("memory for LoRA", f"{half} on 16-bit weights, {packed} on nf4 weights (rank 16), plus activations"))
     shapes = {}
     for name, weight in model.named_parameters():
         shapes.setdefault((re.sub(r"\.\d+\.", ".*.", name), tuple(weight.shape)), []).append(weight.numel())

@@ -1283,7 +1283,7 @@ def find_checkpoint(out: Path, resume: str | None) -> Path | None:
     if not folder.is_dir():
         raise UserError(f"--resume: folder not found: '{resume}'; use auto for the newest checkpoint of output.dir")
     if not (folder / STATE_FILE).exists():
-        raise damaged(folder, f"--resume: {folder} holds no {STATE_FILE}; a checkpoint looks like out/ckpt-step-000500")
+        raise damaged(folder, f"--resume: {folder} has no {STATE_FILE}; a checkpoint looks like out/ckpt-step-000500")
     if problem := MODEL.damage(folder):
         raise damaged(folder, f"--resume: {problem}")
     return folder

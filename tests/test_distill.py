@@ -404,7 +404,7 @@ def test_an_interrupted_cache_continues_with_the_same_settings_only(assets, tmp_
     DISTILL.main(flags)
     rows = len(calls) - 1 - (40 - 32)  # the first 32 rows are not computed again
     DISTILL.main([*flags, "--overwrite"])
-    assert len(calls) - 1 - (40 - 32) - rows == rows > 50
+    assert len(calls) - 1 - (40 - 32) - rows == rows > 40
 
 
 def test_a_mismatched_cache_is_an_error(assets, tmp_path):
@@ -841,7 +841,7 @@ def test_invalid_settings_are_errors_in_one_line(assets, tmp_path):
         (["--generate", "--teacher", assets / "chat-teacher", "--out", tmp_path / "x.jsonl"], "set the prompts with --data"),
         (["--generate", "--teacher", assets / "chat-teacher", "--data", assets / "prompts.jsonl", "--out", tmp_path / "x.jsonl", "--sampling", "{n: 2}", "--reward-funcs", "nosuch"],
          "^distill.reward_funcs: 'nosuch' is not one of"),
-        ([*chat, "--sft.columns", "{messages: nosuch}"], "sft.columns names 'nosuch'"),
+        ([*chat, "--sft.columns", "{messages: nosuch}"], "no key 'nosuch', which sft.columns names"),
         ([*flags_of(assets, "layers", tmp_path), "--lora.r", "4"], "lora.r: adapters need a trained student in a folder"),
         ([*text, "--cache"], "set the folder to write with --cache-dir"),
         ([*text, "--model.vocab_size", "99"], "model.vocab_size: 99 is smaller than the tokenizer's"),

@@ -136,7 +136,7 @@ def test_the_lifecycle_runs(workshop):
     stages = ["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "distil", "quantize", "export", "serve"]
     assert [row[0] for row in rows] == ["stage", "---", *stages, "all"]
     assert all(re.match(r"-?\d", cell) for row in rows[2:-1] for cell in (row[3], row[4], row[6], row[7]))
-    assert float(rows[-3][4]) == float(rows[-3][8]) < float(rows[-3][3])  # the GGUF file is smaller than the folder
+    assert float(rows[-3][4]) < float(rows[-3][3])  # the GGUF file is smaller than the folder
     assert (workshop / "out" / "lifecycle" / "lifecycle.png").stat().st_size > 10_000
     again = subprocess.run([*command, "--table"], cwd=workshop, capture_output=True, text=True)
     assert again.stdout == done.stdout  # from lifecycle.json, without running a stage

@@ -356,13 +356,13 @@ def damaged_checkpoint(shop: Shop, draw: random.Random, stage: str | None = None
     words = shop.words(stage, out)
     place = words.index("--resume") + 1
     status, line = run(STAGES[stage][0], [*words[:place], newest, *words[place + 1 :]])
-    assert status == 2 and f"{older} is another checkpoint" in line, line
-    assert is_reported(path, line) or path.name == TRAIN.STATE_FILE and f"holds no {path.name}" in line, line
+    assert status == 2 and f"try --resume {older}" in line, line
+    assert is_reported(path, line) or path.name == TRAIN.STATE_FILE and f"has no {path.name}" in line, line
     assert run(STAGES[stage][0], words)[0] == 0 and files_of(out) == shop.whole(stage).files
     for checkpoint in TRAIN.checkpoints(out):
         harm(checkpoint / path.name, "cut", draw)
     status, line = run(STAGES[stage][0], words)
-    assert status == 2 and is_reported(path, line) and "--overwrite starts again" in line, line
+    assert status == 2 and is_reported(path, line) and "start again with --overwrite" in line, line
 
 
 @pytest.mark.parametrize("stage", ["TRAIN", "SFT", "RL ppo"])
@@ -785,7 +785,7 @@ def given_keys(script) -> st.SearchStrategy:
 
 def settled(words: list[str], script) -> None:
     """The settings of a script are read, or refused in one line."""
-    read = partial(MODEL.load_config, sections=script.SECTIONS, own=SCRIPTS[script], actions=getattr(script, "ACTIONS", {}), doc=script.__doc__)
+    read = partial(MODEL.load_config, sections=script.SECTIONS, primary=SCRIPTS[script], actions=getattr(script, "ACTIONS", {}), doc=script.__doc__)
     run(SimpleNamespace(main=read), words)
 
 
@@ -914,7 +914,7 @@ def lines(shop: Shop) -> tuple[Callable, st.SearchStrategy]:
     def check(line: str) -> None:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(UserError):
             _, prompt, sampling = INFER._record(line, "stdin:1", session.sampling)
-            session.answer(prompt, sampling)
+            session.complete(prompt, sampling)
 
     good = [{key: value for key, value in record.items() if key not in ("stream", "stream_options", "echo", "tool_choice", "response_format", "chat_template_kwargs", "model")}
             for route in ("/v1/completions", "/v1/chat/completions") for record in REQUESTS[route]]

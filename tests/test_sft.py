@@ -231,11 +231,11 @@ INVALID = {
     "unknown role": ([{"messages": [*TURNS, {"role": "narrator", "content": "x"}]}], ":1: messages: message 3: unknown role 'narrator'"),
     "two systems": ([{"messages": [LONG[0], LONG[0], *TURNS]}], ":1: messages: 2 system messages"),
     "late system": ([{"messages": [*TURNS, LONG[0]]}], ":1: messages: message 3 is the system message, which must be the first"),
-    "no output": ([{"instruction": "a"}], ":1: keys instruction are none of messages"),
+    "no output": ([{"instruction": "a"}], ":1: keys instruction match no format .messages"),
     "late history": ([{"instruction": "a", "output": "b", "history": [["c"]]}], ":1: history: expected messages or .question, answer. pairs"),
     "tools": ([{"messages": TURNS, "tools": "{}"}], ":1: tools must be a list, found dict"),
     "a call": ([{"messages": [TURNS[0], {"role": "assistant", "tool_calls": [3]}]}], ":1: messages: message 2: a tool call must be an object with name"),
-    "unknown keys": ([{"ask": "a", "say": "b"}], ":1: keys ask, say are none of messages; conversations; prompt"),
+    "unknown keys": ([{"ask": "a", "say": "b"}], ":1: keys ask, say match no format .messages; conversations; prompt"),
     "content": ([{"messages": [{"role": "user", "content": 3}, TURNS[1]]}], ":1: messages: message 1: content must be a string, found int"),
     "arguments": ([{"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}],
                   ":1: messages: message 2: a tool call's arguments: not valid JSON"),
@@ -829,7 +829,7 @@ def test_unsupported_adapters_are_one_line_errors(tmp_path):
     packed = MODEL.load(tmp_path / "llama", quantization="llm_int8")
     with pytest.raises(UserError, match="lora.use_dora: does not work on llm_int8 weights"):
         SFT.attach_lora(packed, "x", r=4, use_dora=True)
-    with pytest.raises(UserError, match="a folder cannot hold llm_int8 weights"):
+    with pytest.raises(UserError, match="a folder cannot store llm_int8 weights"):
         MODEL.save(packed, tmp_path / "no")
 
 
