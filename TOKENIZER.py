@@ -873,6 +873,8 @@ def with_function(call: dict, **changes) -> dict:
 
 def render(tokenizer, messages: list[dict], tools: list | None, add_generation_prompt: bool = False,
            options: dict | None = None) -> str:
+    # As transformers does from 5.23 on: templates handle a missing key, but few handle None.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False,
                                              **(options or {}))
