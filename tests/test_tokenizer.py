@@ -1438,6 +1438,15 @@ def test_a_template_that_changes_texts_is_refused(tokenizer):
         TOKENIZER.render_chat(changing, CONVERSATION)
 
 
+def test_calls_without_content_reach_a_template_without_the_key():
+    """transformers before 5.23 hands None to the template as it is."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    asking = {"role": "assistant", "content": None, "tool_calls": [call]}
+    asked = [message for spelled in list(TOKENIZER.spellings([{"role": "user", "content": "q"}, asking]))[1:] for message in spelled]
+    assert None not in [value for message in asked for value in message.values()]
+    assert [message.get("content", "no key") for message in asked if "tool_calls" in message] == ["no key", "", "no key"]
+
+
 def test_hub_datasets_are_read_as_streams(tmp_path, monkeypatch):
     """A local folder in the hub's layout stands for the hub."""
     pytest.importorskip("datasets")
