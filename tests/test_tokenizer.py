@@ -1442,7 +1442,8 @@ def test_calls_without_content_reach_a_template_without_the_key():
     """transformers before 5.23 hands None to the template as it is."""
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     asking = {"role": "assistant", "content": None, "tool_calls": [call]}
-    asked = [message for spelled in list(TOKENIZER.spellings([{"role": "user", "content": "q"}, asking]))[1:] for message in spelled]
+    spelled = list(TOKENIZER.spellings([{"role": "user", "content": "q"}, asking]))[1:]  # the first is the conversation itself
+    asked = [message for messages in spelled for message in messages]
     assert None not in [value for message in asked for value in message.values()]
     assert [message.get("content", "no key") for message in asked if "tool_calls" in message] == ["no key", "", "no key"]
 
