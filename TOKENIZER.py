@@ -860,8 +860,6 @@ def spellings(messages: list[dict]) -> Iterator[list[dict]]:
         spelled = [dict(message) for message in messages]
         for message in (message for message in spelled if message.get("tool_calls")):
             message["content"] = message.get("content") or content
-            if message["content"] is None:  # transformers before 5.23 passes None to the template, later versions no content
-                del message["content"]
             arguments = [call.get("function", call).get("arguments") or {} for call in message["tool_calls"]]
             message["tool_calls"] = [with_function(call, arguments=json.dumps(value) if as_text else value)
                                      for call, value in zip(message["tool_calls"], arguments, strict=True)]
