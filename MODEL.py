@@ -2521,7 +2521,10 @@ def write_checksums(folder: Path, paths: Iterable[Path]) -> None:
 
 
 def damage(folder: Path, names: Iterable[str] = ()) -> str | None:
-    """"FILE is missing or damaged", of the files in CHECKSUMS, or of those of them with these names; None if all are whole."""
+    """"FILE is missing or damaged", of the files in CHECKSUMS, or of those of them with these names; None if all are whole, or
+    if earlier versions wrote no checksums."""
+    if not (folder / CHECKSUMS).exists():
+        return None
     try:
         sums = json.loads((folder / CHECKSUMS).read_bytes())
         for name in names or sums:

@@ -1453,7 +1453,7 @@ def choose(section: TokenizerSection, data: DataSection, model: str | None = Non
     code = hashlib.blake2b((code_of(KINDS[section.kind]) + code_of(train)).encode(), digest_size=16).hexdigest()
     recipe = {"kind": section.kind, "code": code, "vocab_size": section.vocab_size, "data": data_recipe(data)}
     stamp = folder / "trained_on.json"
-    if not MODEL.damage(folder) and read_json(stamp) == recipe:
+    if stamp.exists() and not MODEL.damage(folder) and read_json(stamp) == recipe:
         return load(folder)
     say(f"training a {section.kind} tokenizer")
     tokenizer = train(sample_texts(data), section.vocab_size, section.kind)
@@ -1525,7 +1525,7 @@ def open_tokens(path: Path, tokenizer) -> TokenFile:
     if not path.exists():
         raise UserError(f"{path}: file not found")
     facts_file = path.with_suffix(".json")
-    if (path.parent / MODEL.CHECKSUMS).exists() and (problem := MODEL.damage(path.parent, (path.name, facts_file.name))):
+    if problem := MODEL.damage(path.parent, (path.name, facts_file.name)):
         raise UserError(f"{problem}; prepare the text again (TOKENIZER.py --data)")
     facts = read_json(facts_file) if facts_file.exists() else {}
     written_with = facts.get("recipe", {}).get("tokenizer")
