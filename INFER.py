@@ -1423,7 +1423,10 @@ def _record(line: str, where: str, base: Sampling):
     context = {key: record[key] for key in ("system", "history") if TOKENIZER.is_given(record, key)}
     if isinstance(prompt, list) or context or extras:
         request = {"messages" if isinstance(prompt, list) else "prompt": prompt, **context}
-        prompt = {"messages": TOKENIZER.as_messages(TOKENIZER.prompt_of(request, where)), **extras}
+        try:
+            prompt = {"messages": TOKENIZER.as_messages(TOKENIZER.prompt_of(request, where)), **extras}
+        except TOKENIZER.Unusable as error:
+            raise UserError(f"{where}: a conversation {error}") from None
     for key in record:
         if key in ("chat", "use_cache", "batch_size"):
             raise UserError(f"{where}: '{key}' cannot be set per request; use --{key.replace('_', '-')}")
@@ -1452,7 +1455,7 @@ def request_sampling(record: dict, base: Sampling, where: str, **more) -> Sampli
     except UserError as error:
         text = str(error).replace("inference.", "")
         for name, (key, _) in given.items():  # the error contains the name that the request used
-            text = re.sub(rf"\b{name}\b", key, text)
+            text = re.sub(rf"\b{name}\b", key, text) if name in SAMPLING_KEYS else text
         raise UserError(f"{where}{text}") from None
 
 

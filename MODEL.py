@@ -3977,7 +3977,7 @@ def read_flags(argv: list[str], kinds: dict, primary: str, blocks: list[str], ac
             chosen[name] = action.convert(value)
         else:
             earlier = convert(values[key], kind, f"--{name}") if key in values else None
-            values[key] = value if earlier is None else earlier + convert(value, kind, f"--{name}")
+            values[key] = value if earlier is None else earlier + (convert(value, kind, f"--{name}") or [])
     return values, chosen
 
 

@@ -876,10 +876,11 @@ def render(tokenizer, messages: list[dict], tools: list | None, add_generation_p
     # As transformers does from 5.23 on: templates handle a missing key, but few handle None.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False,
+        text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False,
                                              **(options or {}))
     except Exception as error:  # templates can raise any exception
         raise UserError(f"the chat template refuses this conversation ({first_line(error)})") from None
+    return checked(text, "the conversation")  # names and arguments of tools included
 
 
 class Mark(NamedTuple):
