@@ -61,7 +61,7 @@ class Sampling:
     min_p: float = knob(0.0, "minimum probability of a token relative to the most probable one", low=0, high=1, often=True)
     repetition_penalty: float = knob(1.0, "above 1, tokens of the prompt and completion become less likely (Keskar 2019)",
                                      low=0.01, high=100, often=True)
-    presence_penalty: float = knob(0.0, "penalty subtracted from the logits of tokens that were generated before", often=True)
+    presence_penalty: float = knob(0.0, "penalty subtracted once from the logit of each generated token", often=True)
     frequency_penalty: float = knob(0.0, "penalty subtracted from a token's logit for each time it was generated", often=True)
     stop: list[str] | str | None = knob(None, "stop strings; not included in the completion", often=True)
     seed: int | None = knob(None, "random seed; the completion does not depend on the rest of the batch", low=-(10**30),
@@ -422,7 +422,8 @@ class Engine:
         room = self.cache.pages * self.cache.page
         for row in rows:
             if len(row.prompt) >= room:
-                raise UserError(f"a prompt of {len(row.prompt)} tokens does not fit a KV cache of {room}")
+                raise UserError(f"a prompt of {len(row.prompt)} tokens leaves no room for a completion in a KV cache of {room} "
+                                "tokens")
             row.budget = min(row.budget, room - len(row.prompt))
         self.waiting.extend(rows)
 
@@ -614,7 +615,8 @@ def _make_rows(model, prompts, samplings, tokenizer, step: int, first: int | lis
         if not prompt:
             raise UserError("empty prompt: at least one token is required; for an empty text, use the beginning-of-text token")
         if len(prompt) >= config.max_position_embeddings:
-            raise UserError(f"a prompt of {len(prompt)} tokens does not fit a context of {config.max_position_embeddings}")
+            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room for a completion in a context of "
+                            f"{config.max_position_embeddings} tokens")
         if outside := [i for i in sampling.logit_bias or () if not 0 <= i < config.vocab_size]:
             raise UserError(f"inference.logit_bias: token id {outside[0]} is outside the vocabulary of {config.vocab_size:,}")
         if (sampling.stop or sampling.structured_outputs) and tokenizer is None:
@@ -983,7 +985,7 @@ class RecordedStep:
 
 
 class Grammar:
-    """The tokens allowed next in a structured completion, by llguidance; up to the text `after`, such as </think>, all are."""
+    """The tokens allowed next in a structured completion (llguidance); until the text `after` (</think>) all are allowed."""
 
     after: str | None = None
 
@@ -1124,7 +1126,7 @@ def _decode_by_transformers(model, rows: list[Row], use_cache: bool, each: Calla
 
     prompts = torch.tensor([row.prompt for row in rows], device=model.device)  # (B, T)
     longest = max(row.budget for row in rows)
-    original, model.inner.generation_config = model.inner.generation_config, GenerationConfig()  # the model's sets penalties
+    original, model.inner.generation_config = model.inner.generation_config, GenerationConfig()  # no penalties
     try:
         model.inner.generate(prompts, GenerationConfig(max_new_tokens=longest, do_sample=False, use_cache=use_cache),
                              [force_tokens], [finished], attention_mask=torch.ones_like(prompts))
@@ -1504,7 +1506,7 @@ def run_score(session: Session, data: TOKENIZER.DataSection, path: str, lines: b
         [files] = TOKENIZER.expand_paths([path], "--score")
         if not lines and TOKENIZER.suffix_of(files[0]) not in TOKENIZER.RECORDS and data.text_unit != "file":
             unit, hint = ("line", "; use --lines to score each line") if data.text_unit == "line" else ("paragraph", "")
-            say(f"--score: {path} is scored as one text; in training each {unit} is a text{hint}")
+            say(f"--score: {path} is scored as one text, but in training each {unit} is a text{hint}")
         texts = (text for file in files for text in TOKENIZER.read_documents(file, "line" if lines else "file", data.text_field))
     strings = session.tokenizer.convert_ids_to_tokens
 

@@ -412,7 +412,7 @@ def test_a_cache_too_small_for_a_prompt_or_completion(model):
     [[row], [longer]] = INFER._make_rows(model, [[5] * 6, [5] * 8], [greedy(max_new_tokens=20, ignore_eos=True)] * 2, None, 0)
     engine = INFER.Engine(model, 2, 2, 4)
     engine.add([row])
-    with pytest.raises(UserError, match="a prompt of 8 tokens does not fit a KV cache of 8"):
+    with pytest.raises(UserError, match="a prompt of 8 tokens leaves no room for a completion in a KV cache of 8 tokens"):
         engine.add([longer])
     while engine.busy:
         engine.step()
