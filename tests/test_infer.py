@@ -1429,3 +1429,9 @@ def test_a_long_conversation_is_truncated_by_whole_messages(chat_folder):
 def test_invalid_unicode_in_a_request_is_a_one_line_error(request_):
     with pytest.raises(UserError, match="stdin:2: the request contains an unpaired surrogate"):
         INFER._record(json.dumps(request_), "stdin:2", Sampling())
+
+
+def test_an_empty_turn_in_the_history_of_a_request_is_a_one_line_error():
+    history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]
+    with pytest.raises(UserError, match="^stdin:3: a conversation with an empty answer$"):
+        INFER._record(json.dumps({"prompt": "b", "history": history}), "stdin:3", Sampling())

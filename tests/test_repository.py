@@ -358,6 +358,7 @@ def test_later_config_files_override_earlier_files(tmp_path):
 def test_a_repeated_flag_extends_a_list_and_is_otherwise_an_error():
     assert load(["--data", "a.txt", "--data", "b.txt", "c.txt"]).data.train == ["a.txt", "b.txt", "c.txt"]
     assert load(["--data.weights", "[1]", "--data.weights", "2"]).data.weights == [1.0, 2.0]
+    assert load(["--data", "a.txt", "--data", "null"]).data.train == ["a.txt"]
     for argv in (["--seed", "1", "--seed", "2"], ["--lr", "1", "--learning-rate", "1"], ["--resume", "a", "--resume", "b"]):
         with pytest.raises(UserError, match="given more than once; give it once"):
             load(argv)

@@ -1242,6 +1242,12 @@ def test_render_chat_equals_chatml_built_by_hand(template, count, tokenizer):
     assert ids == list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
 
 
+def test_an_unpaired_surrogate_in_a_tool_is_a_user_error(tokenizer):
+    tool = {"type": "function", "function": {"name": "look_up", "description": "a\ud800b", "parameters": {"type": "object", "properties": {}}}}
+    with pytest.raises(UserError, match="unpaired surrogate"):
+        TOKENIZER.render_chat(with_template(tokenizer, TOKENIZER.CHAT_TEMPLATE), [{"role": "user", "content": "Hi"}], [tool], True)
+
+
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 def test_render_chat_adds_the_generation_prompt(template, tokenizer):
     tokenizer = with_template(tokenizer, template)
