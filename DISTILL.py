@@ -99,7 +99,7 @@ class DistillSection:
         """The sampling parameters of --generate."""
         known = (*INFER.SAMPLING_KEYS, *INFER.OPENAI_KEYS)
         if unknown := [str(key) for key in self.sampling if key not in known]:
-            raise UserError(f"distill.sampling: unknown key '{unknown[0]}'; nearest is '{MODEL.nearest(unknown[0], known)}'")
+            raise UserError(f"distill.sampling: unknown key '{unknown[0]}'{MODEL.suggestion(unknown[0], known)}")
         return INFER.request_sampling(self.sampling, INFER.Sampling(seed=seed), "distill.sampling: ")
 
     @property
@@ -397,7 +397,8 @@ class Unfinished:
             speed = (self.done - first) / (time.perf_counter() - start)
             if MODEL.process_rank() == 0 and (self.done == total or time.perf_counter() - shown > 5):
                 shown = time.perf_counter()
-                line.show(f"{self.done:,}/{total:,} {unit} | {speed:,.1f} {unit}/s | ETA {(total - self.done) / speed:.0f} s")
+                eta = TRAIN.duration((total - self.done) / speed)
+                line.show(f"{self.done:,}/{total:,} {unit} | {speed:,.1f} {unit}/s | ETA {eta}", self.done / total)
         line.close()
 
 
@@ -902,6 +903,8 @@ def write_answers(config) -> None:
         raise UserError(f"distill.teacher: {teacher.name} is an encoder and cannot generate")
     TOKENIZER.end_with_turns(teacher.model, teacher.tokenizer)
     prompts = read_prompts(config, teacher)
+    if judges:
+        judges.check(prompts)
     facts = {"teacher": [fingerprint_of(settings.teacher), settings.teacher_dtype, settings.teacher_quantization],
              "prompts": RL.prompts_fingerprint(prompts), "sampling": dataclasses.asdict(sampling),
              "reward_funcs": [[name, fingerprint_of(path) if Path(path := name.rpartition(":")[0] or name).exists() else None]

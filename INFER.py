@@ -1239,7 +1239,7 @@ class Session:
         """The completion of a text or of chat messages, a list if n > 1. `parameters`: sampling parameters of this request."""
         sampling = request_sampling(parameters, self.sampling, "")
         if unknown := [key for key in parameters if OPENAI_KEYS.get(key, key) not in SAMPLING_KEYS]:
-            raise UserError(f"{unknown[0]}: unknown setting; nearest is {MODEL.nearest(unknown[0], SAMPLING_KEYS)}")
+            raise UserError(f"{unknown[0]}: unknown setting{MODEL.suggestion(unknown[0], SAMPLING_KEYS)}")
         found = self.complete(prompt, sampling)
         return found[0].text if sampling.n == 1 else [completion.text for completion in found]
 
@@ -1929,8 +1929,7 @@ def check_keys(record: dict, known: set[str]) -> None:
     for key in record:
         if key not in known:
             route = {"messages": "/v1/chat/completions", "tools": "/v1/chat/completions", "prompt": "/v1/completions"}.get(key)
-            hint = f"use {route}" if route else f"nearest is {MODEL.nearest(key, known)}"
-            raise Refused(400, f"{key}: unknown key; {hint}")
+            raise Refused(400, f"{key}: unknown key" + (f"; use {route}" if route else MODEL.suggestion(key, known)))
 
 
 def sampling_of(record: dict, base: Sampling, chat: bool) -> Sampling:

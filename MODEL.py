@@ -3678,20 +3678,14 @@ class Action(NamedTuple):
     bare: str | None = None
 
 
-def nearest(name: str, names, close: bool = False) -> str:
-    """The valid name closest to a misspelled one: num_layers -> num_hidden_layers, which contains all of its parts. With `close`,
-    an empty string if no name is similar."""
+def suggestion(name: str, names, form: str = "; nearest is '{}'") -> str:
+    """The end of an error about an unknown name: the most similar name, if any is similar. A name that contains all parts of the
+    unknown one is preferred: num_layers -> num_hidden_layers."""
     names = list(names)
     parts = set(re.split(r"[._]", name))
     containing = [known for known in names if parts <= set(re.split(r"[._]", known))]
-    similarity = (0.5 if containing else 0.75) if close else 0
-    return (difflib.get_close_matches(name, containing or names, 1, similarity) or [""])[0]
-
-
-def suggestion(name: str, names, form: str = "; nearest is '{}'") -> str:
-    """The end of an error about an unknown name: a similar name, if there is one."""
-    known = nearest(name, names, close=True)
-    return form.format(known) if known else ""
+    found = difflib.get_close_matches(name, containing or names, 1, 0.5 if containing else 0.75)
+    return form.format(found[0]) if found else ""
 
 
 def convert(value, kind, where: str, choices: tuple = ()):
@@ -3940,19 +3934,19 @@ def read_flags(argv: list[str], kinds: dict, primary: str, blocks: list[str], ac
         word, i = "--help" if argv[i] == "-h" else argv[i], i + 1
         if not word.startswith("--"):
             raise UserError(f"'{word}': unexpected argument; flags look like --section.key value (see --help)")
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
+        flag, equals, value = word.partition("=")
+        name = flag[2:].replace("-", "_")
         action, key = actions.get(name), names.get(name)
         if action and action.convert is None:
             if equals:
-                raise UserError(f"--{name}: does not take a value; remove '={value}'")
+                raise UserError(f"{flag}: does not take a value; remove '={value}'")
             chosen[name] = True
             continue
         if not action and not key:
             section = shorts.get(name, name).partition(".")[0]
             other = section in SECTIONS and not any(known.startswith(f"{section}.") for known in kinds)
-            raise UserError(f"--{name}: '{section}' is a section of another script" if other else
-                            f"--{name}: unknown flag{suggestion(name, names, '; nearest is --{}')}")
+            raise UserError(f"{flag}: '{section}' is a section of another script" if other else
+                            f"{flag}: unknown flag{suggestion(name, names, '; nearest is --{}')}")
         kind = str if action else kinds.get(key) or kinds[key.removeprefix(f"{primary}.")]
         if not equals:
             if i < len(argv) and (not argv[i].startswith("--") or action and action.bare is None):  # such as --prompt "--x"
@@ -3960,10 +3954,10 @@ def read_flags(argv: list[str], kinds: dict, primary: str, blocks: list[str], ac
             elif kind is bool or action and action.bare is not None:
                 value = "true" if kind is bool else action.bare
             else:
-                hint = "" if i == len(argv) else f"; if it starts with --, write --{name}=VALUE"
-                raise UserError(f"--{name}: a value is missing{hint}")
+                hint = "" if i == len(argv) else f"; if it starts with --, write {flag}=VALUE"
+                raise UserError(f"{flag}: a value is missing{hint}")
         if value == "" and name not in ("prompt", "help"):
-            raise UserError(f"--{name}: the value is empty")
+            raise UserError(f"{flag}: the value is empty")
         listed = "list" in str(kind)
         following = list(itertools.takewhile(lambda word: not word.startswith("--"), argv[i:])) if listed else []
         value, i = [value, *following] if following else value, i + len(following)  # --data a.txt b.jsonl
@@ -3972,12 +3966,12 @@ def read_flags(argv: list[str], kinds: dict, primary: str, blocks: list[str], ac
                 raise UserError(f"--config: file not found: '{value}'")
             chosen["config"].append(Path(value))
         elif chosen.get(name) is not None or key in values and not listed:
-            raise UserError(f"--{name}: given more than once; give it once")
+            raise UserError(f"{flag}: given more than once; give it once")
         elif action:
             chosen[name] = action.convert(value)
         else:
-            earlier = convert(values[key], kind, f"--{name}") if key in values else None
-            values[key] = value if earlier is None else earlier + (convert(value, kind, f"--{name}") or [])
+            earlier = convert(values[key], kind, flag) if key in values else None
+            values[key] = value if earlier is None else earlier + (convert(value, kind, flag) or [])
     return values, chosen
 
 

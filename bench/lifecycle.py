@@ -49,7 +49,7 @@ STAGES = [
     Stage("ppo", "sft", f"RL.py --rl.method ppo --model {{home}}/sft --rl.reward_funcs {{home}}/reward {STORIES} "
           "--rl.max_completion_length 32 --out {out}", "reward", "score of the reward model"),
     Stage("grpo", "dpo", "RL.py --rl.method grpo --model {home}/dpo --out {out}", "reward", "held-out sums solved"),
-    Stage("distil", "pretrain", "DISTILL.py --teacher {home}/pretrain --out {out}", "loss", "held-out loss, a quarter of the size", True),
+    Stage("distill", "pretrain", "DISTILL.py --teacher {home}/pretrain --out {out}", "loss", "held-out loss, a quarter of the size", True),
     Stage("quantize", "grpo", "QUANT.py --model {home}/grpo --method int4 --out {out}", "size, MB", "weights in memory, MB", True),
     Stage("export", "grpo", "QUANT.py --model {home}/grpo --to gguf --out {out}", "size", "file for llama.cpp, MB", True),
     Stage("serve", "grpo", "INFER.py --serve --model {home}/grpo --port {port}", "tokens/s", "tokens/s, 1 and 16 clients"),
@@ -57,7 +57,7 @@ STAGES = [
 SHORT = "--max-steps 2 --training.eval_batches 1 --training.sample_tokens 0"
 ROLLOUT = f"{SHORT} --rl.kept null --batch-size 8 --rl.rollout_size 16"
 QUICK = {"pretrain": SHORT, "sft": f"{SHORT} --sft.eval_answers 4", "reward": f"{SHORT} --batch-size 8",
-         "dpo": f"{SHORT} --rl.kept null --batch-size 8", "ppo": ROLLOUT, "grpo": ROLLOUT, "distil": SHORT}
+         "dpo": f"{SHORT} --rl.kept null --batch-size 8", "ppo": ROLLOUT, "grpo": ROLLOUT, "distill": SHORT}
 
 
 def run(command: list[str], log=None, use=None) -> tuple[str, float, float]:
@@ -177,9 +177,10 @@ def plot(rows: list[dict], path: Path) -> None:
         axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2)
         axes.set_title(f"{stage.name}, {row['minutes']:.1f} min\n", fontsize=11, fontweight="bold")
         axes.text(0.5, 1.02, stage.title, transform=axes.transAxes, ha="center", fontsize=8.5)
+        axes.axhline(0, color="black", linewidth=0.8)
         axes.margins(y=0.15)
         axes.set_yticks([])
-        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines[:].set_visible(False)
     figure.savefig(path, dpi=110)
 
 

@@ -1134,7 +1134,7 @@ def test_load_and_generate(model_folder, chat_folder, model, tokenizer):
     messages = [{"role": "user", "content": "The red"}]
     reply = INFER.load(str(chat_folder), temperature=0, max_new_tokens=12).generate(messages)
     assert reply == one(model, chat_ids(chat_folder, messages), greedy(max_new_tokens=12), tokenizer).text
-    with pytest.raises(UserError, match="temprature: unknown setting; nearest is temperature"):
+    with pytest.raises(UserError, match="temprature: unknown setting; nearest is 'temperature'"):
         session.generate("a", temprature=1)
     with pytest.raises(UserError, match="generate expects prompts as lists of token ids"):
         generate(model, ["a text"], greedy(), tokenizer)

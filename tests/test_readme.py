@@ -133,7 +133,7 @@ def test_the_lifecycle_runs(workshop):
     done = subprocess.run(command, cwd=workshop, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 or "no improvement in: " in done.stderr.splitlines()[-1], done.stderr
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
-    stages = ["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "distil", "quantize", "export", "serve"]
+    stages = ["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "distill", "quantize", "export", "serve"]
     assert [row[0] for row in rows] == ["stage", "---", *stages, "all"]
     assert all(re.match(r"-?\d", cell) for row in rows[2:-1] for cell in (row[3], row[4], row[6], row[7]))
     assert float(rows[-3][4]) < float(rows[-3][3])  # the GGUF file is smaller than the folder

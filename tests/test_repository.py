@@ -252,11 +252,11 @@ def test_an_invalid_file_is_an_error_with_file_and_key(text, tmp_path):
 
 
 WRONG_FLAGS = {
-    ("--learnin-rate", "1"): "--learnin_rate: unknown flag; nearest is --learning_rate",
+    ("--learnin-rate", "1"): "--learnin-rate: unknown flag; nearest is --learning_rate",
     ("--training.epoch", "1"): "--training.epoch: unknown flag; nearest is --training.epochs",
     ("--model.num_layers", "2"): "--model.num_layers: unknown flag; nearest is --model.num_hidden_layers",
     ("--batch-size", "x"): "command line: training.batch_size: 'x' is not of type int",
-    ("--batch-size",): "--batch_size: a value is missing",
+    ("--batch-size",): "--batch-size: a value is missing",
     ("--model", "a", "--model.preset", "llama-1m"): "command line: model.name and model.preset are mutually exclusive",
     ("stray",): "'stray': unexpected argument",
     ("--overwrite=no",): "--overwrite: does not take a value",
@@ -337,7 +337,7 @@ def test_short_flags_depend_on_the_sections_of_the_script():
     infer = load(["--seed", "7", "--batch-size", "2"], script=INFER, stage="inference")
     assert (infer.inference.seed, infer.inference.batch_size) == (7, 2)
     for flag in ("--epochs", "--grad-accum", "--learning-rate", "--max-length", "--max-steps", "--out"):
-        with pytest.raises(UserError, match=flag[2:].replace("-", "_")):
+        with pytest.raises(UserError, match=f"{flag}: "):
             load([flag, "1"], script=INFER, stage="inference")
 
 
@@ -358,7 +358,7 @@ def test_later_config_files_override_earlier_files(tmp_path):
 def test_a_repeated_flag_extends_a_list_and_is_otherwise_an_error():
     assert load(["--data", "a.txt", "--data", "b.txt", "c.txt"]).data.train == ["a.txt", "b.txt", "c.txt"]
     assert load(["--data.weights", "[1]", "--data.weights", "2"]).data.weights == [1.0, 2.0]
-    assert load(["--data", "a.txt", "--data", "null"]).data.train == ["a.txt"]
+    assert load(["--init_layers", "0", "--init_layers", "null"], script=DISTILL, stage="distill").distill.init_layers == [0]
     for argv in (["--seed", "1", "--seed", "2"], ["--lr", "1", "--learning-rate", "1"], ["--resume", "a", "--resume", "b"]):
         with pytest.raises(UserError, match="given more than once; give it once"):
             load(argv)
