@@ -1955,7 +1955,7 @@ def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAI
     if len(pairs) < least:
         raise UserError(f"data.train: too few usable {unit}: {len(pairs)}, expected at least {least}{left.text()}")
     truncated = f"; {left.truncated:,} truncated at training.max_length" if left.truncated else ""
-    say(f"training {unit}: {len(pairs):,}; held out: {len(held_out):,}{truncated}{left.text()}")
+    say(f"{len(pairs):,} {unit}; {len(held_out):,} held out{truncated}{left.text()}")
     if settings.method == "kto":
         warn_imbalance(pairs, settings)
     stream = Pairs(pairs, held_out, settings, config.training, frozen)
@@ -2011,7 +2011,7 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
     if not prompts:
         raise UserError(f"data.train: no usable prompt{left.text()}")
     judges.check(prompts + held_out)
-    say(f"training prompts: {len(prompts):,}; held out: {len(held_out):,}{left.text()}; rewards: {', '.join(judges.names)}")
+    say(f"{len(prompts):,} prompts; {len(held_out):,} held out{left.text()}; rewards: {', '.join(judges.names)}")
     reference = Reference(model, frozen) if settings.beta else None
     stream = Rollouts(prompts, tokenizer, judges, settings, config.training, reference, out, tools)
 

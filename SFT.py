@@ -285,7 +285,7 @@ def read_samples(config, form: TOKENIZER.Form, make: Callable, kind: str) -> tup
                 found.append(sample)
             else:
                 beyond = f"whose completion is beyond training.max_length {config.training.max_length}"
-                left.add(beyond if longer else "without tokens to train on", where)
+                left.add(beyond if longer else "without target tokens", where)
         return found
 
     say_unused(config.data)

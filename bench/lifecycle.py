@@ -1,6 +1,6 @@
 """The whole life of a language model: every stage once, from raw text to a server, with the shipped data and settings.
 
-    python bench/lifecycle.py                        # about 20 minutes on two cores; writes out/lifecycle
+    python bench/lifecycle.py                        # 14 to 20 minutes on two cores; writes out/lifecycle
     python bench/lifecycle.py --quick                # a few steps of each stage, to try it
     python bench/lifecycle.py --table                # only print the table of a finished run, and draw its plot again
 
@@ -174,10 +174,10 @@ def plot(rows: list[dict], path: Path) -> None:
     for axes, stage, row in zip(figure.subplots(2, 5).flat, STAGES, rows):
         values = [row["before"], row["after"]]
         bars = axes.bar(["before", "after"], values, color=["#b8c4d6", "#1f5fa8"], width=0.6)
-        axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2)
+        axes.bar_label(bars, [f"{value:.3g}" if value < 1000 else f"{value:,.0f}" for value in values], padding=2)
         axes.set_title(f"{stage.name}, {row['minutes']:.1f} min\n", fontsize=11, fontweight="bold")
         axes.text(0.5, 1.02, stage.title, transform=axes.transAxes, ha="center", fontsize=8.5)
-        axes.axhline(0, color="black", linewidth=0.8)
+        axes.axhline(0, color="black", linewidth=0.8, clip_on=False)
         axes.margins(y=0.15)
         axes.set_yticks([])
         axes.spines[:].set_visible(False)

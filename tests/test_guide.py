@@ -112,8 +112,8 @@ def test_an_example_works_as_printed(name, workshop, tmp_path, request):
     shutil.copytree(request.getfixturevalue("trained") if "--model out " in EXAMPLES[name] else workshop, folder)
     (folder / "example.py").write_text(EXAMPLES[name])
     process = launch(folder, "example.py", PYTHONPATH=str(ROOT))
-    out, talk = process.communicate(timeout=300)
-    assert process.returncode == 0, out + talk
+    out, log = process.communicate(timeout=300)
+    assert process.returncode == 0, out + log
 
 
 # -------------------------------------------------------------------------------------------------- commands

@@ -33,6 +33,9 @@ quantization: {model: {name: ./out}}
 """
 
 
+STAGES = ["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "distill", "quantize", "export", "serve"]
+
+
 def commands(markdown: str) -> list[str]:
     """The commands of all bash blocks and of inline code that starts with python or torchrun, in order; without comments."""
     found = []
@@ -133,13 +136,21 @@ def test_the_lifecycle_runs(workshop):
     done = subprocess.run(command, cwd=workshop, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 or "no improvement in: " in done.stderr.splitlines()[-1], done.stderr
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
-    stages = ["pretrain", "sft", "reward", "dpo", "ppo", "grpo", "distill", "quantize", "export", "serve"]
-    assert [row[0] for row in rows] == ["stage", "---", *stages, "all"]
+    assert [row[0] for row in rows] == ["stage", "---", *STAGES, "all"]
     assert all(re.match(r"-?\d", cell) for row in rows[2:-1] for cell in (row[3], row[4], row[6], row[7]))
     assert float(rows[-3][4]) < float(rows[-3][3])  # the GGUF file is smaller than the folder
     assert (workshop / "out" / "lifecycle" / "lifecycle.png").stat().st_size > 10_000
     again = subprocess.run([*command, "--table"], cwd=workshop, capture_output=True, text=True)
     assert again.stdout == done.stdout  # from lifecycle.json, without running a stage
+
+
+def test_every_stage_of_the_readme_improves_its_measure():
+    rows = re.findall(r"^\| (\w+) \| .+ \| (-?[\d.]+) \| (-?[\d.]+) \|(?: ?[\d.,%]* \|){4}$", README, re.M)
+    assert [name for name, _, _ in rows] == STAGES
+    for name, before, after in rows:
+        assert (float(after) < float(before)) == (name in ("pretrain", "distill", "quantize", "export")), name
+        assert before != after, name
+    assert (ROOT / "bench" / "lifecycle.png").exists()
 
 
 def ask_server(command: str, folder: Path) -> None:

@@ -93,10 +93,10 @@ class Shop:
         MODEL.save(MODEL.build(config, seed=1), self.base)
         TOKENIZER.save(tokenizer, self.base)
         (folder / "text.txt").write_text("\n".join(lines[:60]) + "\n")
-        asked, answers, others = lines[:40], lines[40:80], lines[80:120]
-        chats = [{"messages": [{"role": "user", "content": a[:12]}, {"role": "assistant", "content": b[:12]}]} for a, b in zip(asked, answers, strict=True)]
-        pairs = [{"prompt": a[:20], "chosen": b[:20], "rejected": c[:20]} for a, b, c in zip(asked, answers, others, strict=True)]
-        prompts = [{"prompt": a[:20], "answer": "fox"} for a in asked]
+        questions, answers, others = lines[:40], lines[40:80], lines[80:120]
+        chats = [{"messages": [{"role": "user", "content": a[:12]}, {"role": "assistant", "content": b[:12]}]} for a, b in zip(questions, answers, strict=True)]
+        pairs = [{"prompt": a[:20], "chosen": b[:20], "rejected": c[:20]} for a, b, c in zip(questions, answers, others, strict=True)]
+        prompts = [{"prompt": a[:20], "answer": "fox"} for a in questions]
         for name, records in {"chats": chats, "pairs": pairs, "prompts": prompts}.items():
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
@@ -125,10 +125,10 @@ class Shop:
     def whole(self, stage: str) -> Whole:
         if stage not in self.known:
             out, clock = self.fresh() / "out", time.perf_counter()
-            _, said = (process := self.start(stage, out)).communicate()
-            assert process.returncode == 0, said
+            _, message = (process := self.start(stage, out)).communicate()
+            assert process.returncode == 0, message
             self.runs[stage] = out.parent
-            self.known[stage] = Whole(files_of(out), int(said.rpartition("changes: ")[2]), time.perf_counter() - clock)
+            self.known[stage] = Whole(files_of(out), int(message.rpartition("changes: ")[2]), time.perf_counter() - clock)
         return self.known[stage]
 
     @cached_property
@@ -185,10 +185,10 @@ def killed(shop: Shop, draw: random.Random, stage: str, times: int = 2) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=draw.uniform(0, whole.seconds) if number < times and not count else None)
         process.kill()
-        _, said = process.communicate()
-        if process.returncode == 0 or process.returncode == 2 and re.search(COMPLETE, said):
+        _, message = process.communicate()
+        if process.returncode == 0 or process.returncode == 2 and re.search(COMPLETE, message):
             break
-        assert process.returncode == -signal.SIGKILL, said
+        assert process.returncode == -signal.SIGKILL, message
         for checkpoint in TRAIN.checkpoints(out):
             assert MODEL.damage(checkpoint) is None and TRAIN.load_state(checkpoint)
         if stage.startswith("QUANT"):
@@ -215,8 +215,8 @@ def test_a_killed_run_continues_and_ends_with_the_same_files(stage, shop):
 
 def run(script, words: list) -> tuple[int, str]:
     """Run a program in this process: (exit status, stderr). A failed run says so in its last line; a traceback is an exception here."""
-    talk = io.StringIO()
-    with contextlib.redirect_stderr(talk), contextlib.redirect_stdout(io.StringIO()):
+    log = io.StringIO()
+    with contextlib.redirect_stderr(log), contextlib.redirect_stdout(io.StringIO()):
         try:
             MODEL.run_main(script.main, [str(word) for word in words])
             status = 0
@@ -224,9 +224,9 @@ def run(script, words: list) -> tuple[int, str]:
             status = stop.code
         finally:
             MODEL.QUIET = False  # of --quiet
-    said = talk.getvalue().strip()
-    assert status in (0, None) or status in (1, 2) and said.splitlines()[-1].startswith("error: "), (status, said)
-    return status or 0, said.splitlines()[-1] if said else ""
+    message = log.getvalue().strip()
+    assert status in (0, None) or status in (1, 2) and message.splitlines()[-1].startswith("error: "), (status, message)
+    return status or 0, message.splitlines()[-1] if message else ""
 
 
 def full_disk(shop: Shop, draw: random.Random, stage: str | None = None, size: int | None = None) -> None:
@@ -596,10 +596,10 @@ def two_at_once(shop: Shop, draw: random.Random, stage: str | None = None) -> No
     """The same command twice at the same time: one of the two is refused or continues what the other finished, and the files are those of one run."""
     stage, out = stage or draw.choice(list(STAGES)), shop.fresh() / "out"
     processes = [shop.start(stage, out) for _ in range(2)]
-    said = [process.communicate()[1] for process in processes]
+    messages = [process.communicate()[1] for process in processes]
     statuses = [process.returncode for process in processes]
-    assert 0 in statuses and set(statuses) <= {0, 2} and not any("Traceback" in text for text in said), said
-    for status, text in zip(statuses, said, strict=True):
+    assert 0 in statuses and set(statuses) <= {0, 2} and not any("Traceback" in text for text in messages), messages
+    for status, text in zip(statuses, messages, strict=True):
         assert status == 0 or re.search(f"error: .*(another run is writing to|{COMPLETE})", text), text
     assert final_files(out) == shop.whole(stage).files
 
@@ -614,8 +614,8 @@ def shared_tokens(shop: Shop, draw: random.Random) -> None:
     folder = shop.fresh()
     processes = [shop.start("TRAIN", folder / name) for name in ("a", "b")]
     for process, name in zip(processes, ("a", "b"), strict=True):
-        _, said = process.communicate()
-        assert process.returncode == 0 and files_of(folder / name) == shop.whole("TRAIN").files, said
+        _, message = process.communicate()
+        assert process.returncode == 0 and files_of(folder / name) == shop.whole("TRAIN").files, message
 
 
 def test_two_runs_prepare_the_same_token_files(shop):
@@ -827,19 +827,19 @@ def flags(shop: Shop) -> tuple[Callable, st.SearchStrategy]:
 
 
 TOOL = {"type": "function", "function": {"name": "rain", "description": "Rain?", "parameters": {"type": "object", "properties": {"day": {"type": "integer"}}, "required": ["day"]}}}
-TALK = [{"role": "user", "content": "Will it rain?"},
+CHAT = [{"role": "user", "content": "Will it rain?"},
         {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "rain", "arguments": {"day": 2}}}]},
         {"role": "tool", "tool_call_id": "1", "content": "yes"}, {"role": "assistant", "content": [{"type": "text", "text": "It rains."}]}]
-ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is Mip?"}]
+QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is Mip?"}]
 RECORDS = {
-    (SFT,): ({"messages": TALK, "tools": [TOOL], "weight": 0.5}, {"prompt": "Hi", "completion": "Yo"}, {"prompt": ASKED, "completion": TALK[-1:]}, {"question": "Hi", "answer": "Yo"},
+    (SFT,): ({"messages": CHAT, "tools": [TOOL], "weight": 0.5}, {"prompt": "Hi", "completion": "Yo"}, {"prompt": QUESTION, "completion": CHAT[-1:]}, {"question": "Hi", "answer": "Yo"},
              {"instruction": "Say", "input": "a", "output": "b", "system": "c", "history": [["d", "e"]]},
              {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}], "tools": json.dumps([TOOL])}),
-    (SFT, "--sft.task", "classify"): ({"text": "a fox", "label": "red"}, {"prompt": ASKED, "label": 3, "weight": 2}, {"messages": ASKED, "label": True}),
-    (RL, "--rl.method", "dpo"): ({"prompt": "Hi", "chosen": "Yo", "rejected": "No", "margin": 1}, {"prompt": ASKED, "chosen": TALK[-1:], "rejected": "No"},
-                                 {"chosen": [*ASKED, TALK[-1]], "rejected": [*ASKED, {"role": "assistant", "content": "No"}], "tools": [TOOL]}),
-    (RL, "--rl.method", "kto"): ({"prompt": "Hi", "completion": "Yo", "label": True}, {"prompt": ASKED, "completion": TALK[-1:], "label": 0}),
-    (RL, "--rl.method", "grpo", "--rl.reward_funcs", "exact_answer"): ({"prompt": "Hi", "answer": "Yo"}, {"prompt": ASKED, "answer": 3, "tools": [TOOL]}, {"messages": TALK, "answer": "a"}),
+    (SFT, "--sft.task", "classify"): ({"text": "a fox", "label": "red"}, {"prompt": QUESTION, "label": 3, "weight": 2}, {"messages": QUESTION, "label": True}),
+    (RL, "--rl.method", "dpo"): ({"prompt": "Hi", "chosen": "Yo", "rejected": "No", "margin": 1}, {"prompt": QUESTION, "chosen": CHAT[-1:], "rejected": "No"},
+                                 {"chosen": [*QUESTION, CHAT[-1]], "rejected": [*QUESTION, {"role": "assistant", "content": "No"}], "tools": [TOOL]}),
+    (RL, "--rl.method", "kto"): ({"prompt": "Hi", "completion": "Yo", "label": True}, {"prompt": QUESTION, "completion": CHAT[-1:], "label": 0}),
+    (RL, "--rl.method", "grpo", "--rl.reward_funcs", "exact_answer"): ({"prompt": "Hi", "answer": "Yo"}, {"prompt": QUESTION, "answer": 3, "tools": [TOOL]}, {"messages": CHAT, "answer": "a"}),
     (TOKENIZER,): ({"text": "The red fox."}, {"content": "The red fox.", "id": 1}, {"text": ["a", "b"]}),
 }
 
@@ -882,11 +882,11 @@ REQUESTS = {
                         {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}, **SHORT},
                         {"prompt": "a", "structured_outputs": {"regex": "[a-z]+"}, "logit_bias": {"5": -100}, "min_p": 0.1, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1, **SHORT},
                         {"prompt": "a", "structured_outputs": {"choice": ["yes", "no"]}, "presence_penalty": 1, "frequency_penalty": 0.5, "min_tokens": 1, "ignore_eos": True, **SHORT}),
-    "/v1/chat/completions": ({"messages": ASKED, **SHORT}, {"messages": TALK[:3], "tools": [TOOL], "tool_choice": "auto", "stream": True, "stream_options": {"include_usage": True}, **SHORT},
-                             {"messages": ASKED, "tools": [TOOL], "tool_choice": "required", **SHORT}, {"messages": ASKED, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "rain"}}, **SHORT},
-                             {"messages": ASKED, "logprobs": True, "top_logprobs": 2, "chat_template_kwargs": {"enable_thinking": False}, "response_format": {"type": "json_object"}, **SHORT}),
+    "/v1/chat/completions": ({"messages": QUESTION, **SHORT}, {"messages": CHAT[:3], "tools": [TOOL], "tool_choice": "auto", "stream": True, "stream_options": {"include_usage": True}, **SHORT},
+                             {"messages": QUESTION, "tools": [TOOL], "tool_choice": "required", **SHORT}, {"messages": QUESTION, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "rain"}}, **SHORT},
+                             {"messages": QUESTION, "logprobs": True, "top_logprobs": 2, "chat_template_kwargs": {"enable_thinking": False}, "response_format": {"type": "json_object"}, **SHORT}),
     "/v1/embeddings": ({"input": "The red fox"}, {"input": ["a", "b"], "encoding_format": "base64", "model": "base"}, {"input": [[5, 6], [7]]}),
-    "/tokenize": ({"prompt": "The red fox"}, {"messages": TALK, "tools": [TOOL]}),
+    "/tokenize": ({"prompt": "The red fox"}, {"messages": CHAT, "tools": [TOOL]}),
     "/detokenize": ({"tokens": [5, 6, 7]},),
 }
 

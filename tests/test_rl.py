@@ -1426,7 +1426,7 @@ def test_left_out_records_are_reported(assets, tmp_path, capsys):
     flags = in_file(tmp_path / "settings.yaml", [*flags_of(assets, "dpo"), "--data", data, "--data.validation", "none", "--max-steps", "1"], RL, "rl")
     RL.main([*flags, "--out", str(tmp_path / "run")])
     log = capsys.readouterr().err
-    assert "training pairs: 8; held out: 0" in log
+    assert "8 pairs; 0 held out" in log
     for line, why in ((1, "whose completions are identical"), (2, "with an empty completion"), (3, "whose prompt fills training.max_length 128")):
         assert f"left out 1 {why} (the first: {data}:{line})" in log
     with pytest.raises(UserError, match="data.train: too few usable pairs: 0, expected at least 1; .*left out 1 whose completions are identical"):
