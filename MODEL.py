@@ -16,9 +16,11 @@ import dataclasses
 import difflib
 import errno
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -1860,10 +1862,17 @@ def choose_attention(name: str) -> tuple[Callable, list[Kernel]]:
     return (attend_sdpa, [KERNELS[name]]) if KERNELS[name].ragged else (KERNELS[name].attend, [])
 
 
+def library(name: str, need: str):
+    """Import an optional package. The error of a missing one starts with `need`, such as "adapters need"."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it prints messages about kernels to download, and type casts
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"{need} `pip install {name.partition('.')[0]}`") from None
+
+
 @memoize
 def _installed(package: str) -> bool:
-    import importlib.util
-
     return importlib.util.find_spec(package) is not None
 
 # -- building
@@ -3117,10 +3126,10 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
                   packing) -> ForeignModel:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-    from transformers.utils import logging
+    from transformers.utils import logging as messages
 
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
+    messages.disable_progress_bar()
+    verbosity = messages.get_verbosity()
     kind = raw.get("model_type")
     changes, heads = dict(changes or {}), (head,) if isinstance(head, str) else head or folder_heads(raw)
     labels = changes.pop("labels", None) or (hub_labels(raw) if "score" in folder_heads(raw) else None)
@@ -3136,7 +3145,7 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
         dtype = _chosen_dtype(dtype, raw, ForeignModel(empty), device) or torch.float32
-        logging.set_verbosity_error()  # no report of missing and unexpected heads
+        messages.set_verbosity_error()  # no report of missing and unexpected heads
         inner = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernels[attn_implementation],
                                                      use_safetensors=None, weights_only=True, **options)
     except (KeyError, ValueError, OSError, ImportError, TypeError, AttributeError, RuntimeError, SafetensorError,
@@ -3144,7 +3153,7 @@ def _load_foreign(folder: Path, raw: dict, dtype, device, attn_implementation: s
         raise UserError(f"{folder}: model_type '{kind}' is not one of {', '.join(FAMILIES)}, and transformers cannot load it: "
                         f"{first_line(error)}") from None
     finally:
-        logging.set_verbosity(verbosity)
+        messages.set_verbosity(verbosity)
     if "score" in heads and type(inner.config) not in AutoModelForSequenceClassification._model_mapping:
         raise UserError(f"{folder}: transformers has no sequence classification model for {kind}, so a classification or reward "
                         "head could not be saved; choose another model")
@@ -3176,15 +3185,7 @@ def folder_labels(folder: Path) -> list[str] | None:
 
 
 def import_peft():
-    """Import peft without bitsandbytes' messages about kernels to download."""
-    import logging
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        import peft
-    except ImportError:
-        raise UserError("adapters need `pip install peft`") from None
-    return peft
+    return library("peft", "adapters need")
 
 
 def host_of(model: LanguageModel) -> nn.Module:

@@ -737,13 +737,7 @@ def divisible(matrices: dict[str, tuple[nn.Module, str]], form: Form,
 
 
 def bitsandbytes():
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing kernels and type casts
-    try:
-        import bitsandbytes as bnb
-        import bitsandbytes.nn
-    except ImportError:
-        raise UserError("quantization.method: nf4 and llm_int8 need bitsandbytes; pip install bitsandbytes") from None
-    return bnb
+    return MODEL.library("bitsandbytes", "quantization.method: nf4 and llm_int8 need")
 
 
 class DequantizedNf4(nn.Module):

@@ -17,7 +17,6 @@ import functools
 import glob
 import gzip
 import hashlib
-import importlib
 import inspect
 import io
 import itertools
@@ -1804,16 +1803,8 @@ def read_table(path: Path, reading: Reading) -> Iterator[tuple[str, dict]]:
             yield f"{path}:{rows.line_num}", {key: value for key, value in row.items() if value is not None}
 
 
-def library(name: str, path: Path):
-    """Import an optional package that is needed to read `path`."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"{path}: needs `pip install {name.partition('.')[0]}`") from None
-
-
 def read_parquet(path: Path, field: str | None) -> Iterator[dict]:
-    file = library("pyarrow.parquet", path).ParquetFile(path)
+    file = MODEL.library("pyarrow.parquet", f"{path}: needs").ParquetFile(path)
     if field and field not in file.schema_arrow.names:
         raise UserError(f"{path}: no column '{field}' (columns: {', '.join(file.schema_arrow.names)}); set data.text_field")
     for batch in file.iter_batches(columns=[field] if field else None):
@@ -1823,7 +1814,8 @@ def read_parquet(path: Path, field: str | None) -> Iterator[dict]:
 def read_hub(source: Path) -> Iterator[dict]:
     """Stream a dataset from the hub, or from a folder in the hub's layout: name, name:split or name:config:split."""
     name, *rest = str(source).split(":")
-    return library("datasets", source).load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train", streaming=True)
+    datasets = MODEL.library("datasets", f"{source}: needs")
+    return datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train", streaming=True)
 
 
 def without_nulls(value):

@@ -173,11 +173,7 @@ def make_optimizers(model: nn.Module, training: TrainingSection) -> list[torch.o
               for (decay, rate), weights in sorted(by_kind.items(), key=lambda kind: (-kind[0][0], kind[0][1]))]
     options = dict(lr=training.learning_rate, betas=(training.adam_beta1, training.adam_beta2), eps=training.adam_epsilon)
     if training.optim == "adamw_8bit":
-        try:
-            import bitsandbytes
-        except ImportError:
-            raise UserError("training.optim: adamw_8bit needs `pip install bitsandbytes`") from None
-        optimizers.append(bitsandbytes.optim.AdamW8bit(groups, **options))
+        optimizers.append(MODEL.library("bitsandbytes", "training.optim: adamw_8bit needs").optim.AdamW8bit(groups, **options))
     elif groups:
         optimizers.append(torch.optim.AdamW(groups, **options, fused=True))
     return optimizers
@@ -765,18 +761,15 @@ def start_processes(training: TrainingSection, device_name: str, out: Path):
         raise UserError("training.fsdp: needs several processes (torchrun --nproc_per_node 2 TRAIN.py ...)")
     if not several and training.report_to == "none":
         return None, MODEL.choose_device(device_name)
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        what = "several processes need" if several else f"training.report_to: {training.report_to} needs"
-        raise UserError(f"{what} `pip install accelerate`") from None
+    need = "several processes need" if several else f"training.report_to: {training.report_to} needs"
+    accelerate = MODEL.library("accelerate", need)
     try:
         log_with = None if training.report_to == "none" else training.report_to
         # Without cpu=True, accelerate does not wrap the model of CPU processes, and each process would train alone.
         cpu = MODEL.choose_device(device_name).type == "cpu" or None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a missing tracker, which is an error below
-            accelerator = Accelerator(mixed_precision="no", cpu=cpu, log_with=log_with, project_dir=out)
+            accelerator = accelerate.Accelerator(mixed_precision="no", cpu=cpu, log_with=log_with, project_dir=out)
     except (ImportError, ValueError) as error:
         raise UserError(f"training.report_to: {training.report_to} cannot be used ({error})") from None
     if log_with and not accelerator.log_with:

@@ -163,7 +163,7 @@ def test_invalid_uses_are_one_line_errors(tmp_path, model_folder, monkeypatch):
     with pytest.raises(UserError, match="is not one of none, int8"):
         SFT.main(["--model", str(model_folder), "--model.quantization", "nf5", "--out", str(tmp_path / "out")])
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match="quantization.method: nf4 and llm_int8 need bitsandbytes; pip install bitsandbytes"):
+    with pytest.raises(UserError, match="quantization.method: nf4 and llm_int8 need `pip install bitsandbytes`"):
         MODEL.load(model_folder, quantization="nf4")
 
 

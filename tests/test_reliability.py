@@ -432,11 +432,14 @@ def damaged_cache(shop: Shop, draw: random.Random, name: str | None = None, how:
     harm(path, how or draw.choice(HARMS), draw)
     status, line = run(DISTILL, [*(ROWS + "--model {base} --data {shop}/text.txt --cache-dir").format(base=shop.base, shop=shop.folder, ids=cache.parent / "ids").split(), cache,
                                  "--out", cache.parent / "run", "--teacher", shop.base])
+    if path.name == MODEL.CHECKSUMS and not path.exists():  # as in caches of earlier versions
+        assert status == 0, line
+        return
     assert status == 2 and (is_reported(path, line) or path.name == "cache.json" and re.search("cache.json.*not valid|has (no|a) cache", line)), line
 
 
 def test_a_damaged_cache_of_a_teacher_is_one_line(shop):
-    for number, (name, how) in enumerate(itertools.product(("entries.bin", "cache.json", "tokenizer.json"), HARMS)):
+    for number, (name, how) in enumerate(itertools.product(("entries.bin", "cache.json", "tokenizer.json", "checksums.json"), HARMS)):
         damaged_cache(shop, random.Random(number), name, how)
 
 
