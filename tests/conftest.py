@@ -96,7 +96,8 @@ def launch(folder, script, *words, stdin=subprocess.DEVNULL, fork=True, **enviro
     """Start a script in a separate process: a fork of this process, or a new interpreter if not `fork` or if CUDA is available."""
     if fork := fork and not torch.cuda.is_available():
         import accelerate  # noqa: F401 (imported once for all children)
-        import peft  # noqa: F401
+
+        MODEL.import_peft()
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     command, become = [sys.executable, str(script), *map(str, words)], partial(run_here, Path(folder, script), words, environment)
     return subprocess.Popen(command, cwd=folder, env={**os.environ, **environment}, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
