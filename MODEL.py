@@ -3994,7 +3994,10 @@ def help_page(topic: str, doc: str, sections: dict[str, type], primary: str, act
         for f in shown:
             flag = flags.get(f"{name}.{f.name}", f.name if name == primary else f"{name}.{f.name}").replace("_", "-")
             value = json.dumps(getattr(section, f.name), ensure_ascii=False).strip('"')
-            comment = f.metadata["comment"] if topic else f.metadata["comment"].partition(";")[0]
+            parts = f.metadata["comment"].split("; ")
+            while len(parts) > 1 and len("; ".join(parts)) > 100 and not topic:
+                parts.pop()
+            comment = "; ".join(parts)
             missing = any(str(choice) not in f"{comment} auto" for choice in f.metadata["choices"])
             choices = f" ({' | '.join(map(str, f.metadata['choices']))})" if missing else ""
             lines.append(f"  {f.name:22} {value:>14}  {comment}{choices} [--{flag}]")

@@ -1,6 +1,6 @@
 """RL.py: preference optimization and reinforcement learning.
 
-Reading order: settings, losses of preference pairs, losses and estimators of rollouts (short functions, each with its paper),
+Read in this order: settings, losses of preference pairs, losses and estimators of rollouts (short functions, each with its paper),
 rollouts as a stream of batches. Below the banner `edges`: preference pairs as a stream, user functions, tools, reward functions,
 records, and the command line.
 

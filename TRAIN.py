@@ -51,9 +51,10 @@ class TrainingSection:
     grad_accum: int = knob(1, "forward passes per optimizer step (gradient accumulation)", low=1, often=True)
     max_length: int = knob(256, "maximum tokens per sequence; longer documents continue in the next one", low=1, often=True)
     mlm_probability: float = knob(0.15, "masked language modeling: fraction of tokens to predict", above=0, below=1)
-    learning_rate: float | None = knob(None, "peak learning rate; null is 6e-3 * sqrt(128 / width) for fresh weights, 5e-5 for "
-                                             "trained ones; in SFT and DISTILL 3e-3 * (128 / width)^2, for a reward model "
-                                             "1/10 of this, in RL 1/30; for adapters ten times as much",
+    learning_rate: float | None = knob(None, "peak learning rate; null depends on the method and the width; 6e-3 * sqrt(128 / "
+                                             "width) for fresh weights, 5e-5 for trained ones; in SFT and DISTILL "
+                                             "3e-3 * (128 / width)^2, for a reward model 1/10 of this, in RL 1/30; for "
+                                             "adapters ten times as much",
                                              above=0, high=100, often=True)
     optim: str = knob("auto", "optimizer: muon, adamw or adamw_8bit; auto is muon for fresh weights, adamw for trained ones; in "
                               "SFT muon up to width 256", ("auto", "muon", "adamw", "adamw_8bit"), often=True)
