@@ -1,8 +1,10 @@
 """DISTILL.py: train a small student model with the help of a large teacher model.
 
 Training data shows one next token; a teacher gives the probability of every token. The student minimizes the divergence of
-its distribution from the teacher's, in addition to the cross-entropy on the data. Read in this order: settings, losses, outputs of
-the teacher (in memory or cached), the training loss; below `edges`, everything that prepares them, and generated training data.
+its distribution from the teacher's, in addition to the cross-entropy on the data.
+
+Read in this order: settings, losses, outputs of the teacher (in memory or cached), the training loss. Below the banner `edges`:
+everything that prepares them, and generated training data.
 
     python DISTILL.py --config config.yaml                                    # teacher out -> out/distill, a quarter of its size
     python DISTILL.py --teacher out/sft --method hidden --out out/small-chat  # conversations; hidden states as well
@@ -936,7 +938,8 @@ def write_answers(config) -> None:
         raise UserError(f"--generate: no completion {usable}; raise max_new_tokens in distill.sampling, or lower "
                         "distill.reward_threshold")
     if rank == 0:
-        say(f"{out}: {count:,} completions of {answered:,} prompts" + (f", mean reward {reward / count:.3f}" if judges else "")
+        mean = f", mean reward {reward / count:.3f}" if judges else ""
+        say(f"{out}: {MODEL.counted(count, 'completion')} of {MODEL.counted(answered, 'prompt')}{mean}"
             + f"; prompts without a completion {usable}: {len(prompts) - answered:,}" * (answered < len(prompts)))
 
 

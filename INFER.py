@@ -856,7 +856,7 @@ def configure_for_hardware(model: MODEL.LanguageModel, device=None, quiet: bool 
         torch.set_float32_matmul_precision("high")
         chosen += ["TF32", *_pack(model)]
     if device.type == "cpu":
-        chosen.append(f"{(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}")
+        chosen.append(MODEL.counted(torch.get_num_threads(), "thread"))
         if isinstance(model, MODEL.Transformer):
             chosen += _pack(model) if model.config.hidden_size >= PACK_WIDTH else _restore(model)
         emulated = model.dtype not in (torch.float32, MODEL.fast_half("cpu"))
@@ -1613,7 +1613,7 @@ def classify(model, tokenizer, texts: list[str | list[dict]]) -> list[list[float
     context = model.config.max_position_embeddings
     rows = [tokenizer(text).input_ids if isinstance(text, str) else ids_to_score(tokenizer, text) for text in texts]
     if longer := sum(len(ids) > context for ids in rows):
-        say(f"truncated {longer} text{'s' * (longer > 1)} with more than {context} tokens (the model's context)")
+        say(f"truncated {MODEL.counted(longer, 'text')} with more than {context} tokens (the model's context)")
         rows = [tokenizer(text, truncation=True, max_length=context).input_ids if isinstance(text, str) else ids
                 for text, ids in zip(texts, rows, strict=True)]
     scores = scores_of(model, rows)  # (N, L)

@@ -1,8 +1,8 @@
 """RL.py: preference optimization and reinforcement learning.
 
-Read in this order: settings, losses of preference pairs, losses and estimators of rollouts (short functions, each with its paper),
-rollouts as a stream of batches. Below the banner `edges`: preference pairs as a stream, user functions, tools, reward functions,
-records, and the command line.
+Read in this order: settings, losses of preference pairs, losses and estimators of rollouts (short functions, each with its
+paper), rollouts as a stream of batches. Below the banner `edges`: preference pairs as a stream, user functions, tools, reward
+functions, records, and the command line.
 
     python RL.py --config config.yaml                                # DPO: out/sft -> out/rl, on the bundled pairs
     python RL.py --rl.method grpo --out out/grpo                     # GRPO on sums, with a verifiable reward
@@ -1686,7 +1686,8 @@ class Judges:
         if not isinstance(values, (list, tuple)):
             raise UserError(f"{self.key}: {name} returned {type(values).__name__}; expected a list with a number per completion")
         if len(values) != len(samples):
-            raise UserError(f"{self.key}: {name} returned {len(values)} rewards for {len(samples)} completions")
+            raise UserError(f"{self.key}: {name} returned {MODEL.counted(len(values), 'reward')} for "
+                                f"{MODEL.counted(len(samples), 'completion')}")
         return values
 
     def loggers(self, function: str, samples: list[Sample]) -> dict[str, Callable]:
@@ -1951,11 +1952,11 @@ def with_kept(evaluate: Callable | None, config, tokenizer) -> Callable | None:
 def pair_stage(config, model, tokenizer, records, held, left, frozen, _) -> TRAIN.Stage:
     settings = config.rl
     pairs, held_out = (read_pairs(config, tokenizer, part, left) for part in (records, held))
-    least, unit = (2, "completions") if settings.method == "kto" else (1, "pairs")
+    least, unit = (2, "completion") if settings.method == "kto" else (1, "pair")
     if len(pairs) < least:
-        raise UserError(f"data.train: too few usable {unit}: {len(pairs)}, expected at least {least}{left.text()}")
+        raise UserError(f"data.train: too few usable {unit}s: {len(pairs)}, expected at least {least}{left.text()}")
     truncated = f"; {left.truncated:,} truncated at training.max_length" if left.truncated else ""
-    say(f"{len(pairs):,} {unit}; {len(held_out):,} held out{truncated}{left.text()}")
+    say(f"{MODEL.counted(len(pairs), unit)}; {len(held_out):,} held out{truncated}{left.text()}")
     if settings.method == "kto":
         warn_imbalance(pairs, settings)
     stream = Pairs(pairs, held_out, settings, config.training, frozen)
@@ -2011,7 +2012,7 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
     if not prompts:
         raise UserError(f"data.train: no usable prompt{left.text()}")
     judges.check(prompts + held_out)
-    say(f"{len(prompts):,} prompts; {len(held_out):,} held out{left.text()}; rewards: {', '.join(judges.names)}")
+    say(f"{MODEL.counted(len(prompts), 'prompt')}; {len(held_out):,} held out{left.text()}; rewards: {', '.join(judges.names)}")
     reference = Reference(model, frozen) if settings.beta else None
     stream = Rollouts(prompts, tokenizer, judges, settings, config.training, reference, out, tools)
 

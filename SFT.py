@@ -302,7 +302,7 @@ def read_conversations(config, tokenizer) -> tuple[list[Sample], list[Sample]]:
     form = TOKENIZER.Form(conversation, settings.section, settings.columns, settings.system, KEYS)
     train, held_out, rest = read_samples(config, form, partial(Sample, tokenizer=tokenizer, settings=settings), "conversation")
     tokens, targets = sum(len(sample.ids) for sample in train), sum(sum(w > 0 for w in sample.weights) for sample in train)
-    say(f"{len(train):,} conversation{'s' * (len(train) != 1)}, {tokens:,} tokens, {targets:,} trained on; {rest}")
+    say(f"{MODEL.counted(len(train), 'conversation')}, {tokens:,} tokens, {targets:,} trained on; {rest}")
     return train, held_out
 
 
@@ -314,7 +314,7 @@ def read_labeled(config, tokenizer, known: list[str] | None) -> tuple[list[Label
     shares = Counter(item.record["label"] for item in train)
     labels = known or sorted(shares, key=lambda name: (len(name), name) if name.isdigit() else (0, name))
     if len(shares) < 2 or len(shares) > max(2, len(train) // 2):
-        count = f"{len(shares)} different label{'s' * (len(shares) > 1)} in {len(train):,} texts"
+        count = f"{MODEL.counted(len(shares), 'different label')} in {MODEL.counted(len(train), 'text')}"
         raise UserError(f"{train[0].where}: the training data has {count}; set the right columns in sft.columns, as in "
                         "{text: my_column, label: another}")
     for item in (*train, *held_out):
@@ -689,7 +689,7 @@ def convert(config) -> None:
         raise UserError(f"--out: {out} exists; replace it with --overwrite")
     MODEL.write_text(out, "".join(line + "\n" for line in lines))
     origins = ", ".join(f"{n:,} from {path}" for path, n in counts.items())
-    say(f"{out}: {len(lines):,} record{'s' * (len(lines) != 1)} ({origins}){left.text()}")
+    say(f"{out}: {MODEL.counted(len(lines), 'record')} ({origins}){left.text()}")
 
 
 def merge(config) -> None:

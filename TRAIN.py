@@ -1560,7 +1560,7 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
         result_flags = f"--model {config.model.name} --adapter {out}" if adapter else f"--model {out}"
         if config.model.quantization != "none":
             result_flags += f" --model.quantization {config.model.quantization}"
-        steps = f"{result.steps} step{'s' * (result.steps != 1)} in {duration(result.seconds)}"
+        steps = f"{MODEL.counted(result.steps, 'step')} in {duration(result.seconds)}"
         say(f"{steps}; the {'adapter' if adapter else 'model'} is in {out}; try: {show.replace('MODEL', result_flags)}")
         if qat != "none":
             size = config.training.qat_group_size

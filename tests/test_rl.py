@@ -712,7 +712,7 @@ def word(completions, log_metric, **_):
 
 
 @pytest.mark.parametrize("name, message", [("nan", "file:9: .*nan returned nan for the completion 'xy'; expected a finite number"), ("fails", "fails failed on file:9, completion 'xy' .ZeroDivisionError.*functions.py:11"),
-                                           ("short", "returned 1 rewards for 2 completions"), ("letters", "letters failed on file:7")])
+                                           ("short", "returned 1 reward for 2 completions"), ("letters", "letters failed on file:7")])
 def test_errors_name_the_function_and_the_record(name, message, tmp_path):
     samples = [make_sample("abc"), make_sample("xy")]
     samples[1].where = "file:9"
