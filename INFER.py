@@ -1670,10 +1670,9 @@ def run_prompt(session: Session, prompt: str, echo: bool) -> None:
         print(flush=True)
         return
     completions = session.complete(prompt, session.sampling)
-    colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for number, completion in enumerate(completions, 1):
         if len(completions) > 1:
-            print(f"\033[2m[{number}]\033[0m" if colored else f"[{number}]")
+            print(f"\033[2m[{number}]\033[0m" if MODEL.shows_colors() else f"[{number}]")
         print((prompt if echo else "") + completion.text, flush=True)
 
 
@@ -2588,18 +2587,18 @@ def add_page(app, session: Session, name: str, server) -> None:
         return gradio.mount_gradio_app(page, chat_blocks(session, name), "/", footer_links=[], max_file_size=0, theme=theme,
                                        head=f"<style>{style}</style>", app_kwargs={"openapi_url": None})
 
-    async def open_page() -> tuple:
-        page = await asyncio.to_thread(build)
+    async def open_page() -> FastAPI:
+        page, shutdown = await asyncio.to_thread(build), server.shutdown
         lifespan = page.router.lifespan_context(page)
         await lifespan.__aenter__()
 
-        async def close() -> None:
-            while not server.should_exit:
-                await asyncio.sleep(0.2)
+        async def close(sockets=None) -> None:
             page.routes[-1].app.stop_event.set()  # otherwise connections of open browser tabs delay the server's exit
             await lifespan.__aexit__(None, None, None)
+            await shutdown(sockets)
 
-        return page, asyncio.create_task(close())
+        server.shutdown = close
+        return page
 
     async def serve(scope, receive, send):
         nonlocal opening
@@ -2627,7 +2626,7 @@ def add_page(app, session: Session, name: str, server) -> None:
             await send(message)
 
         opening = opening or asyncio.create_task(open_page())
-        await (await opening)[0](scope, bounded, with_policy)
+        await (await opening)(scope, bounded, with_policy)
 
     app.mount("/", serve)
     say(f"chat page at http://{session.settings.host}:{session.settings.port}/")

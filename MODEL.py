@@ -52,6 +52,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# oneDNN caches a kernel per shape, up to 1024 of about 2 MB. The shapes of most batches differ, so memory would grow to gigabytes.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
 
 class UserError(Exception):
     """A user error: shown as one line on stderr, exit status 2."""
@@ -2678,9 +2681,13 @@ def _write_configs(model: Transformer, scratch: Path) -> None:
         raw["quantization_config"] = QUANT.hub_config(model, raw["model_type"])
         if model.config.model_type == "gpt2":
             say("model: transformers does not support this quantization of GPT-2, so only this program can open the folder")
-    generation = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k) is not None}
     (scratch / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    (scratch / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    write_generation_config(raw, scratch)
+
+
+def write_generation_config(raw: dict, folder: Path) -> None:
+    ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
+    (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
 
 
 def _remove_adapter(folder: str | Path) -> None:
@@ -2790,8 +2797,10 @@ def resolve_folder(name: str, key: str = "model.name") -> Path:
         return Path(name)
     if Path(name).is_file():
         raise UserError(f"{key}: '{name}' is a file; give the folder with config.json and the weights")
-    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise UserError(f"{key}: folder not found: '{name}'")
+    parent = Path(name).parent
+    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1 or "/" in str(name) and parent.is_dir():
+        others = sorted({path.parent.name for path in parent.glob("*/*config.json")})
+        raise UserError(f"{key}: folder not found: '{name}'" + f"; {parent} contains {', '.join(others[:9])}" * bool(others))
     try:
         import huggingface_hub
         from huggingface_hub.errors import HFValidationError
@@ -2801,9 +2810,8 @@ def resolve_folder(name: str, key: str = "model.name") -> Path:
         raise UserError(f"{key}: '{name}' is neither a folder nor a valid hub name") from None
     except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = textwrap.shorten(first_line(error), 120, placeholder=" ...")
-        remedy = "check the network, or start from --model.preset llama-1m" if key == "model.name" else "check its spelling"
-        raise UserError(f"{key}: '{name}' is not a local folder and cannot be downloaded from the hub ({reason}); {remedy}"
-                        ) from None
+        raise UserError(f"{key}: '{name}' is not a local folder and cannot be downloaded from the hub ({reason}); check its "
+                        "spelling and the network") from None
 
 
 def files_fingerprint(paths: list[Path]) -> str:
@@ -2837,7 +2845,9 @@ def model_folder(name: str, key: str = "model.name") -> Path:
     program = {"out": "TRAIN.py", "out/sft": "SFT.py", "out/rl": "RL.py", "out/distill": "DISTILL.py"}.get(folder.as_posix())
     if (folder.is_dir() or program) and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
         newest = max(folder.glob("ckpt-step-*"), default=None)
-        hint = f"use its newest checkpoint: --model {newest}" if newest else f"train it first: python {program or 'TRAIN.py'}"
+        hint = (f"use its newest checkpoint: --model {newest}" if newest else
+                "GGUF files are for llama.cpp; use the folder that was exported" if any(folder.glob("*.gguf")) else
+                f"train it first: python {program or 'TRAIN.py'}")
         raise UserError(f"{key}: {name} contains no finished model; {hint}")
     return resolve_folder(name, key)
 
@@ -3235,6 +3245,7 @@ def _save_adapter(model: LanguageModel, folder: str | Path) -> None:
         config.save_pretrained(scratch)
         labels = {"labels": json.dumps(model.config.labels)} if "score" in model.heads else {}
         save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt", **labels})
+        write_generation_config(vars(model.config), scratch)
 
 
 RENAMED = ("gpt2", "bert")  # families whose layers have other names in transformers; peft converts the names of experts
@@ -3609,6 +3620,10 @@ def summary(config: ModelConfig) -> str:
     return "\n".join(lines)
 
 
+def shows_colors() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def counted(number: int, noun: str) -> str:
     """1, "document" -> "1 document"; 2000 -> "2,000 documents"."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
@@ -3713,6 +3728,8 @@ def convert(value, kind, where: str, choices: tuple = ()):
     if isinstance(value, bool) and choices:  # YAML reads a bare on or no as true or false
         value = next((choice for choice in (("on", "yes") if value else ("off", "no")) if choice in choices), value)
     if choices and value not in choices:
+        value = next((choice for choice in choices if str(choice).lower() == str(value).lower()), value)  # such as q8_0
+    if choices and value not in choices:
         raise UserError(f"{where}: '{value}' is not one of {', '.join(map(str, choices))}"
                         f"{suggestion(str(value), map(str, choices), ' (nearest: {})')}")
     if listed and (isinstance(value, list) or set(options) <= {listed, type(None)} and not isinstance(value, (dict, bool))):
@@ -3732,7 +3749,7 @@ def convert(value, kind, where: str, choices: tuple = ()):
         if option in (bool, dict) and isinstance(value, option):
             return value
     names = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
-    names = names.replace("dict", "JSON object, such as '{\"key\": ...}'") if isinstance(value, str) else names
+    names = names.replace("dict", "JSON object, such as '{key: value}'") if isinstance(value, str) else names
     raise UserError(f"{where}: {value!r} is not of type {names}")
 
 
@@ -3926,6 +3943,17 @@ def flag_names(kinds: dict, primary: str, blocks: list[str], shorts: dict[str, s
     return names | {key.removeprefix(prefix): key for key in names if key.startswith(prefix) and key.count(".") == 1}
 
 
+# flags of transformers' and TRL's trainers, for suggestions
+TRANSFORMERS_FLAGS = {
+    "model_name_or_path": "model", "torch_dtype": "model.dtype", "load_in_4bit": "model.quantization nf4",
+    "load_in_8bit": "model.quantization llm_int8", "use_peft": "lora.r 16", "dataset_name": "data", "train_file": "data",
+    "eval_dataset": "data.validation", "validation_file": "data.validation", "output_dir": "out", "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size", "per_device_eval_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accum", "max_seq_length": "max_length", "bf16": "training.mixed_precision bf16",
+    "fp16": "training.mixed_precision fp16", "warmup_ratio": "training.warmup_steps", "eval_strategy": "training.eval_steps",
+    "save_strategy": "training.save_steps", "resume_from_checkpoint": "resume", "do_sample": "temperature"}
+
+
 def read_flags(argv: list[str], kinds: dict, primary: str, blocks: list[str], actions: dict[str, Action],
                shorts: dict[str, str]) -> tuple[dict, dict]:
     """Parse a command line to ({"training.epochs": raw value}, {action: value}); in flag names, `-` and `_` are the same."""
@@ -3946,8 +3974,10 @@ def read_flags(argv: list[str], kinds: dict, primary: str, blocks: list[str], ac
         if not action and not key:
             section = shorts.get(name, name).partition(".")[0]
             other = section in SECTIONS and not any(known.startswith(f"{section}.") for known in kinds)
-            raise UserError(f"{flag}: '{section}' is a section of another script" if other else
-                            f"{flag}: unknown flag{suggestion(name, names, '; nearest is --{}')}")
+            same = TRANSFORMERS_FLAGS.get(name.rpartition(".")[2], "")
+            hint = (f"; use --{same}" if same.partition(" ")[0] in {*names, *actions} else
+                    suggestion(name, names, "; nearest is --{}"))
+            raise UserError(f"{flag}: '{section}' is a section of another script" if other else f"{flag}: unknown flag{hint}")
         kind = str if action else kinds.get(key) or kinds[key.removeprefix(f"{primary}.")]
         if not equals:
             if i < len(argv) and (not argv[i].startswith("--") or action and action.bare is None):  # such as --prompt "--x"

@@ -92,7 +92,7 @@ class RLSection:
                                   "auto is the first, or grpo with importance_sampling_level sequence", often=True)
     label_smoothing: float = knob(0.0, "dpo: assumed fraction of pairs with swapped labels; robust requires it", low=0, below=0.5,
                                   only=("method", "dpo"), often=True)
-    rpo_alpha: float | None = knob(None, "weight of the chosen completion's negative log-likelihood (Pang 2024), 1 if null",
+    rpo_alpha: float | None = knob(None, "weight of the chosen completion's log-likelihood term (Pang 2024); null is 1, 0 off",
                                    low=0, only=("method", *WITH_NLL), often=True)
     simpo_gamma: float = knob(0.5, "simpo: target reward margin", only=("method", "simpo"), often=True)
     desirable_weight: float = knob(1.0, "kto: weight of desirable completions", low=0, only=("method", "kto"), often=True)
@@ -108,7 +108,7 @@ class RLSection:
         f"{', '.join(REWARDS)}; rewards are summed with their weights", often=True)
     reward_weights: list[float] | None = rollout_knob(None, "weight of each reward function (null: 1 for all)")
     tools: list[str] = rollout_knob([], "ppo, grpo, rloo: functions that completions may call, as file.py:function", often=True)
-    max_turns: int = knob(4, "with rl.tools: maximum number of assistant turns per completion", low=1, only="tools", often=True)
+    max_turns: int = rollout_knob(4, "with rl.tools: maximum number of assistant turns per completion", low=1)
     tool_timeout: float = knob(10.0, "with rl.tools: maximum seconds per call", above=0, only="tools")
     rollout_size: int = rollout_knob(256, "ppo, grpo, rloo: completions per rollout, over all prompts and processes; a multiple "
                                           "of the optimizer step", low=1, often=True)
@@ -2025,7 +2025,7 @@ def rollout_stage(config, model, tokenizer, records, held, left, frozen, judges)
 
 
 def dry_run(config) -> None:
-    """Print the first records as the model reads them, and the length distribution. In pairs, trained tokens are green (for a
+    """Print the first records as the model reads them, and the length distribution. In pairs, trained tokens are marked (for a
     reward model: the token whose score is the reward). Below a prompt are the columns for reward functions."""
     SFT.need_model(config)
     settings = config.rl.fill()
@@ -2050,7 +2050,7 @@ def dry_run(config) -> None:
             lengths.append(len(ids))
     if not pairs:
         raise UserError(f"data.train: no usable record{left.text()}")
-    SFT.preview([(where, SFT.in_green(tokenizer, *example)) for where, example in shown[:6]], lengths, "prompt and completion",
+    SFT.preview([(where, SFT.marked_text(tokenizer, *example)) for where, example in shown[:6]], lengths, "prompt and completion",
                 f"max_length {config.training.max_length}{left.text()}")
 
 

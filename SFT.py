@@ -49,6 +49,9 @@ class LoraSection:
 
     def attach(self, model: MODEL.LanguageModel, base: str, tokens: list[int], seed: int) -> None:
         options = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora")}
+        if tokens:
+            say(f"lora: {MODEL.counted(len(tokens), 'token')} added for the chat template; in peft, AutoPeftModelForCausalLM "
+                "opens the adapter with resized embeddings")
         attach_lora(model, base, self.target_modules, seed, trainable_token_indices=rows_to_train(model, tokens), **options)
 
 
@@ -497,6 +500,8 @@ def conversation(record: dict, where: str, form: TOKENIZER.Form) -> dict:
     if keys is None:
         if any(all(key in record for key in keys) for keys in TOKENIZER.LAYOUTS):
             raise TOKENIZER.Unusable("with an empty text, prompt or answer")
+        if {"chosen", "rejected"} <= record.keys():
+            raise UserError(f"{where}: a preference pair (chosen, rejected); train on it with RL.py")
         known = "; ".join(" + ".join(keys) for keys in TOKENIZER.LAYOUTS)
         raise UserError(f"{where}: keys {TOKENIZER.keys_of(record)} match no format ({known}); set {form.section}.columns, as in "
                         "{prompt: my_column, completion: another}")
@@ -638,7 +643,7 @@ def prepare(config, checkpoint: Path | None, device: torch.device) -> TRAIN.Stag
 
 
 def dry_run(config) -> None:
-    """Print the first records as the model reads them, trained tokens in green, and the distribution of lengths."""
+    """Print the first records as the model reads them, trained tokens marked, and the distribution of lengths."""
     need_model(config)
     TRAIN.fit_length(config, MODEL.context_length(config.model.name, MODEL.overrides(config.model)))
     tokenizer = TOKENIZER.of_run(config)
@@ -647,17 +652,22 @@ def dry_run(config) -> None:
     else:
         TOKENIZER.ensure_chat(tokenizer)
         samples, _ = read_conversations(config, tokenizer)
-    shown = [(sample.where, f"{tokenizer.decode(sample.text_ids)} \033[32m{sample.record['label']}\033[0m"
-              if isinstance(sample, Labeled) else in_green(tokenizer, sample.ids, sample.weights)) for sample in samples[:3]]
+    shown = [(sample.where, f"{tokenizer.decode(sample.text_ids)} {marked(sample.record['label'])}"
+              if isinstance(sample, Labeled) else marked_text(tokenizer, sample.ids, sample.weights)) for sample in samples[:3]]
     what = "text" if config.sft.task == "classify" else "conversation"
     preview(shown, [len(sample.ids) for sample in samples], what, f"max_length {config.training.max_length}")
 
 
-def in_green(tokenizer, ids: list[int], weights: list[float]) -> str:
-    """Decode ids, with those of a positive weight, which are trained on, in green."""
+def marked(text: str) -> str:
+    """Text that is trained on: green on a terminal, otherwise in double brackets."""
+    return f"\033[32m{text}\033[0m" if MODEL.shows_colors() else f"[[{text}]]"
+
+
+def marked_text(tokenizer, ids: list[int], weights: list[float]) -> str:
+    """Decode ids, and mark those of a positive weight, which are trained on."""
     groups = itertools.groupby(zip(ids, weights, strict=True), lambda pair: pair[1] > 0)
     spans = [(trained, tokenizer.decode([i for i, _ in group])) for trained, group in groups]
-    return "".join(f"\033[32m{text}\033[0m" if trained else text for trained, text in spans)
+    return "".join(marked(text) if trained else text for trained, text in spans)
 
 
 def preview(shown: list[tuple[str, str]], lengths: list[int], what: str, limit: str) -> None:
@@ -699,6 +709,8 @@ def merge(config) -> None:
     folder = Path(config.actions.merge)
     if not (folder / "adapter_config.json").exists():
         raise UserError(f"--merge: {folder} is not the folder of an adapter (adapter_config.json is missing)")
+    if config.origins.get("output.dir") != "command line":
+        raise UserError("--merge: needs a folder for the merged model; set --out")
     named, usual = MODEL.adapter_config(folder).base_model_name_or_path, SFTSection().model["name"]
     base = config.model.name if config.model.name not in (None, usual) else named  # --model takes precedence
     out = Path(config.output.dir)

@@ -1942,10 +1942,9 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
     """The training records and the held-out records as (file:line, record), without duplicates. All records with the same prompt
     are in the same set, in every stage, so a held-out prompt is not trained on, not even in an earlier turn of a conversation."""
     groups, held_out = data_files(data, RECORDS[:-1])
-    seen = Seen()
 
     def read(files: Iterable[Path], key: str) -> list[Record]:
-        records = []
+        records, seen = [], Seen()
         for where, record in itertools.chain.from_iterable(form.read(path, left) for path in files):
             if data.deduplicate and not seen.add(json.dumps(record, sort_keys=True, default=str)):
                 left.add("duplicates", where)
@@ -1956,7 +1955,7 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
             raise UserError(f"{key}: no {kind} in {names}{left.text()}")
         return records
 
-    validation = read(held_out, "data.validation") if held_out else []  # first, so that a record in both files is held out
+    validation = read(held_out, "data.validation") if held_out else []
     records = read(itertools.chain.from_iterable(groups), "data.train")
     keys = [prompt_keys(record) for _, record in records]
     if data.validation == "hash":
@@ -1973,6 +1972,8 @@ def read_split(data: DataSection, form: Form, left: LeftOut, kind: str = "record
         count = MODEL.counted(len(records), kind)
         raise UserError(f"data.validation: {data.validation} holds out all prompts of data.train ({count}, the first: "
                         f"{records[0][0]}); set it to none or to another file")
+    if data.validation in ("hash", "tail") and not rest:
+        say(f"data.validation: no {kind} was held out; training without validation, unless it is set to tail or to a file")
     return train, validation if held_out else rest
 
 
@@ -2064,6 +2065,8 @@ def call_of(call, where: str) -> dict:
 
 def messages_of(value, where: str) -> list[dict]:
     """Normalize a list of messages, or its JSON in a table cell."""
+    if isinstance(value, str) and value.lstrip()[:1] not in ("[", "{"):
+        raise UserError(f"{where}: expected a list of messages, found the text '{value[:40]}'")
     value = parsed(value, where)
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):

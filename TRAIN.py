@@ -385,8 +385,8 @@ class Trainer:
                 self.log.say(f"the next checkpoint replaces {', '.join(map(str, self.outdated))}")
         self.total_steps = self.run.total_steps = self._total_steps()
         self.warmup = self._warmup()
-        if self.total_steps is not None and self.state.step > self.total_steps:
-            self.log.say(f"nothing to train: training.max_steps is {self.total_steps}, the checkpoint at step {self.state.step}")
+        if self.total_steps is not None and self.state.step >= self.total_steps:
+            self.log.say(f"nothing to train: the run has {self.total_steps} steps, the checkpoint is of step {self.state.step}")
         self.flops, self.head_flops = self._flops_per_token()
         self.started = time.perf_counter()
         if not self.state.before:
@@ -417,7 +417,8 @@ class Trainer:
         steps, total = self.training.warmup_steps, self.total_steps
         if not total or steps < 1 or 2 * steps <= total:
             return steps
-        self.log.say(f"training.warmup_steps: {steps:g} is more than half of the run's {total} steps; using {max(1, total // 4)}")
+        self.log.say(f"the run has only {MODEL.counted(total, 'step')}, {max(1, total // 4)} of them for the warmup; a higher "
+                     "--epochs or a lower --batch-size trains longer")
         return float(max(1, total // 4))
 
     def _flops_per_token(self) -> tuple[float, float]:
@@ -646,6 +647,8 @@ class Trainer:
             if self.stop_signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop_signal = number
+            if number == signal.SIGINT:
+                self.log.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without one")
 
         previous = {}
         with contextlib.suppress(ValueError):  # only the main thread can handle signals
@@ -1132,6 +1135,7 @@ class Log:
         panels = {"loss": {"training": curve(records, key), "held-out set": curve(records, "eval_loss")}}
         panels["held-out set, %"] = {name.rpartition("/")[2].replace("_", " "): curve(records, f"eval_{name}", 100)
                                  for name in SHARES}
+        panels["reward of a pair"] = {name: curve(records, f"rewards/{name}") for name in ("chosen", "rejected", "margins")}
         plot_curves(self.out / "loss.png", panels)
 
 
@@ -1227,7 +1231,7 @@ def run_folder(out: Path, resume: str | None, overwrite: bool):
             raise UserError(f"output.dir: {out} contains a run, but {found} belongs to another run; choose another --out")
         if used and not (checkpoints(out) or {"config.yaml", "config.json"} <= set(used) or {*TRACES, *ADAPTER} & set(used)):
             raise UserError(f"output.dir: {out} contains {used[0]}, which was not written by a run; choose another --out")
-        if resume and found is None and used:
+        if resume and found is None:
             if kept := [name for name in used if name not in TRACES]:
                 raise UserError(f"--resume: {out} contains {kept[0]} but no checkpoint; use --overwrite or another --out")
             say(f"{out} contains no checkpoint; starting a new run")
@@ -1466,7 +1470,9 @@ def changed_keys(folder: Path, text: str) -> list[str]:
     import yaml
 
     old, new = saved_settings(folder), yaml.safe_load(text)
-    return [f"{s}.{k}" for s in new for k in new[s] if s != "output" and s in old and old[s].get(k) != new[s][k]]
+    harmless = ("output.dir", "training.save_steps", "training.save_total_limit", "training.logging_steps", "training.report_to")
+    names = [f"{s}.{k}" for s in new for k in new[s] if s in old and old[s].get(k) != new[s][k]]
+    return [name for name in names if name not in harmless]
 
 
 ACTIONS = {
@@ -1547,7 +1553,8 @@ def run_stage(name: str, config, prepare: Callable, show: str = 'echo "..." | py
             processes = f", {world_size()} processes" if world_size() > 1 else ""
             say(f"{total:,} parameters{share}, device {device.type}, precision {mixed.replace('no', 'float32')}{processes}")
             if checkpoint:
-                say(f"resuming from {checkpoint}")
+                checked = (checkpoint / MODEL.CHECKSUMS).exists()
+                say(f"resuming from {checkpoint}" + f", without {MODEL.CHECKSUMS}: not checked for damage" * (not checked))
                 if changes := changed_keys(checkpoint, text):
                     say(f"changed since that checkpoint, so the resumed run will differ: {', '.join(changes)}")
         if accelerator and accelerator.log_with:
