@@ -52,7 +52,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# oneDNN caches a kernel per shape, up to 1024 of about 2 MB. The shapes of most batches differ, so memory would grow to gigabytes.
+# oneDNN caches a kernel for each shape of a matrix product, 1024 by default, up to 2 MB each. Batches of conversations differ in
+# shape, so memory would grow by gigabytes. 256 are enough for the shapes that repeat.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
