@@ -6,6 +6,7 @@ the banner: hardware settings, structured outputs, static batching for other mod
 HTTP server and its chat page.
 
     echo "Once upon a time" | python INFER.py --model out
+    python INFER.py --model out/sft                                   # a chat in the terminal
     python INFER.py --model out --prompt "What is 12 plus 30?" --temperature 0 --max-new-tokens 32
     python INFER.py --serve --model out/sft --port 8000
 """
@@ -2707,7 +2708,8 @@ def check_flags(config) -> list[str]:
             with socket.create_server((settings.host, settings.port)):
                 pass
         except OSError as error:
-            raise UserError(f"--port: cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from None
+            reason = os.strerror(error.errno) if error.errno else error
+            raise UserError(f"--port: cannot listen on {settings.host}:{settings.port}: {reason}; choose another --port") from None
     if settings.logprobs and actions.score is None and not actions.jsonl:
         raise UserError("--logprobs: requires --jsonl or --score")
     if actions.score not in (None, "-") and (Path(actions.score).is_dir() or not Path(actions.score).exists()):

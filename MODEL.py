@@ -2845,10 +2845,12 @@ def model_folder(name: str, key: str = "model.name") -> Path:
         raise UserError(f"{key}: '{name}' is a preset without trained weights; train it first: python TRAIN.py --preset {name}")
     program = {"out": "TRAIN.py", "out/sft": "SFT.py", "out/rl": "RL.py", "out/distill": "DISTILL.py"}.get(folder.as_posix())
     if (folder.is_dir() or program) and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+        if not folder.is_dir():
+            raise UserError(f"{key}: folder not found: '{name}' (in {Path.cwd()}); train it first: python {program}")
         newest = max(folder.glob("ckpt-step-*"), default=None)
         hint = (f"use its newest checkpoint: --model {newest}" if newest else
                 "GGUF files are for llama.cpp; use the folder that was exported" if any(folder.glob("*.gguf")) else
-                f"train it first: python {program or 'TRAIN.py'}")
+                f"train it first: python {program}" if program else "config.json is missing")
         raise UserError(f"{key}: {name} contains no finished model; {hint}")
     return resolve_folder(name, key)
 

@@ -1837,7 +1837,8 @@ def export(model, tokenizer, form: str, out: str | Path, section: QuantizationSe
             path.replace(destination)
         if not one_file:
             shutil.rmtree(target)
-    say(f"exported to {out}")
+    hint = f" ({section.gguf_type}); try: llama-cli -m {out}/model.gguf, or ollama create NAME -f {out}/Modelfile"
+    say(f"exported to {out}" + hint * (form == "gguf"))
 
 
 def calibration_of(config, tokenizer, method: str, context: int) -> list[list[int]]:

@@ -2029,17 +2029,18 @@ def dry_run(config) -> None:
     reward model: the token whose score is the reward). Below a prompt are the columns for reward functions."""
     SFT.need_model(config)
     settings = config.rl.fill()
-    tokenizer, records, _, left = read_records(config)
+    tokenizer, records, held_out, left = read_records(config)
     if settings.method in ON_POLICY:
         tools = Tools(settings.tools, tokenizer, settings.tool_timeout) if settings.tools else None
         prompts = read_prompts(config, tokenizer, records, left, tools)
         if not prompts:
             raise UserError(f"data.train: no usable prompt{left.text()}")
+        say(f"{MODEL.counted(len(prompts), 'prompt')}; {len(held_out):,} held out{left.text()}")
         shown = [(prompt.where, f"{tokenizer.decode(prompt.ids)}\n{json.dumps(prompt.columns, ensure_ascii=False, default=str)}")
                  for prompt in prompts[:3]]
         limit = config.training.max_length - settings.max_completion_length
         return SFT.preview(shown, [len(prompt.ids) for prompt in prompts], "prompt",
-                           f"at most {limit} (training.max_length - rl.max_completion_length){left.text()}")
+                           f"at most {limit} (training.max_length - rl.max_completion_length)")
     pairs, shown, lengths = read_pairs(config, tokenizer, records, left), [], []
     for pair in pairs:
         names = ("chosen", "rejected") if len(pair.examples) == 2 else ("desirable" if pair.label else "undesirable",)
@@ -2050,8 +2051,10 @@ def dry_run(config) -> None:
             lengths.append(len(ids))
     if not pairs:
         raise UserError(f"data.train: no usable record{left.text()}")
+    unit = "completion" if settings.method == "kto" else "pair"
+    say(f"{MODEL.counted(len(pairs), unit)}; {len(held_out):,} held out{left.text()}")
     SFT.preview([(where, SFT.marked_text(tokenizer, *example)) for where, example in shown[:6]], lengths, "prompt and completion",
-                f"max_length {config.training.max_length}{left.text()}")
+                f"max_length {config.training.max_length}")
 
 
 ACTIONS = {**TRAIN.ACTIONS, "adapter": SFT.ACTIONS["adapter"], "dry_run": SFT.ACTIONS["dry_run"]}

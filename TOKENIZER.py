@@ -1346,7 +1346,8 @@ def load(name: str | Path):
     try:
         tokenizer = Loader.from_pretrained(folder)
     except Exception as error:  # a damaged tokenizer.json raises Exception itself
-        raise UserError(f"{folder}: the tokenizer cannot be read ({MODEL.first_line(error)})") from None
+        reason = MODEL.first_line(error) if (folder / names[0]).exists() or not generic else f"{names[0]} is missing"
+        raise UserError(f"{folder}: the tokenizer cannot be read ({reason})") from None
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: {type(tokenizer).__name__} is a slow tokenizer (Python only); convert it to tokenizer.json")
     plain_settings(tokenizer)
@@ -1455,8 +1456,12 @@ def choose(section: TokenizerSection, data: DataSection, model: str | None = Non
     stamp = folder / "trained_on.json"
     if stamp.exists() and not MODEL.damage(folder) and read_json(stamp) == recipe:
         return load(folder)
+    texts = sample_texts(data)
+    first = next(texts, None)
+    if first is None:
+        raise UserError(f"data.train: no text in {' '.join(data.train)}")
     say(f"training a {section.kind} tokenizer")
-    tokenizer = train(sample_texts(data), section.vocab_size, section.kind)
+    tokenizer = train(itertools.chain([first], texts), section.vocab_size, section.kind)
     if len(tokenizer) < 2 or tokenizer.backend_tokenizer.get_vocab_size() < 2:
         raise UserError("data.train: no text to train a tokenizer on")
     with MODEL.staged(folder) as scratch:

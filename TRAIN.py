@@ -387,10 +387,15 @@ class Trainer:
         self.warmup = self._warmup()
         if self.total_steps is not None and self.state.step >= self.total_steps:
             self.log.say(f"nothing to train: the run has {self.total_steps} steps, the checkpoint is of step {self.state.step}")
+        epochs = self.total_steps / self.stream.steps_per_epoch if self.total_steps and self.stream.steps_per_epoch else 0
+        if training.max_steps and epochs > 20:
+            self.log.say(f"training.max_steps: {self.total_steps} steps are {epochs:.0f} epochs of the data, in which a model "
+                         "can overfit and forget; --epochs 10 trains less")
         self.flops, self.head_flops = self._flops_per_token()
         self.started = time.perf_counter()
         if not self.state.before:
             self.state.before = self._evaluate()
+            self.log.idle = time.perf_counter() - self.started
         self.model.train()
 
     def _wrap(self) -> nn.Module:
@@ -1062,6 +1067,7 @@ class Log:
         self.norm = self.rate = 0.0
         self.clock, self.clock_counts = time.perf_counter(), (0, 0.0)
         self.rewind_to: int | None = None
+        self.idle = 0.0  # seconds before the first step
         self.line = StatusLine()
 
     def add(self, metrics: dict[str, Tensor], norm: float, rate: float) -> None:
@@ -1114,7 +1120,7 @@ class Log:
         """Print the progress bar; `share` is the fraction of the run that is done."""
         if not self.main:
             return
-        eta = duration(record["seconds"] * (1 - share) / max(share, 1e-9))
+        eta = duration((record["seconds"] - self.idle) * (1 - share) / max(share, 1e-9))
         reward = f" | reward {record['reward']:.3f}" if "reward" in record else ""
         mfu = f" | MFU {100 * record['mfu']:.0f}%" if "mfu" in record else ""
         self.line.show(f"step {record['step']}{f'/{total}' if total else ''} | loss {record.get('loss', math.nan):.4f}{reward} | "
@@ -1503,11 +1509,12 @@ def resumed(config, resume: str):
     again = config.reload(saved=found / "config.yaml")
     before = saved_settings(found)
     fixed = [("model", key) for key in ("preset", *MODEL.KNOBS)] + [("tokenizer", key) for key in vars(again.tokenizer)]
+    fixed += [("lora", key) for key in ("r", "target_modules", "use_dora") if key in before.get("lora", {})]
     for section, key in fixed:
         value, was = getattr(getattr(again, section), key, None), before.get(section, {}).get(key)
         if value != was:
-            raise UserError(f"{section}.{key}: {value} differs from {was} in {found}; architecture and tokenizer cannot change "
-                            "on resume; start a new run with --out")
+            raise UserError(f"{section}.{key}: {value} differs from {was} in {found}; architecture, tokenizer and adapter cannot "
+                            "change on resume; start a new run with --out")
     has_flag = again.origins.get("output.dir") == "command line"
     again.output.dir = config.output.dir if has_flag or resume == "auto" else str(found.parent)
     return again

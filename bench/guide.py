@@ -1,4 +1,4 @@
-"""The parts of CONTRIBUTING.md that follow from the code: line numbers of links, sizes of the files' cores, both diagrams.
+"""The parts of CONTRIBUTING.md and README.md that follow from the code: lines of links, sizes of the cores, both diagrams.
 
     python bench/guide.py            # after a change of the code: rewrites these parts
     python bench/guide.py --check    # prints what would change, exit status 1 if anything would
@@ -17,11 +17,12 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDE = ROOT / "CONTRIBUTING.md"
+GUIDE, README = ROOT / "CONTRIBUTING.md", ROOT / "README.md"
 FILES = ("MODEL", "TOKENIZER", "INFER", "TRAIN", "SFT", "RL", "DISTILL", "QUANT")
 LINES_A_MINUTE = 25  # of unknown code, read once with attention
 LINK = re.compile(r"\[`(?:[A-Z]+\.(?=[\w.]*\w`))?([\w.]+)`\]\((\w+)\.py#L\d+\)")  # [`MODEL.attend`](MODEL.py#L12)
 CORE = re.compile(r"(\[`(\w+)\.py`\]\(\2\.py\)), [\d,]+ lines, \d+ minutes")
+ROW = re.compile(r"^(\| `(\w+)\.py` \| .+) \| [\d,]+ \| \d+ \|$", re.M)  # of README's table
 DIAGRAM = re.compile(r"(```mermaid\n%% (\w+)\n).*?(```)", re.S)
 
 
@@ -62,8 +63,8 @@ def linked(match: re.Match) -> str:
 
 
 def sized(match: re.Match) -> str:
-    lines = core_lines(match[2])
-    return f"{match[1]}, {lines:,} lines, {round(lines / LINES_A_MINUTE)} minutes"
+    lines, row = core_lines(match[2]), match.re == ROW
+    return match[1] + (" | {:,} | {} |" if row else ", {:,} lines, {} minutes").format(lines, round(lines / LINES_A_MINUTE))
 
 
 # ---------------------------------------------------------------------------------------------------- diagrams
@@ -138,17 +139,20 @@ DRAWINGS = {"imports": draw_imports, "places": draw_places}
 
 
 def updated(text: str) -> str:
-    """The guide with everything that follows from the code brought up to date."""
-    text = CORE.sub(sized, LINK.sub(linked, text))
+    """The text with everything that follows from the code brought up to date."""
+    text = ROW.sub(sized, CORE.sub(sized, LINK.sub(linked, text)))
     return DIAGRAM.sub(lambda match: match[1] + DRAWINGS[match[2]](text) + match[3], text)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
-    check, old = parser.parse_args().check, GUIDE.read_text(encoding="utf-8")
-    new = updated(old)
-    sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), GUIDE.name, GUIDE.name, n=0))
-    if check:
-        sys.exit(int(new != old))
-    GUIDE.write_text(new, encoding="utf-8")
+    check, changed = parser.parse_args().check, False
+    for path in (GUIDE, README):
+        old = path.read_text(encoding="utf-8")
+        new = updated(old)
+        changed |= new != old
+        sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), path.name, path.name, n=0))
+        if not check:
+            path.write_text(new, encoding="utf-8")
+    sys.exit(int(check and changed))

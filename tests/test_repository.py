@@ -436,10 +436,10 @@ def test_errors_of_new_users_name_the_next_step(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("a line")
     (tmp_path / "conversations.jsonl").write_text('{"messages": []}')
     (tmp_path / "judge.py").write_text("def kind(completions): ...\ndef short(completions): ...")
-    for main, argv, message in ((SFT.main, [], "model.name: ./out contains no finished model; train it first: python TRAIN.py"),
-                                (RL.main, [], "model.name: ./out/sft contains no finished model; train it first: python SFT.py"),
-                                (DISTILL.main, [], "distill.teacher: ./out contains no finished model; train it first: python TRAIN.py"),
-                                (INFER.main, ["--prompt", "x"], "model.name: ./out contains no finished model; train it first: python TRAIN.py"),
+    for main, argv, message in ((SFT.main, [], f"model.name: folder not found: './out' (in {tmp_path}); train it first: python TRAIN.py"),
+                                (RL.main, [], f"model.name: folder not found: './out/sft' (in {tmp_path}); train it first: python SFT.py"),
+                                (DISTILL.main, [], f"distill.teacher: folder not found: './out' (in {tmp_path}); train it first: python TRAIN.py"),
+                                (INFER.main, ["--prompt", "x"], f"model.name: folder not found: './out' (in {tmp_path}); train it first: python TRAIN.py"),
                                 (SFT.main, ["--model", "llama-1m"], "'llama-1m' is a preset without trained weights; train it first: python TRAIN.py --preset llama-1m"),
                                 (MODEL.main, ["--out", "x"], "--out: 'output' is a section of another script"),
                                 (TRAIN.main, ["--data", "conversations.jsonl"], "conversations are for SFT.py")):
@@ -683,3 +683,29 @@ def test_prompts_and_preferences_are_correct_and_held_out(make):
     for record in pairs["preferences.jsonl"] + pairs["preferences_test.jsonl"]:
         time_phrase = re.compile(r"One \w+|On |Early on |It was ")
         assert time_phrase.match(record["chosen"]) is None and record["chosen"] != record["rejected"]
+
+
+@pytest.mark.parametrize("script, stage, flag, hint", [
+    (TRAIN, "training", "--per_device_train_batch_size", "use --batch_size"), (SFT, "sft", "--model_name_or_path", "use --model"),
+    (SFT, "sft", "--training.num_train_epochs", "use --epochs"), (SFT, "sft", "--load_in_4bit", "use --model.quantization nf4"),
+    (RL, "rl", "--resume_from_checkpoint", "use --resume"), (INFER, "inference", "--do_sample", "use --temperature"),
+    (QUANT, "quantization", "--num_train_epochs", "unknown flag")])
+def test_a_flag_of_transformers_trainers_gets_the_flag_of_this_program(script, stage, flag, hint):
+    with pytest.raises(UserError, match=f"{flag}: unknown flag.*{hint}" if "use" in hint else f"{flag}: unknown flag$"):
+        load([flag, "1"], script=script, stage=stage)
+
+
+def test_every_suggested_flag_exists():
+    """Flags of the table for transformers' names, in the program that people use them with."""
+    for name, same in MODEL.TRANSFORMERS_FLAGS.items():
+        script, stage = (INFER, "inference") if name == "do_sample" else (SFT, "sft")
+        with pytest.raises(UserError, match=f"use --{re.escape(same)}$"):
+            load([f"--{name}", "1"], script=script, stage=stage)
+        flag, *value = same.split()
+        if flag != "resume":
+            load([f"--{flag}", *(value or ["0.5" if flag == "training.warmup_steps" else "float32" if flag == "model.dtype" else "1"])], script=script, stage=stage)
+
+
+def test_values_of_a_fixed_set_ignore_case():
+    assert load(["--gguf-type", "q4_k_m"], script=QUANT, stage="quantization").quantization.gguf_type == "Q4_K_M"
+    assert load(["--optim", "AdamW"]).training.optim == "adamw"

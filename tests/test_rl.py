@@ -1453,8 +1453,8 @@ def test_dry_run_shows_the_trained_tokens(method, assets, tmp_path, capsys):
         assert shown.count("<|im_start|>assistant\n\n{\"answer\": \"fox\"}") == 3 and "at most 122 (training.max_length" in shown
     else:
         first = "desirable" if method == "kto" else "chosen"
-        trained = "<|im_start|>assistant\nfox fox\033[32m<|im_end|>" if method == "reward" else "<|im_start|>assistant\n\033[32mfox fox<|im_end|>"
-        assert shown.count("\033[32m") == 6 and f": {first}\n" in shown and f"{trained}\033[0m\n" in shown
+        trained = "<|im_start|>assistant\nfox fox[[<|im_end|>" if method == "reward" else "<|im_start|>assistant\n[[fox fox<|im_end|>"
+        assert shown.count("[[") == 6 and f": {first}\n" in shown and f"{trained}]]\n" in shown
 
 
 @pytest.mark.parametrize("desirable, undesirable, weights, advice", [(1, 19, {}, "set rl.desirable_weight 19"), (30, 10, dict(desirable_weight=2.0), "set rl.undesirable_weight 6"),

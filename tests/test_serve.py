@@ -482,6 +482,15 @@ def test_api_key_full_queue_and_shutdown(server):
         guarded.process.kill()
 
 
+def test_ctrl_c_after_the_page_was_opened_is_silent(model_folder):
+    pytest.importorskip("gradio")
+    server = start(model_folder)
+    assert b"<html" in urllib.request.urlopen(server.url, timeout=120).read()
+    server.process.send_signal(signal.SIGINT)
+    _, output = server.process.communicate(timeout=60)
+    assert server.process.returncode == 0 and "Traceback" not in output and "error" not in output, output
+
+
 def test_a_failing_step_ends_its_requests_but_not_the_server(model_folder):
     model, tokenizer = MODEL.load(model_folder), TOKENIZER.load(model_folder)
     service = INFER.Service(INFER.Engine(model, 2, 20, 8), 10)

@@ -231,6 +231,8 @@ INVALID = {
     "unknown role": ([{"messages": [*TURNS, {"role": "narrator", "content": "x"}]}], ":1: messages: message 3: unknown role 'narrator'"),
     "two systems": ([{"messages": [LONG[0], LONG[0], *TURNS]}], ":1: messages: 2 system messages"),
     "late system": ([{"messages": [*TURNS, LONG[0]]}], ":1: messages: message 3 is the system message, which must be the first"),
+    "text": ([{"messages": "hi"}], ":1: messages: expected a list of messages, found the text 'hi'"),
+    "a pair": ([{"prompt": "a", "chosen": "b", "rejected": "c"}], ":1: a preference pair .chosen, rejected.; train on it with RL.py"),
     "no output": ([{"instruction": "a"}], ":1: keys instruction match no format .messages"),
     "late history": ([{"instruction": "a", "output": "b", "history": [["c"]]}], ":1: history: expected messages or .question, answer. pairs"),
     "tools": ([{"messages": TURNS, "tools": "{}"}], ":1: tools must be a list, found dict"),
@@ -579,8 +581,11 @@ def test_an_encoder_cannot_be_trained_on_conversations(flags, tmp_path, tokenize
 def test_dry_run_highlights_trained_tokens(flags, capsys):
     SFT.main([*flags, "--dry-run"])
     shown = capsys.readouterr().out
-    assert shown.count("\033[32m") == 3 and "<|im_start|>assistant\n\033[32m" in shown and "tokens per conversation: median" in shown
-    assert shown.split("\033[32m")[1].startswith(questions(1)[0]["messages"][1]["content"] + "<|im_end|>\033[0m")
+    assert shown.count("[[") == 3 and "<|im_start|>assistant\n[[" in shown and "tokens per conversation: median" in shown
+    assert shown.split("[[")[1].startswith(questions(1)[0]["messages"][1]["content"] + "<|im_end|>]]")
+    with mock.patch("MODEL.shows_colors", lambda: True):
+        SFT.main([*flags, "--dry-run"])
+    assert capsys.readouterr().out == shown.replace("[[", "\033[32m").replace("]]", "\033[0m")
 
 
 def test_a_model_without_chat_tokens_gets_them(tmp_path, flags, capsys):
@@ -601,6 +606,7 @@ def test_a_model_without_chat_tokens_gets_them(tmp_path, flags, capsys):
     SFT.main([*flags, "--model", str(tmp_path / "base"), "--max-steps", "4", "--lora.r", "4", "--learning-rate", "1e-2", "--out", str(tmp_path / "lora")])
     assert f"--adapter {tmp_path / 'lora'}" in capsys.readouterr().err.splitlines()[-1]
     SFT.main(["--merge", str(tmp_path / "lora"), "--out", str(tmp_path / "merged")])
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "lora").eos_token_id == [len(plain) + 1, 0]
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         expected = MODEL.load(tmp_path / "base", adapter=tmp_path / "lora")(ids).logits
@@ -1174,7 +1180,7 @@ def test_only_the_ratio_of_class_weights_counts(tmp_path, tokenizer, model_folde
 def test_dry_run_shows_texts_and_labels(label_flags, capsys):
     SFT.main([*label_flags, "--dry-run"])
     shown = capsys.readouterr().out
-    assert sum(f"{text} \033[32m{label}\033[0m" in shown for text, label in labeled_texts(8)) == 3 and "tokens per text: median" in shown
+    assert sum(f"{text} [[{label}]]" in shown for text, label in labeled_texts(8)) == 3 and "tokens per text: median" in shown
 
 
 def test_a_transformers_model_learns_labels(label_flags, tmp_path, tokenizer):
@@ -1332,6 +1338,15 @@ def test_invalid_combinations_are_errors(name, flags, tmp_path):
     more, message = REFUSED[name]
     with pytest.raises(UserError, match=message):
         SFT.main([*(flags[2:] if "--model.preset" in more else flags), *more, "--max-steps", "1", "--out", str(tmp_path / "out")])
+
+
+def test_merging_needs_a_folder_and_a_resumed_adapter_keeps_its_rank(flags, tmp_path):
+    few = [*flags, "--max-steps", "2", "--sft.eval_answers", "0", "--training.sample_tokens", "0", "--out", str(tmp_path / "lora")]
+    SFT.main([*few, "--lora.r", "4"])
+    with pytest.raises(UserError, match="--merge: needs a folder for the merged model; set --out"):
+        SFT.main(["--merge", str(tmp_path / "lora")])
+    with pytest.raises(UserError, match="lora.r: 2 differs from 4 in .*adapter cannot change on resume"):
+        SFT.main([*few, "--lora.r", "2", "--resume", "auto"])
 
 
 def test_an_adapter_keeps_its_settings_and_its_base_may_move(flags, tmp_path, model_folder, capsys):

@@ -372,7 +372,10 @@ def test_a_resumed_run_uses_the_settings_of_its_checkpoint(tmp_path, capsys):
     settings = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert (settings["training"]["batch_size"], settings["training"]["learning_rate"], settings["model"]["hidden_size"]) == (4, 1e-3, 48)
     assert TRAIN.main(["--resume", str(tmp_path / "out" / "ckpt-step-000002"), "--max-steps", "6"]).steps == 6  # continues in the same folder
-    assert "changed since that checkpoint, so the resumed run will differ: training.max_steps" in capsys.readouterr().err
+    assert "changed since that checkpoint, so the resumed run will differ: training.max_steps\n" in capsys.readouterr().err
+    TRAIN.main(["--resume", "auto", "--out", str(tmp_path / "out"), "--training.save_steps", "3"])
+    output = capsys.readouterr().err
+    assert "nothing to train: the run has 6 steps, the checkpoint is of step 6" in output and "will differ" not in output
     for flags, message in ((["--model.num_hidden_layers", "1"], "model.num_hidden_layers: 1 differs from 2 in "),
                            (["--preset", "llama-225k"], "model.preset: llama-225k differs from llama-1m in ")):
         with pytest.raises(UserError, match=message):
@@ -475,6 +478,7 @@ def test_ctrl_c_and_sigterm_save_and_print_how_to_resume(tmp_path, text_file):
         process.send_signal(number)
         _, output = process.communicate(timeout=60)
         assert process.returncode == 128 + number and "Traceback" not in output
+        assert ("stopping after this step" in output) == (number == signal.SIGINT)
         [saved] = TRAIN.checkpoints(tmp_path / f"out{number}")
         assert f"continue with --resume auto ({saved})" in output
         assert TRAIN.load_state(saved)["step"] == int(saved.name[-6:])
@@ -1203,7 +1207,7 @@ def test_data_shorter_than_one_sequence_trains_with_a_warning(tmp_path, capsys):
 
 def test_empty_data_is_a_one_line_error(tmp_path, model_folder):
     write(tmp_path / "text.txt", ["", "  "])
-    with pytest.raises(UserError, match="data.train: contains no text"):
+    with pytest.raises(UserError, match="data.train: no text in "):
         train(tmp_path)
     (tmp_path / "one.bin").write_bytes(b"\x05\x00")
     own = ["--model", str(model_folder), "--max-length", "32"]
