@@ -1,10 +1,8 @@
 """DISTILL.py: train a small student model with the help of a large teacher model.
 
 Training data shows one next token; a teacher gives the probability of every token. The student minimizes the divergence of
-its distribution from the teacher's, in addition to the cross-entropy on the data.
-
-Read in this order: settings, losses, outputs of the teacher (in memory or cached), the training loss. Below the banner `edges`:
-everything that prepares them, and generated training data.
+its distribution from the teacher's, in addition to the cross-entropy on the data. Read in this order: settings, losses, the
+teacher's outputs (in memory or cached), the training loss. Below the banner `edges`: preparation and generated training data.
 
     python DISTILL.py --config config.yaml                                    # teacher out -> out/distill, a quarter of its size
     python DISTILL.py --teacher out/sft --method hidden --out out/small-chat  # conversations; hidden states as well

@@ -438,8 +438,8 @@ def test_errors_of_new_users_name_the_next_step(tmp_path, monkeypatch):
     (tmp_path / "judge.py").write_text("def kind(completions): ...\ndef short(completions): ...")
     for main, argv, message in ((SFT.main, [], f"model.name: folder not found: './out' (in {tmp_path}); train it first: python TRAIN.py"),
                                 (RL.main, [], f"model.name: folder not found: './out/sft' (in {tmp_path}); train it first: python SFT.py"),
-                                (DISTILL.main, [], f"distill.teacher: folder not found: './out' (in {tmp_path}); train it first: python TRAIN.py"),
-                                (INFER.main, ["--prompt", "x"], f"model.name: folder not found: './out' (in {tmp_path}); train it first: python TRAIN.py"),
+                                (DISTILL.main, [], "distill.teacher: ./out contains no finished model; train it first: python TRAIN.py"),
+                                (INFER.main, ["--prompt", "x"], "model.name: ./out contains no finished model; train it first: python TRAIN.py"),
                                 (SFT.main, ["--model", "llama-1m"], "'llama-1m' is a preset without trained weights; train it first: python TRAIN.py --preset llama-1m"),
                                 (MODEL.main, ["--out", "x"], "--out: 'output' is a section of another script"),
                                 (TRAIN.main, ["--data", "conversations.jsonl"], "conversations are for SFT.py")):

@@ -578,13 +578,13 @@ def test_an_encoder_cannot_be_trained_on_conversations(flags, tmp_path, tokenize
         SFT.main([*flags, "--model", str(tmp_path / "bert"), "--max-steps", "1", "--out", str(tmp_path / "out")])
 
 
-def test_dry_run_highlights_trained_tokens(flags, capsys):
+def test_dry_run_highlights_trained_tokens(flags, capsys, monkeypatch):
     SFT.main([*flags, "--dry-run"])
     shown = capsys.readouterr().out
     assert shown.count("[[") == 3 and "<|im_start|>assistant\n[[" in shown and "tokens per conversation: median" in shown
     assert shown.split("[[")[1].startswith(questions(1)[0]["messages"][1]["content"] + "<|im_end|>]]")
-    with mock.patch("MODEL.shows_colors", lambda: True):
-        SFT.main([*flags, "--dry-run"])
+    monkeypatch.setattr(MODEL, "shows_colors", lambda: True)
+    SFT.main([*flags, "--dry-run"])
     assert capsys.readouterr().out == shown.replace("[[", "\033[32m").replace("]]", "\033[0m")
 
 
