@@ -422,8 +422,8 @@ class Trainer:
         steps, total = self.training.warmup_steps, self.total_steps
         if not total or steps < 1 or 2 * steps <= total:
             return steps
-        self.log.say(f"the run has only {MODEL.counted(total, 'step')}, {max(1, total // 4)} of them for the warmup; a higher "
-                     "--epochs or a lower --batch-size trains longer")
+        self.log.say(f"training.warmup_steps: {steps:g} is more than half of the run's {MODEL.counted(total, 'step')}; using "
+                     f"{max(1, total // 4)}. A higher --epochs or a lower --batch-size trains longer")
         return float(max(1, total // 4))
 
     def _flops_per_token(self) -> tuple[float, float]:
@@ -652,8 +652,8 @@ class Trainer:
             if self.stop_signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop_signal = number
-            if number == signal.SIGINT:
-                self.log.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without one")
+            if number == signal.SIGINT and self.main and not MODEL.QUIET:  # `print` could be interrupted by itself
+                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once, without one\n")
 
         previous = {}
         with contextlib.suppress(ValueError):  # only the main thread can handle signals

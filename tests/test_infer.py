@@ -1326,7 +1326,7 @@ def test_errors_are_one_line_with_exit_status_two(monkeypatch, capsys, tmp_path,
         (("--model", tmp_path / "bare"), ["contains no finished model", "config.json is missing"]),
         (("--model", tmp_path / "nowhere"), ["model.name", "nowhere"]),
         (("--model.preset", "llama-1m"), ["model.preset", "--model"]),
-        (("--model", "somebody/no-such-model"), ["somebody/no-such-model", "--model.preset"]),
+        (("--model", "somebody/no-such-model"), ["somebody/no-such-model", "spelling"]),
         ((*model, "stray"), ["stray"]),
     ):
         code, err = exits(monkeypatch, capsys, *flags)

@@ -719,7 +719,7 @@ def test_compare_prints_and_plots_the_methods_that_work(model_folder, text_file,
     printed = capsys.readouterr()
     assert [row["method"] for row in table_of(printed.out)] == ["none", "int8"]
     assert f"plot: {folder}/compare.png" in printed.err and (folder / "compare.png").stat().st_size > 10_000
-    assert "skipped nf4: quantization.method: nf4 and llm_int8 need bitsandbytes" in printed.err
+    assert "skipped nf4: quantization.method: nf4 and llm_int8 need `pip install bitsandbytes`" in printed.err
 
 
 def test_labels_of_the_plot_do_not_overlap(tmp_path, monkeypatch):

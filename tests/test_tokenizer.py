@@ -1140,7 +1140,7 @@ def test_file_stream_refuses_empty_or_mismatched_data():
         TOKENIZER.file_stream(tokens, section("a", "b", "c", weights=[1, 1, 1]), 1, 8)
     with pytest.raises(UserError, match="data.weights.*no text"):
         TOKENIZER.file_stream(tokens._replace(sources=[[0, 6], [6, 6]]), section("a", "b", weights=[1, 1]), 1, 8)
-    with pytest.raises(UserError, match="data.train: no text in "):
+    with pytest.raises(UserError, match="data.train: contains no text to train on"):
         TOKENIZER.file_stream(token_file([0]), section("a"), 1, 8)
 
 

@@ -302,7 +302,7 @@ def test_only_similar_names_are_suggested():
                              ("num-layers", "; nearest is --model.num_hidden_layers")):
         with pytest.raises(UserError) as error:
             MODEL.load_config([f"--{flag}", "3"], TRAIN.SECTIONS, "training", TRAIN.ACTIONS)
-        assert str(error.value) == f"--{flag.replace('-', '_')}: unknown flag{suggestion}"
+        assert str(error.value) == f"--{flag}: unknown flag{suggestion}"
 
 
 # --------------------------------------------------------------------------------------------------- resuming
@@ -413,7 +413,7 @@ def test_resume_names_a_folder_or_starts_fresh(tmp_path, text_file, capsys):
     assert len(expected) == 4 and "resuming" not in capsys.readouterr().err
     train(tmp_path, "--out", tmp_path / "b", "--training.save_steps", 3, "--resume", tmp_path / "out" / "ckpt-step-000002")
     assert losses(tmp_path / "b") == expected[2:]
-    assert "changed since" in capsys.readouterr().err
+    assert "changed since" not in capsys.readouterr().err
 
 
 def test_changed_settings_are_printed_on_resume(tmp_path, text_file, capsys):
