@@ -2709,7 +2709,7 @@ def check_flags(config) -> list[str]:
                 pass
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else error
-            raise UserError(f"--port: cannot listen on {settings.host}:{settings.port}: {reason}; choose another --port") from None
+            raise UserError(f"--port: cannot listen on {settings.host}:{settings.port} ({reason}); set another --port") from None
     if settings.logprobs and actions.score is None and not actions.jsonl:
         raise UserError("--logprobs: requires --jsonl or --score")
     if actions.score not in (None, "-") and (Path(actions.score).is_dir() or not Path(actions.score).exists()):
