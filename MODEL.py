@@ -133,7 +133,7 @@ def not_used(section, f: dataclasses.Field) -> bool:
     if not f.metadata["only"]:
         return False
     key, *values = f.metadata["only"]
-    return getattr(section, key) not in values if values else getattr(section, key) in (None, False)
+    return getattr(section, key) not in values if values else getattr(section, key) in (None, False, [])
 
 
 ROPE_TYPES = {  # parameters of each type; the first one is required (llama3: all of them)

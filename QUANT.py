@@ -439,7 +439,7 @@ def quantizable(model: MODEL.LanguageModel, exclude: list[str] = (), lm_head: bo
              if module in inside for part in parts.get(type(module), ())}
     for pattern in exclude:
         if not any(re.search(pattern, name) for name in found):
-            raise UserError(f"quantization.exclude: '{pattern}' matches no layer; names are like {next(iter(found), 'none')}")
+            raise UserError(f"quantization.exclude: '{pattern}' matches no layer; layer names look like {next(iter(found), 'none')}")
     found = {name: matrix for name, matrix in found.items() if not any(re.search(pattern, name) for pattern in exclude)}
     if not found:
         raise UserError("quantization.exclude: no layer is left to quantize; exclude fewer layers")

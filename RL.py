@@ -108,7 +108,7 @@ class RLSection:
         f"{', '.join(REWARDS)}; rewards are summed with their weights", often=True)
     reward_weights: list[float] | None = rollout_knob(None, "weight of each reward function (null: 1 for all)")
     tools: list[str] = rollout_knob([], "ppo, grpo, rloo: functions that completions may call, as file.py:function", often=True)
-    max_turns: int = rollout_knob(4, "with rl.tools: maximum number of assistant turns per completion", low=1)
+    max_turns: int = knob(4, "with rl.tools: maximum number of assistant turns per completion", low=1, only="tools")
     tool_timeout: float = knob(10.0, "with rl.tools: maximum seconds per call", above=0, only="tools")
     rollout_size: int = rollout_knob(256, "ppo, grpo, rloo: completions per rollout, over all prompts and processes; a multiple "
                                           "of the optimizer step", low=1, often=True)

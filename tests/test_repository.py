@@ -709,3 +709,10 @@ def test_every_suggested_flag_exists():
 def test_values_of_a_fixed_set_ignore_case():
     assert load(["--gguf-type", "q4_k_m"], script=QUANT, stage="quantization").quantization.gguf_type == "Q4_K_M"
     assert load(["--optim", "AdamW"]).training.optim == "adamw"
+
+
+def test_settings_of_tools_need_tools():
+    for more in ([], ["--method", "grpo"]):
+        with pytest.raises(UserError, match="rl.max_turns"):
+            load([*more, "--max-turns", "3"], script=RL, stage="rl")
+    assert load(["--method", "grpo", "--max-turns", "3", "--tools", "tools.py:add"], script=RL, stage="rl").rl.max_turns == 3
